@@ -1,0 +1,88 @@
+"""What flows from a shard to a head: one sample, then one batch.
+
+Shape letters: B images, H W pixels, N objects packed over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One record of a shard after decoding, before any transform.
+
+    `image` is None where a process reads labels only (the last pipeline stage); every transform must then give the
+    same targets as with pixels, which is why the image size comes from the index.
+    """
+
+    index: int  #: position in the split's index; identifies the sample everywhere
+    image_id: int  #: the COCO image id
+    size: tuple[int, int]  #: (height, width) of the stored image
+    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB
+    annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One transformed sample. `targets` maps a task to that task's per-image labels (a mapping of arrays)."""
+
+    index: int
+    image_id: int
+    original_size: tuple[int, int]  #: (height, width) before any transform
+    size: tuple[int, int]  #: (height, width) after the transforms
+    image: Tensor | None  #: (3, H, W) uint8
+    random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
+    targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+
+
+class Targets(Protocol):
+    """Packed labels of one task for a batch: a dataclass of tensors."""
+
+    def to(self, device: torch.device) -> Targets: ...
+
+
+@dataclass(frozen=True)
+class DetectionTargets:
+    """Boxes of a batch, packed: image b owns the next `counts[b]` rows."""
+
+    boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
+    labels: Tensor  #: (N,) int64, raw COCO category ids (1..90)
+    counts: Tensor  #: (B,) int64, sums to N
+
+    def to(self, device: torch.device) -> DetectionTargets:
+        """The same targets on `device`."""
+        return DetectionTargets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `targets` has an entry for every task that learns from these images."""
+
+    images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where only labels are read
+    sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image
+    original_sizes: Tensor  #: (B, 2) int64, height and width as stored
+    indices: Tensor  #: (B,) int64, positions in the split's index
+    image_ids: Tensor  #: (B,) int64
+    random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
+    real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
+    targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that have targets in this batch."""
+        return tuple(self.targets)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device` (asynchronously from pinned memory)."""
+        names = [f.name for f in fields(self) if f.name != "targets"]
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **tensors, targets={task: target.to(device) for task, target in self.targets.items()})
