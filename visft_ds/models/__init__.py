@@ -1,0 +1,1 @@
+"""Backbones (image -> feature map) and the adapters that go into them."""

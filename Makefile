@@ -1,0 +1,40 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes its own environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo
+COCO   ?=
+
+.PHONY: help install test lint demo golden clean
+
+help:
+	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
+	@echo "make demo COCO=FOLDER   the same on an ordinary COCO tree (train2017/ val2017/ annotations/)"
+	@echo "make test               style, types and the fast test suite"
+	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
+	@echo "make clean              remove the environment and the demo folder"
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco $(COCO))
+
+golden: install
+	$(BIN)/python -m tests.golden.losses
+
+clean:
+	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,86 @@
+"""A small COCO tree of random pictures for tests that need files, not photographs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from visft_ds.data.convert import Options, build
+from visft_ds.data.manifest import Manifest
+
+PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
+NO_PHOTOS = f"no real photographs at {PHOTOS}"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where the parts of a COCO tree are."""
+
+    images: Path
+    instances: Path
+    captions: Path
+
+    def arguments(self, out: Path, split: str = "toy") -> list[str]:
+        """The input and output arguments of `make_shards.py build`."""
+        paths = {"--images": self.images, "--instances": self.instances, "--captions": self.captions, "--out": out}
+        return [text for name, path in paths.items() for text in (name, str(path))] + ["--split", split]
+
+    def edit(self, change: Any, file: str = "instances") -> None:
+        """Apply `change` to the content of a JSON file."""
+        path = getattr(self, file)
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+
+def write_tree(folder: Path, count: int = 12) -> Tree:
+    """`count` small JPEGs with up to three boxes and two captions each; the first has a crowd, the last no boxes."""
+    rng = np.random.default_rng(5)
+    tree = Tree(folder / "images", folder / "instances.json", folder / "captions.json")
+    tree.images.mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    for place in range(count):
+        height, width = (int(side) for side in rng.integers(24, 60, 2))
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image_id, name = 1000 + 7 * place, f"picture.{place}.jpg"
+        (tree.images / name).write_bytes(simplejpeg.encode_jpeg(pixels, quality=60))
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height, "license": 4})
+        for number in range(place % 4 if place < count - 1 else 0):
+            left, top = rng.integers(0, 10, 2).tolist()
+            box = [left, top, width - left - 2 - number, height - top - 3]
+            corners = [left, top, left + 9, top, left + 9, top + 9]
+            annotations.append(_annotation(len(annotations) + 1, image_id, 3 + 5 * number, box, [corners]))
+        captions += [{"id": 2 * place + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)]
+    crowd = _annotation(9001, 1000, 3, [1, 1, 8, 9], {"size": [images[0]["height"], images[0]["width"]], "counts": [5]})
+    annotations.append({**crowd, "iscrowd": 1})
+    categories = [{"id": category, "name": f"thing {category}"} for category in (13, 3, 8)]
+    tree.instances.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    tree.captions.write_text(json.dumps({"images": images, "annotations": captions}))
+    return tree
+
+
+def _annotation(number: int, image_id: int, category: int, box: list[int], segmentation: Any) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category,
+        "bbox": box,
+        "area": 40.5,
+        "iscrowd": 0,
+        "segmentation": segmentation,
+    }
+
+
+def make_split(folder: Path, count: int = 12, **options: Any) -> Manifest:
+    """Write a tree and its shards ("toy", four samples in each) below `folder`."""
+    tree = write_tree(folder / "tree", count)
+    settings = {"max_count": 4, **options}
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "toy", **settings))
+    return Manifest.load(folder / "shards", "toy")

@@ -1,0 +1,104 @@
+"""Matcher, losses and positions against the DETR of `transformers`.
+
+Its decoder is not compared: with auxiliary outputs it feeds the normed state of a layer into the next one. Each layer's
+losses are compared on their own instead, on the same tensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
+
+from visft_ds.data.samples import DetectionTargets
+from visft_ds.tasks.detection import DetectionCriterion, DetectionOutput
+from visft_ds.tasks.detr import sine_positions
+from visft_ds.tasks.matching import MatchingCosts, match
+
+LAYERS, QUERIES, CLASSES = 3, 20, 91
+COUNTS = [4, 0, 11, 25]  # none; more than there are queries
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[Tensor, Tensor, DetectionTargets]:
+    generator = torch.Generator().manual_seed(1)
+    total = sum(COUNTS)
+    logits = torch.randn(LAYERS, len(COUNTS), QUERIES, CLASSES + 1, generator=generator) * 2
+    boxes = torch.rand(LAYERS, len(COUNTS), QUERIES, 4, generator=generator) * 0.8 + 0.1
+    wanted = torch.rand(total, 4, generator=generator) * 0.8 + 0.1
+    labels = torch.randint(1, CLASSES, (total,), generator=generator)
+    return logits, boxes, DetectionTargets(wanted, labels, torch.tensor(COUNTS))
+
+
+def _their_targets(targets: DetectionTargets) -> list[dict[str, Tensor]]:
+    counts = targets.counts.tolist()
+    pairs = zip(targets.labels.split(counts), targets.boxes.split(counts), strict=True)
+    return [{"class_labels": labels, "boxes": boxes} for labels, boxes in pairs]
+
+
+def _their_matcher() -> HungarianMatcher:
+    return HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)
+
+
+def test_matches_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
+    logits, boxes, targets = case
+    ours = match(logits, boxes, targets, MatchingCosts())
+    starts = targets.counts.cumsum(0) - targets.counts
+    for layer in range(LAYERS):
+        theirs = _their_matcher()({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
+        for image, (queries, objects) in enumerate(theirs):
+            here = (ours.layers == layer) & (ours.images == image)
+            wanted = set(zip(queries.tolist(), (objects + starts[image]).tolist(), strict=True))
+            assert set(zip(ours.queries[here].tolist(), ours.objects[here].tolist(), strict=True)) == wanted
+
+
+def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
+    logits, boxes, targets = case
+    each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
+    output = DetectionOutput(each[-1].logits, each[-1].boxes, tuple(each[:-1]))
+    matched = sum(min(count, QUERIES) for count in COUNTS)
+    normaliser = {
+        "boxes": torch.tensor(float(sum(COUNTS))),
+        "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
+    }
+    ours = DetectionCriterion(num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, normaliser)
+    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
+    for layer, suffix in enumerate(["_0", "_1", ""]):
+        theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
+        for name, their_name in (("ce", "loss_ce"), ("l1", "loss_bbox"), ("giou", "loss_giou")):
+            # float32 sums of up to 80 terms in another order
+            torch.testing.assert_close(ours[name + suffix], theirs[their_name], rtol=2e-6, atol=0)
+    assert ours["cardinality_error"].item() == theirs["cardinality_error"].item()
+
+
+def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None:
+    logits, boxes, targets = (case[0][:1].clone(), case[1][:1].clone(), case[2])
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    criterion = DetectionCriterion(num_queries=QUERIES, decoder_layers=1)
+    matched = sum(min(count, QUERIES) for count in COUNTS)
+    normaliser = {
+        "boxes": torch.tensor(float(sum(COUNTS))),
+        "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
+    }
+    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, normaliser)
+    total = sum(weight * losses[name] for name, weight in criterion.weights.items())
+    ours = torch.autograd.grad(total, (logits, boxes))
+    oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes"])
+    losses = oracle({"logits": logits[0], "pred_boxes": boxes[0]}, _their_targets(targets))
+    theirs = torch.autograd.grad(losses["loss_ce"] + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"], (logits, boxes))
+    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
+        # float32; the formulas of the overlap divide in another order
+        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_sine_positions_are_equal() -> None:
+    valid = torch.zeros(3, 9, 7, dtype=torch.bool)
+    for image, (height, width) in enumerate([(9, 7), (4, 7), (5, 3)]):
+        valid[image, :height, :width] = True
+    theirs = DetrSinePositionEmbedding(64, normalize=True)(torch.Size((3, 128, 9, 7)), "cpu", torch.float32, valid)
+    ours = sine_positions(valid, 128).permute(0, 3, 1, 2)
+    # the angles reach 2 pi, where float32 has steps of 5e-7
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)

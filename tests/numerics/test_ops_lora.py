@@ -1,0 +1,170 @@
+"""The LoRA op: gradients, precision, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visft_ds.ops.lora import BACKENDS, Slices, choose_backend, lora_linear
+
+QV: Slices = ((0, 8), (16, 24))
+RAGGED: Slices = ((1, 4), (4, 11), (20, 24))
+SCALE = 0.5
+
+
+def _tensors(
+    slices: Slices, *, lead: Sequence[int] = (2, 5), fan_in: int = 6, fan_out: int = 24, rank: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    width = sum(hi - lo for lo, hi in slices)
+    shapes = ((*lead, fan_in), (fan_out, fan_in), (fan_out,), (len(slices) * rank, fan_in), (width, rank))
+    x, weight, bias, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    return x, weight * fan_in**-0.5, bias, a * fan_in**-0.5, b
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, slices: Slices) -> Tensor:
+    """The textbook formula with a dense update."""
+    rank, start, parts = b.shape[1], 0, []
+    full = torch.zeros_like(weight)
+    for index, (lo, hi) in enumerate(slices):
+        update = b[start : start + hi - lo] @ a[index * rank : (index + 1) * rank]
+        parts.append(F.pad(update, (0, 0, lo, weight.shape[0] - hi)))
+        start += hi - lo
+    return F.linear(x, weight + SCALE * sum(parts, full), bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slices", [QV, RAGGED, ((0, 24),), ((8, 16),)])
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_the_dense_update_and_passes_gradcheck(
+    backend: str, slices: Slices, lead: tuple[int, ...], with_bias: bool
+) -> None:
+    x, weight, bias, a, b = _tensors(slices, lead=lead)
+    used = bias if with_bias else None
+    out = lora_linear(x, weight, used, a, b, SCALE, slices, backend=backend)
+    torch.testing.assert_close(out, _dense(x, weight, used, a, b, slices), rtol=0, atol=1e-12)
+    inputs = tuple(t.requires_grad_() for t in (x, a, b))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: lora_linear(x, weight, used, a, b, SCALE, slices, backend=backend), inputs
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_input_and_output_gradient(backend: str) -> None:
+    x, weight, bias, a, b = _tensors(QV, lead=(6, 4, 3))
+    x = x.transpose(0, 2).requires_grad_()
+    a.requires_grad_(), b.requires_grad_()
+    gradient = torch.randn(24, 3, 4, 6, dtype=torch.float64).permute(1, 2, 3, 0)
+    found = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, QV, backend=backend), (x, a, b), gradient)
+    wanted = torch.autograd.grad(_dense(x, weight, bias, a, b, QV), (x, a, b), gradient)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", ["a", "b", "bias", "weight", "x"])
+def test_every_input_alone_gets_its_gradient(trains: str) -> None:
+    """Parameter groups may train any subset; a tensor that requires a gradient must never silently get none."""
+    x, weight, bias, a, b = _tensors(RAGGED)
+    chosen = {"x": x, "weight": weight, "bias": bias, "a": a, "b": b}[trains].requires_grad_()
+    gradient = torch.randn(2, 5, 24, dtype=torch.float64)
+    (found,) = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, RAGGED), (chosen,), gradient)
+    (wanted,) = torch.autograd.grad(_dense(x, weight, bias, a, b, RAGGED), (chosen,), gradient)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_inputs_are_not_written_to_and_the_frozen_weight_gets_nothing() -> None:
+    x, weight, bias, a, b = _tensors(QV)
+    x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
+    before = [t.detach().clone() for t in (x, weight, bias, a, b)]
+    lora_linear(x, weight, bias, a, b, SCALE, QV).sum().backward()
+    for tensor, old in zip((x, weight, bias, a, b), before, strict=True):
+        assert torch.equal(tensor.detach(), old)
+    assert weight.grad is None and bias.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keeps_only_input_and_u_and_parameters_by_reference(backend: str) -> None:
+    x, weight, bias, a, b = (t.float() for t in _tensors(QV, lead=(7,), fan_in=16, rank=3))
+    weight, a, b = weight.bfloat16(), a.requires_grad_(), b.requires_grad_()
+    x = x.bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear(x, weight, bias, a, b, SCALE, QV, backend=backend)
+    own = {t.data_ptr() for t in (x, weight, a, b)}
+    assert own <= {t.data_ptr() for t in kept}
+    others = [t for t in kept if t.data_ptr() not in own]
+    # u in bf16: 7 tokens x (2 slices x rank 3).
+    assert [(tuple(t.shape), t.dtype) for t in others] == [((7, 6), torch.bfloat16)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dtype: torch.dtype) -> None:
+    x, weight, bias, a, b = (t.float() for t in _tensors(QV, lead=(33,), fan_in=64, rank=4))
+    x, a, b = (t.requires_grad_() for t in (x, a, b))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = lora_linear(x, weight.to(weight_dtype), bias, a, b, SCALE, QV, backend=backend)
+    gradient = torch.randn_like(out)
+    found = torch.autograd.grad(out, (x, a, b), gradient)
+    exact = _dense(x, weight, bias, a, b, QV)
+    wanted = torch.autograd.grad(exact, (x, a, b), gradient.float())
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in found] == [torch.float32] * 3
+    # 8 bits of mantissa and a few roundings; the norm, not the largest element, is what bf16 promises.
+    for value, reference in zip((out, *found), (exact, *wanted), strict=True):
+        assert (value.float() - reference).norm() / reference.norm() < 1e-2
+
+
+def test_16_bit_weight_without_autocast_computes_in_16_bit() -> None:
+    x, weight, bias, a, b = (t.float() for t in _tensors(QV))
+    out = lora_linear(x, weight.bfloat16(), bias, a, b, SCALE, QV)
+    exact = _dense(x, weight, bias, a, b, QV)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() / exact.norm() < 1e-2
+
+
+def test_small_updates_survive_bf16_in_the_augmented_backend_only() -> None:
+    """Updates at 1e-3 of the output: added after rounding most of them vanish, added before it they are kept."""
+    fan_in, rank = 512, 16
+    x, weight, bias, a, b = _tensors(((0, 512),), lead=(256,), fan_in=fan_in, fan_out=512, rank=rank)
+    x, weight, bias, a = (t.bfloat16() for t in (x, weight, bias, a))
+    b = (b * 5e-4).bfloat16()
+    zero = torch.zeros_like(b)
+    exact = [t.double() for t in (x, weight, bias, a, b)]
+    delta = _dense(*exact, ((0, 512),)) - F.linear(*exact[:3])
+    assert 5e-4 < delta.norm() / F.linear(*exact[:3]).norm() < 2e-3
+    share = {}
+    for backend in BACKENDS:
+        args = (SCALE, ((0, 512),))
+        changed = lora_linear(x, weight, bias, a, b, *args, backend=backend).double()
+        plain = lora_linear(x, weight, bias, a, zero, *args, backend=backend).double()
+        share[backend] = float(((changed - plain) * delta).sum() / (delta * delta).sum())
+    assert 0.9 < share["augmented"] < 1.1
+    # The other backend is why 16-bit GPUs get the augmented one; if it ever keeps the update, that choice can go.
+    assert share["eager"] < 0.75
+    assert choose_backend(torch.device("cuda"), torch.bfloat16)[0] == "augmented"
+    assert choose_backend(torch.device("cuda"), torch.float32)[0] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        (((0, 8), (4, 12)), "ascending"),
+        (((16, 24), (0, 8)), "ascending"),
+        (((0, 8), (16, 25)), "ascending"),
+        (((0, 8),), "shapes"),
+        (((0, 8), (16, 23)), "shapes"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(slices: Slices, message: str) -> None:
+    x, weight, bias, a, b = _tensors(QV)
+    with pytest.raises(ValueError, match=message):
+        lora_linear(x, weight, bias, a, b, SCALE, slices)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="eager or augmented"):
+        lora_linear(*_tensors(QV), SCALE, QV, backend="triton")

@@ -1,0 +1,190 @@
+"""The shape of the code: who imports whom, how long a file may get, and what no file may contain.
+
+A new module of the package needs a place in `LAYERS`; if it fits nowhere, the plan has changed and says so here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "visft_ds"
+
+#: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("config", "monitor", "parallel.distributed"),
+    ("data", "ops"),
+    ("models", "tasks"),
+    ("interop", "multitask"),
+    ("stages",),
+    ("evals", "parallel"),
+    ("planner", "train"),
+)
+#: Package -> the only places of visft_ds, tools and launchers that may import it.
+RESERVED = {
+    "deepspeed": ("visft_ds.parallel",),
+    "webdataset": ("visft_ds.data",),
+    "timm": ("visft_ds.interop", "visft_ds.models.timm_backbone"),
+    "peft": ("visft_ds.interop",),
+    "open_clip": ("visft_ds.interop",),
+    "triton": ("visft_ds.ops",),
+    "flash_attn": ("visft_ds.ops",),
+}
+CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
+TEXT_SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".sh", ".sbatch", ".example", ".cfg"}
+SKIPPED_FOLDERS = {"data", "runs", "demo", "weights", "build", "dist", "__pycache__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names a file imports anywhere, also inside functions; `from a import b` gives a.b."""
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full, not relative"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def unit(module: str) -> str | None:
+    """The entry of LAYERS a dotted name of the package belongs to; None for the package itself."""
+    inner = module.removeprefix(PACKAGE).removeprefix(".")
+    units = [name for layer in LAYERS for name in layer if inner == name or inner.startswith(f"{name}.")]
+    return max(units, key=len, default=None)
+
+
+def height(name: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if name in layer)
+
+
+def test_every_module_has_a_place() -> None:
+    modules = [module_name(path) for path in CODE if path.is_relative_to(ROOT / PACKAGE)]
+    assert len(modules) > 20
+    assert [name for name in modules if name != PACKAGE and unit(name) is None] == []
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in (path for path in CODE if path.is_relative_to(ROOT / PACKAGE)):
+        own = unit(module_name(path))
+        for target in imports(path):
+            other = unit(target) if target.split(".")[0] == PACKAGE else None
+            if own is not None and other is not None and other != own and height(other) >= height(own):
+                wrong.append(f"{module_name(path)} ({own}) imports {target} ({other})")
+    assert wrong == []
+
+
+def test_the_package_does_not_import_its_tools() -> None:
+    outside = ("tools", "launchers", "tests")
+    wrong = [
+        f"{module_name(path)} imports {target}"
+        for path in CODE
+        for target in imports(path)
+        if target.split(".")[0] in outside
+    ]
+    assert wrong == []
+
+
+def test_reserved_packages_stay_where_they_belong() -> None:
+    wrong = []
+    for path in CODE:
+        name = module_name(path)
+        for target in {target.split(".")[0] for target in imports(path)} & RESERVED.keys():
+            if not any(name == place or name.startswith(f"{place}.") for place in RESERVED[target]):
+                wrong.append(f"{name} imports {target}; allowed in {', '.join(RESERVED[target])}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", CODE, ids=module_name)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+    functions = (node for node in ast.walk(syntax(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > 80} == {}
+
+
+def test_no_file_is_a_drawer_for_leftovers() -> None:
+    assert [str(path) for path in CODE if path.stem in ("utils", "util", "helpers", "misc", "common")] == []
+
+
+def is_broad(handler: ast.ExceptHandler) -> bool:
+    """Catches everything and does not raise it again."""
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    broad = any(kind is None or (isinstance(kind, ast.Name) and kind.id.endswith("Exception")) for kind in kinds)
+    last = handler.body[-1]
+    return broad and not (isinstance(last, ast.Raise) and last.exc is None)
+
+
+def is_lenient(call: ast.Call) -> bool:
+    """`strict=False`, except for zip, where it is the way to say that lengths differ on purpose."""
+    given = [word.value for word in call.keywords if word.arg == "strict"]
+    lenient = any(isinstance(value, ast.Constant) and value.value is False for value in given)
+    return lenient and not (isinstance(call.func, ast.Name) and call.func.id == "zip")
+
+
+def test_nothing_is_tolerated_in_silence() -> None:
+    """No `strict=False`, no except that swallows everything, no unfinished code."""
+    wrong = []
+    for path in CODE:
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, ast.Call) and is_lenient(node):
+                wrong.append(f"{path}:{node.lineno}: strict=False")
+            elif isinstance(node, ast.ExceptHandler) and is_broad(node):
+                wrong.append(f"{path}:{node.lineno}: broad except")
+            elif isinstance(node, ast.Name) and node.id == "NotImplementedError":
+                wrong.append(f"{path}:{node.lineno}: unfinished")
+        if re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8")):
+            wrong.append(f"{path}: a note to finish something")
+    assert wrong == []
+
+
+def project_texts() -> Iterator[Path]:
+    for path in sorted(ROOT.iterdir()):
+        if path.name.endswith(".egg-info") or path.name in SKIPPED_FOLDERS:
+            continue
+        if path.is_dir() and (not path.name.startswith(".") or path.name == ".ci"):
+            files = (file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+            yield from (file for file in files if file.suffix in TEXT_SUFFIXES or not file.suffix)
+        elif path.is_file() and (path.suffix in TEXT_SUFFIXES or path.name in ("Makefile", ".gitignore")):
+            yield path
+
+
+def test_no_text_names_a_folder_of_the_machine_it_was_written_on() -> None:
+    machine = re.compile(r"(^|[^A-Za-z])/(work|root)/")
+    wrong = []
+    for path in project_texts():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if machine.search(line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert wrong == []
+
+
+def test_the_rules_catch_what_they_are_for(tmp_path: Path) -> None:
+    """A rule that never fires would let everything pass."""
+    calls = [ast.parse(text, mode="eval").body for text in ("m.load(x, strict=False)", "zip(a, b, strict=False)")]
+    assert [isinstance(call, ast.Call) and is_lenient(call) for call in calls] == [True, False]
+    bad = "try:\n    f()\nexcept (OSError, Exception):\n    pass\ntry:\n    g()\nexcept Exception:\n    raise\n"
+    handlers = [node for node in ast.walk(ast.parse(bad)) if isinstance(node, ast.ExceptHandler)]
+    assert [is_broad(handler) for handler in handlers] == [True, False]
+    assert (
+        unit("visft_ds.parallel.distributed.rank") == "parallel.distributed"
+        and unit("visft_ds.parallel.engine") == "parallel"
+    )
+    assert unit("visft_ds.nowhere") is None and height("models") < height("stages")
+    (tmp_path / "f.py").write_text("def f():\n    from visft_ds.train import main\n")
+    assert list(imports(tmp_path / "f.py")) == ["visft_ds.train.main"]

@@ -1,0 +1,430 @@
+"""Configuration: merging, overriding, messages, derived batches, preflight, command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from visft_ds.config import (
+    ResolvedConfig,
+    deepspeed_dict,
+    derive_batches,
+    identity_differences,
+    missing_inputs,
+    render_missing,
+    resolve,
+    resolve_arguments,
+    schema,
+)
+from visft_ds.config.layers import Tree, apply_override, assign, load_json, merge, parse_assignment
+
+
+def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
+    return resolve(stage=stage, model="debug", settings=settings)
+
+
+def complaint(*settings: str, stage: int = 2) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller looks at the text
+        debug(*settings, stage=stage)
+    return str(caught.value)
+
+
+# Layers
+
+
+def test_a_leaf_set_by_two_files_names_both_and_the_key() -> None:
+    with pytest.raises(ValueError, match="2 values are set by two files") as caught:
+        merge([("a.json", {"x": {"y": 1, "z": 1}}), ("b.json", {"x": {"y": 1}, "w": [1]}), ("c.json", {"w": [2]})])
+    text = str(caught.value)
+    assert "x.y: set by a.json and by b.json" in text and "w: set by b.json and by c.json" in text
+    assert "x.z" not in text
+
+
+@pytest.mark.parametrize("second", [{"x": 1}, {"x": {"y": {"z": 1}}}])
+def test_an_object_against_a_value_is_a_conflict(second: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"set by a\.json and by b\.json"):
+        merge([("a.json", {"x": {"y": 2}}), ("b.json", second)])
+
+
+def test_merge_does_not_alias_its_inputs() -> None:
+    layer = {"x": {"y": [1]}}
+    tree = merge([("a.json", layer)])
+    assign(tree, "x.y.0", 5, "--set")
+    assert layer == {"x": {"y": [1]}} and tree.values == {"x": {"y": [5]}}
+    assert tree.source("x.y.0") == "--set" and tree.source("x.y") == "a.json"
+
+
+def test_override_replaces_and_is_listed() -> None:
+    config = debug()
+    entries = {entry.key: entry for entry in config.replaced}
+    lr = entries["optimizer.params.lr"]
+    assert (lr.old, lr.new) == (1e-5, config.optimizer.params.lr)
+    assert lr.old_source.endswith("stage2.json") and lr.source.endswith("debug.json (override)")
+    assert config.sources["optimizer.params.lr"] == lr.source
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', 'the key "a" stands twice'),
+        ('{"a": }', r":1:7: not JSON"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ("[1]", "must hold one JSON object"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_json(tmp_path / "f.json")
+
+
+def test_override_must_be_an_object() -> None:
+    with pytest.raises(ValueError, match=r'm\.json: "override" is \[1\]'):
+        apply_override(Tree(), [1], "m.json")
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=1e-5", 1e-5),
+        ("a=true", True),
+        ("a=null", None),
+        ("a=[1, 2]", [1, 2]),
+        ("a=b=c", "b=c"),
+        ("a=", ""),
+    ],
+)
+def test_values_of_set_are_json_or_text(text: str, value: Any) -> None:
+    assert parse_assignment(text) == ("a", value)
+
+
+def test_set_reaches_defaults_lists_and_null_objects() -> None:
+    config = debug(
+        "visft.data.threads=9",
+        "visft.param_groups.0.lr=0.5",
+        "visft.model.overrides.depth=2",
+        "visft.seed=1",
+        "visft.seed=2",
+    )
+    assert config.visft.data.threads == 9 and config.visft.param_groups[0].lr == 0.5
+    assert config.visft.model.backbone_options()["depth"] == 2
+    assert config.visft.seed == 2  # the last one counts
+
+
+@pytest.mark.parametrize("text", ["visft.seed", "=3"])
+def test_set_without_key_or_value(text: str) -> None:
+    assert "must be KEY=VALUE" in complaint(text)
+
+
+def test_set_through_something_without_keys() -> None:
+    assert "has no keys" in complaint("optimizer.params.lr.x=1")
+    assert "is a list of 1; give a position below 1" in complaint("visft.param_groups.1.lr=1")
+
+
+# Messages
+
+
+def test_all_errors_at_once_with_value_source_and_advice() -> None:
+    text = complaint(
+        "visft.tasks.detection.batchsize=8",
+        'optimizer.params.lr="1e-5"',
+        "visft.seed=true",
+        "visft.tasks.detection.batch_size=0",
+        "visft.model.preset=eva_ee",
+        "zero_optimisation.stage=2",
+        "lr=1",
+        "aio.block_size=auto",
+    )
+    assert text.startswith("the configuration has 8 errors:")
+    for part in (
+        "visft.tasks.detection.batchsize = 8 (--set): unknown key; did you mean visft.tasks.detection.batch_size?",
+        'optimizer.params.lr = "1e-5" (--set): must be a number; it is a text: write 1e-5 without quotes',
+        "visft.seed = true (--set): must be a whole number",
+        "visft.tasks.detection.batch_size = 0 (--set): must be greater than or equal to 1",
+        "visft.model.preset = \"eva_ee\" (--set): must be 'eva_e', 'eva_g' or 'debug'; did you mean eva_e?",
+        'zero_optimisation = {"stage": 2} (--set): unknown key; did you mean zero_optimization?',
+        "lr = 1 (--set): unknown key; did you mean optimizer.params.lr",
+        'aio.block_size = "auto" (--set): "auto" is a word of other trainers',
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [
+        ("train_batch_size=8", "state visft.tasks.<task>.batch_size; derived values are printed"),
+        ("train_micro_batch_size_per_gpu=8", "state visft.tasks.<task>.micro_batch"),
+        ("gradient_accumulation_steps=8", "state visft.tasks.<task>.batch_size"),
+        ("bf16.enabled=true", "state visft.model.precision"),
+        ("fp16.enabled=true", "state visft.model.precision"),
+        ("zero_optimization.cpu_offload=true", 'state "offload_optimizer": {"device": "cpu"}'),
+        ("train_batchsize=8", "did you mean train_batch_size? That key may not be set"),
+        ("override.x=1", "only a file in ds_configs/models may replace values"),
+    ],
+)
+def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
+    assert advice in complaint(setting)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged backbone"),
+        (1, ["visft.heads.path=x"], "stage 1 trains new heads"),
+        (2, ["visft.tasks.detection=null"], "no task is on; state at least one of: detection"),
+        (2, ["scheduler.params.total_num_steps=5", "scheduler.params.warmup_num_steps=6"], "longer than the run"),
+        (2, ["scheduler.type=WarmupLR", "scheduler.params.cos_min_ratio=0.1"], "WarmupLR has no cosine"),
+        (
+            2,
+            ['visft.param_groups=[{"name": "a", "params": "x"}, {"name": "a", "params": "y"}]'],
+            "two groups are called a",
+        ),
+        (2, ["visft.param_groups=[]"], "the list should have at least 1 item"),
+        (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
+        (2, ["visft.tasks.detection.image.crop_range=[9, 8]"], r"must be [smallest, largest]"),
+        (2, ["zero_optimization.offload_param.device=cpu"], "needs zero_optimization.stage = 3"),
+        (2, ["zero_optimization.offload_optimizer.device=cpu"], "zero_force_ds_cpu_optimizer: must be false"),
+    ],
+)
+def test_contradictions(stage: int, settings: list[str], message: str) -> None:
+    assert message in complaint(*settings, stage=stage)
+
+
+def test_whole_floats_are_counts() -> None:
+    assert debug("scheduler.params.total_num_steps=1e3").scheduler.params.total_num_steps == 1000
+    assert "must be" in complaint("scheduler.params.total_num_steps=1000.5")
+
+
+# What follows from a configuration
+
+
+def test_the_default_is_the_papers_recipe() -> None:
+    _, config = resolve_arguments(["--stage", "2"])
+    visft, params = config.visft, config.optimizer.params
+    assert (visft.model.name, visft.model.preset) == ("eva_e", "eva_e")
+    assert visft.lora is not None and (visft.lora.rank, visft.lora.alpha, visft.lora.targets) == (64, 1.0, ("q", "v"))
+    assert (params.lr, params.weight_decay, params.betas, params.eps) == (1e-5, 1e-4, (0.9, 0.999), 1e-8)
+    assert (config.gradient_clipping, config.scheduler.type) == (0.1, "WarmupCosineLR")
+    assert (config.scheduler.params.warmup_num_steps, config.scheduler.params.total_num_steps) == (2000, 100_000)
+    assert derive_batches(config, 8).equations() == ["detection: 8 images = 8 processes x 1 accumulation x 1"]
+    stage1 = resolve_arguments(["--stage", "1"])[1]
+    assert (stage1.optimizer.params.lr, stage1.scheduler.params.total_num_steps) == (5e-5, 150_000)
+    assert stage1.visft.lora is None and stage1.visft.heads.path is None
+
+
+def test_a_resolved_configuration_given_back_is_the_same(tmp_path: Path) -> None:
+    first = resolve(stage=2, model="debug", engine="zero3_offload", settings=["visft.seed=3"])
+    (tmp_path / "own.json").write_text(json.dumps(first.to_dict()))
+    arguments, second = resolve_arguments(["--deepspeed_config", str(tmp_path / "own.json")])
+    assert second.to_dict() == first.to_dict() and second.fingerprint() == first.fingerprint()
+    assert (arguments.stage, arguments.model, arguments.engine) == (2, None, None)
+
+
+def test_the_fingerprint_holds_what_decides_the_result() -> None:
+    base = debug()
+    for same in (
+        "visft.run.out=x",
+        "visft.run.log_every=1",
+        "visft.data.root=x",
+        "visft.tasks.detection.micro_batch=1",
+        "zero_optimization.stage=2",
+    ):
+        assert debug(same).fingerprint() == base.fingerprint(), same
+    for other in (
+        "optimizer.params.lr=1",
+        "visft.seed=1",
+        "visft.lora.rank=3",
+        "visft.tasks.detection.image.flip=0",
+        "visft.param_groups.0.lr=1",
+    ):
+        changed = debug(other)
+        assert changed.fingerprint() != base.fingerprint(), other
+        assert len(identity_differences(base.identity(), changed.identity())) == 1
+    assert identity_differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == ['b: 2 -> "(absent)"', 'c: "(absent)" -> 3']
+
+
+@given(share=st.integers(1, 40), micro=st.integers(1, 12), world=st.integers(1, 9))
+def test_batches_divide_evenly_and_accumulate_as_little_as_possible(share: int, micro: int, world: int) -> None:
+    batches = derive_batches(
+        debug(f"visft.tasks.detection.batch_size={share * world}", f"visft.tasks.detection.micro_batch={micro}"), world
+    )
+    assert batches.dp * batches.accumulation * batches.micro["detection"] == share * world
+    assert batches.micro["detection"] <= micro
+    fewer = [a for a in range(1, batches.accumulation) if share % a == 0]
+    assert all(share // a > micro for a in fewer)
+
+
+def test_batches_that_do_not_divide_name_what_does() -> None:
+    with pytest.raises(ValueError, match="would not be whole") as caught:
+        derive_batches(debug("visft.tasks.detection.batch_size=8"), 6)
+    assert "batch_size = processes x accumulation x micro" in str(caught.value)
+    assert "use batch_size 6 or 12" in str(caught.value) and "use 1, 2, 4, 8 processes" in str(caught.value)
+    with pytest.raises(ValueError, match="more processes than images"):
+        derive_batches(debug("visft.tasks.detection.batch_size=8"), 9)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", None)])
+def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
+    config = debug(
+        "visft.model.precision=auto", "visft.tasks.detection.batch_size=24", "visft.tasks.detection.micro_batch=4"
+    )
+    result = deepspeed_dict(config, 2, precision)
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [result[key] for key in keys] == [24, 4, 3]
+    assert result["gradient_clipping"] == config.gradient_clipping and result["steps_per_print"] > 10**8
+    assert result["zero_optimization"]["reduce_bucket_size"] == 30_000_000
+    autocast = None if dtype is None else {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    assert result.get("torch_autocast") == autocast
+
+
+# Options are keyword arguments of the classes they configure
+
+
+def keyword_defaults(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def test_head_and_image_options_match_their_constructors() -> None:
+    from visft_ds.data.transforms import DetectionTransform
+    from visft_ds.tasks.detection import DetectionHead
+
+    assert keyword_defaults(DetectionHead.__init__) == schema.DetectionHead().model_dump()
+    assert keyword_defaults(DetectionTransform.__init__) == schema.DetectionImage().model_dump()
+
+
+def test_loss_options_match_the_criterion() -> None:
+    from visft_ds.tasks import TASKS
+
+    spec = TASKS["detection"]
+    expected = keyword_defaults(spec.build_criterion)
+    assert {k: v for k, v in expected.items() if k not in spec.shared_options} == schema.DetectionLoss().model_dump()
+
+
+def test_presets_and_overrides_match_the_backbone() -> None:
+    from dataclasses import fields
+    from typing import get_args
+
+    from visft_ds.models.eva_vit import PRESETS, EvaViTConfig
+
+    assert set(get_args(schema.ModelConfig.model_fields["preset"].annotation)) == set(PRESETS)
+    assert set(schema.BackboneOverrides.model_fields) == {field.name for field in fields(EvaViTConfig)}
+
+
+# Preflight
+
+
+def test_missing_inputs_on_one_screen() -> None:
+    missing = missing_inputs(
+        resolve(
+            stage=2,
+            settings=[
+                "visft.data.root=nowhere",
+                "visft.model.weights=nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
+                "visft.heads.path=nowhere",
+            ],
+        )
+    )
+    text = render_missing(missing)
+    lines = text.splitlines()
+    assert len(missing) == 4 and len(lines) <= 24 and max(map(len, lines)) <= 110
+    for part in (
+        "nowhere/train.manifest.json",
+        "nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
+        "hf download QuanSun/EVA-CLIP",
+        "deepspeed --num_gpus 8 launchers/train.py --stage 1 --model eva_e",
+    ):
+        assert part in text
+
+
+def test_commands_of_the_preflight_use_flags_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command.split()
+    tool = (root / shards[1]).read_text()
+    assert all(f'"{word}"' in tool for word in shards if word.startswith("--"))
+    heads = missing_inputs(resolve(stage=2, settings=["visft.heads.path=nowhere", "visft.data.root=nowhere"]))[
+        -1
+    ].command.split()
+    assert resolve_arguments(heads[heads.index("launchers/train.py") + 1 :])[1].visft.stage == 1
+
+
+def test_nothing_is_missing_where_everything_is(tmp_path: Path) -> None:
+    for name in ("train.manifest.json", "detection.safetensors"):
+        (tmp_path / name).touch()
+    config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=0")
+    assert missing_inputs(config) == []
+    config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=1")
+    assert [item.path for item in missing_inputs(config)] == [str(tmp_path / "val.manifest.json")]
+
+
+# Command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--stage is missing"),
+        (["--stage", "3"], "--stage 3: must be 1"),
+        (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
+        (["--stage", "1", "--lr=3"], "Anything else: --set KEY=VALUE"),
+        (["--stage", "1", "--model", "eva-e"], "did you mean eva_e? There are: debug, eva_e, eva_g"),
+        (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
+        (["--stage", "1", "--resume", "yes"], "must be auto"),
+        (["--stage", "1", "--set"], "expected one argument"),
+        (["--deepspeed_config", "x.json", "--model", "debug"], "leave out --model"),
+        (["--deepspeed_config", "no_such_file.json"], "no_such_file.json: no such file"),
+    ],
+)
+def test_wrong_arguments(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_arguments(argv)
+
+
+def test_flags_reach_the_configuration() -> None:
+    arguments, config = resolve_arguments(
+        [
+            "--local_rank=1",
+            "--stage",
+            "1",
+            "--model",
+            "debug",
+            "--engine",
+            "zero2",
+            "--data",
+            "d",
+            "--out",
+            "o",
+            "--resume",
+            "must",
+            "--dry-run",
+            "--set",
+            "visft.seed=4",
+        ]
+    )
+    assert (config.visft.data.root, config.visft.run.out, config.visft.seed) == ("d", "o", 4)
+    assert config.deepspeed["zero_optimization"]["stage"] == 2
+    assert (arguments.resume, arguments.dry_run, config.sources["visft.data.root"]) == ("must", True, "--data")
+
+
+def test_configuration_needs_no_tensor_library() -> None:
+    """A wrong key must be reported in a second, also where torch takes ten to import."""
+    code = (
+        "import sys; from visft_ds.config import *; import visft_ds.monitor.console, visft_ds.monitor.metrics;"
+        "missing_inputs(resolve_arguments(['--stage', '2'])[1]);"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

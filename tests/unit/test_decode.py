@@ -1,0 +1,90 @@
+"""Pictures of every kind become the same RGB pixels as in other programs, or are refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from visft_ds.data.decode import decode_image, image_format, image_size
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (19, 30, 3), dtype=np.uint8)
+
+
+def _file(kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _pillow(data: bytes) -> npt.NDArray[np.uint8]:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("data", "tolerance"),
+    [
+        (_file("JPEG"), 0),
+        (_file("JPEG", progressive=True), 0),
+        (_file("JPEG", "L"), 0),
+        (_file("JPEG", "CMYK"), 1),  # two ways of rounding in the conversion from CMYK
+        (_file("JPEG") + b"junk after the end", 0),
+        (_file("PNG"), 0),
+        (_file("PNG", "L"), 0),
+        (_file("PNG", "P"), 0),
+        (_file("PNG", "RGBA"), 0),
+        (_file("PNG", "1"), 0),
+    ],
+)
+def test_pixels_equal_pillows(data: bytes, tolerance: int) -> None:
+    pixels = decode_image(data)
+    assert pixels.shape == (19, 30, 3) and pixels.dtype == np.uint8
+    assert image_size(data) == (19, 30)
+    assert np.abs(pixels.astype(int) - _pillow(data)).max() <= tolerance
+
+
+def test_palette_with_transparency_is_decoded_without_a_warning() -> None:
+    data = _file("PNG", "P", transparency=bytes(range(200)))
+    assert decode_image(data).shape == (19, 30, 3)
+
+
+def test_rotation_in_exif_is_not_applied() -> None:
+    """COCO annotates the pixels as stored; a decoder that turns the picture makes every box wrong."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(_file("JPEG", exif=exif)).shape == (19, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "neither JPEG nor PNG"),
+        (_file("WEBP"), "neither JPEG nor PNG"),
+        (_file("GIF"), "neither JPEG nor PNG"),
+        (_file("JPEG")[:-2], "Premature end"),
+        (_file("JPEG")[: len(_file("JPEG")) * 7 // 10], "Premature end"),
+        (_file("PNG")[:700], "damaged PNG"),
+        (_file("PNG")[:20], "without a header"),
+        (_file("PNG", "I;16"), "16 bits"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_too_many_pixels_are_refused_from_the_header(kind: str) -> None:
+    # Only the head of the file: a decoder that started on the pixels would complain about the missing rest instead.
+    head = _file(kind)[:-100]
+    with pytest.raises(ValueError, match="30 x 19 pixels; allowed are 1 to 569"):
+        decode_image(head, max_pixels=569)
+
+
+def test_formats_are_told_by_content() -> None:
+    assert (image_format(_file("JPEG")), image_format(_file("PNG"))) == ("jpg", "png")

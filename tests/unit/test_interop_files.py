@@ -1,0 +1,168 @@
+"""Weight files: read lazily and identically from every container, refused with the reason when damaged, written whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visft_ds.interop.files import TensorInfo, open_weights, save_tensors, sha256_file, write_safetensors
+
+
+def _tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "half.odd": torch.randn(3, 5, generator=generator).half(),
+        "single": torch.randn(7, 2, generator=generator),
+        "brain": torch.randn(5, generator=generator).bfloat16(),
+        "flag": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(4, 6, generator=generator).t(),
+    }
+
+
+def _same(file: object, expected: dict[str, Tensor]) -> None:
+    assert sorted(file) == sorted(expected)  # type: ignore[call-overload]
+    for name, value in expected.items():
+        assert file.shape(name) == tuple(value.shape) and file.dtype(name) == value.dtype  # type: ignore[attr-defined]
+        assert torch.equal(file.get(name), value)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("nesting", [(), ("model",), ("module",), ("state_dict", "model")])
+def test_same_tensors_from_every_container(tmp_path: Path, container: str, nesting: tuple[str, ...]) -> None:
+    tensors = _tensors()
+    content: object = {f"module.{name}": value for name, value in tensors.items()} if nesting else tensors
+    if container == "safetensors":
+        path = tmp_path / "w.safetensors"
+        save_file({name: value.contiguous() for name, value in content.items()}, path)  # type: ignore[attr-defined]
+    else:
+        path = tmp_path / "w.pt"
+        for name in reversed(nesting):
+            content = {name: content, "step": 3}
+        # Published ViSFT adapters have the sizes of files from before torch's zip format, which cannot be mapped.
+        torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
+    _same(open_weights(path), tensors)
+
+
+def test_module_prefix_of_some_names_stays(tmp_path: Path) -> None:
+    tensors = {"module.a": torch.ones(2), "b": torch.ones(2)}
+    torch.save(tensors, tmp_path / "w.pt")
+    _same(open_weights(tmp_path / "w.pt"), tensors)
+
+
+def test_the_library_reads_what_the_streaming_writer_writes(tmp_path: Path) -> None:
+    tensors, path = _tensors(), tmp_path / "w.safetensors"
+    save_tensors(path, tensors, {"note": "ü"})
+    read = load_file(path)
+    assert sorted(read) == sorted(tensors)
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
+    assert open_weights(path).metadata["note"] == "ü" and open_weights(path).metadata["format"] == "pt"
+    _same(open_weights(path), tensors)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("code-was-run",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "plain pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "plain pickle":
+        Path("w.pt").write_bytes(pickle.dumps({"a": _Code()}))
+    else:
+        torch.save({"a": _Code()}, "w.pt", _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(ValueError, match="not written by torch.save" if kind == "plain pickle" else "can run code"):
+        open_weights("w.pt")
+    assert not Path("code-was-run").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
+def test_a_part_of_a_file_is_refused(tmp_path: Path, container: str, share: float) -> None:
+    path = tmp_path / ("w.safetensors" if container == "safetensors" else "w.pt")
+    tensors = {"a": torch.randn(100, 100), "b": torch.randn(30)}
+    if container == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=container == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ValueError, match=r"w\.(pt|safetensors) (is|was) not|is damaged"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.safetensors", b"<!DOCTYPE html><p>404</p>", "web page"),
+        ("w.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("w.pt", b"", "is empty"),
+        ("w.pt", b'{"a": 1}', "not written by torch.save"),
+        ("w.npz", b"PK", "unknown kind"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(1)], "expected a mapping"),
+        ({"a": torch.ones(1), "epoch": 3}, r"epoch \(int\)"),
+        ({"model": {"a": torch.ones(1)}, "module": {"a": torch.zeros(1)}}, "several nested"),
+        ({3: torch.ones(1)}, "must be text"),
+    ],
+)
+def test_contents_that_are_no_weights(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        open_weights(tmp_path / "w.pt")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        open_weights(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="is a folder"):
+        open_weights(tmp_path)
+
+
+def test_only_the_asked_tensor_is_produced_and_held(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def produce(name: str) -> Tensor:
+        order.append(name)
+        return torch.full((4,), float(len(order)))
+
+    infos = {name: TensorInfo((4,), torch.float32) for name in ("c", "a", "b")}
+    write_safetensors(tmp_path / "w.safetensors", infos, produce, {})
+    assert order == ["a", "b", "c"]
+    assert load_file(tmp_path / "w.safetensors")["b"].tolist() == [2.0] * 4
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {"a": torch.ones(3)}, {})
+    before = sha256_file(path)
+    with pytest.raises(ValueError, match="not overwritten"):
+        save_tensors(path, {"a": torch.zeros(3)}, {})
+
+    def produce(name: str) -> Tensor:
+        if name == "b":
+            raise OSError(28, "No space left on device")
+        return torch.zeros(3)
+
+    infos = {name: TensorInfo((3,), torch.float32) for name in "ab"}
+    with pytest.raises(OSError, match="No space"):
+        write_safetensors(path, infos, produce, {}, overwrite=True)
+    assert sha256_file(path) == before and os.listdir(tmp_path) == ["w.safetensors"]

@@ -1,0 +1,218 @@
+"""Batches depend on the plan alone: not on ranks, micro-batches, threads, roles or where a run resumed."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_tree import NO_PHOTOS, PHOTOS, make_split
+
+from visft_ds.data.collate import collate_detection
+from visft_ds.data.convert import Options, build
+from visft_ds.data.loader import Pipeline, StepLoader, coco_dataset, evaluation_batches, read_raw
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import Plan, StepPlan, TaskPlan
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.shards import ShardReader
+from visft_ds.data.transforms import DetectionTransform
+
+SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
+TRAIN = Pipeline(DetectionTransform(True, **SIZES), collate_detection)
+EVALUATE = Pipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_detection)
+#: Of the two tasks, "other" stands for any second one.
+PIPELINES = {"detection": TRAIN, "other": TRAIN}
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
+    with ShardReader(make_split(tmp_path_factory.mktemp("split"), 18)) as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def plan(reader: ShardReader) -> Plan:
+    return Plan({"detection": TaskPlan(len(reader), 4, 2), "other": TaskPlan(len(reader), 8, 1)}, seed=3)
+
+
+def _collect(reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any) -> list[tuple[StepPlan, Batch]]:
+    return [
+        (whole, batch)
+        for whole, batches in StepLoader(reader, plan, PIPELINES, **options).steps(start, stop)
+        for batch in batches
+    ]
+
+
+def _by_sample(batches: list[tuple[StepPlan, Batch]]) -> dict[tuple[int, int], list[Any]]:
+    """(step, index) -> everything about that sample, without what depends on its neighbours (padding)."""
+    table = {}
+    for whole, batch in batches:
+        boxes = batch.targets["detection"].boxes.split(batch.targets["detection"].counts.tolist())
+        for place, index in enumerate(batch.indices.tolist()):
+            height, width = batch.sizes[place].tolist()
+            image = batch.images[place, :, :height, :width]
+            table[whole.step, index] = [image.tolist(), boxes[place].tolist(), batch.random_keys[place].item()]
+    return table
+
+
+@pytest.fixture(scope="module")
+def reference(reader: ShardReader, plan: Plan) -> dict[tuple[int, int], list[Any]]:
+    return _by_sample(_collect(reader, plan, 0, 6, threads=0))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulation", "threads", "prefetch"), [(1, 1, 1, 0), (1, 4, 3, 2), (2, 1, 2, 5), (4, 1, 0, 0)]
+)
+def test_any_split_gives_the_same_samples(
+    reader: ShardReader,
+    plan: Plan,
+    reference: dict[tuple[int, int], list[Any]],
+    ranks: int,
+    accumulation: int,
+    threads: int,
+    prefetch: int,
+) -> None:
+    got: dict[tuple[int, int], list[Any]] = {}
+    for rank in range(ranks):
+        options = {"dp_rank": rank, "dp_size": ranks, "accumulation": accumulation}
+        part = _collect(reader, plan, 0, 6, threads=threads, prefetch_steps=prefetch, **options)
+        assert len(part) == 6 * accumulation
+        assert [whole.step for whole, _ in part[::accumulation]] == list(range(6))
+        got |= _by_sample(part)
+    assert got == reference
+
+
+def test_resuming_gives_the_rest(reader: ShardReader, plan: Plan, reference: dict[tuple[int, int], list[Any]]) -> None:
+    rest = _by_sample(_collect(reader, plan, 4, 6))
+    assert rest == {key: value for key, value in reference.items() if key[0] >= 4}
+
+
+def test_roles_see_the_same_samples(reader: ShardReader, plan: Plan) -> None:
+    """The first and the last stage of a pipeline read apart and must agree."""
+    roles = {role: _collect(reader, plan, 0, 5, role=role) for role in ("both", "images", "labels")}
+    for (_, both), (_, images), (_, labels) in zip(*roles.values(), strict=True):
+        assert torch.equal(both.images, images.images) and images.tasks == ()
+        assert labels.images.shape[2:] == (0, 0)
+        for name in ("boxes", "labels", "counts"):
+            assert torch.equal(getattr(both.targets["detection"], name), getattr(labels.targets["detection"], name))
+        for name in ("sizes", "original_sizes", "indices", "image_ids", "random_keys"):
+            assert torch.equal(getattr(both, name), getattr(images, name))
+            assert torch.equal(getattr(both, name), getattr(labels, name))
+
+
+def test_the_same_picture_looks_different_in_another_epoch(reader: ShardReader, plan: Plan) -> None:
+    seen: dict[int, set[int]] = {}
+    for _, batch in _collect(reader, plan, 0, 12):
+        for index, key in zip(batch.indices.tolist(), batch.random_keys.tolist(), strict=True):
+            seen.setdefault(index, set()).add(key)
+    assert max(map(len, seen.values())) > 1
+
+
+def test_damage_surfaces_at_its_step_and_ends_the_threads(reader: ShardReader, plan: Plan, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(reader.manifest.root, tmp_path / "copy"))
+    manifest = Manifest.load(root, "toy")
+    hurt = int(plan.step(3).indices[1])
+    good = next(step for step in range(9) if hurt in plan.step(step).indices)
+    row = manifest.index[hurt]
+    path = root / manifest.shards[row["shard"]].name
+    data = bytearray(path.read_bytes())
+    data[row["image_offset"] + 50] ^= 255
+    path.write_bytes(data)
+    with ShardReader(manifest) as damaged:
+        loop = StepLoader(damaged, plan, PIPELINES).steps(0, 9)
+        assert [next(loop)[0].step for _ in range(good)] == list(range(good)), "earlier steps are unharmed"
+        with pytest.raises(ValueError, match=rf"{path.name}, key {row['image_id']:012d}.*damaged"):
+            next(loop)
+    assert not _threads()
+
+
+def test_leaving_the_loop_ends_the_threads(reader: ShardReader, plan: Plan) -> None:
+    loop = StepLoader(reader, plan, PIPELINES, threads=3).steps(0)
+    next(loop)
+    assert _threads()
+    loop.close()
+    assert not _threads()
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("data")]
+
+
+def test_read_ahead_hides_the_work_and_is_bounded(reader: ShardReader) -> None:
+    made = []
+
+    def slow(raw: RawSample, rng: np.random.Generator) -> Sample:
+        time.sleep(0.02)
+        made.append(raw.index)
+        return TRAIN.transform(raw, rng)
+
+    plan = Plan({"detection": TaskPlan(len(reader), 2)}, seed=0)
+    pipelines = {"detection": Pipeline(slow, collate_detection)}
+    loader = StepLoader(reader, plan, pipelines, threads=2, prefetch_steps=2)
+    loop = loader.steps(0)
+    next(loop)
+    assert loader.wait_seconds > 0.015, "nothing was ready for the first step"
+    time.sleep(0.3)
+    assert len(made) == 3 * 2, "one step in use, two ready"
+    next(loop)
+    assert loader.wait_seconds < 0.015, "this one was ready"
+    loop.close()
+
+
+def test_a_task_without_pipeline_and_an_uneven_split_are_refused(reader: ShardReader, plan: Plan) -> None:
+    with pytest.raises(ValueError, match="no pipeline for other; the plan has detection, other"):
+        StepLoader(reader, plan, {"detection": TRAIN})
+    with pytest.raises(ValueError, match="cannot be split over 3"):
+        StepLoader(reader, plan, PIPELINES, dp_size=3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "limit"), [(1, 4, None), (2, 4, None), (4, 2, 10), (4, 3, 3), (5, 7, None)]
+)
+def test_evaluation_shows_each_image_once(reader: ShardReader, ranks: int, batch_size: int, limit: int | None) -> None:
+    """Repeating images to fill up ranks and counting them twice is a well-known way to a wrong AP."""
+    per_rank = [list(evaluation_batches(reader, EVALUATE, batch_size, rank, ranks, limit)) for rank in range(ranks)]
+    assert len({tuple(len(batch.real) for batch in batches) for batches in per_rank}) == 1
+    real = [index for batches in per_rank for b in batches for index in b.indices[b.real].tolist()]
+    assert sorted(real) == list(range(min(18, limit or 18)))
+    assert all(batch.sizes.max() <= 49 and (batch.random_keys == 0).all() for batch in per_rank[0])
+    assert not _threads()
+
+
+def test_the_size_in_the_index_must_be_that_of_the_picture(reader: ShardReader, tmp_path: Path) -> None:
+    index = np.array(reader.manifest.index)
+    index["width"] += 1
+    manifest = Manifest(**{**vars(reader.manifest), "index": index})
+    with ShardReader(manifest) as wrong:
+        with pytest.raises(ValueError, match=r"the image is \d+ x \d+ pixels, not"):
+            read_raw(wrong, 0)
+
+
+def test_the_stored_annotations_are_a_coco_data_set(reader: ShardReader) -> None:
+    content = coco_dataset(reader)
+    assert len(content["images"]) == 18 and sum(a["iscrowd"] for a in content["annotations"]) == 1
+    assert {a["image_id"] for a in content["annotations"]} <= {image["id"] for image in content["images"]}
+    assert [category["id"] for category in content["categories"]] == [3, 8, 13]
+    assert [image["id"] for image in coco_dataset(reader, [4])["images"]] == [int(reader.row(4)["image_id"])]
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)
+def test_real_photographs_at_full_size(tmp_path: Path) -> None:
+    labels = PHOTOS / "annotations"
+    build(Options(PHOTOS / "val2017", labels / "instances_val2017.json", None, tmp_path, "val"))
+    pipelines = {"detection": Pipeline(DetectionTransform(True), collate_detection)}
+    with ShardReader(Manifest.load(tmp_path, "val")) as photos:
+        plan = Plan({"detection": TaskPlan(len(photos), 8)}, seed=0)
+        for _, (batch,) in StepLoader(photos, plan, pipelines).steps(0, 3):
+            assert max(batch.images.shape[2:]) <= 672 and batch.sizes.min() >= 100
+            boxes = batch.targets["detection"].boxes
+            corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+            # Boxes are cut at the border; float32 rounds the sum of centre and half extent.
+            assert corners.min() > -1e-6 and corners.max() < 1 + 1e-6
+            assert batch.targets["detection"].labels.max() <= 90

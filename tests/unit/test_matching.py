@@ -1,0 +1,128 @@
+"""Matching: optimal, one to one, each image on its own; empty, overfull and broken inputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from visft_ds.data.samples import DetectionTargets
+from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
+from visft_ds.tasks.matching import Matches, MatchingCosts, match
+
+COSTS = MatchingCosts()
+
+
+def _predictions(layers: int, images: int, queries: int, classes: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(layers, images, queries, classes + 1), torch.rand(layers, images, queries, 4)
+
+
+def _targets(counts: list[int], classes: int = 5) -> DetectionTargets:
+    total = sum(counts)
+    return DetectionTargets(torch.rand(total, 4), torch.randint(classes, (total,)), torch.tensor(counts))
+
+
+def _cost(logits: Tensor, boxes: Tensor, targets: DetectionTargets, rows: slice) -> Tensor:
+    """(queries, objects) of one image and layer, written out from the definition."""
+    wanted = targets.boxes[rows]
+    probability = logits.softmax(-1)[:, targets.labels[rows]]
+    distance = (boxes[:, None] - wanted).abs().sum(-1)
+    overlap = generalized_box_iou(centers_to_corners(boxes)[:, None], centers_to_corners(wanted))
+    return -probability + 5 * distance - 2 * overlap
+
+
+def _of(matches: Matches, layer: int, image: int) -> list[tuple[int, int]]:
+    here = (matches.layers == layer) & (matches.images == image)
+    return list(zip(matches.queries[here].tolist(), matches.objects[here].tolist(), strict=True))
+
+
+def test_best_of_all_assignments() -> None:
+    """Against trying out every assignment; a neighbour image's objects or queries must never be chosen."""
+    logits, boxes = _predictions(layers=2, images=3, queries=4)
+    targets = _targets([2, 0, 3])
+    matches = match(logits, boxes, targets, COSTS)
+    assert len(matches.layers) == 2 * 5
+    for layer in range(2):
+        for image, rows in ((0, slice(0, 2)), (1, slice(2, 2)), (2, slice(2, 5))):
+            cost = _cost(logits[layer, image], boxes[layer, image], targets, rows)
+            objects = range(rows.stop - rows.start)
+            best = min(
+                itertools.permutations(range(4), len(objects)),
+                key=lambda queries: sum(float(cost[q, o]) for q, o in zip(queries, objects, strict=True)),
+            )
+            assert sorted(_of(matches, layer, image)) == sorted(zip(best, range(rows.start, rows.stop), strict=True))
+
+
+def test_batch_equals_one_image_at_a_time() -> None:
+    logits, boxes = _predictions(layers=3, images=4, queries=10)
+    counts = [3, 0, 12, 5]
+    targets = _targets(counts)
+    together = match(logits, boxes, targets, COSTS)
+    start = 0
+    for image, count in enumerate(counts):
+        alone = DetectionTargets(
+            targets.boxes[start : start + count], targets.labels[start : start + count], torch.tensor([count])
+        )
+        single = match(logits[:, image : image + 1], boxes[:, image : image + 1], alone, COSTS)
+        for layer in range(3):
+            shifted = [(query, row + start) for query, row in _of(single, layer, 0)]
+            assert _of(together, layer, image) == shifted
+        start += count
+
+
+def test_no_objects_at_all() -> None:
+    logits, boxes = _predictions(layers=2, images=2, queries=4)
+    matches = match(logits, boxes, _targets([0, 0]), COSTS)
+    assert len(matches.layers) == len(matches.objects) == 0
+    assert matches.queries.dtype == torch.int64
+
+
+def test_more_objects_than_queries() -> None:
+    """Every query gets an object, no object twice."""
+    logits, boxes = _predictions(layers=2, images=2, queries=100)
+    matches = match(logits, boxes, _targets([300, 1]), COSTS)
+    assert len(matches.layers) == 2 * 101
+    pairs = _of(matches, 1, 0)
+    assert sorted(query for query, _ in pairs) == list(range(100))
+    assert len({row for _, row in pairs}) == 100
+
+
+def test_degenerate_boxes_are_matched() -> None:
+    logits, boxes = _predictions(layers=1, images=1, queries=3)
+    boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    targets = DetectionTargets(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), torch.tensor([1]), torch.tensor([1]))
+    assert len(match(logits, boxes, targets, COSTS).layers) == 1
+
+
+@pytest.mark.parametrize(("where", "term"), [("logits", "ce"), ("boxes", "l1")])
+def test_broken_prediction_names_term_and_image(where: str, term: str) -> None:
+    logits, boxes = _predictions(layers=2, images=2, queries=4)
+    (logits if where == "logits" else boxes)[1, 1, 2] = float("nan")
+    with pytest.raises(RuntimeError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
+        match(logits, boxes, _targets([1, 2]), COSTS, image_ids=torch.tensor([5, 77]))
+
+
+def test_broken_target_is_the_users() -> None:
+    targets = _targets([1, 2])
+    targets.boxes[2, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"target box .* image 1 of the micro-batch is not finite"):
+        match(*_predictions(layers=2, images=2, queries=4), targets, COSTS)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_label_outside_the_head(label: int) -> None:
+    targets = _targets([1, 1])
+    targets.labels[1] = label
+    with pytest.raises(ValueError, match=rf"label {label} in image_id 9 is outside the head's classes 0\.\.4"):
+        match(*_predictions(layers=1, images=2, queries=4), targets, COSTS, image_ids=torch.tensor([3, 9]))
+
+
+def test_16_bit_predictions_are_compared_in_float32() -> None:
+    """Two candidates 0.02 apart in cost, which bfloat16 arithmetic would round away: around 8 it has steps of 1/16."""
+    boxes = torch.full((1, 1, 2, 4), 0.5)
+    boxes[0, 0, 1, 0] += 2**-8  # one step of bfloat16 nearer to the object
+    targets = DetectionTargets(torch.full((1, 4), 0.9), torch.tensor([0]), torch.tensor([1]))
+    matches = match(torch.zeros(1, 1, 2, 6).bfloat16(), boxes.bfloat16(), targets, COSTS)
+    assert matches.queries.tolist() == [1]

@@ -1,0 +1,26 @@
+"""Configuration of a run: three layers of JSON, one resolved and validated result. Imports neither torch nor deepspeed.
+
+schema, deepspeed_keys: what may be said. layers: merging. validate: every error at once. resolve: from a stage, an
+engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what must be on
+disk. command_line: the flags.
+"""
+
+from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
+from visft_ds.config.command_line import build_parser, resolve_arguments
+from visft_ds.config.preflight import Missing, missing_inputs, render_missing
+from visft_ds.config.resolve import ResolvedConfig, identity_differences, resolve, resolve_values
+
+__all__ = [
+    "Batches",
+    "Missing",
+    "ResolvedConfig",
+    "build_parser",
+    "deepspeed_dict",
+    "derive_batches",
+    "identity_differences",
+    "missing_inputs",
+    "render_missing",
+    "resolve",
+    "resolve_arguments",
+    "resolve_values",
+]

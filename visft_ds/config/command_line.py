@@ -1,0 +1,110 @@
+"""The command line of launchers/train.py: few flags, everything else has a place in ds_configs/."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from visft_ds.config.resolve import ResolvedConfig, available, resolve
+
+DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
+
+_EPILOG = """examples:
+  deepspeed --num_gpus 8 launchers/train.py --stage 1
+  deepspeed --num_gpus 8 launchers/train.py --stage 2
+  python launchers/train.py --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; it raises `argparse.ArgumentError` instead of leaving the process."""
+    parser = argparse.ArgumentParser(
+        prog="launchers/train.py",
+        description="Train one stage of ViSFT.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
+    add(
+        "--model", metavar="NAME", help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL})"
+    )
+    add(
+        "--engine",
+        metavar="NAME",
+        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
+    )
+    add("--data", metavar="FOLDER", help="shards made by tools/make_shards.py (visft.data.root)")
+    add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
+    add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
+    add("--dry-run", action="store_true", help="print the resolved configuration and what is missing, then stop")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set one dotted key, e.g. visft.seed=1; repeatable",
+    )
+    add("--deepspeed_config", metavar="FILE", help="one complete configuration of your own instead of ds_configs/")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+    return parser
+
+
+def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ResolvedConfig]:
+    """Parse the command line (None: the process's own) and resolve the configuration it names.
+
+    Returns:
+        The arguments, with `stage`, `model` and `engine` filled in (the last two None with --deepspeed_config), and
+        the configuration.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest one) or value, or an invalid configuration (all errors at once).
+    """
+    parser = build_parser()
+    try:
+        arguments, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}; see launchers/train.py --help") from error
+    if unknown:
+        raise ValueError("\n".join(_unknown(parser, text) for text in unknown))
+    if arguments.stage not in (None, "1", "2"):
+        raise ValueError(f"--stage {arguments.stage}: must be 1 (heads) or 2 (the backbone's adapters)")
+    arguments.stage = arguments.stage and int(arguments.stage)
+    if arguments.resume not in ("auto", "must", "no"):
+        raise ValueError(f"--resume {arguments.resume}: must be auto (if there is a checkpoint), must, or no")
+    if arguments.deepspeed_config is not None:
+        doubled = [f"--{name}" for name in ("model", "engine") if getattr(arguments, name) is not None]
+        if doubled:
+            raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
+    else:
+        if arguments.stage is None:
+            raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
+        arguments.model = arguments.model or DEFAULT_MODEL
+        arguments.engine = arguments.engine or DEFAULT_ENGINE
+    flags: dict[str, tuple[str, Any]] = {
+        "--data": ("visft.data.root", arguments.data),
+        "--out": ("visft.run.out", arguments.out),
+    }
+    config = resolve(
+        stage=arguments.stage,
+        engine=arguments.engine or DEFAULT_ENGINE,
+        model=arguments.model or DEFAULT_MODEL,
+        file=arguments.deepspeed_config,
+        settings=arguments.set,
+        flags={flag: pair for flag, pair in flags.items() if pair[1] is not None},
+    )
+    arguments.stage = config.visft.stage
+    return arguments, config
+
+
+def _unknown(parser: argparse.ArgumentParser, text: str) -> str:
+    flags = sorted(flag for flag in parser._option_string_actions if flag.startswith("--") and flag != "--local_rank")
+    if not text.startswith("-"):
+        return f"{text}: unknown argument; flags begin with --, lists in --set need quotes"
+    near = difflib.get_close_matches(text.partition("=")[0].replace("_", "-"), flags, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(flags)}. Anything else: --set KEY=VALUE"
+    return f"{text}: unknown flag; {hint}"

@@ -1,0 +1,85 @@
+"""What a run needs on disk, checked before any process allocates a model: file names only, no tensor library."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from visft_ds.config.resolve import ResolvedConfig
+
+#: File name of published base weights -> command that fetches it into a folder. Sources: the model cards of
+#: https://huggingface.co/QuanSun/EVA-CLIP and https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
+PUBLISHED_WEIGHTS = {
+    "EVA02_CLIP_E_psz14_plus_s9B.pt": (
+        "hf download QuanSun/EVA-CLIP EVA02_CLIP_E_psz14_plus_s9B.pt --local-dir {folder}"
+    ),
+    "eva_vit_g.pth": (
+        "curl -L --create-dirs -o {folder}/eva_vit_g.pth "
+        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing a run needs and does not find."""
+
+    what: str
+    path: str  #: where it is looked for
+    command: str  #: what makes it
+
+
+def missing_inputs(config: ResolvedConfig) -> list[Missing]:
+    """Shards, base weights and stage-1 heads that are not there; empty when the run can start."""
+    return [*_shards(config), *_weights(config), *_heads(config)]
+
+
+def _shards(config: ResolvedConfig) -> Iterator[Missing]:
+    data = config.visft.data
+    splits = {data.train: "training"} | ({data.val: "evaluation"} if config.visft.run.eval_every else {})
+    for split, purpose in splits.items():
+        manifest = Path(data.root) / f"{split}.manifest.json"
+        if not manifest.is_file():
+            command = (
+                f"python tools/make_shards.py build --images COCO/{split}2017 "
+                f"--instances COCO/annotations/instances_{split}2017.json "
+                f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
+            )
+            yield Missing(f"shards for {purpose} (or name their folder with --data)", str(manifest), command)
+
+
+def _weights(config: ResolvedConfig) -> Iterator[Missing]:
+    model = config.visft.model
+    if model.weights is None or Path(model.weights).is_file():
+        return
+    path = Path(model.weights)
+    fetch = PUBLISHED_WEIGHTS.get(
+        path.name, "put the file there, or name another one with --set visft.model.weights=FILE"
+    )
+    yield Missing(f"base weights of {model.name}", str(path), fetch.format(folder=path.parent))
+
+
+def _heads(config: ResolvedConfig) -> Iterator[Missing]:
+    heads = config.visft.heads
+    if heads.path is None:
+        return
+    absent = [task for task in config.visft.tasks.enabled() if not (Path(heads.path) / f"{task}.safetensors").is_file()]
+    if absent:
+        command = f"deepspeed --num_gpus 8 launchers/train.py --stage 1 --model {config.visft.model.name}"
+        if "visft.data.root" in config.sources:
+            command += f" --data {config.visft.data.root}"
+        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", heads.path, command)
+
+
+def render_missing(missing: Sequence[Missing]) -> str:
+    """One screen: what is missing, where it was looked for, and the commands that make it, in order."""
+    lines = [f"this run cannot start: {len(missing)} of its inputs {'is' if len(missing) == 1 else 'are'} missing"]
+    for item in missing:
+        lines += [f"  - {item.what}", f"    not found: {item.path}"]
+    lines.append("make them with:")
+    for item in missing:
+        wrapped = textwrap.wrap(item.command, width=100, break_long_words=False, break_on_hyphens=False)
+        lines.append("  " + " \\\n      ".join(wrapped))  # a backslash, so that it can be pasted as it stands
+    return "\n".join(lines)

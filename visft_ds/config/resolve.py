@@ -1,0 +1,189 @@
+"""One resolved configuration out of ds_configs/ (or one file of the user's own), flags and --set."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visft_ds.config.layers import (
+    CONFIG_ROOT,
+    Replaced,
+    Tree,
+    apply_override,
+    assign,
+    display,
+    load_json,
+    merge,
+    parse_assignment,
+)
+from visft_ds.config.schema import OptimizerConfig, Recipe, SchedulerConfig, VisftConfig
+from visft_ds.config.validate import validate
+
+#: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
+#: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
+#: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
+NOT_IDENTITY = (
+    "visft.run.*",
+    "visft.data.root",
+    "visft.data.threads",
+    "visft.data.prefetch_steps",
+    "visft.heads.path",
+    "visft.model.name",
+    "visft.model.weights",
+    "visft.model.checkpoint_every",
+    "visft.tasks.*.micro_batch",
+)
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A validated configuration. Nothing in it is null that a trainer would have to decide."""
+
+    visft: VisftConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    gradient_clipping: float
+    deepspeed: Mapping[str, Any]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
+    sources: Mapping[str, str]  #: dotted key -> file or flag that set it; keys left at their default are absent
+    replaced: tuple[Replaced, ...]  #: values that a model file or a flag replaced on purpose
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
+        ours = Recipe(
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            gradient_clipping=self.gradient_clipping,
+            visft=self.visft,
+        )
+        return {**copy.deepcopy(dict(self.deepspeed)), **ours.model_dump(mode="json")}
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted key -> value of everything that must be equal to resume a run (all but `NOT_IDENTITY`)."""
+        values = self.to_dict()
+        flat = _flatten({key: values[key] for key in Recipe.model_fields})
+        return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity()`, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if pairs is None:
+        yield prefix[:-1], value
+    else:
+        for key, nested in pairs:
+            yield from _flatten(nested, f"{prefix}{key}.")
+
+
+def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line for each key that differs between two `identity()` dicts: `key: theirs -> ours`."""
+    keys = sorted({*theirs, *ours})
+    absent = "(absent)"
+    pairs = ((key, theirs.get(key, absent), ours.get(key, absent)) for key in keys)
+    return [f"{key}: {json.dumps(old)} -> {json.dumps(new)}" for key, old, new in pairs if old != new]
+
+
+def available(folder: str) -> list[str]:
+    """Names that --engine ("engines") or --model ("models") accept."""
+    return sorted(path.stem for path in (CONFIG_ROOT / folder).glob("*.json"))
+
+
+def _layer_file(folder: str, flag: str, name: str) -> Path:
+    known = available(folder)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"{flag} {name}: no such file {display(CONFIG_ROOT / folder)}/{name}.json{hint} "
+            f"There are: {', '.join(known)}"
+        )
+    return CONFIG_ROOT / folder / f"{name}.json"
+
+
+def resolve(
+    *,
+    stage: int | None = None,
+    engine: str = "zero1",
+    model: str = "eva_e",
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ResolvedConfig:
+    """Merge, override, set, validate.
+
+    Args:
+        stage: 1 or 2; may be None with `file`, which states it.
+        engine: name of a file in ds_configs/engines.
+        model: name of a file in ds_configs/models.
+        file: one complete file that replaces the three layers.
+        settings: "dotted.key=value" texts, applied last and in order.
+        flags: flag -> (dotted key, value), applied before `settings`.
+
+    Raises:
+        ValueError: everything that is wrong with the configuration, one line each.
+    """
+    if file is not None:
+        tree = merge([(display(Path(file)), load_json(Path(file)))])
+        stated = tree.values.get("visft", {}).get("stage") if isinstance(tree.values.get("visft"), dict) else None
+        if stage is not None and stated != stage:
+            raise ValueError(
+                f"--stage {stage}: {display(Path(file))} states visft.stage = {stated}; leave one of them out"
+            )
+    else:
+        if stage not in (1, 2):
+            raise ValueError(f"--stage {stage}: must be 1 (train the heads) or 2 (train the backbone's adapters)")
+        tree = _merge_layers(stage, engine, model)
+    for flag, (key, value) in (flags or {}).items():
+        assign(tree, key, value, flag)
+    for text in settings:
+        key, value = parse_assignment(text)
+        assign(tree, key, value, "--set")
+    return _typed(tree)
+
+
+def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
+    """The configuration that `ResolvedConfig.to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
+    return _typed(merge([(origin, values)]))
+
+
+def _merge_layers(stage: int, engine: str, model: str) -> Tree:
+    files = [
+        CONFIG_ROOT / f"stage{stage}.json",
+        _layer_file("engines", "--engine", engine),
+        _layer_file("models", "--model", model),
+    ]
+    layers = [(display(path), load_json(path)) for path in files]
+    name, values = layers[-1]
+    override = values.pop("override", {})
+    tree = merge(layers)
+    apply_override(tree, override, name)
+    return tree
+
+
+def _typed(tree: Tree) -> ResolvedConfig:
+    recipe = validate(tree)
+    visft = recipe.visft
+    if visft.run.out is None:
+        run = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{visft.model.name}"})
+        visft = visft.model_copy(update={"run": run})
+    if visft.stage == 2 and visft.heads.path is None:
+        heads = visft.heads.model_copy(update={"path": f"runs/stage1-{visft.model.name}/export"})
+        visft = visft.model_copy(update={"heads": heads})
+    return ResolvedConfig(
+        visft=visft,
+        optimizer=recipe.optimizer,
+        scheduler=recipe.scheduler,
+        gradient_clipping=recipe.gradient_clipping,
+        deepspeed={key: value for key, value in tree.values.items() if key not in Recipe.model_fields},
+        sources=dict(tree.sources),
+        replaced=tuple(entry for entry in tree.replaced if entry.new != entry.old),
+    )

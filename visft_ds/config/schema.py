@@ -1,0 +1,239 @@
+"""The typed part of a run's configuration: the "visft" block, optimizer, scheduler and gradient clipping.
+
+Values every recipe shares (the paper's architecture, augmentation and loss weights) are defaults here; what a recipe
+or a model decides has no default and stands in ds_configs/. Nothing here is imported by a model or a task: builders
+receive `options.model_dump()` as plain keyword arguments.
+
+Defaults follow the code published with the paper (https://github.com/TencentARC/ViSFT, arXiv 2401.10222).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+#: Unknown keys are errors, "1e-5" is no number, true is no integer, and a validated config does not change.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+
+
+def _whole(value: Any) -> Any:
+    """JSON's 3e7 is a float; as a count it is meant as 30000000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  #: 0, 1, 2, ...
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]  #: 1, 2, 3, ...
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+class OptimizerParams(BaseModel):
+    """AdamW's numbers; a parameter group may set its own lr and weight_decay."""
+
+    model_config = STRICT
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Rate
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class OptimizerConfig(BaseModel):
+    """`optimizer`, written as DeepSpeed writes it; built with torch, so that nothing is compiled at start."""
+
+    model_config = STRICT
+    type: Literal["AdamW"]
+    params: OptimizerParams
+
+
+class SchedulerParams(BaseModel):
+    """Numbers of the schedule, in optimiser steps and in fractions of each group's own learning rate."""
+
+    model_config = STRICT
+    warmup_num_steps: Count
+    total_num_steps: Positive  #: the length of the run
+    warmup_min_ratio: Fraction = 0.0
+    cos_min_ratio: Fraction = 0.0  #: only with WarmupCosineLR
+
+
+class SchedulerConfig(BaseModel):
+    """`scheduler`, under DeepSpeed's names; ours does not spend the first step at learning rate 0."""
+
+    model_config = STRICT
+    type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: cosine, linear, constant after the warm-up
+    params: SchedulerParams
+
+
+class BackboneOverrides(BaseModel):
+    """Fields of the backbone preset that this model replaces."""
+
+    model_config = STRICT
+    width: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
+    patch_size: Positive | None = None
+    image_size: Positive | None = None  #: decides the grid of the stored position embeddings
+    post_norm: bool | None = None
+
+
+class ModelConfig(BaseModel):
+    """`visft.model`: which backbone, with which weights, computing in which precision."""
+
+    model_config = STRICT
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
+    preset: Literal["eva_e", "eva_g", "debug"]
+    overrides: BackboneOverrides = BackboneOverrides()
+    weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
+    weights_seed: Count = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
+    checkpoint_every: Count = 0  #: activation checkpointing of every k-th block; 0: none
+
+    def backbone_options(self) -> dict[str, Any]:
+        """Keyword arguments of `build_backbone` that differ from the preset."""
+        return self.overrides.model_dump(exclude_none=True)
+
+
+class LoraConfig(BaseModel):
+    """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank."""
+
+    model_config = STRICT
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)]
+
+
+class DetectionImage(BaseModel):
+    """Keyword arguments of the detection transform; sizes in pixels."""
+
+    model_config = STRICT
+    short_sides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (480, 512, 544, 576, 608, 640, 672)
+    max_long: Positive = 672
+    crop_short_sides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (400, 500, 600)
+    crop_range: tuple[Positive, Positive] = (384, 600)
+    flip: Fraction = 0.5  #: probability
+    eval_short: Positive = 800
+    eval_max_long: Positive = 672
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+
+
+class DetectionHead(BaseModel):
+    """Keyword arguments of the detection head (asymmetric DETR)."""
+
+    model_config = STRICT
+    num_classes: Positive = 91
+    num_queries: Positive = 100
+    encoder_dim: Positive = 128
+    decoder_dim: Positive = 256
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 6
+    num_heads: Positive = 8
+    ffn_dim: Positive = 1024
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class DetectionLoss(BaseModel):
+    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
+
+    model_config = STRICT
+    ce: Rate = 1.0
+    l1: Rate = 5.0
+    giou: Rate = 2.0
+    no_object: Annotated[float, Field(gt=0)] = 0.1  #: class weight of "no object" in the cross-entropy
+
+
+class DetectionTask(BaseModel):
+    """`visft.tasks.detection`."""
+
+    model_config = STRICT
+    ratio: Annotated[float, Field(gt=0)]  #: share of the optimiser steps, relative to the other tasks
+    batch_size: Positive  #: images of one optimiser step over all processes
+    micro_batch: Positive  #: most images one process sends through the model at once
+    image: DetectionImage = DetectionImage()
+    head: DetectionHead = DetectionHead()
+    loss: DetectionLoss = DetectionLoss()
+
+
+TaskConfig = DetectionTask  #: becomes a union as tasks are added
+
+
+class TasksConfig(BaseModel):
+    """`visft.tasks`: the tasks that train together. A task set to null, or absent, takes no part."""
+
+    model_config = STRICT
+    detection: DetectionTask | None = None
+
+    def enabled(self) -> dict[str, TaskConfig]:
+        """Task name -> its settings, in the order of this class."""
+        pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: task for name, task in pairs if task is not None}
+
+
+class HeadsConfig(BaseModel):
+    """`visft.heads`: the stage-1 heads that stage 2 learns from."""
+
+    model_config = STRICT
+    path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
+    active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
+
+
+class DataConfig(BaseModel):
+    """`visft.data`: shards made by tools/make_shards.py, ROOT/NAME.manifest.json."""
+
+    model_config = STRICT
+    root: Text = "data/coco"
+    train: Text = "train"
+    val: Text = "val"
+    threads: Positive = 4  #: decoding threads of each process
+    prefetch_steps: Count = 2
+
+
+class ParamGroup(BaseModel):
+    """One entry of `visft.param_groups`; null numbers are the optimizer's."""
+
+    model_config = STRICT
+    name: Text
+    params: Text  #: glob over qualified parameter names
+    lr: Rate | None = None
+    weight_decay: Rate | None = None
+
+
+class RunConfig(BaseModel):
+    """`visft.run`: the run folder and what is written into it, in optimiser steps."""
+
+    model_config = STRICT
+    out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
+    save_every: Positive = 500
+    keep_last: Positive = 3  #: checkpoints kept
+    eval_every: Count = 5000  #: 0: only by tools/evaluate.py
+    eval_limit: Positive | None = None  #: images; null: all
+    log_every: Positive = 20
+
+
+class VisftConfig(BaseModel):
+    """`visft`: everything DeepSpeed knows nothing about."""
+
+    model_config = STRICT
+    stage: Literal[1, 2]
+    seed: Count = 0
+    model: ModelConfig
+    lora: LoraConfig | None = None
+    tasks: TasksConfig
+    heads: HeadsConfig = HeadsConfig()
+    data: DataConfig = DataConfig()
+    param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
+    run: RunConfig = RunConfig()
+
+
+class Recipe(BaseModel):
+    """The keys of a configuration that this project reads; all others go to DeepSpeed."""
+
+    model_config = STRICT
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
+    visft: VisftConfig

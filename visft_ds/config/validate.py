@@ -1,0 +1,228 @@
+"""Check a tree of values against the schema: every error at once, one line each, with the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
+from visft_ds.config.layers import Tree, leaves, shorten
+from visft_ds.config.schema import Recipe
+
+ITEM = "*"  #: stands for a position in a list
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Every key a configuration may set, dotted; "*" stands for a position in a list."""
+    return tuple(sorted({*_model_keys(Recipe, ""), *_model_keys(DeepSpeedKeys, "")}))
+
+
+def _model_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for nested, repeated in _nested_models(info.annotation):
+            yield from _model_keys(nested, f"{prefix}{name}.{ITEM}." if repeated else f"{prefix}{name}.")
+
+
+def _nested_models(annotation: Any, repeated: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, repeated
+    for argument in get_args(annotation):
+        yield from _nested_models(argument, repeated or getattr(annotation, "__origin__", None) is tuple)
+
+
+def suggest(location: Sequence[str]) -> str:
+    """What an unknown key was probably meant to be, as a clause of a message."""
+    if location == ["override"]:
+        return "only a file in ds_configs/models may replace values of other files"
+    *parents, name = [ITEM if part.isdigit() else part for part in location]
+    prefix = "".join(f"{part}." for part in parents)
+    siblings = sorted({key[len(prefix) :].split(".")[0] for key in known_keys() if key.startswith(prefix)} - {ITEM})
+    refused = {"": REFUSED, "zero_optimization.": REFUSED_ZERO}.get(prefix, {})
+    near = difflib.get_close_matches(name.lower(), [*siblings, *refused], n=1)
+    if near and near[0] in refused:
+        return f"did you mean {prefix}{near[0]}? That key may not be set: {refused[near[0]]}"
+    shown = ".".join([*location[:-1], ""])
+    if near:
+        return f"did you mean {shown}{near[0]}?"
+    elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere[:3])}?"
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known_keys())}
+    near = difflib.get_close_matches(name.lower(), list(by_leaf), n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {by_leaf[near[0]]}?"
+    if not prefix:
+        return f"known: {', '.join(Recipe.model_fields)} and the keys of DeepSpeed {DEEPSPEED_VERSION}"
+    return f"known here: {', '.join(siblings)}" if siblings else f"{prefix[:-1]} has no keys of its own"
+
+
+def validate(tree: Tree) -> Recipe:
+    """The typed recipe of a tree of values.
+
+    Raises:
+        ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
+    """
+    errors = [*_refused(tree.values), *_automatic(tree.values)]
+    handled = {key for key, _ in errors}
+    ours = {key: value for key, value in tree.values.items() if key in Recipe.model_fields}
+    theirs = {key: value for key, value in tree.values.items() if key not in Recipe.model_fields and key not in REFUSED}
+    recipe, found = _check(Recipe, ours)
+    keys, more = _check(DeepSpeedKeys, theirs)
+    errors += [(key, message) for key, message in [*found, *more] if key not in handled]
+    if recipe is not None:
+        errors += _contradictions(recipe)
+    if keys is not None:
+        errors += _engine_contradictions(keys)
+    if errors or recipe is None:
+        raise ValueError(_render(errors, tree))
+    return recipe
+
+
+def _render(errors: Sequence[tuple[str, str]], tree: Tree) -> str:
+    lines = [f"the configuration has {len(errors)} error{'s' if len(errors) > 1 else ''}:"]
+    for key, message in errors:
+        found, value = _lookup(tree.values, key)
+        given = f" = {shorten(value)}" if found else ""
+        source = tree.source(key) if found else None
+        lines.append(f"  {key}{given}{f' ({source})' if source else ''}: {message}")
+    return "\n".join(lines)
+
+
+def _lookup(values: Any, key: str) -> tuple[bool, Any]:
+    for part in key.split("."):
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return False, None
+    return True, values
+
+
+def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in values:
+        if key in REFUSED:
+            yield key, f"may not be set: {REFUSED[key]}"
+    zero = values.get("zero_optimization")
+    for key in zero if isinstance(zero, dict) else ():
+        if key in REFUSED_ZERO:
+            yield f"zero_optimization.{key}", f"may not be set: {REFUSED_ZERO[key]}"
+
+
+def _automatic(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in leaves({name: values[name] for name in values if name not in ("visft", *REFUSED)}):
+        if value == "auto":
+            yield (
+                key,
+                f'"auto" is a word of other trainers, DeepSpeed {DEEPSPEED_VERSION} does not know it; state a value',
+            )
+
+
+def _check(model: type[Any], values: Mapping[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+    try:
+        # JSON mode: lists stand for tuples, everything else is as strict as the schema says.
+        return model.model_validate_json(json.dumps(values)), []
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A list whose items are wrong is also reported as too short: one error is enough.
+        return None, [_explain(item) for item in found if not (item["type"] == "too_short" and _has_inner(item, found))]
+
+
+def _has_inner(item: Any, errors: Sequence[Any]) -> bool:
+    depth = len(item["loc"])
+    return any(other["loc"][:depth] == item["loc"] and len(other["loc"]) > depth for other in errors)
+
+
+#: Pydantic's words -> those of somebody who writes JSON.
+_WORDS = (
+    ("Input should be", "must be"),
+    (" a valid integer", " a whole number"),
+    (" a valid string", " a text"),
+    (" a valid boolean", " true or false"),
+    (" a valid ", " a "),
+    ("Tuple should", "the list should"),
+    (" a tuple", " a list"),
+    (" a array", " a list"),
+    (" after validation", ""),
+)
+
+
+def _explain(details: Any) -> tuple[str, str]:
+    location = [str(part) for part in details["loc"]]
+    key, kind, given = ".".join(location), details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return key, f"unknown key; {suggest(location)}"
+    if kind == "missing":
+        return key, f"missing; state it in a file or with --set {key}=VALUE"
+    if kind in ("model_type", "dict_type"):
+        return key, f"must be an object {{...}} with keys; {suggest([*location, ''])}"
+    message = details["msg"]
+    for old, new in _WORDS:
+        message = message.replace(old, new)
+    if kind in ("float_type", "int_type", "int_from_float") and isinstance(given, str) and _is_number(given):
+        return key, f"{message}; it is a text: write {given} without quotes"
+    if kind == "literal_error" and isinstance(given, str):
+        near = difflib.get_close_matches(
+            given, details["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1
+        )
+        message += f"; did you mean {near[0]}?" if near else ""
+    return key, message
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Values that are right alone and wrong together."""
+    visft, schedule = recipe.visft, recipe.scheduler
+    if visft.stage == 1 and visft.lora is not None:
+        yield "visft.lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
+    if visft.stage == 1 and visft.heads.path is not None:
+        yield "visft.heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
+    if not visft.tasks.enabled():
+        yield "visft.tasks", f"no task is on; state at least one of: {', '.join(type(visft.tasks).model_fields)}"
+    if schedule.params.warmup_num_steps > schedule.params.total_num_steps:
+        yield (
+            "scheduler.params.warmup_num_steps",
+            f"longer than the run (scheduler.params.total_num_steps = {schedule.params.total_num_steps})",
+        )
+    if schedule.type != "WarmupCosineLR" and schedule.params.cos_min_ratio:
+        yield "scheduler.params.cos_min_ratio", f"{schedule.type} has no cosine; remove it or use WarmupCosineLR"
+    names = [group.name for group in visft.param_groups]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
+    if visft.tasks.detection is not None:
+        head, image = visft.tasks.detection.head, visft.tasks.detection.image
+        for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
+            if width % head.num_heads:
+                yield f"visft.tasks.detection.head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
+        if image.crop_range[0] > image.crop_range[1]:
+            yield "visft.tasks.detection.image.crop_range", "must be [smallest, largest]"
+
+
+def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
+    zero = keys.zero_optimization
+    parameters = zero.offload_param is not None and zero.offload_param.device != "none"
+    optimizer = zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+    if parameters and zero.stage != 3:
+        yield "zero_optimization.offload_param", f"needs zero_optimization.stage = 3; the stage is {zero.stage}"
+    if optimizer and zero.stage == 0:
+        yield "zero_optimization.offload_optimizer", "needs zero_optimization.stage = 1, 2 or 3; the stage is 0"
+    if optimizer and keys.zero_force_ds_cpu_optimizer is not False:
+        yield (
+            "zero_force_ds_cpu_optimizer",
+            "must be false with offload_optimizer: DeepSpeed would ask for its own CPU optimizer, which it compiles",
+        )

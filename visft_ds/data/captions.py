@@ -1,0 +1,121 @@
+"""Captions of a sample: which one a head learns from, as ids, and all of them as references.
+
+Letters: B images, T caption length in ids, `<start>` and `<end>` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from visft_ds.data.collate import has_targets, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.transforms import Resize, apply_to_image
+from visft_ds.data.vocabulary import Vocabulary, caption_words
+
+
+@dataclass(frozen=True)
+class CaptionTargets:
+    """One caption per image, and all its reference captions.
+
+    An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted for it,
+    and it counts neither as a caption nor as tokens.
+    """
+
+    tokens: Tensor  #: (B, T) int64, `<start> word ... <end>`, filled up with 0; T is at least 2
+    lengths: Tensor  #: (B,) int64, ids of each caption, `<start>` and `<end>` included; at least 1
+    references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored; they stay on the host
+
+    def to(self, device: torch.device) -> CaptionTargets:
+        """The same targets on `device`."""
+        return CaptionTargets(
+            self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), self.references
+        )
+
+    def head_inputs(self) -> dict[str, Tensor]:
+        """What the head must be given besides the features in order to learn: the words it is to say."""
+        return {"captions": self.tokens, "lengths": self.lengths}
+
+
+class CaptionTransform:
+    """Image and caption of one sample, as the published heads had them.
+
+    The image is scaled to a square of `size` pixels, whatever its shape, without augmentation. One caption is drawn
+    among those with 1 to `max_words` words; with `random_caption` False, and in evaluation, it is the first of them.
+    Where an image has none, no caption is given (see `CaptionTargets`), never an empty or a cut one.
+
+    The sample's `targets["captioning"]` is {"tokens": (T,) int64, "references": (captions,) str objects}.
+
+    Raises:
+        ValueError: a size or number of words below 1.
+    """
+
+    def __init__(
+        self,
+        train: bool,
+        *,
+        vocabulary: Vocabulary,
+        size: int = 256,
+        random_caption: bool = True,
+        max_words: int = 50,
+    ) -> None:
+        if size < 1 or max_words < 1:
+            raise ValueError(f"size={size} (pixels) and max_words={max_words} must be at least 1")
+        self.draws = train and random_caption
+        self.vocabulary = vocabulary
+        self.size = size
+        self.max_words = max_words
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
+        """Transform one sample; evaluation draws nothing from `generator`."""
+        size = (self.size, self.size)
+        drawing = generator if self.draws else None
+        return Sample(
+            index=raw.index,
+            image_id=raw.image_id,
+            original_size=raw.size,
+            size=size,
+            image=None if raw.image is None else apply_to_image(raw.image, [Resize(*size)]),
+            random_key=0,
+            targets={"captioning": caption_targets(raw.captions, self.vocabulary, drawing, self.max_words)},
+        )
+
+
+def caption_targets(
+    captions: Sequence[str], vocabulary: Vocabulary, generator: np.random.Generator | None, max_words: int = 50
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Ids (T,) int64 of one of the captions, drawn by `generator` or the first, and all of them as they are."""
+    cut = [caption_words(caption) for caption in captions]
+    usable = [words for words in cut if 1 <= len(words) <= max_words]
+    tokens = [vocabulary.start]
+    if usable:
+        chosen = 0 if generator is None else int(generator.integers(0, len(usable)))
+        tokens = vocabulary.encode_words(usable[chosen])
+    references = np.array(list(captions), dtype=object)
+    return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
+
+
+def collate_captioning(samples: Sequence[Sample]) -> Batch:
+    """A batch with `targets["captioning"]`; without targets where no labels were read (`Sample.targets` empty)."""
+    batch = stack_samples(samples)
+    if not has_targets(samples, "captioning"):
+        return batch
+    return replace(batch, targets={"captioning": pack_captions(samples)})
+
+
+def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:
+    """The captions of all samples, as long as the longest of them."""
+    parts = [sample.targets["captioning"] for sample in samples]
+    lengths = [len(part["tokens"]) for part in parts]
+    # At least one step for the head: without any, its parameters would take no part in the loss.
+    tokens = torch.zeros((len(parts), max(2, *lengths)), dtype=torch.int64)
+    for row, part in zip(tokens, parts, strict=True):
+        row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
+    references = tuple(tuple(part["references"].tolist()) for part in parts)
+    return CaptionTargets(tokens, torch.tensor(lengths), references)

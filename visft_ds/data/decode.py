@@ -1,0 +1,78 @@
+"""Bytes of a picture -> RGB pixels. The converter checks every file with the same function training decodes with.
+
+Shape letters: H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 25_000_000
+
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def image_format(data: bytes) -> str:
+    """ "jpg" or "png", judged by the content. Raises ValueError for anything else: only these two are ever decoded."""
+    if data.startswith(_JPEG):
+        return "jpg"
+    if data.startswith(_PNG):
+        return "png"
+    if not data:
+        raise ValueError("the file is empty")
+    raise ValueError(f"neither JPEG nor PNG: it begins with {data[:12]!r}")
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(H, W) from the header alone, as stored: EXIF orientation is not applied. Raises ValueError."""
+    if image_format(data) == "jpg":
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        return int(height), int(width)
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise ValueError("a PNG without a header")
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Decode a JPEG or PNG file.
+
+    Grey, palette and CMYK pictures become RGB; transparency is dropped. EXIF orientation is not applied, because COCO
+    annotates the pixels as stored. Cut files are errors, never half-grey pictures.
+
+    Args:
+        data: the file.
+        max_pixels: larger pictures are refused before any memory is taken for them.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: not a JPEG or PNG, damaged, larger than `max_pixels`, or with 16 bits per grey value.
+    """
+    height, width = image_size(data)
+    if height * width > max_pixels or height * width == 0:
+        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {max_pixels} in all")
+    if image_format(data) == "jpg":
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    return _decode_png(data)
+
+
+def _decode_png(data: bytes) -> npt.NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.load()
+            if image.mode.startswith("I"):
+                raise ValueError("16 bits per grey value; convert it to 8 bits")
+            # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
+            rgb = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+            return np.array(rgb)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"damaged PNG: {error}") from error

@@ -1,0 +1,354 @@
+"""Random pictures of textured shapes, with the exact visible pixels of every shape.
+
+A scene is a textured background, at times a crowd of tiny shapes, and a few larger shapes painted back to front.
+
+Shape letters: H W pixels, P polygon corners.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
+from PIL import Image
+
+Array = npt.NDArray[Any]
+Polygon = npt.NDArray[np.float64]  # (P, 2) x, y
+
+MAX_SHAPES = 5
+EMPTY_SHARE = 0.05
+CROWD_SHARE = 0.06
+EXTENT = (0.12, 0.25)  #: half the side of a shape, relative to the shorter side of the picture
+TILT = 20.0  #: degrees either way
+#: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
+CATEGORIES: tuple[tuple[int, str, str], ...] = (
+    (1, "circle", "round"),
+    (3, "ring", "round"),
+    (4, "crescent", "round"),
+    (8, "heart", "round"),
+    (13, "square", "angular"),
+    (17, "triangle", "angular"),
+    (27, "bar", "angular"),
+    (34, "hourglass", "angular"),
+    (52, "star", "pointed"),
+    (61, "cross", "pointed"),
+    (78, "arrow", "pointed"),
+    (90, "bolt", "pointed"),
+)
+NAMES = tuple(name for _, name, _ in CATEGORIES)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colours (RGB 0..255), surface textures and background kinds of one family of pictures."""
+
+    colours: dict[str, tuple[int, int, int]]
+    textures: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    background_colours: dict[str, tuple[int, int, int]]
+
+
+STYLES = {
+    "a": Style(
+        colours={
+            "red": (212, 38, 34),
+            "green": (38, 148, 52),
+            "blue": (36, 72, 206),
+            "yellow": (242, 206, 38),
+            "purple": (134, 44, 168),
+            "orange": (244, 126, 22),
+            "black": (24, 24, 26),
+        },
+        textures=("plain", "striped", "dotted", "shaded"),
+        backgrounds=("cloudy", "grainy", "lined"),
+        background_colours={"gray": (150, 150, 152), "beige": (205, 190, 160), "pale blue": (168, 192, 208)},
+    ),
+    "b": Style(
+        colours={
+            "pink": (255, 138, 190),
+            "teal": (40, 190, 180),
+            "lime": (176, 236, 60),
+            "white": (246, 246, 240),
+            "gold": (224, 178, 76),
+            "lavender": (186, 166, 250),
+        },
+        textures=("plain", "checked", "wavy", "speckled"),
+        backgrounds=("tiled", "marbled", "spotted"),
+        background_colours={"brown": (92, 62, 44), "dark green": (32, 70, 54), "navy": (28, 36, 84)},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a scene. `polygons` are in pixels; `visible` (H, W) bool is what later shapes left of it."""
+
+    category: int  #: position in CATEGORIES
+    colour: str
+    texture: str
+    polygons: list[Polygon]
+    whole: int  #: its pixels inside the picture before anything was painted over it
+    visible: Array = field(repr=False)
+
+    def segmentation(self) -> list[Polygon]:
+        """Polygons of the visible pixels: the outline itself where nothing hides it, else traced along the pixels."""
+        height, width = self.visible.shape
+        corners = np.concatenate(self.polygons)
+        inside = bool((corners >= 0).all() and (corners <= (width, height)).all())
+        return self.polygons if inside and int(self.visible.sum()) == self.whole else trace(self.visible)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
+
+    image: Array
+    background: str
+    shapes: list[Shape]
+    crowd: Shape | None
+
+
+# ---------------------------------------------------------------------------------------------------- outlines
+
+
+def _arc(
+    start: float, stop: float, radius: float = 1.0, corners: int = 24, centre: tuple[float, float] = (0, 0)
+) -> Polygon:
+    angles = np.linspace(math.radians(start), math.radians(stop), corners)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius + np.asarray(centre, dtype=np.float64)
+
+
+def _outline(name: str) -> list[Polygon]:
+    """A category's outline in the square [-1, 1]^2, y down; a ring has two parts: COCO polygons have no holes."""
+    corners: dict[str, list[list[float]]] = {
+        "square": [[-0.85, -0.85], [0.85, -0.85], [0.85, 0.85], [-0.85, 0.85]],
+        "triangle": [[0, -0.95], [1, 0.8], [-1, 0.8]],
+        "bar": [[-1, -0.32], [1, -0.32], [1, 0.32], [-1, 0.32]],
+        "hourglass": [[-0.8, -1], [0.8, -1], [0.14, 0], [0.8, 1], [-0.8, 1], [-0.14, 0]],
+        "arrow": [[-1, -0.28], [0.1, -0.28], [0.1, -0.85], [1, 0], [0.1, 0.85], [0.1, 0.28], [-1, 0.28]],
+        "bolt": [[-0.15, -1], [0.65, -1], [0.25, -0.25], [0.75, -0.25], [-0.45, 1], [-0.1, 0.12], [-0.65, 0.12]],
+    }
+    if name in corners:
+        return [np.asarray(corners[name], dtype=np.float64)]
+    if name == "circle":
+        return [_arc(0, 345, 0.95)]
+    if name == "ring":
+        # The halves overlap by a few degrees so that rounding leaves no seam between them.
+        halves = ((86, 274), (266, 454))
+        return [np.concatenate([_arc(a, b, 1.0, 20), _arc(b, a, 0.52, 20)]) for a, b in halves]
+    if name == "crescent":
+        # Blunt horns: sharp ones would be thinner than a pixel and vanish from the mask.
+        moon = np.concatenate([_arc(72.5, 287.5, 1.0), _arc(264, 96, 0.78, centre=(0.38, 0))])
+        return [moon + np.asarray((0.35, 0.0))]
+    if name == "heart":
+        t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return [np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16]
+    if name == "star":
+        turns = np.arange(10) * math.pi / 5 - math.pi / 2
+        radius = np.where(np.arange(10) % 2 == 0, 1.05, 0.45)
+        return [np.stack([np.cos(turns), np.sin(turns)], axis=1) * radius[:, None]]
+    assert name == "cross", name
+    a, b = 0.33, 0.98
+    ends = [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
+    return [np.asarray(ends, dtype=np.float64)]
+
+
+OUTLINES = {name: _outline(name) for name in NAMES}
+
+
+def rasterise(polygons: list[Polygon], height: int, width: int) -> Array:
+    """(height, width) bool: the pixels COCO counts as inside, by COCO's own rasteriser."""
+    parts = coco_mask.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width)
+    return np.asarray(coco_mask.decode(coco_mask.merge(parts))).astype(bool)
+
+
+def _boundary_loops(mask: Array) -> Iterator[list[tuple[int, int]]]:
+    """Closed loops along the pixel edges of `mask`, interior on the right; diagonal neighbours are not joined."""
+    height, width = mask.shape
+    padded = np.pad(mask, 1)
+    following: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    # Side of a pixel -> its corners in walking order, as offsets (x, y) from the pixel.
+    sides = {(-1, 0): (0, 0, 1, 0), (0, 1): (1, 0, 1, 1), (1, 0): (1, 1, 0, 1), (0, -1): (0, 1, 0, 0)}
+    for (dy, dx), (x0, y0, x1, y1) in sides.items():
+        outside = ~padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+        for y, x in np.argwhere(mask & outside).tolist():
+            following.setdefault((x + x0, y + y0), []).append((x + x1, y + y1))
+    while following:
+        start = here = next(iter(following))
+        before: tuple[int, int] | None = None
+        loop: list[tuple[int, int]] = []
+        while here in following:
+            options = following[here]
+            straight = None if before is None else (2 * here[0] - before[0], 2 * here[1] - before[1])
+            right = None if before is None else (here[0] - here[1] + before[1], here[1] + here[0] - before[0])
+            if here == start and before is not None and right not in options:
+                break
+            after = right if len(options) > 1 and right in options else options[0]
+            options.remove(after)
+            if not options:
+                del following[here]
+            if after != straight:
+                loop.append(here)
+            before, here = here, after
+        yield loop
+
+
+def trace(mask: Array) -> list[Polygon]:
+    """Polygons whose COCO raster is exactly `mask` (H, W) bool.
+
+    Corners are pixel corners. A part with a hole is cut in two through the hole, because COCO polygons have none.
+    """
+    polygons = []
+    for loop in _boundary_loops(mask):
+        x, y = np.asarray(loop, dtype=np.float64).T
+        if np.dot(x, np.roll(y, -1)) < np.dot(y, np.roll(x, -1)):  # negative area: the loop runs round a hole
+            cut = int(x.min() + x.max()) // 2
+            columns = np.arange(mask.shape[1])
+            return trace(mask & (columns < cut)) + trace(mask & (columns >= cut))
+        polygons.append(np.stack([x, y], axis=1))
+    return polygons
+
+
+# ---------------------------------------------------------------------------------------------------- painting
+
+
+def _blobs(rng: np.random.Generator, height: int, width: int, cells: int) -> Array:
+    """(height, width) smooth noise in about [-1, 1] with roughly `cells` bumps a side."""
+    coarse = Image.fromarray(rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int, width: int) -> Array:
+    """(height, width, 3) float32 RGB: a surface of one colour; the pattern lightens or darkens it."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    angle = rng.uniform(0, math.pi)
+    u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    period = max(4.0, 0.3 * max(height, width))
+    if texture == "plain":
+        pattern = np.zeros((height, width), np.float32)
+    elif texture == "striped":
+        pattern = (u / period % 1 < 0.4).astype(np.float32)
+    elif texture == "dotted":
+        pattern = (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.07).astype(np.float32)
+    elif texture == "shaded":
+        pattern = np.clip(0.5 + u / (2.2 * max(height, width)), 0, 1) * 0.9
+    elif texture == "checked":
+        pattern = ((u / period % 1 < 0.5) != (v / period % 1 < 0.5)).astype(np.float32)
+    elif texture == "wavy":
+        pattern = 0.5 + 0.5 * np.sin(2 * math.pi * (u + 0.25 * period * np.sin(4 * v / period)) / period)
+    else:
+        assert texture == "speckled", texture
+        pattern = (rng.random((height, width), dtype=np.float32) < 0.18).astype(np.float32)
+    bright = float(colour @ np.asarray([0.3, 0.59, 0.11])) > 115
+    other = colour * 0.55 if bright else colour * 0.45 + 255 * 0.55
+    return colour + (other - colour) * (0.8 * pattern[..., None])
+
+
+def _background(rng: np.random.Generator, kind: str, colour: Array, height: int, width: int) -> Array:
+    """(height, width, 3) float32 RGB: a textured ground with weak contrast."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    angle, period = rng.uniform(0, math.pi), rng.uniform(0.05, 0.12) * min(height, width)
+    u, v = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    light = 14 * _blobs(rng, height, width, 2)
+    if kind == "cloudy":
+        light += 22 * _blobs(rng, height, width, 6)
+    elif kind == "grainy":
+        light += rng.integers(-24, 25, (height, width), dtype=np.int16)
+    elif kind == "lined":
+        light += 14 * np.sin(2 * math.pi * u / period)
+    elif kind == "tiled":
+        shifted = x + np.where(y // (2 * period) % 2 < 1, 0, 2 * period)
+        light -= 26 * ((y % (2 * period) < 2) | (shifted % (4 * period) < 2))
+    elif kind == "marbled":
+        light += 20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, height, width, 5))
+    else:
+        assert kind == "spotted", kind
+        light += 22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06)
+    return colour + light[..., None] + rng.normal(0, 6, 3)
+
+
+def _paint(rng: np.random.Generator, canvas: Array, polygons: list[Polygon], colour: Array, texture: str) -> None:
+    """Paint polygons into `canvas` (H, W, 3) float32 in place, with soft edges."""
+    corners = np.concatenate(polygons)
+    x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int) - 1, 0)
+    x1, y1 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, (canvas.shape[1], canvas.shape[0]))
+    width, height = int(x1 - x0), int(y1 - y0)
+    fine = rasterise([(polygon - (x0, y0)) * 3 for polygon in polygons], height * 3, width * 3)
+    cover = fine.reshape(height, 3, width, 3).mean(axis=(1, 3), dtype=np.float32)[..., None]
+    crop = canvas[y0:y1, x0:x1]
+    crop += cover * (_surface(rng, texture, colour, height, width) - crop)
+
+
+def _place(
+    rng: np.random.Generator, name: str, extent: float, centre: tuple[float, float], tilt: float
+) -> list[Polygon]:
+    """The outline of `name` in pixels: `extent` is half its side; it is mirrored at random and tilted (degrees)."""
+    turn = math.radians(rng.uniform(-tilt, tilt))
+    mirror = -1.0 if rng.random() < 0.5 else 1.0
+    stretch = extent * np.asarray([mirror * rng.uniform(0.85, 1.15), 1.0])
+    rotation = np.asarray([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    return [np.round((polygon * stretch) @ rotation + np.asarray(centre), 2) for polygon in OUTLINES[name]]
+
+
+def _scatter(rng: np.random.Generator, name: str, height: int, width: int) -> list[Polygon]:
+    """A crowd: eight to fifteen tiny copies of one outline close together."""
+    side = min(height, width)
+    middle = rng.uniform(0.25, 0.75, 2) * (width, height)
+    polygons: list[Polygon] = []
+    for _ in range(int(rng.integers(8, 16))):
+        x, y = middle + rng.normal(0, 0.11 * side, 2)
+        polygons += _place(rng, name, side * rng.uniform(0.028, 0.04), (float(x), float(y)), 25)
+    return polygons
+
+
+def _area(polygon: Polygon) -> float:
+    x, y = polygon.T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]) -> Shape:
+    """Paint a shape of a random colour and texture into `canvas` and describe it."""
+    colour, texture = str(rng.choice(list(style.colours))), str(rng.choice(style.textures))
+    _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
+    visible = rasterise(polygons, canvas.shape[0], canvas.shape[1])
+    return Shape(category, colour, texture, polygons, int(visible.sum()), visible)
+
+
+def draw_scene(
+    rng: np.random.Generator, style: Style, height: int, width: int, *, max_shapes: int = MAX_SHAPES
+) -> Scene:
+    """One random picture with everything that is known about it.
+
+    About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
+    half of its pixels, and shapes that reach over the border lose at most a fifth.
+    """
+    ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
+    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
+    count = math.ceil(max_shapes * rng.random()) if rng.random() >= EMPTY_SHARE else 0
+    crowd: Shape | None = None
+    shapes: list[Shape] = []
+    if rng.random() < CROWD_SHARE:
+        category = int(rng.integers(len(NAMES)))
+        crowd = _add(rng, style, canvas, category, _scatter(rng, NAMES[category], height, width))
+    side = min(height, width)
+    for _ in range(count):
+        for _attempt in range(12):
+            category = int(rng.integers(len(NAMES)))
+            extent = side * rng.uniform(*EXTENT)
+            centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
+            polygons = _place(rng, NAMES[category], extent, centre, TILT)
+            full = rasterise(polygons, height, width)
+            whole = sum(_area(polygon) for polygon in polygons)
+            if full.sum() >= 0.8 * whole and all((s.visible & ~full).sum() >= 0.5 * s.whole for s in shapes):
+                below = [*shapes, *([crowd] if crowd else [])]
+                for shape in below:
+                    shape.visible[full] = False
+                shapes.append(_add(rng, style, canvas, category, polygons))
+                break
+    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), f"{kind} {ground} background", shapes, crowd)

@@ -1,0 +1,225 @@
+"""From a raw sample to what a head trains on.
+
+The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image size alone,
+before any pixel is looked at. A process that reads labels only therefore arrives at the same targets as one that also
+has the picture.
+
+Shape letters: H W pixels, n boxes of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torchvision.transforms.v2.functional as tvf
+from torch import Tensor
+
+from visft_ds.data.samples import RawSample, Sample
+
+Size = tuple[int, int]  # (height, width)
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror left and right."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Scale to exactly this size, bilinear with antialias."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Cut out a rectangle that lies inside the image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+Op = Flip | Resize | Crop
+
+
+def final_size(size: Size, ops: Sequence[Op]) -> Size:
+    """(height, width) after `ops`."""
+    for op in ops:
+        if not isinstance(op, Flip):
+            size = (op.height, op.width)
+    return size
+
+
+def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H', W') uint8.
+
+    The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than resizing a
+    contiguous copy, and gives the same values.
+    """
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for op in ops:
+        if isinstance(op, Flip):
+            tensor = tensor.flip(2)
+        elif isinstance(op, Crop):
+            tensor = tensor[:, op.top : op.top + op.height, op.left : op.left + op.width]
+        else:
+            tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
+    return tensor.contiguous()
+
+
+def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArray:
+    """(n, 4) xyxy in pixels of an image of `size` -> the same boxes after `ops`, cut at the borders of every crop."""
+    boxes = boxes.copy()
+    for op in ops:
+        if isinstance(op, Flip):
+            boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+        elif isinstance(op, Crop):
+            boxes -= [op.left, op.top, op.left, op.top]
+            boxes = clip_boxes(boxes, (op.height, op.width))
+        else:
+            scale_x, scale_y = op.width / size[1], op.height / size[0]
+            boxes *= [scale_x, scale_y, scale_x, scale_y]
+        size = final_size(size, [op])
+    return boxes
+
+
+def clip_boxes(boxes: FloatArray, size: Size) -> FloatArray:
+    """(n, 4) xyxy limited to an image of `size`."""
+    return boxes.clip(0, [size[1], size[0], size[1], size[0]])
+
+
+def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
+    """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.
+
+    The rule is the reference's: the short side is rounded to what `max_long` allows, the long side is cut off to an
+    integer (DETR, https://arxiv.org/abs/2005.12872, its public training recipe). Rounding up lets the long side exceed
+    `max_long` by at most half of long / short pixels: one pixel for a panorama of 2:1.
+    """
+    small, large = min(size), max(size)
+    if max_long is not None and large / small * short_side > max_long:
+        short_side = max(1, round(max_long * small / large))
+    long_side = int(short_side * large / small)
+    return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
+
+
+class DetectionTransform:
+    """Augmentation and targets of detection, as in the DETR recipe with a cap for a plain ViT.
+
+    Training: mirror with probability `flip`; then, with equal chances, either scale the short side to one of
+    `short_sides`, or scale it to one of `crop_short_sides`, cut out a random rectangle with sides from `crop_range`
+    and scale that as in the first case. Long sides are capped at `max_long`. Evaluation: short side `eval_short`,
+    long side at most `eval_max_long`. With `fixed_size`, both only scale to a square of that many pixels, and training
+    also mirrors.
+
+    Crowd regions and boxes without area (before or after a crop) give no target; images without targets stay.
+
+    The sample's `targets["detection"]` is {"boxes": (n, 4) float32, cxcywh relative to the transformed image,
+    "labels": (n,) int64, raw COCO category ids}.
+
+    Raises:
+        ValueError: an empty or not positive list of sizes.
+    """
+
+    def __init__(
+        self,
+        train: bool,
+        *,
+        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672),
+        max_long: int = 672,
+        crop_short_sides: Sequence[int] = (400, 500, 600),
+        crop_range: tuple[int, int] = (384, 600),
+        flip: float = 0.5,
+        eval_short: int = 800,
+        eval_max_long: int = 672,
+        fixed_size: int | None = None,
+    ) -> None:
+        sizes = [*short_sides, max_long, *crop_short_sides, *crop_range, eval_short, eval_max_long, fixed_size or 1]
+        if not short_sides or not crop_short_sides or min(sizes) < 1 or crop_range[0] > crop_range[1]:
+            raise ValueError(
+                f"image sizes must be positive and in order: short_sides={tuple(short_sides)}, max_long={max_long}, "
+                f"crop_short_sides={tuple(crop_short_sides)}, crop_range={crop_range}, fixed_size={fixed_size}"
+            )
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip={flip} is not allowed: give a probability from 0 to 1")
+        self.train = train
+        self.short_sides = tuple(short_sides)
+        self.max_long = max_long
+        self.crop_short_sides = tuple(crop_short_sides)
+        self.crop_range = crop_range
+        self.flip = flip
+        self.eval_short = eval_short
+        self.eval_max_long = eval_max_long
+        self.fixed_size = fixed_size
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
+        """Transform one sample; evaluation draws nothing from `generator`."""
+        ops = self.geometry(raw.size, generator)
+        size = final_size(raw.size, ops)
+        return Sample(
+            index=raw.index,
+            image_id=raw.image_id,
+            original_size=raw.size,
+            size=size,
+            image=None if raw.image is None else apply_to_image(raw.image, ops),
+            random_key=0,
+            targets={"detection": detection_targets(raw.annotations, raw.size, ops)},
+        )
+
+    def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
+        """What happens to an image of `size`, in order."""
+        ops: list[Op] = []
+        if self.train and generator.random() < self.flip:
+            ops.append(Flip())
+        if self.fixed_size is not None:
+            return [*ops, Resize(self.fixed_size, self.fixed_size)]
+        if not self.train:
+            return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
+        if generator.random() >= 0.5:
+            first = short_side_size(size, _choose(self.crop_short_sides, generator), None)
+            width = _between(*self.crop_range, first[1], generator)
+            height = _between(*self.crop_range, first[0], generator)
+            top = int(generator.integers(0, first[0] - height + 1))
+            left = int(generator.integers(0, first[1] - width + 1))
+            ops += [Resize(*first), Crop(top, left, height, width)]
+            size = (height, width)
+        return [*ops, Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))]
+
+
+def detection_targets(
+    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op]
+) -> dict[str, npt.NDArray[Any]]:
+    """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64."""
+    used = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
+    labels = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), size)
+    kept = _has_area(boxes)
+    boxes, labels = apply_to_boxes(boxes[kept], size, ops), labels[kept]
+    kept = _has_area(boxes)
+    boxes, labels = boxes[kept], labels[kept]
+    height, width = final_size(size, ops)
+    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+    return {"boxes": relative.astype(np.float32), "labels": labels}
+
+
+def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def _choose(options: Sequence[int], generator: np.random.Generator) -> int:
+    return options[int(generator.integers(0, len(options)))]
+
+
+def _between(low: int, high: int, available: int, generator: np.random.Generator) -> int:
+    """A side from [low, high], as far as the image has that many pixels."""
+    return int(generator.integers(min(low, available), min(high, available) + 1))

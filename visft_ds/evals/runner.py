@@ -1,0 +1,91 @@
+"""Evaluation of every enabled task on a split: each image once over all ranks, numbers on the main process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visft_ds.config.schema import TaskConfig
+from visft_ds.data.loader import Pipeline, coco_dataset, evaluation_batches
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.coco import coco_average_precision, pack_results, unpack_results
+from visft_ds.parallel import distributed
+from visft_ds.tasks import TASKS
+
+Results = list[dict[str, Any]]  #: COCO results format
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a task's results are gathered and judged."""
+
+    pack: Callable[[Results], Any]  #: compact form that travels between ranks
+    unpack: Callable[[Any], Results]
+    measure: Callable[[Mapping[str, Any], Results], dict[str, float]]  #: (COCO ground truth, results) -> named numbers
+
+
+EVALUATORS: Mapping[str, Evaluator] = {
+    "detection": Evaluator(pack_results, unpack_results, coco_average_precision),
+}
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """Outcome of one task; on the main process only."""
+
+    task: str
+    metrics: Mapping[str, float]
+    results: Results
+    ground_truth: Mapping[str, Any]  #: a COCO dictionary of the images that were evaluated
+
+
+def pipeline_of(task: str, config: TaskConfig, *, train: bool) -> Pipeline:
+    """Transform and collate of a task, with the sizes of its configuration."""
+    spec = TASKS[task]
+    return Pipeline(spec.build_transform(train=train, **config.image.model_dump()), spec.collate)
+
+
+def evaluate(
+    predict: Callable[[Batch], Mapping[str, Any]],
+    reader: ShardReader,
+    tasks: Mapping[str, TaskConfig],
+    *,
+    limit: int | None = None,
+    threads: int = 2,
+) -> list[TaskEvaluation]:
+    """Run every task over the split. Collective: all ranks call it, the main process gets the outcome.
+
+    Args:
+        predict: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`.
+        tasks: enabled tasks; `micro_batch` is the evaluation batch size.
+        limit: first so many images; None: all.
+    """
+    outcome = []
+    for task, config in tasks.items():
+        evaluator, spec = EVALUATORS[task], TASKS[task]
+        own: Results = []
+        for batch in evaluation_batches(
+            reader,
+            pipeline_of(task, config, train=False),
+            config.micro_batch,
+            distributed.rank(),
+            distributed.world_size(),
+            limit,
+            threads=threads,
+        ):
+            own += spec.postprocess(predict(batch)[task], batch)
+        parts = distributed.gather_objects(evaluator.pack(own))
+        if parts is None:
+            continue
+        results = [result for part in parts for result in evaluator.unpack(part)]
+        count = len(reader) if limit is None else min(limit, len(reader))
+        truth = coco_dataset(reader, range(count))
+        outcome.append(TaskEvaluation(task, evaluator.measure(truth, results), results, truth))
+    return outcome
+
+
+def as_metrics(outcome: Sequence[TaskEvaluation]) -> dict[str, float]:
+    """All numbers of an evaluation in one flat dict."""
+    return {name: value for part in outcome for name, value in part.metrics.items()}

@@ -1,0 +1,187 @@
+"""A LoRA adapter apart from any model and any file format; every format reads into it and writes from it.
+
+Legend: r rank, G number of adapted slices of the fused qkv, D width. Tensors are named and shaped as in our model:
+`blocks.N.attn.qkv.lora_A` (G*r, D), rows stacked slice by slice in the order q, k, v; `.lora_B` (G*D, r), likewise;
+other projections plain: `lora_A` (r, in), `lora_B` (out, r). The change of a weight is (alpha / r) * B @ A, per slice.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.files import examples
+from visft_ds.interop.layouts import Tower, depth_of, tower_of
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.lora import TARGETS, inject_lora, lora_layers, lora_parameters, lora_settings
+
+SLICES = ("q", "k", "v")
+# Target -> module inside a block.
+MODULES = {target: place[0] for target, place in TARGETS.items()}
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
+
+    `origin` says which format it came from (model, peft, visft). `base_sha256` is the hash of the base weight file it
+    was trained on, None where nobody recorded it.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    origin: str
+    base_sha256: str | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B @ A."""
+        return self.alpha / self.rank
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks it spans."""
+        return depth_of(self.tensors)
+
+    @property
+    def width(self) -> int:
+        """Width of the tower it fits: the input size of a block's projections (fc2 apart, its output size)."""
+        target = self.targets[0]
+        name = f"blocks.0.{MODULES[target]}"
+        if target == "fc2":
+            return self.tensors[name + ".lora_B"].shape[0]
+        return self.tensors[name + ".lora_A"].shape[1]
+
+    def slices(self) -> tuple[str, ...]:
+        """The adapted slices of the fused qkv, in order."""
+        return tuple(name for name in SLICES if name in self.targets)
+
+    def modules(self) -> tuple[str, ...]:
+        """Adapted modules inside a block, each once."""
+        return tuple(dict.fromkeys(MODULES[target] for target in self.targets))
+
+    def weights(self) -> tuple[str, ...]:
+        """Names of all base weights it changes: `blocks.0.attn.qkv.weight`, ..."""
+        return tuple(f"blocks.{index}.{module}.weight" for index in range(self.depth) for module in self.modules())
+
+    def delta(self, weight: str) -> Tensor:
+        """The change of one base weight, dense, fp32, (out, in); zero in slices that are not adapted."""
+        stem = weight.removesuffix(".weight")
+        a, b = self.tensors[stem + ".lora_A"].float(), self.tensors[stem + ".lora_B"].float()
+        if not stem.endswith("attn.qkv"):
+            return self.scaling * (b @ a)
+        width = a.shape[1]
+        result = torch.zeros(3 * width, width)
+        for group, name in enumerate(self.slices()):
+            start = SLICES.index(name) * width
+            rows_b = b[group * width : (group + 1) * width]
+            rows_a = a[group * self.rank : (group + 1) * self.rank]
+            torch.matmul(rows_b, rows_a, out=result[start : start + width])
+        return result.mul_(self.scaling)
+
+
+def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:
+    """The same targets in the order q k v proj fc1 fc2."""
+    given = set(targets)
+    return tuple(name for name in MODULES if name in given)
+
+
+def expected_shapes(adapter: LoraAdapter, tower: Tower) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor an adapter of these settings has on a tower."""
+    groups, rank = len(adapter.slices()), adapter.rank
+    sizes = {
+        "attn.qkv": (tower.width, groups * rank, groups * tower.width),
+        "attn.proj": (tower.width, rank, tower.width),
+        "mlp.fc1": (tower.width, rank, tower.hidden),
+        "mlp.fc2": (tower.hidden, rank, tower.width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(tower.depth):
+        for module in adapter.modules():
+            fan_in, rows, fan_out = sizes[module]
+            shapes[f"blocks.{index}.{module}.lora_A"] = (rows, fan_in)
+            shapes[f"blocks.{index}.{module}.lora_B"] = (fan_out, rank)
+    return shapes
+
+
+def fit_to_tower(adapter: LoraAdapter, tower: Tower) -> LoraAdapter:
+    """The adapter, checked to have exactly the tensors that its settings mean on this tower.
+
+    A published ViSFT adapter of the 40-block giant loses its last block on a 39-block tower (LAVIS builds it without
+    that block) with a warning. Raises ValueError for every other difference, and for values that are not finite.
+    """
+    if adapter.origin == "visft" and (adapter.depth, tower.depth) == (40, 39):
+        warnings.warn(
+            "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
+            "ignored",
+            UserWarning,
+            stacklevel=2,
+        )
+        kept = {name: value for name, value in adapter.tensors.items() if not name.startswith("blocks.39.")}
+        adapter = replace(adapter, tensors=kept)
+    if (adapter.depth, adapter.width) != (tower.depth, tower.width):
+        raise ValueError(
+            f"the adapter is for a tower of width {adapter.width}, depth {adapter.depth}; this tower has "
+            f"{tower.describe()}: take the adapter and the base of the same model"
+        )
+    wanted = expected_shapes(adapter, tower)
+    wrong = [f"{name} is missing" for name in wanted if name not in adapter.tensors]
+    wrong += [f"{name} is unexpected" for name in adapter.tensors if name not in wanted]
+    wrong += [
+        f"{name} is {tuple(adapter.tensors[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in adapter.tensors and tuple(adapter.tensors[name].shape) != shape
+    ]
+    wrong += [f"{name} holds NaN or infinity" for name, value in adapter.tensors.items() if not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"the adapter (rank {adapter.rank}, {'+'.join(adapter.targets)}) is not whole: {examples(wrong)}"
+        )
+    return adapter
+
+
+def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> LoraAdapter:
+    """A copy (CPU, fp32) of the adapter in a model. Raises ValueError where the model has none."""
+    settings = lora_settings(backbone)
+    tensors = {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in lora_parameters(backbone).items()
+    }
+    return LoraAdapter(settings.rank, settings.alpha, settings.targets, tensors, "model", base_sha256)
+
+
+def merged_modules(backbone: EvaViT) -> list[str]:
+    """Names of the layers whose weight contains its adapter right now."""
+    return [name for name, layer in lora_layers(backbone).items() if layer.merged]
+
+
+def install_adapter(backbone: EvaViT, adapter: LoraAdapter) -> None:
+    """Put an adapter into a model: inject LoRA of its settings where the model has none, then copy every value.
+
+    Raises ValueError where the adapter does not fit the tower, and where the model has LoRA of other settings.
+    """
+    adapter = fit_to_tower(adapter, tower_of(backbone))
+    if merged_modules(backbone):
+        raise ValueError("the model has its adapter merged in: call unmerge_lora before loading another")
+    if lora_parameters(backbone):
+        settings = lora_settings(backbone)
+        found = (settings.rank, settings.alpha, settings.targets)
+        if found != (adapter.rank, adapter.alpha, adapter.targets):
+            raise ValueError(
+                f"the model has LoRA of rank {found[0]}, alpha {found[1]:g} on {'+'.join(found[2])}; the adapter has "
+                f"rank {adapter.rank}, alpha {adapter.alpha:g} on {'+'.join(adapter.targets)}: use the adapter's "
+                f"settings"
+            )
+    else:
+        inject_lora(backbone, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+    parameters = lora_parameters(backbone)
+    assert set(parameters) == set(adapter.tensors)
+    with torch.no_grad():
+        for name, value in adapter.tensors.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,266 @@
+"""PEFT's adapter folder (adapter_config.json + adapter_model.safetensors), written and read without importing PEFT.
+
+PEFT has no LoRA on *slices* of a fused qkv. Ours is put into its plain one on the whole qkv (D width, r rank, G adapted
+slices): rank G*r, A as it is, B (3D, G*r) block by block (slice g in columns g*r..(g+1)*r) and zero elsewhere,
+lora_alpha G times as large so that alpha / rank stays. The map is exact, both ways. File format:
+https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.adapters import MODULES, SLICES, LoraAdapter, canonical_targets, fit_to_tower
+from visft_ds.interop.files import WeightFile, examples, open_weights, save_tensors, write_text
+from visft_ds.interop.layouts import Tower
+from visft_ds.interop.timm import create_model_call
+
+CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_KEY = "visft_adapter"
+_NAME = re.compile(r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.lora_([AB])\.weight")
+# Settings under which A and B mean something else than (alpha / rank) * B @ A.
+_REFUSED = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
+    *("trainable_token_indices", "alora_invocation_tokens", "target_parameters"),
+)
+
+_README = """\
+# LoRA adapter for an EVA vision tower
+
+Rank {rank}, alpha {alpha:g}, on {targets} of each of the {depth} blocks ({tower}).
+Base weights: sha256 {base}.
+
+The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that are not adapted are zero rows of
+`lora_B`).
+
+## Load it with timm and PEFT
+
+```python
+import timm
+from peft import PeftModel
+from safetensors.torch import load_file
+
+ADAPTER = "."  # this folder
+BASE = "base.safetensors"  # the base weights, under timm's names
+
+model = {create}
+weights = load_file(BASE)
+{adjust}model.load_state_dict(weights)
+for block in model.blocks:
+    block.attn.qkv_bias_separate = True
+model = PeftModel.from_pretrained(model, ADAPTER).eval()
+```
+
+The line with `qkv_bias_separate` is **necessary**. Without it timm's EVA attention reads `qkv.weight` directly and
+never calls the `qkv` module, so PEFT's adapter changes nothing, receives no gradient, and nothing warns about it.
+
+Continuing to train it in PEFT also trains the zero rows; such an adapter no longer fits visft_ds' LoRA on slices.
+`tools/merge_lora.py` of visft_ds adds the adapter into full weights, which need no PEFT.
+"""
+
+
+def save_peft_adapter(adapter: LoraAdapter, folder: str | Path, tower: Tower, *, overwrite: bool = False) -> Path:
+    """Write an adapter folder that PEFT loads onto timm's model of this tower; returns the folder.
+
+    adapter_config.json comes last: a folder without it was not finished. Raises ValueError for an adapter that does
+    not fit the tower, and where the folder holds an adapter already (unless `overwrite`).
+    """
+    folder = Path(folder)
+    adapter = fit_to_tower(adapter, tower)
+    config = folder / CONFIG
+    if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, README)):
+        raise ValueError(f"{folder} holds an adapter already and is not overwritten: choose another folder")
+    if overwrite:
+        config.unlink(missing_ok=True)
+    told = {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "targets": adapter.targets,
+        "base_sha256": adapter.base_sha256,
+    }
+    save_tensors(folder / WEIGHTS, _to_peft(adapter), {_KEY: json.dumps(told)}, overwrite=overwrite)
+    write_text(folder / README, readme(adapter, tower), overwrite=overwrite)
+    write_text(config, json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    return folder
+
+
+def readme(adapter: LoraAdapter, tower: Tower) -> str:
+    """The README.md of an adapter folder: what it is and how PEFT + timm load it."""
+    # timm keeps no position for a class token that it does not have.
+    adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
+    return _README.format(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=", ".join(adapter.targets),
+        depth=adapter.depth,
+        tower=tower.describe(),
+        base=adapter.base_sha256 or "not recorded",
+        groups=len(adapter.slices()),
+        create=create_model_call(tower),
+        adjust=adjust,
+    )
+
+
+def _config(adapter: LoraAdapter) -> dict[str, Any]:
+    groups = max(len(adapter.slices()), 1)
+    patterns = {"attn.qkv": groups} if groups > 1 and adapter.modules() != ("attn.qkv",) else {}
+    factor = groups if adapter.modules() == ("attn.qkv",) else 1
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": adapter.rank * factor,
+        "lora_alpha": adapter.alpha * factor,
+        "rank_pattern": {name: adapter.rank * count for name, count in patterns.items()},
+        "alpha_pattern": {name: adapter.alpha * count for name, count in patterns.items()},
+        # With the parent's name: a bare "proj" would also match patch_embed.proj.
+        "target_modules": list(adapter.modules()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _to_peft(adapter: LoraAdapter) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in adapter.tensors.items():
+        value = value.float()
+        if name.endswith("attn.qkv.lora_B"):
+            value = _spread(value, adapter.slices(), adapter.rank)
+        tensors[f"base_model.model.{name}.weight"] = value.contiguous()
+    return tensors
+
+
+def _spread(stacked: Tensor, slices: tuple[str, ...], rank: int) -> Tensor:
+    """lora_B of ours (G*D, r) -> PEFT's (3D, G*r), zero outside the blocks."""
+    width = stacked.shape[0] // len(slices)
+    result = torch.zeros(3 * width, len(slices) * rank, dtype=stacked.dtype)
+    for group, name in enumerate(slices):
+        start = SLICES.index(name) * width
+        block = stacked[group * width : (group + 1) * width]
+        result[start : start + width, group * rank : (group + 1) * rank] = block
+    return result
+
+
+def _gather(dense: Tensor, slices: tuple[str, ...], rank: int) -> Tensor | None:
+    """The inverse of `_spread`; None where something stands outside the blocks."""
+    width = dense.shape[0] // 3
+    starts = [SLICES.index(name) * width for name in slices]
+    blocks = [dense[start : start + width, group * rank : (group + 1) * rank] for group, start in enumerate(starts)]
+    stacked = torch.cat(blocks)
+    return stacked if torch.equal(_spread(stacked, slices, rank), dense) else None
+
+
+def read_peft_adapter(folder: str | Path) -> LoraAdapter:
+    """Read an adapter folder, ours or one that PEFT wrote for timm's EVA, into LoRA on slices, exactly.
+
+    Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA, biases, different ranks, a
+    lora_B that is not zero outside one block a slice), and for incomplete folders.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON ({error})") from error
+    _check_config(config, folder)
+    file = open_weights(folder / WEIGHTS)
+    foreign = [name for name in file if not _NAME.fullmatch(name)]
+    if foreign or not len(file):
+        raise ValueError(
+            f"{file.path}: not an adapter for the blocks of timm's fused EVA: {examples(foreign)}. Expected are names "
+            f"like base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv, proj, fc1, fc2)"
+        )
+    told = json.loads(file.metadata[_KEY]) if _KEY in file.metadata else None
+    modules = {_NAME.fullmatch(name)[2] for name in file}  # type: ignore[index]
+    slices = _slices(file, told) if "attn.qkv" in modules else ()
+    targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
+    rank, scaling = _rank_and_scaling(file, config, len(slices))
+    tensors = {}
+    for name in file:
+        own = name.removeprefix("base_model.model.").removesuffix(".weight")
+        value = file.get(name).float()
+        if own.endswith("attn.qkv.lora_B"):
+            gathered = _gather(value, slices, rank)
+            if gathered is None:
+                raise ValueError(_not_sparse(name, slices, rank, file))
+            value = gathered
+        tensors[own] = value
+    base = told["base_sha256"] if told else None
+    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base)
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: adapters of type {config.get('peft_type')!r} are not LoRA; allowed: LORA")
+    given = [f"{name}={config[name]!r}" for name in _REFUSED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        given.append(f"bias={config['bias']!r}")
+    if given:
+        raise ValueError(f"{folder}: plain LoRA cannot express {', '.join(given)}; merge this adapter with PEFT itself")
+
+
+def _slices(file: WeightFile, told: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The adapted slices: as our metadata says, else those where some block has a value in lora_B."""
+    if told is not None:
+        return tuple(name for name in SLICES if name in told["targets"])
+    used: set[str] = set()
+    for name in file:
+        if name.endswith("attn.qkv.lora_B.weight"):
+            parts = file.get(name).chunk(3)
+            used.update(SLICES[index] for index, part in enumerate(parts) if part.any())
+    if not used:
+        raise ValueError(f"{file.path}: every lora_B of qkv is zero: this adapter changes nothing and was not trained")
+    return tuple(name for name in SLICES if name in used)
+
+
+def _rank_and_scaling(file: WeightFile, config: Mapping[str, Any], groups: int) -> tuple[int, float]:
+    """Our one rank and one factor, where all modules of a PEFT adapter agree on them."""
+    found: dict[tuple[int, float], str] = {}
+    for name in file:
+        match = _NAME.fullmatch(name)
+        if match is None or match[3] != "A":
+            continue
+        rows = file.shape(name)[0]
+        if file.shape(name.replace(".lora_A.", ".lora_B."))[1] != rows:
+            raise ValueError(f"{file.path}: lora_A and lora_B of {match[1]} have different ranks")
+        count = groups if match[2] == "attn.qkv" else 1
+        if rows % count:
+            raise ValueError(_not_sparse(name, None, rows, file))
+        alpha = _pattern(config.get("alpha_pattern") or {}, match[1], config["lora_alpha"])
+        divisor = rows**0.5 if config.get("use_rslora") else rows
+        found.setdefault((rows // count, alpha / divisor), match[1])
+    if len(found) > 1:
+        shown = ", ".join(f"{name}: rank {rank}, scaling {scaling:g}" for (rank, scaling), name in found.items())
+        raise ValueError(f"{file.path}: one rank and one scaling for all modules are needed, found {shown}")
+    return next(iter(found))
+
+
+def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def _not_sparse(name: str, slices: tuple[str, ...] | None, rank: int, file: WeightFile) -> str:
+    blocks = f"{'+'.join(slices)} of rank {rank}" if slices else f"rank {rank}"
+    return (
+        f"{file.path}: {name} cannot be split into separate adapters of q, k and v ({blocks}): its lora_B has values "
+        f"outside one block of columns a slice. PEFT trained the fused qkv as one matrix, which LoRA on slices does "
+        f"not express; merge it with PEFT (merge_and_unload) and load the merged weights as a base instead"
+    )

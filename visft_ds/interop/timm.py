@@ -1,0 +1,55 @@
+"""timm's names (no prefix), and which timm model a tower is.
+
+Models: `eva02_enormous_patch14_clip_224` (post-norm) and `eva_giant_patch14_clip_224` (pre-norm),
+https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/eva.py. timm itself is not imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visft_ds.interop.files import WeightFile
+from visft_ds.interop.layouts import Layout, Tower
+
+POST_NORM, PRE_NORM = "eva02_enormous_patch14_clip_224", "eva_giant_patch14_clip_224"
+
+
+def export_names(file: WeightFile, layout: Layout) -> dict[str, str]:
+    """Name in a timm file -> name in `file`, which has the given layout: the tower and nothing else."""
+    return {name[len(layout.prefix) :]: name for name in file if name.startswith(layout.prefix)}
+
+
+def model_arguments(tower: Tower, num_classes: int = 0) -> tuple[str, dict[str, Any]]:
+    """(name, keyword arguments) for `timm.create_model` to build exactly this tower.
+
+    Where the tower has no class token, timm's `pos_embed` has no entry for it either: load `pos_embed[:, 1:]`.
+    `num_classes` is the number of rows of `head.weight` where the file has one (1024 for EVA-CLIP).
+    Raises ValueError where the number of heads or the norm placement is not known.
+    """
+    if tower.num_heads is None or tower.post_norm is None:
+        raise ValueError("number of heads and norm placement of the tower are not known; state them")
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if tower.preset() not in ("eva_e", "eva_g") or tower.image_size != 224:
+        arguments |= {
+            "img_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "embed_dim": tower.width,
+            "depth": tower.depth,
+            "num_heads": tower.num_heads,
+            "mlp_ratio": tower.mlp_ratio,
+        }
+    if not tower.class_token:
+        # timm pools by the class token or moves the final norm behind the pooling; ours norms every patch.
+        arguments |= {
+            "class_token": False,
+            "global_pool": "avg",
+            "use_fc_norm": False,
+            "use_post_transformer_norm": True,
+        }
+    return (POST_NORM if tower.post_norm else PRE_NORM), arguments
+
+
+def create_model_call(tower: Tower, num_classes: int = 0) -> str:
+    """`timm.create_model("...", num_classes=0, ...)` as Python text."""
+    name, arguments = model_arguments(tower, num_classes)
+    return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value!r}" for key, value in arguments.items())]) + ")"

@@ -1,0 +1,67 @@
+"""The LoRA files that ViSFT published (https://huggingface.co/TencentARC/ViSFT): eva_e_lora_*.pt, eva_g_lora_*.pt.
+
+Flat, fp32, `visual.blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r); rows for q first, then v. They were
+trained with loralib's MergedLinear at its default alpha 1, r 64: scaling 1/64. Training checkpoints hold the same
+tensors under `visft_heads.backbone.0.`, beside the heads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from visft_ds.interop.adapters import LoraAdapter
+from visft_ds.interop.files import examples, open_weights, write_atomically
+from visft_ds.interop.layouts import LAYOUTS, is_lora
+
+ALPHA = 1.0
+TARGETS = ("q", "v")
+_PREFIX = "visual."
+
+
+def read_visft_lora(path: str | Path) -> LoraAdapter:
+    """Read a published LoRA file or the LoRA of a ViSFT training checkpoint; the prefix is found.
+
+    Raises ValueError for a file without LoRA tensors, with unexpected ones, and of inconsistent shapes.
+    """
+    file = open_weights(path)
+    named = [name for name in file if is_lora(name)]
+    if not named:
+        raise ValueError(f"{path}: no LoRA tensors (…attn.qkv.lora_A) in this file; it has {examples(file.infos)}")
+    layout = next(layout for layout in LAYOUTS.values() if named[0].startswith(layout.prefix + "blocks."))
+    foreign = [name for name in named if not name.startswith(layout.prefix + "blocks.")]
+    foreign += [name for name in named if not name.endswith((".attn.qkv.lora_A", ".attn.qkv.lora_B"))]
+    foreign += [name for name in file if not is_lora(name) and layout.reason_to_ignore(name) is None]
+    if foreign:
+        raise ValueError(f"{path}: besides LoRA of the fused qkv there are {examples(foreign)}: not a ViSFT LoRA file")
+    tensors = {name[len(layout.prefix) :]: file.get(name) for name in named}
+    first = "blocks.0.attn.qkv."
+    if first + "lora_A" not in tensors or first + "lora_B" not in tensors:
+        raise ValueError(f"{path}: {layout.prefix}{first}lora_A or .lora_B is missing")
+    rows, rank = tensors[first + "lora_A"].shape[0], tensors[first + "lora_B"].shape[1]
+    if rows != 2 * rank:
+        raise ValueError(
+            f"{path}: lora_A has {rows} rows and lora_B {rank} columns; ViSFT adapts q and v, so 2 x {rank} rows are "
+            f"expected: not a ViSFT LoRA file"
+        )
+    return LoraAdapter(rank, ALPHA, TARGETS, {name: value.float() for name, value in tensors.items()}, "visft")
+
+
+def write_visft_lora(adapter: LoraAdapter, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write the published form (`visual.` prefix, flat, fp32, torch zip), which reads back as scaling 1/r.
+
+    Another alpha is multiplied into lora_B, so the change of the weights is the same. Raises ValueError for an adapter
+    of other projections than q and v, which the form cannot hold, and for an existing file (unless `overwrite`).
+    """
+    path = Path(path)
+    if adapter.targets != TARGETS:
+        raise ValueError(
+            f"ViSFT's LoRA files hold q and v only; this adapter has {'+'.join(adapter.targets)}: write it as a PEFT "
+            f"adapter"
+        )
+    tensors = {}
+    for name, value in adapter.tensors.items():
+        factor = adapter.alpha / ALPHA if name.endswith("lora_B") else 1.0
+        tensors[_PREFIX + name] = (value.float() * factor).contiguous()
+    write_atomically(path, lambda file: torch.save(tensors, file), overwrite=overwrite)

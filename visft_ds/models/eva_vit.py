@@ -1,0 +1,265 @@
+"""The vision towers of EVA-CLIP (https://github.com/baaivision/EVA, EVA-CLIP): image -> feature map.
+
+EVA-ViT-E normalises the branches (x + norm(attn(x))), EVA-ViT-G their inputs (x + attn(norm(x))); otherwise they are
+alike: no dropout, layer scale, rotary embedding or gated MLP. As in ViSFT (https://arxiv.org/abs/2401.10222) there is
+no class token unless asked for, but `pos_embed` always keeps its entry first, as in every published file.
+
+Letters: B images, H W pixels, h w patch grid, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings
+from visft_ds.ops import autocast_dtype
+
+
+@dataclass(frozen=True)
+class EvaViTConfig:
+    """Shape of a tower. `image_size` is the one the stored position embeddings belong to; any size can be fed."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float  #: hidden width of the MLP = int(width * mlp_ratio)
+    patch_size: int = 14
+    image_size: int = 224
+    post_norm: bool = False  #: True: x + norm(attn(x)); False: x + attn(norm(x))
+
+
+PRESETS = {
+    "eva_e": EvaViTConfig(width=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, post_norm=True),
+    "eva_g": EvaViTConfig(width=1408, depth=40, num_heads=16, mlp_ratio=4.3637),
+    "debug": EvaViTConfig(width=192, depth=4, num_heads=4, mlp_ratio=4.0, image_size=112),
+}
+
+
+class Block(nn.Module):
+    """One transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        post_norm: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = LayerNorm(width, device=device, dtype=dtype)
+        self.attn = Attention(width, num_heads, device=device, dtype=dtype)
+        self.norm2 = LayerNorm(width, device=device, dtype=dtype)
+        self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D) in the dtype of the residual stream."""
+        if self.post_norm:
+            x = x + self.norm1(self.attn(x))
+            return x + self.norm2(self.mlp(x))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class EvaViT(nn.Module):
+    """An EVA-CLIP vision tower without its projection head. Parameters are left uninitialised; see `build_backbone`.
+
+    The residual stream is fp32 under autocast and never narrower than `pos_embed`, on every device. `embed`, `blocks`,
+    `norm` and `feature_map` are the forward cut in pieces, for a pipeline; under ZeRO-3 call the module itself, since
+    parameters are gathered for a module's own forward only.
+
+    Attributes:
+        checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        patch_size: int = 14,
+        image_size: int = 224,
+        post_norm: bool = False,
+        class_token: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shape(width, depth, num_heads, mlp_ratio, patch_size, image_size)
+        self.width = width
+        self.depth = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.post_norm = post_norm
+        self.checkpoint_every = 0
+        side = image_size // patch_size
+        self.cls_token: nn.Parameter | None = None
+        if class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + side * side, width, device=device, dtype=dtype))
+        self.patch_embed = PatchEmbed(patch_size, width, device=device, dtype=dtype)
+        hidden = int(width * mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, hidden, post_norm=post_norm, device=device, dtype=dtype) for _ in range(depth)
+        )
+        self.norm = LayerNorm(width, device=device, dtype=dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of the patches.
+
+        Args:
+            images: (B, 3, H, W), already normalised, H and W at least one patch.
+
+        Returns:
+            (B, D, H // patch, W // patch), normed; a channels-last view in the dtype of the residual stream.
+        """
+        return self.feature_map(self.tokens(images), self.grid(images))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
+        x = self.embed(images)
+        for index, block in enumerate(self.blocks):
+            x = self.run_block(index, block, x)
+        out: Tensor = self.norm(x)
+        return out
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, [1 +] h*w, D): what the first block sees."""
+        size = self.grid(images)
+        x = self.patch_embed(images)
+        if autocast_dtype(x.device) is not None:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x + resize_position_embeddings(self.pos_embed[0, 1:], size)
+        if self.cls_token is None:
+            return x
+        first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
+        return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
+
+    def run_block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+        """One block, recomputed in the backward pass if `checkpoint_every` says so."""
+        recompute = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
+        if recompute and self.training and torch.is_grad_enabled():
+            # No dropout in a block, so there is no random state to put back.
+            out: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(x)
+        return out
+
+    def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""
+        blocks: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            (f"blocks.{index}", block) for index, block in enumerate(self.blocks)
+        ]
+        return [("embed", self.embed), *blocks, ("norm", self.norm)]
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(h, w) for images (B, 3, H, W). Raises ValueError for another shape and for images below one patch."""
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}; needed: (B, 3, H, W) with H and W at least {self.patch_size}"
+            )
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, [1 +] h*w, D) -> (B, D, h, w); the class token is left out."""
+        patches = tokens if self.cls_token is None else tokens[:, 1:]
+        return patches.transpose(1, 2).reshape(patches.shape[0], self.width, *grid)
+
+
+def build_backbone(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+    class_token: bool = False,
+    **overrides: Any,
+) -> EvaViT:
+    """A tower by name, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
+
+    Args:
+        name: key of PRESETS.
+        device: "meta" gives shapes without memory.
+        dtype: of every parameter.
+        seed: decides every weight, whatever the device, dtype and state of the global generators; each tensor is a
+            function of the seed, its own name and shape. None leaves memory uninitialised, for weights that are loaded next.
+        class_token: adds `cls_token`.
+        overrides: fields of EvaViTConfig that replace the preset's.
+
+    Raises:
+        ValueError: unknown name or field (with the nearest one), or a shape that does not work out.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+    known = [field.name for field in fields(EvaViTConfig)]
+    for key in overrides:
+        if key not in known:
+            raise ValueError(
+                f"backbone {name!r} has no field {key!r}; fields: {', '.join(known)}{_nearest(key, known)}"
+            )
+    config = replace(PRESETS[name], **overrides)
+    shape = {field: getattr(config, field) for field in known}
+    backbone = EvaViT(**shape, class_token=class_token, device="meta", dtype=dtype)
+    if torch.device(device).type == "meta":
+        return backbone
+    backbone.to_empty(device=device)
+    if seed is not None:
+        _fill(backbone, seed)
+    return backbone
+
+
+@torch.no_grad()
+def _fill(backbone: EvaViT, seed: int) -> None:
+    """EVA's random weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
+
+    (Its truncation lies 100 standard deviations out and is left out here: it costs twenty times the drawing.)
+    """
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            std = 0.02
+            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
+            # Drawn on the CPU in fp32, so that every device and dtype gets the same numbers.
+            draw = torch.empty(parameter.shape).normal_(0.0, std, generator=generator_for(seed, name))
+            parameter.copy_(draw)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on a seed and the name of what it fills, and on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _check_shape(width: int, depth: int, num_heads: int, mlp_ratio: float, patch_size: int, image_size: int) -> None:
+    if min(width, depth, num_heads, patch_size, int(width * mlp_ratio)) < 1:
+        raise ValueError(
+            f"width {width}, depth {depth}, num_heads {num_heads}, patch_size {patch_size} and "
+            f"int(width * mlp_ratio) = {int(width * mlp_ratio)} must all be at least 1"
+        )
+    if width % num_heads:
+        raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}; change one of them")
+    if image_size < patch_size or image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; change one of them")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

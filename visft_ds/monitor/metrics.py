@@ -1,0 +1,219 @@
+"""Records of a run: metrics.jsonl, TensorBoard event files and run.json, in the run folder.
+
+Losing a record must not lose a run: a writer that fails prints one warning and training goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: Packages whose version decides results.
+RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
+
+#: What a full disk, a missing package or TensorBoard's writer thread raise; anything else is a mistake of ours.
+_WRITER_ERRORS = (OSError, ImportError, ValueError, RuntimeError)
+
+
+class MetricsWriter:
+    """Appends to OUT/metrics.jsonl (one object per step or event, on disk after each call) and OUT/tensorboard/.
+
+    Args:
+        out_dir: the run folder; made if absent.
+        resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
+            and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
+        enabled: False on every process but the main one: nothing is written.
+    """
+
+    def __init__(self, out_dir: str | Path, *, resume_step: int = 0, enabled: bool = True) -> None:
+        self.path = Path(out_dir) / "metrics.jsonl"
+        self.enabled = enabled
+        self._warned: set[str] = set()
+        self._torn = False
+        self._events: Any = None
+        if enabled:
+            self._attempt("metrics.jsonl", lambda: truncate_metrics(self.path, resume_step))
+            self._attempt("TensorBoard", lambda: self._open_tensorboard(Path(out_dir) / "tensorboard", resume_step))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
+        self._write({"kind": "step", "step": step, **values})
+        if self._events is not None:
+            numbers = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+            self._attempt("TensorBoard", lambda: self._add_summary(step, numbers))
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Something that happened after `step`: "saved", "evaluated", "resumed"; details are JSON values."""
+        self._write({"kind": "event", "step": step, "event": event, **details})
+
+    def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
+        """A picture (H, W, 3) RGB for TensorBoard."""
+        if self._events is not None:
+            self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, "image": _encode(image)}]))
+
+    def close(self) -> None:
+        """Flush and close; calling it again does nothing."""
+        if self._events is not None:
+            self._attempt("TensorBoard", self._events.close)
+            self._events = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.enabled:
+            line = json.dumps(
+                {key: _json_value(value) for key, value in record.items()} | {"time": round(time.time(), 3)}
+            )
+            self._attempt("metrics.jsonl", lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
+        # A line that a full disk cut off must not swallow the next one.
+        text = ("\n" if self._torn else "") + line + "\n"
+        self._torn = True
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+        self._torn = False
+
+    def _attempt(self, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except _WRITER_ERRORS as error:
+            if what not in self._warned:
+                print(f"warning: {what} is not being written: {error}; training goes on", file=sys.stderr, flush=True)
+            self._warned.add(what)
+
+    def _open_tensorboard(self, folder: Path, resume_step: int) -> None:
+        # TensorBoard's own writer: torch.utils.tensorboard would import torch for the same bytes.
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events = EventFileWriter(str(folder), flush_secs=10)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # TensorBoard hides what earlier files hold from this step on.
+        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+
+    def _add_summary(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value) for value in values])
+        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _json_value(value: Any) -> Any:
+    """NaN and infinity as texts, since JSON has no such numbers and a diverged loss must stay visible."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _encode(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    """Fields of TensorBoard's Summary.Image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return {
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "colorspace": image.shape[2],
+        "encoded_image_string": buffer.getvalue(),
+    }
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "step" in record:
+                yield record
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the records up to and including `step`; makes the folder. The file is replaced in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What was run, with what, on what: OUT/run.json."""
+
+    config: Mapping[str, Any]  #: the resolved configuration
+    world_size: int
+    command: Sequence[str]
+
+    def write(self, out_dir: str | Path) -> Path:
+        """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
+        path = Path(out_dir) / "run.json"
+        record = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": list(self.command),
+            "world_size": self.world_size,
+            "versions": versions(),
+            "git": git_revision(Path(__file__).resolve().parents[2]),
+            "config": dict(self.config),
+            "earlier": [],
+        }
+        if path.is_file():
+            previous = json.loads(path.read_text(encoding="utf-8"))
+            record["earlier"] = [*previous.pop("earlier"), previous]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the system and the packages that decide results; absent packages are left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout at `folder` and whether files differ from it; None where it is no checkout."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

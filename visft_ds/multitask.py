@@ -1,0 +1,141 @@
+"""The model that trains: one backbone, one head per task, and the losses, in one forward.
+
+Heads and criteria run inside `forward` because ZeRO's hooks see the module's own forward only.
+Letters: B images, H W pixels, h w patch grid, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.data.samples import Batch
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.tasks import Criterion
+
+#: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+Normaliser = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+
+
+@dataclass(frozen=True)
+class TaskModule:
+    """What a task adds to the model."""
+
+    head: nn.Module
+    criterion: Criterion
+
+
+def normalise_pixels(images: Tensor, sizes: Tensor) -> Tensor:
+    """uint8 images to the numbers a backbone sees; padding becomes 0, the mean colour.
+
+    Args:
+        images: (B, 3, H, W) uint8, padded right and bottom.
+        sizes: (B, 2) int64, height and width of the valid part.
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
+    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1) * 255.0
+    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1) * 255.0
+    pixels = (images.float() - mean) / std
+    return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
+
+
+def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Which cells of a grid over the padded image show image: nearest-neighbour sampling of the pixel mask.
+
+    Args:
+        sizes: (B, 2) int64, height and width of the valid part in pixels.
+        image_size: (H, W) of the padded batch.
+        grid: (h, w) of the wanted mask.
+
+    Returns:
+        (B, h, w) bool, True = image.
+    """
+    axes = []
+    for axis in (0, 1):
+        # The same arithmetic as F.interpolate(mode="nearest"), which the reference applies to the padding mask.
+        cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
+        axes.append(cells[None, :] < sizes[:, axis, None])
+    return axes[0][:, :, None] & axes[1][:, None, :]
+
+
+class MultiTaskModel(nn.Module):
+    """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
+
+    Args:
+        backbone: images (B, 3, H, W) -> features (B, D, h, w).
+        tasks: task name -> head and criterion.
+        train_backbone: False in stage 1, where the backbone runs without a graph.
+        heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
+    """
+
+    def __init__(
+        self, backbone: EvaViT, tasks: Mapping[str, TaskModule], *, train_backbone: bool, heads_active: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({name: task.head for name, task in tasks.items()})
+        self.criteria = {name: task.criterion for name, task in tasks.items()}
+        self.train_backbone = train_backbone
+        self.heads_active = heads_active
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """Training mode for what trains only: frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.backbone.train(mode and self.train_backbone)
+        self.heads.train(mode and self.heads_active)
+        return self
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, D, h, w) in float32 and their valid mask (B, h, w) bool."""
+        pixels = normalise_pixels(batch.images, batch.sizes)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
+            features: Tensor = self.backbone(pixels).float()
+        return features, valid_region(batch.sizes, batch.images.shape[-2:], features.shape[-2:])
+
+    def forward(self, batch: Batch, normaliser: Normaliser | None = None) -> dict[str, Any]:
+        """Losses of a batch, or predictions when no normaliser is given.
+
+        Args:
+            batch: images and the targets of one or more tasks.
+            normaliser: per task the numbers its losses are divided by; they hold for the whole optimiser step (all
+                ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
+
+        Returns:
+            With a normaliser, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
+            "<task>/<name>": each unweighted loss}.
+            Without: {task: the head's output} for every head.
+        """
+        features, valid = self.features(batch)
+        # Heads and losses stay in float32 whatever the backbone computes in.
+        with torch.autocast(features.device.type, enabled=False):
+            if normaliser is None:
+                return {task: head(features, valid) for task, head in self.heads.items()}
+            losses: dict[str, Tensor] = {}
+            for task in batch.tasks:
+                criterion = self.criteria[task]
+                output = self.heads[task](features, valid)
+                parts = criterion(output, batch.targets[task], normaliser[task], batch.image_ids)
+                losses[task] = sum_weighted(parts, criterion.weights)
+                losses.update({f"{task}/{name}": value for name, value in parts.items()})
+            return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Numbers "<task>/<name>" whose sums over ranks and micro-batches normalise the losses; from labels alone."""
+        return {
+            f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
+        }
+
+
+def sum_weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Weighted sum of the named losses; names without a weight are for the log only."""
+    terms = [weight * losses[name] for name, weight in weights.items()]
+    return torch.stack(terms).sum()

@@ -1,0 +1,180 @@
+"""A frozen linear layer with low-rank updates on slices of its output, as one autograd function.
+
+LoRA, https://arxiv.org/abs/2106.09685: y = x W^T + b, then y[..., lo:hi] += scale * (x A_g^T) B_g^T for g = (lo, hi).
+
+Kept for the backward pass: x, u = scale * x A^T (G*r numbers a token) and the parameters by reference. Never kept or
+built: the dense update B A, the layer's output, copies of a parameter in another precision.
+Letters: K inputs, F outputs, G slices, r rank, M tokens (all leading dimensions of x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visft_ds.ops import matmul_dtype, no_autocast
+
+Slices = tuple[tuple[int, int], ...]
+
+BACKENDS = ("eager", "augmented")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    slices: Sequence[tuple[int, int]],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear layer plus low-rank updates of some output slices.
+
+    Computes in autocast's dtype, without autocast in the weight's; every argument is cast to it. Gradients arrive in
+    the dtype of their tensor, so fp32 adapters over 16-bit weights get fp32 gradients.
+
+    Args:
+        x: (..., K).
+        weight: (F, K). It gets a gradient only if it requires one.
+        bias: (F,) or None.
+        lora_a: (G*r, K), stacked slice by slice.
+        lora_b: (sum of the slices' widths, r), stacked slice by slice.
+        scale: factor of the update, alpha / r.
+        slices: ascending, disjoint (lo, hi) output ranges. `slices` and shapes that disagree raise ValueError.
+        backend: "auto" or one of BACKENDS.
+
+    Returns:
+        (..., F) in the dtype computed in.
+    """
+    _check_shapes(weight, lora_a, lora_b, slices)
+    dtype = matmul_dtype(weight)
+    if backend == "auto":
+        backend, _ = choose_backend(weight.device, dtype)
+    elif backend not in BACKENDS:
+        raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
+    # x is cast out here: a 16-bit copy is cheaper to keep for the backward pass than the fp32 residual stream.
+    out: tuple[Tensor, Tensor] = _LoraLinear.apply(
+        x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend
+    )
+    return out[0]
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Name and reason of the implementation for this device and dtype of computation.
+
+    "augmented" is one product of [x | u] with [W | B]: the update meets the rest in the fp32 accumulator. "eager" adds
+    it to a result that is already rounded, which loses most of an update below the 16-bit resolution of the output.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "augmented", "16 bit on a GPU: small updates must be added before rounding"
+    if dtype in (torch.bfloat16, torch.float16):
+        return "eager", f"{device.type}: fastest here; updates below 16-bit resolution are rounded off"
+    return "eager", f"{dtype}: rounding is no concern"
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        slices: Slices,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        # Cast by hand, here and in the backward pass, where autocast may be in another state.
+        with no_autocast(x.device):
+            rows = x.reshape(-1, x.shape[-1])
+            u = (rows @ lora_a.to(x.dtype).t()) * scale
+            run = _forward_augmented if backend == "augmented" else _forward_eager
+            y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
+        return y.view(*x.shape[:-1], -1), u
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, _ = inputs
+        _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
+        # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
+        ctx.save_for_backward(
+            x if need_weight or need_a else None, output[1] if need_b else None, weight, lora_a, lora_b
+        )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.x_shape = x.shape
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        x, u, weight, lora_a, lora_b = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dx = dw = db = da = dlb = None
+        with no_autocast(grad.device):
+            dy = grad.reshape(-1, grad.shape[-1])
+            groups = list(_groups(ctx.slices, lora_b.shape[1]))
+            if need_x or need_a:
+                b = _cast(lora_b, dy)
+                du = torch.cat([dy[:, lo:hi] @ b[part] for lo, hi, _, part in groups], dim=1) * ctx.scale
+            if need_x:
+                dx = torch.addmm(dy @ _cast(weight, dy), du, _cast(lora_a, dy)).view(ctx.x_shape)
+            if need_a:
+                da = (du.t() @ x.reshape(-1, x.shape[-1])).to(lora_a.dtype)
+            if need_b:
+                dlb = torch.cat([dy[:, lo:hi].t() @ u[:, cols] for lo, hi, cols, _ in groups]).to(lora_b.dtype)
+            if need_weight:
+                dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            if need_bias:
+                db = dy.sum(0).to(ctx.bias_dtype)
+        return dx, dw, db, da, dlb, None, None, None
+
+
+def _forward_eager(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
+    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    for lo, hi, cols, part in _groups(slices, b.shape[1]):
+        y[:, lo:hi].addmm_(u[:, cols], b[part].t())
+    return y
+
+
+def _forward_augmented(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
+    fan_in = weight.shape[1]
+    wide = weight.new_zeros(weight.shape[0], fan_in + u.shape[1])
+    wide[:, :fan_in] = weight
+    for lo, hi, cols, part in _groups(slices, b.shape[1]):
+        wide[lo:hi, fan_in + cols.start : fan_in + cols.stop] = b[part]
+    rows = torch.cat([x, u], dim=1)
+    return rows @ wide.t() if bias is None else torch.addmm(bias, rows, wide.t())
+
+
+def _groups(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """For every slice: its output range, its columns of u (rows of A), its rows of B."""
+    start = 0
+    for index, (lo, hi) in enumerate(slices):
+        yield lo, hi, slice(index * rank, (index + 1) * rank), slice(start, start + hi - lo)
+        start += hi - lo
+
+
+def _cast(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype)
+
+
+def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:
+    edges = [0, *(edge for pair in slices for edge in pair), weight.shape[0]]
+    if not slices or edges != sorted(edges) or any(lo == hi for lo, hi in slices):
+        raise ValueError(
+            f"lora_linear: slices {tuple(slices)} must be ascending, disjoint and within 0..{weight.shape[0]}"
+        )
+    rank = lora_b.shape[1]
+    wanted = ((len(slices) * rank, weight.shape[1]), (sum(hi - lo for lo, hi in slices), rank))
+    found = (tuple(lora_a.shape), tuple(lora_b.shape))
+    if found != wanted:
+        raise ValueError(f"lora_linear: lora_a, lora_b have shapes {found}; slices {tuple(slices)} need {wanted}")

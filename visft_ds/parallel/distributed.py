@@ -1,0 +1,133 @@
+"""Process-group facts and the few collectives the project needs. Everything is a no-op in one process."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
+_COUNT_SLOTS = 12
+
+
+def rank() -> int:
+    """Global rank; known from the launcher's environment before the process group exists."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; known from the launcher's environment before the process group exists."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """The device of this process: its GPU by `LOCAL_RANK`, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """What all ranks know before they compute a step."""
+
+    counts: Mapping[str, float]  #: summed over ranks
+    stop: bool  #: some rank was asked to stop
+
+
+def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: torch.device) -> StepAgreement:
+    """One all-reduce before a step: sum the counts, pass on a wish to stop, and prove that all ranks do the same.
+
+    Ranks that run different tasks in one step add one head's gradients to another's under ZeRO-1/2, silently. So every
+    rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
+
+    Raises:
+        RuntimeError: on every rank, when the ranks are not about to do the same.
+    """
+    if len(counts) > _COUNT_SLOTS:
+        raise RuntimeError(f"{len(counts)} counts do not fit the {_COUNT_SLOTS} slots of the step's all-reduce")
+    token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
+    keys = sorted(counts)
+    values = [counts[key] for key in keys] + [0.0] * (_COUNT_SLOTS - len(keys))
+    vector = torch.tensor([float(stop), token, token**2, *values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    stops, tokens, squares, *sums = vector.tolist()
+    if tokens != token * world_size() or squares != token**2 * world_size():
+        raise RuntimeError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+    return StepAgreement(dict(zip(keys, sums, strict=False)), stops > 0)
+
+
+def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean of a dict of 0-d tensors over all ranks in one all-reduce and one copy to the host."""
+    if not values:
+        return {}
+    keys = sorted(values)
+    vector = torch.stack([values[key].detach().float() for key in keys])
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    return dict(zip(keys, (vector / world_size()).tolist(), strict=True))
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """`value` of every rank in rank order on the main process, None elsewhere. For small, rare messages only."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's `value` on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
+    """Stop every rank when a value that must be equal on all of them is not.
+
+    Args:
+        named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
+
+    Raises:
+        RuntimeError: on every rank, naming what differs and the value of each rank.
+    """
+    if not dist.is_initialized():
+        return
+    everyone: list[Mapping[str, str] | None] = [None] * world_size()
+    dist.all_gather_object(everyone, dict(named))
+    differing = [name for name in named if len({str((other or {}).get(name)) for other in everyone}) > 1]
+    if differing:
+        lines = [
+            f"  {name}: " + ", ".join(f"rank {r} has {(other or {}).get(name)}" for r, other in enumerate(everyone))
+            for name in differing
+        ]
+        raise RuntimeError("the ranks do not agree on\n" + "\n".join(lines))
+
+
+def close() -> None:
+    """Leave the process group; without this, a process may die in a destructor at exit (code -6, a flaky launch)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,193 @@
+"""The engine that trains a prepared model: ZeRO 0-3 through `deepspeed.initialize`.
+
+One signature for every engine: a step takes the micro-batches of this rank and returns what happened.
+DeepSpeed 0.19.8 has silent faults where parameters take no part in a step; each remedy says which one it cures.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from visft_ds.data.samples import Batch
+from visft_ds.multitask import MultiTaskModel, Normaliser
+from visft_ds.parallel import distributed
+
+#: The engine and the checkpoints use private names of exactly these releases.
+TESTED_DEEPSPEED = ("0.19.8",)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did, equal on every rank."""
+
+    losses: Mapping[str, float]  #: "loss" and "<task>/<name>": means over ranks and micro-batches
+    gradient_norm: float  #: global L2 norm before clipping
+    learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
+    skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
+
+
+class Engine(Protocol):
+    """What the trainer needs from an engine."""
+
+    module: MultiTaskModel
+    device: torch.device
+    accumulation: int
+
+    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
+
+    def predict(self, batch: Batch) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate factor of each optimiser step: linear warm-up, then cosine, linear or constant.
+
+    Unlike DeepSpeed's WarmupCosineLR the first step is not spent at learning rate 0.
+    """
+
+    kind: str  #: "WarmupCosineLR" | "WarmupDecayLR" | "WarmupLR"
+    warmup_steps: int
+    total_steps: int
+    warmup_min_ratio: float = 0.0
+    final_ratio: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """Factor for the update that follows `step` finished updates."""
+        if step < self.warmup_steps:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * (step + 1) / self.warmup_steps
+        if self.kind == "WarmupLR":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "WarmupCosineLR" else 1 - progress
+        return self.final_ratio + (1 - self.final_ratio) * shape
+
+
+def start_process_group() -> None:
+    """Join the process group of the launcher (nccl on GPUs, gloo on CPUs); one process alone works too.
+
+    Raises:
+        RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
+    """
+    if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
+        "VISFT_ALLOW_UNTESTED_DEEPSPEED"
+    ):
+        raise RuntimeError(
+            f"deepspeed {deepspeed.__version__} is installed; tested: {TESTED_DEEPSPEED}. Install one of these, "
+            "or set VISFT_ALLOW_UNTESTED_DEEPSPEED=1 and run the test suite first"
+        )
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # A C++ extension that only DeepSpeed's inference kernels use; building it would need a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_device())
+    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+
+
+class ZeroEngine:
+    """ZeRO stages 0-3, with or without offload, over a plain module.
+
+    Args:
+        module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
+        groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
+        config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
+        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        schedule: learning-rate factor of each step.
+        seed: with the step and the rank it decides every random number (dropout) of a step.
+    """
+
+    def __init__(
+        self,
+        module: MultiTaskModel,
+        groups: list[dict[str, Any]],
+        config: dict[str, Any],
+        *,
+        build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.seed = seed
+        self.group_names = [group["name"] for group in groups]
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=groups,
+            config=config,
+            optimizer=build_optimizer,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            dist_init_required=False,
+        )
+        self.device = torch.device(self.deepspeed.device)
+        self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
+        self.stage: int = self.deepspeed.zero_optimization_stage()
+
+    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
+        """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
+        assert len(batches) == self.accumulation, (len(batches), self.accumulation)
+        # A pure function of seed, step and rank: a resumed run draws the same dropout masks.
+        torch.manual_seed((self.seed * 1_000_003 + step) * 4_099 + distributed.rank())
+        self.module.train()
+        clear_stale_gradients(self.deepspeed.optimizer)
+        rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
+        skipped_before = self.deepspeed.skipped_steps
+        sums: dict[str, Tensor] = {}
+        norm: float | None = None
+        for batch in batches:
+            losses = self.deepspeed(batch.to(self.device), normaliser)
+            self.deepspeed.backward(losses["loss"])
+            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._dense_gradient_norm()  # ZeRO-0 keeps no norm
+            self.deepspeed.step()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
+        if norm is None:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return StepReport(
+            losses=distributed.mean_over_ranks(sums),
+            gradient_norm=norm,
+            learning_rates=rates,
+            skipped=self.deepspeed.skipped_steps > skipped_before,
+        )
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """Every head's output for a batch, in evaluation mode. Under ZeRO-3 all ranks must call it together."""
+        self.module.eval()
+        return dict(self.deepspeed(batch.to(self.device)))
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
+        return groups
+
+    def _dense_gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def clear_stale_gradients(optimizer: Any) -> None:
+    """Zero the gradients DeepSpeed kept from the last step for parameters that took no part in this one.
+
+    Under ZeRO-3 (`grad_partitions_flat_buffer`) and under every optimiser offload (CPU copies of the gradients) such a
+    parameter would silently get its previous gradient again. A no-op where there is nothing of the kind.
+    """
+    buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        for flat in getattr(optimizer, name, ()):
+            if flat.grad is not None:
+                flat.grad.zero_()
+    if hasattr(optimizer, "norm_for_param_grads"):
+        optimizer.norm_for_param_grads.clear()

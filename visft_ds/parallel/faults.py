@@ -1,0 +1,44 @@
+"""Stopping cleanly: signals and a lost launcher become one flag that all ranks read at the step boundary."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher above this process is gone.
+
+    The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans.
+    So every rank also watches its parent and grandparent. The ranks agree on stopping in the all-reduce that each step
+    makes anyway: all stop after the same step and save the same step.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._launcher = os.getppid()
+        self._runner = _parent(self._launcher)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.reason and number == signal.SIGINT:  # a second Ctrl-C: the user does not want to wait for the step
+            raise KeyboardInterrupt
+        self.reason = f"signal {signal.Signals(number).name}"
+
+    def __bool__(self) -> bool:
+        if not self.reason and (os.getppid() != self._launcher or _parent(self._launcher) != self._runner):
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
+
+def _parent(pid: int) -> int:
+    """Parent of a process; -1 where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return -1

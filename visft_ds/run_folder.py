@@ -1,0 +1,57 @@
+"""The run folder before a run starts: nothing of another run is ever continued or overwritten by mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
+
+#: What a run writes; anything else in a folder means that it is not a run folder.
+_SHOWN = 8
+
+
+def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
+    """Check that a run may write into `out`. Reads only, so every rank can do it.
+
+    Args:
+        resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
+
+    Raises:
+        ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        if resume == "must":
+            raise ValueError(f"--resume must: there is no run in {out}; use --resume auto to start one")
+        return
+    record = out / "run.json"
+    if not record.is_file():
+        found = ", ".join(sorted(path.name for path in out.iterdir())[:_SHOWN])
+        if {path.name for path in out.iterdir()} <= {"export", "metrics.jsonl", "tensorboard"}:
+            return  # a run that ended before its first record
+        raise ValueError(f"{out} is not empty and holds no run ({found}); choose another --out")
+    if resume == "no":
+        raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to go on with it")
+    differences = identity_differences(recorded_config(out).identity(), config.identity())
+    if differences:
+        shown = [f"  {line}" for line in differences[:_SHOWN]]
+        more = [f"  ... {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
+        raise ValueError(
+            f"{out} holds a run with other settings (there -> here):\n"
+            + "\n".join([*shown, *more])
+            + "\nchoose another --out, or give the settings of that run"
+        )
+
+
+def recorded_config(out: Path) -> ResolvedConfig:
+    """The resolved configuration of the run in `out`.
+
+    Raises:
+        ValueError: no run there, or one written by a release with another schema.
+    """
+    record = out / "run.json"
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{out} holds no readable run record: {record}: {error}") from error
+    return resolve_values(values, str(record))

@@ -1,0 +1,253 @@
+"""Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
+
+Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2 ("lora"): low-rank adapters go into the
+backbone and train, the heads are frozen (arXiv 2401.10222, section 3). What trains is decided by the parameter groups
+of the configuration; a stage only says what must be among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
+from visft_ds.interop.backbones import load_backbone
+from visft_ds.interop.files import sha256_file
+from visft_ds.interop.heads import head_file, load_head_weights
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.multitask import MultiTaskModel, TaskModule
+from visft_ds.tasks import TASKS
+
+#: Relative change of the features when every LoRA B is perturbed; below it the adapters are not in the forward.
+SMALLEST_EFFECT = 1e-6
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage.
+
+    Attributes:
+        name: as printed.
+        uses_lora: adapters are injected before the groups are applied.
+        must_train: globs over qualified names; every parameter they match has to be in a group.
+    """
+
+    name: str
+    uses_lora: bool
+    must_train: tuple[str, ...]
+
+
+STAGES: Mapping[int, StageSpec] = {
+    1: StageSpec("heads", uses_lora=False, must_train=("heads.*",)),
+    2: StageSpec("lora", uses_lora=True, must_train=("backbone.*.lora_A", "backbone.*.lora_B")),
+}
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """One parameter group after matching."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    names: tuple[str, ...]  #: qualified parameter names
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of trained values."""
+        return sum(p.numel() for p in self.parameters)
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model ready for any engine."""
+
+    module: MultiTaskModel
+    groups: tuple[TrainedGroup, ...]
+    base_weights: str  #: sha256 of the file, or the recipe of the random weights
+    notes: tuple[str, ...] = field(default_factory=tuple)  #: checks passed, one line each
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The groups as torch optimisers take them."""
+        return [
+            {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name}
+            for g in self.groups
+        ]
+
+
+def prepare_model(
+    config: VisftConfig, defaults: OptimizerParams, *, precision: Precision = "fp32", heads_from: Path | None = None
+) -> PreparedModel:
+    """Build -> load base weights -> freeze all -> adapt -> load heads -> apply groups -> check -> checkpointing.
+
+    Args:
+        config: the "visft" block.
+        defaults: learning rate and weight decay of groups that set none.
+        precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
+        heads_from: folder of stage-1 heads; None starts them at random.
+
+    Raises:
+        ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
+            must train but does not, adapters without effect.
+    """
+    stage = STAGES[config.stage]
+    storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    backbone, base_weights, notes = _build_backbone(config, storage)
+    module = _build_module(config, backbone)
+    module.requires_grad_(False)
+    _adapt(config, backbone)
+    if heads_from is not None:
+        for task, head in module.heads.items():
+            load_head_weights(head, head_file(heads_from, task), task)
+        notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
+    groups = apply_groups(module, config.param_groups, defaults)
+    _check_stage(module, stage, uses_lora=config.lora is not None)
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.data = parameter.data.float()
+    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    if stage.uses_lora and config.lora is not None:
+        notes.append(f"LoRA changes the features (relative change {_check_effect(backbone):.1e} when B is perturbed)")
+    backbone.checkpoint_every = config.model.checkpoint_every
+    return PreparedModel(module, groups, base_weights, tuple(notes))
+
+
+def plan_groups(config: VisftConfig, defaults: OptimizerParams) -> tuple[TrainedGroup, ...]:
+    """What would train, from shapes alone: the model is built on the meta device, no file is read.
+
+    Raises:
+        ValueError: as `prepare_model`, as far as shapes tell.
+    """
+    with torch.device("meta"):
+        backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
+        module = _build_module(config, backbone)
+        _adapt(config, backbone)
+    groups = apply_groups(module, config.param_groups, defaults)
+    _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    return groups
+
+
+def apply_groups(
+    module: nn.Module, groups: Iterable[ParamGroup], defaults: OptimizerParams
+) -> tuple[TrainedGroup, ...]:
+    """Match groups to parameters by glob and make exactly the matched ones trainable.
+
+    Raises:
+        ValueError: all problems at once: groups that match nothing, parameters in more than one group.
+    """
+    named = dict(module.named_parameters())
+    owner: dict[str, str] = {}
+    problems, matched = [], []
+    for group in groups:
+        names = tuple(name for name in named if fnmatchcase(name, group.params))
+        if not names:
+            examples = ", ".join(_prefixes(named))
+            problems.append(
+                f"group {group.name!r}: {group.params!r} matches no parameter (names begin with {examples})"
+            )
+        problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
+        owner.update(dict.fromkeys(names, group.name))
+        lr = defaults.lr if group.lr is None else group.lr
+        decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
+        matched.append(TrainedGroup(group.name, lr, decay, names, tuple(named[name] for name in names)))
+    if problems:
+        raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in owner)
+    return tuple(matched)
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
+    """The precision of a run and why.
+
+    Raises:
+        ValueError: the hardware cannot do what was asked for.
+    """
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "auto":
+        if device.type == "cpu":
+            return "fp32", "auto: a CPU"
+        name = torch.cuda.get_device_name(device)
+        return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
+    if requested == "bf16" and not has_bf16:
+        raise ValueError(
+            f"visft.model.precision: bf16 asked for, {torch.cuda.get_device_name(device)} has none; use fp16 or auto"
+        )
+    assert requested in ("fp32", "bf16", "fp16")  # the schema allows nothing else
+    return cast(Precision, requested), "as configured"
+
+
+def _build_backbone(config: VisftConfig, storage: torch.dtype) -> tuple[EvaViT, str, list[str]]:
+    """The frozen backbone: matrices in `storage`, the few small tensors in fp32 (norms and position embeddings)."""
+    model = config.model
+    seed = model.weights_seed if model.weights is None else None
+    backbone = build_backbone(model.preset, dtype=storage, seed=seed, **model.backbone_options())
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim < 2 or name in ("pos_embed", "cls_token"):
+            parameter.data = parameter.data.float()
+    if model.weights is None:
+        recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}"
+        return backbone, recipe, [f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"]
+    report = load_backbone(backbone, Path(model.weights))
+    digest = sha256_file(Path(model.weights))
+    return backbone, digest, [f"base weights: {report}"]
+
+
+def _build_module(config: VisftConfig, backbone: EvaViT) -> MultiTaskModel:
+    # Heads start from the seed alone, so that every rank and every engine builds the same ones.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        tasks = {
+            name: TaskModule(
+                TASKS[name].build_head(in_channels=backbone.width, **task.head.model_dump()),
+                TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump()),
+            )
+            for name, task in config.tasks.enabled().items()
+        }
+    return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
+
+
+def _adapt(config: VisftConfig, backbone: EvaViT) -> None:
+    if STAGES[config.stage].uses_lora and config.lora is not None:
+        lora = config.lora
+        inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+
+
+def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> None:
+    required = stage.must_train if uses_lora or not stage.uses_lora else ()
+    idle = [
+        name
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in required)
+    ]
+    if idle:
+        raise ValueError(
+            f"stage {stage.name!r} must train {', '.join(required)}, but {len(idle)} of these parameters are in no "
+            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups"
+        )
+
+
+def _check_effect(backbone: EvaViT) -> float:
+    """Adapters that the forward bypasses would train nothing, silently; refuse them at start."""
+    side = 2 * backbone.patch_size
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    # One image of four patches: cheap even for the largest tower.
+    effect = has_effect(backbone, images)
+    if not effect > SMALLEST_EFFECT:
+        raise ValueError(
+            f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"
+        )
+    return effect
+
+
+def _prefixes(named: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[:2]) for name in named})[:6]

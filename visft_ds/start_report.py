@@ -1,0 +1,109 @@
+"""What a run says before its first step, and what `--dry-run` says instead of running."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from visft_ds.config import Batches, ResolvedConfig, derive_batches
+from visft_ds.data.manifest import Manifest
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.ops.attention import attention_backend
+from visft_ds.stages import STAGES, PreparedModel, TrainedGroup, plan_groups
+
+
+def print_start(
+    config: ResolvedConfig,
+    prepared: PreparedModel,
+    batches: Batches,
+    manifest: Manifest,
+    *,
+    precision: str,
+    device: torch.device,
+    start: int,
+) -> None:
+    """The plan of a run that is about to train. Main process only."""
+    module = prepared.module
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    trained = sum(group.count for group in prepared.groups)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
+    model = config.visft.model
+    sections = [
+        Section(
+            "model",
+            [
+                ("backbone", f"{model.name}: width {module.backbone.width}, {len(module.backbone.blocks)} blocks"),
+                ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
+                ("precision", precision),
+                ("attention", ": ".join(attention_backend(device, dtype))),
+                ("recompute", f"every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"),
+            ],
+        ),
+        _groups_section(prepared.groups),
+        _batch_section(config, batches),
+        Section(
+            "data",
+            [
+                (
+                    "shards",
+                    f"{manifest.root}/{manifest.split}: {len(manifest)} images, fingerprint {manifest.fingerprint[:12]}",
+                ),
+                ("epoch", "  ".join(f"{t}: {len(manifest) // n} steps" for t, n in batches.batch_size.items())),
+            ],
+        ),
+        Section("checks passed", [("-", note) for note in prepared.notes]),
+        _run_section(config, start),
+    ]
+    print_plan(_title(config), sections)
+
+
+def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None:
+    """The resolved configuration, what would train, how batches divide, and what is missing on disk.
+
+    Raises:
+        ValueError: groups that match nothing, or batches that cannot be divided over the processes.
+    """
+    print(json.dumps(config.to_dict(), indent=2))
+    sections = [
+        Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
+        _groups_section(plan_groups(config.visft, config.optimizer.params)),
+        _batch_section(config, derive_batches(config, world_size)),
+        _run_section(config, 0),
+    ]
+    print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
+    if missing:
+        print(missing)
+
+
+def _title(config: ResolvedConfig) -> str:
+    return f"visft_ds stage {config.visft.stage} ({STAGES[config.visft.stage].name}), {config.visft.model.name}"
+
+
+def _groups_section(groups: Sequence[TrainedGroup]) -> Section:
+    rows = [(g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0]) for g in groups]
+    return Section("what trains", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
+
+
+def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
+    ratios = {name: task.ratio for name, task in config.visft.tasks.enabled().items()}
+    shares = [(name, f"{100 * ratio / sum(ratios.values()):.0f} % of the steps") for name, ratio in ratios.items()]
+    equations = [("batch", line) for line in batches.equations()]
+    engine = config.deepspeed["zero_optimization"]["stage"]
+    return Section("batches", [("engine", f"ZeRO-{engine} on {batches.dp} processes"), *equations, *shares])
+
+
+def _run_section(config: ResolvedConfig, start: int) -> Section:
+    schedule, run = config.scheduler, config.visft.run
+    steps = schedule.params.total_num_steps
+    return Section(
+        "run",
+        [
+            ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
+            ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+            ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
+            ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, the last {run.keep_last} are kept"),
+            ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
+        ],
+    )

@@ -1,0 +1,165 @@
+"""The transformer of the detection head: an encoder over the feature map and a wider decoder over the queries.
+
+Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width, L decoder layers.
+
+Architecture after DETR (Carion et al., arXiv 2005.12872, appendix A.3): post-norm layers, positions added to queries
+and keys of every attention but never to the values. The asymmetric widths, the task token and the residual around the
+encoder are those of UniT (Hu and Singh, arXiv 2102.10772), which the published ViSFT heads use.
+
+A parameter is used only in the forward of the module that owns it, and these modules take and return tensors:
+ZeRO-3 gathers parameters in hooks that fire at module boundaries and look into tensors only. That is why attention is
+not `nn.MultiheadAttention`, whose parent reads `out_proj.weight` without calling `out_proj`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
+    """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
+
+    `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part, so that a
+    position means the same share of the image whatever the padding. Raises ValueError unless 4 divides `width`.
+    """
+    if width % 4:
+        raise ValueError(f"encoder_dim {width} must be a multiple of 4: sine and cosine of each of two coordinates")
+    inside = valid.float()
+    exponent = torch.arange(width // 4, dtype=torch.float32, device=valid.device) * (4 / width)
+    halves = []
+    for axis in (1, 2):
+        count = inside.cumsum(dim=axis)
+        coordinate = count / (count.narrow(axis, -1, 1) + 1e-6) * (2 * math.pi)
+        angle = coordinate[..., None] / temperature**exponent
+        halves.append(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(start_dim=-2))
+    return torch.cat(halves, dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; parameter names, shapes and initialisation of `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
+        """query (B, Q, D), key and value (B, S, D) -> (B, Q, D). `valid` (B, S) bool: entries that may be looked at.
+
+        Each image needs one valid entry, else its output is NaN.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
+        mask = None if valid is None else valid[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by dropout, residual and norm."""
+
+    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, num_heads, dropout)
+        self.linear1 = nn.Linear(width, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
+        placed = entries + positions
+        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid)))
+        inner = self.dropout(F.relu(self.linear1(entries)))
+        out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, attention into the memory, feed-forward; post-norm."""
+
+    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, num_heads, dropout)
+        self.cross_attn = Attention(width, num_heads, dropout)
+        self.linear1 = nn.Linear(width, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, valid: Tensor) -> Tensor:
+        """state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); valid (B, S) -> (B, Q, D)."""
+        placed = state + query
+        state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
+        state = self.norm2(state + self.dropout(self.cross_attn(state + query, memory_key, memory, valid)))
+        inner = self.dropout(F.relu(self.linear1(state)))
+        out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
+        return out
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers without a norm of its own (post-norm layers end in one)."""
+
+    def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers))
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
+        for layer in self.layers:
+            entries = layer(entries, positions, valid)
+        return entries
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers; one shared norm is applied to the output of every layer."""
+
+    def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, query: Tensor, memory: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """query (B, Q, D), memory and positions (B, S, D), valid (B, S) bool -> states of all layers (L, B, Q, D)."""
+        state = torch.zeros_like(query)
+        memory_key = memory + positions
+        states = []
+        for layer in self.layers:
+            state = layer(state, query, memory, memory_key, valid)
+            states.append(state)
+        out: Tensor = self.norm(torch.stack(states))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_dim) -> (..., out_dim)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out

@@ -1,0 +1,135 @@
+"""Points at which masks are compared: drawn per image and layer, chosen where a prediction is uncertain, sampled.
+
+Letters: A images with objects, L prediction sets, N objects packed over the batch, n objects of one image, m matched
+pairs of one image and set, M pairs, P points, h w patch grid, hm wm grid of the target masks.
+
+A point is (x, y) in [0, 1] of the unpadded image. Comparing masks at points instead of at every pixel, most of them
+where the prediction is undecided, is PointRend's idea (Kirillov et al., arXiv 1912.08193, section 3.1), with the
+numbers of Mask2Former (arXiv 2112.01527, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visft_ds.data.plan import generator
+
+
+@dataclass(frozen=True)
+class PointCounts:
+    """How many points of each kind an image gets in each layer."""
+
+    matching: int  #: uniform, shared by all queries and objects of the image
+    candidates: int  #: uniform, the most uncertain of which each matched pair takes
+    uncertain: int  #: how many it takes
+    uniform: int  #: points taken as they come, shared by all pairs of the image
+
+    @classmethod
+    def of(cls, num_points: int, oversample: float, importance: float) -> PointCounts:
+        """The counts for `num_points` in the matching and in the losses.
+
+        Raises ValueError unless there is a point, `oversample` is at least 1 and `importance` is a share.
+        """
+        if num_points < 1 or oversample < 1 or not 0 <= importance <= 1:
+            raise ValueError(
+                f"num_points={num_points}, oversample={oversample}, importance={importance} is not allowed: give at "
+                "least 1 point, an oversampling of at least 1 and an importance from 0 to 1"
+            )
+        uncertain = int(importance * num_points)
+        return cls(num_points, int(num_points * oversample), uncertain, num_points - uncertain)
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points of A images, each (A, L, number, 2) float32 in [0, 1)."""
+
+    matching: Tensor
+    candidates: Tensor
+    uniform: Tensor
+
+
+def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: torch.device) -> Points:
+    """Points that depend on an image's key and the layer alone, whatever else is in the batch.
+
+    The numbers are made on the host, so that they are the same on every device, and travel in one copy. Layer l draws
+    from stream 1 + l of the key; stream 0 belongs to the transforms.
+    """
+    sizes = [counts.matching, counts.candidates, counts.uniform]
+    numbers = np.empty((len(keys), layers, sum(sizes), 2), dtype=np.float32)
+    for image, key in enumerate(keys):
+        for layer in range(layers):
+            generator(key, stream=1 + layer).random(out=numbers[image, layer], dtype=np.float32)
+    matching, candidates, uniform = torch.from_numpy(numbers).to(device).split(sizes, dim=2)
+    return Points(matching, candidates, uniform)
+
+
+def sample_predictions(masks: Tensor, points: Tensor, extent: Tensor) -> Tensor:
+    """Bilinear values of logits at points that the channels share: (R, n, h, w), (R, P, 2) -> (R, n, P).
+
+    `extent` (2,): height and width of the image as a share of the predicted grid, which covers the padded batch.
+    Beyond the grid, logits count as 0.
+    """
+    grid = (2 * points * extent.flip(0) - 1).to(masks.dtype)
+    return F.grid_sample(masks, grid[:, None], align_corners=False).squeeze(2)
+
+
+def sample_shared_targets(masks: Tensor, points: Tensor, extent: Tensor) -> Tensor:
+    """Bilinear values in [0, 1] of all masks of an image: (n, hm, wm) uint8, (R, P, 2) -> (R, n, P) float32.
+
+    The same numbers as `grid_sample` on masks / 255 with zeros outside, without a float copy of the masks.
+    """
+    height, width = masks.shape[1:]
+    flat = masks.flatten(1)
+    total = points.new_zeros(len(masks), *points.shape[:2])
+    for index, share in _corners(points * extent.flip(0), height, width):
+        total += flat[:, index] * share
+    return total.transpose(0, 1) / 255
+
+
+def sample_targets(masks: Tensor, rows: Tensor, points: Tensor, extent: Tensor) -> Tensor:
+    """Bilinear values in [0, 1], each pair at its own points: (N, hm, wm) uint8, (M,), (M, P, 2) -> (M, P) float32."""
+    height, width = masks.shape[1:]
+    flat = masks.flatten()
+    start = (rows * (height * width))[:, None]
+    total = points.new_zeros(points.shape[:2])
+    for index, share in _corners(points * extent.flip(0), height, width):
+        total += flat[index + start] * share
+    return total / 255
+
+
+def _corners(points: Tensor, height: int, width: int) -> list[tuple[Tensor, Tensor]]:
+    """For (..., 2) points in [0, 1] of a grid: the four cells around, as flat index and share; share 0 outside."""
+    corners = []
+    rows, columns = _neighbours(points[..., 1], height), _neighbours(points[..., 0], width)
+    for row, share_y in rows:
+        for column, share_x in columns:
+            corners.append((row * width + column, share_x * share_y))
+    return corners
+
+
+def _neighbours(coordinates: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The cells before and after a coordinate in [0, 1] of an axis, with their shares; share 0 where there is none."""
+    place = coordinates * size - 0.5
+    low = place.floor()
+    part = place - low
+    pairs = ((low, 1 - part), (low + 1, part))
+    return [(cell.clamp(0, size - 1).long(), share * ((cell >= 0) & (cell < size))) for cell, share in pairs]
+
+
+@torch.no_grad()
+def uncertain_points(masks: Tensor, candidates: Tensor, uniform: Tensor, uncertain: int, extent: Tensor) -> Tensor:
+    """For logits (L, m, h, w): each pair's `uncertain` candidates with the smallest |logit|, then the uniform points.
+
+    candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).
+    """
+    certainty = sample_predictions(masks, candidates, extent).abs()  # (L, m, K)
+    chosen = certainty.topk(uncertain, dim=-1, largest=False, sorted=False).indices
+    pairs = masks.shape[1]
+    picked = candidates[:, None].expand(-1, pairs, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))
+    return torch.cat((picked, uniform[:, None].expand(-1, pairs, -1, -1)), dim=2)

@@ -1,0 +1,307 @@
+"""Training, read from top to bottom: `train` builds everything in order, `_loop` is the only training loop."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visft_ds.config import (
+    Batches,
+    ResolvedConfig,
+    deepspeed_dict,
+    derive_batches,
+)
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import Plan, StepPlan, TaskPlan
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.runner import as_metrics, evaluate, pipeline_of
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import sha256_file
+from visft_ds.monitor.console import Progress, StepLine
+from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.multitask import Normaliser
+from visft_ds.parallel import distributed
+from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
+from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
+from visft_ds.parallel.engine_state import gather_state, restore_state
+from visft_ds.parallel.export import BACKBONE_FILE, export_weights
+from visft_ds.parallel.faults import StopFlag
+from visft_ds.run_folder import open_run_folder
+from visft_ds.stages import PreparedModel, choose_precision, prepare_model
+from visft_ds.start_report import print_start
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with."""
+
+    config: ResolvedConfig
+    out: Path
+    batches: Batches
+    engine: ZeroEngine
+    loader: StepLoader
+    validation: ShardReader | None  #: None: no evaluation during training
+    identity: dict[str, str]  #: what a checkpoint of this run must have been made with
+    manifest: Manifest
+    base_sha256: str
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        return self.config.scheduler.params.total_num_steps
+
+
+def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> None:
+    """Build in order: data, run folder, process group, model, engine, loader; then run the loop and export.
+
+    Raises:
+        ValueError: what a user can mend; before any model is allocated wherever that can be known.
+        RuntimeError: ranks that differ, a loss that is not finite.
+    """
+    settings = config.visft
+    manifest = Manifest.load(settings.data.root, settings.data.train)
+    validation = Manifest.load(settings.data.root, settings.data.val) if settings.run.eval_every else None
+    batches = derive_batches(config, distributed.world_size())
+    tasks = settings.tasks.enabled()
+    plan = Plan({n: TaskPlan(len(manifest), task.batch_size, task.ratio) for n, task in tasks.items()}, settings.seed)
+    out = Path(settings.run.out or "")
+    open_run_folder(out, config, resume)
+    device = distributed.local_device()
+    precision, why = choose_precision(settings.model.precision, device)
+
+    start_process_group()
+    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
+    heads = Path(settings.heads.path) if settings.heads.path else None
+    prepared = prepare_model(settings, config.optimizer.params, precision=precision, heads_from=heads)
+    base_sha256 = _keep_random_base(prepared, config, out)
+    run = Run(
+        config=config,
+        out=out,
+        batches=batches,
+        engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
+        loader=StepLoader(
+            ShardReader(manifest),
+            plan,
+            {name: pipeline_of(name, task, train=True) for name, task in tasks.items()},
+            dp_rank=distributed.rank(),
+            dp_size=batches.dp,
+            accumulation=batches.accumulation,
+            threads=settings.data.threads,
+            prefetch_steps=settings.data.prefetch_steps,
+        ),
+        validation=ShardReader(validation) if validation else None,
+        identity={
+            "configuration": config.fingerprint(),
+            "data set": manifest.fingerprint,
+            "base weights": prepared.base_weights,
+            "heads": " ".join(sha256_file(heads / f"{task}.safetensors") for task in tasks)
+            if heads
+            else "trained here",
+        },
+        manifest=manifest,
+        base_sha256=base_sha256,
+    )
+    start = _resume(run, resume)
+    if distributed.is_main():
+        RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
+        print_start(config, prepared, batches, manifest, precision=f"{precision} ({why})", device=device, start=start)
+    step = _loop(run, start)
+    if step >= run.total_steps:
+        _export(run, step)
+    distributed.close()
+
+
+def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_config: dict[str, Any]) -> ZeroEngine:
+    optimizer, scheduler = config.optimizer.params, config.scheduler
+    return ZeroEngine(
+        prepared.module,
+        prepared.optimizer_groups(),
+        deepspeed_config,
+        build_optimizer=lambda groups: torch.optim.AdamW(
+            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+        ),
+        schedule=Schedule(
+            scheduler.type,
+            scheduler.params.warmup_num_steps,
+            scheduler.params.total_num_steps,
+            scheduler.params.warmup_min_ratio,
+            scheduler.params.cos_min_ratio,
+        ),
+        seed=config.visft.seed,
+    )
+
+
+def _resume(run: Run, resume: str) -> int:
+    """Go on from the newest whole checkpoint. Returns the number of steps done, 0 for a fresh start."""
+    found: str | None = None
+    if distributed.is_main() and resume != "no":
+        checkpoint, skipped = newest_checkpoint(run.out / "checkpoints")
+        for line in skipped:
+            print(f"warning: not used: {line}", file=sys.stderr, flush=True)
+        found = str(checkpoint.path) if checkpoint else None
+    found = distributed.broadcast_object(found)
+    if found is None:
+        if resume == "must":
+            raise ValueError(
+                f"--resume must: no whole checkpoint in {run.out / 'checkpoints'}; use --resume auto to start"
+            )
+        return 0
+    checkpoint = open_checkpoint(Path(found))
+    check_identity(checkpoint, run.identity)
+    restore_state(run.engine, checkpoint.load(), checkpoint.step)
+    return checkpoint.step
+
+
+def _loop(run: Run, start: int) -> int:
+    """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
+    settings, main = run.config.visft.run, distributed.is_main()
+    stop, saved, step = StopFlag(), start, start
+    with (
+        Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
+        MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
+    ):
+        began = time.perf_counter()
+        for whole, batches in run.loader.steps(start, run.total_steps):
+            agreement = distributed.agree_on_step(
+                f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
+            )
+            report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
+            step = whole.step + 1
+            _check_finite(run, whole, report, saved)
+            now = time.perf_counter()
+            _record(run, writer, progress, whole, report, seconds=now - began)
+            began = now
+            last = step == run.total_steps
+            if last or agreement.stop or step % settings.save_every == 0:
+                _save(run, step)
+                saved = step
+                progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
+            if run.validation and (last or step % settings.eval_every == 0):
+                _evaluate(run, writer, progress, step)
+            if agreement.stop:
+                progress.message(
+                    f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
+                )
+                break
+    return step
+
+
+def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:
+    """This rank's counts of a step, from its labels."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, value in run.engine.module.count(batch).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def _normaliser(run: Run, counts: Mapping[str, float]) -> Normaliser:
+    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch."""
+    parts = run.batches.dp * run.batches.accumulation
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name, total in counts.items():
+        task, _, count = name.partition("/")
+        result.setdefault(task, {})[count] = torch.tensor(max(total, 1.0) / parts, device=run.engine.device)
+    return result
+
+
+def _record(
+    run: Run, writer: MetricsWriter, progress: Progress, whole: StepPlan, report: StepReport, *, seconds: float
+) -> None:
+    step, images = whole.step + 1, len(whole.indices)
+    progress.update(
+        StepLine(
+            step=step,
+            losses={task: value for task, value in report.losses.items() if task in run.batches.micro},
+            learning_rate=next(iter(report.learning_rates.values())),
+            gradient_norm=report.gradient_norm,
+            images=images,
+            seconds=seconds,
+            wait_seconds=run.loader.wait_seconds,
+            peak_memory=_peak_memory(run.engine.device),
+        )
+    )
+    values = {f"loss/{name}": value for name, value in report.losses.items()}
+    values |= {f"lr/{name}": value for name, value in report.learning_rates.items()}
+    values |= {
+        "gradient_norm": report.gradient_norm,
+        "images_per_second": images / seconds,
+        "data_wait_seconds": run.loader.wait_seconds,
+        "skipped": float(report.skipped),
+    }
+    writer.step(step, values)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> None:
+    """Stop every rank on the same step when the loss or, in fp32, the gradient is not a number."""
+    if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
+        return
+    names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
+    raise RuntimeError(
+        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}; images "
+        f"of the step: python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} "
+        f"(indices {whole.indices[:8].tolist()}...). A smaller learning rate or a longer warm-up usually helps"
+    )
+
+
+def _save(run: Run, step: int) -> None:
+    state = gather_state(run.engine)
+    if state is not None:
+        save_checkpoint(run.out / "checkpoints", step, state, run.identity, run.config.visft.run.keep_last)
+    distributed.barrier()
+
+
+def _evaluate(run: Run, writer: MetricsWriter, progress: Progress, step: int) -> None:
+    assert run.validation is not None
+    settings = run.config.visft
+    outcome = evaluate(
+        run.engine.predict,
+        run.validation,
+        settings.tasks.enabled(),
+        limit=settings.run.eval_limit,
+        threads=settings.data.threads,
+    )
+    if distributed.is_main():
+        metrics = as_metrics(outcome)
+        writer.step(step, {f"val/{name}": value for name, value in metrics.items()})
+        progress.message(f"step {step} validation: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))
+
+
+def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:
+    """Write random base weights once (an adapter is of no use without its base). Returns the base's sha256."""
+    if config.visft.model.weights is not None:
+        return prepared.base_weights
+    path = out / "export" / BACKBONE_FILE
+    if distributed.is_main() and not path.exists():
+        save_backbone(prepared.module.backbone, path, layout="timm")
+    distributed.barrier()
+    return sha256_file(path) if distributed.is_main() else ""
+
+
+def _export(run: Run, step: int) -> None:
+    paths = export_weights(
+        run.engine,
+        run.config,
+        run.out / "export",
+        step=step,
+        categories=run.manifest.categories,
+        base_sha256=run.base_sha256,
+    )
+    for path in paths:
+        print(f"wrote {path}", flush=True)
