@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 
+#: What gloo and NCCL say to a rank whose peer is gone.
+_LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can mend."""
+    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can
+    mend, 3 where another rank ended first."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
@@ -31,4 +36,10 @@ def main(argv: Sequence[str]) -> int:
         if rank == 0 or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not _LOST_PEER.search(str(error)):
+            raise
+        # The rank that failed tells why; the traceback of one that only waited for it would bury that.
+        print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
+        return 3
     return 0

@@ -48,7 +48,7 @@ def print_start(
             [
                 (
                     "shards",
-                    f"{manifest.root}/{manifest.split}: {len(manifest)} images, fingerprint {manifest.fingerprint[:12]}",
+                    f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})",
                 ),
                 ("epoch", "  ".join(f"{t}: {len(manifest) // n} steps" for t, n in batches.batch_size.items())),
             ],

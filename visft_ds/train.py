@@ -25,7 +25,6 @@ from visft_ds.data.plan import Plan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import as_metrics, evaluate, pipeline_of
-from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
@@ -34,7 +33,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.engine_state import gather_state, restore_state
-from visft_ds.parallel.export import BACKBONE_FILE, export_weights
+from visft_ds.parallel.export import BACKBONE_FILE, export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
 from visft_ds.run_folder import open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -289,7 +288,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
         return prepared.base_weights
     path = out / "export" / BACKBONE_FILE
     if distributed.is_main() and not path.exists():
-        save_backbone(prepared.module.backbone, path, layout="timm")
+        save_base(prepared.module.backbone, path.parent)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

@@ -105,9 +105,7 @@ def test_adapters_in_the_model_are_left_alone(tmp_path: Path) -> None:
 
 def test_another_tower_is_recognised_and_nothing_is_copied(tmp_path: Path) -> None:
     giant = build_backbone("eva_g", device="meta", depth=39)
-    shapes = {name: torch.empty(0).expand(0) for name in _weights(giant)}
-    assert len(shapes) == 39 * 13 + 5
-    # A file with the giant's shapes but no bytes to speak of: one element, expanded.
+    # A file with the giant's shapes but no bytes to speak of: one element each, expanded.
     tensors = {f"visual.{name}": torch.zeros(1).expand(value.shape) for name, value in _weights(giant).items()}
     torch.save(tensors, tmp_path / "g.pt")
     model = _tiny(2)
@@ -171,7 +169,7 @@ def test_half_precision_overflow_is_an_error_both_ways(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"norm\.weight does not fit into torch\.float16"):
         save_backbone(source, tmp_path / "half.safetensors", dtype=torch.float16)
     save_backbone(source, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="too large for torch.float16"):
+    with pytest.raises(ValueError, match="too large for"):
         load_backbone(_tiny(2).half(), tmp_path / "w.safetensors")
 
 

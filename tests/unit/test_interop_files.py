@@ -1,4 +1,4 @@
-"""Weight files: read lazily and identically from every container, refused with the reason when damaged, written whole."""
+"""Weight files: read alike from every container, refused with the reason when damaged, written whole or not at all."""
 
 from __future__ import annotations
 

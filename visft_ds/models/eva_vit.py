@@ -196,7 +196,7 @@ def build_backbone(
         device: "meta" gives shapes without memory.
         dtype: of every parameter.
         seed: decides every weight, whatever the device, dtype and state of the global generators; each tensor is a
-            function of the seed, its own name and shape. None leaves memory uninitialised, for weights that are loaded next.
+            function of the seed, its own name and shape. None leaves memory uninitialised, for weights loaded next.
         class_token: adds `cls_token`.
         overrides: fields of EvaViTConfig that replace the preset's.
 

@@ -1,6 +1,7 @@
 """Layers of the vision transformers. Letters: B images, H W pixels, h w patch grid, N tokens, D width.
 
-Every parameter is used in the forward of the module that owns it and nowhere else: ZeRO-3 gathers them per module, and an adapter that replaces a module is bypassed if its parent reads the weight (as timm's EVA attention does).
+Every parameter is used in the forward of the module that owns it and nowhere else: ZeRO-3 gathers them per module, and
+an adapter that replaces a module is bypassed if its parent reads the weight (as timm's EVA attention does).
 
 Constructors leave parameters uninitialised; `eva_vit.build_backbone` fills them.
 """
@@ -73,7 +74,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32 itself.
+        # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32.
         with no_autocast(x.device):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)

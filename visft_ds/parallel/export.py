@@ -18,8 +18,9 @@ from visft_ds.data.manifest import Category
 from visft_ds.interop.adapters import LoraAdapter, canonical_targets
 from visft_ds.interop.files import save_tensors
 from visft_ds.interop.heads import HeadInfo, save_heads
-from visft_ds.interop.layouts import is_lora, tower_of
+from visft_ds.interop.layouts import Tower, base_parameters, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine
 from visft_ds.parallel.engine_state import gather_parameters
@@ -61,10 +62,20 @@ def export_weights(
         whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256)
         written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, overwrite=True))
     if backbone:
-        told = {"tower": tower.to_json(), "lora_merged": "false"}
-        save_tensors(folder / BACKBONE_FILE, _below(backbone, "backbone."), told, overwrite=True)
-        written.append(folder / BACKBONE_FILE)
+        written.append(_save_tower(_below(backbone, "backbone."), tower, folder))
     return written
+
+
+def save_base(backbone: EvaViT, folder: Path) -> Path:
+    """Write the base weights of a backbone, without the adapters in it, to `folder`/backbone.safetensors."""
+    tensors = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
+    return _save_tower(tensors, tower_of(backbone), folder)
+
+
+def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, folder: Path) -> Path:
+    told = {"tower": tower.to_json(), "lora_merged": "false"}
+    save_tensors(folder / BACKBONE_FILE, tensors, told, overwrite=True)
+    return folder / BACKBONE_FILE
 
 
 def _head_info(

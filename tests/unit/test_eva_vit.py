@@ -1,0 +1,194 @@
+"""The backbone: sizes, names, random weights, memory, precision, checkpointing, its parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
+
+TINY = {"width": 32, "depth": 3, "num_heads": 4, "image_size": 56}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 61, 84, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "class_token", "parameters", "tensors"),
+    [
+        # 13 tensors a block, 5 others and perhaps the class token.
+        ("eva_e", False, 4_348_719_104, 64 * 13 + 5),
+        ("eva_e", True, 4_348_720_896, 64 * 13 + 6),
+        ("eva_g", False, 1_011_144_704, 40 * 13 + 5),
+        ("eva_g", True, 1_011_146_112, 40 * 13 + 6),
+    ],
+)
+def test_published_sizes(name: str, class_token: bool, parameters: int, tensors: int) -> None:
+    backbone = build_backbone(name, device="meta", class_token=class_token)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert len(list(backbone.parameters())) == tensors
+    shape = (1, backbone.width, 16, 16)
+    assert backbone(torch.empty(1, 3, 224, 224, device="meta")).shape == shape
+
+
+def test_names_are_those_of_the_published_files() -> None:
+    backbone = build_backbone("debug", **TINY, class_token=True)
+    pairs = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+    block = ["attn.qkv.weight", "attn.q_bias", "attn.v_bias", *(f"{p}.{k}" for p in pairs for k in ("weight", "bias"))]
+    outer = ["cls_token", "pos_embed", *(f"{p}.{k}" for p in ("patch_embed.proj", "norm") for k in ("weight", "bias"))]
+    assert set(backbone.state_dict()) == {*outer, *(f"blocks.{n}.{key}" for n in range(3) for key in block)}
+    assert backbone.pos_embed.shape == (1, 1 + 4 * 4, 32)
+    # The class token's entry stays although there is no class token.
+    assert build_backbone("debug", **TINY).pos_embed.shape == (1, 1 + 4 * 4, 32)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_partial_patches_are_dropped(images: Tensor, post_norm: bool) -> None:
+    backbone = build_backbone("debug", **TINY, post_norm=post_norm)
+    features = backbone(images)
+    assert features.shape == (2, 32, 61 // 14, 84 // 14)
+    assert torch.equal(features, backbone(images[:, :, :56]))
+
+
+def test_class_token_takes_part_but_is_not_in_the_map(images: Tensor) -> None:
+    backbone = build_backbone("debug", **TINY, class_token=True)
+    plain = build_backbone("debug", **TINY)
+    assert torch.equal(plain.pos_embed, backbone.pos_embed)
+    assert backbone.tokens(images).shape == (2, 1 + 4 * 6, 32)
+    assert backbone(images).shape == plain(images).shape
+    assert not torch.allclose(backbone(images), plain(images))
+
+
+def test_weights_are_a_function_of_seed_and_name_alone() -> None:
+    state = torch.get_rng_state()
+    first = build_backbone("debug", **TINY).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    again = build_backbone("debug", **{**TINY, "depth": 2}, class_token=True).state_dict()
+    other = build_backbone("debug", **TINY, seed=1).state_dict()
+    half = build_backbone("debug", **TINY, dtype=torch.bfloat16).state_dict()
+    for name, value in first.items():
+        if not name.startswith("blocks.2."):
+            assert torch.equal(value, again[name]), name
+        assert torch.equal(value.bfloat16(), half[name]), name
+        assert torch.equal(value, other[name]) == (value.unique().numel() == 1), name
+    assert first["patch_embed.proj.weight"].std() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(first["blocks.0.attn.qkv.weight"], first["blocks.1.attn.qkv.weight"])
+
+
+MEMORY = """
+import resource, torch
+from visft_ds.models.eva_vit import build_backbone
+build_backbone("debug")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = build_backbone("debug", width=512, depth=24, num_heads=8, dtype=torch.{dtype})
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print((peak() - before) / size)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_weights_never_need_a_second_copy(dtype: str) -> None:
+    command = [sys.executable, "-c", MEMORY.format(dtype=dtype)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    # 1 + the largest tensor drawn in fp32 (512 x 2048 of 76 million) + allocator noise; a second copy would give 2 or
+    # more, and building in fp32 before casting to bf16 would give 3.
+    assert float(result.stdout) < 1.25
+
+
+def test_parts_make_the_whole(images: Tensor) -> None:
+    backbone = build_backbone("debug", **TINY)
+    x = images
+    for _, layer in backbone.layers():
+        x = layer(x)
+    assert [name for name, _ in backbone.layers()] == ["embed", "blocks.0", "blocks.1", "blocks.2", "norm"]
+    assert torch.equal(backbone.feature_map(x, backbone.grid(images)), backbone(images))
+
+
+def _gradients(backbone: EvaViT, images: Tensor) -> dict[str, Tensor]:
+    backbone.zero_grad()
+    backbone(images).square().mean().backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor, every: int) -> None:
+    backbone = build_backbone("debug", **TINY).train()
+    backbone.patch_embed.requires_grad_(False)
+    plain = _gradients(backbone, images)
+    calls = [0] * 3
+    for index, block in enumerate(backbone.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    backbone.checkpoint_every = every
+    found = _gradients(backbone, images)
+    assert calls == ([2, 2, 2] if every == 1 else [2, 1, 2])
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        assert torch.equal(found[name], value), name
+    calls[:] = [0] * 3
+    backbone.eval()
+    _gradients(backbone, images)
+    assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_16_bit_matrices_keep_an_fp32_residual_stream(images: Tensor, post_norm: bool) -> None:
+    exact = build_backbone("debug", **TINY, post_norm=post_norm)
+    mixed = build_backbone("debug", **TINY, post_norm=post_norm, dtype=torch.bfloat16)
+    for name, parameter in mixed.named_parameters():
+        if parameter.ndim < 2 or name == "pos_embed":
+            parameter.data = exact.get_parameter(name).data
+    wanted = exact(images)
+    results = {"stored": mixed(images)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results |= {"autocast": exact(images), "both": mixed(images)}
+        assert build_backbone("debug", **TINY, dtype=torch.bfloat16).embed(images).dtype == torch.float32
+    for kind, found in results.items():
+        assert found.dtype == torch.float32, kind
+        # bf16 products (8 bits) inside a few blocks.
+        assert (found - wanted).norm() / wanted.norm() < 2e-2, kind
+
+
+def test_frozen_bf16_tower_keeps_16_bit_branches_in_the_backward_pass(images: Tensor) -> None:
+    """A norm that returned fp32 under autocast would double what each block keeps."""
+    backbone = build_backbone("debug", **TINY, post_norm=True, dtype=torch.bfloat16)
+    seen = []
+    backbone.blocks[0].norm1.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone(images)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("eva_x", {}, "known: eva_e, eva_g, debug; did you mean 'eva_"),
+        ("debug", {"widht": 64}, "did you mean 'width'"),
+        ("debug", {"width": 190}, "multiple of num_heads"),
+        ("debug", {"image_size": 100}, "multiple of patch_size"),
+        ("debug", {"depth": 0}, "at least 1"),
+    ],
+)
+def test_bad_names_and_shapes_are_refused(name: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_backbone(name, device="meta", **options)
+
+
+@pytest.mark.parametrize("shape", [(3, 56, 56), (1, 1, 56, 56), (1, 3, 13, 56)])
+def test_bad_images_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 14"):
+        build_backbone("debug", **TINY)(torch.zeros(shape))
+
+
+def test_presets_cannot_be_changed_by_accident() -> None:
+    build_backbone("debug", **TINY)
+    assert PRESETS["debug"].width == 192
+    with pytest.raises(AttributeError):
+        PRESETS["debug"].width = 1  # type: ignore[misc]

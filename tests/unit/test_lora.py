@@ -1,0 +1,278 @@
+"""LoRA in a backbone: shapes, start values, forward = dense merge, merge and unmerge, precision, the start-up check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import (
+    TARGETS,
+    LoRALinear,
+    LoraSettings,
+    has_effect,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    lora_settings,
+    merge_lora,
+    unmerge_lora,
+)
+
+TINY = {"width": 32, "depth": 2, "num_heads": 4, "image_size": 56}
+EVERYTHING = tuple(TARGETS)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+
+def _adapted(
+    *, targets: Iterable[str] = ("q", "v"), spread: float = 0.3, dtype: torch.dtype = torch.float32, rank: int = 4
+) -> EvaViT:
+    backbone = build_backbone("debug", **TINY, dtype=dtype)
+    inject_lora(backbone, rank=rank, alpha=2.0, targets=targets)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+            elif name.endswith("bias"):  # zero at the start, which would hide a dropped bias
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.1)
+    return backbone
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize(("name", "count"), [("eva_e", 29_360_128), ("eva_g", 14_417_920)])
+def test_the_papers_adapter_has_its_published_size(name: str, count: int) -> None:
+    backbone = build_backbone(name, device="meta")
+    inject_lora(backbone)
+    parameters = lora_parameters(backbone)
+    width = backbone.width
+    assert sum(p.numel() for p in parameters.values()) == count
+    assert parameters["blocks.0.attn.qkv.lora_A"].shape == (128, width)
+    assert parameters["blocks.0.attn.qkv.lora_B"].shape == (2 * width, 64)
+    assert lora_layers(backbone)["blocks.0.attn.qkv"].scale == 1 / 64
+
+
+def test_injection_adds_names_and_keeps_the_old_parameters_and_the_output(images: Tensor) -> None:
+    backbone = build_backbone("debug", **TINY)
+    old = dict(backbone.named_parameters())
+    plain = backbone(images)
+    inject_lora(backbone, rank=4, targets=EVERYTHING)
+    new = dict(backbone.named_parameters())
+    assert all(new[name] is parameter for name, parameter in old.items())
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    added = {f"blocks.{n}.{layer}.lora_{kind}" for n in range(2) for layer in layers for kind in "AB"}
+    assert set(new) - set(old) == added == set(lora_parameters(backbone))
+    # B = 0: the same sums, up to the split of one product into two.
+    assert _difference(backbone(images), plain) < 1e-6
+    assert lora_settings(backbone) == LoraSettings(4, 1.0, EVERYTHING)
+
+
+def test_start_values_are_loralibs_and_depend_on_the_seed_alone() -> None:
+    def a_of(seed: int, targets: tuple[str, ...] = ("q", "v")) -> dict[str, Tensor]:
+        torch.rand(3)
+        backbone = build_backbone("debug", **{**TINY, "width": 128})
+        inject_lora(backbone, rank=64, targets=targets, seed=seed)
+        assert not any(p.any() for name, p in lora_parameters(backbone).items() if name.endswith("lora_B"))
+        return {name: p.detach() for name, p in lora_parameters(backbone).items() if name.endswith("lora_A")}
+
+    state = torch.get_rng_state()
+    first = a_of(0)
+    torch.set_rng_state(state)
+    again, other = a_of(0), a_of(1)
+    first_a, second_a = first.values()
+    bound = 1 / math.sqrt(128)
+    assert first_a.abs().max() <= bound
+    # Uniform: standard deviation bound / sqrt(3); 16,384 draws are good to about one percent.
+    assert float(first_a.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not torch.equal(first_a, second_a)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]) and not torch.equal(value, other[name])
+
+
+@pytest.mark.parametrize(
+    "targets", [("q", "v"), ("v", "q"), ("k",), ("q", "k", "v"), ("proj", "fc1", "fc2"), EVERYTHING]
+)
+def test_forward_equals_the_dense_merge(images: Tensor, targets: tuple[str, ...]) -> None:
+    backbone = _adapted(targets=targets, dtype=torch.float64)
+    plain = build_backbone("debug", **TINY, dtype=torch.float64)
+    weights = {name: value for name, value in backbone.state_dict().items() if "lora_" not in name}
+    # Written out from the definition of each target, independently of LoRALinear.delta.
+    for index in range(2):
+        for target, (path, part, _) in TARGETS.items():
+            if target not in targets:
+                continue
+            layer = lora_layers(backbone)[f"blocks.{index}.{path}"]
+            group = [name for name in TARGETS if TARGETS[name][0] == path and name in targets].index(target)
+            height = 32 if path == "attn.qkv" else layer.out_features
+            b = layer.lora_B[group * height : (group + 1) * height]
+            update = 2.0 / 4 * b @ layer.lora_A[group * 4 : (group + 1) * 4]
+            rows = slice(part * height, (part + 1) * height)
+            weight = weights[f"blocks.{index}.{path}.weight"].clone()
+            weight[rows] += update.detach()
+            weights[f"blocks.{index}.{path}.weight"] = weight
+    plain.load_state_dict(weights, strict=True)
+    unchanged = build_backbone("debug", **TINY, dtype=torch.float64)
+    images = images.double()
+    assert _difference(backbone(images), plain(images)) < 1e-12
+    assert _difference(plain(images), unchanged(images)) > 1e-3
+
+
+def test_merge_keeps_the_function_and_unmerge_the_bits(images: Tensor) -> None:
+    backbone = _adapted(targets=EVERYTHING)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    output = backbone(images)
+    names = list(dict(backbone.named_parameters()))
+    shares = merge_lora(backbone)
+    assert all(layer.merged for layer in lora_layers(backbone).values())
+    # fp32 rounding of W + delta and of the sums behind it.
+    assert _difference(backbone(images), output) < 1e-6
+    assert shares.keys() == lora_layers(backbone).keys()
+    assert all(share == pytest.approx(1.0, abs=1e-4) for share in shares.values())
+    with pytest.raises(ValueError, match="already merged"):
+        merge_lora(backbone)
+    assert _difference(backbone(images), output) < 1e-6
+    assert list(dict(backbone.named_parameters())) == names
+    unmerge_lora(backbone)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert torch.equal(backbone(images), output)
+    with pytest.raises(ValueError, match="not merged"):
+        unmerge_lora(backbone)
+
+
+def test_a_merged_state_dict_is_that_of_a_plain_backbone(images: Tensor) -> None:
+    backbone = _adapted()
+    output = backbone(images)
+    merge_lora(backbone)
+    plain = build_backbone("debug", **TINY, seed=5)
+    plain.load_state_dict(backbone.state_dict(), strict=True)
+    assert _difference(plain(images), output) < 1e-6
+    with pytest.raises(ValueError, match="unmerge it first"):
+        backbone.load_state_dict(_adapted().state_dict())
+
+
+def test_merging_into_bf16_reports_what_it_lost() -> None:
+    small = merge_lora(_adapted(dtype=torch.bfloat16, spread=3e-4))
+    large = merge_lora(_adapted(dtype=torch.bfloat16, spread=0.3))
+    exact = merge_lora(_adapted(spread=3e-4))
+    # An update far below the weights' resolution is rounded away entry by entry; what survives averages to the update, so the
+    # share is noisy for it but leaves 1 by far more than fp32's rounding does.
+    assert all(abs(share - 1) > 1e-3 for share in small.values())
+    assert all(abs(share - 1) < 0.02 for share in large.values())
+    assert all(abs(share - 1) < 1e-3 for share in exact.values())
+    assert set(merge_lora(_adapted(spread=0.0)).values()) == {1.0}
+
+
+def test_evaluation_mode_changes_nothing(images: Tensor) -> None:
+    """loralib merges on eval(), and the reference then adds the update a second time."""
+    backbone = _adapted()
+    trained = backbone.train()(images)
+    weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert torch.equal(backbone.eval()(images), trained)
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+
+
+def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images: Tensor) -> None:
+    exact, mixed = _adapted(), _adapted(dtype=torch.bfloat16)
+    for backbone in (exact, mixed):
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    exact(images).square().mean().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed(images).square().mean().backward()
+    wanted = lora_parameters(exact)
+    for name, parameter in lora_parameters(mixed).items():
+        assert parameter.dtype == torch.float32 and parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        # bf16 keeps 8 bits; weights and activations are both rounded, over two blocks and back.
+        assert _difference(parameter.grad, wanted[name].grad) < 5e-2, name
+    assert all(p.grad is None for name, p in mixed.named_parameters() if "lora_" not in name)
+
+
+def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
+    backbone = _adapted(targets=EVERYTHING).train()
+    found = []
+    for every in (0, 1):
+        backbone.checkpoint_every = every
+        backbone.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            backbone(images).square().mean().backward()
+        found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) == len(list(backbone.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_effect_is_measured_and_leaves_no_trace(images: Tensor) -> None:
+    for backbone in (_adapted(spread=0.0), _adapted(spread=0.0, dtype=torch.bfloat16, targets=("k",))):
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        output = backbone(images)
+        assert has_effect(backbone, images) > 1e-3
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        assert torch.equal(backbone(images), output)
+
+
+class _GoesAround(nn.Module):
+    """What timm's EVA attention does to an adapter: it reads the weight and never runs the layer."""
+
+    def __init__(self, qkv: LoRALinear) -> None:
+        super().__init__()
+        self.inner = qkv
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, self.inner.weight, bias)
+
+
+def test_adapters_that_are_gone_around_have_no_effect(images: Tensor) -> None:
+    backbone = _adapted()
+    attention = backbone.blocks[1].attn
+    assert has_effect(backbone, images) > 0
+    attention.qkv = _GoesAround(attention.qkv)
+    assert has_effect(backbone, images) == 0.0
+    merge_lora(backbone)
+    with pytest.raises(ValueError, match="unmerge first"):
+        has_effect(backbone, images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("q", "qkv")}, "q, k, v, proj, fc1, fc2"),
+        ({"targets": ()}, "at least one"),
+        ({"targets": ("q", "q")}, "at most once"),
+        ({"rank": 0}, "positive"),
+        ({"alpha": 0.0}, "positive"),
+        ({"alpha": math.nan}, "positive"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, object], message: str) -> None:
+    backbone = build_backbone("debug", **TINY)
+    with pytest.raises(ValueError, match=message):
+        inject_lora(backbone, **options)  # type: ignore[arg-type]
+    assert not lora_layers(backbone)
+
+
+def test_missing_places_and_second_injections_are_refused() -> None:
+    with pytest.raises(ValueError, match="no list of blocks"):
+        inject_lora(nn.Linear(3, 3))
+    backbone = build_backbone("debug", **TINY)
+    backbone.blocks[1].mlp = nn.Identity()
+    with pytest.raises(ValueError, match=r"Linear layer at blocks\.1\.mlp\.fc1"):
+        inject_lora(backbone, targets=("q", "fc1"))
+    assert not lora_layers(backbone)  # nothing half done
+    for action in (merge_lora, unmerge_lora, lora_settings):
+        with pytest.raises(ValueError, match="call inject_lora first"):
+            action(backbone)
+    inject_lora(backbone)
+    with pytest.raises(ValueError, match="adapters already"):
+        inject_lora(backbone, targets=("proj",))
