@@ -99,8 +99,8 @@ def test_resizing_is_bicubic_without_antialiasing() -> None:
     grid = torch.randn(16 * 16, 5)
     assert resize_position_embeddings(grid, (16, 16)) is grid
 
-    # By hand from the Keys kernel with a = -0.75: row 3 of a doubled grid sits at input row 1.25, so the weights of rows
-    # 0..3 are those at distances 1.25, 0.25, 0.75, 1.75.
+    # By hand from the Keys kernel with a = -0.75: row 3 of a doubled grid sits at input row 1.25, so the weights of
+    # rows 0..3 are those at distances 1.25, 0.25, 0.75, 1.75.
     def keys(d: float) -> float:
         a = -0.75
         return (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a

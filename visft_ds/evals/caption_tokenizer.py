@@ -34,6 +34,9 @@ _ABBREVIATIONS = (
     "mr|mrs|ms|dr|st|ave|mt|jr|sr|inc|co|corp|ltd|jan|feb|mar|apr|jun|jul|aug|sept|oct|nov|dec|mon|tue|tues|wed|thu|"
     "thurs|fri|blvd|rd|sgt|capt|lt|col|gov|sen|rep|rev|gen|prof|calif|fla|ariz|conn|penn|vs|etc|ft|ph\\.d"
 )
+#: What follows a single letter whose full stop ends a sentence. At the end of a caption the Java program lets the first
+#: word of whichever caption comes next decide; it is taken to begin a sentence here.
+_SENTENCE_END = r"\W*$ | \s+(?-i:A|The|This|Then|There|In|If|It)\b"
 #: One token, by the first alternative that fits. `[^\W_]` is a letter or digit of any script.
 _TOKEN = re.compile(
     rf"""
@@ -50,7 +53,8 @@ _TOKEN = re.compile(
     | (?:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|lem(?=me\b)|gim(?=me\b)|y'(?=all\b))
     | (?:{_ABBREVIATIONS})\.(?![^\W_])
     | (?:nos?|art|fig|pp)\.(?=\s*\d)
-    | (?:[^\W\d_]\.)+(?![^\W_]|\.)                               # initials: u.s., a.m.
+    | (?:[^\W\d_]\.){{2,}}(?![^\W_]|\.)                           # initials: u.s., a.m.
+    | [^\W\d_]\.(?![^\W_]|\.)(?!{_SENTENCE_END})                 # J. Smith; not "in bowl b."
     | (?-i:[A-Z]+&[A-Z]+)(?![^\W_])                              # AT&T
     | [^\W\d_]+(?:\.[^\W\d_]+)+                                  # a.k.a, foo.com, "stop.The"
     | (?:o|d|l|c|j|qu|ma)'[a-z]{{2,}}\b | (?:ol|somethin)'       # o'clock, ma'am
@@ -72,7 +76,7 @@ def ptb_words(caption: str) -> list[str]:
     words = []
     for token in _TOKEN.findall(text):
         token = "..." if token[0] == "." and not token.strip(".") else token
-        token = "--" if token[:2] == "--" else token
+        token = "--" if token in ("---", "----") else token
         if token in _DROPPED or _is_emoji(token):
             continue
         words.append("".join(_RENAMED.get(sign, sign) for sign in token.lower()))

@@ -52,11 +52,10 @@ class LoraAdapter:
     @property
     def width(self) -> int:
         """Width of the tower it fits: the input size of a block's projections (fc2 apart, its output size)."""
-        target = self.targets[0]
-        name = f"blocks.0.{MODULES[target]}"
-        if target == "fc2":
-            return self.tensors[name + ".lora_B"].shape[0]
-        return self.tensors[name + ".lora_A"].shape[1]
+        module = MODULES[self.targets[0]]
+        part, axis = ("lora_B", 0) if module == "mlp.fc2" else ("lora_A", 1)
+        shapes = [value.shape for name, value in self.tensors.items() if name.endswith(f".{module}.{part}")]
+        return shapes[0][axis] if shapes else 0
 
     def slices(self) -> tuple[str, ...]:
         """The adapted slices of the fused qkv, in order."""

@@ -168,8 +168,8 @@ def copy_tensors(file: WeightFile, sources: Mapping[str, str], targets: Mapping[
     for name, target in targets.items():
         if file.dtype(sources[name]).is_floating_point != target.is_floating_point():
             raise ValueError(
-                f"{file.path}: {sources[name]} is {file.dtype(sources[name])}, the model needs {target.dtype}: quantised "
-                f"weights cannot be read, take the file with floating-point weights"
+                f"{file.path}: {sources[name]} is {file.dtype(sources[name])}, the model needs {target.dtype}: "
+                f"quantised weights cannot be read, take the file with floating-point weights"
             )
         if target.is_meta:
             raise ValueError(
@@ -198,8 +198,8 @@ def save_backbone(
     """Write the tower as safetensors in one of `LAYOUTS`, cast to `dtype` (None: as it is), streaming and atomic.
 
     The metadata tells sizes, number of heads and norm placement, so that our own readers need no hints, and whether
-    adapters are merged into the weights. Raises ValueError for an unknown layout, an existing file (unless `overwrite`),
-    adapters in the backbone that are not merged (they would be lost in silence), and a cast that overflows.
+    adapters are merged into the weights. Raises ValueError for an unknown layout, an existing file (unless
+    `overwrite`), adapters that are not merged (they would be lost in silence), and a cast that overflows.
     """
     path = Path(path)
     if layout not in LAYOUTS:

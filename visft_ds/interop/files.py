@@ -173,9 +173,7 @@ def load_pickled(path: Path) -> Any:
         raise ValueError(f"{path} was not written by torch.save. {_looks_like(path)}")
     # torch reports a cut zip file as RuntimeError or as OSError (invalid argument), depending on where the cut is.
     if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is damaged or only a part of the file (its directory is missing). {_looks_like(path)}"
-        )
+        raise ValueError(f"{path} is damaged or only a part of the file (no directory). {_looks_like(path)}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP_MAGIC))
     except pickle.UnpicklingError as error:

@@ -43,7 +43,7 @@ def save_heads(
     *,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write `<folder>/<task>.safetensors` for each head (or its state dict); returns the paths, in the order of `heads`.
+    """Write `<folder>/<task>.safetensors` for each head (or its state dict); returns the paths, in the same order.
 
     Raises ValueError where a file exists (checked for all before the first is written, unless `overwrite`), and where
     `metadata` does not describe exactly these heads.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from visft_ds.interop.files import WeightFile, examples
-from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _ANCHOR = "patch_embed.proj.weight"
@@ -117,13 +117,14 @@ class Tower:
 
 
 def tower_of(backbone: EvaViT) -> Tower:
-    """The sizes of a model at hand."""
+    """The sizes of a model at hand; from its attributes, since ZeRO-3 leaves parameters without their shapes."""
+    first: Block = backbone.blocks[0]  # type: ignore[assignment]
     return Tower(
         width=backbone.width,
         depth=backbone.depth,
-        hidden=backbone.get_parameter("blocks.0.mlp.fc1.weight").shape[0],
+        hidden=first.mlp.fc1.out_features,
         patch_size=backbone.patch_size,
-        positions=backbone.pos_embed.shape[1],
+        positions=1 + (backbone.image_size // backbone.patch_size) ** 2,
         class_token=backbone.cls_token is not None,
         num_heads=backbone.num_heads,
         post_norm=backbone.post_norm,

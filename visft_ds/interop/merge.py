@@ -299,7 +299,7 @@ def verify_merge(
         max_abs=(got - wanted).abs().max().item(),
         relative=_relative(got, wanted),
         effect=_relative(wanted, plain),
-        tolerance=merge_tolerance(dtype, tower.depth),
+        tolerance=merge_tolerance(dtype),
     )
 
 
@@ -307,10 +307,11 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def merge_tolerance(dtype: torch.dtype, depth: int) -> float:
-    """Largest relative difference of the outputs that rounding the weights to `dtype` explains.
+def merge_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference of the outputs that rounding the weights to `dtype` explains: 8 half-eps.
 
-    Each of the 4 matrices of a block is off by at most half an eps, independently, so errors add as their squares;
-    twice that, and never below 1e-5, which the order of fp32 additions (B(Ax) against (BA)x) costs by itself.
+    Measured on towers of 2 to 64 blocks with random weights of std 0.02 to 0.05: 0.4 (pre-norm) to 3 (post-norm) half-eps.
+    Post-norm towers with weights ten times larger amplify rounding without bound, and then fail here as they should.
+    Never below 1e-5, which the order of fp32 additions, B(Ax) against (BA)x, costs by itself.
     """
-    return max(1e-5, 2 * (torch.finfo(dtype).eps / 2) * math.sqrt(4 * depth))
+    return max(1e-5, 8 * torch.finfo(dtype).eps / 2)

@@ -171,7 +171,7 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: no {CONFIG}; an adapter folder has {CONFIG} and {WEIGHTS}")
+        raise ValueError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are needed")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

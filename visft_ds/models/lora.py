@@ -168,9 +168,7 @@ def inject_lora(
     targets = tuple(targets)
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets or len(set(targets)) < len(targets):
-        raise ValueError(
-            f"LoRA targets {targets}: each of {', '.join(TARGETS)} may be given once, at least one is needed"
-        )
+        raise ValueError(f"LoRA targets {targets}: give at least one of {', '.join(TARGETS)}, each at most once")
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"LoRA rank {rank} and alpha {alpha} must be positive")
     if lora_layers(backbone):
@@ -237,7 +235,7 @@ def merge_lora(module: nn.Module) -> dict[str, float]:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
-            f"{len(merged)} of {len(layers)} LoRA layers are merged already, e.g. {merged[0]}; unmerge first"
+            f"{len(merged)} of {len(layers)} LoRA layers are already merged, e.g. {merged[0]}; unmerge first"
         )
     return {name: layer.merge() for name, layer in layers.items()}
 
@@ -284,8 +282,9 @@ def has_effect(backbone: nn.Module, images: Tensor) -> float:
     try:
         for name, layer in layers.items():
             noise = torch.randn(layer.lora_B.shape, generator=generator_for(0, name))
-            # Together with A and the scale this changes the layer's output by a few percent of its input's size.
-            layer.lora_B.add_(noise.to(layer.lora_B) * (0.1 / layer.scale / math.sqrt(layer.rank)))
+            # With A and the scale the layer's output changes by about half its input's size: large enough to see
+            # through 16-bit rounding and through a softmax that is nearly uniform (k alone).
+            layer.lora_B.add_(noise.to(layer.lora_B) / (layer.scale * math.sqrt(layer.rank)))
         changed: Tensor = backbone(images)
     finally:
         for layer, values in saved.items():

@@ -1,0 +1,192 @@
+"""PEFT is the judge of our adapter folders: it loads them onto a timm model and computes what our model computes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visft_ds.interop.adapters import adapter_of, install_adapter
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.peft import CONFIG, README, WEIGHTS, read_peft_adapter, save_peft_adapter
+from visft_ds.interop.timm import model_arguments
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import inject_lora, lora_parameters
+
+peft = pytest.importorskip("peft")
+timm = pytest.importorskip("timm")
+# fp32, two blocks: both sides differ by the order of additions only (measured below 1e-6).
+TOLERANCE = 1e-5
+TARGETS = [("q", "v"), ("v",), ("q", "k", "v"), ("q", "v", "proj", "fc1", "fc2"), ("proj", "fc2")]
+
+
+def _tiny(*, class_token: bool = True, post_norm: bool = True) -> EvaViT:
+    sizes = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+    model = build_backbone("debug", seed=None, class_token=class_token, post_norm=post_norm, **sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def _adapted(targets: tuple[str, ...] = ("q", "v"), **kind: bool) -> EvaViT:
+    model = _tiny(**kind)
+    inject_lora(model, rank=3, alpha=1.5, targets=targets)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def _export(model: EvaViT, folder: Path) -> Path:
+    return save_peft_adapter(adapter_of(model, base_sha256="0" * 64), folder / "adapter", tower_of(model))
+
+
+def _timm_twin(model: EvaViT, *, separate: bool) -> torch.nn.Module:
+    name, arguments = model_arguments(tower_of(model))
+    twin = timm.create_model(name, **arguments).eval()
+    lora = lora_parameters(model)
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name not in lora})
+    for block in twin.blocks:
+        block.attn.qkv_bias_separate = separate
+    return twin
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_peft_on_timm_computes_what_ours_computes(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    ours = _adapted(targets, post_norm="k" not in targets)
+    theirs = peft.PeftModel.from_pretrained(_timm_twin(ours, separate=True), _export(ours, tmp_path)).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        wanted, got = ours.tokens(images), theirs.forward_features(images)
+        with theirs.disable_adapter():
+            plain = theirs.forward_features(images)
+    assert _relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+    assert _relative(got, wanted) < TOLERANCE
+    adapted = {name for name, parameter in theirs.named_parameters() if ".lora_" in name}
+    assert len(adapted) == len(lora_parameters(ours)), "PEFT must adapt these layers and no other"
+
+
+def test_without_the_separate_bias_peft_is_a_silent_no_op_on_timm(tmp_path: Path) -> None:
+    ours = _adapted()
+    theirs = peft.PeftModel.from_pretrained(_timm_twin(ours, separate=False), _export(ours, tmp_path)).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        got = theirs.forward_features(images)
+        with theirs.disable_adapter():
+            assert torch.equal(theirs.forward_features(images), got)
+        assert _relative(ours.tokens(images), got) > 1e-2
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool) -> None:
+    ours = _adapted(class_token=class_token)
+    folder = _export(ours, tmp_path)
+    base = _tiny(class_token=class_token)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(ours.get_parameter(name))
+    save_backbone(base, folder / "base.safetensors", "timm")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(compile(snippet, README, "exec"), names)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        got = names["model"].forward_features(images)  # type: ignore[attr-defined]
+        assert _relative(got, ours.tokens(images)) < TOLERANCE
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    ours = _adapted(targets)
+    adapter = read_peft_adapter(_export(ours, tmp_path))
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 1.5, targets) and adapter.base_sha256 == "0" * 64
+    other = _tiny()
+    install_adapter(other, adapter)
+    expected = lora_parameters(ours)
+    assert {name: value.tolist() for name, value in lora_parameters(other).items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+
+
+def test_an_untrained_adapter_of_ours_keeps_its_slices(tmp_path: Path) -> None:
+    """lora_B is zero at the start: its structure cannot be seen, only remembered."""
+    model = _tiny()
+    inject_lora(model, rank=3, targets=("q", "v"))
+    assert read_peft_adapter(_export(model, tmp_path)).targets == ("q", "v")
+
+
+def test_peft_saves_it_again_and_we_still_read_it(tmp_path: Path) -> None:
+    """PEFT drops our metadata; slices, rank and scaling then come from the zero blocks and its own settings."""
+    ours = _adapted(("q", "v", "proj"))
+    theirs = peft.PeftModel.from_pretrained(_timm_twin(ours, separate=True), _export(ours, tmp_path))
+    theirs.save_pretrained(tmp_path / "again")
+    adapter = read_peft_adapter(tmp_path / "again")
+    assert (adapter.rank, adapter.targets, adapter.base_sha256) == (3, ("q", "v", "proj"), None)
+    assert adapter.alpha == pytest.approx(1.5)
+    wanted = adapter_of(ours)
+    for weight in wanted.weights():
+        assert torch.allclose(adapter.delta(weight), wanted.delta(weight), atol=1e-7)
+
+
+def test_an_adapter_that_peft_trained_on_the_whole_qkv_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["attn.qkv"], init_lora_weights=False)
+    peft.get_peft_model(_timm_twin(_adapted(), separate=True), config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="cannot be split into separate adapters of q, k and v"):
+        read_peft_adapter(tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"peft_type": "IA3"}, "type 'IA3' are not LoRA"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"alpha_pattern": {"attn.qkv": 50.0}}, "one rank and one scaling"),
+    ],
+)
+def test_settings_that_mean_something_else_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    folder = _export(_adapted(("q", "v", "proj")), tmp_path)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_peft_adapter(folder)
+
+
+def test_rank_stabilised_scaling_is_understood(tmp_path: Path) -> None:
+    model = _adapted(("q", "v"))
+    folder = _export(model, tmp_path)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config | {"use_rslora": True}), encoding="utf-8")
+    theirs = peft.PeftModel.from_pretrained(_timm_twin(model, separate=True), folder)
+    layer = theirs.base_model.model.blocks[1].attn.qkv
+    delta = read_peft_adapter(folder).delta("blocks.1.attn.qkv.weight")
+    assert torch.allclose(delta, layer.get_delta_weight("default"), atol=1e-6)
+
+
+def test_incomplete_and_foreign_folders(tmp_path: Path) -> None:
+    folder = _export(_adapted(), tmp_path)
+    with pytest.raises(ValueError, match="not overwritten"):
+        _export(_adapted(), tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name.replace("attn.qkv", "attn.q_proj"): value for name, value in tensors.items()}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="not an adapter for the blocks of timm's fused EVA"):
+        read_peft_adapter(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(ValueError, match="holds no adapter"):
+        read_peft_adapter(folder)

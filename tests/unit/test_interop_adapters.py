@@ -1,0 +1,142 @@
+"""Published ViSFT LoRA files mean what the reference computes, and adapters only go where they belong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from visft_ds.interop.adapters import LoraAdapter, adapter_of, fit_to_tower, install_adapter
+from visft_ds.interop.layouts import Tower, tower_of
+from visft_ds.interop.visft import read_visft_lora, write_visft_lora
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings, merge_lora
+
+WIDTH, RANK = 8, 2
+
+
+def _tiny(depth: int = 2) -> EvaViT:
+    sizes = {"width": WIDTH, "depth": depth, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+    return build_backbone("debug", **sizes)  # type: ignore[arg-type]
+
+
+def _published(depth: int = 2, prefix: str = "visual.") -> dict[str, Tensor]:
+    tensors = {}
+    for index in range(depth):
+        tensors[f"{prefix}blocks.{index}.attn.qkv.lora_A"] = torch.randn(2 * RANK, WIDTH)
+        tensors[f"{prefix}blocks.{index}.attn.qkv.lora_B"] = torch.randn(2 * WIDTH, RANK)
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["visual.", "visft_heads.backbone.0.", ""])
+def test_a_published_file_changes_q_and_v_by_one_over_r(tmp_path: Path, prefix: str) -> None:
+    tensors = _published(prefix=prefix)
+    # Stage-2 checkpoints of the reference hold heads and a loss constant beside the LoRA tensors.
+    rest = {"visft_heads.query_embeds.weight": torch.zeros(3), "det_losses.empty_weight": torch.zeros(92)}
+    torch.save({"model": tensors | rest} if prefix.startswith("visft") else tensors, tmp_path / "lora.pt")
+    model = _tiny()
+    adapter = read_visft_lora(tmp_path / "lora.pt")
+    install_adapter(model, adapter)
+    assert (lora_settings(model).rank, lora_settings(model).alpha, lora_settings(model).targets) == (2, 1.0, ("q", "v"))
+    a, b = (tensors[f"{prefix}blocks.1.attn.qkv.lora_{part}"] for part in "AB")
+    expected = torch.zeros(3 * WIDTH, WIDTH)
+    expected[:WIDTH] = b[:WIDTH] @ a[:RANK] / RANK
+    expected[2 * WIDTH :] = b[WIDTH:] @ a[RANK:] / RANK
+    assert torch.allclose(lora_layers(model)["blocks.1.attn.qkv"].delta(), expected, atol=1e-6)
+    assert torch.allclose(adapter.delta("blocks.1.attn.qkv.weight"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("q", "k", "v", "proj", "fc1", "fc2")])
+def test_dense_change_agrees_with_the_models(targets: tuple[str, ...]) -> None:
+    model = _tiny()
+    inject_lora(model, rank=3, alpha=1.5, targets=targets)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.normal_()
+    adapter = adapter_of(model)
+    layers = lora_layers(model)
+    assert set(adapter.weights()) == {f"{name}.weight" for name in layers}
+    for name, layer in layers.items():
+        assert torch.allclose(adapter.delta(f"{name}.weight"), layer.delta(), atol=1e-6)
+
+
+def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
+    model = _tiny()
+    inject_lora(model, rank=RANK, alpha=3.0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.normal_()
+    adapter = adapter_of(model)
+    write_visft_lora(adapter, tmp_path / "lora.pt")
+    read = read_visft_lora(tmp_path / "lora.pt")
+    assert read.alpha == 1.0
+    for weight in adapter.weights():
+        assert torch.allclose(read.delta(weight), adapter.delta(weight), rtol=1e-6)
+    assert sorted(torch.load(tmp_path / "lora.pt", weights_only=True)) == sorted(_published())
+    with pytest.raises(ValueError, match="not overwritten"):
+        write_visft_lora(adapter, tmp_path / "lora.pt")
+    other = replace(adapter, targets=("q", "v", "proj"))
+    with pytest.raises(ValueError, match="hold q and v only"):
+        write_visft_lora(other, tmp_path / "other.pt")
+
+
+def test_forty_block_adapter_on_the_39_block_giant() -> None:
+    tower = Tower(width=WIDTH, depth=39, hidden=16, patch_size=14, positions=5, class_token=False)
+    tensors = {name.removeprefix("visual."): value for name, value in _published(40).items()}
+    adapter = LoraAdapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    with pytest.warns(UserWarning, match="block 39 is ignored"):
+        assert fit_to_tower(adapter, tower).depth == 39
+    # Only the published files are known to carry a block that their users' tower lacks.
+    for wrong, sizes in ((replace(adapter, origin="peft"), tower), (adapter, replace(tower, depth=38))):
+        with pytest.raises(ValueError, match=r"width 8, depth 40; this tower has width 8, depth 3"):
+            fit_to_tower(wrong, sizes)
+
+
+def test_an_adapter_that_does_not_fit_is_refused() -> None:
+    model = _tiny()
+    tensors = {name.removeprefix("visual."): value for name, value in _published().items()}
+    adapter = LoraAdapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    first = "blocks.0.attn.qkv.lora_A"
+    cases = [
+        ({**tensors, first: torch.full_like(tensors[first], float("inf"))}, "holds NaN or infinity"),
+        ({**tensors, first: torch.zeros(3, WIDTH)}, r"is \(3, 8\), not \(4, 8\)"),
+        ({name: value for name, value in tensors.items() if name != first}, f"{first} is missing"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(ValueError, match=message):
+            install_adapter(model, replace(adapter, tensors=changed))
+    assert not lora_parameters(model), "nothing may be injected by a refused adapter"
+    inject_lora(model, rank=RANK, alpha=2.0)
+    with pytest.raises(ValueError, match=r"alpha 2 on q\+v; the adapter has rank 2, alpha 1"):
+        install_adapter(model, adapter)
+    merge_lora(model)
+    with pytest.raises(ValueError, match="unmerge_lora"):
+        install_adapter(model, adapter)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"visual.pos_embed": torch.zeros(1)}, "no LoRA tensors"),
+        ({"visual.blocks.0.attn.proj.lora_A": torch.zeros(1, 1)}, "not a ViSFT LoRA file"),
+        ({"visual.blocks.1.attn.qkv.lora_A": torch.zeros(4, 8)}, r"blocks\.0\.attn\.qkv\.lora_A or .lora_B is missing"),
+        ({**_published(), "visual.blocks.0.attn.qkv.weight": torch.zeros(1)}, "not a ViSFT LoRA file"),
+        ({f"visual.blocks.0.attn.qkv.lora_{p}": torch.zeros(4, 4) for p in "AB"}, "4 rows and lora_B 4 columns"),
+    ],
+)
+def test_other_files_are_no_published_lora(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+    torch.save(tensors, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=message):
+        read_visft_lora(tmp_path / "lora.pt")
+
+
+def test_sizes_of_the_published_adapters() -> None:
+    """Trainable parameters of the paper's recipe: 29,360,128 on the enormous tower, 14,417,920 on the giant."""
+    for name, expected in (("eva_e", 29_360_128), ("eva_g", 14_417_920)):
+        model = build_backbone(name, device="meta")
+        inject_lora(model)
+        assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == expected
+        assert tower_of(model).preset() == name

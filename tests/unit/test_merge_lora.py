@@ -1,0 +1,251 @@
+"""Merging: the file computes what base + adapter computes, nothing is merged twice or in silence, losses are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visft_ds.interop.adapters import LoraAdapter, adapter_of
+from visft_ds.interop.backbones import load_backbone, save_backbone
+from visft_ds.interop.files import open_weights, sha256_file
+from visft_ds.interop.layouts import Tower, tower_of
+from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, resolve_tower, scaled, verify_merge
+from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.visft import write_visft_lora
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+
+
+def _tiny(**kind: bool) -> EvaViT:
+    model = build_backbone("debug", seed=None, **SIZES, **kind)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def _case(
+    folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")
+) -> tuple[Path, LoraAdapter, EvaViT]:
+    """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
+    model = _tiny(post_norm=True)
+    save_backbone(model, folder / "plain.safetensors", "eva_clip")
+    extra = {
+        "text.ln_final.weight": torch.randn(5).bfloat16(),
+        "logit_scale": torch.tensor(4.6),
+        "visual.cls_token": torch.randn(1, 1, 32).half(),
+        "visual.head.weight": torch.randn(7, 32).half(),
+        "visual.head.bias": torch.randn(7).half(),
+    }
+    base = folder / "base.safetensors"
+    tower = open_weights(folder / "plain.safetensors").metadata["tower"]
+    save_file(load_file(folder / "plain.safetensors") | extra, base, {"tower": tower})
+    inject_lora(model, rank=4, alpha=2.0, targets=targets)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=size)
+    return base, adapter_of(model, base_sha256=sha256_file(base)), model
+
+
+def _run(*arguments: object, module: bool = False) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "tools.merge_lora"] if module else [str(ROOT / "tools/merge_lora.py")]
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    command = [sys.executable, *start, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k", "proj", "fc1", "fc2")])
+def test_merged_file_equals_a_merged_model(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    base, adapter, model = _case(tmp_path, targets=targets)
+    report = merge_into_file(base, adapter, tmp_path / "out.safetensors", layout="timm")
+    merge_lora(model)
+    written = load_file(tmp_path / "out.safetensors")
+    lora = lora_parameters(model)
+    for name, parameter in model.named_parameters():
+        # One fp32 addition either way; the two products may add in another order.
+        if name not in lora:
+            assert torch.allclose(written[name], parameter, rtol=0, atol=1e-6), name
+    assert set(written) == {name for name in dict(model.named_parameters()) if name not in lora} | {
+        "cls_token",
+        "head.weight",
+        "head.bias",
+    }
+    assert sorted(report.left_out) == ["logit_scale", "text.ln_final.weight"]
+    assert report.total.retained == pytest.approx(1.0, abs=1e-4) and report.total.error < 1e-4
+
+
+def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None:
+    base, adapter, _ = _case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    report = merge_into_file(base, adapter, out, layout="eva_clip", dtype=torch.float16)
+    before, after = load_file(base), load_file(out)
+    assert set(before) == set(after) and not report.left_out
+    changed = {f"visual.{name}" for name in adapter.weights()}
+    for name, value in before.items():
+        carried = not name.startswith("visual.") or name.removeprefix("visual.") in (
+            "cls_token",
+            "head.weight",
+            "head.bias",
+        )
+        assert after[name].dtype == (value.dtype if carried else torch.float16), name
+        if name not in changed:
+            assert torch.equal(after[name], value if carried else value.half()), name
+        else:
+            assert not torch.equal(after[name], value.half()), name
+    assert open_weights(out).metadata["lora_merged"] == "true"
+    assert open_weights(out).metadata["base_sha256"] == sha256_file(base)
+
+
+def test_scale(tmp_path: Path) -> None:
+    base, adapter, _ = _case(tmp_path)
+    merge_into_file(base, scaled(adapter, -0.5), tmp_path / "out.safetensors", layout="eva_clip")
+    name = "blocks.1.attn.qkv.weight"
+    difference = load_file(tmp_path / "out.safetensors")[f"visual.{name}"] - load_file(base)[f"visual.{name}"]
+    assert torch.allclose(difference, -0.5 * adapter.delta(name), atol=1e-6)
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    base, adapter, _ = _case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    merge_into_file(base, adapter, out)
+    kept = sha256_file(out)
+    other = tmp_path / "other.safetensors"
+    save_backbone(build_backbone("debug", depth=3, width=32, num_heads=2, image_size=28), tmp_path / "deep.safetensors")
+    elsewhere = replace(adapter, base_sha256="f" * 64)
+    cases: list[tuple[Path, LoraAdapter, Path, str]] = [
+        (base, adapter, out, "not overwritten"),
+        (out, adapter, other, "count it twice"),
+        (base, elsewhere, other, r"trained on the base with sha256 ffff.*--allow-other-base"),
+        (tmp_path / "deep.safetensors", adapter, other, r"depth 2; this tower has width 32, depth 3"),
+        (base, adapter, tmp_path / "other.pt", "written as .safetensors only"),
+    ]
+    for given_base, given_adapter, target, message in cases:
+        with pytest.raises(ValueError, match=message):
+            merge_into_file(given_base, given_adapter, target)
+    report = merge_into_file(base, elsewhere, other, allow_other_base=True)
+    assert any("ffff" in note for note in report.notes)
+    assert sha256_file(out) == kept and not [name for name in os.listdir(tmp_path) if "tmp-" in name]
+
+
+def _share(base_dtype: torch.dtype, out_dtype: torch.dtype, size: float, folder: Path) -> tuple[float, float, bool]:
+    base, adapter, _ = _case(folder, size=size)
+    rounded: dict[str, Tensor] = {name: value.to(base_dtype) for name, value in load_file(base).items()}
+    save_file(rounded, folder / "rounded.safetensors")
+    given = replace(adapter, base_sha256=None)
+    report = merge_into_file(folder / "rounded.safetensors", given, folder / "out.safetensors", dtype=out_dtype)
+    return report.total.retained, report.total.error, report.total.lost
+
+
+def test_a_small_change_drowns_in_bfloat16_and_is_reported(tmp_path: Path) -> None:
+    """Numbers near 0.2 are 2^-10 apart in bf16, 2^-13 in fp16; this change is about 2e-4 large."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+    retained, _, lost = _share(torch.bfloat16, torch.bfloat16, 2e-4, folders[0])
+    assert retained < 0.9 and lost
+    # Rounding a finer base is dither: the projection looks fine, and the error alone shows the loss.
+    retained, error, lost = _share(torch.float32, torch.bfloat16, 2e-4, folders[1])
+    assert abs(retained - 1) < 0.3 and error > 0.5 and lost
+    retained, error, lost = _share(torch.bfloat16, torch.float32, 2e-4, folders[2])
+    assert retained == pytest.approx(1, abs=1e-3) and error < 1e-2 and not lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_verification_passes_a_right_file_and_fails_a_wrong_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter, model = _case(tmp_path)
+    out, tower = tmp_path / "out.safetensors", replace(tower_of(model), class_token=True)
+    merge_into_file(base, adapter, out, dtype=dtype)
+    result = verify_merge(base, adapter, out, tower, dtype=dtype)
+    assert result.passed and result.effect > 3 * result.tolerance
+    wrong = tmp_path / "wrong.safetensors"
+    merge_into_file(base, scaled(adapter, 0.0), wrong, dtype=dtype)
+    assert not verify_merge(base, adapter, wrong, tower, dtype=dtype).passed
+
+
+def test_verification_tolerance_holds_for_a_deep_tower(tmp_path: Path) -> None:
+    """Rounding errors add up over the blocks, slowly: the allowance covers them and stays narrow."""
+    model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)  # type: ignore[arg-type]
+    save_backbone(model, tmp_path / "base.safetensors")
+    inject_lora(model, rank=2)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = tmp_path / f"{dtype}.safetensors"
+        merge_into_file(tmp_path / "base.safetensors", adapter_of(model), out, dtype=dtype)
+        result = verify_merge(tmp_path / "base.safetensors", adapter_of(model), out, tower_of(model), dtype=dtype)
+        assert merge_tolerance(dtype) / 20 < result.relative < merge_tolerance(dtype) / 2
+
+
+def test_what_no_tensor_tells() -> None:
+    found = Tower(width=32, depth=2, hidden=64, patch_size=14, positions=5, class_token=False)
+    complete = resolve_tower(found, None, {"num_heads": 4, "post_norm": True})
+    assert (complete.num_heads, complete.post_norm) == (4, True)
+    giant = tower_of(build_backbone("eva_g", device="meta"))
+    assert resolve_tower(replace(giant, num_heads=None, post_norm=None)) == giant
+    cases: list[tuple[Tower, str | None, dict[str, float | bool], str]] = [
+        (found, None, {}, "does not tell num_heads"),
+        (found, "eva_e", {}, "width=1792 contradicts the file, which has 32"),
+        (found, "eva_x", {}, "unknown model 'eva_x'"),
+        (found, None, {"heads": 4}, "unknown setting heads"),
+        (found, None, {"num_heads": 5, "post_norm": True}, "does not divide"),
+        (complete, None, {"num_heads": 8}, "num_heads=8 contradicts the file, which has 4"),
+    ]
+    for tower, model, given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            resolve_tower(tower, model, given)
+
+
+def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -> None:
+    _, adapter, model = _case(tmp_path)
+    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
+    write_visft_lora(adapter, tmp_path / "eva_e_lora_5000.pt")
+    for path in (folder, folder / "adapter_model.safetensors", tmp_path / "eva_e_lora_5000.pt"):
+        read = read_adapter(path)
+        for weight in adapter.weights():
+            assert torch.allclose(read.delta(weight), adapter.delta(weight), rtol=1e-6)
+
+
+def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
+    base, adapter, model = _case(tmp_path)
+    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
+    out = tmp_path / "out.safetensors"
+    done = _run("--base", base, "--adapter", folder, "--out", out, "--verify", "--images", 1)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines if line.split()[0] in ("0", "1", "all")] == [
+        ["0", "100.0%"],
+        ["1", "100.0%"],
+        ["all", "100.0%"],
+    ]
+    assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in done.stdout
+    load_backbone(_tiny(class_token=True, post_norm=True), out)
+    again = _run("--base", out, "--adapter", folder, "--out", tmp_path / "twice.safetensors", module=True)
+    assert again.returncode == 2 and "count it twice" in again.stderr and "Traceback" not in again.stderr
+    assert not (tmp_path / "twice.safetensors").exists()
+
+
+def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
+    base, adapter, model = _case(tmp_path, size=1e-4)
+    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(base), bare)
+    common = ("--adapter", folder, "--allow-other-base", "--base", bare, "--dtype", "bf16", "--verify")
+    asked = _run(*common, "--out", tmp_path / "a.safetensors", module=True)
+    assert asked.returncode == 2 and "--set num_heads=N" in asked.stderr and not (tmp_path / "a.safetensors").exists()
+    done = _run(*common, "--out", tmp_path / "a.safetensors", "--set", "num_heads=2", "--set", "post_norm=true")
+    assert done.returncode == 0, done.stderr
+    assert "warning: bf16 cannot hold this change" in done.stdout and "note: allowed" in done.stdout
+    assert json.loads(open_weights(tmp_path / "a.safetensors").metadata["tower"])["num_heads"] == 2
