@@ -21,10 +21,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("models", "tasks"),
-    ("interop", "multitask"),
+    ("interop", "multitask", "run_folder"),
     ("stages",),
     ("evals", "parallel"),
-    ("planner", "train"),
+    ("planner", "start_report"),
+    ("train",),
+    ("launch",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.
 RESERVED = {

@@ -2,7 +2,7 @@
 
 Run as a module it is one rank of the engine (see `test_engines.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.integration.engine_case OUT.pt ENGINE
-The second task exists so that every step leaves one head without a gradient, which is where DeepSpeed goes wrong silently.
+Of its two tasks one is idle in every step: a head without a gradient is where DeepSpeed goes wrong silently.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.models.eva_vit import build_backbone
@@ -40,7 +41,6 @@ GROUPS = {
     ],
     2: [ParamGroup(name="a", params="*.lora_A", lr=1e-2), ParamGroup(name="b", params="*.lora_B", lr=2e-2)],
 }
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class TaskCriterion(DetectionCriterion):
@@ -146,7 +146,7 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
 def _engine(stage: int, name: str, precision: str) -> Any:
     from visft_ds.parallel.engine import ZeroEngine
 
-    config = json.loads((REPOSITORY / f"ds_configs/engines/{name}.json").read_text())
+    config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
@@ -187,7 +187,7 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None) -> dict[str, A
 
 
 def main(out: str, name: str) -> None:
-    """One rank: both stages in fp32 and bf16, a resume of each, and the stages without the remedy for stale gradients."""
+    """One rank: both stages in fp32 and bf16, a resume of each, and stage 1 without the remedy for stale gradients."""
     from visft_ds.parallel import checkpoint, distributed
     from visft_ds.parallel import engine as engine_module
     from visft_ds.parallel.engine_state import restore_state

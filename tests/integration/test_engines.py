@@ -1,4 +1,4 @@
-"""Every ZeRO engine on two gloo ranks equals one plain PyTorch process on the same global batch, and resumes bit for bit.
+"""Every ZeRO engine on two gloo ranks equals one plain PyTorch process on the global batch, and resumes bit for bit.
 
 Two ranks x two micro-batches of one image against one batch of four, two heads of which one is idle in each step, two
 parameter groups with their own rates, clipping far below the gradient norm.
@@ -6,52 +6,22 @@ parameter groups with their own rates, clipping far below the gradient norm.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.integration.engine_case import REPOSITORY, SAVED_AT, train_plain
+from tests.integration.engine_case import SAVED_AT, train_plain
+from tests.integration.ranks import run_ranks
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 1e-6
-#: Adam divides by the square root of the second moment: rounding of tiny gradients is magnified, up to the learning rate.
+#: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients.
 WEIGHTS = 1.5e-6
-#: With bf16 products the gradient of A over four images is rounded once, over four micro-batches four times (2**-9 each).
+#: In bf16 the gradient of A over four images is rounded once, over four micro-batches four times (2**-9 each).
 BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-5, 4e-3, 1e-3
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(arguments: list[str], world: int = 2) -> None:
-    """Start the ranks of a module as the launcher would and wait for all; the log of a failure is shown."""
-    port = str(free_port())
-    processes = []
-    for rank in range(world):
-        environment = {
-            **os.environ,
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-        }
-        command = [sys.executable, *arguments]
-        pipe = subprocess.PIPE
-        processes.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world, "\n".join(outputs)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,21 @@
-"""Matcher, losses and positions against the DETR of `transformers`.
+"""Matcher, losses, layers and positions against the DETR of `transformers`.
 
-Its decoder is not compared: with auxiliary outputs it feeds the normed state of a layer into the next one. Each layer's
-losses are compared on their own instead, on the same tensors.
+Its decoder as a whole is not compared: with auxiliary outputs it feeds the normed state of a layer into the next one.
+Layers and losses are compared one by one instead, on the same tensors.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DetrConfig
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
-from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
+from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer, DetrSinePositionEmbedding
 
 from visft_ds.data.samples import DetectionTargets
 from visft_ds.tasks.detection import DetectionCriterion, DetectionOutput
-from visft_ds.tasks.detr import sine_positions
+from visft_ds.tasks.detr import DecoderLayer, EncoderLayer, sine_positions
 from visft_ds.tasks.matching import MatchingCosts, match
 
 LAYERS, QUERIES, CLASSES = 3, 20, 91
@@ -102,3 +103,54 @@ def test_sine_positions_are_equal() -> None:
     ours = sine_positions(valid, 128).permute(0, 3, 1, 2)
     # the angles reach 2 pi, where float32 has steps of 5e-7
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def _their_names(layer: nn.Module, width: int, norms: dict[str, str]) -> dict[str, Tensor]:
+    """Our weights under their names: they keep q, k and v apart."""
+    renamed = {}
+    for name, value in layer.state_dict().items():
+        name = name.replace("cross_attn", "encoder_attn").replace("linear", "mlp.fc").replace("out_proj", "o_proj")
+        for ours, theirs in norms.items():
+            name = name.replace(ours, theirs)
+        if ".in_proj_" in name:
+            for part, piece in zip("qkv", value.split(width), strict=True):
+                renamed[name.replace("in_proj_", f"{part}_proj.")] = piece
+        else:
+            renamed[name] = value
+    return renamed
+
+
+def test_layers_are_equal_with_positions() -> None:
+    """Positions belong to queries and keys, never to values."""
+    width = 16
+    config = DetrConfig(
+        d_model=width,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        dropout=0.0,
+        use_pretrained_backbone=False,
+        attn_implementation="eager",
+    )
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    mask = torch.zeros(2, 1, 1, 6).masked_fill(~valid[:, None, None], -1e9)
+    memory, positions, state, query = (torch.randn(2, n, width) for n in (6, 6, 5, 5))
+
+    encoder, their_encoder = EncoderLayer(width, 4, 24, 0.0), DetrEncoderLayer(config)
+    norms = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
+    their_encoder.load_state_dict(_their_names(encoder, width, norms))
+    # float32: a few dozen roundings of numbers around 1
+    torch.testing.assert_close(
+        encoder(memory, positions, valid), their_encoder(memory, mask, positions), rtol=0, atol=2e-6
+    )
+
+    decoder, their_decoder = DecoderLayer(width, 4, 24, 0.0), DetrDecoderLayer(config)
+    norms = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
+    their_decoder.load_state_dict(_their_names(decoder, width, norms))
+    torch.testing.assert_close(
+        decoder(state, query, memory, memory + positions, valid),
+        their_decoder(state, None, positions, query, memory, mask),
+        rtol=0,
+        atol=2e-6,
+    )

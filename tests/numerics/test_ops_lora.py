@@ -118,6 +118,16 @@ def test_autocast_computes_in_16_bit_with_fp32_gradients(backend: str, weight_dt
         assert (value.float() - reference).norm() / reference.norm() < 1e-2
 
 
+def test_backward_computes_in_the_precision_of_the_forward() -> None:
+    x, weight, bias, a, b = (t.float() for t in _tensors(QV))
+    inputs = [t.requires_grad_() for t in (x, a, b)]
+    wanted = torch.autograd.grad(lora_linear(x, weight, bias, a, b, SCALE, QV).sum(), inputs)
+    loss = lora_linear(x, weight, bias, a, b, SCALE, QV).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
 def test_16_bit_weight_without_autocast_computes_in_16_bit() -> None:
     x, weight, bias, a, b = (t.float() for t in _tensors(QV))
     out = lora_linear(x, weight.bfloat16(), bias, a, b, SCALE, QV)

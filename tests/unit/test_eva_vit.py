@@ -156,13 +156,14 @@ def test_16_bit_matrices_keep_an_fp32_residual_stream(images: Tensor, post_norm:
         assert (found - wanted).norm() / wanted.norm() < 2e-2, kind
 
 
-def test_frozen_bf16_tower_keeps_16_bit_branches_in_the_backward_pass(images: Tensor) -> None:
-    """A norm that returned fp32 under autocast would double what each block keeps."""
-    backbone = build_backbone("debug", **TINY, post_norm=True, dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frozen_bf16_tower_keeps_16_bit_branches_in_the_backward_pass(images: Tensor, device: str) -> None:
+    """A norm that returned fp32 under autocast, as torch's does on CUDA, would double what each block keeps."""
+    backbone = build_backbone("debug", **TINY, post_norm=True, dtype=torch.bfloat16, device=device)
     seen = []
     backbone.blocks[0].norm1.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        backbone(images)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        backbone(images.to(device))
     assert seen == [(torch.bfloat16, torch.bfloat16)]
 
 

@@ -31,16 +31,18 @@ _REFUSED = (
     *("trainable_token_indices", "alora_invocation_tokens", "target_parameters"),
 )
 
+_FUSED = """\
+The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that are not adapted are zero rows of
+`lora_B`). Training it further in PEFT also trains those rows; the result no longer fits visft_ds' LoRA on slices.
+
+"""
 _README = """\
 # LoRA adapter for an EVA vision tower
 
 Rank {rank}, alpha {alpha:g}, on {targets} of each of the {depth} blocks ({tower}).
 Base weights: sha256 {base}.
 
-The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that are not adapted are zero rows of
-`lora_B`).
-
-## Load it with timm and PEFT
+{fused}## Load it with timm and PEFT
 
 ```python
 import timm
@@ -61,7 +63,6 @@ model = PeftModel.from_pretrained(model, ADAPTER).eval()
 The line with `qkv_bias_separate` is **necessary**. Without it timm's EVA attention reads `qkv.weight` directly and
 never calls the `qkv` module, so PEFT's adapter changes nothing, receives no gradient, and nothing warns about it.
 
-Continuing to train it in PEFT also trains the zero rows; such an adapter no longer fits visft_ds' LoRA on slices.
 `tools/merge_lora.py` of visft_ds adds the adapter into full weights, which need no PEFT.
 """
 
@@ -102,7 +103,7 @@ def readme(adapter: LoraAdapter, tower: Tower) -> str:
         depth=adapter.depth,
         tower=tower.describe(),
         base=adapter.base_sha256 or "not recorded",
-        groups=len(adapter.slices()),
+        fused=_FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if adapter.slices() else "",
         create=create_model_call(tower),
         adjust=adjust,
     )

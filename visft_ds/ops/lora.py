@@ -90,12 +90,10 @@ class _LoraLinear(torch.autograd.Function):
         slices: Slices,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        # Cast by hand, here and in the backward pass, where autocast may be in another state.
-        with no_autocast(x.device):
-            rows = x.reshape(-1, x.shape[-1])
-            u = (rows @ lora_a.to(x.dtype).t()) * scale
-            run = _forward_augmented if backend == "augmented" else _forward_eager
-            y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
+        rows = x.reshape(-1, x.shape[-1])
+        u = (rows @ _cast(lora_a, x).t()) * scale
+        run = _forward_augmented if backend == "augmented" else _forward_eager
+        y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
         return y.view(*x.shape[:-1], -1), u
 
     @staticmethod
@@ -119,6 +117,7 @@ class _LoraLinear(torch.autograd.Function):
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dw = db = da = dlb = None
+        # The backward pass may run under another state of autocast than the forward did.
         with no_autocast(grad.device):
             dy = grad.reshape(-1, grad.shape[-1])
             groups = list(_groups(ctx.slices, lora_b.shape[1]))

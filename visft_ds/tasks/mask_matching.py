@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.segmentation import SegmentationTargets
-from visft_ds.tasks.mask_points import sample_predictions, sample_shared_targets
+from visft_ds.tasks.mask_points import sample
 from visft_ds.tasks.matching import Matches, assign, at_least_float32, check_labels, raise_not_finite
 
 
@@ -80,10 +80,10 @@ def _cost_terms(
         rows = slice(ends[image] - counts[image], ends[image])
         probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
         parts["ce"].append(-probability[..., labels[rows]].transpose(1, 2))
-        predicted = sample_predictions(masks[:, image], points[place], targets.extents[image])  # (L, Q, P)
-        predicted = at_least_float32(predicted)
-        wanted = sample_shared_targets(targets.masks[rows], points[place], targets.mask_extents[image])  # (L, n, P)
-        wanted = wanted.to(predicted.dtype)
+        predicted = at_least_float32(sample(masks[:, image], points[place], targets.extents[image]))  # (L, Q, P)
+        wanted = targets.masks[rows].to(predicted.dtype) / 255  # one map of n channels, L * P points
+        wanted = sample(wanted[None], points[place].view(1, -1, 2), targets.mask_extents[image])[0]
+        wanted = wanted.unflatten(1, points.shape[1:3]).transpose(0, 1)  # (L, n, P)
         # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
         overlap = wanted @ predicted.transpose(1, 2)  # (L, n, Q)
         parts["bce"].append((F.softplus(predicted).sum(-1)[:, None] - overlap) / predicted.shape[-1])

@@ -69,57 +69,21 @@ def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: t
     return Points(matching, candidates, uniform)
 
 
-def sample_predictions(masks: Tensor, points: Tensor, extent: Tensor) -> Tensor:
-    """Bilinear values of logits at points that the channels share: (R, n, h, w), (R, P, 2) -> (R, n, P).
+def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
+    """Bilinear values at points that the channels share: (R, n, h, w), (R, P, 2) -> (R, n, P).
 
-    `extent` (2,): height and width of the image as a share of the predicted grid, which covers the padded batch.
-    Beyond the grid, logits count as 0.
+    `extent` (2,): height and width of the image as a share of the map, which covers the padded batch. Beyond the map,
+    values count as 0.
     """
-    grid = (2 * points * extent.flip(0) - 1).to(masks.dtype)
-    return F.grid_sample(masks, grid[:, None], align_corners=False).squeeze(2)
-
-
-def sample_shared_targets(masks: Tensor, points: Tensor, extent: Tensor) -> Tensor:
-    """Bilinear values in [0, 1] of all masks of an image: (n, hm, wm) uint8, (R, P, 2) -> (R, n, P) float32.
-
-    The same numbers as `grid_sample` on masks / 255 with zeros outside, without a float copy of the masks.
-    """
-    height, width = masks.shape[1:]
-    flat = masks.flatten(1)
-    total = points.new_zeros(len(masks), *points.shape[:2])
-    for index, share in _corners(points * extent.flip(0), height, width):
-        total += flat[:, index] * share
-    return total.transpose(0, 1) / 255
+    grid = (2 * points * extent.flip(0) - 1).to(maps.dtype)
+    return F.grid_sample(maps, grid[:, None], align_corners=False).squeeze(2)
 
 
 def sample_targets(masks: Tensor, rows: Tensor, points: Tensor, extent: Tensor) -> Tensor:
-    """Bilinear values in [0, 1], each pair at its own points: (N, hm, wm) uint8, (M,), (M, P, 2) -> (M, P) float32."""
-    height, width = masks.shape[1:]
-    flat = masks.flatten()
-    start = (rows * (height * width))[:, None]
-    total = points.new_zeros(points.shape[:2])
-    for index, share in _corners(points * extent.flip(0), height, width):
-        total += flat[index + start] * share
-    return total / 255
-
-
-def _corners(points: Tensor, height: int, width: int) -> list[tuple[Tensor, Tensor]]:
-    """For (..., 2) points in [0, 1] of a grid: the four cells around, as flat index and share; share 0 outside."""
-    corners = []
-    rows, columns = _neighbours(points[..., 1], height), _neighbours(points[..., 0], width)
-    for row, share_y in rows:
-        for column, share_x in columns:
-            corners.append((row * width + column, share_x * share_y))
-    return corners
-
-
-def _neighbours(coordinates: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The cells before and after a coordinate in [0, 1] of an axis, with their shares; share 0 where there is none."""
-    place = coordinates * size - 0.5
-    low = place.floor()
-    part = place - low
-    pairs = ((low, 1 - part), (low + 1, part))
-    return [(cell.clamp(0, size - 1).long(), share * ((cell >= 0) & (cell < size))) for cell, share in pairs]
+    """Values in [0, 1] of float masks, each pair at its own points: (n, hm, wm), (L, m), (L, m, P, 2) -> (L, m, P)."""
+    # set by set, so that there is never a copy of the masks for every pair of every set
+    layers = zip(rows, points, strict=True)
+    return torch.stack([sample(masks[row][:, None], place, extent).squeeze(1) for row, place in layers])
 
 
 @torch.no_grad()
@@ -128,7 +92,7 @@ def uncertain_points(masks: Tensor, candidates: Tensor, uniform: Tensor, uncerta
 
     candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).
     """
-    certainty = sample_predictions(masks, candidates, extent).abs()  # (L, m, K)
+    certainty = sample(masks, candidates, extent).abs()  # (L, m, K)
     chosen = certainty.topk(uncertain, dim=-1, largest=False, sorted=False).indices
     pairs = masks.shape[1]
     picked = candidates[:, None].expand(-1, pairs, -1, -1).gather(2, chosen[..., None].expand(-1, -1, -1, 2))

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
@@ -24,7 +23,6 @@ from visft_ds.tasks.mask_points import (
     PointCounts,
     Points,
     draw_points,
-    sample_predictions,
     sample_targets,
     uncertain_points,
 )
@@ -242,30 +240,32 @@ class SegmentationCriterion:
         bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
         # the pairs are ordered by set and then by image, and every set has the same number of them
         queries, objects = matches.queries.view(layers, -1), matches.objects.view(layers, -1)
-        counts = targets.counts.clamp(max=self.num_queries).tolist()
-        ends = np.cumsum(counts)
         every = torch.arange(layers, device=masks.device)[:, None]
-        for place, image in enumerate(np.flatnonzero(counts)):
-            pairs = slice(ends[image] - counts[image], ends[image])
+        pair = row = place = 0
+        for image, count in enumerate(targets.counts.tolist()):
+            if count == 0:
+                continue
+            pairs = slice(pair, pair + min(count, self.num_queries))
             predicted = masks[every, image, queries[:, pairs]]  # (L, m, h, w)
-            terms = self._pair_terms(predicted, objects[:, pairs], targets, int(image), points, place)
+            extent = targets.extents[image]
+            chosen = uncertain_points(
+                predicted.detach(), points.candidates[place], points.uniform[place], self.points.uncertain, extent
+            )
+            wanted = targets.masks[row : row + count].to(masks.dtype) / 255
+            wanted = sample_targets(wanted, objects[:, pairs] - row, chosen, targets.mask_extents[image])
+            terms = _pair_terms(predicted, wanted, chosen, extent)
             bce, dice = bce + terms[0], dice + terms[1]
+            pair, row, place = pairs.stop, row + count, place + 1
         return bce, dice
 
-    def _pair_terms(
-        self, masks: Tensor, objects: Tensor, targets: SegmentationTargets, image: int, points: Points, place: int
-    ) -> tuple[Tensor, Tensor]:
-        """Sums (L,) over the pairs of one image: masks (L, m, h, w) logits, objects (L, m)."""
-        candidates, uniform, extent = points.candidates[place], points.uniform[place], targets.extents[image]
-        chosen = uncertain_points(masks.detach(), candidates, uniform, self.points.uncertain, extent)  # (L, m, P, 2)
-        chosen = chosen.flatten(0, 1)
-        logits = sample_predictions(masks.flatten(0, 1)[:, None], chosen, extent).squeeze(1)  # (L * m, P)
-        wanted = sample_targets(targets.masks, objects.flatten(), chosen, targets.mask_extents[image])
-        wanted = wanted.to(logits.dtype)
-        bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
-        share = logits.sigmoid()
-        dice = 1 - (2 * (share * wanted).sum(dim=1) + 1) / (share.sum(dim=1) + wanted.sum(dim=1) + 1)
-        return bce.view(objects.shape).sum(dim=1), dice.view(objects.shape).sum(dim=1)
+
+def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (L,) of BCE and dice over the pairs of one image: masks (L, m, h, w) logits, wanted (L, m, P) in [0, 1]."""
+    logits = sample(masks.flatten(0, 1)[:, None], points.flatten(0, 1), extent).view_as(wanted)
+    bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1)
+    share = logits.sigmoid()
+    dice = 1 - (2 * (share * wanted).sum(dim=-1) + 1) / (share.sum(dim=-1) + wanted.sum(dim=-1) + 1)
+    return bce.sum(dim=1), dice.sum(dim=1)
 
 
 @torch.no_grad()

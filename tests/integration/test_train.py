@@ -1,0 +1,221 @@
+"""The training command itself: through the launcher, killed and resumed, stopped by a signal, and fed rubbish."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.coco_tree import write_tree
+from tests.integration.ranks import REPOSITORY, finish, free_port, run_ranks, start_ranks
+from visft_ds.data.convert import Options, build
+from visft_ds.launch import main
+
+STEPS = 8
+#: A model and a head that train eight steps in a second or two.
+TINY = {
+    "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
+    "visft.tasks.detection.image.fixed_size": 56,
+    "visft.tasks.detection.batch_size": 4,
+    "visft.tasks.detection.micro_batch": 1,
+    "visft.tasks.detection.head.encoder_layers": 1,
+    "visft.tasks.detection.head.decoder_layers": 1,
+    "visft.tasks.detection.head.dropout": 0.1,  # random numbers must survive a resume too
+    "scheduler.params.total_num_steps": STEPS,
+    "scheduler.params.warmup_num_steps": 2,
+    "visft.run.save_every": 4,
+    "visft.run.log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of twelve small pictures."""
+    folder = tmp_path_factory.mktemp("coco")
+    tree = write_tree(folder)
+    out = folder / "shards"
+    build(Options(tree.images, tree.instances, tree.captions, out, "train"))
+    return out
+
+
+def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
+    """Arguments of launchers/train.py for the tiny model."""
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**TINY, **(extra or {})}.items()]
+    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
+
+
+def trained(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """What a run had learnt at a step, moments included."""
+    folder = out / "checkpoints" / f"step_{step:08d}"
+    return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
+
+
+def steps_recorded(out: Path) -> list[int]:
+    """Steps in metrics.jsonl, in order."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["kind"] == "step"]
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Read a process's output up to a line that contains `text`."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of stage 1 on two ranks."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    run_ranks(["launchers/train.py", *command(shards, out)])
+    return out
+
+
+def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    processes = start_ranks(["launchers/train.py", *command(shards, out)])
+    wait_for(processes[0], "step 5/")  # step 4 is saved, step 5 is lost
+    processes[0].kill()
+    killed = time.monotonic()
+    codes, outputs = finish(processes)
+    assert codes == [-signal.SIGKILL, 3], outputs
+    assert time.monotonic() - killed < 30
+    assert "[rank 1] stopped: another rank ended first" in outputs[1]
+
+    run_ranks(["launchers/train.py", *command(shards, out)])
+    assert steps_recorded(out) == list(range(1, STEPS + 1))
+    resumed, expected = trained(out), trained(straight)
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    processes = start_ranks(["launchers/train.py", *command(shards, out, extra={"visft.run.save_every": 100})])
+    wait_for(processes[0], "step 1/")
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(processes, timeout=60)
+    assert codes == [0, 0], outputs
+    assert "stopped after step" in outputs[0]
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert step < STEPS
+    assert not (out / "export" / "detection.safetensors").exists()
+
+
+def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, tmp_path: Path) -> None:
+    """Stage 2 learns from the heads of stage 1, under the launcher; base and adapter can be used together afterwards."""
+    out = tmp_path / "stage2"
+    extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
+    deepspeed = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    done = subprocess.run(
+        [*deepspeed, "launchers/train.py", *command(shards, out, stage=2, extra=extra)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "LoRA changes the features" in done.stdout
+    assert "warning" not in done.stderr.lower(), done.stderr
+    names = set(load_file(out / "checkpoints" / f"step_{STEPS:08d}" / "parameters.safetensors"))
+    assert {name.rsplit(".", 1)[1] for name in names} == {"lora_A", "lora_B"}
+    assert (out / "export" / "adapter" / "adapter_config.json").is_file()
+    first, second = (load_file(run / "export" / "backbone.safetensors") for run in (straight, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run the command in this process, expect one message and exit code 2."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_more_ranks_than_images(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    message = refused(capsys, command(shards, tmp_path / "run"))
+    assert "batch_size = 4 on 8 processes" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_samples_than_a_batch(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, command(shards, tmp_path / "run", extra={"visft.tasks.detection.batch_size": 64}))
+    assert "12 samples are fewer than one global batch of 64" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_shards(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = write_tree(tmp_path / "coco")
+    build(Options(tree.images, tree.instances, tree.captions, tmp_path / "shards", "train"))
+    tar = tmp_path / "shards" / "train-000000.tar"
+    if damage == "missing":
+        tar.unlink()
+    else:
+        tar.write_bytes(tar.read_bytes()[:-1000])
+    message = refused(capsys, command(tmp_path / "shards", tmp_path / "run"))
+    assert "train-000000.tar" in message
+
+
+def test_a_run_folder_of_other_settings_is_left_alone(
+    shards: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    message = refused(capsys, command(shards, straight, extra={"visft.seed": 7}))
+    assert "visft.seed: 0 -> 7" in message
+    message = refused(capsys, [*command(shards, straight), "--resume", "no"])
+    assert "holds a run" in message
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "holds no run (thesis.tex)" in refused(capsys, command(shards, tmp_path))
+    assert "there is no run" in refused(capsys, [*command(shards, tmp_path / "new"), "--resume", "must"])
+
+
+def test_missing_inputs_are_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, ["--stage", "2", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    for wanted in ("tools/make_shards.py build", "EVA02_CLIP_E_psz14_plus_s9B.pt", "launchers/train.py --stage 1"):
+        assert wanted in message
+    assert len(message.splitlines()) < 30
+
+
+def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) -> None:
+    """Every rank ends within seconds, one of them says why."""
+    tensors = load_file(straight / "export" / "backbone.safetensors")
+    tensors["norm.weight"] = torch.ones(48)
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    extra = {"visft.model.weights": str(tmp_path / "wrong.safetensors")}
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]), 60)
+    assert codes == [2, 2], outputs
+    assert "norm.weight" in outputs[0]
+    assert "Traceback" not in "".join(outputs)
+    assert "error" not in outputs[1]

@@ -1,0 +1,217 @@
+"""A model for evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
+
+Everything that a file tells about itself is checked against the others before a tensor is copied: sizes of the tower,
+width of the features, the base an adapter was trained on, the categories a head knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visft_ds.config.schema import Precision, TaskConfig, TasksConfig, VisftConfig
+from visft_ds.data.manifest import Category
+from visft_ds.data.samples import Batch
+from visft_ds.interop.adapters import LoraAdapter, install_adapter
+from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.interop.files import examples, open_weights, sha256_file
+from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info
+from visft_ds.interop.layouts import Tower, find_layout, tower_in
+from visft_ds.interop.merge import read_adapter, resolve_tower
+from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
+from visft_ds.multitask import MultiTaskModel, TaskModule
+from visft_ds.tasks import TASKS
+
+#: What a run leaves in <run>/export (written by parallel/export.py).
+BACKBONE_FILE, ADAPTER_FOLDER = "backbone.safetensors", "adapter"
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the parts of a model lie, and what no tensor tells about the backbone."""
+
+    backbone: Path
+    heads: Path  #: folder of `<task>.safetensors`
+    adapter: Path | None
+    hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
+
+
+@dataclass(frozen=True)
+class EvaluationModel:
+    """A model that predicts and cannot train."""
+
+    module: MultiTaskModel
+    device: torch.device
+    precision: Precision
+    heads: Mapping[str, HeadInfo]
+    facts: Mapping[str, str]  #: what was loaded, by name, for people and records
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """Every head's output for a batch."""
+        with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self.module(batch.to(self.device))
+
+
+def files_of_run(run: Path, config: VisftConfig) -> ModelFiles:
+    """The files a finished run wrote or was given: what it trained comes from its own export folder.
+
+    Raises:
+        ValueError: the run has not written what it trains yet.
+    """
+    export = run / "export"
+    backbone = export / BACKBONE_FILE
+    if not backbone.is_file() and config.model.weights is not None:
+        backbone = Path(config.model.weights)
+    own_heads = all(head_file(export, task).is_file() for task in config.tasks.enabled())
+    heads = export if own_heads or config.heads.path is None else Path(config.heads.path)
+    adapter = export / ADAPTER_FOLDER if config.stage == 2 and config.lora is not None else None
+    expected = [backbone, *(head_file(heads, task) for task in config.tasks.enabled()), *([adapter] if adapter else [])]
+    missing = [str(path) for path in expected if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"the run in {run} lacks {', '.join(missing)}: if it was interrupted, the same training command goes on "
+            f"with it; files that were moved can be named by --backbone, --heads and --adapter"
+        )
+    preset = replace(PRESETS[config.model.preset], **config.model.backbone_options())
+    return ModelFiles(backbone, heads, adapter, {"num_heads": preset.num_heads, "post_norm": preset.post_norm})
+
+
+def heads_in(folder: Path) -> tuple[str, ...]:
+    """Names of the tasks that have a head in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = tuple(task for task in TASKS if head_file(folder, task).is_file())
+    if not found:
+        wanted = ", ".join(head_file("", task).name for task in TASKS)
+        raise ValueError(f"{folder} holds no head ({wanted}): stage 1 of a training writes them into RUN/export")
+    return found
+
+
+def load_model(
+    files: ModelFiles, tasks: Sequence[str], *, precision: Precision, device: torch.device, preset: str | None = None
+) -> EvaluationModel:
+    """Build the model the files describe and load them strictly.
+
+    Args:
+        tasks: which heads to load.
+        precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
+        preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
+
+    Raises:
+        ValueError: a missing or damaged file, an adapter of another base or on top of merged weights, heads for another
+            width.
+    """
+    weights = open_weights(files.backbone)
+    # Training builds towers without class token; a file that has one is read the same way.
+    tower = resolve_tower(replace(tower_in(weights, find_layout(weights)), class_token=False), preset, files.hints)
+    merged = is_merged(weights)
+    if merged and files.adapter is not None:
+        raise ValueError(
+            f"{files.backbone} has an adapter merged in already; with {files.adapter} on top it would count twice: "
+            f"leave --adapter out, or give the base weights"
+        )
+    adapter = _read_adapter(files) if files.adapter is not None else None
+    infos = {task: _head_info(files.heads, task, tower) for task in tasks}
+
+    backbone = _empty_backbone(tower, _DTYPES[precision])
+    facts = {"backbone": load_backbone(backbone, files.backbone).summary()}
+    if adapter is not None:
+        install_adapter(backbone, adapter)
+        targets = "+".join(adapter.targets)
+        facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
+    else:
+        facts["adapter"] = "merged into the weights" if merged else "none"
+    modules = {}
+    for task, info in infos.items():
+        head = TASKS[task].build_head(in_channels=info.in_channels, **info.options)
+        load_head_weights(head, head_file(files.heads, task), task)
+        modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}))
+        facts[f"{task} head"] = str(head_file(files.heads, task))
+    module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
+    module.requires_grad_(False).eval().to(device)
+    return EvaluationModel(module, device, precision, infos, facts)
+
+
+def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:
+    """Refuse to judge a head by categories it was not trained on; ones that the data lacks do no harm.
+
+    Raises:
+        ValueError: naming the categories of the data set (called `where`) that a head does not know by this id.
+    """
+    for task, info in heads.items():
+        known = {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
+        unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
+        if known and unknown:
+            trained = examples([f"{id_} {name!r}" for id_, name in known.items()])
+            raise ValueError(
+                f"the {task} head was trained on other categories than {where} has: it does not know "
+                f"{examples(unknown)}; it knows {trained}. Evaluate it on data with its own categories"
+            )
+
+
+def task_settings(tasks: Sequence[str], *, batch_size: int, fixed_size: int | None) -> Mapping[str, TaskConfig]:
+    """Settings of tasks without a run: the images are resized as in the paper, or to squares of `fixed_size` pixels.
+
+    Raises:
+        ValueError: numbers that the schema does not allow.
+    """
+    one = {"ratio": 1.0, "batch_size": batch_size, "micro_batch": batch_size, "image": {"fixed_size": fixed_size}}
+    return TasksConfig.model_validate(dict.fromkeys(tasks, one)).enabled()
+
+
+def _read_adapter(files: ModelFiles) -> LoraAdapter:
+    assert files.adapter is not None
+    if not files.adapter.exists():
+        raise ValueError(f"{files.adapter}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
+    adapter = read_adapter(files.adapter)
+    if adapter.base_sha256 is not None:
+        found = sha256_file(files.backbone)
+        if found != adapter.base_sha256:
+            raise ValueError(
+                f"{files.adapter} was trained on base weights with sha256 {adapter.base_sha256}, but {files.backbone} "
+                f"has {found}: name the base it was trained on with --backbone, or --adapter none"
+            )
+    return adapter
+
+
+def _head_info(folder: Path, task: str, tower: Tower) -> HeadInfo:
+    path = head_file(folder, task)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such head; stage 1 of a training writes it into RUN/export")
+    info = read_head_info(path)
+    if info.in_channels != tower.width:
+        raise ValueError(
+            f"{path} reads features of width {info.in_channels}, but the backbone has {tower.describe()}: "
+            f"take the head and the backbone of the same model"
+        )
+    return info
+
+
+def _empty_backbone(tower: Tower, storage: torch.dtype) -> EvaViT:
+    """A tower with unset weights: matrices in `storage`, norms, biases and positions in fp32, as in training."""
+    assert tower.num_heads is not None and tower.post_norm is not None
+    backbone = build_backbone(
+        "debug",  # every field of it is replaced
+        dtype=storage,
+        seed=None,
+        width=tower.width,
+        depth=tower.depth,
+        num_heads=tower.num_heads,
+        mlp_ratio=tower.mlp_ratio,
+        patch_size=tower.patch_size,
+        image_size=tower.image_size,
+        post_norm=tower.post_norm,
+    )
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim < 2 or name == "pos_embed":
+            parameter.data = parameter.data.float()
+    return backbone
