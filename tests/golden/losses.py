@@ -21,7 +21,7 @@ STEPS = 6
 
 def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Both stages of ds_configs' debug model on 64 toy images: {"stage1": losses of each step, "stage2": ...}."""
-    write_toy_coco(folder / "coco", train=64, val=1, workers=1)
+    write_toy_coco(folder / "coco", train=64, val=1, height=112, width=112)
     coco, shards = folder / "coco", folder / "shards"
     annotations = coco / "annotations"
     files = (annotations / "instances_train2017.json", annotations / "captions_train2017.json")

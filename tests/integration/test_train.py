@@ -116,7 +116,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, straig
 
 
 def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, tmp_path: Path) -> None:
-    """Stage 2 learns from the heads of stage 1, under the launcher; base and adapter can be used together afterwards."""
+    """Stage 2 learns from the heads of stage 1, under the launcher; adapter and base stand side by side afterwards."""
     out = tmp_path / "stage2"
     extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
     deepspeed = [

@@ -1,0 +1,198 @@
+"""Caption metrics in plain Python: CIDEr-D, CIDEr, BLEU-1 to 4, ROUGE-L, as coco-caption defines them.
+
+The numbers are those of https://github.com/tylin/coco-caption (and of its package, pycocoevalcap) on the same words;
+captions are cut into words by `caption_tokenizer.ptb_words`, whose name `TOKENIZER` should be shown beside the numbers.
+
+All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr and CIDEr-D from 0 to 10 (papers print 100 times as
+much). Special cases:
+
+- One image: every n-gram occurs in "all" images, its weight is log(1) = 0, so CIDEr and CIDEr-D are 0. Both depend on the
+  set of images and say little for a few of them.
+- A candidate without words scores 0 everywhere (BLEU counts its missing length over the whole corpus).
+- A reference without words is kept: it counts among the references of its image.
+- References equally close in length: BLEU takes the shorter one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visft_ds.evals.caption_tokenizer import TOKENIZER, ptb_words
+
+__all__ = ["TOKENIZER", "caption_metrics", "results_metrics"]
+
+_ORDERS = (1, 2, 3, 4)
+#: Width, in words, of CIDEr-D's penalty for a length that differs from the reference's (arXiv 1411.5726, eq. 4).
+_SIGMA = 6.0
+#: Weight of recall in ROUGE-L, as in coco-caption.
+_BETA = 1.2
+#: coco-caption's guard against zeros; it shows where no 4-gram of a small corpus is right.
+_TINY, _SMALL = 1e-15, 1e-9
+_EXAMPLES = 3
+
+Words = Sequence[str]
+Counts = Counter[tuple[str, ...]]
+
+
+def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> dict[str, float]:
+    """Scores of one candidate per image against its references; image id -> text.
+
+    Keys: "caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1" ... "caption/BLEU-4", "caption/ROUGE-L".
+
+    Raises ValueError where the image ids are not the same in both, an image has no reference, or there is no image.
+    """
+    _check(references, candidates)
+    images = sorted(references)
+    wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
+    said = [ptb_words(candidates[image]) for image in images]
+    clipped, plain = _cider(wanted, said)
+    scores = {"CIDEr-D": clipped, "CIDEr": plain}
+    scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, said), strict=True)}
+    scores["ROUGE-L"] = sum(map(_rouge, wanted, said)) / len(images)
+    return {f"caption/{name}": score for name, score in scores.items()}
+
+
+def results_metrics(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`caption_metrics` for COCO's formats: `truth["annotations"]` and `results` are entries with image_id and caption.
+
+    Images without any caption in `truth` cannot be judged and are left out. Raises ValueError for two results of one
+    image, and as `caption_metrics` does.
+    """
+    references: dict[int, list[str]] = {}
+    for entry in truth["annotations"]:
+        references.setdefault(entry["image_id"], []).append(entry["caption"])
+    candidates: dict[int, str] = {}
+    for result in results:
+        if result["image_id"] in candidates:
+            raise ValueError(f"image {result['image_id']} has two captions among the results: give one for each image")
+        candidates[result["image_id"]] = result["caption"]
+    return caption_metrics(references, {image: text for image, text in candidates.items() if image in references})
+
+
+def _check(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> None:
+    if not references:
+        raise ValueError("there is no image with reference captions: nothing to compare with")
+    problems = {
+        "images without a candidate": sorted(references.keys() - candidates.keys()),
+        "candidates of images without references": sorted(candidates.keys() - references.keys()),
+        "images with an empty list of references": sorted(image for image, texts in references.items() if not texts),
+    }
+    found = [
+        f"{len(images)} {what} (e.g. {', '.join(map(str, images[:_EXAMPLES]))})"
+        for what, images in problems.items()
+        if images
+    ]
+    if found:
+        raise ValueError(f"caption metrics need one candidate and some references for each image: {'; '.join(found)}")
+
+
+def _ngrams(words: Words) -> list[Counts]:
+    """How often each n-gram occurs, for n = 1 to 4."""
+    return [Counter(zip(*(words[start:] for start in range(order)), strict=False)) for order in _ORDERS]
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A caption as tf-idf vectors, one for each order, with their lengths; `size` is the number of its bigrams."""
+
+    vectors: Sequence[Mapping[tuple[str, ...], float]]
+    norms: Sequence[float]
+    size: int
+
+
+def _cider(wanted: Sequence[Sequence[Words]], said: Sequence[Words]) -> tuple[float, float]:
+    """CIDEr-D and CIDEr (arXiv 1411.5726), without stemming: mean over images, references and orders, times 10."""
+    counted = [[_ngrams(reference) for reference in references] for references in wanted]
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for references in counted:
+        frequency.update({gram for reference in references for counts in reference for gram in counts})
+    log_images = math.log(len(wanted))
+
+    def weighted(counts: Sequence[Counts]) -> _Weighted:
+        # An n-gram that no reference has weighs like one that a single image has.
+        vectors = [
+            {gram: count * (log_images - math.log(frequency.get(gram, 1))) for gram, count in part.items()}
+            for part in counts
+        ]
+        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
+        return _Weighted(vectors, norms, sum(counts[1].values()))
+
+    totals = [0.0, 0.0]
+    for references, words in zip(counted, said, strict=True):
+        candidate = weighted(_ngrams(words))
+        scores = [_similarity(candidate, weighted(reference)) for reference in references]
+        for place in (0, 1):
+            totals[place] += 10 * sum(score[place] for score in scores) / (len(references) * len(_ORDERS))
+    return totals[0] / len(said), totals[1] / len(said)
+
+
+def _similarity(candidate: _Weighted, reference: _Weighted) -> tuple[float, float]:
+    """Sums of the four cosines: clipped and with a penalty for another length (CIDEr-D), and as they are (CIDEr)."""
+    clipped = plain = 0.0
+    # coco-caption takes the number of bigrams for the length, one less than the number of words.
+    penalty = math.exp(-((candidate.size - reference.size) ** 2) / (2 * _SIGMA**2))
+    for own, other, own_norm, other_norm in zip(
+        candidate.vectors, reference.vectors, candidate.norms, reference.norms, strict=True
+    ):
+        if not own_norm or not other_norm:
+            continue
+        shared = [(value, other[gram]) for gram, value in own.items() if gram in other]
+        clipped += sum(min(one, two) * two for one, two in shared) / (own_norm * other_norm)
+        plain += sum(one * two for one, two in shared) / (own_norm * other_norm)
+    return clipped * penalty, plain
+
+
+def _bleu(wanted: Sequence[Sequence[Words]], said: Sequence[Words]) -> list[float]:
+    """BLEU-1 to 4 of the corpus (Papineni et al., ACL 2002); the reference length is the closest one."""
+    right, guessed = [0] * len(_ORDERS), [0] * len(_ORDERS)
+    length = closest = 0
+    for references, words in zip(wanted, said, strict=True):
+        length += len(words)
+        closest += min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
+        most = [_union(parts) for parts in zip(*map(_ngrams, references), strict=True)]
+        for place, counts in enumerate(_ngrams(words)):
+            right[place] += (counts & most[place]).total()
+            guessed[place] += counts.total()
+    brevity = (length + _TINY) / (closest + _SMALL)
+    penalty = math.exp(1 - 1 / brevity) if brevity < 1 else 1.0
+    scores, product = [], 1.0
+    for order, correct, total in zip(_ORDERS, right, guessed, strict=True):
+        product *= (correct + _TINY) / (total + _SMALL)
+        scores.append(product ** (1 / order) * penalty)
+    return scores
+
+
+def _union(parts: Sequence[Counts]) -> Counts:
+    """The highest count of each n-gram in any reference."""
+    most: Counts = Counter()
+    for counts in parts:
+        most |= counts
+    return most
+
+
+def _rouge(references: Sequence[Words], words: Words) -> float:
+    """ROUGE-L of one image: best precision and best recall, each over the references (Lin, 2004)."""
+    common = [_longest_common(words, reference) for reference in references]
+    precision = max(common) / len(words) if words else 0.0
+    recall = max(
+        length / len(reference) if reference else 0.0 for length, reference in zip(common, references, strict=True)
+    )
+    if not precision or not recall:
+        return 0.0
+    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+
+
+def _longest_common(one: Words, two: Words) -> int:
+    """Length of the longest common subsequence."""
+    lengths = [0] * (len(two) + 1)
+    for word in one:
+        corner = 0
+        for place, other in enumerate(two, start=1):
+            above = lengths[place]
+            lengths[place] = corner + 1 if word == other else max(above, lengths[place - 1])
+            corner = above
+    return lengths[-1]
