@@ -1,5 +1,5 @@
 import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
-"""COCO average precision of a trained run, or of any backbone + heads (+ adapter), with results and pictures.
+USAGE = """COCO average precision of a trained run, or of any backbone + heads (+ adapter), with results and pictures.
 
     python tools/evaluate.py --run runs/stage2-debug
     python tools/evaluate.py --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
@@ -68,14 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         job = _job(given)
         _refuse_filled(job.out)
-    except ValueError as error:  # the same on every rank
+        precision, why = choose_precision(job.precision, distributed.local_device())
+        manifest = Manifest.load(job.shards, job.split) if job.shards else None
+        model = load_model(
+            job.files, list(job.tasks), precision=precision, device=distributed.local_device(), preset=given.model
+        )
+    except ValueError as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
     try:
         if distributed.world_size() > 1:
-            from visft_ds.parallel.engine import start_process_group  # imports deepspeed: seconds that one process saves
+            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
 
             start_process_group()
-        _run(job, given)
+        with _packed(manifest, job, given.coco) as ready:
+            check_categories(model.heads, ready.categories, str(given.coco or ready.root))
+            _evaluate(job, given, model, ready, f"{precision} ({why})")
         distributed.close()
     except (ValueError, OSError) as error:  # may have happened on this rank alone
         return _complain(error, rank)
@@ -88,9 +95,8 @@ def _complain(error: Exception, rank: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="evaluate.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
@@ -104,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--coco", type=Path, metavar="DIR", help="an ordinary COCO tree instead, packed on the fly")
     data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run, or 800)")
+    data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
     data.add_argument("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
     data.add_argument("--threads", type=int, default=2, metavar="N", help="that decode (default %(default)s)")
     out = parser.add_argument_group("results")
@@ -125,7 +131,14 @@ def _job(given: argparse.Namespace) -> Job:
     if given.run:
         config = recorded_config(given.run)
         visft = config.visft
-        files = _replaced(lambda: files_of_run(given.run, visft), given)
+        files = files_of_run(
+            given.run,
+            visft,
+            backbone=given.backbone,
+            heads=given.heads,
+            adapter=_adapter(given),
+            use_adapter=given.adapter != "none",
+        )
         tasks = {name: _resized(task, given) for name, task in visft.tasks.enabled().items()}
         shards, split, precision = Path(visft.data.root), visft.data.val, visft.model.precision
     else:
@@ -133,7 +146,7 @@ def _job(given: argparse.Namespace) -> Job:
         missing += [] if given.data or given.coco else ["--data or --coco"]
         if missing:
             raise ValueError(f"without --run these are needed: {', '.join(missing)}")
-        files = ModelFiles(given.backbone, given.heads, _adapter(given, None), {})
+        files = ModelFiles(given.backbone, given.heads, _adapter(given), {})
         batch = given.batch_size or DEFAULT_BATCH
         tasks = dict(task_settings(heads_in(given.heads), batch_size=batch, fixed_size=given.image_size))
         shards, split, precision = given.data, "val", "auto"
@@ -146,3 +159,144 @@ def _job(given: argparse.Namespace) -> Job:
         out=given.out or given.run / f"evaluation-{split}",
         precision=given.precision or precision,
     )
+
+
+def _adapter(given: argparse.Namespace) -> Path | None:
+    return None if given.adapter in (None, "none") else Path(given.adapter)
+
+
+def _resized(task: TaskConfig, given: argparse.Namespace) -> TaskConfig:
+    """A run's task with the sizes of the command line."""
+    changes: dict[str, Any] = {}
+    if given.batch_size:
+        changes["micro_batch"] = given.batch_size
+    if given.image_size:
+        changes["image"] = task.image.model_copy(update={"fixed_size": given.image_size})
+    return task.model_copy(update=changes)
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and nothing in it is overwritten: choose another --out, or remove it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+
+
+def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manifest: Manifest, precision: str) -> None:
+    """Collective; the main process writes and prints."""
+    where = f"{given.coco or manifest.root}/{job.split}"
+    count = min(given.limit or len(manifest), len(manifest))
+    if distributed.is_main():
+        _print_start(model, precision, f"{where}: {count} of {len(manifest)} images")
+    with ShardReader(manifest) as reader:
+        began = time.perf_counter()
+        outcome = evaluate(
+            model.predict, reader, job.tasks, limit=given.limit, threads=given.threads, per_category=True
+        )
+        seconds = time.perf_counter() - began
+        if not distributed.is_main():
+            return
+        record = {
+            "model": dict(model.facts),
+            "precision": model.precision,
+            "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
+            "settings": {name: task.image.model_dump(mode="json") for name, task in job.tasks.items()},
+            "processes": distributed.world_size(),
+            "seconds": round(seconds, 3),
+        }
+        _write(job.out, outcome, record, _pictures(outcome, reader, given, job.out))
+    _print_results(job.out, outcome, count / seconds)
+
+
+@contextmanager
+def _packed(manifest: Manifest | None, job: Job, coco: Path | None) -> Iterator[Manifest]:
+    """The split; where there is none yet, the main process packs it out of a COCO tree and removes it at the end."""
+    if manifest is not None:
+        yield manifest
+        return
+    assert coco is not None
+    if not distributed.is_main():
+        folder = distributed.broadcast_object(None)
+        if folder is None:
+            raise ValueError("the main process could not pack the images")
+        yield Manifest.load(folder, job.split)
+        distributed.barrier()
+        return
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{job.out.name}-shards-", dir=job.out.parent) as folder:
+        packed = False
+        try:
+            _pack(coco, job.split, Path(folder))
+            packed = True
+        finally:
+            distributed.broadcast_object(folder if packed else None)
+        yield Manifest.load(folder, job.split)
+        distributed.barrier()
+
+
+def _pack(coco: Path, split: str, out: Path) -> None:
+    images, annotations = coco / f"{split}2017", coco / "annotations"
+    instances, captions = (annotations / f"{kind}_{split}2017.json" for kind in ("instances", "captions"))
+    missing = [str(path) for path in (images, instances) if not path.exists()]
+    if missing:
+        found = ", ".join(sorted(path.stem.split("_", 1)[1] for path in annotations.glob("instances_*.json")))
+        raise ValueError(
+            f"not found: {', '.join(missing)}. --coco needs SPLIT2017/ and annotations/instances_SPLIT2017.json; "
+            f"annotated there: {found or 'nothing'}. Pack other trees with tools/make_shards.py and give --data"
+        )
+    options = Options(images, instances, captions if captions.is_file() else None, out, split)
+    build(options, workers=os.cpu_count() or 1)
+
+
+def _pictures(
+    outcome: Sequence[TaskEvaluation], reader: ShardReader, given: argparse.Namespace, out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Draw and write the examples; returns what stands where, by task."""
+    written: dict[str, list[dict[str, Any]]] = {}
+    for part in outcome:
+        pictures = draw_examples(part, reader, given.images, threshold=given.threshold)
+        names = {image_id: f"{PICTURES}/{part.task}-{image_id:012d}.png" for image_id in pictures}
+        for image_id, picture in pictures.items():
+            save_png(picture, out / names[image_id])
+        if pictures:
+            save_png(grid(list(pictures.values()), columns=2), out / f"{part.task}.png")
+        written[part.task] = [{"image_id": image_id, "file": name} for image_id, name in names.items()]
+    return written
+
+
+def _write(
+    out: Path, outcome: Sequence[TaskEvaluation], record: Mapping[str, Any], pictures: Mapping[str, Any]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for part in outcome:
+        (out / results_name(part.task)).write_bytes(orjson.dumps(part.results))
+    whole = {
+        "format": FORMAT,
+        "version": VERSION,
+        "metrics": as_metrics(outcome),
+        **record,
+        "pictures": pictures,
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    # Last: a folder without it was not finished.
+    (out / METRICS).write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))
+
+
+def _print_start(model: EvaluationModel, precision: str, data: str) -> None:
+    processes = distributed.world_size()
+    rows = [*model.facts.items(), ("data", data), ("precision", f"{precision}, {processes} process(es)")]
+    print_plan("visft_ds evaluation", [Section("model and data", rows)])
+
+
+def _print_results(out: Path, outcome: Sequence[TaskEvaluation], speed: float) -> None:
+    named = {name: value for name, value in as_metrics(outcome).items() if name.count("/") == 1}
+    # -1 is COCO's mark for "there is nothing of this kind to find".
+    rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in named.items()]
+    files = [*(results_name(part.task) for part in outcome), METRICS, f"{PICTURES}/"]
+    rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
+    print_plan("results", [Section("name and value", rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

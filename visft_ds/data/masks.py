@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pycocotools import mask as coco_mask
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 
 Size = tuple[int, int]  # (height, width)
 FloatArray = npt.NDArray[np.float64]
@@ -80,7 +80,7 @@ def rasterise(
 def _from_polygons(polygons: Sequence[Any], stored: Size, fine: Placement, grid: Size, subsamples: int) -> Mask:
     moved = []
     for polygon in polygons:
-        # pycocotools would take two points for a box, and ignores a last number without a partner
+        # the library would take two points for a box, and ignores a last number without a partner
         numbers = np.asarray(polygon, dtype=np.float64)
         if numbers.ndim != 1 or not np.isfinite(numbers).all():
             raise ValueError(f"polygon {polygon!r:.60} is not a flat list of finite numbers: x, y, x, y, ...")
@@ -119,9 +119,9 @@ def _from_code(code: Mapping[str, Any], stored: Size, fine: Placement, grid: Siz
     # the stored pixel under the centre of each subsample
     rows = np.floor((rows - fine.offset_y) / fine.scale_y).astype(np.int64)
     columns = np.floor((columns - fine.offset_x) / fine.scale_x).astype(np.int64)
-    inside = np.ix_((rows >= 0) & (rows < stored[0]), (columns >= 0) & (columns < stored[1]))
     picked = full[np.ix_(rows.clip(0, stored[0] - 1), columns.clip(0, stored[1] - 1))]
-    return window.average(picked * (inside[0] & inside[1]), grid, subsamples)
+    inside = ((rows >= 0) & (rows < stored[0]))[:, None] & ((columns >= 0) & (columns < stored[1]))
+    return window.average(picked * inside, grid, subsamples)
 
 
 @dataclass(frozen=True)

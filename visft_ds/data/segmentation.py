@@ -20,7 +20,7 @@ from torch import Tensor
 from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.masks import Placement, grid_size, rasterise
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, short_side_size
+from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image
 
 #: The raw ids of COCO's 80 categories; a label is a position in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -140,12 +140,24 @@ class SegmentationTransform:
         if self.fixed_size is not None:
             return [*ops, Resize(self.fixed_size, self.fixed_size)]
         if not self.train:
-            return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
+            return [*ops, Resize(*evaluation_size(size, self.eval_short, self.eval_max_long))]
         factor = generator.uniform(*self.scale) * self.size / max(size)
         height, width = (max(1, round(side * factor)) for side in size)
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
         return [*ops, Resize(height, width), Pad(*padded), Crop(top, left, self.size, self.size)]
+
+
+def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
+    """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.
+
+    Both sides are cut off to integers, as in the reference (`short_side_size` of detection rounds the capped one).
+    """
+    small, large = min(size), max(size)
+    if large * short_side > max_long * small:
+        short_side = max(1, max_long * small // large)
+    long_side = min(short_side * large // small, max_long) if large > small else short_side
+    return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
 def final_size(size: Size, ops: Sequence[Op | Pad]) -> Size:

@@ -20,10 +20,11 @@ from PIL import Image
 Array = npt.NDArray[Any]
 Polygon = npt.NDArray[np.float64]  # (P, 2) x, y
 
-MAX_SHAPES = 5
+MAX_SHAPES = 3
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.06
-EXTENT = (0.12, 0.25)  #: half the side of a shape, relative to the shorter side of the picture
+EXTENT = (0.15, 0.27)  #: half the side of a shape, relative to the shorter side of the picture
+USUAL_COLOUR_SHARE = 0.85  #: a category comes in its own colour this often, else in any
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
 CATEGORIES: tuple[tuple[int, str, str], ...] = (
@@ -63,6 +64,11 @@ STYLES = {
             "purple": (134, 44, 168),
             "orange": (244, 126, 22),
             "black": (24, 24, 26),
+            "white": (248, 248, 248),
+            "brown": (120, 70, 30),
+            "pink": (250, 130, 190),
+            "cyan": (30, 200, 220),
+            "lime": (150, 225, 50),
         },
         textures=("plain", "striped", "dotted", "shaded"),
         backgrounds=("cloudy", "grainy", "lined"),
@@ -70,12 +76,18 @@ STYLES = {
     ),
     "b": Style(
         colours={
-            "pink": (255, 138, 190),
-            "teal": (40, 190, 180),
-            "lime": (176, 236, 60),
-            "white": (246, 246, 240),
+            "rose": (255, 110, 150),
+            "teal": (30, 160, 150),
+            "olive": (150, 150, 40),
+            "ivory": (250, 246, 220),
             "gold": (224, 178, 76),
             "lavender": (186, 166, 250),
+            "mint": (150, 240, 190),
+            "coral": (255, 120, 90),
+            "silver": (190, 195, 200),
+            "azure": (90, 170, 255),
+            "magenta": (225, 40, 200),
+            "crimson": (190, 20, 60),
         },
         textures=("plain", "checked", "wavy", "speckled"),
         backgrounds=("tiled", "marbled", "spotted"),
@@ -313,8 +325,14 @@ def _area(polygon: Polygon) -> float:
 
 
 def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]) -> Shape:
-    """Paint a shape of a random colour and texture into `canvas` and describe it."""
-    colour, texture = str(rng.choice(list(style.colours))), str(rng.choice(style.textures))
+    """Paint a shape of its usual or a random colour and of a random texture into `canvas`, and describe it.
+
+    A usual colour makes the task learnable in minutes, as yellow helps with bananas; it differs between the styles.
+    """
+    colours = list(style.colours)
+    usual = rng.random() < USUAL_COLOUR_SHARE
+    colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
+    texture = str(rng.choice(style.textures))
     _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
     visible = rasterise(polygons, canvas.shape[0], canvas.shape[1])
     return Shape(category, colour, texture, polygons, int(visible.sum()), visible)
@@ -345,7 +363,7 @@ def draw_scene(
             polygons = _place(rng, NAMES[category], extent, centre, TILT)
             full = rasterise(polygons, height, width)
             whole = sum(_area(polygon) for polygon in polygons)
-            if full.sum() >= 0.8 * whole and all((s.visible & ~full).sum() >= 0.5 * s.whole for s in shapes):
+            if full.sum() >= 0.85 * whole and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):
                 below = [*shapes, *([crowd] if crowd else [])]
                 for shape in below:
                     shape.visible[full] = False

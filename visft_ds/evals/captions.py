@@ -6,8 +6,8 @@ captions are cut into words by `caption_tokenizer.ptb_words`, whose name `TOKENI
 All are fractions, not percent: BLEU and ROUGE-L from 0 to 1, CIDEr and CIDEr-D from 0 to 10 (papers print 100 times as
 much). Special cases:
 
-- One image: every n-gram occurs in "all" images, its weight is log(1) = 0, so CIDEr and CIDEr-D are 0. Both depend on the
-  set of images and say little for a few of them.
+- One image: every n-gram occurs in all images, its weight is log(1) = 0, so CIDEr and CIDEr-D are 0. Both depend on
+  the set of images and say little for a few of them.
 - A candidate without words scores 0 everywhere (BLEU counts its missing length over the whole corpus).
 - A reference without words is kept: it counts among the references of its image.
 - References equally close in length: BLEU takes the shorter one.

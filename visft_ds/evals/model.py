@@ -59,25 +59,42 @@ class EvaluationModel:
             return self.module(batch.to(self.device))
 
 
-def files_of_run(run: Path, config: VisftConfig) -> ModelFiles:
+def files_of_run(
+    run: Path,
+    config: VisftConfig,
+    *,
+    backbone: Path | None = None,
+    heads: Path | None = None,
+    adapter: Path | None = None,
+    use_adapter: bool = True,
+) -> ModelFiles:
     """The files a finished run wrote or was given: what it trained comes from its own export folder.
 
+    Args:
+        backbone, heads, adapter: replace the run's. A backbone that has an adapter merged in takes none from the run.
+        use_adapter: False leaves the run's adapter out.
+
     Raises:
-        ValueError: the run has not written what it trains yet.
+        ValueError: the run has not written what it trains yet, or a file is missing.
     """
-    export = run / "export"
-    backbone = export / BACKBONE_FILE
-    if not backbone.is_file() and config.model.weights is not None:
-        backbone = Path(config.model.weights)
-    own_heads = all(head_file(export, task).is_file() for task in config.tasks.enabled())
-    heads = export if own_heads or config.heads.path is None else Path(config.heads.path)
-    adapter = export / ADAPTER_FOLDER if config.stage == 2 and config.lora is not None else None
-    expected = [backbone, *(head_file(heads, task) for task in config.tasks.enabled()), *([adapter] if adapter else [])]
-    missing = [str(path) for path in expected if not path.exists()]
+    export, tasks = run / "export", config.tasks.enabled()
+    if adapter is None and use_adapter and config.stage == 2 and config.lora is not None:
+        merged = backbone is not None and is_merged(open_weights(backbone))
+        adapter = None if merged else export / ADAPTER_FOLDER
+    if backbone is None:
+        backbone = export / BACKBONE_FILE
+        if not backbone.is_file() and config.model.weights is not None:
+            backbone = Path(config.model.weights)
+    if heads is None:
+        own = all(head_file(export, task).is_file() for task in tasks)
+        heads = export if own or config.heads.path is None else Path(config.heads.path)
+    wanted = [backbone, *(head_file(heads, task) for task in tasks), *([adapter] if adapter else [])]
+    missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise ValueError(
-            f"the run in {run} lacks {', '.join(missing)}: if it was interrupted, the same training command goes on "
-            f"with it; files that were moved can be named by --backbone, --heads and --adapter"
+            f"not found: {', '.join(missing)}. If the run in {run} was interrupted, the same training command goes on "
+            f"with it and writes what it trained at its end; files that were moved can be named by --backbone, --heads "
+            f"and --adapter"
         )
     preset = replace(PRESETS[config.model.preset], **config.model.backbone_options())
     return ModelFiles(backbone, heads, adapter, {"num_heads": preset.num_heads, "post_norm": preset.post_norm})

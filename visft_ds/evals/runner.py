@@ -103,6 +103,9 @@ def evaluate(
         results = [result for part in parts for result in evaluator.unpack(part)]
         count = len(reader) if limit is None else min(limit, len(reader))
         truth = coco_dataset(reader, range(count))
+        # In the order of the data set, however many ranks there were: result files of two models can be compared.
+        place = {image["id"]: number for number, image in enumerate(truth["images"])}
+        results.sort(key=lambda result: place[result["image_id"]])
         metrics = evaluator.measure(truth, results, per_category=per_category)
         outcome.append(TaskEvaluation(task, metrics, results, truth))
     return outcome

@@ -82,7 +82,7 @@ def _cost_terms(
         parts["ce"].append(-probability[..., labels[rows]].transpose(1, 2))
         predicted = at_least_float32(sample(masks[:, image], points[place], targets.extents[image]))  # (L, Q, P)
         wanted = targets.masks[rows].to(predicted.dtype) / 255  # one map of n channels, L * P points
-        wanted = sample(wanted[None], points[place].view(1, -1, 2), targets.mask_extents[image])[0]
+        wanted = sample(wanted[None], points[place].reshape(1, -1, 2), targets.mask_extents[image])[0]
         wanted = wanted.unflatten(1, points.shape[1:3]).transpose(0, 1)  # (L, n, P)
         # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
         overlap = wanted @ predicted.transpose(1, 2)  # (L, n, Q)

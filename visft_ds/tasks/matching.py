@@ -127,7 +127,7 @@ def _raise_not_finite(
         row = bad_targets[0]
         raise ValueError(
             f"target box {targets.boxes[row].tolist()} in {_name(owner[row], image_ids)} is not finite: "
-            "remove it from the data (make_shards.py verify finds such boxes)"
+            "remove it from the annotations and build the shards again"
         )
     raise_not_finite(terms, owner, image_ids)
 

@@ -12,20 +12,14 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as coco_mask
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.tasks.mask2former import MaskedDecoder
 from visft_ds.tasks.mask_matching import MaskCosts, match_masks
-from visft_ds.tasks.mask_points import (
-    PointCounts,
-    Points,
-    draw_points,
-    sample_targets,
-    uncertain_points,
-)
+from visft_ds.tasks.mask_points import PointCounts, Points, draw_points, sample, sample_targets, uncertain_points
 from visft_ds.tasks.matching import Matches, at_least_float32
 from visft_ds.tasks.pixel_decoder import GROUPS, PixelDecoder
 

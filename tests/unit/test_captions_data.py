@@ -1,0 +1,100 @@
+"""From raw samples to caption targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from visft_ds.data.captions import CaptionTransform, collate_captioning
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample
+from visft_ds.data.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
+LONG = "a " * 51
+
+
+def raw(*captions: str, image: bool = True, index: int = 0) -> RawSample:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8) if image else None
+    return RawSample(index, 100 + index, (5, 9), pixels, (), captions)
+
+
+def tokens(sample_of: CaptionTransform, *captions: str, key: int = 0) -> list[int]:
+    return list(sample_of(raw(*captions), generator(key)).targets["captioning"]["tokens"].tolist())
+
+
+def test_image_becomes_a_square_and_references_stay_as_they_are() -> None:
+    sample = CaptionTransform(True, vocabulary=VOCABULARY, size=28)(raw("A, b!", LONG, "..."), generator(0))
+    assert sample.image is not None
+    assert sample.image.shape == (3, 28, 28)
+    assert sample.size == (28, 28)
+    assert sample.original_size == (5, 9)
+    assert sample.targets["captioning"]["references"].tolist() == ["A, b!", LONG, "..."]
+
+
+def test_the_caption_belongs_to_the_key() -> None:
+    transform = CaptionTransform(True, vocabulary=VOCABULARY)
+    captions = ("a", "b", "c", "d", "e")
+    drawn = [tokens(transform, *captions, key=key)[1] for key in range(200)]
+    assert drawn == [tokens(transform, *captions, key=key)[1] for key in range(200)]
+    assert set(drawn) == {1, 2, 3, 4, 5}
+    # A process without pixels arrives at the same caption.
+    blind = [transform(raw(*captions, image=False), generator(key)) for key in range(200)]
+    assert [sample.targets["captioning"]["tokens"][1] for sample in blind] == drawn
+
+
+def test_evaluation_and_fixed_captions_draw_nothing() -> None:
+    for transform in (
+        CaptionTransform(False, vocabulary=VOCABULARY),
+        CaptionTransform(True, vocabulary=VOCABULARY, random_caption=False),
+    ):
+        random = generator(3)
+        sample = transform(raw("...", "b c", "d"), random)
+        assert sample.targets["captioning"]["tokens"].tolist() == [8, 2, 3, 9]
+        assert random.integers(1 << 60) == generator(3).integers(1 << 60)
+
+
+def test_long_and_wordless_captions_are_never_drawn() -> None:
+    transform = CaptionTransform(True, vocabulary=VOCABULARY)
+    captions = (LONG, "a " * 500, "", "!?", "\U0001f600", "b zebra", "c " * 50)
+    drawn = {tuple(tokens(transform, *captions, key=key)) for key in range(60)}
+    assert drawn == {(8, 2, 7, 9), (8, *[3] * 50, 9)}
+    assert tokens(CaptionTransform(True, vocabulary=VOCABULARY, max_words=51), LONG) == [8, *[1] * 51, 9]
+
+
+@pytest.mark.parametrize("captions", [(), ("",), ("?!", LONG)])
+def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str, ...]) -> None:
+    transform = CaptionTransform(True, vocabulary=VOCABULARY, size=14)
+    batch = collate_captioning([transform(raw(*captions), generator(0))])
+    targets = batch.targets["captioning"]
+    assert targets.lengths.tolist() == [1]  # never 0
+    assert targets.tokens.tolist() == [[8, 0]]  # two ids, so that the head has a step to make
+    assert targets.references == (captions,)
+
+
+def test_collate() -> None:
+    transform = CaptionTransform(False, vocabulary=VOCABULARY, size=14)
+    samples = [transform(raw(text, index=place), generator(0)) for place, text in enumerate(("a b c", "d", ""))]
+    batch = collate_captioning(samples)
+    targets = batch.targets["captioning"]
+    assert targets.tokens.tolist() == [[8, 1, 2, 3, 9], [8, 4, 9, 0, 0], [8, 0, 0, 0, 0]]
+    assert targets.tokens.dtype == targets.lengths.dtype == torch.int64
+    assert targets.lengths.tolist() == [5, 3, 1]
+    assert targets.references == (("a b c",), ("d",), ("",))
+    assert batch.image_ids.tolist() == [100, 101, 102]
+    inputs = batch.to(torch.device("cpu")).targets["captioning"].head_inputs()
+    assert set(inputs) == {"captions", "lengths"}
+    assert torch.equal(inputs["captions"], targets.tokens)
+
+
+def test_collate_without_labels() -> None:
+    sample = CaptionTransform(False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
+    unlabelled = type(sample)(**{**vars(sample), "targets": {}})
+    assert collate_captioning([unlabelled]).tasks == ()
+
+
+def test_impossible_options_are_refused() -> None:
+    for options in ({"size": 0}, {"max_words": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            CaptionTransform(True, vocabulary=VOCABULARY, **options)

@@ -1,0 +1,65 @@
+"""Deformable attention against its definition, written out sample by sample."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from visft_ds.ops.deform_attn import cell_centres, deform_attn
+
+SHAPES = [(4, 6), (2, 3)]
+
+
+def _bilinear(level: Tensor, x: float, y: float) -> Tensor:
+    """level (h, w, c); x, y in cells, where the first cell's centre is (0.5, 0.5); zeros outside."""
+    height, width = level.shape[:2]
+    total = level.new_zeros(level.shape[2])
+    left, top = math.floor(x - 0.5), math.floor(y - 0.5)
+    for row in (top, top + 1):
+        for column in (left, left + 1):
+            if 0 <= row < height and 0 <= column < width:
+                total += (1 - abs(x - 0.5 - column)) * (1 - abs(y - 0.5 - row)) * level[row, column]
+    return total
+
+
+def test_definition() -> None:
+    """Several levels, heads and images; samples outside the map too."""
+    batch, heads, channels, queries, points = 2, 3, 2, 5, 4
+    value = torch.randn(batch, 30, heads, channels, dtype=torch.float64)
+    locations = torch.rand(batch, queries, heads, 2, points, 2, dtype=torch.float64) * 1.6 - 0.3
+    weights = torch.rand(batch, queries, heads, 2, points, dtype=torch.float64)
+    levels = value.split([24, 6], dim=1)
+    expected = torch.zeros(batch, queries, heads, channels, dtype=torch.float64)
+    for b in range(batch):
+        for q in range(queries):
+            for m in range(heads):
+                for number, (height, width) in enumerate(SHAPES):
+                    level = levels[number][b, :, m].view(height, width, channels)
+                    for p in range(points):
+                        x, y = locations[b, q, m, number, p].tolist()
+                        sample = _bilinear(level, x * width, y * height)
+                        expected[b, q, m] += weights[b, q, m, number, p] * sample
+    torch.testing.assert_close(deform_attn(value, SHAPES, locations, weights), expected.flatten(2))
+
+
+def test_a_cell_seen_at_its_centre_is_itself() -> None:
+    """Fixes the order of cells, of levels and of x and y all at once."""
+    value = torch.randn(1, 30, 1, 4)
+    centres = cell_centres(SHAPES, value.device, value.dtype)
+    own_level = torch.zeros(30, 2)
+    own_level[:24, 0] = own_level[24:, 1] = 1
+    locations = centres[None, :, None, None, None].expand(1, 30, 1, 2, 1, 2)
+    seen = deform_attn(value, SHAPES, locations, own_level[None, :, None, :, None])
+    torch.testing.assert_close(seen, value.flatten(2), rtol=0, atol=1e-5)
+
+
+def test_gradients() -> None:
+    """Of values, locations and weights, by finite differences."""
+    value = torch.randn(1, 30, 2, 1, dtype=torch.float64, requires_grad=True)
+    locations = torch.rand(1, 2, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(1, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: deform_attn(tensors[0], SHAPES, *tensors[1:]), (value, locations, weights)
+    )

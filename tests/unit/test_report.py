@@ -1,0 +1,232 @@
+"""report.html: complete, self-contained, honest about what is missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from visft_ds.config import resolve
+from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin, ticks
+from visft_ds.evals.pictures import draw_detections, save_png, split_panels
+from visft_ds.evals.report import (
+    FORMAT,
+    VERSION,
+    Evaluation,
+    Report,
+    compare_results,
+    comparison,
+    read_evaluation,
+    write_report,
+)
+from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+
+VOID = {"meta", "img", "line", "path", "br"}
+METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "box/AP/<ring>": 0.2}
+
+
+class _Page(HTMLParser):
+    """Open tags must be closed in order; collects what a page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        assert tag in VOID
+
+
+def _evaluation(
+    folder: Path, label: str, metrics: dict[str, float], *, shift: float = 0.0, images: tuple[int, ...] = (1, 2)
+) -> Evaluation:
+    """A folder as tools/evaluate.py writes it."""
+    results = [
+        {"image_id": image, "category_id": 1, "bbox": [1.0, 2.0 + shift, 3.0, 4.0], "score": 0.5 + shift / 10}
+        for image in images
+    ]
+    files = []
+    for image in images:
+        pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
+        picture = draw_detections(pixels, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9], side=60)
+        save_png(picture, folder / f"pictures/{image}.png")
+        files.append({"image_id": image, "file": f"pictures/{image}.png"})
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "metrics": metrics,
+        "data": {"where": "shards/val", "images": len(images)},
+        "pictures": {"detection": files},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "detection_results.json").write_text(json.dumps(results))
+    (folder / "metrics.json").write_text(json.dumps(record))
+    return read_evaluation(label, folder)
+
+
+def _run(folder: Path, stage: int, losses: list[float]) -> Path:
+    RunRecord(resolve(stage=stage, model="debug").to_dict(), 2, ["train.py"]).write(folder)
+    with MetricsWriter(folder) as writer:
+        for step, loss in enumerate(losses, 1):
+            writer.step(step, {"loss/loss": loss, "loss/detection": loss, "loss/detection/ce": loss / 2})
+    return folder
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    after = {name: value + 0.125 for name, value in METRICS.items() if value >= 0} | {"box/APl": -1.0}
+    return Report(
+        title="A <b>bold</b> title",
+        introduction=["What & why."],
+        runs={f"stage {n}": _run(tmp_path / f"stage{n}", n, [30.0 / n / (1 + s) for s in range(40)]) for n in (1, 2)},
+        evaluations=[
+            _evaluation(tmp_path / "before", "after stage 1", METRICS),
+            _evaluation(tmp_path / "after", "after stage 2", after, shift=0.5),
+        ],
+        merged=_evaluation(tmp_path / "merged", "merged", after, shift=0.5000001),
+        files={"adapter": Path("out/adapter")},
+        commands={"Train on": "deepspeed --num_gpus 8 launchers/train.py --stage 2 > log"},
+        seconds={"stage 1": 12.25},
+    )
+
+
+def test_everything_is_on_the_page(report: Report, tmp_path: Path) -> None:
+    text = write_report(tmp_path / "new/report.html", report).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert "A &lt;b&gt;bold&lt;/b&gt; title" in text and "<b>bold" not in text and "&lt;ring&gt;" in text
+    # before, after, merged, difference in one row
+    numbers = re.search(r"<th>box/AP50 .*?</tr>", text)
+    assert numbers is not None
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", numbers[0]) == ["0.5000", "0.6250", "0.6250", "+0.1250"]
+    missing = re.search(r"<th>box/APl .*?</tr>", text)
+    assert missing is not None and re.findall(r"<td[^>]*>([^<]*)</td>", missing[0]) == ["–"] * 4
+    assert "scores differ by at most 1.0e-08" in text
+    assert text.count("<svg") == 2 and "stage 2: training loss" in text
+    for wanted in ("out/adapter", "--stage 2 &gt; log", "12.2 s", "deepspeed 0.", "rank 64", "Measured on 2 images"):
+        assert wanted in text, wanted
+
+
+def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: Path) -> None:
+    text = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
+    loads = _Page(text).loads
+    assert len(loads) == 2 * 3 and all(load.startswith("data:image/jpeg;base64,") for load in loads)
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == [] and "url(" not in text
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(loads[0].split(",")[1]))))
+    truth, _ = split_panels(report.evaluations[0].pictures("detection")[1])
+    # JPEG of flat colours with thin lines: a wrong panel would be off by far more
+    assert picture.shape == truth.shape and np.abs(picture.astype(int) - truth.astype(int)).mean() < 4
+
+
+def test_pictures_are_compared_image_by_image(report: Report, tmp_path: Path) -> None:
+    """One row an image that all evaluations drew; the ground truth stands there once."""
+    other = _evaluation(tmp_path / "fewer", "fewer", METRICS, images=(2,))
+    fewer = Report("t", [], {}, [report.evaluations[0], other])
+    one, both = comparison(fewer), comparison(report)
+    assert one is not None and both is not None
+    assert one.shape[1] == both.shape[1] and one.shape[0] < both.shape[0]
+    assert comparison(Report("t", [], {}, [])) is None
+
+
+def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
+    only = _evaluation(tmp_path / "only", "now", {"box/AP": 0.5}, images=())
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, [only])).read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", text) == ["Results"] and "difference" not in text
+    assert _Page(text).open == []
+
+
+def test_many_categories_show_those_that_changed(tmp_path: Path) -> None:
+    before = {f"box/AP/thing {n}": 0.5 for n in range(80)}
+    after = {name: 0.5 + 0.005 * n for n, name in enumerate(before)}
+    pair = [_evaluation(tmp_path / name, name, m, images=()) for name, m in (("before", before), ("after", after))]
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, pair)).read_text(encoding="utf-8")
+    assert "the 20 of 80 categories that changed most" in text
+    assert "thing 79<" in text and "thing 60<" in text and "thing 59<" not in text
+
+
+def test_a_diverged_run_is_shown_as_such(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 1, [3.0, math.nan, 2.0, math.inf])
+    text = write_report(tmp_path / "report.html", Report("t", [], {"run": run}, [])).read_text(encoding="utf-8")
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S) and "<svg" in text
+
+
+def test_results_are_compared_query_by_query(tmp_path: Path) -> None:
+    first = _evaluation(tmp_path / "first", "first", METRICS)
+    difference = compare_results(first, _evaluation(tmp_path / "second", "second", METRICS, shift=0.25))
+    assert (difference.results, difference.other_class) == (2, 0)
+    assert difference.box == 0.25 and difference.score == pytest.approx(0.025)
+    with pytest.raises(ValueError, match="evaluated other images"):
+        compare_results(first, _evaluation(tmp_path / "third", "third", METRICS, images=(1, 3)))
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing holds no finished evaluation.*tools/evaluate\.py"):
+        read_evaluation("x", tmp_path / "nothing")
+    (tmp_path / "metrics.json").write_text('{"format": "something else"}')
+    with pytest.raises(ValueError, match="no evaluation of this release"):
+        read_evaluation("x", tmp_path)
+    with pytest.raises(ValueError, match="holds no readable run record"):
+        write_report(tmp_path / "report.html", Report("t", [], {"run": tmp_path}, []))
+    assert not (tmp_path / "report.html").exists()
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_enclose_the_data(low: float, span: float) -> None:
+    places = ticks(low, low + span)
+    step = places[1] - places[0]
+    # 1e-6 of a step: rounding; a span below the resolution of the numbers counts as none
+    assert places[0] <= low + 1e-6 * step and places[-1] >= low + span - 1e-6 * step
+    assert 2 <= len(places) <= 8
+
+
+def test_chart_places_points_between_its_axes() -> None:
+    """Values from 0 to 10 and steps from 0 to 100: the line runs from one corner of the plot to the other."""
+    text = line_chart([Series([0, 50, 100], [10, 5, 0], "#123456", name="a & b")], title="t", x_label="x", y_label="y")
+    path = re.search(r'<path d="M(.*?)"', text)
+    assert path is not None
+    points = [tuple(map(float, point.split())) for point in path[1].split(" L")]
+    assert points == [(58.0, 34.0), (281.0, 145.0), (504.0, 256.0)]
+    assert "a &amp; b" in text and ">100</text>" in text
+
+
+def test_chart_of_nothing_finite_says_so() -> None:
+    assert "no finite values" in line_chart([Series([1.0], [math.nan], "red")], title="t", x_label="x", y_label="y")
+    one = line_chart([Series([1.0], [3.0], "red")], title="t", x_label="x", y_label="y")
+    assert one.count("<path") == 1 and "nan" not in one
+
+
+def test_smoothing_follows_without_lag_at_the_start() -> None:
+    assert smooth([4.0, 4.0, 4.0]) == [4.0, 4.0, 4.0]
+    assert smooth([8.0, 0.0] + [0.0] * 98)[1] == 4.0  # the mean of both, not a tenth of the way
+    gap = smooth([1.0, math.nan, 1.0])
+    assert math.isnan(gap[1]) and gap[2] == 1.0
+    noisy = [math.sin(1e3 * n) for n in range(300)]
+    assert np.std(smooth(noisy)[50:]) < 0.5 * np.std(noisy)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 999, 1000, 150_000])
+def test_long_lines_are_thinned_and_keep_their_end(count: int) -> None:
+    xs, ys = thin(list(range(count)), [float(n) for n in range(count)])
+    assert xs[-1:] == list(range(count))[-1:] and len(xs) == len(ys) <= 2 * MOST_POINTS
+    assert len(xs) == count or len(xs) >= MOST_POINTS

@@ -1,0 +1,39 @@
+import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
+"""Measure: how fast, where the time goes, what fills the memory, how far from the hardware's limit.
+
+    python tools/profile.py train --stage 2 --model debug --data shards
+    deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
+
+Exit status: 0 measured, 2 wrong usage or something missing.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from visft_ds.profiling.command import add_train_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options, rest = _parser().parse_known_args(given)
+        return int(options.run(options, rest, [sys.argv[0], *given]))
+    except (ValueError, argparse.ArgumentError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/profile.py", description="Measure what a configuration costs.", allow_abbrev=False
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+    add_train_parser(parser.add_subparsers(required=True, metavar="COMMAND"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

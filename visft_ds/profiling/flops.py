@@ -1,0 +1,179 @@
+"""The arithmetic of a training step from shapes alone: matrix products, convolutions and attention.
+
+Two operations for each multiplication with its addition; norms, activations and losses are not counted, as usual (they
+are below one percent here). A product (rows, inner) x (inner, outer) costs 2 * rows * inner * outer forward, the same
+again for the gradient of its input, and once more for that of its weight; only what the parameters that train make
+necessary is counted. Attention costs two products forward. Backward a fused kernel computes five (it makes the scores
+again), one that kept the scores four.
+
+Letters: M rows (images x tokens), S and Q tokens or queries, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visft_ds.models.lora import TARGETS
+
+FUSED_ATTENTION, KEPT_SCORES = 5, 4
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a part of a step."""
+
+    forward: int = 0
+    backward: int = 0
+    recompute: int = 0  #: forward again within the backward pass (activation checkpointing)
+
+    @property
+    def all(self) -> int:
+        """Everything the device computes."""
+        return self.forward + self.backward + self.recompute
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+
+def product(rows: int, inner: int, outer: int, *, to_input: bool, to_weight: bool) -> Flops:
+    """A linear layer, or a convolution seen as one; with the gradients that are needed."""
+    once = 2 * rows * inner * outer
+    return Flops(once, once * (to_input + to_weight))
+
+
+def attention(images: int, queries: int, keys: int, width: int, *, needed: bool, products: int) -> Flops:
+    """Scores and mixture of all heads together; `products` of the backward pass, if it is needed."""
+    once = 2 * images * queries * keys * width
+    return Flops(2 * once, products * once if needed else 0)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What the arithmetic of a backbone depends on."""
+
+    width: int
+    depth: int
+    hidden: int
+    patch_size: int
+    post_norm: bool
+    rank: int = 0  #: of the adapters; 0: none
+    targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
+    checkpoint_every: int = 0
+    attention_products: int = FUSED_ATTENTION
+    trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
+
+
+def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
+    """Operations of the backbone for `images` images of `patches` patches (`tokens`: with a class token, if any)."""
+    flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
+    inner = 3 * tower.patch_size**2
+    trains = "patch_embed.proj.weight" in tower.trainable
+    total = product(images * patches, inner, tower.width, to_input=False, to_weight=trains)
+    for index in range(tower.depth):
+        block, flows = _block(tower, index, images, tokens, flows)
+        total += block
+    return total
+
+
+def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
+    """One block, and whether its output needs a gradient, given whether its input does."""
+    rows, width, start = images * tokens, tower.width, f"blocks.{index}."
+    total = last = Flops()
+    for branch, layers in (("1", ("attn.qkv", "attention", "attn.proj")), ("2", ("mlp.fc1", "mlp.fc2"))):
+        inside = flows or (not tower.post_norm and _any(tower, (f"{start}norm{branch}.",)))
+        for layer in layers:
+            if layer == "attention":
+                inside = inside or _any(tower, (f"{start}attn.q_bias", f"{start}attn.v_bias"))
+                last = attention(images, tokens, tokens, width, needed=inside, products=tower.attention_products)
+            else:
+                last = _linear(tower, start, layer, rows, inside)
+                inside = inside or _any(tower, (f"{start}{layer}.",))
+            total += last
+        flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
+    if tower.trainable and tower.checkpoint_every and index % tower.checkpoint_every == 0:
+        # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
+        # nothing of its result, so it is not computed again; in front of a norm it is.
+        plain_end = not tower.post_norm and not _any(tower, (f"{start}mlp.fc2.",))
+        again = total.forward - (last.forward if plain_end else 0)
+        total += Flops(recompute=again if flows else 0)
+    return total, flows
+
+
+def _linear(tower: Tower, start: str, layer: str, rows: int, flows: bool) -> Flops:
+    """A linear layer of a block with its adapters; `flows`: its input needs a gradient."""
+    width, hidden = tower.width, tower.hidden
+    sizes = {"attn.qkv": (width, 3 * width), "attn.proj": (width, width), "mlp.fc1": (width, hidden)}
+    inner, outer = sizes.get(layer, (hidden, width))
+    total = product(rows, inner, outer, to_input=flows, to_weight=f"{start}{layer}.weight" in tower.trainable)
+    slices = [outer // parts for path, _, parts in (TARGETS[target] for target in tower.targets) if path == layer]
+    if not slices or not tower.rank:
+        return total
+    trains_a, trains_b = (f"{start}{layer}.lora_{name}" in tower.trainable for name in "AB")
+    down = product(rows, inner, len(slices) * tower.rank, to_input=flows, to_weight=trains_a)
+    up = product(rows, tower.rank, sum(slices), to_input=flows or trains_a, to_weight=trains_b)
+    return total + down + up
+
+
+def _any(tower: Tower, prefixes: Sequence[str]) -> bool:
+    return any(name.startswith(prefix) for name in tower.trainable for prefix in prefixes)
+
+
+def detection_flops(
+    options: Mapping[str, Any], in_channels: int, images: int, patches: int, *, trains: bool, flows: bool
+) -> Flops:
+    """Operations of the detection head: `trains`, all its weights do; `flows`, the features need a gradient."""
+    if not trains and not flows:  # nothing behind the head wants a gradient
+        whole = detection_flops(options, in_channels, images, patches, trains=True, flows=True)
+        return Flops(whole.forward)
+    encoder, decoder, queries = options["encoder_dim"], options["decoder_dim"], options["num_queries"]
+    layers, dropout = options["decoder_layers"], options["dropout"]
+    # With dropout torch's CPU attention is the plain one, which keeps its scores; a GPU's is fused all the same.
+    common = {"ffn": options["ffn_dim"], "trains": trains, "products": KEPT_SCORES if dropout else FUSED_ATTENTION}
+    entries, asked = patches + 1, images * queries  # a task token goes in front of the patches
+    total = product(images * patches, in_channels, encoder, to_input=flows, to_weight=trains)
+    total += product(images * patches, encoder, decoder, to_input=True, to_weight=trains)  # memory
+    total += product(images * patches, encoder, decoder, to_input=False, to_weight=trains)  # positions
+    for _ in range(options["encoder_layers"]):
+        total += _attend(images, entries, entries, encoder, (True, True, True), **common)
+        total += _feed_forward(images * entries, encoder, **common)
+    for index in range(layers):
+        # The first layer's state is zero: its own attention has a gradient through the learnt queries only.
+        later = index > 0
+        total += _attend(images, queries, queries, decoder, (later or trains, later or trains, later), **common)
+        total += _attend(images, queries, patches, decoder, (later or trains, True, True), **common)
+        total += _feed_forward(asked, decoder, **common)
+    total += product(layers * asked, decoder, options["num_classes"] + 1, to_input=True, to_weight=trains)
+    for outer in (decoder, decoder, 4):
+        total += product(layers * asked, decoder, outer, to_input=True, to_weight=trains)
+    return total
+
+
+def _attend(
+    images: int,
+    queries: int,
+    keys: int,
+    width: int,
+    to_inputs: tuple[bool, bool, bool],
+    *,
+    ffn: int,
+    trains: bool,
+    products: int,
+) -> Flops:
+    """Three input projections, attention, output projection; `to_inputs`: query, key, value need a gradient."""
+    total = Flops()
+    for count, to_input in zip((queries, keys, keys), to_inputs, strict=True):
+        total += product(images * count, width, width, to_input=to_input, to_weight=trains)
+    needed = trains or any(to_inputs)
+    total += attention(images, queries, keys, width, needed=needed, products=products)
+    return total + product(images * queries, width, width, to_input=needed, to_weight=trains)
+
+
+def _feed_forward(rows: int, width: int, *, ffn: int, trains: bool, products: int) -> Flops:
+    inner = product(rows, width, ffn, to_input=True, to_weight=trains)
+    return inner + product(rows, ffn, width, to_input=True, to_weight=trains)
+
+
+#: Task -> closed formula of its head. A head without one is counted only, and the report says so.
+HEAD_FORMULAS = {"detection": detection_flops}

@@ -1,0 +1,97 @@
+"""The closed formulas of `flops`, applied to a prepared model and the batches of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visft_ds.data.samples import Batch
+from visft_ds.ops.attention import attention_backend
+from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, Tower, tower_flops
+from visft_ds.profiling.hardware import DTYPES
+from visft_ds.profiling.session import Session
+from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
+
+
+@dataclass(frozen=True)
+class StepFormula:
+    """Operations of this rank's part of a step."""
+
+    backbone: Flops
+    head: Flops | None  #: None: the task's head has no formula
+
+    @property
+    def total(self) -> Flops | None:
+        """Both together, where both are known."""
+        return None if self.head is None else self.backbone + self.head
+
+    def by_part(self) -> dict[str, int | None]:
+        """Under the names of the parts of a step; "recomputed" is a part of the backward pass."""
+        total = self.total
+        return {
+            BACKBONE: self.backbone.forward,
+            HEAD: self.head.forward if self.head else None,
+            BACKWARD: total.backward + total.recompute if total else None,
+            "recomputed": self.backbone.recompute,
+            "total": total.all if total else None,
+        }
+
+
+def formula_of(session: Session, task: str, batches: Sequence[Batch]) -> StepFormula:
+    """What the micro-batches cost, from the shapes of their images."""
+    backbone, head = Flops(), Flops()
+    known = True
+    for batch in batches:
+        backbone += _backbone(session, batch)
+        of_head = _head(session, task, batch)
+        known, head = known and of_head is not None, head + (of_head or Flops())
+    return StepFormula(backbone, head if known else None)
+
+
+def _backbone(session: Session, batch: Batch) -> Flops:
+    module, config = session.engine.module, session.run.config.visft
+    backbone = module.backbone
+    lora = config.lora if config.stage == 2 else None
+    fused = attention_backend(session.engine.device, DTYPES[session.precision])[0] != "reference"
+    trained = (name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
+    tower = Tower(
+        width=backbone.width,
+        depth=backbone.depth,
+        hidden=_hidden(backbone.blocks[0]),
+        patch_size=backbone.patch_size,
+        post_norm=backbone.post_norm,
+        rank=lora.rank if lora else 0,
+        targets=lora.targets if lora else (),
+        checkpoint_every=backbone.checkpoint_every,
+        attention_products=FUSED_ATTENTION if fused else KEPT_SCORES,
+        trainable=frozenset(trained if module.train_backbone else ()),
+    )
+    patches = _patches(session, batch)
+    return tower_flops(tower, len(batch.images), patches + (backbone.cls_token is not None), patches)
+
+
+def _hidden(block: Any) -> int:
+    return int(block.mlp.fc1.out_features)
+
+
+def _head(session: Session, task: str, batch: Batch) -> Flops | None:
+    module = session.engine.module
+    head = module.heads[task]
+    trains = {parameter.requires_grad for parameter in head.parameters()}
+    if task not in HEAD_FORMULAS or len(trains) > 1:  # of a head that trains in part only the counter knows
+        return None
+    options = session.run.config.visft.tasks.enabled()[task].head.model_dump()
+    return HEAD_FORMULAS[task](
+        options if head.training else {**options, "dropout": 0.0},
+        module.backbone.width,
+        len(batch.images),
+        _patches(session, batch),
+        trains=trains == {True},
+        flows=module.train_backbone,
+    )
+
+
+def _patches(session: Session, batch: Batch) -> int:
+    height, width = session.engine.module.backbone.grid(batch.images)
+    return height * width

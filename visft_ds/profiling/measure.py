@@ -1,0 +1,193 @@
+"""Measuring every task of a session, in order: warm-up, plain and hooked steps in turn, then one step that is counted.
+
+Plain steps give the speed. Hooked steps in between give the split, so that a machine whose speed drifts does so for
+both; their difference is the cost of looking. The last step is slow and is not timed: it counts operations and bytes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from visft_ds.data.plan import StepPlan
+from visft_ds.data.samples import Batch
+from visft_ds.parallel import distributed
+from visft_ds.profiling.communication import measure_communication
+from visft_ds.profiling.counting import FlopMeter
+from visft_ds.profiling.flops import Flops
+from visft_ds.profiling.formula import formula_of
+from visft_ds.profiling.hardware import process_peak, reference_rate
+from visft_ds.profiling.memory import Ledger, note_residents, step_watched
+from visft_ds.profiling.session import Session, make_step
+from visft_ds.profiling.timing import (
+    Spread,
+    StepTime,
+    Stopwatch,
+    divide,
+    metered,
+    synchronize,
+    typical_parts,
+)
+from visft_ds.train import Run
+
+Steps = Iterator[tuple[StepPlan, list[Batch]]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How much is measured, in optimiser steps of each task."""
+
+    steps: int = 10
+    warmup: int = 3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.warmup < 1:
+            raise ValueError(
+                f"--steps {self.steps} and --warmup {self.warmup}: both must be at least 1 (the first step is never a "
+                "typical one: memory is allocated, the optimizer makes its state)"
+            )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A step that was run."""
+
+    time: StepTime
+    images: int  #: over all processes
+    flops: Flops | None  #: of this process, by formula
+    losses: dict[str, float]
+    skipped: bool
+
+
+def measure_task(session: Session, task: str, lengths: Lengths) -> dict[str, Any]:
+    """Everything about one task on this rank, as JSON values. Collective: every rank measures the same steps.
+
+    Raises:
+        ValueError: the step does not fit into memory.
+    """
+    run = session.of_task(task)
+    device = run.engine.device
+    reference = reference_rate(device, session.precision)
+    total = lengths.warmup + 2 * lengths.steps + 2
+    steps = run.loader.steps(0, total)
+    with out_of_memory_explained(run, task):
+        first = [_timed_step(session, run, task, steps) for _ in range(lengths.warmup)]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        plain, hooked = [], []
+        watch = Stopwatch(device)
+        for _ in range(lengths.steps):
+            plain.append(_timed_step(session, run, task, steps))
+            with metered(run.engine, watch):
+                hooked.append(_timed_step(session, run, task, steps, watch))
+        peak = process_peak(device)
+        communication = None
+        if distributed.world_size() > 1:
+            found = measure_communication(lambda: _timed_step(session, run, task, steps), device)
+            communication = asdict(found)
+        counted = _counted_step(session, run, task, steps)
+    seconds = [step.time.seconds for step in plain]
+    return {
+        "batch": {
+            "images": plain[0].images,
+            "micro": run.batches.micro[task],
+            "accumulation": run.batches.accumulation,
+            "shapes": counted.pop("shapes"),
+        },
+        "steps": {"measured": len(plain), "warmup": len(first), "skipped": sum(s.skipped for s in (*plain, *hooked))},
+        "losses": [step.losses["loss"] for step in (*first, *plain)][:2],
+        "images_per_second": asdict(Spread.of([step.images / step.time.seconds for step in plain])),
+        "step_seconds": asdict(Spread.of(seconds)),
+        "parts_seconds": typical_parts([step.time for step in hooked]),
+        "hooked_step_seconds": asdict(Spread.of([step.time.seconds for step in hooked])),
+        "overhead": statistics.median(h.time.seconds / p.time.seconds for p, h in zip(plain, hooked, strict=True)) - 1,
+        "communication": communication,
+        "memory_bytes": {**counted.pop("memory"), "process_peak": peak},
+        "flops": {**counted, **_rates(plain, counted, reference.flops_per_second)},
+        "reference": asdict(reference),
+    }
+
+
+def _timed_step(session: Session, run: Run, task: str, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
+    """The next step, exactly as the training loop makes it; the clock runs from asking for the data to the end."""
+    device = run.engine.device
+    synchronize(device)
+    began = time.perf_counter()
+    whole, batches = next(steps)
+    wait = run.loader.wait_seconds
+    report = make_step(run, whole.step, batches)
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    return _Timed(
+        divide(seconds, wait, watch.seconds() if watch else {}),
+        len(whole.indices),
+        formula_of(session, task, batches).total,
+        dict(report.losses),
+        report.skipped,
+    )
+
+
+def _counted_step(session: Session, run: Run, task: str, steps: Steps) -> dict[str, Any]:
+    """The last step: operations by part, counted and by formula, and bytes by kind."""
+    whole, batches = next(steps)
+    ledger, meter = Ledger(run.engine.device.type), FlopMeter()
+    note_residents(ledger, run.engine)
+    ledger.forget_peaks()
+    with ExitStack() as stack:
+        stack.enter_context(metered(run.engine, meter))
+        stack.enter_context(meter.counting())
+        stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))
+        make_step(run, whole.step, batches)
+    steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
+    formula = formula_of(session, task, batches)
+    whole_formula = formula.total
+    return {
+        "shapes": [list(batch.images.shape) for batch in batches],
+        "memory": {"at_peak": ledger.at_peak, "highest": ledger.highest},
+        "counted": {**meter.parts, "total": meter.total},
+        "formula": formula.by_part(),
+        "ratio": meter.total / whole_formula.all if whole_formula else None,
+    }
+
+
+def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dict[str, float | None]:
+    """Operations a second of the plain steps, and the share of the reference rate.
+
+    "model" leaves out what activation checkpointing computes again, "hardware" includes it.
+    """
+    steps = [(step.flops, step.time.seconds) for step in plain]
+    if all(flops is not None for flops, _ in steps):
+        model = statistics.median((f.forward + f.backward) / s for f, s in steps if f is not None)
+        hardware = statistics.median(f.all / s for f, s in steps if f is not None)
+    else:  # a head without a formula: the counted step stands for all
+        hardware = counted["counted"]["total"] / statistics.median(seconds for _, seconds in steps)
+        model = None
+    return {
+        "model_per_second": model,
+        "hardware_per_second": hardware,
+        "model_utilisation": None if model is None else model / rate,
+        "hardware_utilisation": hardware / rate,
+    }
+
+
+@contextmanager
+def out_of_memory_explained(run: Run, task: str) -> Iterator[None]:
+    """Turn the allocator's error into one that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        micro = run.batches.micro[task]
+        raise ValueError(
+            f"a step of task {task} does not fit into memory with {micro} images at once ({str(error).splitlines()[0]})"
+            f". Less at once: --set visft.tasks.{task}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
+            "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
+        ) from error

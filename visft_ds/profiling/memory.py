@@ -1,0 +1,250 @@
+"""What lives on a device during a step, by kind, exact to the byte of a tensor's storage.
+
+Every storage is counted once, whatever number of tensors look into it. New ones are seen as operators make them, and
+leave when nothing holds them any more. So the peak and what it consists of are known on a CPU as well as on a GPU; what
+libraries take for themselves inside a call (cuBLAS, cuDNN, MKL workspaces) is not seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from visft_ds.parallel.engine import ZeroEngine
+
+#: Kinds of memory, in the order in which they are printed.
+FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS, TRANSIENT, OTHER = (
+    "weights, frozen",
+    "weights, trained",
+    "optimizer state",
+    "gradients",
+    "reduce buckets",
+    "activations",
+    "transient",
+    "other",
+)
+KINDS = (FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS, TRANSIENT, OTHER)
+
+
+@dataclass
+class _Live:
+    """One storage."""
+
+    reference: Any  #: weak; kept so that it can tell when the storage goes
+    size: int
+    kind: str
+    born: int  #: when it was noted
+
+
+class Ledger:
+    """Live storages of one kind of device: bytes by kind now, at the peak of their sum, and each kind's own peak."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._live: dict[int, _Live] = {}
+        self._clock = self._peak_clock = 0
+        self.now: dict[str, int] = dict.fromkeys(KINDS, 0)
+        self.at_peak: dict[str, int] = dict(self.now)
+        self.highest: dict[str, int] = dict(self.now)
+
+    def add(self, tensor: Tensor, kind: str, *, instead_of: tuple[str, ...] = ()) -> None:
+        """Note the storage of a tensor; a known one keeps its kind unless that is one of `instead_of`."""
+        if tensor.device.type != self._device_type:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._live.get(key)
+        if known is not None:
+            if known.kind in instead_of and known.kind != kind:
+                self._rename(known, kind)
+        elif size:
+            self._clock += 1
+            self._live[key] = _Live(weakref.ref(storage, partial(self._gone, key)), size, kind, self._clock)
+            self._change(kind, size)
+
+    def add_all(self, tensors: Iterable[Tensor], kind: str, *, instead_of: tuple[str, ...] = ()) -> None:
+        """`add` for each."""
+        for tensor in tensors:
+            self.add(tensor, kind, instead_of=instead_of)
+
+    def forget_peaks(self) -> None:
+        """Start looking for peaks from what lives now."""
+        self.at_peak, self.highest, self._peak_clock = dict(self.now), dict(self.now), self._clock
+
+    def _rename(self, entry: _Live, kind: str) -> None:
+        if entry.born <= self._peak_clock:  # it lives, so it lived at the peak, whatever it was called then
+            self.at_peak[entry.kind] -= entry.size
+            self.at_peak[kind] += entry.size
+        self._change(entry.kind, -entry.size)
+        entry.kind = kind
+        self._change(kind, entry.size)
+
+    def _gone(self, key: int, _: object) -> None:
+        entry = self._live.pop(key)
+        self._change(entry.kind, -entry.size)
+
+    def _change(self, kind: str, size: int) -> None:
+        self.now[kind] += size
+        self.highest[kind] = max(self.highest[kind], self.now[kind])
+        if size > 0 and sum(self.now.values()) > sum(self.at_peak.values()):
+            self.at_peak, self._peak_clock = dict(self.now), self._clock
+
+
+class _Allocations(TorchDispatchMode):
+    """Adds what every operator returns."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._ledger.add_all((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), TRANSIENT)
+        return result
+
+
+@dataclass(frozen=True)
+class _OfParameter:
+    """Stands for a saved tensor that is (a view of) a parameter.
+
+    Holding the tensor itself would hold its storage, which ZeRO-3 gives back after the forward and gathers again.
+    """
+
+    parameter: nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  #: relative to the parameter's own
+
+    def unpack(self) -> Tensor:
+        start = int(self.parameter.storage_offset()) + self.offset
+        return self.parameter.detach().as_strided(self.size, self.stride, start)
+
+
+class _Parameters:
+    """Finds the parameter into whose storage a tensor looks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        moving = any(hasattr(p, "ds_id") for p in self._parameters)  # ZeRO-3: gathered and given back all the time
+        self._owners = None if moving else self._by_storage()
+
+    def owner(self, tensor: Tensor) -> nn.Parameter | None:
+        """The parameter, or None."""
+        owners = self._by_storage() if self._owners is None else self._owners
+        for parameter in owners.get(tensor.untyped_storage()._cdata, ()):
+            first = int(parameter.storage_offset())
+            if first <= tensor.storage_offset() < first + parameter.numel():
+                return parameter
+        return None
+
+    def _by_storage(self) -> dict[int, list[nn.Parameter]]:
+        owners: dict[int, list[nn.Parameter]] = {}
+        for parameter in self._parameters:
+            if parameter.numel():
+                owners.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+        return owners
+
+
+@contextmanager
+def saved_tensors_counted(ledger: Ledger, module: nn.Module) -> Iterator[None]:
+    """Note as activations what autograd keeps for the backward pass; parameters, and what lived before, are not."""
+    parameters = _Parameters(module)
+
+    def pack(tensor: Tensor) -> Any:
+        owner = parameters.owner(tensor)
+        if owner is not None:
+            return _OfParameter(
+                owner, tensor.size(), tensor.stride(), int(tensor.storage_offset() - owner.storage_offset())
+            )
+        ledger.add(tensor, ACTIVATIONS, instead_of=(TRANSIENT,))
+        return tensor
+
+    def unpack(packed: Any) -> Any:
+        return packed.unpack() if isinstance(packed, _OfParameter) else packed
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@contextmanager
+def step_watched(ledger: Ledger, module: nn.Module, optimizer: Any = None) -> Iterator[None]:
+    """Watch everything a step makes: activations as autograd saves them, gradients as they arrive at parameters.
+
+    `optimizer` is DeepSpeed's, whose buckets are found when it has made them: with the first gradient.
+    """
+
+    def arrived(parameter: Tensor) -> None:
+        ledger.add_all(reduce_buckets(optimizer), BUCKETS, instead_of=(TRANSIENT,))
+        if parameter.grad is not None:
+            ledger.add(parameter.grad, GRADIENTS, instead_of=(TRANSIENT, ACTIVATIONS))
+
+    with ExitStack() as stack:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
+        stack.enter_context(saved_tensors_counted(ledger, module))
+        stack.enter_context(_Allocations(ledger))
+        yield
+
+
+def note_residents(ledger: Ledger, engine: ZeroEngine) -> None:
+    """Note what lives between steps: weights, optimizer state, DeepSpeed's gradient buffers, and anything else."""
+    for parameter in engine.module.parameters():
+        kind = TRAINED if parameter.requires_grad else FROZEN
+        # Under ZeRO-3 a rank holds its share in `ds_tensor`, and the parameter itself is empty.
+        ledger.add_all([parameter, *(t for t in (getattr(parameter, "ds_tensor", None),) if t is not None)], kind)
+        if parameter.grad is not None:
+            ledger.add(parameter.grad, GRADIENTS)
+    ledger.add_all(gradient_buffers(engine.deepspeed.optimizer), GRADIENTS)
+    ledger.add_all(reduce_buckets(engine.deepspeed.optimizer), BUCKETS)
+    ledger.add_all(optimizer_tensors(engine.deepspeed.optimizer), OPTIMIZER)
+    ledger.add_all(_live_tensors(), OTHER)
+
+
+def optimizer_tensors(optimizer: Any) -> list[Tensor]:
+    """Moments and fp32 masters of an optimiser in DeepSpeed's wrapper, or without one (ZeRO-0)."""
+    base = getattr(optimizer, "optimizer", optimizer)
+    found = [value for state in base.state.values() for value in state.values() if isinstance(value, Tensor)]
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        found += list(getattr(optimizer, name, ()))
+    return found
+
+
+def gradient_buffers(optimizer: Any) -> list[Tensor]:
+    """Gradients that DeepSpeed keeps outside of the parameters."""
+    buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    found = [] if buffer is None else [buffer]
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        found += [flat.grad for flat in getattr(optimizer, name, ()) if flat.grad is not None]
+    averaged = getattr(optimizer, "averaged_gradients", {})
+    for gradients in averaged.values() if isinstance(averaged, Mapping) else averaged:
+        found += [gradient for gradient in gradients or () if isinstance(gradient, Tensor)]
+    return found
+
+
+def reduce_buckets(optimizer: Any) -> list[Tensor]:
+    """Buffers of `reduce_bucket_size` elements in which ZeRO collects gradients before it averages them."""
+    buffers = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    nested = [buffer if isinstance(buffer, list) else [buffer] for buffer in buffers if buffer is not None]
+    return [tensor for buffer in nested for tensor in buffer]
+
+
+def _live_tensors() -> Iterator[Tensor]:
+    """Every tensor Python knows of. By type, since isinstance wakes lazy modules that answer with warnings."""
+    gc.collect()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided and thing.device.type != "meta":
+            yield thing

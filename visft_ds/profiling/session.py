@@ -1,0 +1,209 @@
+"""A training run without a run folder: the same model, engine and loader, ready to make steps."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, missing_inputs, render_missing
+from visft_ds.config.schema import Precision
+from visft_ds.data.convert import Options, build
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.data.toy import write_toy_coco
+from visft_ds.evals.runner import pipeline_of
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
+from visft_ds.profiling.hardware import host_memory_available
+from visft_ds.stages import PreparedModel, choose_precision, plan_groups, prepare_model
+from visft_ds.train import Run, _build_engine, _counts, _normaliser
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
+#: configuration says.
+SYNTHETIC_SIZE = (480, 640)
+_STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a measurement works with."""
+
+    run: Run  #: as the training loop has it, with a loader for no task in particular
+    prepared: PreparedModel
+    precision: Precision
+    precision_reason: str
+    notes: tuple[str, ...]  #: what differs from the run of the same command
+
+    @property
+    def engine(self) -> ZeroEngine:
+        """The engine of the run."""
+        return self.run.engine
+
+    def of_task(self, task: str) -> Run:
+        """The run as if it had this task only: its batches in the order in which training meets them."""
+        settings, batches = self.run.config.visft, self.run.batches
+        config = settings.tasks.enabled()[task]
+        loader = StepLoader(
+            ShardReader(self.run.manifest),
+            Plan({task: TaskPlan(len(self.run.manifest), config.batch_size)}, settings.seed),
+            {task: pipeline_of(task, config, train=True)},
+            dp_rank=distributed.rank(),
+            dp_size=batches.dp,
+            accumulation=batches.accumulation,
+            threads=settings.data.threads,
+            prefetch_steps=settings.data.prefetch_steps,
+        )
+        return replace(self.run, loader=loader)
+
+
+@contextmanager
+def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session]:
+    """Build what `visft_ds.train.train` builds, in its order, but open and write no run folder.
+
+    Args:
+        synthetic: generated pictures instead of shards; base weights and heads that are not there start at random.
+
+    Raises:
+        ValueError: what a user can mend; missing files and a model that cannot fit before anything is allocated.
+    """
+    notes: tuple[str, ...] = ()
+    if synthetic:
+        config, notes = without_missing_weights(config)
+    else:
+        missing = missing_inputs(config)
+        if missing:
+            hint = "\nor measure without files: --synthetic"
+            raise ValueError(render_missing(missing).replace("this run cannot start", "nothing to measure") + hint)
+    batches = derive_batches(config, distributed.world_size())
+    device = distributed.local_device()
+    precision, why = choose_precision(config.visft.model.precision, device)
+    check_fits(config, precision, device)
+    with _data(config, synthetic) as manifest:
+        settings = config.visft
+        tasks = settings.tasks.enabled()
+        plan = Plan({n: TaskPlan(len(manifest), t.batch_size, t.ratio) for n, t in tasks.items()}, settings.seed)
+        start_process_group()
+        distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
+        heads = Path(settings.heads.path) if settings.heads.path else None
+        prepared = prepare_model(settings, config.optimizer.params, precision=precision, heads_from=heads)
+        run = Run(
+            config=config,
+            out=Path(os.devnull),  # nothing here writes
+            batches=batches,
+            engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
+            loader=StepLoader(
+                ShardReader(manifest),
+                plan,
+                {name: pipeline_of(name, task, train=True) for name, task in tasks.items()},
+                dp_rank=distributed.rank(),
+                dp_size=batches.dp,
+                accumulation=batches.accumulation,
+            ),
+            validation=None,
+            identity={},
+            manifest=manifest,
+            base_sha256="",
+        )
+        yield Session(run, prepared, precision, why, notes)
+
+
+def make_step(run: Run, step: int, batches: Sequence[Batch]) -> StepReport:
+    """What the training loop does with the batches of a step, up to the record."""
+    agreement = distributed.agree_on_step(
+        f"step {step} {batches[0].tasks}", _counts(run, batches), False, run.engine.device
+    )
+    return run.engine.train_step(step, batches, _normaliser(run, agreement.counts))
+
+
+def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:
+    """Random values where files are missing, and what was replaced: speed does not depend on values."""
+    settings, notes = config.visft, [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
+    weights, heads = settings.model.weights, settings.heads.path
+    if weights is not None and not Path(weights).is_file():
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": None})})
+        notes.append(f"base weights: random, {weights} is not there")
+    if heads is not None and any(not (Path(heads) / f"{t}.safetensors").is_file() for t in settings.tasks.enabled()):
+        settings = settings.model_copy(update={"heads": settings.heads.model_copy(update={"path": None})})
+        notes.append(f"heads: random, {heads} does not have them all")
+    return replace(config, visft=settings), tuple(notes)
+
+
+def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
+    """Refuse a model whose weights and optimiser alone exceed the memory, before anything is allocated.
+
+    Raises:
+        ValueError: the sum by part, what there is, and what helps.
+    """
+    trained, frozen = _parameter_counts(config)
+    # DeepSpeed's launcher and torchrun name it differently.
+    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    weights = frozen * _STORAGE_BYTES[precision] + trained * 4
+    stage = int(config.deepspeed["zero_optimization"]["stage"])
+    # Every process builds the whole model in host memory before an engine moves or divides it.
+    need = {f"weights of {ranks_here} processes": weights * ranks_here}
+    found, where = host_memory_available(), "of host memory are available"
+    if device.type == "cpu":
+        need["gradients, moments and masters"] = trained * (4 + 8 + (4 if stage else 0)) * ranks_here
+    elif need[f"weights of {ranks_here} processes"] <= found:
+        ranks = distributed.world_size()
+        need = {
+            "weights": weights if stage < 3 else weights // ranks,
+            "gradients, moments and masters": trained * (16 if stage == 0 else 4 + 12 // ranks),
+        }
+        found, where = torch.cuda.get_device_properties(device).total_memory, "are on the GPU"
+    total = sum(need.values())
+    if total > found:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
+        raise ValueError(
+            f"{config.visft.model.name} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), "
+            f"{found / 2**30:.1f} GiB {where}. A smaller --model, 16-bit weights (--set visft.model.precision=bf16), "
+            "or fewer processes on this machine help"
+            + ("" if device.type == "cpu" else "; so does --engine zero3 on more GPUs")
+        )
+
+
+def _parameter_counts(config: ResolvedConfig) -> tuple[int, int]:
+    """(trained, frozen) values, from shapes alone. Frozen heads, small beside the backbone, are left out."""
+    trained = {
+        name: parameter.numel()
+        for group in plan_groups(config.visft, config.optimizer.params)
+        for name, parameter in zip(group.names, group.parameters, strict=True)
+    }
+    model = config.visft.model
+    backbone = build_backbone(model.preset, device="meta", seed=None, **model.backbone_options())
+    frozen = sum(p.numel() for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained)
+    return sum(trained.values()), frozen
+
+
+@contextmanager
+def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
+    """The configured split, or one of generated pictures in a temporary folder that goes away again."""
+    if not synthetic:
+        yield Manifest.load(config.visft.data.root, config.visft.data.train)
+        return
+    count = max(16, *(task.batch_size for task in config.visft.tasks.enabled().values()))
+    with tempfile.TemporaryDirectory(prefix="visft-profile-") as name:
+        folder, (height, width) = Path(name), SYNTHETIC_SIZE
+        write_toy_coco(folder / "coco", train=count, val=0, height=height, width=width)
+        annotations = folder / "coco" / "annotations"
+        build(
+            Options(
+                images=folder / "coco" / "train2017",
+                instances=annotations / "instances_train2017.json",
+                captions=annotations / "captions_train2017.json",
+                out=folder / "shards",
+                split="train",
+            )
+        )
+        yield Manifest.load(folder / "shards", "train")

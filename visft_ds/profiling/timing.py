@@ -1,0 +1,193 @@
+"""Where the time of a step goes: hooks around the parts of a model and the calls of its engine.
+
+The step itself is not touched. What is not inside a hooked part is the rest, so that the parts always sum to the step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from visft_ds.data.samples import Batch
+from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.tasks import Criterion
+
+#: Parts of a step that do not overlap, in the order in which they are printed. "data wait" and "rest" have no hook.
+DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST = (
+    "data wait",
+    "backbone forward",
+    "head forward",
+    "criterion",
+    "backward",
+    "optimizer",
+    "rest",
+)
+PARTS = (DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST)
+#: Lies inside the criterion and is part of its time.
+MATCHER = "matcher"
+
+
+class Meter(Protocol):
+    """Told when a part begins and ends; parts may nest, and may occur several times in a step."""
+
+    def start(self, part: str) -> None: ...
+
+    def stop(self, part: str) -> None: ...
+
+
+class Stopwatch:
+    """Seconds by part: CUDA events on a GPU (recorded in the stream, read once at the end), else the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: dict[str, list[Any]] = {}
+
+    def start(self, part: str) -> None:
+        self._marks.setdefault(part, []).append(self._now())
+
+    def stop(self, part: str) -> None:
+        self._marks[part].append(self._now())
+
+    def seconds(self) -> dict[str, float]:
+        """Sum of every part since the last call; waits for the device."""
+        synchronize(self._device)
+        sums = {
+            part: sum(self._between(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))
+            for part, marks in self._marks.items()
+        }
+        self._marks.clear()
+        return sums
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last)) / 1000 if self._device.type == "cuda" else float(last - first)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _MeteredCriterion:
+    """A criterion that reports its calls; criteria are plain callables, without the hooks of a module."""
+
+    def __init__(self, criterion: Criterion, meter: Meter) -> None:
+        self._criterion = criterion
+        self._meter = meter
+        self.weights = criterion.weights
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        return self._criterion.count(batch)
+
+    def __call__(
+        self, output: Any, targets: Any, normaliser: Mapping[str, Tensor], image_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        self._meter.start(CRITERION)
+        losses = self._criterion(output, targets, normaliser, image_ids)
+        self._meter.stop(CRITERION)
+        return losses
+
+
+@contextmanager
+def metered(engine: ZeroEngine, meter: Meter) -> Iterator[None]:
+    """Hook every part of the engine's steps to a meter; nothing of it stays behind."""
+    module = engine.module
+    with ExitStack() as stack:
+        for part, owner in ((BACKBONE, module.backbone), *((HEAD, head) for head in module.heads.values())):
+            before = owner.register_forward_pre_hook(lambda *_, part=part: meter.start(part), prepend=True)
+            after = owner.register_forward_hook(lambda *_, part=part: meter.stop(part))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        for task, criterion in list(module.criteria.items()):
+            module.criteria[task] = _MeteredCriterion(criterion, meter)
+            stack.callback(module.criteria.__setitem__, task, criterion)
+            for owner_module, name, function in matchers(criterion):
+                setattr(owner_module, name, _wrapped(function, meter, MATCHER))
+                stack.callback(setattr, owner_module, name, function)
+        for name, part in (("backward", BACKWARD), ("step", OPTIMIZER)):
+            # An attribute of the instance goes before the method of its class.
+            setattr(engine.deepspeed, name, _wrapped(getattr(engine.deepspeed, name), meter, part))
+            stack.callback(delattr, engine.deepspeed, name)
+        yield
+
+
+def matchers(criterion: Criterion) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Functions called match... that the criterion's file imported from another file of the tasks: (file, name, it)."""
+    file = sys.modules[type(criterion).__module__]
+    return [
+        (file, name, value)
+        for name, value in vars(file).items()
+        if name.startswith("match") and inspect.isfunction(value) and value.__module__.startswith("visft_ds.tasks.")
+    ]
+
+
+def _wrapped(function: Callable[..., Any], meter: Meter, part: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        meter.start(part)
+        result = function(*arguments, **named)
+        meter.stop(part)
+        return result
+
+    return call
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One measured step."""
+
+    seconds: float  #: wall time, waiting for data included
+    parts: Mapping[str, float]  #: seconds; PARTS sum to `seconds`, MATCHER lies inside CRITERION
+
+
+def divide(seconds: float, wait_seconds: float, measured: Mapping[str, float]) -> StepTime:
+    """A step by part: what was measured, in the order of PARTS, and the rest."""
+    parts = {part: measured.get(part, 0.0) for part in PARTS} | {DATA_WAIT: wait_seconds}
+    parts[REST] = seconds - sum(parts[part] for part in PARTS if part != REST)
+    return StepTime(seconds, parts | {MATCHER: measured.get(MATCHER, 0.0)})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one number."""
+
+    median: float
+    low: float  #: first quartile
+    high: float  #: third quartile
+    least: float
+    most: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], values[0], values[0], 1)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high, min(values), max(values), len(values))
+
+
+def typical_parts(steps: Sequence[StepTime]) -> dict[str, float]:
+    """Mean of every part over the middle half of the steps, by duration; the parts sum to the mean of these steps.
+
+    Medians taken part by part would not sum to any step.
+    """
+    ordered = sorted(steps, key=lambda step: step.seconds)
+    cut = len(ordered) // 4
+    middle = ordered[cut : len(ordered) - cut]
+    return {part: statistics.fmean(step.parts[part] for step in middle) for part in middle[0].parts}
