@@ -56,7 +56,8 @@ class Demo:
     out: Path
     cores: int
     environment: Mapping[str, str]
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  #: step -> {"command", "seconds"}
+    arguments: Mapping[str, Any]  #: what decides about the results
+    finished: dict[str, float] = field(default_factory=dict)  #: step -> its seconds
     number: int = 0
     redo: bool = False  #: a step ran, so all that follow it must too
 
@@ -80,14 +81,13 @@ class Demo:
             StepFailed: non-zero exit.
         """
         self.number += 1
-        print(f"\n[{self.number}/{STEPS}] {name}")
-        done = self.finished.get(name)
-        if done and done["command"] == list(command) and not self.redo:
-            print(f"  finished before, in {done['seconds']:.0f} s")
+        print(f"\n[{self.number}/{STEPS}] {name}", flush=True)
+        if name in self.finished and not self.redo:
+            print(f"  finished before, in {self.finished[name]:.0f} s")
             return
         self.redo = True
         self.finished.pop(name, None)
-        self._save()
+        self.save()
         if makes is not None and makes.exists():
             _remove(makes)
         if processes > 1:
@@ -112,11 +112,12 @@ class Demo:
             lines = "\n".join(f"  | {line}" for line in tail)
             raise StepFailed(f"{name} ended with exit status {code}; the end of {_short(log)}:\n{lines}")
         print(f"  {seconds:.0f} s")
-        self.finished[name] = {"command": list(command), "seconds": round(seconds, 1)}
-        self._save()
+        self.finished[name] = round(seconds, 1)
+        self.save()
 
-    def _save(self) -> None:
-        text = json.dumps({"format": FORMAT, "finished": self.finished}, indent=1)
+    def save(self) -> None:
+        """Write the marker file: this folder is a demo's, and what is finished in it."""
+        text = json.dumps({"format": FORMAT, "arguments": self.arguments, "finished": self.finished}, indent=1)
         temporary = self.out / f"{MARKER}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(self.out / MARKER)
@@ -166,17 +167,21 @@ def _open(given: argparse.Namespace) -> Demo:
     """
     import torch  # the only one who knows whether its GPUs can be used
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()  # 0 without any
     if given.processes is None:
         given.processes = min(2, gpus) or 2
     if given.processes < 1 or (gpus and given.processes > gpus):
         raise ValueError(f"--processes {given.processes} is not allowed: give 1 to {gpus or os.cpu_count()}")
     if given.coco is not None:
         _check_tree(given.coco)
+    for stage in (1, 2):
+        resolve(stage=stage, model="debug", settings=given.set)  # a mistake in --set is told now, not in minutes
     out = given.out
-    finished: dict[str, dict[str, Any]] = {}
+    arguments = {name: getattr(given, name) for name in ("processes", "train", "val", "set")}
+    arguments["coco"] = str(given.coco.resolve()) if given.coco else None
+    finished: dict[str, float] = {}
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        finished = _finished(out)
+        finished = _earlier(out, arguments, check=not given.force)
         if given.force:
             for path in out.iterdir():
                 _remove(path)
@@ -184,20 +189,32 @@ def _open(given: argparse.Namespace) -> Demo:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     # Without a GPU DeepSpeed guesses and warns at every start.
     environment = {} if gpus else {"DS_ACCELERATOR": "cpu"}
-    demo = Demo(out, os.cpu_count() or 1, environment, finished)
+    demo = Demo(out, os.cpu_count() or 1, environment, arguments, finished)
+    demo.save()
     print(f"visft_ds demo in {out}: {gpus or 'no'} GPU(s), {demo.cores} cores, {given.processes} processes a training")
     return demo
 
 
-def _finished(out: Path) -> dict[str, dict[str, Any]]:
-    """The finished steps of a demo folder; ValueError for any other folder."""
+def _earlier(out: Path, arguments: Mapping[str, Any], *, check: bool) -> dict[str, float]:
+    """The finished steps of an earlier demo in `out`.
+
+    Raises:
+        ValueError: the folder was not made by a demo, or (with `check`) by one with other arguments.
+    """
     try:
         record = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        if record["format"] == FORMAT:
-            return dict(record["finished"])
+        known = record["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{out} exists and was not made by this demo (it has no {MARKER}); choose another --out")
+        known = False
+    if not known:
+        raise ValueError(f"{out} exists and was not made by this demo (it has no {MARKER}); choose another --out")
+    other = [name for name, value in arguments.items() if record["arguments"].get(name) != value]
+    if check and other:
+        there = ", ".join(f"{name} = {record['arguments'].get(name)}" for name in other)
+        raise ValueError(
+            f"{out} holds a demo with other arguments (there: {there}); choose another --out, or --force to remove it"
+        )
+    return dict(record["finished"])
 
 
 def _check_tree(coco: Path) -> None:
@@ -362,7 +379,7 @@ def _finish(demo: Demo, given: argparse.Namespace, seconds: float) -> None:
         "comparison": out / "comparison.png",
         "report": out / "report.html",
     }
-    durations = {name: float(step["seconds"]) for name, step in demo.finished.items()}
+    print(f"\n[{STEPS}/{STEPS}] report", flush=True)
     report = Report(
         title="visft_ds demo",
         introduction=_introduction(given, len(Manifest.load(out / "shards", "train"))),
@@ -371,7 +388,7 @@ def _finish(demo: Demo, given: argparse.Namespace, seconds: float) -> None:
         merged=merged,
         files={name: Path(_short(path)) for name, path in files.items()},
         commands=_next_commands(out, weights),
-        seconds=durations,
+        seconds=demo.finished,
     )
     write_report(files["report"], report)
     sheet = comparison(report)
@@ -381,10 +398,12 @@ def _finish(demo: Demo, given: argparse.Namespace, seconds: float) -> None:
     for name in ("box/AP", "box/AP50"):
         first, second = (one.metrics[name] for one in after)
         rows.append((name, f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}", f"{merged.metrics[name]:.3f}"))
+    durations = [(name, f"{value:.0f}") for name, value in demo.finished.items()]
+    durations.append(("all, now", f"{seconds:.0f}"))
     sections = [
         Section("held-out images", rows, ("", *(one.label for one in after), "difference", "merged")),
-        Section("merged weights against the adapter", [("-", compare_results(after[1], merged).text())]),
-        Section("seconds", [(name, f"{value:.0f}") for name, value in durations.items()] + [("now", f"{seconds:.0f}")]),
+        Section("merged weights against the adapter", [("detection", compare_results(after[1], merged).text())]),
+        Section("seconds", durations),
         Section("files", [(name, _short(path)) for name, path in files.items()]),
     ]
     print()
@@ -413,18 +432,11 @@ def _next_commands(out: Path, weights: Path) -> dict[str, str]:
         'weights["pos_embed"] = weights["pos_embed"][:, 1:]  # this backbone has no class token',
         "model.load_state_dict(weights)",
     ]
-    data = "--out data/coco --split"
-    shards = "\n".join(
-        f"python tools/make_shards.py build --images COCO/{split}2017 --instances "
-        f"COCO/annotations/instances_{split}2017.json \\\n    --captions COCO/annotations/captions_{split}2017.json "
-        f"{data} {split}"
-        for split in ("train", "val")
-    )
     train = "\n".join(f"deepspeed --num_gpus 8 launchers/train.py --stage {stage}" for stage in (1, 2))
     return {
         "Losses of both stages in TensorBoard:": f"tensorboard --logdir {_short(out)}",
         "The merged weights in timm:": "\n".join(load),
-        "The real thing, EVA-ViT-E on COCO (the commands say what is missing):": f"{shards}\n{train}",
+        "The real thing, EVA-ViT-E on COCO; each command says what it still needs and how to make it:": train,
     }
 
 

@@ -89,7 +89,9 @@ def test_unreadable_file(tmp_path: Path, text: str, message: str) -> None:
 
 def test_override_must_be_an_object() -> None:
     with pytest.raises(ValueError, match=r'm\.json: "override" is \[1\]'):
-        apply_override(Tree(), [1], "m.json")
+        apply_override(Tree(), [1], "stage1", "m.json")
+    with pytest.raises(ValueError, match="of the stages stage1 and stage2"):
+        apply_override(Tree(), {"stage3": {}}, "stage1", "m.json")
 
 
 # --set

@@ -61,21 +61,22 @@ def test_near_the_full_size_mask(placement: Placement) -> None:
     assert abs(mask.mean() - expected.mean()) < 1.5
 
 
-def test_run_length_codes() -> None:
-    """Both forms give the polygon's mask, wherever the transforms put it."""
-    polygon = [_box(8, 12, 24, 30)]
+@pytest.mark.parametrize("corners", [(8, 12, 24, 30), (0, 0, 60, 40)], ids=["inside", "whole image"])
+def test_run_length_codes(corners: tuple[int, int, int, int]) -> None:
+    """Both forms give the polygon's mask, wherever the transforms put it; nothing is seen beyond the image's edge."""
+    polygon = [_box(*corners)]
     compressed = coco_mask.frPyObjects(polygon, *SIZE)[0]
     text = {"size": list(SIZE), "counts": compressed["counts"].decode()}
     column = coco_mask.decode(compressed).T.ravel()
     ends = np.flatnonzero(np.diff(column)) + 1
-    runs = np.diff([0, *ends, len(column)])
+    runs = np.diff([0, *([0] if column[0] else []), *ends, len(column)])  # the first run is one of zeros
     plain = {"size": list(SIZE), "counts": runs.tolist()}
     for placement in (STAY, Placement(-1.0, 60.0), Placement(2.0, -20.0, 2.0, -16.0), Placement(0.5, 8.0, 0.5, 0.0)):
         expected = _mask(polygon, placement)
         assert expected.any()
         for code in (text, plain):
             np.testing.assert_array_equal(_mask(code, placement), expected)
-    assert not _mask(text, Placement(offset_x=-30.0)).any()
+    assert not _mask(text, Placement(offset_x=-70.0)).any()
 
 
 @pytest.mark.parametrize("segmentation", [[], [[1, 2, 30, 20]], [[5, 5]], [[]], [[3, 3, 9, 9, 15, 15]]])

@@ -17,9 +17,10 @@ from visft_ds.data.segmentation import (
     COCO_CATEGORY_IDS,
     SegmentationTransform,
     collate_segmentation,
+    placement,
     segmentation_targets,
 )
-from visft_ds.data.transforms import Crop, Flip, Resize
+from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 
@@ -80,6 +81,15 @@ def test_masks_follow_the_pixels() -> None:
         assert difference.mean() < 6, key
         assert np.abs((bright > 127).mean() - (masks[0] > 127).mean()) < 0.02, key
     assert seen > 40 and flips == {True, False}
+
+
+def test_placement_follows_operations_in_any_order() -> None:
+    """Also where another task's transform has made the picture: the same boxes as the operations give one by one."""
+    ops = [Resize(90, 130), Crop(10, 20, 70, 100), Flip(), Resize(35, 60), Crop(1, 2, 30, 50), Flip()]
+    boxes = np.array([[30.0, 25.0, 70.0, 50.0]])  # stays inside every crop
+    wanted = apply_to_boxes(boxes, (70, 90), ops)[0]
+    moved = placement((70, 90), ops).points(boxes.reshape(2, 2))
+    np.testing.assert_allclose([*moved.min(axis=0), *moved.max(axis=0)], wanted)
 
 
 def test_scale_padding_and_crop() -> None:

@@ -133,17 +133,21 @@ def _merge_into(tree: Tree, target: dict[str, Any], values: Mapping[str, Any], n
     return errors
 
 
-def apply_override(tree: Tree, override: Any, name: str) -> None:
-    """Replace values on purpose: `override` is a model file's object of dotted key -> value.
+def apply_override(tree: Tree, override: Any, stage: str, name: str) -> None:
+    """Replace values on purpose: `override` is a model file's object of stage ("stage1") -> dotted key -> value.
 
     Raises:
-        ValueError: not an object, or a key that leads through a value that is no object.
+        ValueError: not such an object, or a key that leads through a value that is no object.
     """
-    if not isinstance(override, dict):
+    stages = ("stage1", "stage2")
+    if not isinstance(override, dict) or any(
+        key not in stages or not isinstance(value, dict) for key, value in override.items()
+    ):
         raise ValueError(
-            f'{name}: "override" is {shorten(override)}; it must be an object like {{"optimizer.params.lr": 0.001}}'
+            f'{name}: "override" is {shorten(override)}; it must be an object like '
+            '{"stage1": {"optimizer.params.lr": 0.001}}, of the stages stage1 and stage2'
         )
-    for key, value in override.items():
+    for key, value in override.get(stage, {}).items():
         assign(tree, key, value, f"{name} (override)")
 
 

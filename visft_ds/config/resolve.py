@@ -165,7 +165,7 @@ def _merge_layers(stage: int, engine: str, model: str) -> Tree:
     name, values = layers[-1]
     override = values.pop("override", {})
     tree = merge(layers)
-    apply_override(tree, override, name)
+    apply_override(tree, override, f"stage{stage}", name)
     return tree
 
 

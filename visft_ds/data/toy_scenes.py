@@ -23,7 +23,7 @@ Polygon = npt.NDArray[np.float64]  # (P, 2) x, y
 MAX_SHAPES = 3
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.06
-EXTENT = (0.15, 0.27)  #: half the side of a shape, relative to the shorter side of the picture
+EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the picture
 USUAL_COLOUR_SHARE = 0.85  #: a category comes in its own colour this often, else in any
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.

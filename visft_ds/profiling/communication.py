@@ -7,6 +7,7 @@ the optimizer, gathering weights), so they are reported beside the parts and not
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Communication:
 
 def measure_communication(step: Callable[[], object], device: torch.device) -> Communication:
     """Run a step under the profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it reports its own starts and stops
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=False) as profiler:

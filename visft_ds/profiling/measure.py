@@ -23,9 +23,10 @@ from visft_ds.profiling.counting import FlopMeter
 from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
 from visft_ds.profiling.hardware import process_peak, reference_rate
-from visft_ds.profiling.memory import Ledger, note_residents, step_watched
+from visft_ds.profiling.memory import Ledger, note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, make_step
 from visft_ds.profiling.timing import (
+    BACKWARD,
     Spread,
     StepTime,
     Stopwatch,
@@ -106,7 +107,9 @@ def measure_task(session: Session, task: str, lengths: Lengths) -> dict[str, Any
         "step_seconds": asdict(Spread.of(seconds)),
         "parts_seconds": typical_parts([step.time for step in hooked]),
         "hooked_step_seconds": asdict(Spread.of([step.time.seconds for step in hooked])),
-        "overhead": statistics.median(h.time.seconds / p.time.seconds for p, h in zip(plain, hooked, strict=True)) - 1,
+        "overhead": asdict(
+            Spread.of([h.time.seconds / p.time.seconds - 1 for p, h in zip(plain, hooked, strict=True)])
+        ),
         "communication": communication,
         "memory_bytes": {**counted.pop("memory"), "process_peak": peak},
         "flops": {**counted, **_rates(plain, counted, reference.flops_per_second)},
@@ -140,7 +143,7 @@ def _counted_step(session: Session, run: Run, task: str, steps: Steps) -> dict[s
     note_residents(ledger, run.engine)
     ledger.forget_peaks()
     with ExitStack() as stack:
-        stack.enter_context(metered(run.engine, meter))
+        stack.enter_context(metered(run.engine, _AtBackward(meter, ledger, run.engine.deepspeed.optimizer)))
         stack.enter_context(meter.counting())
         stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))
         make_step(run, whole.step, batches)
@@ -154,6 +157,23 @@ def _counted_step(session: Session, run: Run, task: str, steps: Steps) -> dict[s
         "formula": formula.by_part(),
         "ratio": meter.total / whole_formula.all if whole_formula else None,
     }
+
+
+@dataclass(frozen=True)
+class _AtBackward:
+    """A meter that also names DeepSpeed's gradients when the backward pass has made them."""
+
+    meter: FlopMeter
+    ledger: Ledger
+    optimizer: Any
+
+    def start(self, part: str) -> None:
+        self.meter.start(part)
+
+    def stop(self, part: str) -> None:
+        self.meter.stop(part)
+        if part == BACKWARD:
+            note_gradients(self.ledger, self.optimizer)
 
 
 def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dict[str, float | None]:

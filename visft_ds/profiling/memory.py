@@ -183,11 +183,11 @@ def saved_tensors_counted(ledger: Ledger, module: nn.Module) -> Iterator[None]:
 def step_watched(ledger: Ledger, module: nn.Module, optimizer: Any = None) -> Iterator[None]:
     """Watch everything a step makes: activations as autograd saves them, gradients as they arrive at parameters.
 
-    `optimizer` is DeepSpeed's, whose buckets are found when it has made them: with the first gradient.
+    `optimizer` is DeepSpeed's, whose own buffers are found when it has made them: with the gradients.
     """
 
     def arrived(parameter: Tensor) -> None:
-        ledger.add_all(reduce_buckets(optimizer), BUCKETS, instead_of=(TRANSIENT,))
+        note_gradients(ledger, optimizer)
         if parameter.grad is not None:
             ledger.add(parameter.grad, GRADIENTS, instead_of=(TRANSIENT, ACTIVATIONS))
 
@@ -208,10 +208,15 @@ def note_residents(ledger: Ledger, engine: ZeroEngine) -> None:
         ledger.add_all([parameter, *(t for t in (getattr(parameter, "ds_tensor", None),) if t is not None)], kind)
         if parameter.grad is not None:
             ledger.add(parameter.grad, GRADIENTS)
-    ledger.add_all(gradient_buffers(engine.deepspeed.optimizer), GRADIENTS)
-    ledger.add_all(reduce_buckets(engine.deepspeed.optimizer), BUCKETS)
+    note_gradients(ledger, engine.deepspeed.optimizer)
     ledger.add_all(optimizer_tensors(engine.deepspeed.optimizer), OPTIMIZER)
     ledger.add_all(_live_tensors(), OTHER)
+
+
+def note_gradients(ledger: Ledger, optimizer: Any) -> None:
+    """Name what DeepSpeed keeps of gradients outside of the parameters, as far as it exists by now."""
+    ledger.add_all(reduce_buckets(optimizer), BUCKETS, instead_of=(TRANSIENT,))
+    ledger.add_all(gradient_buffers(optimizer), GRADIENTS, instead_of=(TRANSIENT,))
 
 
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:

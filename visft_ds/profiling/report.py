@@ -119,7 +119,7 @@ def _speed_rows(numbers: Mapping[str, Any], processes: int) -> list[tuple[str, s
     else:
         model = f"{_rate(flops['model_per_second'])}, {100 * flops['model_utilisation']:.1f} % of {reference}"
         rows += [("FLOP/s, MFU", f"{model} (without recomputation)"), ("with recomputation", hardware)]
-    rows.append(("cost of looking", f"{100 * numbers['overhead']:+.1f} % of a step (hooked against plain steps)"))
+    rows.append(("cost of looking", f"{_spread(numbers['overhead'], 100, ' %')} of hooked over plain steps"))
     if steps["skipped"]:
         rows.append(("skipped", f"{steps['skipped']} steps overflowed in 16 bit and did not update"))
     return rows

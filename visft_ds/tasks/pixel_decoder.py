@@ -38,7 +38,7 @@ class MaskedGroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w), 0 where not valid."""
+        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w)."""
         inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
         grouped = x.unflatten(1, (self.groups, -1)) * inside
         count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
@@ -46,7 +46,7 @@ class MaskedGroupNorm(nn.Module):
         centred = (grouped - mean) * inside
         variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
         normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return (normed * self.weight[:, None, None] + self.bias[:, None, None]) * inside.squeeze(1)
+        return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class DeformableAttention(nn.Module):
