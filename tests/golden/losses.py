@@ -36,7 +36,8 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
         }
         command = ["launchers/train.py", "--stage", str(stage), "--model", "debug"]
         command += ["--data", str(shards), "--out", str(out), *(f"--set={k}={v}" for k, v in settings.items())]
-        subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True, capture_output=True, timeout=240)
+        done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[f"stage{stage}"] = [
             {name: value for name, value in record.items() if name.startswith("loss/")}

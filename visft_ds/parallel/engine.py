@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -90,10 +91,17 @@ def start_process_group() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", _free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+
+
+def _free_port() -> str:
+    """A port for a process that was started without a launcher and talks to itself only."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 class ZeroEngine:
