@@ -252,10 +252,12 @@ def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> 
     if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
         return
     names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
+    tasks = " ".join(f"--task {n}:{t.ratio}:{t.batch_size}" for n, t in run.config.visft.tasks.enabled().items())
     raise RuntimeError(
-        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}; images "
-        f"of the step: python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} "
-        f"(indices {whole.indices[:8].tolist()}...). A smaller learning rate or a longer warm-up usually helps"
+        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
+        "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
+        f"  python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} --step {whole.step} "
+        f"--batch-size {len(whole.indices)} --seed {run.config.visft.seed} {tasks}"
     )
 
 
