@@ -9,6 +9,7 @@ on where it stopped. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 in
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from visft_ds.monitor.console import Section, print_plan
 ROOT = Path(__file__).resolve().parents[1]
 MARKER, FORMAT = "demo.json", "visft_ds demo"
 STEPS = 10
-TAIL = 25  # lines of a log that are shown when a step fails
+TAIL = 15  # lines of a log that are shown when a step fails
 #: Lines of children that stay in the log: the launcher's chatter, and by kind of step what is no result.
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING)\] ")
 HIDDEN_OF_SHARDS = re.compile(r" {3,}")
@@ -108,9 +109,9 @@ class Demo:
         code = _stream(command_line, environment, log, hide)
         seconds = time.perf_counter() - began
         if code:
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-            lines = "\n".join(f"  | {line}" for line in tail)
-            raise StepFailed(f"{name} ended with exit status {code}; the end of {_short(log)}:\n{lines}")
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = [f"  | {line}" for line in said if not NOISE.match(line)][-TAIL:]
+            raise StepFailed(f"{name} ended with exit status {code}; the end of {_short(log)}:\n" + "\n".join(lines))
         print(f"  {seconds:.0f} s")
         self.finished[name] = round(seconds, 1)
         self.save()
@@ -332,18 +333,22 @@ def _stream(command: Sequence[str], environment: Mapping[str, str], log: Path, h
                 print(f"  {line.rstrip()}", flush=True)
             return process.wait()
         except KeyboardInterrupt:
-            _stop(process)
+            file.write(_stop(process))
             raise
 
 
-def _stop(process: "subprocess.Popen[str]") -> None:
-    """End the group of a child: politely, so that ranks can save, then for certain."""
-    for sign, patience in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):
-        try:
+def _stop(process: "subprocess.Popen[str]") -> str:
+    """End the group of a child, politely, so that ranks can save, then for certain; returns what they still said."""
+    for sign, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(ProcessLookupError):  # raised when nobody of the group is left
             os.killpg(process.pid, sign)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    assert process.stdout is not None
+    return process.stdout.read()
 
 
 def _remove(path: Path) -> None:

@@ -4,31 +4,42 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
 
-Exit status: 0 measured, 2 wrong usage or something missing.
+Exit status: 0 measured, 2 wrong usage or something missing, 3 another rank ended first.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
 
+from visft_ds.launch import _LOST_PEER
 from visft_ds.profiling.command import add_train_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    rank = int(os.environ.get("RANK", "0"))
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options, rest = _parser().parse_known_args(given)
         return int(options.run(options, rest, [sys.argv[0], *given]))
     except (ValueError, argparse.ArgumentError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
+        if rank == 0 or getattr(error, "of_one_rank", False):
+            print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not _LOST_PEER.search(str(error)):
+            raise
+        print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
+        return 3
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tools/profile.py", description="Measure what a configuration costs.", allow_abbrev=False
+        prog="tools/profile.py",
+        description="Measure what a configuration costs.",
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     add_train_parser(parser.add_subparsers(required=True, metavar="COMMAND"))

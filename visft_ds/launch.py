@@ -15,7 +15,7 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Bro
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can
-    mend, 3 where another rank ended first."""
+    mend, 3 where another rank ended first, 4 when training diverged."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
@@ -36,6 +36,10 @@ def main(argv: Sequence[str]) -> int:
         if rank == 0 or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except FloatingPointError as error:
+        # Training diverged. Where a matcher sees it first, that may be on one rank only.
+        print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        return 4
     except RuntimeError as error:
         if not _LOST_PEER.search(str(error)):
             raise

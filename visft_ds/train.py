@@ -65,7 +65,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
 
     Raises:
         ValueError: what a user can mend; before any model is allocated wherever that can be known.
-        RuntimeError: ranks that differ, a loss that is not finite.
+        FloatingPointError: a loss that is not finite.
+        RuntimeError: ranks that differ.
     """
     settings = config.visft
     manifest = Manifest.load(settings.data.root, settings.data.train)
@@ -253,7 +254,7 @@ def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> 
         return
     names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
     tasks = " ".join(f"--task {n}:{t.ratio}:{t.batch_size}" for n, t in run.config.visft.tasks.enabled().items())
-    raise RuntimeError(
+    raise FloatingPointError(
         f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
         "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
         f"  python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} --step {whole.step} "

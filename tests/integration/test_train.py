@@ -219,3 +219,17 @@ def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) 
     assert "norm.weight" in outputs[0]
     assert "Traceback" not in "".join(outputs)
     assert "error" not in outputs[1]
+
+
+def test_a_diverged_run_names_the_images_and_keeps_what_was_saved(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    extra = {"optimizer.params.lr": 1e30, "visft.run.save_every": 1}
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=extra)]), 60)
+    # The matcher names term and image on the rank that sees it; the other one may find its peer gone.
+    assert set(codes) <= {3, 4}, outputs
+    assert 4 in codes
+    assert "is not finite" in "".join(outputs)
+    assert "image_id" in "".join(outputs)
+    assert "Traceback" not in "".join(outputs)
+    for folder in (out / "checkpoints").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())

@@ -100,7 +100,7 @@ def test_degenerate_boxes_are_matched() -> None:
 def test_broken_prediction_names_term_and_image(where: str, term: str) -> None:
     logits, boxes = _predictions(layers=2, images=2, queries=4)
     (logits if where == "logits" else boxes)[1, 1, 2] = float("nan")
-    with pytest.raises(RuntimeError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
+    with pytest.raises(FloatingPointError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
         match(logits, boxes, _targets([1, 2]), COSTS, image_ids=torch.tensor([5, 77]))
 
 

@@ -151,7 +151,7 @@ def resolve(
 
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
-    """The configuration that `ResolvedConfig.to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
+    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
     return _typed(merge([(origin, values)]))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config import ResolvedConfig, build_parser, resolve_arguments
+from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 
 _EPILOG = """every other flag is one of launchers/train.py and means what it means there:
   --stage --model --engine --data --set --deepspeed_config --dry-run; --out and --resume have no effect, since nothing
@@ -54,7 +54,7 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
     Raises:
         ValueError: what a user can mend.
     """
-    config = _resolve(options.parser, rest)
+    config = _resolve(options.parser, rest, synthetic=options.synthetic)
     if config is None:
         return 0
     from visft_ds.profiling.measure import Lengths
@@ -92,8 +92,11 @@ def measure_configuration(
     return record
 
 
-def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str]) -> ResolvedConfig | None:
-    """The configuration that launchers/train.py would run; None after a --dry-run, which prints it."""
+def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic: bool) -> ResolvedConfig | None:
+    """The configuration that launchers/train.py would run; None after a --dry-run, which prints it.
+
+    Torch is not loaded before it is clear that there is something to measure.
+    """
     theirs = build_parser()
     _, unknown = theirs.parse_known_args(list(rest))
     ours = [flag for flag in parser._option_string_actions if flag.startswith("--")]
@@ -102,11 +105,14 @@ def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str]) -> ResolvedCo
         if near:
             raise ValueError(f"{text}: unknown flag; did you mean {near[0]}?")
     arguments, config = resolve_arguments(rest)
+    missing = [] if synthetic else missing_inputs(config)
+    if missing and not arguments.dry_run:
+        raise ValueError(f"{render_missing(missing)}\nor measure without files: --synthetic")
     if not arguments.dry_run:
         return config
     from visft_ds.parallel import distributed
     from visft_ds.start_report import print_dry_run
 
     if distributed.is_main():
-        print_dry_run(config, distributed.world_size(), "")
+        print_dry_run(config, distributed.world_size(), render_missing(missing) if missing else "")
     return None

@@ -27,7 +27,7 @@ class Communication:
 
 def measure_communication(step: Callable[[], object], device: torch.device) -> Communication:
     """Run a step under the profiler."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it reports its own starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=False) as profiler:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, missing_inputs, render_missing
+from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import StepLoader
@@ -32,6 +32,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)
+#: Part of the memory that weights and optimiser may fill; less room than that ends in the kernel's killing a process.
+FILLED = 0.85
 _STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -75,16 +77,11 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         synthetic: generated pictures instead of shards; base weights and heads that are not there start at random.
 
     Raises:
-        ValueError: what a user can mend; missing files and a model that cannot fit before anything is allocated.
+        ValueError: what a user can mend; a model that cannot fit before anything is allocated.
     """
     notes: tuple[str, ...] = ()
     if synthetic:
         config, notes = without_missing_weights(config)
-    else:
-        missing = missing_inputs(config)
-        if missing:
-            hint = "\nor measure without files: --synthetic"
-            raise ValueError(render_missing(missing).replace("this run cannot start", "nothing to measure") + hint)
     batches = derive_batches(config, distributed.world_size())
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
@@ -147,29 +144,32 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     """
     trained, frozen = _parameter_counts(config)
     # DeepSpeed's launcher and torchrun name it differently.
-    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
     weights = frozen * _STORAGE_BYTES[precision] + trained * 4
-    stage = int(config.deepspeed["zero_optimization"]["stage"])
+    stage, ranks = int(config.deepspeed["zero_optimization"]["stage"]), distributed.world_size()
+    training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
     # Every process builds the whole model in host memory before an engine moves or divides it.
-    need = {f"weights of {ranks_here} processes": weights * ranks_here}
-    found, where = host_memory_available(), "of host memory are available"
+    on_host = {f"weights of {here} processes on this machine": weights * here}
     if device.type == "cpu":
-        need["gradients, moments and masters"] = trained * (4 + 8 + (4 if stage else 0)) * ranks_here
-    elif need[f"weights of {ranks_here} processes"] <= found:
-        ranks = distributed.world_size()
-        need = {
+        on_host["gradients and optimizer state"] = training * here
+    name, help_ = config.visft.model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
+    _require(name, on_host, host_memory_available(), "of host memory available", f"{help_}, fewer processes")
+    if device.type == "cuda":
+        on_gpu = {
             "weights": weights if stage < 3 else weights // ranks,
-            "gradients, moments and masters": trained * (16 if stage == 0 else 4 + 12 // ranks),
+            "gradients and optimizer state": training if stage < 3 else training // ranks,
         }
-        found, where = torch.cuda.get_device_properties(device).total_memory, "are on the GPU"
+        total = torch.cuda.get_device_properties(device).total_memory
+        _require(name, on_gpu, total, "of GPU memory", f"{help_}, --engine zero3 on more GPUs")
+
+
+def _require(model: str, need: dict[str, int], found: int, where: str, help_: str) -> None:
     total = sum(need.values())
-    if total > found:
+    if total > FILLED * found:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
         raise ValueError(
-            f"{config.visft.model.name} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), "
-            f"{found / 2**30:.1f} GiB {where}. A smaller --model, 16-bit weights (--set visft.model.precision=bf16), "
-            "or fewer processes on this machine help"
-            + ("" if device.type == "cpu" else "; so does --engine zero3 on more GPUs")
+            f"{model} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), and of "
+            f"{found / 2**30:.1f} GiB {where} no more than {100 * FILLED:.0f} % may be spoken for. What helps: {help_}"
         )
 
 

@@ -55,7 +55,7 @@ def match(
     Where an image has more objects than there are queries, the cheapest Q objects are matched. `image_ids` (B,) only
     serve to name an image in an error.
 
-    Raises ValueError for a label outside 0..C-1 and for target boxes that are not finite; RuntimeError where the
+    Raises ValueError for a label outside 0..C-1 and for target boxes that are not finite; FloatingPointError where the
     prediction makes a cost non-finite (it names the term and the image).
     """
     num_classes = logits.shape[-1] - 1
@@ -138,13 +138,15 @@ def raise_not_finite(terms: dict[str, Tensor], owner: npt.NDArray[np.int64], ima
         bad = np.argwhere(~torch.isfinite(cost).cpu().numpy())
         if len(bad):
             layer, row, query = bad[0]
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"the matching cost {term!r} of {_name(owner[row], image_ids)} is {cost[layer, row, query].item()} in "
                 f"decoder layer {layer}, query {query} ({len(bad)} of {cost.numel()} values are not finite): the "
                 "head's output is not finite. Training has diverged, a 16-bit type overflowed, or the image has no "
                 "valid patch"
             )
-    raise RuntimeError("the matching cost overflowed although each of its terms is finite: lower the matching weights")
+    raise FloatingPointError(
+        "the matching cost overflowed although each of its terms is finite: lower the matching weights"
+    )
 
 
 def check_labels(

@@ -1,0 +1,107 @@
+"""Results of the segmentation head: masks at the size of the stored image, in COCO's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from faster_coco_eval import mask as coco_mask
+from torch import Tensor
+
+from visft_ds.data.samples import Batch
+from visft_ds.tasks.segmentation import SegmentationOutput, postprocess
+
+
+def _batch(count: int, **fields: Tensor) -> Batch:
+    numbers = torch.arange(count)
+    return Batch(
+        **{
+            "images": torch.zeros(count, 3, 8, 8, dtype=torch.uint8),
+            "sizes": torch.full((count, 2), 8),
+            "original_sizes": torch.full((count, 2), 8),
+            "indices": numbers,
+            "image_ids": numbers + 1,
+            "random_keys": numbers,
+            "real": torch.ones(count, dtype=torch.bool),
+            **fields,
+        }
+    )
+
+
+def _scene(grid: tuple[int, int], queries: int = 3) -> SegmentationOutput:
+    smooth = F.interpolate(torch.randn(1, queries, 3, 3), size=grid, mode="bicubic")
+    return SegmentationOutput(torch.randn(1, queries, 81), smooth)
+
+
+def _pixels(result: Mapping[str, object]) -> Tensor:
+    return torch.from_numpy(coco_mask.decode(result["segmentation"])).bool()
+
+
+def _show(size: tuple[int, int], frame: tuple[int, int], stored: tuple[int, int], **fields: Tensor) -> Batch:
+    images = torch.zeros(1, 3, *frame, dtype=torch.uint8)
+    return _batch(1, images=images, sizes=torch.tensor([size]), original_sizes=torch.tensor([stored]), **fields)
+
+
+def test_masks_at_the_stored_size() -> None:
+    """Without padding, exactly the bilinear interpolation of the logits, cut at one half."""
+    output = _scene((5, 8))
+    results = postprocess(output, _show((70, 112), (70, 112), (60, 95)))
+    assert len(results) == 3
+    wanted = F.interpolate(output.masks, size=(60, 95), mode="bilinear", align_corners=False)[0]
+    scores = output.logits[0].softmax(-1)[:, :-1]
+    for query, result in enumerate(results):
+        seen = _pixels(result)
+        assert seen.shape == (60, 95)
+        assert (seen != (wanted[query] > 0)).sum() <= 1  # a logit of almost exactly 0
+        rows, columns = seen.nonzero().unbind(1)
+        left, top = int(columns.min()), int(rows.min())
+        assert result["bbox"] == [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
+        assert isinstance(result["segmentation"]["counts"], str) and result["segmentation"]["size"] == [60, 95]
+        assert result["score"] == pytest.approx(float(scores[query].max()))
+        assert result["image_id"] == 1
+
+
+def test_padding_is_cut_off() -> None:
+    """Against the reference's two interpolations: to the padded size, cut, to the stored size."""
+    output = _scene((8, 10))
+    results = postprocess(output, _show((84, 126), (112, 140), (200, 300)))
+    large = F.interpolate(output.masks, size=(112, 140), mode="bilinear")[..., :84, :126]
+    wanted = F.interpolate(large, size=(200, 300), mode="bilinear")[0] > 0
+    for query, result in enumerate(results):
+        # interpolating twice bends the zero line a little; half a percent of the picture
+        assert (_pixels(result) != wanted[query]).float().mean() < 0.005
+
+
+def test_categories() -> None:
+    """0..79 are COCO's 80 ids; in the published labelling 1..79 are the first 79, and class 0 is never named."""
+    output = _scene((4, 4), queries=4)
+    output.logits[0] = 0
+    for query, label in enumerate((0, 11, 79, 80)):
+        output.logits[0, query, label] = 5
+    batch = _show((56, 56), (56, 56), (20, 20))
+    assert [result["category_id"] for result in postprocess(output, batch)][:3] == [1, 13, 90]
+    published = postprocess(replace(output, labelling="published"), batch)
+    assert [result["category_id"] for result in published][1:3] == [11, 89]
+    assert published[0]["score"] < 0.01  # its best class says nothing
+
+
+def test_only_real_images() -> None:
+    scene = _scene((4, 4))
+    output = SegmentationOutput(scene.logits.repeat(2, 1, 1), scene.masks.repeat(2, 1, 1, 1))
+    results = postprocess(output, _batch(2, real=torch.tensor([False, True])))
+    assert {result["image_id"] for result in results} == {2} and len(results) == 3
+
+
+def test_empty_masks_and_extreme_sizes() -> None:
+    """Every query stays in the list, as in the reference; 1 x 1 and 24 megapixels."""
+    output = _scene((4, 6), queries=2)
+    output.masks[0, 0], output.masks[0, 1] = -1, 1
+    for stored in ((1, 1), (6000, 4000)):
+        nothing, everything = postprocess(output, _show((56, 84), (56, 84), stored))
+        assert coco_mask.area(nothing["segmentation"]) == 0 and nothing["bbox"] == [0, 0, 0, 0]
+        assert coco_mask.area(everything["segmentation"]) == np.prod(stored)
+        assert everything["bbox"] == [0, 0, stored[1], stored[0]]
