@@ -48,8 +48,8 @@ def match_masks(
     lie in `classes`, `points` (A, L, P, 2) in [0, 1] of each image that has objects. Where an image has more objects
     than there are queries, the cheapest Q objects are matched. `image_ids` (B,) only serve to name an image in errors.
 
-    Raises ValueError for a label outside `classes`; FloatingPointError where the prediction makes a cost non-finite (it names
-    the term and the image).
+    Raises ValueError for a label outside `classes`; FloatingPointError where the prediction makes a cost non-finite
+    (it names the term and the image).
     """
     counts = targets.counts.numpy()
     known = labels.clamp(0, logits.shape[-1] - 1)  # one out of range is reported below, and must not crash the device
