@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: A smoothed value looks back over about this share of the line.
-WINDOW = 1 / 15
+WINDOW = 1 / 40
 #: Most points of a line that are worth their bytes.
 MOST_POINTS = 1000
 

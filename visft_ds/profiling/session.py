@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches
@@ -16,7 +17,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.plan import Int64Array, Plan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
@@ -32,8 +33,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)
+SYNTHETIC_SPLIT = "profile-synthetic"
+SYNTHETIC_COUNT = 16  #: drawing one takes longer than training on it; a larger batch repeats them
 #: Part of the memory that weights and optimiser may fill; less room than that ends in the kernel's killing a process.
-FILLED = 0.85
+FILLED = 0.8
 _STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -58,7 +61,7 @@ class Session:
         config = settings.tasks.enabled()[task]
         loader = StepLoader(
             ShardReader(self.run.manifest),
-            Plan({task: TaskPlan(len(self.run.manifest), config.batch_size)}, settings.seed),
+            Plan({task: TaskPlan(_samples(self.run.manifest, config.batch_size), config.batch_size)}, settings.seed),
             {task: pipeline_of(task, config, train=True)},
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
@@ -89,7 +92,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     with _data(config, synthetic) as manifest:
         settings = config.visft
         tasks = settings.tasks.enabled()
-        plan = Plan({n: TaskPlan(len(manifest), t.batch_size, t.ratio) for n, t in tasks.items()}, settings.seed)
+        plans = {n: TaskPlan(_samples(manifest, t.batch_size), t.batch_size, t.ratio) for n, t in tasks.items()}
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
@@ -101,7 +104,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
             loader=StepLoader(
                 ShardReader(manifest),
-                plan,
+                Plan(plans, settings.seed),
                 {name: pipeline_of(name, task, train=True) for name, task in tasks.items()},
                 dp_rank=distributed.rank(),
                 dp_size=batches.dp,
@@ -113,6 +116,13 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             base_sha256="",
         )
         yield Session(run, prepared, precision, why, notes)
+
+
+def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
+    """The split as the plan takes it; a generated one is repeated until a batch is full."""
+    if manifest.split != SYNTHETIC_SPLIT or len(manifest) >= batch_size:
+        return len(manifest)
+    return np.arange(batch_size, dtype=np.int64) % len(manifest)
 
 
 def make_step(run: Run, step: int, batches: Sequence[Batch]) -> StepReport:
@@ -192,10 +202,9 @@ def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
     if not synthetic:
         yield Manifest.load(config.visft.data.root, config.visft.data.train)
         return
-    count = max(16, *(task.batch_size for task in config.visft.tasks.enabled().values()))
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as name:
         folder, (height, width) = Path(name), SYNTHETIC_SIZE
-        write_toy_coco(folder / "coco", train=count, val=0, height=height, width=width)
+        write_toy_coco(folder / "coco", train=SYNTHETIC_COUNT, val=0, height=height, width=width)
         annotations = folder / "coco" / "annotations"
         build(
             Options(
@@ -203,7 +212,7 @@ def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
                 instances=annotations / "instances_train2017.json",
                 captions=annotations / "captions_train2017.json",
                 out=folder / "shards",
-                split="train",
+                split=SYNTHETIC_SPLIT,
             )
         )
-        yield Manifest.load(folder / "shards", "train")
+        yield Manifest.load(folder / "shards", SYNTHETIC_SPLIT)
