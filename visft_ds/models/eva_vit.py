@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -226,13 +227,17 @@ def build_backbone(
 def _fill(backbone: EvaViT, seed: int) -> None:
     """EVA's random weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
-    (Its truncation lies 100 standard deviations out and is left out here: it costs twenty times the drawing.)
+    Positions are fixed sines instead, see `sine_positions`. EVA's truncation lies 100 standard deviations out and is
+    left out here: it costs twenty times the drawing.
     """
     for name, parameter in backbone.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:
             parameter.fill_(1.0)
+        elif name == "pos_embed":
+            parameter[0, 0] = 0.0
+            parameter[0, 1:].copy_(sine_positions(math.isqrt(parameter.shape[1] - 1), parameter.shape[2]))
         else:
             std = 0.02
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
@@ -240,6 +245,22 @@ def _fill(backbone: EvaViT, seed: int) -> None:
             # Drawn on the CPU in fp32, so that every device and dtype gets the same numbers.
             draw = torch.empty(parameter.shape).normal_(0.0, std, generator=generator_for(seed, name))
             parameter.copy_(draw)
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """Fixed sine-cosine position embeddings of a square grid, (side * side, D) float32 (MAE, arXiv 2111.06377, A.1).
+
+    A frozen random tower must tell where things are: random positions of std .02 drown in its features, and heads on
+    top of it learn boxes half as well. Trained weights bring their own. Channels beyond a multiple of four are 0.
+    """
+    count = width // 4
+    frequencies = 10_000.0 ** -(torch.arange(count, dtype=torch.float32) / max(1, count))
+    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies  # (side, D / 4)
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows = axis[:, None].expand(side, side, -1)
+    columns = axis[None].expand(side, side, -1)
+    table = torch.cat((columns, rows), dim=2).reshape(side * side, -1)
+    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

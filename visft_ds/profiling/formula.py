@@ -49,24 +49,6 @@ def formula_of(session: Session, task: str, batches: Sequence[Batch]) -> StepFor
     return StepFormula(backbone, head if known else None)
 
 
-def saved_bytes(session: Session, batch: Batch) -> int:
-    """Bytes the backbone keeps for the backward pass of one micro-batch, an estimate to refuse what cannot fit.
-
-    A block with adapters on q and v keeps, in widths per token: its input 1, q, k and v 3, the mixture 1, the inputs of
-    both norms 2, and the MLP's input of GELU, hidden / width. A checkpointed one keeps the residual stream, and one
-    block at a time is whole again.
-    """
-    module = session.engine.module
-    if not module.train_backbone:
-        return 0
-    backbone = module.backbone
-    tokens, size = len(batch.images) * _patches(session, batch), DTYPES[session.precision].itemsize
-    block = tokens * (7 * backbone.width + _hidden(backbone.blocks[0])) * size
-    every = backbone.checkpoint_every
-    recomputed = -(-backbone.depth // every) if every else 0
-    return block * (backbone.depth - recomputed + (recomputed > 0)) + recomputed * tokens * backbone.width * 4
-
-
 def _backbone(session: Session, batch: Batch) -> Flops:
     module, config = session.engine.module, session.run.config.visft
     backbone = module.backbone

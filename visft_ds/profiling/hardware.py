@@ -7,6 +7,8 @@ import platform
 import re
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,23 @@ def host_memory_available() -> int:
                 idle = re.findall(rf"^{cache} (\d+)", statistics, re.M)
                 available = min(available, int(most) - int(now) + int(idle[0] if idle else 0))
     return max(available, 0)
+
+
+@contextmanager
+def memory_bounded(device: torch.device, processes: int) -> Iterator[None]:
+    """On a CPU, let allocations fail when this process's share of the free memory is used up.
+
+    Without a bound the kernel lets them succeed and kills the process when the pages are used. On a GPU: nothing.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    bound = pages * os.sysconf("SC_PAGE_SIZE") + int(0.9 * host_memory_available()) // processes
+    known = [limit for limit in (bound, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -21,8 +21,8 @@ from visft_ds.parallel import distributed
 from visft_ds.profiling.communication import measure_communication
 from visft_ds.profiling.counting import FlopMeter
 from visft_ds.profiling.flops import Flops
-from visft_ds.profiling.formula import formula_of, saved_bytes
-from visft_ds.profiling.hardware import host_memory_available, process_peak, reference_rate
+from visft_ds.profiling.formula import formula_of
+from visft_ds.profiling.hardware import process_peak, reference_rate
 from visft_ds.profiling.memory import Ledger, note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, make_step
 from visft_ds.profiling.timing import (
@@ -124,7 +124,6 @@ def _timed_step(session: Session, run: Run, task: str, steps: Steps, watch: Stop
     began = time.perf_counter()
     whole, batches = next(steps)
     wait = run.loader.wait_seconds
-    _refuse_what_cannot_fit(session, run, task, batches)
     report = make_step(run, whole.step, batches)
     synchronize(device)
     seconds = time.perf_counter() - began
@@ -197,33 +196,24 @@ def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dic
     }
 
 
-def _refuse_what_cannot_fit(session: Session, run: Run, task: str, batches: Sequence[Batch]) -> None:
-    """On a CPU nothing fails where memory ends: the kernel kills the process, without a word."""
-    if run.engine.device.type == "cpu":
-        need, found = max(saved_bytes(session, batch) for batch in batches), host_memory_available()
-        if need > found:
-            raise _does_not_fit(
-                run, task, f"activations of about {need / 2**30:.1f} GiB, {found / 2**30:.1f} GiB are available"
-            )
-
-
 @contextmanager
 def out_of_memory_explained(run: Run, task: str) -> Iterator[None]:
     """Turn the allocator's error into one that says what to change."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not full:
             raise
-        raise _does_not_fit(run, task, str(error).splitlines()[0]) from error
+        micro = run.batches.micro[task]
+        explained = ValueError(
+            f"a step of task {task} does not fit into memory with {micro} images at once ({_first_line(error)}). Less "
+            f"at once: --set visft.tasks.{task}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
+            "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
+        )
+        explained.of_one_rank = True  # type: ignore[attr-defined]  # the others wait for it and do not know why
+        raise explained from error
 
 
-def _does_not_fit(run: Run, task: str, reason: str) -> ValueError:
-    micro = run.batches.micro[task]
-    error = ValueError(
-        f"a step of task {task} does not fit into memory with {micro} images at once ({reason}). Less at once: --set "
-        f"visft.tasks.{task}.micro_batch={max(1, micro // 2)}; fewer activations: --set visft.model.checkpoint_every=1;"
-        " divided weights: --engine zero3 on more GPUs"
-    )
-    error.of_one_rank = True  # type: ignore[attr-defined]  # batches differ from rank to rank
-    return error
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["out of memory"])[0]

@@ -25,7 +25,7 @@ from visft_ds.evals.runner import pipeline_of
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
-from visft_ds.profiling.hardware import host_memory_available
+from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import PreparedModel, choose_precision, plan_groups, prepare_model
 from visft_ds.train import Run, _build_engine, _counts, _normaliser
 
@@ -35,8 +35,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SYNTHETIC_SIZE = (480, 640)
 SYNTHETIC_SPLIT = "profile-synthetic"
 SYNTHETIC_COUNT = 16  #: drawing one takes longer than training on it; a larger batch repeats them
-#: Part of the memory that weights and optimiser may fill; less room than that ends in the kernel's killing a process.
-FILLED = 0.8
+#: Part of the memory that weights and optimizer may fill. The rest of a CPU's has to do for all activations, and where
+#: it ends the kernel kills the process without a word; a GPU's allocator says what is the matter.
+FILLED = {"cpu": 0.7, "cuda": 0.95}
 _STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -89,7 +90,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     check_fits(config, precision, device)
-    with _data(config, synthetic) as manifest:
+    with _data(config, synthetic) as manifest, memory_bounded(device, processes_here()):
         settings = config.visft
         tasks = settings.tasks.enabled()
         plans = {n: TaskPlan(_samples(manifest, t.batch_size), t.batch_size, t.ratio) for n, t in tasks.items()}
@@ -146,6 +147,11 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
     return replace(config, visft=settings), tuple(notes)
 
 
+def processes_here() -> int:
+    """Number of processes on this machine; DeepSpeed's launcher and torchrun name it differently."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
 def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
     """Refuse a model whose weights and optimiser alone exceed the memory, before anything is allocated.
 
@@ -153,8 +159,7 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
         ValueError: the sum by part, what there is, and what helps.
     """
     trained, frozen = _parameter_counts(config)
-    # DeepSpeed's launcher and torchrun name it differently.
-    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    here = processes_here()
     weights = frozen * _STORAGE_BYTES[precision] + trained * 4
     stage, ranks = int(config.deepspeed["zero_optimization"]["stage"]), distributed.world_size()
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
@@ -163,23 +168,25 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     if device.type == "cpu":
         on_host["gradients and optimizer state"] = training * here
     name, help_ = config.visft.model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
-    _require(name, on_host, host_memory_available(), "of host memory available", f"{help_}, fewer processes")
+    host = host_memory_available()
+    _require(name, on_host, host, "of host memory available", FILLED[device.type], f"{help_}, fewer processes")
     if device.type == "cuda":
         on_gpu = {
             "weights": weights if stage < 3 else weights // ranks,
             "gradients and optimizer state": training if stage < 3 else training // ranks,
         }
         total = torch.cuda.get_device_properties(device).total_memory
-        _require(name, on_gpu, total, "of GPU memory", f"{help_}, --engine zero3 on more GPUs")
+        help_ += ", --engine zero3 on more GPUs"
+        _require(name, on_gpu, total, "of GPU memory", FILLED["cuda"], help_)
 
 
-def _require(model: str, need: dict[str, int], found: int, where: str, help_: str) -> None:
+def _require(model: str, need: dict[str, int], found: int, where: str, share: float, help_: str) -> None:
     total = sum(need.values())
-    if total > FILLED * found:
+    if total > share * found:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
         raise ValueError(
             f"{model} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), and of "
-            f"{found / 2**30:.1f} GiB {where} no more than {100 * FILLED:.0f} % may be spoken for. What helps: {help_}"
+            f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: {help_}"
         )
 
 

@@ -1,0 +1,385 @@
+"""Is this machine ready? Each check gives one or more findings: ok, warning or problem, and what to do about it.
+
+Nothing that may be missing is imported at the top: a doctor who cannot start helps nobody.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+#: What the test suite runs with; other versions that setup.py allows may well work.
+TESTED = {"python": "3.11", "torch": "2.13", "deepspeed": "0.19.8"}
+MODELS = ("debug", "eva_g", "eva_e")
+_GB, _GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line."""
+
+    status: str  #: OK | WARNING | PROBLEM
+    subject: str
+    found: str
+    remedy: str = ""
+
+    def row(self) -> tuple[str, str, str]:
+        """As a row of a table."""
+        return self.status, self.subject, self.found + (f". {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the machine is to be used for."""
+
+    folder: Path = Path(".")  #: where runs will be written
+    model: str | None = (
+        None  #: one of MODELS; None: nothing in particular, so that a model that does not fit is no problem
+    )
+    port: int = 29500  #: on which the processes of a run meet
+
+
+def examine(plan: Plan) -> Iterator[Finding]:
+    """Every check in the order in which a person reads it; the two processes of the last one start first.
+
+    Raises:
+        ValueError: an unknown model, a folder that does not exist, or a port out of range.
+    """
+    if plan.model not in (None, *MODELS):
+        raise ValueError(f"--model {plan.model}: known models are {', '.join(MODELS)}")
+    if not plan.folder.is_dir():
+        raise ValueError(f"--folder {plan.folder} is no folder; make it, or name another one")
+    if not 1 <= plan.port < 1 << 16:
+        raise ValueError(f"--port {plan.port}: ports go from 1 to 65535")
+    with _Pair() as pair:
+        checks: tuple[Callable[[Plan], Iterator[Finding]], ...] = (
+            lambda _: check_python(),
+            lambda _: check_packages(),
+            lambda _: check_optional(),
+            lambda _: check_device(),
+            lambda _: check_lora(),
+            check_memory,
+            lambda _: check_shared_memory(),
+            check_disk,
+            check_write_speed,
+            check_port,
+            lambda _: check_locks(_extension_folders()),
+            lambda _: pair.check(),
+        )
+        for check in checks:
+            yield from _guarded(check, plan)
+
+
+def _guarded(check: Callable[[Plan], Iterator[Finding]], plan: Plan) -> Iterator[Finding]:
+    """A check that itself fails is a finding too; the others still run."""
+    try:
+        yield from check(plan)
+    except ImportError as error:
+        yield Finding(PROBLEM, "import", str(error), "Install the project: pip install -e .")
+    except (OSError, RuntimeError) as error:
+        yield Finding(PROBLEM, "check failed", f"{type(error).__name__}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------ software
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(OK, "python", f"{version} (tested: {TESTED['python']})")
+
+
+def check_packages() -> Iterator[Finding]:
+    """What setup.py asks for against what is installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        texts = importlib.metadata.requires("visft_ds") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARNING, "packages", "visft_ds itself is not installed", "pip install -e . installs all it needs")
+        texts = []
+    needed = [r for r in map(Requirement, texts) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong = []
+    for requirement in needed:
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement} (here: {version or 'not installed'})")
+    if wrong:
+        yield Finding(PROBLEM, "packages", "; ".join(wrong), "pip install -e . brings the right ones")
+    elif needed:
+        yield Finding(OK, "packages", f"all {len(needed)} that setup.py asks for")
+    for name in ("torch", "deepspeed"):
+        version = _version(name)
+        if version is None:
+            yield Finding(PROBLEM, name, "not installed", "pip install -e .")
+        elif not f"{version.split('+')[0]}.".startswith(f"{TESTED[name]}."):
+            yield Finding(WARNING, name, f"{version}, tested: {TESTED[name]}", "Run `make test` before a long run")
+        else:
+            yield Finding(OK, name, version)
+    yield Finding(OK, "compiler", "none needed: nothing is compiled when a run starts")
+
+
+def check_optional() -> Iterator[Finding]:
+    """Packages that only some commands use; none of them is a must."""
+    for name, use, install in (
+        ("timm", "timm weights, as backbone or to compare with", "pip install -e '.[eval]'"),
+        ("open_clip_torch", "zero-shot and retrieval evaluation", "pip install -e '.[eval]'"),
+        ("flash-attn", "another attention kernel on GPUs from sm_80", "pip install -e '.[gpu]'"),
+    ):
+        version = _version(name)
+        text = version or f"not installed, optional ({use}): {install}"
+        yield Finding(OK, name, text)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------- devices
+
+
+def check_device() -> Iterator[Finding]:
+    """GPUs, the precision a run would choose on them, and its attention."""
+    import torch
+
+    from visft_ds.ops.attention import attention_backend
+    from visft_ds.stages import choose_precision
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        yield from _no_gpu(torch.__version__)
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        text = f"{properties.name}, {capability}, {properties.total_memory / _GIB:.1f} GiB"
+        majors = {arch.split("_")[1][:-1] for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)}
+        if str(properties.major) in majors:
+            yield Finding(OK, f"GPU {index}", text)
+        else:
+            remedy = f"torch {torch.__version__} has no code for it; install a build that has"
+            yield Finding(PROBLEM, f"GPU {index}", text, remedy)
+    device = torch.device("cuda", 0) if count else torch.device("cpu")
+    precision, why = choose_precision("auto", device)
+    name, reason = attention_backend(device, dtypes[precision])
+    yield Finding(OK, "precision", f"{precision} ({why})")
+    yield Finding(OK, "attention", f"{name} ({reason})")
+
+
+def _no_gpu(torch_version: str) -> Iterator[Finding]:
+    driver = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
+    if driver:
+        remedy = (
+            "Install torch with CUDA (https://pytorch.org/get-started), or a newer driver if it is there; "
+            "CUDA_VISIBLE_DEVICES may hide the GPU too"
+        )
+        yield Finding(PROBLEM, "GPU", f"a driver is installed, but torch {torch_version} sees no GPU", remedy)
+    else:
+        yield Finding(OK, "GPU", "none: the debug model trains on this CPU, the large ones need GPUs")
+
+
+def check_lora() -> Iterator[Finding]:
+    """Adapters change the features, and get a gradient, on a tower of one block."""
+    import torch
+
+    from visft_ds.models.eva_vit import build_backbone
+    from visft_ds.models.lora import has_effect, inject_lora, lora_parameters
+
+    backbone = build_backbone("debug", width=16, depth=1, num_heads=2, image_size=28).requires_grad_(False)
+    inject_lora(backbone, rank=2, alpha=2.0)
+    images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    effect = has_effect(backbone, images)
+    backbone(images).square().sum().backward()
+    gradients = [p.grad for name, p in lora_parameters(backbone).items() if name.endswith("lora_B")]
+    learns = all(gradient is not None and bool(gradient.any()) for gradient in gradients)
+    if effect > 1e-6 and learns:
+        yield Finding(OK, "LoRA", f"changes the features (by {effect:.0e} when disturbed) and gets a gradient")
+    else:
+        remedy = "This installation would train nothing in stage 2: run `make test`"
+        yield Finding(PROBLEM, "LoRA", f"effect {effect:.1e}, gradient {'there' if learns else 'missing'}", remedy)
+
+
+# ------------------------------------------------------------------------------------------------ resources
+
+
+def check_memory(plan: Plan) -> Iterator[Finding]:
+    """Weights of the models in 16 bit against the memory of the host and of the GPUs.
+
+    Every process builds the whole model on the host before it goes to its GPU.
+    """
+    import torch
+
+    from visft_ds.models.eva_vit import build_backbone
+    from visft_ds.profiling.hardware import host_memory_available
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0)
+    available, processes = host_memory_available(), max(1, gpus)
+    hint = "" if gpus else "; fp32, the default on a CPU, takes twice what 16 bit takes below"
+    yield Finding(OK, "host memory", f"{available / _GIB:.1f} GiB available{hint}")
+    for name in MODELS:
+        weights = 2 * sum(p.numel() for p in build_backbone(name, device="meta", seed=None).parameters())
+        copies = f" x {processes} processes" if processes > 1 else ""
+        size = f"{weights / _GIB:.1f} GiB" if weights > _GIB else f"{weights / 2**20:.1f} MiB"
+        text = f"weights of {size} in 16 bit{copies}"
+        wanted = PROBLEM if plan.model == name else WARNING
+        if weights * processes > available:
+            yield Finding(wanted, name, f"{text}: more than the host has", "Fewer processes, or more memory")
+        elif gpus and weights > smallest:
+            yield Finding(wanted, name, f"{text}: more than a GPU has", "--engine zero3 divides them over GPUs")
+        else:
+            yield Finding(OK, name, text)
+
+
+def check_shared_memory() -> Iterator[Finding]:
+    """/dev/shm, through which NCCL's processes on one machine talk."""
+    import torch
+
+    if not Path("/dev/shm").is_dir():
+        yield Finding(WARNING, "/dev/shm", "not there", "NCCL needs it with several GPUs")
+        return
+    size = shutil.disk_usage("/dev/shm").total
+    several = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    text = f"{size / _GIB:.2f} GiB"
+    if several and size < _GIB:
+        yield Finding(
+            WARNING, "/dev/shm", f"{text}, small for several GPUs", "In a container: docker run --shm-size=8g"
+        )
+    else:
+        yield Finding(OK, "/dev/shm", text)
+
+
+def check_disk(plan: Plan) -> Iterator[Finding]:
+    """Room for weights, shards and checkpoints."""
+    free = shutil.disk_usage(plan.folder).free
+    text = f"{free / _GB:.0f} GB free in {plan.folder.resolve()}"
+    if free < 2 * _GB:
+        yield Finding(PROBLEM, "disk", text, "A checkpoint may not fit: free some, or use another --folder")
+    elif free < 60 * _GB:
+        remedy = "Enough for the debug model; COCO's shards (20 GB) and EVA-E's weights (9 to 18 GB a file) need more"
+        yield Finding(WARNING, "disk", text, remedy)
+    else:
+        yield Finding(OK, "disk", text)
+
+
+def check_write_speed(plan: Plan) -> Iterator[Finding]:
+    """How fast a checkpoint gets to the disk of the run folder, fsync included."""
+    size = 32 * 2**20
+    block = os.urandom(2**20)  # a file system that compresses would flatter zeros
+    with tempfile.NamedTemporaryFile(dir=plan.folder, prefix=".visft-doctor-") as file:
+        began = time.perf_counter()
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        rate = size / (time.perf_counter() - began)
+    text = f"{rate / 1e6:.0f} MB/s into {plan.folder.resolve()}"
+    if rate < 20e6:
+        yield Finding(WARNING, "write speed", text, "Saving will hold up the run: raise visft.run.save_every")
+    else:
+        yield Finding(OK, "write speed", text)
+
+
+def check_port(plan: Plan) -> Iterator[Finding]:
+    """The port on which DeepSpeed's launcher lets processes meet."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", plan.port))
+        except OSError as error:
+            remedy = f"Give the launcher another one: deepspeed --master_port {plan.port + 1} ..."
+            yield Finding(WARNING, f"port {plan.port}", f"taken ({error.strerror})", remedy)
+            return
+    yield Finding(OK, f"port {plan.port}", "free")
+
+
+def _extension_folders() -> list[Path]:
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return [Path(own) if own else Path.home() / ".cache" / "torch_extensions"]
+
+
+def check_locks(folders: list[Path]) -> Iterator[Finding]:
+    """Lock files of builds that were killed: torch waits for them for ever, and says nothing."""
+    locks = [lock for folder in folders for pattern in ("*/lock", "*/*/lock") for lock in folder.glob(pattern)]
+    for lock in locks:
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        text = f"{lock}, {minutes:.0f} minutes old"
+        remedy = f"If no build is going on, whatever needs this extension waits for ever: rm '{lock}'"
+        yield Finding(WARNING, "lock", text, remedy)
+    if not locks:
+        yield Finding(OK, "locks", "no build of an extension was left behind")
+
+
+# ----------------------------------------------------------------------------------------- two processes
+
+_MEMBER = """
+import datetime, sys
+import deepspeed, torch, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, sys.argv[1] == "0", datetime.timedelta(seconds=30))
+dist.init_process_group("gloo", store=store, rank=int(sys.argv[1]), world_size=2)
+value = torch.tensor([float(sys.argv[1]) + 1])
+dist.all_reduce(value)
+dist.barrier()
+dist.destroy_process_group()
+assert value.item() == 3.0, value
+"""
+
+
+class _Pair:
+    """Two processes that import DeepSpeed, meet over gloo and add their numbers."""
+
+    def __enter__(self) -> _Pair:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        environment: Mapping[str, str] = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._began = time.perf_counter()
+        self._members = [
+            subprocess.Popen(
+                [sys.executable, "-c", _MEMBER, str(rank), port],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self._members:
+            member.kill()
+            member.wait()
+
+    def check(self) -> Iterator[Finding]:
+        """Wait for both, at most a minute."""
+        errors = []
+        for member in self._members:
+            left = max(0.1, 60 - (time.perf_counter() - self._began))
+            try:
+                _, text = member.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                errors.append("no answer within a minute")
+                continue
+            if member.returncode:
+                errors.append((text.strip().splitlines() or [f"exit code {member.returncode}"])[-1])
+        seconds = time.perf_counter() - self._began
+        if errors:
+            remedy = "Where a name or interface is at fault: export GLOO_SOCKET_IFNAME=lo, and check /etc/hosts"
+            yield Finding(PROBLEM, "two processes", f"cannot add two numbers over gloo: {errors[0]}", remedy)
+        else:
+            yield Finding(OK, "two processes", f"imported DeepSpeed and agreed over gloo within {seconds:.0f} s")
