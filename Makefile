@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-OUT    ?= demo
 COCO   ?=
+OUT    ?= $(if $(COCO),demo-coco,demo)
 
 .PHONY: help install test lint demo golden clean
 
@@ -31,7 +31,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 demo: install
-	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco $(COCO))
+	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")
 
 golden: install
 	$(BIN)/python -m tests.golden.losses

@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evals", "parallel"),
     ("planner", "start_report"),
     ("train",),
-    ("launch",),
+    ("launch", "profiling"),
+    ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.
 RESERVED = {

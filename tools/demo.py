@@ -10,6 +10,7 @@ on where it stopped. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 in
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,20 +23,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from visft_ds.config import resolve
 from visft_ds.data.manifest import Manifest
-from visft_ds.evals.pictures import save_png
-from visft_ds.evals.report import Report, compare_results, comparison, read_evaluation, write_report
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import find_layout, tower_in
-from visft_ds.interop.timm import create_model_call
-from visft_ds.monitor.console import Section, print_plan
+from visft_ds.evals.demo import short_path, show_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER, FORMAT = "demo.json", "visft_ds demo"
-STEPS = 10
+#: A COCO tree with fewer photographs to train on is also evaluated on these: nothing can be learnt about others.
+FEW, STEPS_FOR_FEW = 1000, 800
 TAIL = 15  # lines of a log that are shown when a step fails
 #: Lines of children that stay in the log: the launcher's chatter, and by kind of step what is no result.
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING)\] ")
@@ -59,6 +57,7 @@ class Demo:
     environment: Mapping[str, str]
     arguments: Mapping[str, Any]  #: what decides about the results
     finished: dict[str, float] = field(default_factory=dict)  #: step -> its seconds
+    steps: int = 10  #: of the whole demo
     number: int = 0
     redo: bool = False  #: a step ran, so all that follow it must too
 
@@ -82,7 +81,7 @@ class Demo:
             StepFailed: non-zero exit.
         """
         self.number += 1
-        print(f"\n[{self.number}/{STEPS}] {name}", flush=True)
+        print(f"\n[{self.number}/{self.steps}] {name}", flush=True)
         if name in self.finished and not self.redo:
             print(f"  finished before, in {self.finished[name]:.0f} s")
             return
@@ -111,7 +110,9 @@ class Demo:
         if code:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             lines = [f"  | {line}" for line in said if not NOISE.match(line)][-TAIL:]
-            raise StepFailed(f"{name} ended with exit status {code}; the end of {_short(log)}:\n" + "\n".join(lines))
+            raise StepFailed(
+                f"{name} ended with exit status {code}; the end of {short_path(log)}:\n" + "\n".join(lines)
+            )
         print(f"  {seconds:.0f} s")
         self.finished[name] = round(seconds, 1)
         self.save()
@@ -128,10 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     given = _parser().parse_args(arguments)
     began = time.perf_counter()
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else children would outlive a demo that is ended
+        signal.signal(sign, _interrupt)
     try:
         demo = _open(given)
         _steps(demo, given)
-        _finish(demo, given, time.perf_counter() - began)
+        print(f"\n[{demo.steps}/{demo.steps}] report", flush=True)
+        show_demo(demo.out, demo.finished, photographs=given.coco, seconds=time.perf_counter() - began)
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -142,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ndemo: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -233,9 +241,11 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
     """Every step, in order. A name of a step is also the name of its log."""
     out = demo.out
     coco, shards = given.coco or out / "coco", out / "shards"
+    few = given.coco is not None and _are_few(given.coco)
+    demo.steps += 2 if few else 0
     if given.coco:
         demo.number += 1
-        print(f"\n[{demo.number}/{STEPS}] images: {coco}, nothing to generate")
+        print(f"\n[{demo.number}/{demo.steps}] images: {coco}, nothing to generate")
     else:
         sizes = ["--train", str(given.train), "--val", str(given.val)]
         demo.run("toy images", [*_tool("make_toy_coco"), "--out", str(coco), *sizes], makes=coco)
@@ -245,12 +255,18 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
     for stage in (1, 2):
         run = out / f"stage{stage}"
         training = [*_launcher(given.processes), str(ROOT / "launchers/train.py"), "--stage", str(stage)]
-        training += ["--model", "debug", "--data", str(shards), "--out", str(run), *_settings(stage, shards, given)]
+        training += ["--model", "debug", "--data", str(shards), "--out", str(run)]
+        training += _settings(stage, shards, STEPS_FOR_FEW if few else None, given)
         training += ["--set", f"visft.heads.path={out / 'stage1/export'}"] if stage == 2 else []
         demo.run(f"stage {stage}", training, processes=given.processes, hide=HIDDEN_OF_TRAINING)
         evaluation = out / f"evaluation/stage{stage}"
         command = [*_tool("evaluate"), "--run", str(run), "--out", str(evaluation)]
         demo.run(f"evaluation after stage {stage}", command, makes=evaluation, hide=HIDDEN_OF_EVALUATION)
+        if few:
+            evaluation = out / f"evaluation/stage{stage}-train"
+            command = [*_tool("evaluate"), "--run", str(run), "--split", "train", "--out", str(evaluation)]
+            name = f"training images after stage {stage}"
+            demo.run(name, command, makes=evaluation, hide=HIDDEN_OF_EVALUATION)
     merged, evaluation = out / "merged/backbone.safetensors", out / "evaluation/merged"
     parts = ["--base", str(out / "stage1/export/backbone.safetensors"), "--adapter", str(out / "stage2/export/adapter")]
     command = [*_tool("merge_lora"), *parts, "--out", str(merged), "--format", "timm", "--verify"]
@@ -282,8 +298,14 @@ def _tree(coco: Path, split: str) -> list[str]:
     return [*arguments, *(["--captions", str(captions)] if captions.is_file() else [])]
 
 
-def _settings(stage: int, shards: Path, given: argparse.Namespace) -> list[str]:
-    """--set arguments of a training: the user's, and smaller batches where there are fewer images than one holds."""
+def _are_few(coco: Path) -> bool:
+    """Whether there are fewer than FEW images to train on; looks at no more than FEW names."""
+    with os.scandir(coco / "train2017") as entries:
+        return sum(1 for _ in itertools.islice(entries, FEW)) < FEW
+
+
+def _settings(stage: int, shards: Path, most_steps: int | None, given: argparse.Namespace) -> list[str]:
+    """--set arguments of a training: the user's, and what few images need: smaller batches, no endless repetition."""
     count = len(Manifest.load(shards, "train"))
     config = resolve(stage=stage, model="debug", settings=given.set)
     settings = [
@@ -291,6 +313,8 @@ def _settings(stage: int, shards: Path, given: argparse.Namespace) -> list[str]:
         for name, task in config.visft.tasks.enabled().items()
         if task.batch_size > count
     ]
+    if most_steps is not None and config.scheduler.params.total_num_steps > most_steps:
+        settings.append(f"scheduler.params.total_num_steps={most_steps}")
     return [part for setting in [*given.set, *settings] for part in ("--set", setting)]
 
 
@@ -358,91 +382,9 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _short(path: Path | str) -> str:
-    """A path as one would type it here. Links are not followed: python of an environment is a link out of it."""
-    absolute, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
-
-
 def _shown(command: Sequence[str]) -> str:
     """The command as a person would type it here."""
-    return shlex.join(_short(part) if part.startswith("/") else part for part in command)
-
-
-def _finish(demo: Demo, given: argparse.Namespace, seconds: float) -> None:
-    """Report and closing table."""
-    out = demo.out
-    after = [read_evaluation(f"after stage {stage}", out / f"evaluation/stage{stage}") for stage in (1, 2)]
-    merged = read_evaluation("merged", out / "evaluation/merged")
-    weights = out / "merged/backbone.safetensors"
-    files = {
-        "heads": out / "stage1/export/detection.safetensors",
-        "adapter (PEFT)": out / "stage2/export/adapter",
-        "merged weights (timm)": weights,
-        "results": out / "evaluation/stage2/detection_results.json",
-        "pictures": out / "evaluation/stage2/pictures",
-        "comparison": out / "comparison.png",
-        "report": out / "report.html",
-    }
-    print(f"\n[{STEPS}/{STEPS}] report", flush=True)
-    report = Report(
-        title="visft_ds demo",
-        introduction=_introduction(given, len(Manifest.load(out / "shards", "train"))),
-        runs={"stage 1": out / "stage1", "stage 2": out / "stage2"},
-        evaluations=after,
-        merged=merged,
-        files={name: Path(_short(path)) for name, path in files.items()},
-        commands=_next_commands(out, weights),
-        seconds=demo.finished,
-    )
-    write_report(files["report"], report)
-    sheet = comparison(report)
-    if sheet is not None:
-        save_png(sheet, files["comparison"])
-    rows = []
-    for name in ("box/AP", "box/AP50"):
-        first, second = (one.metrics[name] for one in after)
-        rows.append((name, f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}", f"{merged.metrics[name]:.3f}"))
-    durations = [(name, f"{value:.0f}") for name, value in demo.finished.items()]
-    durations.append(("all, now", f"{seconds:.0f}"))
-    sections = [
-        Section("held-out images", rows, ("", *(one.label for one in after), "difference", "merged")),
-        Section("merged weights against the adapter", [("detection", compare_results(after[1], merged).text())]),
-        Section("seconds", durations),
-        Section("files", [(name, _short(path)) for name, path in files.items()]),
-    ]
-    print()
-    print_plan("visft_ds demo: done", sections)
-
-
-def _introduction(given: argparse.Namespace, images: int) -> list[str]:
-    what = f"{images} photographs of {given.coco}" if given.coco else f"{images} generated images of textured shapes"
-    return [
-        f"Both stages of ViSFT on {what}: first a detection head on a frozen backbone, then LoRA adapters inside the "
-        f"backbone under the frozen head.",
-        "The backbone is tiny and starts from random weights, so the numbers show that the whole way works, not how "
-        "good ViSFT makes a pretrained backbone."
-        + (" So few images teach little about new ones." if given.coco and images < 10_000 else ""),
-    ]
-
-
-def _next_commands(out: Path, weights: Path) -> dict[str, str]:
-    file = open_weights(weights)
-    load = [
-        "import timm",
-        "from safetensors.torch import load_file",
-        "",
-        f"model = {create_model_call(tower_in(file, find_layout(file)))}",
-        f'weights = load_file("{_short(weights)}")',
-        'weights["pos_embed"] = weights["pos_embed"][:, 1:]  # this backbone has no class token',
-        "model.load_state_dict(weights)",
-    ]
-    train = "\n".join(f"deepspeed --num_gpus 8 launchers/train.py --stage {stage}" for stage in (1, 2))
-    return {
-        "Losses of both stages in TensorBoard:": f"tensorboard --logdir {_short(out)}",
-        "The merged weights in timm:": "\n".join(load),
-        "The real thing, EVA-ViT-E on COCO; each command says what it still needs and how to make it:": train,
-    }
+    return shlex.join(short_path(part) if part.startswith("/") else part for part in command)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import (
     EvaluationModel,
     ModelFiles,
-    check_categories,
     files_of_run,
     heads_in,
     load_model,
@@ -39,6 +38,7 @@ from visft_ds.evals.model import (
 from visft_ds.evals.pictures import grid, save_png
 from visft_ds.evals.report import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, draw_examples, evaluate
+from visft_ds.interop.heads import check_categories
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions

@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
         from visft_ds.train import train
 
         train(config, resume=arguments.resume, command=[sys.argv[0], *argv])
-    except ValueError as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
         # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
         if rank == 0 or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)

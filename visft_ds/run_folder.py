@@ -7,8 +7,10 @@ from pathlib import Path
 
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 
-#: What a run writes; anything else in a folder means that it is not a run folder.
-_SHOWN = 8
+#: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
+BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
+ADAPTER_FOLDER = "adapter"
+_SHOWN = 8  # names or differences in a message
 
 
 def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
@@ -20,6 +22,8 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
     Raises:
         ValueError: a folder of other things, a run of other settings (each difference is named), or a run in the way.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     if not out.exists() or not any(out.iterdir()):
         if resume == "must":
             raise ValueError(f"--resume must: there is no run in {out}; use --resume auto to start one")

@@ -7,7 +7,7 @@ of the configuration; a stage only says what must be among it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
+from visft_ds.data.manifest import Category
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import head_file, load_head_weights
+from visft_ds.interop.heads import HeadInfo, check_categories, head_file, load_head_weights
+from visft_ds.interop.layouts import is_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.multitask import MultiTaskModel, TaskModule
@@ -63,7 +65,7 @@ class TrainedGroup:
     @property
     def count(self) -> int:
         """Number of trained values."""
-        return sum(p.numel() for p in self.parameters)
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)  # ZeRO-3 empties its tensors
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ class PreparedModel:
 
 
 def prepare_model(
-    config: VisftConfig, defaults: OptimizerParams, *, precision: Precision = "fp32", heads_from: Path | None = None
+    config: VisftConfig,
+    defaults: OptimizerParams,
+    *,
+    precision: Precision = "fp32",
+    heads_from: Path | None = None,
+    categories: Sequence[Category] = (),
 ) -> PreparedModel:
     """Build -> load base weights -> freeze all -> adapt -> load heads -> apply groups -> check -> checkpointing.
 
@@ -93,6 +100,7 @@ def prepare_model(
         defaults: learning rate and weight decay of groups that set none.
         precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
         heads_from: folder of stage-1 heads; None starts them at random.
+        categories: of the data set; heads that know them by other ids are refused.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -105,8 +113,9 @@ def prepare_model(
     module.requires_grad_(False)
     _adapt(config, backbone)
     if heads_from is not None:
-        for task, head in module.heads.items():
-            load_head_weights(head, head_file(heads_from, task), task)
+        infos = {t: load_head_weights(head, head_file(heads_from, t), t) for t, head in module.heads.items()}
+        check_categories(infos, categories, "the training data")
+        _check_heads(infos, config, base_weights)
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage, uses_lora=config.lora is not None)
@@ -134,6 +143,12 @@ def plan_groups(config: VisftConfig, defaults: OptimizerParams) -> tuple[Trained
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
     return groups
+
+
+def trains_backbone(config: VisftConfig) -> bool:
+    """Whether a parameter group holds anything of the backbone itself, apart from adapters."""
+    groups = plan_groups(config, OptimizerParams(lr=1.0, weight_decay=0.0))
+    return any(name.startswith("backbone.") and not is_lora(name) for group in groups for name in group.names)
 
 
 def apply_groups(
@@ -199,7 +214,7 @@ def _build_backbone(config: VisftConfig, storage: torch.dtype) -> tuple[EvaViT, 
         return backbone, recipe, [f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"]
     report = load_backbone(backbone, Path(model.weights))
     digest = sha256_file(Path(model.weights))
-    return backbone, digest, [f"base weights: {report}"]
+    return backbone, digest, [f"base weights: {report.summary()}"]
 
 
 def _build_module(config: VisftConfig, backbone: EvaViT) -> MultiTaskModel:
@@ -220,6 +235,22 @@ def _adapt(config: VisftConfig, backbone: EvaViT) -> None:
     if STAGES[config.stage].uses_lora and config.lora is not None:
         lora = config.lora
         inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+
+
+def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weights: str) -> None:
+    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained."""
+    for task, info in infos.items():
+        options = config.tasks.enabled()[task].head.model_dump(mode="json")
+        names = sorted(n for n in options if n != "dropout" and n in info.options and options[n] != info.options[n])
+        if names:
+            told = ", ".join(f"{name} {info.options[name]} (here {options[name]})" for name in names)
+            raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        trained_on = info.extra.get("base_weights", base_weights)
+        if trained_on != base_weights:
+            raise ValueError(
+                f"the {task} head was trained on the features of other base weights ({trained_on}); these are "
+                f"{base_weights}: use the base weights of stage 1"
+            )
 
 
 def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -33,9 +34,9 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.engine_state import gather_state, restore_state
-from visft_ds.parallel.export import BACKBONE_FILE, export_weights, save_base
+from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
-from visft_ds.run_folder import open_run_folder
+from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import print_start
 
@@ -53,6 +54,7 @@ class Run:
     identity: dict[str, str]  #: what a checkpoint of this run must have been made with
     manifest: Manifest
     base_sha256: str
+    launched: bool  #: by a launcher, whose end must not go unnoticed
 
     @property
     def total_steps(self) -> int:
@@ -71,6 +73,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     settings = config.visft
     manifest = Manifest.load(settings.data.root, settings.data.train)
     validation = Manifest.load(settings.data.root, settings.data.val) if settings.run.eval_every else None
+    _check_labels(manifest, config)
     batches = derive_batches(config, distributed.world_size())
     tasks = settings.tasks.enabled()
     plan = Plan({n: TaskPlan(len(manifest), task.batch_size, task.ratio) for n, task in tasks.items()}, settings.seed)
@@ -79,10 +82,13 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
 
+    launched = "RANK" in os.environ
     start_process_group()
     distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
     heads = Path(settings.heads.path) if settings.heads.path else None
-    prepared = prepare_model(settings, config.optimizer.params, precision=precision, heads_from=heads)
+    prepared = prepare_model(
+        settings, config.optimizer.params, precision=precision, heads_from=heads, categories=manifest.categories
+    )
     base_sha256 = _keep_random_base(prepared, config, out)
     run = Run(
         config=config,
@@ -102,6 +108,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         validation=ShardReader(validation) if validation else None,
         identity={
             "configuration": config.fingerprint(),
+            "precision": precision,
             "data set": manifest.fingerprint,
             "base weights": prepared.base_weights,
             "heads": " ".join(sha256_file(heads / f"{task}.safetensors") for task in tasks)
@@ -110,15 +117,30 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         },
         manifest=manifest,
         base_sha256=base_sha256,
+        launched=launched,
     )
     start = _resume(run, resume)
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
         print_start(config, prepared, batches, manifest, precision=f"{precision} ({why})", device=device, start=start)
-    step = _loop(run, start)
+    try:
+        step = _loop(run, start)
+    except (ValueError, OSError) as error:
+        error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
+        raise
     if step >= run.total_steps:
         _export(run, step)
     distributed.close()
+
+
+def _check_labels(manifest: Manifest, config: ResolvedConfig) -> None:
+    for task, settings in config.visft.tasks.enabled().items():
+        beyond = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id >= settings.head.num_classes]
+        if beyond:
+            raise ValueError(
+                f"the data has category {beyond[0]} ({len(beyond)} such), the {task} head has classes 0 to "
+                f"{settings.head.num_classes - 1}: state visft.tasks.{task}.head.num_classes"
+            )
 
 
 def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_config: dict[str, Any]) -> ZeroEngine:
@@ -143,18 +165,19 @@ def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_con
 
 def _resume(run: Run, resume: str) -> int:
     """Go on from the newest whole checkpoint. Returns the number of steps done, 0 for a fresh start."""
-    found: str | None = None
+    found, problem = None, None
     if distributed.is_main() and resume != "no":
         checkpoint, skipped = newest_checkpoint(run.out / "checkpoints")
         for line in skipped:
             print(f"warning: not used: {line}", file=sys.stderr, flush=True)
         found = str(checkpoint.path) if checkpoint else None
-    found = distributed.broadcast_object(found)
+        if checkpoint is None and (skipped or resume == "must"):
+            problem = f"--resume {resume}: no whole checkpoint in {run.out / 'checkpoints'}"
+            problem += "; move the damaged ones away to start anew" if skipped else "; use --resume auto to start"
+    found, problem = distributed.broadcast_object((found, problem))
+    if problem:
+        raise ValueError(problem)
     if found is None:
-        if resume == "must":
-            raise ValueError(
-                f"--resume must: no whole checkpoint in {run.out / 'checkpoints'}; use --resume auto to start"
-            )
         return 0
     checkpoint = open_checkpoint(Path(found))
     check_identity(checkpoint, run.identity)
@@ -165,7 +188,7 @@ def _resume(run: Run, resume: str) -> int:
 def _loop(run: Run, start: int) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, main = run.config.visft.run, distributed.is_main()
-    stop, saved, step = StopFlag(), start, start
+    stop, saved, step = StopFlag(launched=run.launched), start, start
     with (
         Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
         MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
@@ -290,7 +313,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
     if config.visft.model.weights is not None:
         return prepared.base_weights
     path = out / "export" / BACKBONE_FILE
-    if distributed.is_main() and not path.exists():
+    if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         save_base(prepared.module.backbone, path.parent)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
@@ -303,6 +326,7 @@ def _export(run: Run, step: int) -> None:
         run.out / "export",
         step=step,
         categories=run.manifest.categories,
+        base_weights=run.identity["base weights"],
         base_sha256=run.base_sha256,
     )
     for path in paths:

@@ -153,9 +153,9 @@ def _engine(stage: int, name: str, precision: str) -> Any:
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
     }
-    if precision == "bf16":
-        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        config["torch_autocast"] = autocast
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     module, groups = build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
     optimizer_groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
@@ -204,6 +204,8 @@ def main(out: str, name: str) -> None:
         restore_state(resumed, found.load(), found.step)
         results[f"stage{stage}-resumed"] = _run(resumed, SAVED_AT, STEPS, None)
         results[f"stage{stage}-bf16"] = _run(_engine(stage, name, "bf16"), 0, STEPS, None)
+    if name != "zero3_offload":  # the loss scaler is the same as without offload
+        results["stage1-fp16"] = _run(_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None
     results["stage1-without-remedy"] = _run(_engine(1, name, "fp32"), 0, STEPS, None)
     if distributed.is_main():

@@ -29,7 +29,8 @@ from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.model import ADAPTER_FOLDER, BACKBONE_FILE, EvaluationModel, files_of_run, load_model
+from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
+from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.evals.report import compare_results, read_evaluation
 from visft_ds.evals.runner import pipeline_of
 from visft_ds.interop.adapters import adapter_of

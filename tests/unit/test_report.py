@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,10 @@ def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: P
 def test_pictures_are_compared_image_by_image(report: Report, tmp_path: Path) -> None:
     """One row an image that all evaluations drew; the ground truth stands there once."""
     other = _evaluation(tmp_path / "fewer", "fewer", METRICS, images=(2,))
-    fewer = Report("t", [], {}, [report.evaluations[0], other])
-    one, both = comparison(fewer), comparison(report)
+    one, both = comparison([report.evaluations[0], other]), comparison(report.evaluations)
     assert one is not None and both is not None
     assert one.shape[1] == both.shape[1] and one.shape[0] < both.shape[0]
-    assert comparison(Report("t", [], {}, [])) is None
+    assert comparison([]) is None
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
@@ -157,6 +157,15 @@ def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
     text = write_report(tmp_path / "report.html", Report("t", [], {}, [only])).read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", text) == ["Results"] and "difference" not in text
     assert _Page(text).open == []
+
+
+def test_training_images_are_kept_apart(report: Report, tmp_path: Path) -> None:
+    trained = [_evaluation(tmp_path / "trained", "after stage 1", {"box/AP": 0.875})]
+    text = write_report(tmp_path / "report.html", replace(report, training=trained)).read_text(encoding="utf-8")
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles[:2] == ["Results on held-out images", "Results on training images"]
+    assert "0.8750" in text.split("Results on training images")[1].split("</section>")[0]
+    assert len(_Page(text).loads) == 2 * 3 + 2 * 2
 
 
 def test_many_categories_show_those_that_changed(tmp_path: Path) -> None:

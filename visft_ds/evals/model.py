@@ -14,20 +14,18 @@ from typing import Any
 import torch
 
 from visft_ds.config.schema import Precision, TaskConfig, TasksConfig, VisftConfig
-from visft_ds.data.manifest import Category
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapters import LoraAdapter, install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
-from visft_ds.interop.files import examples, open_weights, sha256_file
+from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info
 from visft_ds.interop.layouts import Tower, find_layout, tower_in
 from visft_ds.interop.merge import read_adapter, resolve_tower
 from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
+from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.stages import trains_backbone
 from visft_ds.tasks import TASKS
-
-#: What a run leaves in <run>/export (written by parallel/export.py).
-BACKBONE_FILE, ADAPTER_FOLDER = "backbone.safetensors", "adapter"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,9 +80,9 @@ def files_of_run(
         merged = backbone is not None and is_merged(open_weights(backbone))
         adapter = None if merged else export / ADAPTER_FOLDER
     if backbone is None:
-        backbone = export / BACKBONE_FILE
-        if not backbone.is_file() and config.model.weights is not None:
-            backbone = Path(config.model.weights)
+        backbone = export / BACKBONE_FILE if config.model.weights is None else Path(config.model.weights)
+        if trains_backbone(config):
+            backbone = export / TRAINED_BACKBONE_FILE
     if heads is None:
         own = all(head_file(export, task).is_file() for task in tasks)
         heads = export if own or config.heads.path is None else Path(config.heads.path)
@@ -156,23 +154,6 @@ def load_model(
     module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
     module.requires_grad_(False).eval().to(device)
     return EvaluationModel(module, device, precision, infos, facts)
-
-
-def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:
-    """Refuse to judge a head by categories it was not trained on; ones that the data lacks do no harm.
-
-    Raises:
-        ValueError: naming the categories of the data set (called `where`) that a head does not know by this id.
-    """
-    for task, info in heads.items():
-        known = {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
-        unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
-        if known and unknown:
-            trained = examples([f"{id_} {name!r}" for id_, name in known.items()])
-            raise ValueError(
-                f"the {task} head was trained on other categories than {where} has: it does not know "
-                f"{examples(unknown)}; it knows {trained}. Evaluate it on data with its own categories"
-            )
 
 
 def task_settings(tasks: Sequence[str], *, batch_size: int, fixed_size: int | None) -> Mapping[str, TaskConfig]:

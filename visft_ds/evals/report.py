@@ -129,6 +129,7 @@ class Report:
     runs: Mapping[str, Path]  #: label -> run folder
     evaluations: Sequence[Evaluation]  #: before ... after: the difference shown is last - first
     merged: Evaluation | None = None  #: the last one again, with the adapter merged into the weights
+    training: Sequence[Evaluation] = ()  #: the same models as `evaluations`, on images they were trained on
     task: str = "detection"
     files: Mapping[str, Path] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)  #: what it does -> text to paste
@@ -141,10 +142,13 @@ def write_report(path: Path, report: Report) -> Path:
     Raises:
         ValueError: a run or evaluation that is not there or not finished.
     """
+    where = " on held-out images" if report.training else ""
     sections = [
         _header(report),
-        _results(report),
-        _pictures(report),
+        _results(f"Results{where}", report.evaluations, report.merged, report.task),
+        _results("Results on training images", report.training, None, report.task),
+        _pictures(f"The same images, before and after{where and ', held out'}", report.evaluations, report.task),
+        _pictures("The same images, before and after, trained on", report.training, report.task),
         _curves(report),
         _categories(report),
         _runs(report),
@@ -158,17 +162,17 @@ def write_report(path: Path, report: Report) -> Path:
     return path
 
 
-def comparison(report: Report) -> Picture | None:
+def comparison(evaluations: Sequence[Evaluation], task: str = "detection") -> Picture | None:
     """One sheet: a row an image with its ground truth and the predictions of each evaluation; None without pictures."""
-    rows = _panels(report)
+    rows = _panels(evaluations, task)
     if not rows:
         return None
-    return grid([panel for row in rows.values() for panel in row], columns=1 + len(report.evaluations))
+    return grid([panel for row in rows.values() for panel in row], columns=1 + len(evaluations))
 
 
-def _panels(report: Report) -> dict[int, list[Picture]]:
+def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Picture]]:
     """Image id -> [ground truth, prediction of each evaluation], for the images that all evaluations drew."""
-    drawn = [one.pictures(report.task) for one in report.evaluations]
+    drawn = [one.pictures(task) for one in evaluations]
     if not drawn:
         return {}
     shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
@@ -188,39 +192,39 @@ def _header(report: Report) -> str:
     return f"<header><h1>{html.escape(report.title)}</h1>{paragraphs}<div class=cards>{shown}</div></header>"
 
 
-def _results(report: Report) -> str:
-    if not report.evaluations:
+def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str) -> str:
+    if not evaluations:
         return ""
-    columns = [*report.evaluations, *([report.merged] if report.merged else [])]
-    several = len(report.evaluations) > 1
+    columns = [*evaluations, *([merged] if merged else [])]
+    several = len(evaluations) > 1
     head = "".join(f"<th>{html.escape(one.label)}</th>" for one in columns) + ("<th>difference</th>" if several else "")
     rows = []
-    for name in [name for name in report.evaluations[0].metrics if name.count("/") == 1]:
+    for name in [name for name in evaluations[0].metrics if name.count("/") == 1]:
         cells = "".join(f"<td>{_number(one.metrics.get(name, math.nan))}</td>" for one in columns)
         if several:
-            change = _change(report.evaluations, name)
+            change = _change(evaluations, name)
             kind = "up" if change > 0 else "down" if change < 0 else ""
             cells += f'<td class="{kind}">{f"{change:+.4f}" if math.isfinite(change) else "–"}</td>'
         meaning = MEANINGS.get(name.partition("/")[2], "")
         rows.append(f"<tr><th>{html.escape(name)} <small>{html.escape(meaning)}</small></th>{cells}</tr>")
-    data = report.evaluations[-1].record["data"]
+    data = evaluations[-1].record["data"]
     note = f"<p>Measured on {data['images']} images of {html.escape(data['where'])}.</p>"
     if several:
-        first, last = report.evaluations[0].label, report.evaluations[-1].label
+        first, last = evaluations[0].label, evaluations[-1].label
         note += f"<p>The difference is {html.escape(last)} − {html.escape(first)}.</p>"
-    if report.merged:
-        difference = compare_results(report.evaluations[-1], report.merged, report.task)
-        label = html.escape(report.evaluations[-1].label)
+    if merged:
+        difference = compare_results(evaluations[-1], merged, task)
+        label = html.escape(evaluations[-1].label)
         note += f"<p><b>Merged weights against the adapter ({label}).</b> {html.escape(difference.text())}.</p>"
     table = f"<table class=numbers><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return _section("Results", table + note)
+    return _section(title, table + note)
 
 
-def _pictures(report: Report) -> str:
-    rows = _panels(report)
+def _pictures(title: str, evaluations: Sequence[Evaluation], task: str) -> str:
+    rows = _panels(evaluations, task)
     if not rows:
         return ""
-    labels = ["ground truth", *(one.label for one in report.evaluations)]
+    labels = ["ground truth", *(one.label for one in evaluations)]
     columns = f'style="grid-template-columns: repeat({len(labels)}, 1fr)"'
     cells = [f"<div class=label>{html.escape(label)}</div>" for label in labels]
     for image_id, panels in rows.items():
@@ -228,7 +232,7 @@ def _pictures(report: Report) -> str:
             f'<img src="{_embed(panel)}" alt="image {image_id}, {html.escape(label)}">'
             for label, panel in zip(labels, panels, strict=True)
         ]
-    return _section("The same images, before and after", f"<div class=pictures {columns}>{''.join(cells)}</div>")
+    return _section(title, f"<div class=pictures {columns}>{''.join(cells)}</div>")
 
 
 def _curves(report: Report) -> str:

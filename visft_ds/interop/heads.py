@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visft_ds.data.manifest import Category
 from visft_ds.interop.backbones import copy_tensors
 from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights, save_tensors
 
@@ -102,3 +103,20 @@ def load_head_weights(head: nn.Module, path: str | Path, task: str) -> HeadInfo:
         raise ValueError("\n".join(lines))
     copy_tensors(file, {name: name for name in targets}, targets)
     return info
+
+
+def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:
+    """Refuse to judge a head by categories it was not trained on; ones that the data lacks do no harm.
+
+    Raises:
+        ValueError: naming the categories of the data set (called `where`) that a head does not know by this id.
+    """
+    for task, info in heads.items():
+        known = {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
+        unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
+        if known and unknown:
+            trained = examples([f"{id_} {name!r}" for id_, name in known.items()])
+            raise ValueError(
+                f"the {task} head was trained on other categories than {where} has: it does not know "
+                f"{examples(unknown)}; it knows {trained}. Evaluate it on data with its own categories"
+            )

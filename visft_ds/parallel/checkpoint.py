@@ -83,7 +83,9 @@ def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mappi
     os.replace(temporary, final)
     _sync(folder)
     if keep_last:
-        for old in _folders(folder)[:-keep_last]:
+        # Counted back from the one just written: newer ones (damaged, passed over by a resume) do not push it out.
+        kept = [path for path in _folders(folder) if int(path.name[5:]) <= step]
+        for old in kept[:-keep_last]:
             shutil.rmtree(old)
     return final
 

@@ -145,11 +145,15 @@ class ZeroEngine:
         """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
         # A pure function of seed, step and rank: a resumed run draws the same dropout masks.
-        torch.manual_seed((self.seed * 1_000_003 + step) * 4_099 + distributed.rank())
+        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
         self.module.train()
         clear_stale_gradients(self.deepspeed.optimizer)
         rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
-        skipped_before = self.deepspeed.skipped_steps
+        scaler = grad_scaler(self.deepspeed)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        if self.stage and scaler is not None:
+            # DeepSpeed clips gradients that are still multiplied by the loss scale, so the bound has to be as well.
+            self.deepspeed.optimizer.clip_grad = self.deepspeed.gradient_clipping() * scale
         sums: dict[str, Tensor] = {}
         norm: float | None = None
         for batch in batches:
@@ -162,11 +166,12 @@ class ZeroEngine:
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
+        skipped = scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers the scale
         return StepReport(
             losses=distributed.mean_over_ranks(sums),
-            gradient_norm=norm,
+            gradient_norm=norm / scale,
             learning_rates=rates,
-            skipped=self.deepspeed.skipped_steps > skipped_before,
+            skipped=skipped,
         )
 
     @torch.no_grad()
@@ -182,6 +187,12 @@ class ZeroEngine:
     def _dense_gradient_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def grad_scaler(engine: Any) -> torch.amp.GradScaler | None:
+    """The loss scaler of an fp16 run, wherever DeepSpeed keeps it; None in fp32 and bf16."""
+    scaler: torch.amp.GradScaler | None = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    return engine.torch_autocast_z0_gradscaler if scaler is None else scaler
 
 
 def clear_stale_gradients(optimizer: Any) -> None:

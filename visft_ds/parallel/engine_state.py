@@ -23,10 +23,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import ZeroEngine, grad_scaler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
         group["lr"] = base_lr * factor(state.updates)
     engine.deepspeed.global_steps = step
     engine.deepspeed.skipped_steps = step - state.updates
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    for name, number in state.loss_scale.items():
-        setattr(scaler, name, number if name == "cur_scale" else int(number))
+    scaler = grad_scaler(engine.deepspeed)
+    if scaler is not None and state.loss_scale:
+        scaler.load_state_dict(dict(state.loss_scale))
 
 
 def _base_optimizer(engine: ZeroEngine) -> Any:
@@ -193,10 +192,8 @@ def _refresh_module(engine: ZeroEngine) -> None:
 
 
 def _loss_scale(engine: ZeroEngine) -> dict[str, float]:
-    scaler = getattr(engine.deepspeed.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return {}
-    return {name: float(getattr(scaler, name)) for name in _SCALER_FIELDS}
+    scaler = grad_scaler(engine.deepspeed)
+    return {} if scaler is None else dict(scaler.state_dict())
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:

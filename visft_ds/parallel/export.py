@@ -1,7 +1,8 @@
 """What leaves a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
 Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter as a PEFT folder. A backbone that was trained
-itself is written whole. (Random base weights, where no file was named, are written at the start of the run.)
+itself is written whole, beside its base. (Random base weights are
+written at the start of the run.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapters import LoraAdapter, canonical_targets
-from visft_ds.interop.files import save_tensors
+from visft_ds.interop.files import save_tensors, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_heads
 from visft_ds.interop.layouts import Tower, base_parameters, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
@@ -24,9 +25,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine
 from visft_ds.parallel.engine_state import gather_parameters
-
-BACKBONE_FILE = "backbone.safetensors"
-ADAPTER_FOLDER = "adapter"
+from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 
 
 def export_weights(
@@ -36,12 +35,14 @@ def export_weights(
     *,
     step: int,
     categories: Sequence[Category],
+    base_weights: str,
     base_sha256: str,
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
-        base_sha256: hash of the base weights the adapter belongs to.
+        base_weights: what the heads were trained on, as stage 2 compares it.
+        base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     trained = gather_parameters(engine)
     whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
@@ -50,39 +51,40 @@ def export_weights(
     if not distributed.is_main():
         return []
     written = []
+    lora, tower = config.visft.lora, tower_of(engine.module.backbone)
+    if backbone:
+        written.append(_save_tower(_below(backbone, "backbone."), tower, folder / TRAINED_BACKBONE_FILE))
+        base_sha256 = sha256_file(written[0])
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        infos = {task: _head_info(task, config, engine, step, categories) for task in heads}
+        extra = {"step": step, "base_weights": base_weights}
+        infos = {task: _head_info(task, config, engine, extra, categories) for task in heads}
         written += save_heads(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
-    lora, tower = config.visft.lora, tower_of(engine.module.backbone)
     if adapter and lora is not None:
         targets = canonical_targets(lora.targets)
         whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256)
         written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, overwrite=True))
-    if backbone:
-        written.append(_save_tower(_below(backbone, "backbone."), tower, folder))
     return written
 
 
 def save_base(backbone: EvaViT, folder: Path) -> Path:
     """Write the base weights of a backbone, without the adapters in it, to `folder`/backbone.safetensors."""
     tensors = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
-    return _save_tower(tensors, tower_of(backbone), folder)
+    return _save_tower(tensors, tower_of(backbone), folder / BACKBONE_FILE)
 
 
-def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, folder: Path) -> Path:
-    told = {"tower": tower.to_json(), "lora_merged": "false"}
-    save_tensors(folder / BACKBONE_FILE, tensors, told, overwrite=True)
-    return folder / BACKBONE_FILE
+def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, path: Path) -> Path:
+    save_tensors(path, tensors, {"tower": tower.to_json(), "lora_merged": "false"}, overwrite=True)
+    return path
 
 
 def _head_info(
-    task: str, config: ResolvedConfig, engine: ZeroEngine, step: int, categories: Sequence[Category]
+    task: str, config: ResolvedConfig, engine: ZeroEngine, extra: Mapping[str, Any], categories: Sequence[Category]
 ) -> HeadInfo:
     options: dict[str, Any] = config.visft.tasks.enabled()[task].head.model_dump(mode="json")
-    return HeadInfo(task, engine.module.backbone.width, options, [asdict(c) for c in categories], {"step": step})
+    return HeadInfo(task, engine.module.backbone.width, options, [asdict(c) for c in categories], extra)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

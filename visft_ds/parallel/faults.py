@@ -16,11 +16,15 @@ class StopFlag:
     The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans.
     So every rank also watches its parent and grandparent. The ranks agree on stopping in the all-reduce that each step
     makes anyway: all stop after the same step and save the same step.
+
+    Args:
+        launched: whether a launcher started this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launched: bool) -> None:
         self.reason = ""
-        self._launcher = os.getppid()
+        # Without a launcher (nohup, a shell that ends) there is nobody to miss.
+        self._launcher = os.getppid() if launched else 0
         self._runner = _parent(self._launcher)
         for number in SIGNALS:
             signal.signal(number, self._handle)
@@ -31,7 +35,11 @@ class StopFlag:
         self.reason = f"signal {signal.Signals(number).name}"
 
     def __bool__(self) -> bool:
-        if not self.reason and (os.getppid() != self._launcher or _parent(self._launcher) != self._runner):
+        if (
+            not self.reason
+            and self._launcher
+            and (os.getppid() != self._launcher or _parent(self._launcher) != self._runner)
+        ):
             self.reason = "the launcher is gone"
         return bool(self.reason)
 

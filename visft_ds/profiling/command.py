@@ -85,7 +85,7 @@ def measure_configuration(
     from visft_ds.profiling.session import open_session
 
     with open_session(config, synthetic=synthetic) as session:
-        own = {task: measure_task(session, task, lengths) for task in session.run.config.visft.tasks.enabled()}
+        own = {task: measure_task(session, task, lengths) for task in session.config.visft.tasks.enabled()}
         ranks = distributed.gather_objects(own)
         record = make_record(session, ranks, command) if ranks is not None else None
     distributed.close()

@@ -43,10 +43,15 @@ def product(rows: int, inner: int, outer: int, *, to_input: bool, to_weight: boo
     return Flops(once, once * (to_input + to_weight))
 
 
-def attention(images: int, queries: int, keys: int, width: int, *, needed: bool, products: int) -> Flops:
-    """Scores and mixture of all heads together; `products` of the backward pass, if it is needed."""
+def attention(
+    images: int, queries: int, keys: int, width: int, *, needed: tuple[bool, bool, bool], products: int
+) -> Flops:
+    """Scores and mixture of all heads together; `needed`: query, key and value need a gradient."""
     once = 2 * images * queries * keys * width
-    return Flops(2 * once, products * once if needed else 0)
+    by_query, by_key, by_value = needed
+    if products == KEPT_SCORES:  # separate products, of which only those that are asked for are computed
+        products = by_query + by_key + by_value + (by_query or by_key)
+    return Flops(2 * once, products * once if any(needed) else 0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Tower:
     targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
     checkpoint_every: int = 0
     attention_products: int = FUSED_ATTENTION
+    linear_keeps_late: bool = False  #: DeepSpeed's linear layer (ZeRO-3) notes what it keeps after its product
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
 
 
@@ -86,7 +92,7 @@ def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> t
         for layer in layers:
             if layer == "attention":
                 inside = inside or _any(tower, (f"{start}attn.q_bias", f"{start}attn.v_bias"))
-                last = attention(images, tokens, tokens, width, needed=inside, products=tower.attention_products)
+                last = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
             else:
                 last = _linear(tower, start, layer, rows, inside)
                 inside = inside or _any(tower, (f"{start}{layer}.",))
@@ -94,8 +100,8 @@ def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> t
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
     if tower.trainable and tower.checkpoint_every and index % tower.checkpoint_every == 0:
         # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
-        # nothing of its result, so it is not computed again; in front of a norm it is.
-        plain_end = not tower.post_norm and not _any(tower, (f"{start}mlp.fc2.",))
+        # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is.
+        plain_end = not (tower.post_norm or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",)))
         again = total.forward - (last.forward if plain_end else 0)
         total += Flops(recompute=again if flows else 0)
     return total, flows
@@ -165,9 +171,10 @@ def _attend(
     total = Flops()
     for count, to_input in zip((queries, keys, keys), to_inputs, strict=True):
         total += product(images * count, width, width, to_input=to_input, to_weight=trains)
-    needed = trains or any(to_inputs)
+    first, second, third = to_inputs
+    needed = (first or trains, second or trains, third or trains)
     total += attention(images, queries, keys, width, needed=needed, products=products)
-    return total + product(images * queries, width, width, to_input=needed, to_weight=trains)
+    return total + product(images * queries, width, width, to_input=any(needed), to_weight=trains)
 
 
 def _feed_forward(rows: int, width: int, *, ffn: int, trains: bool, products: int) -> Flops:

@@ -50,7 +50,7 @@ def formula_of(session: Session, task: str, batches: Sequence[Batch]) -> StepFor
 
 
 def _backbone(session: Session, batch: Batch) -> Flops:
-    module, config = session.engine.module, session.run.config.visft
+    module, config = session.engine.module, session.config.visft
     backbone = module.backbone
     lora = config.lora if config.stage == 2 else None
     fused = attention_backend(session.engine.device, DTYPES[session.precision])[0] != "reference"
@@ -65,6 +65,7 @@ def _backbone(session: Session, batch: Batch) -> Flops:
         targets=lora.targets if lora else (),
         checkpoint_every=backbone.checkpoint_every,
         attention_products=FUSED_ATTENTION if fused else KEPT_SCORES,
+        linear_keeps_late=session.engine.stage == 3,
         trainable=frozenset(trained if module.train_backbone else ()),
     )
     patches = _patches(session, batch)
@@ -81,7 +82,7 @@ def _head(session: Session, task: str, batch: Batch) -> Flops | None:
     trains = {parameter.requires_grad for parameter in head.parameters()}
     if task not in HEAD_FORMULAS or len(trains) > 1:  # of a head that trains in part only the counter knows
         return None
-    options = session.run.config.visft.tasks.enabled()[task].head.model_dump()
+    options = session.config.visft.tasks.enabled()[task].head.model_dump()
     return HEAD_FORMULAS[task](
         options if head.training else {**options, "dropout": 0.0},
         module.backbone.width,

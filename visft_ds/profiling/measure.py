@@ -24,7 +24,7 @@ from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
 from visft_ds.profiling.hardware import process_peak, reference_rate
 from visft_ds.profiling.memory import Ledger, note_gradients, note_residents, step_watched
-from visft_ds.profiling.session import Session, make_step
+from visft_ds.profiling.session import Session, TaskRun, make_step
 from visft_ds.profiling.timing import (
     BACKWARD,
     Spread,
@@ -35,7 +35,6 @@ from visft_ds.profiling.timing import (
     synchronize,
     typical_parts,
 )
-from visft_ds.train import Run
 
 Steps = Iterator[tuple[StepPlan, list[Batch]]]
 
@@ -117,7 +116,7 @@ def measure_task(session: Session, task: str, lengths: Lengths) -> dict[str, Any
     }
 
 
-def _timed_step(session: Session, run: Run, task: str, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
+def _timed_step(session: Session, run: TaskRun, task: str, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
     """The next step, exactly as the training loop makes it; the clock runs from asking for the data to the end."""
     device = run.engine.device
     synchronize(device)
@@ -136,7 +135,7 @@ def _timed_step(session: Session, run: Run, task: str, steps: Steps, watch: Stop
     )
 
 
-def _counted_step(session: Session, run: Run, task: str, steps: Steps) -> dict[str, Any]:
+def _counted_step(session: Session, run: TaskRun, task: str, steps: Steps) -> dict[str, Any]:
     """The last step: operations by part, counted and by formula, and bytes by kind."""
     whole, batches = next(steps)
     ledger, meter = Ledger(run.engine.device.type), FlopMeter()
@@ -197,7 +196,7 @@ def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dic
 
 
 @contextmanager
-def out_of_memory_explained(run: Run, task: str) -> Iterator[None]:
+def out_of_memory_explained(run: TaskRun, task: str) -> Iterator[None]:
     """Turn the allocator's error into one that says what to change."""
     try:
         yield

@@ -22,7 +22,7 @@ _MIB = 2**20
 
 def make_record(session: Session, ranks: Sequence[Mapping[str, Any]], command: Sequence[str]) -> dict[str, Any]:
     """Everything that was measured; `ranks` holds task -> measurement of each rank."""
-    config, device = session.run.config, session.engine.device
+    config, device = session.config, session.engine.device
     tasks = {}
     for task in ranks[0]:
         measured = [rank[task] for rank in ranks]

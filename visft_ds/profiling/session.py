@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 
-from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches
+from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import StepLoader
@@ -26,7 +27,7 @@ from visft_ds.models.eva_vit import build_backbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.profiling.hardware import host_memory_available, memory_bounded
-from visft_ds.stages import PreparedModel, choose_precision, plan_groups, prepare_model
+from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.train import Run, _build_engine, _counts, _normaliser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)
 SYNTHETIC_SPLIT = "profile-synthetic"
-SYNTHETIC_COUNT = 16  #: drawing one takes longer than training on it; a larger batch repeats them
+SYNTHETIC_COUNT = 8  #: drawing one takes longer than training on it; a larger batch repeats them
 #: Part of the memory that weights and optimizer may fill. The rest of a CPU's has to do for all activations, and where
 #: it ends the kernel kills the process without a word; a GPU's allocator says what is the matter.
 FILLED = {"cpu": 0.7, "cuda": 0.95}
@@ -42,27 +43,34 @@ _STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
+class TaskRun:
+    """The part of a `visft_ds.train.Run` that a step needs, for one task alone."""
+
+    config: ResolvedConfig
+    batches: Batches
+    engine: ZeroEngine
+    loader: StepLoader
+
+
+@dataclass(frozen=True)
 class Session:
     """What a measurement works with."""
 
-    run: Run  #: as the training loop has it, with a loader for no task in particular
-    prepared: PreparedModel
+    config: ResolvedConfig
+    batches: Batches
+    engine: ZeroEngine
+    manifest: Manifest
     precision: Precision
     precision_reason: str
     notes: tuple[str, ...]  #: what differs from the run of the same command
 
-    @property
-    def engine(self) -> ZeroEngine:
-        """The engine of the run."""
-        return self.run.engine
-
-    def of_task(self, task: str) -> Run:
+    def of_task(self, task: str) -> TaskRun:
         """The run as if it had this task only: its batches in the order in which training meets them."""
-        settings, batches = self.run.config.visft, self.run.batches
+        settings, batches = self.config.visft, self.batches
         config = settings.tasks.enabled()[task]
         loader = StepLoader(
-            ShardReader(self.run.manifest),
-            Plan({task: TaskPlan(_samples(self.run.manifest, config.batch_size), config.batch_size)}, settings.seed),
+            ShardReader(self.manifest),
+            Plan({task: TaskPlan(_samples(self.manifest, config.batch_size), config.batch_size)}, settings.seed),
             {task: pipeline_of(task, config, train=True)},
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
@@ -70,7 +78,7 @@ class Session:
             threads=settings.data.threads,
             prefetch_steps=settings.data.prefetch_steps,
         )
-        return replace(self.run, loader=loader)
+        return TaskRun(self.config, batches, self.engine, loader)
 
 
 @contextmanager
@@ -92,31 +100,12 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, processes_here()):
         settings = config.visft
-        tasks = settings.tasks.enabled()
-        plans = {n: TaskPlan(_samples(manifest, t.batch_size), t.batch_size, t.ratio) for n, t in tasks.items()}
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
         prepared = prepare_model(settings, config.optimizer.params, precision=precision, heads_from=heads)
-        run = Run(
-            config=config,
-            out=Path(os.devnull),  # nothing here writes
-            batches=batches,
-            engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
-            loader=StepLoader(
-                ShardReader(manifest),
-                Plan(plans, settings.seed),
-                {name: pipeline_of(name, task, train=True) for name, task in tasks.items()},
-                dp_rank=distributed.rank(),
-                dp_size=batches.dp,
-                accumulation=batches.accumulation,
-            ),
-            validation=None,
-            identity={},
-            manifest=manifest,
-            base_sha256="",
-        )
-        yield Session(run, prepared, precision, why, notes)
+        engine = _build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision))
+        yield Session(config, batches, engine, manifest, precision, why, notes)
 
 
 def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
@@ -126,12 +115,13 @@ def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
     return np.arange(batch_size, dtype=np.int64) % len(manifest)
 
 
-def make_step(run: Run, step: int, batches: Sequence[Batch]) -> StepReport:
+def make_step(run: TaskRun, step: int, batches: Sequence[Batch]) -> StepReport:
     """What the training loop does with the batches of a step, up to the record."""
+    whole = cast(Run, run)  # as far as these two look into it
     agreement = distributed.agree_on_step(
-        f"step {step} {batches[0].tasks}", _counts(run, batches), False, run.engine.device
+        f"step {step} {batches[0].tasks}", _counts(whole, batches), False, run.engine.device
     )
-    return run.engine.train_step(step, batches, _normaliser(run, agreement.counts))
+    return run.engine.train_step(step, batches, _normaliser(whole, agreement.counts))
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:

@@ -1,0 +1,121 @@
+"""What the demo shows at its end: a report, one sheet of pictures, and a table on the screen.
+
+The demo's folder holds stage1/ and stage2/ (runs), evaluation/{stage1,stage2,merged}/ and, where there are few images
+to train on, evaluation/{stage1,stage2}-train/, merged/backbone.safetensors and shards/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from visft_ds.data.manifest import Manifest
+from visft_ds.evals.pictures import save_png
+from visft_ds.evals.report import Evaluation, Report, compare_results, comparison, read_evaluation, write_report
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.layouts import find_layout, tower_in
+from visft_ds.interop.timm import create_model_call
+from visft_ds.monitor.console import Section, print_plan
+
+_SHOWN = ("box/AP", "box/AP50")
+
+
+def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | None, seconds: float) -> None:
+    """Write report.html and comparison.png into the demo's folder and print what was learnt.
+
+    Args:
+        durations: step of the demo -> its seconds.
+        photographs: the COCO tree it trained on; None: generated images.
+        seconds: since the demo was started.
+
+    Raises:
+        ValueError: a run or evaluation that is not there.
+    """
+    held_out = [_evaluation(out, stage) for stage in (1, 2)]
+    merged = read_evaluation("merged", out / "evaluation/merged")
+    trained = [
+        _evaluation(out, stage, "-train") for stage in (1, 2) if (out / f"evaluation/stage{stage}-train").exists()
+    ]
+    files = {
+        "heads": out / "stage1/export/detection.safetensors",
+        "adapter (PEFT)": out / "stage2/export/adapter",
+        "merged weights (timm)": out / "merged/backbone.safetensors",
+        "results": out / "evaluation/stage2/detection_results.json",
+        "pictures": out / "evaluation/stage2/pictures",
+        "comparison": out / "comparison.png",
+        "report": out / "report.html",
+    }
+    report = Report(
+        title="visft_ds demo",
+        introduction=_introduction(photographs, len(Manifest.load(out / "shards", "train"))),
+        runs={"stage 1": out / "stage1", "stage 2": out / "stage2"},
+        evaluations=held_out,
+        merged=merged,
+        training=trained,
+        files={name: Path(short_path(path)) for name, path in files.items()},
+        commands=_next_commands(out, files["merged weights (timm)"]),
+        seconds=durations,
+    )
+    write_report(files["report"], report)
+    sheet = comparison(trained or held_out)
+    if sheet is not None:
+        save_png(sheet, files["comparison"])
+    times = [(name, f"{value:.0f}") for name, value in durations.items()] + [("all, now", f"{seconds:.0f}")]
+    head = ("", *(one.label for one in held_out), "difference")
+    sections = [
+        Section("held-out images", [_row(name, held_out, merged) for name in _SHOWN], (*head, "merged")),
+        Section("training images", [_row(name, trained) for name in _SHOWN] if trained else [], head),
+        Section("merged weights against the adapter", [("detection", compare_results(held_out[1], merged).text())]),
+        Section("seconds", times),
+        Section("files", [(name, short_path(path)) for name, path in files.items()]),
+    ]
+    print()
+    print_plan("visft_ds demo: done", [section for section in sections if section.rows])
+
+
+def short_path(path: Path | str) -> str:
+    """A path as one would type it here. Links are not followed: python of an environment is a link out of it."""
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
+
+
+def _evaluation(out: Path, stage: int, suffix: str = "") -> Evaluation:
+    return read_evaluation(f"after stage {stage}", out / f"evaluation/stage{stage}{suffix}")
+
+
+def _row(name: str, pair: list[Evaluation], merged: Evaluation | None = None) -> tuple[str, ...]:
+    first, second = (one.metrics[name] for one in pair)
+    numbers = (f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}")
+    return (name, *numbers, f"{merged.metrics[name]:.3f}") if merged else (name, *numbers)
+
+
+def _introduction(photographs: Path | None, images: int) -> list[str]:
+    what = f"{images} photographs of {photographs}" if photographs else f"{images} generated images of textured shapes"
+    return [
+        f"Both stages of ViSFT on {what}: first a detection head on a frozen backbone, then LoRA adapters inside the "
+        f"backbone under the frozen head.",
+        "The backbone is tiny and starts from random weights, so the numbers show that the whole way works, not how "
+        "good ViSFT makes a pretrained backbone."
+        + (" Photographs it has not seen need a pretrained one and far more of them." if photographs else ""),
+    ]
+
+
+def _next_commands(out: Path, weights: Path) -> dict[str, str]:
+    """What to do -> text to paste."""
+    file = open_weights(weights)
+    load = [
+        "import timm",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = {create_model_call(tower_in(file, find_layout(file)))}",
+        f'weights = load_file("{short_path(weights)}")',
+        'weights["pos_embed"] = weights["pos_embed"][:, 1:]  # this backbone has no class token',
+        "model.load_state_dict(weights)",
+    ]
+    train = "\n".join(f"deepspeed --num_gpus 8 launchers/train.py --stage {stage}" for stage in (1, 2))
+    return {
+        "Losses of both stages in TensorBoard:": f"tensorboard --logdir {short_path(out)}",
+        "The merged weights in timm:": "\n".join(load),
+        "The real thing, EVA-ViT-E on COCO; each command says what it still needs and how to make it:": train,
+    }
