@@ -30,7 +30,6 @@ from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
-from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.evals.report import compare_results, read_evaluation
 from visft_ds.evals.runner import pipeline_of
 from visft_ds.interop.adapters import adapter_of
@@ -42,6 +41,7 @@ from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.parallel import export
+from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE
 from visft_ds.stages import prepare_model
 from visft_ds.tasks import TASKS
 
