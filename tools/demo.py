@@ -332,8 +332,9 @@ def _stream(command: Sequence[str], environment: Mapping[str, str], log: Path, h
     step they are at.
     """
     shown_at = 0.0
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -341,7 +342,8 @@ def _stream(command: Sequence[str], environment: Mapping[str, str], log: Path, h
             errors="replace",
             env=dict(environment),
             start_new_session=True,
-        )
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -355,10 +357,10 @@ def _stream(command: Sequence[str], environment: Mapping[str, str], log: Path, h
                     continue
                 shown_at = now if step else shown_at
                 print(f"  {line.rstrip()}", flush=True)
-            return process.wait()
         except KeyboardInterrupt:
             file.write(_stop(process))
             raise
+    return process.returncode
 
 
 def _stop(process: "subprocess.Popen[str]") -> str:

@@ -23,7 +23,7 @@ from visft_ds.multitask import MultiTaskModel, Normaliser, TaskModule
 from visft_ds.stages import TrainedGroup, apply_groups
 from visft_ds.tasks.detection import DetectionCriterion, DetectionHead
 
-STEPS, SAVED_AT, GLOBAL_BATCH, CLIP = 6, 3, 4, 0.1
+STEPS, SAVED_AT, GLOBAL_BATCH, CLIP = 6, 3, 4, 0.02
 #: Which head learns in each step; in most steps the other one has no gradient.
 ORDER = ("first", "first", "second", "first", "second", "second")
 HEAD = {

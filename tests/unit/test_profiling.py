@@ -24,6 +24,7 @@ from visft_ds.profiling.flops import KEPT_SCORES, Flops, Tower, detection_flops,
 from visft_ds.profiling.memory import (
     ACTIVATIONS,
     BUCKETS,
+    GATHERED,
     GRADIENTS,
     OTHER,
     TRAINED,
@@ -218,22 +219,34 @@ def test_what_is_named_after_the_peak_is_named_at_the_peak_too() -> None:
     assert ledger.at_peak[BUCKETS] == 400 and ledger.at_peak[TRANSIENT] == 200
 
 
-def test_counting_does_not_hold_weights_that_an_engine_takes_away() -> None:
-    """ZeRO-3 gives a gathered weight back after the forward and gathers it again, elsewhere, for the backward pass."""
-    module = nn.Linear(6, 6)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_looking_holds_no_weight_that_autograd_would_not_hold(transposed: bool) -> None:
+    """ZeRO-3 gives a gathered weight back after the forward and gathers it again, elsewhere, for the backward pass.
+
+    A product with the weight itself lets it go; torch's linear layer keeps a view of it and thereby its storage.
+    """
+    module = nn.Linear(6, 6, bias=False)
     module.weight.ds_id = 0  # type: ignore[assignment]  # what marks a parameter of ZeRO-3
-    values = module.weight.detach().clone()
-    gathered = weakref.ref(module.weight.untyped_storage())
-    batch = torch.randn(3, 6, requires_grad=True)
-    with saved_tensors_counted(Ledger("cpu"), module):
-        loss = module(batch).square().sum()
-    expected = 2 * (batch.detach() @ values.t() + module.bias.detach()) @ values
-    module.weight.data = torch.empty(0)
-    assert gathered() is None
-    module.weight.data = values
+    values, ledger = module.weight.detach().clone(), Ledger("cpu")
+    batch = torch.randn(6, 6, requires_grad=True)
+
+    def step() -> tuple[torch.Tensor, bool]:
+        gathered = weakref.ref(module.weight.untyped_storage())
+        result = module(batch) if transposed else batch * module.weight
+        module.weight.data = torch.empty(0)
+        return result.sum(), gathered() is not None
+
+    loss, held = step()
+    module.weight.data = values.clone()
     loss.backward()
-    # Products of six numbers in fp32, in whatever order.
-    torch.testing.assert_close(batch.grad, expected, rtol=1e-5, atol=1e-5)
+    expected, batch.grad = batch.grad, None
+    with saved_tensors_counted(ledger, module):
+        again, held_again = step()
+    assert held == held_again == transposed
+    assert ledger.now[GATHERED] == 144 * transposed and ledger.highest[GATHERED] == 144
+    module.weight.data = values.clone()
+    again.backward()
+    assert expected is not None and batch.grad is not None and torch.equal(batch.grad, expected)
 
 
 # ------------------------------------------------------------------------------------------------------ time

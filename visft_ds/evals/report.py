@@ -187,6 +187,8 @@ def _header(report: Report) -> str:
     if len(report.evaluations) > 1:
         change = _change(report.evaluations, "box/AP50")
         cards.append(("change of AP50", f"{change:+.3f}" if math.isfinite(change) else "–"))
+    for one in report.training[-1:]:
+        cards.append((f"AP50 {one.label}, training images", _number(one.metrics.get("box/AP50", math.nan))))
     shown = "".join(f"<div class=card><b>{html.escape(v)}</b><span>{html.escape(n)}</span></div>" for n, v in cards)
     paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in report.introduction)
     return f"<header><h1>{html.escape(report.title)}</h1>{paragraphs}<div class=cards>{shown}</div></header>"

@@ -65,7 +65,8 @@ def _backbone(session: Session, batch: Batch) -> Flops:
         targets=lora.targets if lora else (),
         checkpoint_every=backbone.checkpoint_every,
         attention_products=FUSED_ATTENTION if fused else KEPT_SCORES,
-        linear_keeps_late=session.engine.stage == 3,
+        linear_keeps_late=session.engine.stage == 3
+        and bool(session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)),
         trainable=frozenset(trained if module.train_backbone else ()),
     )
     patches = _patches(session, batch)

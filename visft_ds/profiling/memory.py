@@ -24,17 +24,18 @@ from torch.utils._pytree import tree_leaves
 from visft_ds.parallel.engine import ZeroEngine
 
 #: Kinds of memory, in the order in which they are printed.
-FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS, TRANSIENT, OTHER = (
+FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, TRANSIENT, OTHER = (
     "weights, frozen",
     "weights, trained",
     "optimizer state",
     "gradients",
     "reduce buckets",
+    "gathered weights",
     "activations",
     "transient",
     "other",
 )
-KINDS = (FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, ACTIVATIONS, TRANSIENT, OTHER)
+KINDS = (FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, TRANSIENT, OTHER)
 
 
 @dataclass
@@ -116,39 +117,19 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-@dataclass(frozen=True)
-class _OfParameter:
-    """Stands for a saved tensor that is (a view of) a parameter.
-
-    Holding the tensor itself would hold its storage, which ZeRO-3 gives back after the forward and gathers again.
-    """
-
-    parameter: nn.Parameter
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int  #: relative to the parameter's own
-
-    def unpack(self) -> Tensor:
-        start = int(self.parameter.storage_offset()) + self.offset
-        return self.parameter.detach().as_strided(self.size, self.stride, start)
-
-
 class _Parameters:
-    """Finds the parameter into whose storage a tensor looks."""
+    """The parameters a saved tensor may turn out to be, or to look into."""
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = list(module.parameters())
-        moving = any(hasattr(p, "ds_id") for p in self._parameters)  # ZeRO-3: gathered and given back all the time
-        self._owners = None if moving else self._by_storage()
+        #: ZeRO-3 gathers a parameter's storage for a module's forward and gives it back after.
+        self.moving = any(hasattr(p, "ds_id") for p in self._parameters)
+        self._owners = None if self.moving else self._by_storage()
 
-    def owner(self, tensor: Tensor) -> nn.Parameter | None:
-        """The parameter, or None."""
+    def owners(self, tensor: Tensor) -> list[nn.Parameter]:
+        """Those in the same storage; several where an engine keeps them in one flat tensor."""
         owners = self._by_storage() if self._owners is None else self._owners
-        for parameter in owners.get(tensor.untyped_storage()._cdata, ()):
-            first = int(parameter.storage_offset())
-            if first <= tensor.storage_offset() < first + parameter.numel():
-                return parameter
-        return None
+        return owners.get(tensor.untyped_storage()._cdata, [])
 
     def _by_storage(self) -> dict[int, list[nn.Parameter]]:
         owners: dict[int, list[nn.Parameter]] = {}
@@ -158,24 +139,32 @@ class _Parameters:
         return owners
 
 
+def _is_same(parameter: nn.Parameter, tensor: Tensor) -> bool:
+    """Whether a saved tensor is the parameter itself, not a view of it."""
+    alike = parameter.shape == tensor.shape and parameter.stride() == tensor.stride()
+    return alike and parameter.storage_offset() == tensor.storage_offset()
+
+
 @contextmanager
 def saved_tensors_counted(ledger: Ledger, module: nn.Module) -> Iterator[None]:
-    """Note as activations what autograd keeps for the backward pass; parameters, and what lived before, are not."""
+    """Note as activations what autograd keeps for the backward pass; parameters, and what lived before, are not.
+
+    Looking must not change what lives. Without hooks autograd keeps a parameter itself, so that ZeRO-3 can take its
+    gathered storage away; a hook is given another tensor in that storage, which would hold it. So the parameter takes
+    its place. A view of a parameter (such as `weight.t()`, which torch's linear layer keeps) does hold the storage.
+    """
     parameters = _Parameters(module)
 
-    def pack(tensor: Tensor) -> Any:
-        owner = parameters.owner(tensor)
-        if owner is not None:
-            return _OfParameter(
-                owner, tensor.size(), tensor.stride(), int(tensor.storage_offset() - owner.storage_offset())
-            )
-        ledger.add(tensor, ACTIVATIONS, instead_of=(TRANSIENT,))
+    def pack(tensor: Tensor) -> Tensor:
+        owners = parameters.owners(tensor)
+        if not owners:
+            ledger.add(tensor, ACTIVATIONS, instead_of=(TRANSIENT,))
+        elif parameters.moving:
+            ledger.add(tensor, GATHERED, instead_of=(TRANSIENT,))
+            return next((parameter for parameter in owners if _is_same(parameter, tensor)), tensor)
         return tensor
 
-    def unpack(packed: Any) -> Any:
-        return packed.unpack() if isinstance(packed, _OfParameter) else packed
-
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(pack, torch.Tensor.detach):
         yield
 
 
