@@ -64,22 +64,26 @@ def _start(tree: Tree, out: Path) -> subprocess.Popen[str]:
 def test_an_interrupted_build_goes_on_to_the_same_bytes(
     tree: Tree, expected: dict[str, str], tmp_path: Path, end: signal.Signals
 ) -> None:
-    process = _start(tree, tmp_path)
-    process.send_signal(end)
-    _, message = process.communicate(timeout=30)
+    for attempt in range(10):
+        out = tmp_path / str(attempt)
+        process = _start(tree, out)
+        process.send_signal(end)
+        _, message = process.communicate(timeout=30)
+        left = _digests(out)
+        if process.returncode and 4 <= len(left) < len(expected) - 2:
+            break  # on a busy machine the build may finish first
+    assert 4 <= len(left) < len(expected) - 2, "the test must interrupt in the middle"
     if end == signal.SIGINT:
         assert process.returncode == 130 and "run the same command again" in message
-    left = _digests(tmp_path)
-    assert 4 <= len(left) < len(expected) - 2, "the test must interrupt in the middle"
     assert left.items() <= expected.items(), "a file with its final name is always complete"
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
-    again = _run("build", *tree.arguments(tmp_path), "--max-count", 3, "--json")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    again = _run("build", *tree.arguments(out), "--max-count", 3, "--json")
     assert again.returncode == 0, again.stderr
-    assert _digests(tmp_path) == expected
+    assert _digests(out) == expected
     # A kill may come between a shard and its record; that one is made again.
     kept = sum(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
     assert len(before) - 2 <= kept == json.loads(again.stdout)["shards_kept"]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tree: Tree, expected: dict[str, str], tmp_path: Path) -> None:
