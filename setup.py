@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["visft_ds", "visft_ds.*"]),
     package_data={"visft_ds": ["py.typed"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.10,<2.16",
         "torchvision>=0.25",
         "deepspeed==0.19.8",  # the engine relies on behaviour that was tested with this version only
         "peft>=0.18",
@@ -44,8 +44,8 @@ setup(
             "transformers>=5.0",
             "pytest>=8.2",
             "hypothesis>=6.100",
-            "ruff>=0.8",
-            "mypy>=1.13",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
             "scipy-stubs>=1.11",
             "psutil>=5.9",
         ],

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco", type=Path, metavar="DIR", help="train on this COCO tree instead of generated images")
     parser.add_argument("--processes", type=int, metavar="N", help="of each training (default: 2, or 1 with one GPU)")
     parser.add_argument("--force", action="store_true", help="remove what an earlier demo left in --out first")
-    parser.add_argument("--train", type=int, default=5000, metavar="N", help="images to generate (default %(default)s)")
+    parser.add_argument("--train", type=int, default=6000, metavar="N", help="images to generate (default %(default)s)")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="held-out ones (default %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to both trainings; repeatable"
