@@ -130,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     began = time.perf_counter()
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # else children would outlive a demo that is ended
-        signal.signal(sign, _interrupt)
+        if signal.getsignal(sign) != signal.SIG_IGN:  # nohup
+            signal.signal(sign, _interrupt)
     try:
         demo = _open(given)
         _steps(demo, given)
