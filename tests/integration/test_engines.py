@@ -98,7 +98,8 @@ def test_stale_gradients_need_their_remedy(
     name, results = trained
     found = differences(results["stage1-without-remedy"], plain["stage1"])
     if name in ("zero3", "zero3_offload"):
-        assert found["values"] > 2 * WEIGHTS
+        # Under offload the stale gradients are clipped ones: a small error, far outside the bounds all the same.
+        assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
     else:
         assert found["values"] <= WEIGHTS
 
