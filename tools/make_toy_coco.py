@@ -49,7 +49,7 @@ def main() -> int:
             seed=given.seed,
             workers=given.workers,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"make_toy_coco: {error}", file=sys.stderr)
         return 2
     print(

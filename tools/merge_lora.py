@@ -71,7 +71,7 @@ def main() -> int:
     given = _parser().parse_args()
     try:
         return _run(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"merge_lora: {error}", file=sys.stderr)
         return 2
 

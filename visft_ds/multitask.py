@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
@@ -97,9 +98,12 @@ class MultiTaskModel(nn.Module):
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) in float32 and their valid mask (B, h, w) bool."""
         pixels = normalise_pixels(batch.images, batch.sizes)
+        # A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
+        short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
+        pixels = F.pad(pixels, (0, short[1], 0, short[0]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features: Tensor = self.backbone(pixels).float()
-        return features, valid_region(batch.sizes, batch.images.shape[-2:], features.shape[-2:])
+        return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
 
     def forward(self, batch: Batch, normaliser: Normaliser | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions when no normaliser is given.

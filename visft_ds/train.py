@@ -28,7 +28,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import as_metrics, evaluate, pipeline_of
 from visft_ds.interop.files import sha256_file
 from visft_ds.monitor.console import Progress, StepLine
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, RunRecord, read_metrics
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
@@ -193,6 +193,8 @@ def _loop(run: Run, start: int) -> int:
         Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
         MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
     ):
+        if start and _evaluates_after(run, start) and not _was_evaluated(run, start):
+            _evaluate(run, writer, progress, start)  # the run ended between saving this step and judging it
         began = time.perf_counter()
         for whole, batches in run.loader.steps(start, run.total_steps):
             agreement = distributed.agree_on_step(
@@ -209,7 +211,7 @@ def _loop(run: Run, start: int) -> int:
                 _save(run, step)
                 saved = step
                 progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
-            if run.validation and (last or step % settings.eval_every == 0):
+            if _evaluates_after(run, step):
                 _evaluate(run, writer, progress, step)
             if agreement.stop:
                 progress.message(
@@ -217,6 +219,20 @@ def _loop(run: Run, start: int) -> int:
                 )
                 break
     return step
+
+
+def _evaluates_after(run: Run, step: int) -> bool:
+    every = run.config.visft.run.eval_every
+    return run.validation is not None and (step == run.total_steps or step % every == 0)
+
+
+def _was_evaluated(run: Run, step: int) -> bool:
+    """Whether the records of the run hold an evaluation of a step; the same answer on every rank."""
+    found = False
+    if distributed.is_main() and (run.out / METRICS_FILE).is_file():
+        records = read_metrics(run.out / METRICS_FILE)
+        found = any(record["step"] == step and any(k.startswith("val/") for k in record) for record in records)
+    return bool(distributed.broadcast_object(found))
 
 
 def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:

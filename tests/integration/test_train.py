@@ -221,6 +221,20 @@ def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) 
     assert "error" not in outputs[1]
 
 
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path: Path) -> None:
+    extra = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
+    arguments = ["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]
+    run_ranks(arguments, world=1)
+    records = tmp_path / "run" / "metrics.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    assert sum("val/box/AP50" in line for line in lines) == 1
+    records.write_text("".join(line for line in lines if "val/" not in line))  # as if killed while evaluating
+    run_ranks(arguments, world=1)
+    assert sum("val/box/AP50" in line for line in records.read_text().splitlines()) == 1
+    run_ranks(arguments, world=1)
+    assert sum("val/box/AP50" in line for line in records.read_text().splitlines()) == 1
+
+
 def test_a_diverged_run_names_the_images_and_keeps_what_was_saved(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     extra = {"optimizer.params.lr": 1e30, "visft.run.save_every": 1}

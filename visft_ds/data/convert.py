@@ -248,9 +248,15 @@ def _claim(options: Options, source: Source, work: Path, *, replace: bool) -> No
     """Bind the output to these options and JSON files, so that two different builds never mix."""
     wanted = {"version": VERSION, **options.content(), "sources": source.files}
     path = work / "options.json"
-    known = orjson.loads(path.read_bytes()) if path.is_file() else wanted
+    if not path.is_file() and shard_files(options.out, options.split) and not replace:
+        # Copied without their hidden records: nothing tells whether this build would make the same ones.
+        raise ValueError(
+            f"{options.out} holds shards of {options.split!r} without the records of their build ({work.name}/). "
+            "Use another --out or --split, or --replace to throw them away."
+        )
+    known = orjson.loads(path.read_bytes()) if path.is_file() else {}
     differing = sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name))
-    if differing and not replace:
+    if known and differing and not replace:
         shown = "; ".join(f"{name}: {known.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing)
         raise ValueError(
             f"{options.out} holds a split {options.split!r} that was built otherwise ({shown}). "

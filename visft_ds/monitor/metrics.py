@@ -26,6 +26,7 @@ import numpy.typing as npt
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
+METRICS_FILE = "metrics.jsonl"
 #: What a full disk, a missing package or TensorBoard's writer thread raise; anything else is a mistake of ours.
 _WRITER_ERRORS = (OSError, ImportError, ValueError, RuntimeError)
 
@@ -41,7 +42,7 @@ class MetricsWriter:
     """
 
     def __init__(self, out_dir: str | Path, *, resume_step: int = 0, enabled: bool = True) -> None:
-        self.path = Path(out_dir) / "metrics.jsonl"
+        self.path = Path(out_dir) / METRICS_FILE
         self.enabled = enabled
         self._warned: set[str] = set()
         self._torn = False
