@@ -15,7 +15,8 @@ import torch
 from tests.integration.engine_case import CLIP, SAVED_AT, train_plain
 from tests.integration.ranks import run_ranks
 
-ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+#: Offload takes as long as ZeRO-3 and shares its code; it runs with the slow tests.
+ENGINES = ("zero0", "zero1", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow))
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 1e-6
 #: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients.
