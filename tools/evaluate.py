@@ -1,5 +1,5 @@
 import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
-USAGE = """COCO average precision of a trained run, or of any backbone + heads (+ adapter), with results and pictures.
+USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
     python tools/evaluate.py --run runs/stage2-debug
     python tools/evaluate.py --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
@@ -17,27 +17,31 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from visft_ds.config.schema import TaskConfig
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
 from visft_ds.data.convert import Options, build
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
+from visft_ds.evals.captions import TOKENIZER
+from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     EvaluationModel,
     ModelFiles,
     files_of_run,
     heads_in,
     load_model,
-    task_settings,
+    resized,
+    streams_without_run,
 )
-from visft_ds.evals.pictures import grid, save_png
+from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.report import FORMAT, METRICS, PICTURES, VERSION, results_name
-from visft_ds.evals.runner import TaskEvaluation, as_metrics, draw_examples, evaluate
+from visft_ds.evals.runner import TaskEvaluation, as_metrics, collect, measure
 from visft_ds.interop.heads import check_categories
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
@@ -45,8 +49,10 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.run_folder import recorded_config
 from visft_ds.stages import choose_precision
+from visft_ds.streams import check_samples, read_vocabulary
 
 DEFAULT_BATCH = 8  # without a run that tells
+_LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,17 @@ class Job:
     """What is to be evaluated, on what, how; known before any weight is read."""
 
     files: ModelFiles
-    tasks: Mapping[str, TaskConfig]
+    streams: Mapping[str, Stream]
+    decoding: Mapping[str, Mapping[str, Any]]  #: task -> what its head is also called with
     shards: Path | None  #: None: make them from a COCO tree
     split: str
     out: Path
     precision: str
+
+    @property
+    def tasks(self) -> list[str]:
+        """All that is evaluated."""
+        return [task for stream in self.streams.values() for task in stream.tasks]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         precision, why = choose_precision(job.precision, distributed.local_device())
         manifest = Manifest.load(job.shards, job.split) if job.shards else None
         model = load_model(
-            job.files, list(job.tasks), precision=precision, device=distributed.local_device(), preset=given.model
+            job.files,
+            job.tasks,
+            precision=precision,
+            device=distributed.local_device(),
+            preset=given.model,
+            vocabulary=read_vocabulary(given.vocabulary) if given.vocabulary else None,
+            decoding=job.decoding,
         )
     except ValueError as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
@@ -82,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start_process_group()
         with _packed(manifest, job, given.coco) as ready:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root))
+            check_samples(job.tasks, ready)
             _evaluate(job, given, model, ready, f"{precision} ({why})")
-        distributed.close()
     except (ValueError, OSError) as error:  # may have happened on this rank alone
         return _complain(error, rank)
     return 0
@@ -101,13 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
     model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights, any known layout")
-    model.add_argument("--heads", type=Path, metavar="DIR", help="folder with detection.safetensors (RUN/export)")
+    model.add_argument(
+        "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
+    )
     model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
     model.add_argument("--model", choices=sorted(PRESETS), help="preset, where the backbone file does not tell")
+    model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
+    model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    model.add_argument("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
     model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
     data = parser.add_argument_group("data: by default the run's")
     data.add_argument("--data", type=Path, metavar="DIR", help="shards made by tools/make_shards.py")
-    data.add_argument("--coco", type=Path, metavar="DIR", help="an ordinary COCO tree instead, packed on the fly")
+    data.add_argument("--coco", type=Path, metavar="DIR", help="a COCO tree, packed on the fly, or shards")
     data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
@@ -122,12 +145,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(given: argparse.Namespace) -> Job:
-    for name, least in (("limit", 1), ("image_size", 14), ("batch_size", 1), ("threads", 0), ("images", 0)):
+    for name, least in _LEAST.items():
         value = getattr(given, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
     if given.data and given.coco:
         raise ValueError("--data and --coco both say where the images are: give one of them")
+    coco = given.coco
+    if coco is not None and splits_in(coco):  # --coco takes shards as well
+        given.data, coco = coco, None
     if given.run:
         config = recorded_config(given.run)
         visft = config.visft
@@ -139,7 +165,10 @@ def _job(given: argparse.Namespace) -> Job:
             adapter=_adapter(given),
             use_adapter=given.adapter != "none",
         )
-        tasks = {name: _resized(task, given) for name, task in visft.tasks.enabled().items()}
+        streams = {
+            name: resized(stream, side=given.image_size, batch_size=given.batch_size)
+            for name, stream in visft.streams().items()
+        }
         shards, split, precision = Path(visft.data.root), visft.data.val, visft.model.precision
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
@@ -148,13 +177,14 @@ def _job(given: argparse.Namespace) -> Job:
             raise ValueError(f"without --run these are needed: {', '.join(missing)}")
         files = ModelFiles(given.backbone, given.heads, _adapter(given), {})
         batch = given.batch_size or DEFAULT_BATCH
-        tasks = dict(task_settings(heads_in(given.heads), batch_size=batch, fixed_size=given.image_size))
+        streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
         shards, split, precision = given.data, "val", "auto"
     split = given.split or split
     return Job(
         files=files,
-        tasks=tasks,
-        shards=None if given.coco else given.data or shards,
+        streams=_chosen(streams, given.tasks),
+        decoding=_decoding(visft if given.run else None, given.beam_size),
+        shards=None if coco else given.data or shards,
         split=split,
         out=given.out or given.run / f"evaluation-{split}",
         precision=given.precision or precision,
@@ -165,14 +195,22 @@ def _adapter(given: argparse.Namespace) -> Path | None:
     return None if given.adapter in (None, "none") else Path(given.adapter)
 
 
-def _resized(task: TaskConfig, given: argparse.Namespace) -> TaskConfig:
-    """A run's task with the sizes of the command line."""
-    changes: dict[str, Any] = {}
-    if given.batch_size:
-        changes["micro_batch"] = given.batch_size
-    if given.image_size:
-        changes["image"] = task.image.model_copy(update={"fixed_size": given.image_size})
-    return task.model_copy(update=changes)
+def _chosen(streams: Mapping[str, Stream], wanted: str | None) -> dict[str, Stream]:
+    """Only the tasks that were asked for."""
+    found = [task for stream in streams.values() for task in stream.tasks]
+    names = found if wanted is None else wanted.split(",")
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise ValueError(f"--tasks {wanted}: there is no head for {', '.join(unknown)}; there are {', '.join(found)}")
+    kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
+    return {name: stream for name, stream in kept.items() if stream.tasks}
+
+
+def _decoding(config: VisftConfig | None, beam_size: int | None) -> dict[str, dict[str, Any]]:
+    """How captions are generated: as the run says, with the number of beams of the command line."""
+    task = config.tasks.captioning if config else None
+    options = task.decoding.model_dump() if task else {}
+    return {"captioning": {**options, **({"beam_size": beam_size} if beam_size else {})}}
 
 
 def _refuse_filled(out: Path) -> None:
@@ -190,21 +228,33 @@ def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manif
         _print_start(model, precision, f"{where}: {count} of {len(manifest)} images")
     with ShardReader(manifest) as reader:
         began = time.perf_counter()
-        outcome = evaluate(
-            model.predict, reader, job.tasks, limit=given.limit, threads=given.threads, per_category=True
+        collected = collect(
+            model.predict, reader, job.streams, model.vocabulary, limit=given.limit, threads=given.threads
         )
         seconds = time.perf_counter() - began
-        if not distributed.is_main():
+        pictures = draw_examples(
+            model.predict,
+            reader,
+            job.streams,
+            model.vocabulary,
+            given.images,
+            threshold=given.threshold,
+            limit=given.limit,
+        )
+        distributed.close()  # before measuring, which the main process does alone
+        if collected is None:
             return
+        outcome = measure(collected, reader, limit=given.limit, per_category=True)
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
             "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
-            "settings": {name: task.image.model_dump(mode="json") for name, task in job.tasks.items()},
+            "settings": {name: dict(stream.image) for name, stream in job.streams.items()},
+            **({"caption_tokenizer": TOKENIZER} if "captioning" in job.tasks else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
         }
-        _write(job.out, outcome, record, _pictures(outcome, reader, given, job.out))
+        _write(job.out, outcome, record, _save_pictures(pictures, job.out))
     _print_results(job.out, outcome, count / seconds)
 
 
@@ -248,19 +298,16 @@ def _pack(coco: Path, split: str, out: Path) -> None:
     build(options, workers=os.cpu_count() or 1)
 
 
-def _pictures(
-    outcome: Sequence[TaskEvaluation], reader: ShardReader, given: argparse.Namespace, out: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """Draw and write the examples; returns what stands where, by task."""
+def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Write the examples; returns what stands where, by task."""
     written: dict[str, list[dict[str, Any]]] = {}
-    for part in outcome:
-        pictures = draw_examples(part, reader, given.images, threshold=given.threshold)
-        names = {image_id: f"{PICTURES}/{part.task}-{image_id:012d}.png" for image_id in pictures}
-        for image_id, picture in pictures.items():
+    for task, by_image in pictures.items():
+        names = {image_id: f"{PICTURES}/{task}-{image_id:012d}.png" for image_id in by_image}
+        for image_id, picture in by_image.items():
             save_png(picture, out / names[image_id])
-        if pictures:
-            save_png(grid(list(pictures.values()), columns=2), out / f"{part.task}.png")
-        written[part.task] = [{"image_id": image_id, "file": name} for image_id, name in names.items()]
+        if by_image:
+            save_png(grid(list(by_image.values()), columns=2), out / f"{task}.png")
+        written[task] = [{"image_id": image_id, "file": name} for image_id, name in names.items()]
     return written
 
 

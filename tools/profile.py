@@ -3,8 +3,11 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
+    python tools/profile.py heads
+    python tools/profile.py ap
 
-Exit status: 0 measured, 2 wrong usage or something missing, 3 another rank ended first.
+Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, 2 wrong usage or something missing,
+3 another rank ended first.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import os
 from collections.abc import Sequence
 
 from visft_ds.launch import _LOST_PEER
-from visft_ds.profiling.command import add_train_parser
+from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_train_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/profile.py",
-        description="Measure what a configuration costs.",
+        description="Measure what a configuration, a head or an evaluation costs.",
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
-    add_train_parser(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_parser in (add_train_parser, add_heads_parser, add_ap_parser):
+        add_parser(commands)
     return parser
 
 

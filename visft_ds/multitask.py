@@ -7,7 +7,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class TaskModule:
 
     head: nn.Module
     criterion: Criterion
+    decoding: Mapping[str, Any] = field(default_factory=dict)  #: what the head is also called with in evaluation
 
 
 def normalise_pixels(images: Tensor, sizes: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class MultiTaskModel(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict({name: task.head for name, task in tasks.items()})
         self.criteria = {name: task.criterion for name, task in tasks.items()}
+        self.decoding = {name: task.decoding for name, task in tasks.items()}
         self.train_backbone = train_backbone
         self.heads_active = heads_active
 
@@ -116,18 +118,19 @@ class MultiTaskModel(nn.Module):
         Returns:
             With a normaliser, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
             "<task>/<name>": each unweighted loss}.
-            Without: {task: the head's output} for every head.
+            Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """
         features, valid = self.features(batch)
         # Heads and losses stay in float32 whatever the backbone computes in.
         with torch.autocast(features.device.type, enabled=False):
             if normaliser is None:
-                return {task: head(features, valid) for task, head in self.heads.items()}
+                wanted = batch.tasks or tuple(self.heads)
+                return {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
             losses: dict[str, Tensor] = {}
             for task in batch.tasks:
-                criterion = self.criteria[task]
-                output = self.heads[task](features, valid)
-                parts = criterion(output, batch.targets[task], normaliser[task], batch.image_ids)
+                criterion, targets = self.criteria[task], batch.targets[task]
+                output = self.heads[task](features, valid, **targets.head_inputs())
+                parts = criterion(output, targets, normaliser[task], batch.image_ids)
                 losses[task] = sum_weighted(parts, criterion.weights)
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}

@@ -17,16 +17,21 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
+from visft_ds.config.task_schema import CaptioningTask
 from visft_ds.data.manifest import Category
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, check_categories, head_file, load_head_weights
+from visft_ds.interop.heads import HeadInfo, check_categories, find_head, load_head_weights
 from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
 
+#: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
+PUBLISHED_VOCABULARY = 9490
 #: Relative change of the features when every LoRA B is perturbed; below it the adapters are not in the forward.
 SMALLEST_EFFECT = 1e-6
 
@@ -92,6 +97,7 @@ def prepare_model(
     precision: Precision = "fp32",
     heads_from: Path | None = None,
     categories: Sequence[Category] = (),
+    vocabulary: Vocabulary | None = None,
 ) -> PreparedModel:
     """Build -> load base weights -> freeze all -> adapt -> load heads -> apply groups -> check -> checkpointing.
 
@@ -101,6 +107,7 @@ def prepare_model(
         precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
         heads_from: folder of stage-1 heads; None starts them at random.
         categories: of the data set; heads that know them by other ids are refused.
+        vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -109,13 +116,14 @@ def prepare_model(
     stage = STAGES[config.stage]
     storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     backbone, base_weights, notes = _build_backbone(config, storage)
-    module = _build_module(config, backbone)
+    module = _build_module(config, backbone, vocabulary.size if vocabulary else None)
     module.requires_grad_(False)
     _adapt(config, backbone)
     if heads_from is not None:
-        infos = {t: load_head_weights(head, head_file(heads_from, t), t) for t, head in module.heads.items()}
+        infos = {t: load_head_weights(head, find_head(heads_from, t), t) for t, head in module.heads.items()}
         check_categories(infos, categories, "the training data")
-        _check_heads(infos, config, base_weights)
+        check_vocabulary(infos, vocabulary, "the training data")
+        notes += _check_heads(infos, config, base_weights)
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage, uses_lora=config.lora is not None)
@@ -130,15 +138,19 @@ def prepare_model(
     return PreparedModel(module, groups, base_weights, tuple(notes))
 
 
-def plan_groups(config: VisftConfig, defaults: OptimizerParams) -> tuple[TrainedGroup, ...]:
+def plan_groups(
+    config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
+) -> tuple[TrainedGroup, ...]:
     """What would train, from shapes alone: the model is built on the meta device, no file is read.
+
+    `vocabulary_size` is that of the published captioning heads unless the data's own is known.
 
     Raises:
         ValueError: as `prepare_model`, as far as shapes tell.
     """
     with torch.device("meta"):
         backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
-        module = _build_module(config, backbone)
+        module = _build_module(config, backbone, vocabulary_size)
         _adapt(config, backbone)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
@@ -217,14 +229,15 @@ def _build_backbone(config: VisftConfig, storage: torch.dtype) -> tuple[EvaViT, 
     return backbone, digest, [f"base weights: {report.summary()}"]
 
 
-def _build_module(config: VisftConfig, backbone: EvaViT) -> MultiTaskModel:
+def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:
     # Heads start from the seed alone, so that every rank and every engine builds the same ones.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         tasks = {
             name: TaskModule(
-                TASKS[name].build_head(in_channels=backbone.width, **task.head.model_dump()),
+                TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size),
                 TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump()),
+                task.decoding.model_dump() if isinstance(task, CaptioningTask) else {},
             )
             for name, task in config.tasks.enabled().items()
         }
@@ -237,8 +250,12 @@ def _adapt(config: VisftConfig, backbone: EvaViT) -> None:
         inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
 
 
-def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weights: str) -> None:
-    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained."""
+def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weights: str) -> list[str]:
+    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained.
+
+    Returns what is worth a note: heads that have learnt from images prepared in another way.
+    """
+    notes = []
     for task, info in infos.items():
         options = config.tasks.enabled()[task].head.model_dump(mode="json")
         names = sorted(n for n in options if n != "dropout" and n in info.options and options[n] != info.options[n])
@@ -251,6 +268,10 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
                 f"the {task} head was trained on the features of other base weights ({trained_on}); these are "
                 f"{base_weights}: use the base weights of stage 1"
             )
+        mode = info.extra.get("mode", config.mode)
+        if mode != config.mode:
+            notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")
+    return notes
 
 
 def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> None:

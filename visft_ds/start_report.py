@@ -87,8 +87,12 @@ def _groups_section(groups: Sequence[TrainedGroup]) -> Section:
 
 
 def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
-    ratios = {name: task.ratio for name, task in config.visft.tasks.enabled().items()}
-    shares = [(name, f"{100 * ratio / sum(ratios.values()):.0f} % of the steps") for name, ratio in ratios.items()]
+    streams = config.visft.streams().values()
+    total = sum(stream.share for stream in streams)
+    shares = [
+        (stream.name, f"{100 * stream.share / total:.0f} % of the steps, learnt by {', '.join(stream.tasks)}")
+        for stream in streams
+    ]
     equations = [("batch", line) for line in batches.equations()]
     engine = config.deepspeed["zero_optimization"]["stage"]
     return Section("batches", [("engine", f"ZeRO-{engine} on {batches.dp} processes"), *equations, *shares])
@@ -96,7 +100,7 @@ def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
-    steps = schedule.params.total_num_steps
+    steps = config.total_steps
     return Section(
         "run",
         [

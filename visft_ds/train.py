@@ -22,13 +22,15 @@ from visft_ds.config import (
 )
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.plan import Plan, StepPlan, TaskPlan
+from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
+from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.runner import as_metrics, evaluate, pipeline_of
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.files import sha256_file
+from visft_ds.interop.heads import find_head
 from visft_ds.monitor.console import Progress, StepLine
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, RunRecord, read_metrics
+from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
@@ -39,6 +41,8 @@ from visft_ds.parallel.faults import StopFlag
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import print_start
+from visft_ds.streams import check_samples, pipeline_of, plan_of, vocabulary_of
+from visft_ds.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,17 @@ class Run:
     batches: Batches
     engine: ZeroEngine
     loader: StepLoader
-    validation: ShardReader | None  #: None: no evaluation during training
+    validation: Validation | None  #: None: no evaluation during training
     identity: dict[str, str]  #: what a checkpoint of this run must have been made with
     manifest: Manifest
+    vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
     launched: bool  #: by a launcher, whose end must not go unnoticed
 
     @property
     def total_steps(self) -> int:
         """Length of the run in optimiser steps."""
-        return self.config.scheduler.params.total_num_steps
+        return self.config.total_steps
 
 
 def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> None:
@@ -73,10 +78,13 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     settings = config.visft
     manifest = Manifest.load(settings.data.root, settings.data.train)
     validation = Manifest.load(settings.data.root, settings.data.val) if settings.run.eval_every else None
+    tasks, streams = settings.tasks.enabled(), settings.streams()
+    for split in (manifest, validation) if validation else (manifest,):
+        check_samples(tasks, split)
     _check_labels(manifest, config)
+    vocabulary = vocabulary_of(settings, manifest)
     batches = derive_batches(config, distributed.world_size())
-    tasks = settings.tasks.enabled()
-    plan = Plan({n: TaskPlan(len(manifest), task.batch_size, task.ratio) for n, task in tasks.items()}, settings.seed)
+    plan = plan_of(settings, manifest)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
     device = distributed.local_device()
@@ -84,10 +92,18 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
 
     launched = "RANK" in os.environ
     start_process_group()
-    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
+    words = vocabulary.fingerprint if vocabulary else "none"
+    distributed.assert_same_on_all_ranks(
+        {"configuration": config.fingerprint(), "data set": manifest.fingerprint, "vocabulary": words}
+    )
     heads = Path(settings.heads.path) if settings.heads.path else None
     prepared = prepare_model(
-        settings, config.optimizer.params, precision=precision, heads_from=heads, categories=manifest.categories
+        settings,
+        config.optimizer.params,
+        precision=precision,
+        heads_from=heads,
+        categories=manifest.categories,
+        vocabulary=vocabulary,
     )
     base_sha256 = _keep_random_base(prepared, config, out)
     run = Run(
@@ -98,24 +114,24 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         loader=StepLoader(
             ShardReader(manifest),
             plan,
-            {name: pipeline_of(name, task, train=True) for name, task in tasks.items()},
+            {name: pipeline_of(stream, vocabulary, train=True) for name, stream in streams.items()},
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
             accumulation=batches.accumulation,
             threads=settings.data.threads,
             prefetch_steps=settings.data.prefetch_steps,
         ),
-        validation=ShardReader(validation) if validation else None,
+        validation=Validation(settings, validation, vocabulary, out) if validation else None,
         identity={
             "configuration": config.fingerprint(),
             "precision": precision,
             "data set": manifest.fingerprint,
             "base weights": prepared.base_weights,
-            "heads": " ".join(sha256_file(heads / f"{task}.safetensors") for task in tasks)
-            if heads
-            else "trained here",
+            "heads": " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here",
+            "vocabulary": words,
         },
         manifest=manifest,
+        vocabulary=vocabulary,
         base_sha256=base_sha256,
         launched=launched,
     )
@@ -123,24 +139,42 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
         print_start(config, prepared, batches, manifest, precision=f"{precision} ({why})", device=device, start=start)
-    try:
-        step = _loop(run, start)
-    except (ValueError, OSError) as error:
-        error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
-        raise
-    if step >= run.total_steps:
-        _export(run, step)
-    distributed.close()
+    main = distributed.is_main()
+    with (
+        Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,
+        MetricsWriter(out, resume_step=start, enabled=main) as writer,
+    ):
+        try:
+            step = _loop(run, start, writer, progress)
+        except (ValueError, OSError) as error:
+            error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
+            raise
+        if step >= run.total_steps:
+            _export(run, step)
+        distributed.close()
+        if run.validation:  # after closing: the other ranks need not wait for the last numbers
+            run.validation.poll(writer, progress, wait=True)
 
 
 def _check_labels(manifest: Manifest, config: ResolvedConfig) -> None:
-    for task, settings in config.visft.tasks.enabled().items():
-        beyond = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id >= settings.head.num_classes]
-        if beyond:
-            raise ValueError(
-                f"the data has category {beyond[0]} ({len(beyond)} such), the {task} head has classes 0 to "
-                f"{settings.head.num_classes - 1}: state visft.tasks.{task}.head.num_classes"
-            )
+    """Detection counts classes by the raw ids of the data, segmentation knows COCO's 80 categories."""
+    detection, segmentation = config.visft.tasks.detection, config.visft.tasks.segmentation
+    beyond = [
+        f"{c.coco_id} {c.name!r}"
+        for c in manifest.categories
+        if detection is not None and c.coco_id >= detection.head.num_classes
+    ]
+    if beyond and detection is not None:
+        raise ValueError(
+            f"the data has category {beyond[0]} ({len(beyond)} such), the detection head has classes 0 to "
+            f"{detection.head.num_classes - 1}: state visft.tasks.detection.head.num_classes"
+        )
+    foreign = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id not in COCO_CATEGORY_IDS]
+    if foreign and segmentation is not None:
+        raise ValueError(
+            f"the data has category {foreign[0]} ({len(foreign)} such), which is not one of COCO's 80 ids: "
+            "segmentation heads know those only; turn it off with --set visft.tasks.segmentation=null"
+        )
 
 
 def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_config: dict[str, Any]) -> ZeroEngine:
@@ -155,7 +189,7 @@ def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_con
         schedule=Schedule(
             scheduler.type,
             scheduler.params.warmup_num_steps,
-            scheduler.params.total_num_steps,
+            config.total_steps,
             scheduler.params.warmup_min_ratio,
             scheduler.params.cos_min_ratio,
         ),
@@ -185,54 +219,39 @@ def _resume(run: Run, resume: str) -> int:
     return checkpoint.step
 
 
-def _loop(run: Run, start: int) -> int:
+def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
-    settings, main = run.config.visft.run, distributed.is_main()
+    settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
     stop, saved, step = StopFlag(launched=run.launched), start, start
-    with (
-        Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
-        MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
-    ):
-        if start and _evaluates_after(run, start) and not _was_evaluated(run, start):
-            _evaluate(run, writer, progress, start)  # the run ended between saving this step and judging it
-        began = time.perf_counter()
-        for whole, batches in run.loader.steps(start, run.total_steps):
-            agreement = distributed.agree_on_step(
-                f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
+    if validation and not start:
+        validation.draw(predict, start, writer)
+    elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
+        validation.evaluate(predict, start, writer, progress)  # the run ended between saving this step and judging it
+    began = time.perf_counter()
+    for whole, batches in run.loader.steps(start, run.total_steps):
+        agreement = distributed.agree_on_step(
+            f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
+        )
+        report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
+        step = whole.step + 1
+        _check_finite(run, whole, report, saved)
+        now = time.perf_counter()
+        _record(run, writer, progress, whole, report, seconds=now - began)
+        began = now
+        if step == run.total_steps or agreement.stop or step % settings.save_every == 0:
+            _save(run, step)
+            saved = step
+            progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
+        if validation:
+            validation.poll(writer, progress)
+            if validation.is_due(step, run.total_steps):
+                validation.evaluate(predict, step, writer, progress)
+        if agreement.stop:
+            progress.message(
+                f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
             )
-            report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
-            step = whole.step + 1
-            _check_finite(run, whole, report, saved)
-            now = time.perf_counter()
-            _record(run, writer, progress, whole, report, seconds=now - began)
-            began = now
-            last = step == run.total_steps
-            if last or agreement.stop or step % settings.save_every == 0:
-                _save(run, step)
-                saved = step
-                progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
-            if _evaluates_after(run, step):
-                _evaluate(run, writer, progress, step)
-            if agreement.stop:
-                progress.message(
-                    f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
-                )
-                break
+            break
     return step
-
-
-def _evaluates_after(run: Run, step: int) -> bool:
-    every = run.config.visft.run.eval_every
-    return run.validation is not None and (step == run.total_steps or step % every == 0)
-
-
-def _was_evaluated(run: Run, step: int) -> bool:
-    """Whether the records of the run hold an evaluation of a step; the same answer on every rank."""
-    found = False
-    if distributed.is_main() and (run.out / METRICS_FILE).is_file():
-        records = read_metrics(run.out / METRICS_FILE)
-        found = any(record["step"] == step and any(k.startswith("val/") for k in record) for record in records)
-    return bool(distributed.broadcast_object(found))
 
 
 def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:
@@ -261,7 +280,7 @@ def _record(
     progress.update(
         StepLine(
             step=step,
-            losses={task: value for task, value in report.losses.items() if task in run.batches.micro},
+            losses={task: value for task, value in report.losses.items() if task in run.engine.module.heads},
             learning_rate=next(iter(report.learning_rates.values())),
             gradient_norm=report.gradient_norm,
             images=images,
@@ -292,7 +311,7 @@ def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> 
     if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
         return
     names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
-    tasks = " ".join(f"--task {n}:{t.ratio}:{t.batch_size}" for n, t in run.config.visft.tasks.enabled().items())
+    tasks = " ".join(f"--task {s.name}:{s.share:g}:{s.batch_size}" for s in run.config.visft.streams().values())
     raise FloatingPointError(
         f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
         "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
@@ -306,22 +325,6 @@ def _save(run: Run, step: int) -> None:
     if state is not None:
         save_checkpoint(run.out / "checkpoints", step, state, run.identity, run.config.visft.run.keep_last)
     distributed.barrier()
-
-
-def _evaluate(run: Run, writer: MetricsWriter, progress: Progress, step: int) -> None:
-    assert run.validation is not None
-    settings = run.config.visft
-    outcome = evaluate(
-        run.engine.predict,
-        run.validation,
-        settings.tasks.enabled(),
-        limit=settings.run.eval_limit,
-        threads=settings.data.threads,
-    )
-    if distributed.is_main():
-        metrics = as_metrics(outcome)
-        writer.step(step, {f"val/{name}": value for name, value in metrics.items()})
-        progress.message(f"step {step} validation: " + "  ".join(f"{n} {v:.3f}" for n, v in metrics.items()))
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:
@@ -344,6 +347,7 @@ def _export(run: Run, step: int) -> None:
         categories=run.manifest.categories,
         base_weights=run.identity["base weights"],
         base_sha256=run.base_sha256,
+        vocabulary=run.vocabulary,
     )
     for path in paths:
         print(f"wrote {path}", flush=True)

@@ -35,7 +35,7 @@ from visft_ds.evals.runner import pipeline_of
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, save_heads
+from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
@@ -124,7 +124,7 @@ def _export(world: World, first: ResolvedConfig, second: ResolvedConfig) -> None
     for stage, config in ((1, first), (2, second)):
         RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
         save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE, layout="timm")
-    save_heads({"detection": head}, world.run(1) / "export", {"detection": info})
+    save_head_files({"detection": head}, world.run(1) / "export", {"detection": info})
     adapted = prepare_model(second.visft, second.optimizer.params).module.backbone
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -308,7 +308,7 @@ def normaliser_of(counts: dict[str, float], parts: int) -> dict[str, Tensor]:
 def test_losses_by_their_definition() -> None:
     head = small_head()
     (features, valid), targets = feature_maps(4), caption_batch(4, 6, 1, 2)
-    criterion = CaptioningCriterion(attention_weight=0.5)
+    criterion = CaptioningCriterion(attention=0.5)
     counts = criterion.count(batch_of(targets))
     assert counts == {"tokens": 3 + 5 + 0 + 1, "images": 3}
     output = head(features, valid, targets.tokens, targets.lengths)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
-from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info, save_heads
+from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info, save_head_files
 from visft_ds.interop.layouts import LAYOUTS, Tower, base_parameters, find_layout, tower_in, tower_names, tower_of
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, merge_lora
@@ -212,7 +212,7 @@ def test_heads_keep_weights_buffers_and_how_they_were_built(tmp_path: Path) -> N
         "detection": HeadInfo("detection", 8, {"queries": 5}, ({"id": 1, "name": "cat"},), {"step": 7}),
         "captioning": HeadInfo("captioning", 6),
     }
-    paths = save_heads(heads, tmp_path, infos)
+    paths = save_head_files(heads, tmp_path, infos)
     assert paths == [head_file(tmp_path, task) for task in heads]
     target = _head()
     info = load_head_weights(target, paths[0], "detection")
@@ -226,7 +226,7 @@ def test_heads_keep_weights_buffers_and_how_they_were_built(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"built with in_channels=6.*\n.*0\.weight \(4, 6\) in the file, \(4, 8\)"):
         load_head_weights(target, paths[1], "captioning")
     with pytest.raises(ValueError, match="not overwritten"):
-        save_heads(heads, tmp_path, infos)
+        save_head_files(heads, tmp_path, infos)
     assert load_file(paths[0])["1.running_var"].shape == (4,)
 
 
@@ -235,4 +235,4 @@ def test_a_file_that_is_no_head(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no head written by visft_ds"):
         load_head_weights(_head(), head_file(tmp_path, "detection"), "detection")
     with pytest.raises(ValueError, match="must name the same tasks"):
-        save_heads({"detection": _head()}, tmp_path / "x", {})
+        save_head_files({"detection": _head()}, tmp_path / "x", {})

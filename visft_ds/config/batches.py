@@ -1,4 +1,4 @@
-"""From one global batch per task to what each process does, and to the dict `deepspeed.initialize` takes."""
+"""From one global batch per stream to what each process does, and to the dict `deepspeed.initialize` takes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from visft_ds.config.resolve import ResolvedConfig
-from visft_ds.config.schema import Precision, TaskConfig
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import SHARED, Stream
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How the global batches are divided: batch_size = dp x accumulation x micro, for every task."""
+    """How the global batches are divided: batch_size = dp x accumulation x micro, for every stream.
+
+    A stream is a task, or the one that all tasks share.
+    """
 
     dp: int  #: data-parallel processes
-    accumulation: int  #: micro-steps of one optimiser step, the same for all tasks
-    micro: Mapping[str, int]  #: task -> images of one process and micro-step
-    batch_size: Mapping[str, int]  #: task -> images of one optimiser step over all processes
+    accumulation: int  #: micro-steps of one optimiser step, the same for all streams
+    micro: Mapping[str, int]  #: stream -> images of one process and micro-step
+    batch_size: Mapping[str, int]  #: stream -> images of one optimiser step over all processes
 
     def equations(self) -> list[str]:
-        """One line for each task."""
+        """One line for each stream."""
         return [
             f"{task}: {total} images = {self.dp} processes x {self.accumulation} accumulation x {self.micro[task]}"
             for task, total in self.batch_size.items()
@@ -37,45 +41,49 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     """
     if world_size < 1:
         raise ValueError(f"{world_size} processes: must be at least 1")
-    tasks = config.visft.tasks.enabled()
-    uneven = [_uneven(name, task, world_size) for name, task in tasks.items() if task.batch_size % world_size]
+    streams = config.visft.streams()
+    uneven = [_uneven(stream, world_size) for stream in streams.values() if stream.batch_size % world_size]
     if uneven:
         raise ValueError("\n".join(uneven))
-    shares = {name: task.batch_size // world_size for name, task in tasks.items()}
+    shares = {name: stream.batch_size // world_size for name, stream in streams.items()}
     common = math.gcd(*shares.values())
     for accumulation in (a for a in range(1, common + 1) if common % a == 0):
-        if all(share // accumulation <= tasks[name].micro_batch for name, share in shares.items()):
+        if all(share // accumulation <= streams[name].micro_batch for name, share in shares.items()):
             return Batches(
                 dp=world_size,
                 accumulation=accumulation,
                 micro={name: share // accumulation for name, share in shares.items()},
-                batch_size={name: task.batch_size for name, task in tasks.items()},
+                batch_size={name: stream.batch_size for name, stream in streams.items()},
             )
     # Accumulation is one number for all tasks, so the largest possible one is their common divisor.
     lines = [
         f"no accumulation suits every task on {world_size} processes (batch_size = processes x accumulation x micro):"
     ]
-    for name, task in tasks.items():
+    for name, stream in streams.items():
         smallest = shares[name] // common
-        verdict = "" if smallest <= task.micro_batch else f"; state visft.tasks.{name}.micro_batch = {smallest} or more"
+        verdict = "" if smallest <= stream.micro_batch else f"; state {_key(stream)}.micro_batch = {smallest} or more"
         lines.append(
-            f"  {name}: {task.batch_size} = {world_size} x {common} x {smallest}, "
-            f"micro_batch <= {task.micro_batch}{verdict}"
+            f"  {name}: {stream.batch_size} = {world_size} x {common} x {smallest}, "
+            f"micro_batch <= {stream.micro_batch}{verdict}"
         )
     hint = "  or choose batch sizes whose shares have a larger common divisor"
     raise ValueError("\n".join([*lines, hint]))
 
 
-def _uneven(name: str, task: TaskConfig, world_size: int) -> str:
-    total = task.batch_size
+def _key(stream: Stream) -> str:
+    return "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
+
+
+def _uneven(stream: Stream, world_size: int) -> str:
+    total = stream.batch_size
     below, above = total // world_size * world_size, (total // world_size + 1) * world_size
     sizes = " or ".join(str(size) for size in (below, above) if size)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     near = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:4])
     reason = "more processes than images" if world_size > total else "the share of a process would not be whole"
     return (
-        f"visft.tasks.{name}.batch_size = {total} on {world_size} processes: {reason} "
-        f"(batch_size = processes x accumulation x micro, micro <= {task.micro_batch}). "
+        f"{_key(stream)}.batch_size = {total} on {world_size} processes: {reason} "
+        f"(batch_size = processes x accumulation x micro, micro <= {stream.micro_batch}). "
         f"With {world_size} processes use batch_size {sizes}; with batch_size {total} use "
         f"{', '.join(str(n) for n in near)} processes (deepspeed --num_gpus N)"
     )

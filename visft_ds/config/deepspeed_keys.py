@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from visft_ds.config.schema import STRICT, Count, Fraction, Positive
+from visft_ds.config.fields import STRICT, Count, Fraction, Positive
 
 DEEPSPEED_VERSION = "0.19.8"
 

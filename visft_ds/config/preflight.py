@@ -22,6 +22,10 @@ PUBLISHED_WEIGHTS = {
 }
 
 
+#: Our tasks in the names of the published files (https://huggingface.co/TencentARC/ViSFT).
+PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
+
+
 @dataclass(frozen=True)
 class Missing:
     """One thing a run needs and does not find."""
@@ -65,12 +69,23 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
     heads = config.visft.heads
     if heads.path is None:
         return
-    absent = [task for task in config.visft.tasks.enabled() if not (Path(heads.path) / f"{task}.safetensors").is_file()]
+    absent = [task for task in config.visft.tasks.enabled() if not head_files(Path(heads.path), task)]
     if absent:
         command = f"deepspeed --num_gpus 8 launchers/train.py --stage 1 --model {config.visft.model.name}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
         yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", heads.path, command)
+
+
+def head_files(folder: Path, task: str) -> list[Path]:
+    """Files that may hold a task's head: ours, else those named as the published ones. `folder` may be a file."""
+    if folder.is_file():
+        return [folder]
+    own = folder / f"{task}.safetensors"
+    if own.is_file():
+        return [own]
+    published = (folder / f"eva_{tower}_{PUBLISHED_TASKS[task]}_heads.ckpt" for tower in ("e", "g"))
+    return [path for path in published if path.is_file()]
 
 
 def render_missing(missing: Sequence[Missing]) -> str:

@@ -24,6 +24,7 @@ from visft_ds.config.layers import (
     parse_assignment,
 )
 from visft_ds.config.schema import OptimizerConfig, Recipe, SchedulerConfig, VisftConfig
+from visft_ds.config.task_schema import TasksConfig
 from visft_ds.config.validate import validate
 
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
@@ -39,6 +40,9 @@ NOT_IDENTITY = (
     "visft.model.weights",
     "visft.model.checkpoint_every",
     "visft.tasks.*.micro_batch",
+    "visft.tasks.captioning.decoding.*",
+    "visft.tasks.captioning.vocabulary.file",
+    "visft.shared.micro_batch",
 )
 
 
@@ -53,6 +57,12 @@ class ResolvedConfig:
     deepspeed: Mapping[str, Any]  #: DeepSpeed's own keys as given; no batch, precision, optimizer or scheduler keys
     sources: Mapping[str, str]  #: dotted key -> file or flag that set it; keys left at their default are absent
     replaced: tuple[Replaced, ...]  #: values that a model file or a flag replaced on purpose
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        assert self.scheduler.params.total_num_steps is not None  # resolving filled it in
+        return self.scheduler.params.total_num_steps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
@@ -146,8 +156,33 @@ def resolve(
         assign(tree, key, value, flag)
     for text in settings:
         key, value = parse_assignment(text)
-        assign(tree, key, value, "--set")
+        if key == "visft.tasks" and not isinstance(value, dict):
+            _keep_tasks(tree, value)
+        else:
+            assign(tree, key, value, "--set")
     return _typed(tree)
+
+
+def _keep_tasks(tree: Tree, value: Any) -> None:
+    """`--set visft.tasks=detection,captioning` or a JSON list of names: turn every other task off."""
+    names = value.split(",") if isinstance(value, str) else value
+    known = list(TasksConfig.model_fields)
+    if not isinstance(names, list) or not names or any(name not in known for name in names):
+        raise ValueError(
+            f"--set visft.tasks={value if isinstance(value, str) else json.dumps(value)}: give names of tasks, for "
+            f"example --set visft.tasks={known[0]} or --set visft.tasks={known[0]},{known[-1]}; "
+            f"there are {', '.join(known)}"
+        )
+    for name in known:
+        if name not in names:
+            assign(tree, f"visft.tasks.{name}", None, f"--set visft.tasks={','.join(names)}")
+
+
+def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
+    """Without the parameter groups of heads that take no part: a recipe for three tasks also serves for one."""
+    off = [name for name in TasksConfig.model_fields if name not in visft.tasks.enabled()]
+    kept = tuple(g for g in visft.param_groups if not any(g.params.startswith(f"heads.{name}.") for name in off))
+    return visft.model_copy(update={"param_groups": kept}) if kept else visft
 
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
@@ -171,7 +206,10 @@ def _merge_layers(stage: int, engine: str, model: str) -> Tree:
 
 def _typed(tree: Tree) -> ResolvedConfig:
     recipe = validate(tree)
-    visft = recipe.visft
+    visft, scheduler = _drop_idle_groups(recipe.visft), recipe.scheduler
+    if scheduler.params.total_num_steps is None:
+        steps = scheduler.params.model_copy(update={"total_num_steps": visft.updates()})
+        scheduler = scheduler.model_copy(update={"params": steps})
     if visft.run.out is None:
         run = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{visft.model.name}"})
         visft = visft.model_copy(update={"run": run})
@@ -181,7 +219,7 @@ def _typed(tree: Tree) -> ResolvedConfig:
     return ResolvedConfig(
         visft=visft,
         optimizer=recipe.optimizer,
-        scheduler=recipe.scheduler,
+        scheduler=scheduler,
         gradient_clipping=recipe.gradient_clipping,
         deepspeed={key: value for key, value in tree.values.items() if key not in Recipe.model_fields},
         sources=dict(tree.sources),

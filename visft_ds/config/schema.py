@@ -11,25 +11,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 
-#: Unknown keys are errors, "1e-5" is no number, true is no integer, and a validated config does not change.
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from visft_ds.config.fields import STRICT, Count, Fraction, Positive, Rate, Text
+from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
-
-
-def _whole(value: Any) -> Any:
-    """JSON's 3e7 is a float; as a count it is meant as 30000000."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  #: 0, 1, 2, ...
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]  #: 1, 2, 3, ...
-Rate = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class OptimizerParams(BaseModel):
@@ -55,7 +43,7 @@ class SchedulerParams(BaseModel):
 
     model_config = STRICT
     warmup_num_steps: Count
-    total_num_steps: Positive  #: the length of the run
+    total_num_steps: Positive | None = None  #: the length of the run; null: what the tasks' `updates` amount to
     warmup_min_ratio: Fraction = 0.0
     cos_min_ratio: Fraction = 0.0  #: only with WarmupCosineLR
 
@@ -107,72 +95,6 @@ class LoraConfig(BaseModel):
     targets: Annotated[tuple[Projection, ...], Field(min_length=1)]
 
 
-class DetectionImage(BaseModel):
-    """Keyword arguments of the detection transform; sizes in pixels."""
-
-    model_config = STRICT
-    short_sides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (480, 512, 544, 576, 608, 640, 672)
-    max_long: Positive = 672
-    crop_short_sides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (400, 500, 600)
-    crop_range: tuple[Positive, Positive] = (384, 600)
-    flip: Fraction = 0.5  #: probability
-    eval_short: Positive = 800
-    eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-
-
-class DetectionHead(BaseModel):
-    """Keyword arguments of the detection head (asymmetric DETR)."""
-
-    model_config = STRICT
-    num_classes: Positive = 91
-    num_queries: Positive = 100
-    encoder_dim: Positive = 128
-    decoder_dim: Positive = 256
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 6
-    num_heads: Positive = 8
-    ffn_dim: Positive = 1024
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-
-
-class DetectionLoss(BaseModel):
-    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
-
-    model_config = STRICT
-    ce: Rate = 1.0
-    l1: Rate = 5.0
-    giou: Rate = 2.0
-    no_object: Annotated[float, Field(gt=0)] = 0.1  #: class weight of "no object" in the cross-entropy
-
-
-class DetectionTask(BaseModel):
-    """`visft.tasks.detection`."""
-
-    model_config = STRICT
-    ratio: Annotated[float, Field(gt=0)]  #: share of the optimiser steps, relative to the other tasks
-    batch_size: Positive  #: images of one optimiser step over all processes
-    micro_batch: Positive  #: most images one process sends through the model at once
-    image: DetectionImage = DetectionImage()
-    head: DetectionHead = DetectionHead()
-    loss: DetectionLoss = DetectionLoss()
-
-
-TaskConfig = DetectionTask  #: becomes a union as tasks are added
-
-
-class TasksConfig(BaseModel):
-    """`visft.tasks`: the tasks that train together. A task set to null, or absent, takes no part."""
-
-    model_config = STRICT
-    detection: DetectionTask | None = None
-
-    def enabled(self) -> dict[str, TaskConfig]:
-        """Task name -> its settings, in the order of this class."""
-        pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: task for name, task in pairs if task is not None}
-
-
 class HeadsConfig(BaseModel):
     """`visft.heads`: the stage-1 heads that stage 2 learns from."""
 
@@ -211,6 +133,7 @@ class RunConfig(BaseModel):
     keep_last: Positive = 3  #: checkpoints kept
     eval_every: Count = 5000  #: 0: only by tools/evaluate.py
     eval_limit: Positive | None = None  #: images; null: all
+    pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
 
 
@@ -222,11 +145,34 @@ class VisftConfig(BaseModel):
     seed: Count = 0
     model: ModelConfig
     lora: LoraConfig | None = None
+    mode: Literal["sampled", "shared"] = "sampled"  #: one task in each step, or all tasks from the same images
     tasks: TasksConfig
+    shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
     data: DataConfig = DataConfig()
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
     run: RunConfig = RunConfig()
+
+    def streams(self) -> dict[str, Stream]:
+        """The kinds of optimiser steps, by name: one for each task, or the one that all share."""
+        tasks = self.tasks.enabled()
+        if self.mode == "shared":
+            assert self.shared is not None  # validation has seen to it
+            shared = self.shared
+            image = shared.image.model_dump()
+            return {SHARED: Stream(SHARED, tuple(tasks), 1.0, shared.batch_size, shared.micro_batch, image)}
+        return {
+            name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
+            for name, task in tasks.items()
+        }
+
+    def updates(self) -> int | None:
+        """Optimiser steps that give every task its `updates`; None where a task states none."""
+        updates = [task.updates for task in self.tasks.enabled().values()]
+        stated = [number for number in updates if number is not None]
+        if not stated or len(stated) < len(updates):
+            return None
+        return max(stated) if self.mode == "shared" else sum(stated)
 
 
 class Recipe(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
-from visft_ds.config.schema import Recipe
+from visft_ds.config.schema import Recipe, VisftConfig
 
 ITEM = "*"  #: stands for a position in a list
 
@@ -193,10 +193,16 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
     if not visft.tasks.enabled():
         yield "visft.tasks", f"no task is on; state at least one of: {', '.join(type(visft.tasks).model_fields)}"
-    if schedule.params.warmup_num_steps > schedule.params.total_num_steps:
+    total = schedule.params.total_num_steps or visft.updates()
+    if total is None:
+        yield (
+            "scheduler.params.total_num_steps",
+            "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
+        )
+    elif schedule.params.warmup_num_steps > total:
         yield (
             "scheduler.params.warmup_num_steps",
-            f"longer than the run (scheduler.params.total_num_steps = {schedule.params.total_num_steps})",
+            f"longer than the run (scheduler.params.total_num_steps = {total})",
         )
     if schedule.type != "WarmupCosineLR" and schedule.params.cos_min_ratio:
         yield "scheduler.params.cos_min_ratio", f"{schedule.type} has no cosine; remove it or use WarmupCosineLR"
@@ -204,6 +210,23 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, name in enumerate(names):
         if name in names[:index]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
+    yield from _task_contradictions(visft)
+
+
+def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
+    tasks = visft.tasks.enabled()
+    if visft.mode == "shared" and visft.shared is None:
+        yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
+    for name, task in tasks.items() if visft.mode == "sampled" else ():
+        if task.ratio is None and task.updates is None:
+            yield f"visft.tasks.{name}.ratio", "missing: state it, or visft.tasks.<task>.updates of every task"
+    with_ratio = sorted(name for name, task in tasks.items() if task.ratio is not None)
+    if visft.mode == "sampled" and with_ratio and len(with_ratio) < len(tasks):
+        without = ", ".join(name for name in tasks if name not in with_ratio)
+        yield (
+            f"visft.tasks.{with_ratio[0]}.ratio",
+            f"{without} states updates only: give every task a ratio, or none",
+        )
     if visft.tasks.detection is not None:
         head, image = visft.tasks.detection.head, visft.tasks.detection.image
         for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
@@ -211,6 +234,19 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"visft.tasks.detection.head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
         if image.crop_range[0] > image.crop_range[1]:
             yield "visft.tasks.detection.image.crop_range", "must be [smallest, largest]"
+    if visft.tasks.segmentation is not None:
+        mask_head, jitter = visft.tasks.segmentation.head, visft.tasks.segmentation.image
+        if mask_head.hidden_dim % mask_head.num_heads or mask_head.hidden_dim % 32:
+            yield (
+                "visft.tasks.segmentation.head.hidden_dim",
+                f"{mask_head.hidden_dim} is no multiple of num_heads = {mask_head.num_heads} and of 32 (norm groups)",
+            )
+        if mask_head.num_classes < 80:
+            yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: labels are COCO's 80 categories"
+        if jitter.scale[0] > jitter.scale[1]:
+            yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
+        if jitter.pad_value > 255:
+            yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:

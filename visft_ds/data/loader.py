@@ -75,6 +75,15 @@ def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> d
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
+    """The stored captions in the form of COCO's captions_*.json, for evaluators."""
+    annotations = []
+    for index in range(len(reader)) if indices is None else indices:
+        label = orjson.loads(reader.read(index, "labels")[1] or b"")
+        annotations += [{"image_id": label["image_id"], "caption": caption} for caption in label["captions"]]
+    return {"annotations": annotations}
+
+
 class StepLoader:
     """The batches of one data-parallel rank.
 

@@ -49,6 +49,10 @@ class Targets(Protocol):
 
     def to(self, device: torch.device) -> Targets: ...
 
+    def head_inputs(self) -> dict[str, Tensor]:
+        """What the head must be given besides the features in order to learn; most heads need nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class DetectionTargets:
@@ -61,6 +65,10 @@ class DetectionTargets:
     def to(self, device: torch.device) -> DetectionTargets:
         """The same targets on `device`."""
         return DetectionTargets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def head_inputs(self) -> dict[str, Tensor]:
+        """Nothing: boxes are for the criterion alone."""
+        return {}
 
 
 @dataclass(frozen=True)

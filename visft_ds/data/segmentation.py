@@ -51,6 +51,10 @@ class SegmentationTargets:
         names = ("masks", "labels", "extents", "mask_extents")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
+    def head_inputs(self) -> dict[str, Tensor]:
+        """Nothing: masks are for the criterion alone."""
+        return {}
+
 
 class SegmentationTransform:
     """Large-scale jitter (Ghiasi et al., arXiv 2012.07177) and soft masks.

@@ -106,8 +106,11 @@ def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
     """
     small, large = min(size), max(size)
     if max_long is not None and large / small * short_side > max_long:
-        short_side = max(1, round(max_long * small / large))
+        short_side = round(max_long * small / large)
     long_side = int(short_side * large / small)
+    if short_side < 1:  # a strip of 1 x 10,000 pixels
+        assert max_long is not None
+        short_side, long_side = 1, max_long
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
@@ -184,14 +187,14 @@ class DetectionTransform:
         if not self.train:
             return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
         if generator.random() >= 0.5:
-            first = short_side_size(size, _choose(self.crop_short_sides, generator), None)
+            first = short_side_size(size, choose(self.crop_short_sides, generator), None)
             width = _between(*self.crop_range, first[1], generator)
             height = _between(*self.crop_range, first[0], generator)
             top = int(generator.integers(0, first[0] - height + 1))
             left = int(generator.integers(0, first[1] - width + 1))
             ops += [Resize(*first), Crop(top, left, height, width)]
             size = (height, width)
-        return [*ops, Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))]
+        return [*ops, Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))]
 
 
 def detection_targets(
@@ -216,7 +219,8 @@ def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def _choose(options: Sequence[int], generator: np.random.Generator) -> int:
+def choose(options: Sequence[int], generator: np.random.Generator) -> int:
+    """One of `options`, each with the same chance."""
     return options[int(generator.integers(0, len(options)))]
 
 

@@ -13,18 +13,23 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.schema import Precision, TaskConfig, TasksConfig, VisftConfig
+from visft_ds.config.preflight import head_files
+from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.task_schema import Stream, TasksConfig
 from visft_ds.data.samples import Batch
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter, install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
-from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info
+from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
 from visft_ds.interop.layouts import Tower, find_layout, tower_in
 from visft_ds.interop.merge import read_adapter, resolve_tower
+from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.stages import trains_backbone
+from visft_ds.streams import needs_vocabulary
 from visft_ds.tasks import TASKS
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +53,7 @@ class EvaluationModel:
     device: torch.device
     precision: Precision
     heads: Mapping[str, HeadInfo]
+    vocabulary: Vocabulary | None  #: of the head that works with words
     facts: Mapping[str, str]  #: what was loaded, by name, for people and records
 
     @torch.no_grad()
@@ -86,7 +92,8 @@ def files_of_run(
     if heads is None:
         own = all(head_file(export, task).is_file() for task in tasks)
         heads = export if own or config.heads.path is None else Path(config.heads.path)
-    wanted = [backbone, *(head_file(heads, task) for task in tasks), *([adapter] if adapter else [])]
+    own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
+    wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
     missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise ValueError(
@@ -99,26 +106,40 @@ def files_of_run(
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:
-    """Names of the tasks that have a head in a folder.
+    """Names of the tasks that have a head in a folder, ours or a published one.
 
     Raises:
         ValueError: there is none.
     """
-    found = tuple(task for task in TASKS if head_file(folder, task).is_file())
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds the heads")
+    found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
         wanted = ", ".join(head_file("", task).name for task in TASKS)
-        raise ValueError(f"{folder} holds no head ({wanted}): stage 1 of a training writes them into RUN/export")
+        raise ValueError(
+            f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): stage 1 of a training writes them "
+            "into RUN/export"
+        )
     return found
 
 
 def load_model(
-    files: ModelFiles, tasks: Sequence[str], *, precision: Precision, device: torch.device, preset: str | None = None
+    files: ModelFiles,
+    tasks: Sequence[str],
+    *,
+    precision: Precision,
+    device: torch.device,
+    preset: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    decoding: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> EvaluationModel:
     """Build the model the files describe and load them strictly.
 
     Args:
         tasks: which heads to load.
         precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
+        vocabulary: for a head that brings none of its own, as the published ones do.
+        decoding: task -> what its head is also called with.
         preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
 
     Raises:
@@ -137,6 +158,14 @@ def load_model(
     adapter = _read_adapter(files) if files.adapter is not None else None
     infos = {task: _head_info(files.heads, task, tower) for task in tasks}
 
+    own_words = vocabulary_in(infos)
+    if needs_vocabulary(infos) and own_words is None and vocabulary is None:
+        raise ValueError(
+            f"{find_head(files.heads, 'captioning')} does not say which words its ids mean: give its word map (a JSON "
+            "object word -> id) with --vocabulary FILE"
+        )
+    words = own_words or vocabulary
+    check_vocabulary(infos, vocabulary or words, "the given vocabulary")
     backbone = _empty_backbone(tower, _DTYPES[precision])
     facts = {"backbone": load_backbone(backbone, files.backbone).summary()}
     if adapter is not None:
@@ -147,23 +176,36 @@ def load_model(
         facts["adapter"] = "merged into the weights" if merged else "none"
     modules = {}
     for task, info in infos.items():
-        head = TASKS[task].build_head(in_channels=info.in_channels, **info.options)
-        load_head_weights(head, head_file(files.heads, task), task)
-        modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}))
-        facts[f"{task} head"] = str(head_file(files.heads, task))
+        path = find_head(files.heads, task)
+        head = load_heads(path, task)
+        modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), (decoding or {}).get(task, {}))
+        facts[f"{task} head"] = str(path)
     module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
     module.requires_grad_(False).eval().to(device)
-    return EvaluationModel(module, device, precision, infos, facts)
+    return EvaluationModel(module, device, precision, infos, words, facts)
 
 
-def task_settings(tasks: Sequence[str], *, batch_size: int, fixed_size: int | None) -> Mapping[str, TaskConfig]:
-    """Settings of tasks without a run: the images are resized as in the paper, or to squares of `fixed_size` pixels.
+def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | None) -> dict[str, Stream]:
+    """How tasks are evaluated without a run: images are resized as in the paper, or to squares of `side` pixels.
 
     Raises:
         ValueError: numbers that the schema does not allow.
     """
-    one = {"ratio": 1.0, "batch_size": batch_size, "micro_batch": batch_size, "image": {"fixed_size": fixed_size}}
-    return TasksConfig.model_validate(dict.fromkeys(tasks, one)).enabled()
+    one = {"ratio": 1.0, "batch_size": batch_size, "micro_batch": batch_size}
+    settings = TasksConfig.model_validate(dict.fromkeys(tasks, one)).enabled()
+    streams = {
+        name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
+        for name, task in settings.items()
+    }
+    return {name: resized(stream, side=side) for name, stream in streams.items()}
+
+
+def resized(stream: Stream, *, side: int | None = None, batch_size: int | None = None) -> Stream:
+    """A stream with squares of `side` pixels, and with batches of that size, where given."""
+    image = stream.image
+    if side is not None:
+        image = {**image, ("fixed_size" if "fixed_size" in image else "size"): side}
+    return replace(stream, image=image, micro_batch=batch_size or stream.micro_batch)
 
 
 def _read_adapter(files: ModelFiles) -> LoraAdapter:
@@ -182,10 +224,8 @@ def _read_adapter(files: ModelFiles) -> LoraAdapter:
 
 
 def _head_info(folder: Path, task: str, tower: Tower) -> HeadInfo:
-    path = head_file(folder, task)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such head; stage 1 of a training writes it into RUN/export")
-    info = read_head_info(path)
+    path = find_head(folder, task)
+    info = read_head_info(path, task)
     if info.in_channels != tower.width:
         raise ValueError(
             f"{path} reads features of width {info.in_channels}, but the backbone has {tower.describe()}: "

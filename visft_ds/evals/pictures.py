@@ -6,7 +6,9 @@ Pictures are (H, W, 3) uint8 RGB arrays; boxes are (x, y, w, h) in pixels of the
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 _PAPER: Colour = (250, 250, 248)
-_INK: Colour = (45, 45, 48)
+INK: Colour = (45, 45, 48)
 _GAP = 12  # between panels and pictures, pixels
 _TITLE_HEIGHT = 26
 _TITLE_SIZE = 17
@@ -58,24 +60,23 @@ def draw_detections(
     The image is scaled until its longer side has `side` pixels, so that names are readable on small images too.
     `colours` gives a colour for each name (see `palette`); by default the names of this picture get their own.
     """
-    assert image.dtype == np.uint8 and image.ndim == 3, (image.dtype, image.shape)
+    base = scaled(image, side)
     scale = side / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    base = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     known = palette(sorted({*true_names, *names})) if colours is None else colours
     # the surest prediction last, on top of the others
     shown = [place for place in np.argsort(scores, kind="stable").tolist() if scores[place] >= threshold]
-    truth = _panel(base, f"ground truth: {len(true_boxes)}", true_boxes, true_names, list(true_names), known, scale)
-    prediction = _panel(
+    truth = _with_boxes(base, true_boxes, true_names, list(true_names), known, scale)
+    prediction = _with_boxes(
         base,
-        f"predicted, score from {threshold:.2f}: {len(shown)}",
         [boxes[place] for place in shown],
         [names[place] for place in shown],
         [f"{names[place]} {scores[place]:.2f}" for place in shown],
         known,
         scale,
     )
-    return _side_by_side([truth, prediction])
+    return two_panels(
+        truth, f"ground truth: {len(true_boxes)}", prediction, f"predicted, score from {threshold:.2f}: {len(shown)}"
+    )
 
 
 def split_panels(picture: Picture) -> tuple[Picture, Picture]:
@@ -93,7 +94,7 @@ def grid(pictures: Sequence[Picture], *, columns: int = 2) -> Picture:
     width = max(picture.shape[1] for picture in pictures) + _GAP
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     heights = [max(picture.shape[0] for picture in row) + _GAP for row in rows]
-    sheet = _paper(sum(heights) + _GAP, len(rows[0]) * width + _GAP)
+    sheet = paper(sum(heights) + _GAP, len(rows[0]) * width + _GAP)
     top = _GAP
     for row, height in zip(rows, heights, strict=True):
         for place, picture in enumerate(row):
@@ -110,9 +111,77 @@ def save_png(picture: Picture, path: Path) -> None:
     Image.fromarray(picture).save(path, format="PNG", compress_level=4)
 
 
-def _panel(
+def scaled(image: Picture, side: int) -> Image.Image:
+    """The image with its longer side at `side` pixels, the shorter in proportion and at least one pixel."""
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+    scale = side / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    # The shortcut for images much larger than wanted cannot be seen and saves most of the time.
+    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def two_panels(truth: Picture, truth_title: str, prediction: Picture, prediction_title: str) -> Picture:
+    """Two pictures side by side, each below its title, filled up with paper to one size in which the titles fit."""
+    font = letters(_TITLE_SIZE)
+    lengths = [math.ceil(font.getlength(title)) + 4 for title in (truth_title, prediction_title)]
+    height = max(truth.shape[0], prediction.shape[0])
+    width = max(truth.shape[1], prediction.shape[1], *lengths)
+    panels = []
+    for picture, title in ((truth, truth_title), (prediction, prediction_title)):
+        panel = paper(_TITLE_HEIGHT + height, width)
+        panel[_TITLE_HEIGHT : _TITLE_HEIGHT + picture.shape[0], : picture.shape[1]] = picture
+        canvas = Image.fromarray(panel)
+        ImageDraw.Draw(canvas).text((2, _TITLE_HEIGHT / 2), title, fill=INK, font=font, anchor="lm")
+        panels.append(np.asarray(canvas))
+    return np.concatenate([panels[0], paper(panels[0].shape[0], _GAP), panels[1]], axis=1)
+
+
+def draw_tag(draw: ImageDraw.ImageDraw, tag: str, place: Rectangle, colour: Colour) -> None:
+    """Write a tag on a ground of the given colour; `place` has the size that `tag_size` says."""
+    draw.rectangle(place, fill=colour)
+    # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    middle = (place[1] + place[3]) / 2
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    draw.text((place[0] + 4, middle), tag, fill=ink, font=letters(_TAG_SIZE), anchor="lm")
+
+
+def tag_size(tag: str) -> tuple[float, float]:
+    """Width and height of a tag, pixels."""
+    return letters(_TAG_SIZE).getlength(tag) + 8, _TAG_SIZE + 5
+
+
+def tag_places(tag: str, box: Rectangle, size: tuple[int, int]) -> list[Rectangle]:
+    """Where the tag of a box may lie on a canvas of `size` (width, height), best first.
+
+    Above the box, inside, below, the same at the right edge, else near.
+    """
+    width, height = tag_size(tag)
+    lefts = [min(max(x, 0), max(size[0] - width, 0)) for x in (box[0], box[2] - width)]
+    tops = [box[1] - height, box[1], box[3], *(box[1] + step * height for step in (-2, 1, 2, -3, 3, 4))]
+    tops = [min(max(top, 0), max(size[1] - height, 0)) for top in tops]
+    corners = [(left, top) for some in (tops[:3], tops[3:]) for left in lefts for top in some]
+    return [(left, top, left + width, top + height) for left, top in corners]
+
+
+def free_place(places: Sequence[Rectangle], taken: Sequence[Rectangle]) -> Rectangle | None:
+    """The first of the places that overlaps nothing taken."""
+    return next((place for place in places if not any(_overlap(place, other) for other in taken)), None)
+
+
+@cache
+def letters(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of all pictures; comes with Pillow, so that they look alike everywhere."""
+    return ImageFont.load_default(size)
+
+
+def paper(height: int, width: int) -> Picture:
+    """An empty sheet."""
+    return np.full((height, width, 3), _PAPER, dtype=np.uint8)
+
+
+def _with_boxes(
     base: Image.Image,
-    title: str,
     boxes: Sequence[Sequence[float]],
     names: Sequence[str],
     tags: Sequence[str],
@@ -128,28 +197,10 @@ def _panel(
     taken: list[Rectangle] = []
     # the surest tag is placed first and gets the best place
     for corner, name, tag in reversed(list(zip(corners, names, tags, strict=True))):
-        _draw_tag(draw, tag, corner, colours[name], base.size, taken)
-    return _with_title(np.asarray(canvas), title)
-
-
-def _draw_tag(
-    draw: ImageDraw.ImageDraw, tag: str, box: Rectangle, colour: Colour, size: tuple[int, int], taken: list[Rectangle]
-) -> None:
-    """Write a tag where no earlier tag is: above its box, inside, below, the same at the right edge, else near."""
-    font = ImageFont.load_default(_TAG_SIZE)
-    width, height = draw.textlength(tag, font=font) + 8, _TAG_SIZE + 5
-    lefts = [min(max(x, 0), max(size[0] - width, 0)) for x in (box[0], box[2] - width)]
-    tops = [box[1] - height, box[1], box[3], *(box[1] + step * height for step in (-2, 1, 2, -3, 3, 4))]
-    tops = [min(max(top, 0), max(size[1] - height, 0)) for top in tops]
-    corners = [(left, top) for some in (tops[:3], tops[3:]) for left in lefts for top in some]
-    places = [(left, top, left + width, top + height) for left, top in corners]
-    place = next((p for p in places if not any(_overlap(p, other) for other in taken)), places[0])
-    taken.append(place)
-    draw.rectangle(place, fill=colour)
-    # ITU-R BT.601 luma decides whether dark or light letters can be read on the colour
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
-    middle = (place[1] + place[3]) / 2
-    draw.text((place[0] + 4, middle), tag, fill=(0, 0, 0) if bright else (255, 255, 255), font=font, anchor="lm")
+        places = tag_places(tag, corner, base.size)
+        taken.append(free_place(places, taken) or places[0])
+        draw_tag(draw, tag, taken[-1], colours[name])
+    return np.asarray(canvas)
 
 
 def _clip(box: Rectangle, size: tuple[int, int]) -> Rectangle:
@@ -161,19 +212,3 @@ def _clip(box: Rectangle, size: tuple[int, int]) -> Rectangle:
 
 def _overlap(first: Rectangle, second: Rectangle) -> bool:
     return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
-
-
-def _with_title(picture: Picture, title: str) -> Picture:
-    strip = Image.fromarray(_paper(_TITLE_HEIGHT, picture.shape[1]))
-    font = ImageFont.load_default(_TITLE_SIZE)
-    ImageDraw.Draw(strip).text((2, _TITLE_HEIGHT / 2), title, fill=_INK, font=font, anchor="lm")
-    return np.concatenate([np.asarray(strip), picture])
-
-
-def _side_by_side(pictures: Sequence[Picture]) -> Picture:
-    gap = _paper(pictures[0].shape[0], _GAP)
-    return np.concatenate([pictures[0], gap, *pictures[1:]], axis=1)
-
-
-def _paper(height: int, width: int) -> Picture:
-    return np.full((height, width, 3), _PAPER, dtype=np.uint8)

@@ -1,4 +1,7 @@
-"""Evaluation of every enabled task on a split: each image once over all ranks, numbers on the main process."""
+"""Evaluation on a split: each image once over all ranks (`collect`), then numbers on the main process (`measure`).
+
+The two are apart so that no rank has to wait in a collective while the main process computes average precision.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +9,46 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visft_ds.config.schema import TaskConfig
-from visft_ds.data.loader import Pipeline, coco_dataset, evaluation_batches, read_raw
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.loader import caption_dataset, coco_dataset, evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
+from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.evals.captions import results_metrics
 from visft_ds.evals.coco import coco_average_precision, pack_results, unpack_results
-from visft_ds.evals.pictures import Picture, draw_detections, palette
 from visft_ds.parallel import distributed
-from visft_ds.tasks import TASKS
+from visft_ds.streams import pipeline_of
+from visft_ds.tasks import TASKS, Results
 
-Results = list[dict[str, Any]]  #: COCO results format
+Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """How a task's results are gathered and judged."""
 
-    pack: Callable[[Results], Any]  #: compact form that travels between ranks
-    unpack: Callable[[Any], Results]
-    measure: Callable[..., dict[str, float]]  #: (COCO ground truth, results, *, per_category) -> named numbers
-    draw: Callable[[Picture, Results, Results, Mapping[int, str], float], Picture]
-    #: (image, its annotations, its results, category names by id, least score) -> ground truth beside prediction
-
-
-def _draw_boxes(
-    image: Picture, annotations: Results, results: Results, names: Mapping[int, str], threshold: float
-) -> Picture:
-    known = [result for result in results if result["category_id"] in names]
-    return draw_detections(
-        image,
-        [annotation["bbox"] for annotation in annotations],
-        [names[annotation["category_id"]] for annotation in annotations],
-        [result["bbox"] for result in known],
-        [names[result["category_id"]] for result in known],
-        [result["score"] for result in known],
-        threshold=threshold,
-        colours=palette(list(names.values())),
-    )
+    truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
+    measure: Callable[[Mapping[str, Any], Results, bool], dict[str, float]]
+    #: (ground truth, results, each category too) -> named numbers
+    pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
+    unpack: Callable[[Any], Results] = list
 
 
 EVALUATORS: Mapping[str, Evaluator] = {
-    "detection": Evaluator(pack_results, unpack_results, coco_average_precision, _draw_boxes),
+    "detection": Evaluator(
+        truth=coco_dataset,
+        measure=lambda truth, results, each: coco_average_precision(truth, results, "bbox", per_category=each),
+        pack=pack_results,
+        unpack=unpack_results,
+    ),
+    "segmentation": Evaluator(
+        truth=coco_dataset,
+        measure=lambda truth, results, each: coco_average_precision(truth, results, "segm", per_category=each),
+    ),
+    "captioning": Evaluator(
+        truth=caption_dataset,
+        measure=lambda truth, results, each: results_metrics(truth, results),
+    ),
 }
 
 
@@ -57,80 +59,67 @@ class TaskEvaluation:
     task: str
     metrics: Mapping[str, float]
     results: Results
-    ground_truth: Mapping[str, Any]  #: a COCO dictionary of the images that were evaluated
 
 
-def pipeline_of(task: str, config: TaskConfig, *, train: bool) -> Pipeline:
-    """Transform and collate of a task, with the sizes of its configuration."""
-    spec = TASKS[task]
-    return Pipeline(spec.build_transform(train=train, **config.image.model_dump()), spec.collate)
-
-
-def evaluate(
-    predict: Callable[[Batch], Mapping[str, Any]],
+def collect(
+    predict: Predict,
     reader: ShardReader,
-    tasks: Mapping[str, TaskConfig],
+    streams: Mapping[str, Stream],
+    vocabulary: Vocabulary | None,
     *,
     limit: int | None = None,
     threads: int = 2,
-    per_category: bool = False,
-) -> list[TaskEvaluation]:
-    """Run every task over the split. Collective: all ranks call it, the main process gets the outcome.
+) -> dict[str, Results] | None:
+    """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
+
+    Results are in the order of the data set, however many ranks there were: files of two models can be compared.
 
     Args:
-        predict: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`.
-        tasks: enabled tasks; `micro_batch` is the evaluation batch size.
+        streams: what to evaluate; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
-        per_category: measure each category too.
     """
-    outcome = []
-    for task, config in tasks.items():
-        evaluator, spec = EVALUATORS[task], TASKS[task]
-        own: Results = []
+    gathered: dict[str, Results] = {}
+    for stream in streams.values():
+        own: dict[str, Results] = {task: [] for task in stream.tasks}
         for batch in evaluation_batches(
             reader,
-            pipeline_of(task, config, train=False),
-            config.micro_batch,
+            pipeline_of(stream, vocabulary, train=False),
+            stream.micro_batch,
             distributed.rank(),
             distributed.world_size(),
             limit,
             threads=threads,
         ):
-            own += spec.postprocess(predict(batch)[task], batch)
-        parts = distributed.gather_objects(evaluator.pack(own))
-        if parts is None:
-            continue
-        results = [result for part in parts for result in evaluator.unpack(part)]
-        count = len(reader) if limit is None else min(limit, len(reader))
-        truth = coco_dataset(reader, range(count))
-        # In the order of the data set, however many ranks there were: result files of two models can be compared.
-        place = {image["id"]: number for number, image in enumerate(truth["images"])}
+            outputs = predict(batch)
+            for task, results in own.items():
+                results += TASKS[task].results(outputs[task], batch, vocabulary)
+        for task, results in own.items():
+            parts = distributed.gather_objects(EVALUATORS[task].pack(results))
+            if parts is not None:
+                gathered[task] = [result for part in parts for result in EVALUATORS[task].unpack(part)]
+    if not distributed.is_main():
+        return None
+    place = {image_id: number for number, image_id in enumerate(reader.manifest.index["image_id"].tolist())}
+    for results in gathered.values():
         results.sort(key=lambda result: place[result["image_id"]])
-        metrics = evaluator.measure(truth, results, per_category=per_category)
-        outcome.append(TaskEvaluation(task, metrics, results, truth))
-    return outcome
+    return gathered
 
 
-def draw_examples(
-    evaluation: TaskEvaluation, reader: ShardReader, count: int, *, threshold: float = 0.5
-) -> dict[int, Picture]:
-    """Ground truth beside prediction for the first `count` evaluated images that have objects, by image id.
+def measure(
+    collected: Mapping[str, Results], reader: ShardReader, *, limit: int | None = None, per_category: bool = False
+) -> list[TaskEvaluation]:
+    """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
-    The choice depends on the data set alone, so that pictures of several models show the same images. Crowd regions are
-    not drawn.
+    Raises:
+        ValueError: results that cannot be judged, see `coco_average_precision` and `results_metrics`.
     """
-    names = {category["id"]: category["name"] for category in evaluation.ground_truth["categories"]}
-    draw = EVALUATORS[evaluation.task].draw
-    pictures: dict[int, Picture] = {}
-    for index, image in enumerate(evaluation.ground_truth["images"]):
-        if len(pictures) >= count:
-            break
-        raw = read_raw(reader, index)
-        true = [dict(annotation) for annotation in raw.annotations if not annotation.get("iscrowd", 0)]
-        if true and raw.image is not None:
-            own = [result for result in evaluation.results if result["image_id"] == image["id"]]
-            pictures[image["id"]] = draw(raw.image, true, own, names, threshold)
-    return pictures
+    count = len(reader) if limit is None else min(limit, len(reader))
+    outcome = []
+    for task, results in collected.items():
+        evaluator = EVALUATORS[task]
+        truth = evaluator.truth(reader, range(count))
+        outcome.append(TaskEvaluation(task, evaluator.measure(truth, results, per_category), results))
+    return outcome
 
 
 def as_metrics(outcome: Sequence[TaskEvaluation]) -> dict[str, float]:

@@ -1,35 +1,45 @@
-"""Task heads in our own format: one safetensors file a task, with everything that is needed to build the head again."""
+"""Task heads in files: our own format, one safetensors file a task with everything that is needed to build the head
+again, and the published one of ViSFT (`published_heads`).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 from torch import Tensor, nn
 
 from visft_ds.data.manifest import Category
-from visft_ds.interop.backbones import copy_tensors
-from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights, save_tensors
+from visft_ds.interop.files import WeightFile, examples, open_weights, save_tensors
+from visft_ds.interop.head_info import HeadFile, HeadInfo, check_task, describe, task_of
+from visft_ds.interop.published_heads import (
+    KINDS,
+    PREFIX,
+    PublishedFile,
+    find_published,
+    published_task,
+    sort_names,
+    write_published_head,
+)
+from visft_ds.tasks.segmentation import Labelling
 
+__all__ = [
+    "HeadInfo",
+    "check_categories",
+    "find_head",
+    "head_file",
+    "load_head_weights",
+    "load_heads",
+    "read_head_info",
+    "save_head_files",
+    "save_heads",
+]
+
+FORMATS = ("visft", "safetensors")
 _KEY = "visft_head"
-
-
-@dataclass(frozen=True)
-class HeadInfo:
-    """How a saved head was built: `build_head(in_channels, **options)` of the task gives the same shapes.
-
-    `categories` is the category table of the data it was trained on, as COCO writes it ({"id", "name", ...}).
-    `extra` is whatever the trainer wants to remember (step, data fingerprint, base weights).
-    """
-
-    task: str
-    in_channels: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    categories: Sequence[Mapping[str, Any]] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def head_file(folder: str | Path, task: str) -> Path:
@@ -37,7 +47,43 @@ def head_file(folder: str | Path, task: str) -> Path:
     return Path(folder) / f"{task}.safetensors"
 
 
-def save_heads(
+def find_head(folder: str | Path, task: str) -> Path:
+    """The file of a task's head in a folder: ours, else the published one. `folder` may also be the file itself.
+
+    Raises ValueError for an unknown task; where there is no such file, naming those that were looked for; for published
+    files of both backbones beside each other; and for a file whose published name is that of another task, since its
+    other heads are untrained.
+    """
+    check_task(task)
+    folder = Path(folder)
+    if folder.is_file():
+        other = published_task(folder)
+        if other not in (None, task):
+            raise ValueError(
+                f"{folder} is the published file of the {other} head, in which other heads are untrained: give the "
+                f"file eva_*_{KINDS[task]}_heads.ckpt, or the folder with all of them"
+            )
+        return folder
+    own = head_file(folder, task)
+    published = [folder / f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg"]
+    found = [path for path in published if path.is_file()]
+    if own.is_file():
+        return own
+    if not found:
+        names = ", ".join(path.name for path in (own, *published))
+        raise ValueError(
+            f"no {task} head in {folder}: looked for {names}. Stage 1 of a training writes the first into RUN/export; "
+            f"the others are ViSFT's published files"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds published {task} heads of two backbones ({', '.join(path.name for path in found)}): move "
+            f"the files of each backbone into a folder of their own and give that"
+        )
+    return found[0]
+
+
+def save_head_files(
     heads: nn.ModuleDict | Mapping[str, nn.Module | Mapping[str, Tensor]],
     folder: str | Path,
     metadata: Mapping[str, HeadInfo],
@@ -66,43 +112,119 @@ def save_heads(
     return paths
 
 
-def read_head_info(path: str | Path) -> HeadInfo:
-    """How the head in a file was built. Raises ValueError for a file that is no head of ours."""
-    return _info(open_weights(path))
+def save_heads(head: nn.Module, path: str | Path, format: str = "visft", *, overwrite: bool = False) -> None:
+    """Write one head (DetectionHead, SegmentationHead or CaptioningHead) into one file.
+
+    `format` "visft" is the form of the published files (.pt, .pth, .ckpt or .bin): flat, fp32, tensors alone. It does
+    not hold the labelling of segmentation classes, which a reader takes as "published" unless it is told, nor dropout,
+    number of attention heads (8 is assumed) and the caption head's grid (14). "safetensors" is our own form, which
+    tells how the head was built and keeps its dtype; categories and vocabulary are not in a head (see
+    `save_head_files`).
+
+    Raises ValueError for other modules and formats, an existing file (unless `overwrite`), a name that does not fit the
+    format, parameters without values (meta device, or spread over processes), values that are not finite, and heads
+    that the published form would turn into others: not 8 attention heads, or another grid than 14.
+    """
+    path, task = Path(path), task_of(head)
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r} of head files: allowed are {', '.join(FORMATS)}")
+    info = describe(head)
+    tensors = head.state_dict()
+    empty = [name for name, value in tensors.items() if value.is_meta]
+    if empty:
+        raise ValueError(f"parameters of the {task} head are on the meta device and have no values: {examples(empty)}")
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"the {task} head holds NaN or infinity in {examples(broken, 12)} and is not written")
+    if format == "visft":
+        write_published_head(head, path, overwrite=overwrite)
+        return
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: this format is written as .safetensors only; choose such a name")
+    save_tensors(path, tensors, {_KEY: json.dumps(asdict(info))}, overwrite=overwrite)
 
 
-def _info(file: WeightFile) -> HeadInfo:
-    if _KEY not in file.metadata:
-        raise ValueError(f"{file.path}: no head written by visft_ds (its metadata has no {_KEY!r})")
-    return HeadInfo(**json.loads(file.metadata[_KEY]))
+def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = None) -> nn.Module:
+    """Build the head of a task from a file alone: ours, a published one of ViSFT, or a checkpoint of its training.
+
+    Widths, numbers of layers, queries, classes and words are those of the tensors. A published file is taken to have
+    8 attention heads. In the file of one task, ViSFT left the heads of others as they were before training: take each
+    head from its own file. `labelling` (segmentation only, see `visft_ds.tasks.segmentation`) replaces what our file
+    says; published files say nothing and are read as "published", which is how they were trained.
+
+    The head is fp32, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: an unknown task or labelling, a file that is damaged or has no head of this task (it names those it
+            has), and, all listed: names that nothing accounts for, missing tensors, wrong shapes, values that are not
+            finite, second names of segmentation tensors that hold something else.
+    """
+    check_task(task)
+    if labelling is not None and (task != "segmentation" or labelling not in get_args(Labelling)):
+        raise ValueError(
+            f"labelling {labelling!r} with task {task!r}: only segmentation has one, {' or '.join(get_args(Labelling))}"
+        )
+    found = _open(path, task, assume=True)
+    if labelling is not None:
+        info = replace(found.info, options={**found.info.options, "labelling": labelling})
+        found = replace(found, info=info)
+    return found.build()
+
+
+def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
+    """How the head in a file was built: enough to build it again.
+
+    `task` is needed only for a published file that holds several heads and does not bear its published name. Raises
+    ValueError for a file that is no head, or has none of this task.
+    """
+    if task is not None:
+        check_task(task)
+        return _open(path, task, assume=True).info
+    file = open_weights(path)
+    if _KEY in file.metadata:
+        return _own_info(file)
+    tasks = _sorted(file).heads
+    named = published_task(Path(path))
+    if named is None and len(tasks) > 1:
+        raise ValueError(f"{path} holds heads for {', '.join(tasks)}: say which is meant")
+    return _open(path, named or next(iter(tasks), "detection"), assume=True).info
 
 
 def load_head_weights(head: nn.Module, path: str | Path, task: str) -> HeadInfo:
-    """Copy a saved head into `head`, strictly: same task, same names, same shapes; cast to the head's dtype.
+    """Copy a saved head, ours or a published one, into `head`: same task, same names, same shapes; cast to its dtype.
 
-    Raises ValueError that lists every difference. Nothing is copied unless everything fits.
+    Returns how the head was built. For a published file that is what its tensors tell: options say nothing of attention
+    heads and sampling points, labelling is "published", categories are unknown and empty, extra {"format": "visft"}.
+
+    Raises ValueError that lists every difference (see `load_heads`). Nothing is copied unless everything fits.
     """
+    found = _open(path, task, assume=False)
+    found.load_into(head)
+    return found.info
+
+
+def _open(path: str | Path, task: str, *, assume: bool) -> HeadFile:
+    """The head of a task in a file of any kind, nothing but names and shapes read; `assume`: see `find_published`."""
     file = open_weights(path)
-    info = _info(file)
+    if _KEY not in file.metadata:
+        return find_published(_sorted(file), task, assume=assume)
+    info = _own_info(file)
     if info.task != task:
         raise ValueError(f"{path} holds a {info.task} head; a {task} head is wanted")
-    targets = dict(head.state_dict())
-    missing = [name for name in targets if name not in file]
-    unexpected = [name for name in file if name not in targets]
-    shapes = [
-        f"{name} {file.shape(name)} in the file, {tuple(target.shape)} in the model"
-        for name, target in targets.items()
-        if name in file and TensorInfo.of(target).shape != file.shape(name)
-    ]
-    if missing or unexpected or shapes:
-        built = f"in_channels={info.in_channels}" + "".join(f", {key}={value}" for key, value in info.options.items())
-        lines = [f"{path} does not fit the {task} head of the model; the file's head was built with {built}."]
-        for title, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shape", shapes)):
-            if names:
-                lines.append(f"{title} ({len(names)}): {examples(names, 12)}.")
-        raise ValueError("\n".join(lines))
-    copy_tensors(file, {name: name for name in targets}, targets)
-    return info
+    return HeadFile(file, info, {name: name for name in file})
+
+
+def _own_info(file: WeightFile) -> HeadInfo:
+    return HeadInfo(**json.loads(file.metadata[_KEY]))
+
+
+def _sorted(file: WeightFile) -> PublishedFile:
+    if not any(name.startswith(PREFIX) for name in file):
+        raise ValueError(
+            f"{file.path}: no head written by visft_ds (its metadata has no {_KEY!r}) and none of ViSFT (no name "
+            f"begins with {PREFIX}); it has {examples(file.infos)}"
+        )
+    return sort_names(file)
 
 
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:

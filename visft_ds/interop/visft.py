@@ -2,7 +2,7 @@
 
 Flat, fp32, `visual.blocks.N.attn.qkv.lora_A` (2r, D) and `.lora_B` (2D, r); rows for q first, then v. They were
 trained with loralib's MergedLinear at its default alpha 1, r 64: scaling 1/64. Training checkpoints hold the same
-tensors under `visft_heads.backbone.0.`, beside the heads.
+tensors under `visft_heads.backbone.0.`, beside the heads, which `published_heads` reads.
 """
 
 from __future__ import annotations

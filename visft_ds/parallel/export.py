@@ -16,9 +16,10 @@ from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter, canonical_targets
 from visft_ds.interop.files import save_tensors, sha256_file
-from visft_ds.interop.heads import HeadInfo, save_heads
+from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import Tower, base_parameters, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import EvaViT
@@ -26,6 +27,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine
 from visft_ds.parallel.engine_state import gather_parameters
 from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.tasks import TASKS
 
 
 def export_weights(
@@ -37,11 +39,13 @@ def export_weights(
     categories: Sequence[Category],
     base_weights: str,
     base_sha256: str,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
         base_weights: what the heads were trained on, as stage 2 compares it.
+        vocabulary: goes along with heads that work with words.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     trained = gather_parameters(engine)
@@ -58,9 +62,9 @@ def export_weights(
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        extra = {"step": step, "base_weights": base_weights}
-        infos = {task: _head_info(task, config, engine, extra, categories) for task in heads}
-        written += save_heads(heads, folder, infos, overwrite=True)
+        extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
+        infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
+        written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
         targets = canonical_targets(lora.targets)
@@ -81,10 +85,20 @@ def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, path: Path) -> Path
 
 
 def _head_info(
-    task: str, config: ResolvedConfig, engine: ZeroEngine, extra: Mapping[str, Any], categories: Sequence[Category]
+    task: str,
+    config: ResolvedConfig,
+    engine: ZeroEngine,
+    extra: Mapping[str, Any],
+    categories: Sequence[Category],
+    vocabulary: Vocabulary | None,
 ) -> HeadInfo:
     options: dict[str, Any] = config.visft.tasks.enabled()[task].head.model_dump(mode="json")
-    return HeadInfo(task, engine.module.backbone.width, options, [asdict(c) for c in categories], extra)
+    width = engine.module.backbone.width
+    if TASKS[task].uses_vocabulary:  # its classes are words, not categories
+        assert vocabulary is not None
+        options["vocabulary_size"] = vocabulary.size
+        return HeadInfo(task, width, options, [], {**extra, "vocabulary": vocabulary.to_dict()})
+    return HeadInfo(task, width, options, [asdict(c) for c in categories], extra)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
-"""`tools/profile.py train`: the flags, the order of things, and who prints."""
+"""The sub-commands of `tools/profile.py`: their flags, the order of things, and who prints."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ _EPILOG = """every other flag is one of launchers/train.py and means what it mea
 examples:
   python tools/profile.py train --stage 2 --model debug --data shards
   deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
+"""
+
+_HEADS_EPILOG = """examples:
+  python tools/profile.py heads
+  python tools/profile.py heads --tasks segmentation --full --repeats 3
+  python tools/profile.py heads --device cuda --batch 16
+"""
+
+_AP_EPILOG = """examples:
+  python tools/profile.py ap
+  python tools/profile.py ap --masks --images 200
 """
 
 
@@ -60,36 +73,163 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
     from visft_ds.profiling.measure import Lengths
 
     lengths = Lengths(options.steps, options.warmup)
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no folder {options.json.resolve().parent}; make it first")
+    _check_folder(options.json)
     record = measure_configuration(config, lengths, synthetic=options.synthetic, command=command)
     if record is None:
         return 0
-    from visft_ds.monitor.console import print_plan
     from visft_ds.profiling.report import make_sections, make_title
 
-    print_plan(make_title(record), make_sections(record))
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {options.json}", flush=True)
+    _show(record, make_title, make_sections, options.json)
     return 0
 
 
 def measure_configuration(
     config: ResolvedConfig, lengths: Any, *, synthetic: bool, command: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Every task of a configuration on every rank; the record on the main process, None on the others."""
+    """Every stream of a configuration on every rank; the record on the main process, None on the others."""
     from visft_ds.parallel import distributed
-    from visft_ds.profiling.measure import measure_task
+    from visft_ds.profiling.measure import measure_stream
     from visft_ds.profiling.report import make_record
     from visft_ds.profiling.session import open_session
 
     with open_session(config, synthetic=synthetic) as session:
-        own = {task: measure_task(session, task, lengths) for task in session.config.visft.tasks.enabled()}
+        own = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
         ranks = distributed.gather_objects(own)
         record = make_record(session, ranks, command) if ranks is not None else None
     distributed.close()
     return record
+
+
+def add_heads_parser(commands: Any) -> None:
+    """Add the sub-command that measures heads on made-up features."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "heads",
+        help="time and memory of each head's training step, its criterion and matcher, on made-up features",
+        description="Measure each head alone: forward, criterion with its matcher, backward, memory; side by side.",
+        epilog=_HEADS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="detection, segmentation, captioning (all)")
+    parser.add_argument("--width", type=int, metavar="N", help="channels of the features (1792; 64 with --small)")
+    parser.add_argument("--grid", type=_grid, metavar="HxW", help="cells of the features (each task its own)")
+    parser.add_argument("--batch", type=int, metavar="N", help="images (1, 1 and 8; 2 with --small)")
+    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured steps of each (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (as torch chooses)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
+    parser.add_argument("--dropout", type=float, metavar="P", help="of every head (0.1, 0 and 0.5)")
+    parser.add_argument("--small", action="store_true", help="heads of debug size instead of the reference's")
+    parser.add_argument("--full", action="store_true", help="segmentation on 73x73 cells, as it trains, not 37x37")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+    parser.set_defaults(run=profile_heads)
+
+
+def add_ap_parser(commands: Any) -> None:
+    """Add the sub-command that times average precision."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "ap",
+        help="average precision against pycocotools: seconds of both, and whether the numbers are equal",
+        description="Time average precision beside pycocotools on made-up results; exit status 1 if numbers differ.",
+        epilog=_AP_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--images", type=int, metavar="N", help="images (5000; 500 with --masks)")
+    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
+    parser.add_argument("--detections", type=int, default=100, metavar="N", help="results of every image (%(default)s)")
+    parser.add_argument("--masks", action="store_true", help="masks of 160 x 120 pixels instead of boxes")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="of both in turn (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+    parser.set_defaults(run=profile_average_precision)
+
+
+def profile_heads(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+    """Measure heads, print, write; arguments and errors as `profile_train`. Returns the exit status."""
+    _check_all_known(rest, options)
+    _check_folder(options.json)
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads {options.threads} must be at least 1")
+    from visft_ds.profiling.heads import HeadOptions, make_sections, make_title, measure_heads
+
+    names = ("width", "grid", "batch", "objects", "repeats", "device", "small", "full", "dropout")
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if options.tasks is not None:
+        given["tasks"] = tuple(options.tasks)
+    chosen = HeadOptions(**given)
+    with _threads(options.threads):
+        record = measure_heads(chosen) | {"command": list(command)}
+    _show(record, make_title, make_sections, options.json)
+    return 0
+
+
+def profile_average_precision(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+    """Measure, print, write; arguments and errors as `profile_train`. Returns 1 where the numbers differ, else 0."""
+    _check_all_known(rest, options)
+    _check_folder(options.json)
+    from visft_ds.profiling.average_precision import (
+        PrecisionOptions,
+        make_sections,
+        make_title,
+        measure_average_precision,
+    )
+
+    names = ("images", "objects", "detections", "masks", "repeats")
+    chosen = PrecisionOptions(**{name: getattr(options, name) for name in names})
+    record = measure_average_precision(chosen) | {"command": list(command)}
+    _show(record, make_title, make_sections, options.json)
+    return 0 if record["equal"] else 1
+
+
+def _grid(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no grid: give rows and columns such as 48x48")
+    return int(found[1]), int(found[2])
+
+
+def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:
+    """Raise ValueError for arguments that the sub-command does not know."""
+    if rest:
+        flags = [f"--{name}" for name in vars(options) if name not in ("run", "local_rank")]
+        near = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+        raise ValueError(f"{rest[0]}: unknown argument; {hint}")
+
+
+def _check_folder(file: Path | None) -> None:
+    if file is not None and not file.resolve().parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {file.resolve().parent}; make it first")
+
+
+def _show(
+    record: Mapping[str, Any],
+    make_title: Callable[[Mapping[str, Any]], str],
+    make_sections: Callable[[Mapping[str, Any]], Sequence[Any]],
+    file: Path | None,
+) -> None:
+    """Print the tables of a record, and write it to a file where one is given."""
+    from visft_ds.monitor.console import print_plan
+
+    print_plan(make_title(record), make_sections(record))
+    if file is not None:
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {file}", flush=True)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with this many threads inside; None: as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic: bool) -> ResolvedConfig | None:

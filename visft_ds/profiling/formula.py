@@ -19,7 +19,7 @@ class StepFormula:
     """Operations of this rank's part of a step."""
 
     backbone: Flops
-    head: Flops | None  #: None: the task's head has no formula
+    head: Flops | None  #: None: a head of the step has no formula
 
     @property
     def total(self) -> Flops | None:
@@ -38,14 +38,15 @@ class StepFormula:
         }
 
 
-def formula_of(session: Session, task: str, batches: Sequence[Batch]) -> StepFormula:
+def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
     """What the micro-batches cost, from the shapes of their images."""
     backbone, head = Flops(), Flops()
     known = True
     for batch in batches:
         backbone += _backbone(session, batch)
-        of_head = _head(session, task, batch)
-        known, head = known and of_head is not None, head + (of_head or Flops())
+        for task in batch.tasks:
+            of_head = _head(session, task, batch)
+            known, head = known and of_head is not None, head + (of_head or Flops())
     return StepFormula(backbone, head if known else None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from visft_ds.config.task_schema import SHARED
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.parallel import distributed
@@ -24,7 +25,7 @@ from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
 from visft_ds.profiling.hardware import process_peak, reference_rate
 from visft_ds.profiling.memory import Ledger, note_gradients, note_residents, step_watched
-from visft_ds.profiling.session import Session, TaskRun, make_step
+from visft_ds.profiling.session import Session, StreamRun, make_step
 from visft_ds.profiling.timing import (
     BACKWARD,
     Spread,
@@ -65,38 +66,38 @@ class _Timed:
     skipped: bool
 
 
-def measure_task(session: Session, task: str, lengths: Lengths) -> dict[str, Any]:
-    """Everything about one task on this rank, as JSON values. Collective: every rank measures the same steps.
+def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str, Any]:
+    """Everything about one stream on this rank, as JSON values. Collective: every rank measures the same steps.
 
     Raises:
         ValueError: the step does not fit into memory.
     """
-    run = session.of_task(task)
+    run = session.of_stream(stream)
     device = run.engine.device
     reference = reference_rate(device, session.precision)
     total = lengths.warmup + 2 * lengths.steps + 2
     steps = run.loader.steps(0, total)
-    with out_of_memory_explained(run, task):
-        first = [_timed_step(session, run, task, steps) for _ in range(lengths.warmup)]
+    with out_of_memory_explained(run, stream):
+        first = [_timed_step(session, run, steps) for _ in range(lengths.warmup)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         plain, hooked = [], []
         watch = Stopwatch(device)
         for _ in range(lengths.steps):
-            plain.append(_timed_step(session, run, task, steps))
+            plain.append(_timed_step(session, run, steps))
             with metered(run.engine, watch):
-                hooked.append(_timed_step(session, run, task, steps, watch))
+                hooked.append(_timed_step(session, run, steps, watch))
         peak = process_peak(device)
         communication = None
         if distributed.world_size() > 1:
-            found = measure_communication(lambda: _timed_step(session, run, task, steps), device)
+            found = measure_communication(lambda: _timed_step(session, run, steps), device)
             communication = asdict(found)
-        counted = _counted_step(session, run, task, steps)
+        counted = _counted_step(session, run, steps)
     seconds = [step.time.seconds for step in plain]
     return {
         "batch": {
             "images": plain[0].images,
-            "micro": run.batches.micro[task],
+            "micro": run.batches.micro[stream],
             "accumulation": run.batches.accumulation,
             "shapes": counted.pop("shapes"),
         },
@@ -116,7 +117,7 @@ def measure_task(session: Session, task: str, lengths: Lengths) -> dict[str, Any
     }
 
 
-def _timed_step(session: Session, run: TaskRun, task: str, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
+def _timed_step(session: Session, run: StreamRun, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
     """The next step, exactly as the training loop makes it; the clock runs from asking for the data to the end."""
     device = run.engine.device
     synchronize(device)
@@ -129,13 +130,13 @@ def _timed_step(session: Session, run: TaskRun, task: str, steps: Steps, watch: 
     return _Timed(
         divide(seconds, wait, watch.seconds() if watch else {}),
         len(whole.indices),
-        formula_of(session, task, batches).total,
+        formula_of(session, batches).total,
         dict(report.losses),
         report.skipped,
     )
 
 
-def _counted_step(session: Session, run: TaskRun, task: str, steps: Steps) -> dict[str, Any]:
+def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, Any]:
     """The last step: operations by part, counted and by formula, and bytes by kind."""
     whole, batches = next(steps)
     ledger, meter = Ledger(run.engine.device.type), FlopMeter()
@@ -147,7 +148,7 @@ def _counted_step(session: Session, run: TaskRun, task: str, steps: Steps) -> di
         stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))
         make_step(run, whole.step, batches)
     steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
-    formula = formula_of(session, task, batches)
+    formula = formula_of(session, batches)
     whole_formula = formula.total
     return {
         "shapes": [list(batch.images.shape) for batch in batches],
@@ -196,7 +197,7 @@ def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dic
 
 
 @contextmanager
-def out_of_memory_explained(run: TaskRun, task: str) -> Iterator[None]:
+def out_of_memory_explained(run: StreamRun, stream: str) -> Iterator[None]:
     """Turn the allocator's error into one that says what to change."""
     try:
         yield
@@ -204,10 +205,11 @@ def out_of_memory_explained(run: TaskRun, task: str) -> Iterator[None]:
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not full:
             raise
-        micro = run.batches.micro[task]
+        micro = run.batches.micro[stream]
+        key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
         explained = ValueError(
-            f"a step of task {task} does not fit into memory with {micro} images at once ({_first_line(error)}). Less "
-            f"at once: --set visft.tasks.{task}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
+            f"a step of {stream} does not fit into memory with {micro} images at once ({_first_line(error)}). Less "
+            f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
             "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
         )
         explained.of_one_rank = True  # type: ignore[attr-defined]  # the others wait for it and do not know why

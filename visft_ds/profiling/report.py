@@ -46,18 +46,18 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]], command: S
         "differs_from_training": list(session.notes),
         "config": config.to_dict(),
         "tasks": tasks,
-        "mix": _mix(config.visft.tasks.enabled(), tasks),
+        "mix": _mix(config.visft.streams(), tasks),
     }
 
 
 def _mix(tasks: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float]:
     """Speed of a run that does every task as often as its ratio says."""
-    total = sum(task.ratio for task in tasks.values())
+    total = sum(task.share for task in tasks.values())
     images = seconds = 0.0
     for name, task in tasks.items():
         numbers = _slowest(measured[name])
-        images += task.ratio / total * numbers["batch"]["images"]
-        seconds += task.ratio / total * numbers["step_seconds"]["median"]
+        images += task.share / total * numbers["batch"]["images"]
+        seconds += task.share / total * numbers["step_seconds"]["median"]
     return {"step_seconds": seconds, "images_per_second": images / seconds}
 
 

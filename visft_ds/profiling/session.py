@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
-from visft_ds.config.schema import Precision
+from visft_ds.config.preflight import head_files
+from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
@@ -22,12 +23,13 @@ from visft_ds.data.plan import Int64Array, Plan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
-from visft_ds.evals.runner import pipeline_of
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
+from visft_ds.streams import pipeline_of, vocabulary_of
 from visft_ds.train import Run, _build_engine, _counts, _normaliser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,8 +45,8 @@ _STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class TaskRun:
-    """The part of a `visft_ds.train.Run` that a step needs, for one task alone."""
+class StreamRun:
+    """The part of a `visft_ds.train.Run` that a step needs, for one stream alone."""
 
     config: ResolvedConfig
     batches: Batches
@@ -60,25 +62,26 @@ class Session:
     batches: Batches
     engine: ZeroEngine
     manifest: Manifest
+    vocabulary: Vocabulary | None
     precision: Precision
     precision_reason: str
     notes: tuple[str, ...]  #: what differs from the run of the same command
 
-    def of_task(self, task: str) -> TaskRun:
-        """The run as if it had this task only: its batches in the order in which training meets them."""
+    def of_stream(self, name: str) -> StreamRun:
+        """The run as if it had this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
-        config = settings.tasks.enabled()[task]
+        stream = settings.streams()[name]
         loader = StepLoader(
             ShardReader(self.manifest),
-            Plan({task: TaskPlan(_samples(self.manifest, config.batch_size), config.batch_size)}, settings.seed),
-            {task: pipeline_of(task, config, train=True)},
+            Plan({name: TaskPlan(_samples(self.manifest, stream.batch_size), stream.batch_size)}, settings.seed),
+            {name: pipeline_of(stream, self.vocabulary, train=True)},
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
             accumulation=batches.accumulation,
             threads=settings.data.threads,
             prefetch_steps=settings.data.prefetch_steps,
         )
-        return TaskRun(self.config, batches, self.engine, loader)
+        return StreamRun(self.config, batches, self.engine, loader)
 
 
 @contextmanager
@@ -103,9 +106,12 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
-        prepared = prepare_model(settings, config.optimizer.params, precision=precision, heads_from=heads)
+        vocabulary = vocabulary_of(settings, manifest)
+        prepared = prepare_model(
+            settings, config.optimizer.params, precision=precision, heads_from=heads, vocabulary=vocabulary
+        )
         engine = _build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision))
-        yield Session(config, batches, engine, manifest, precision, why, notes)
+        yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
 def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
@@ -115,7 +121,7 @@ def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
     return np.arange(batch_size, dtype=np.int64) % len(manifest)
 
 
-def make_step(run: TaskRun, step: int, batches: Sequence[Batch]) -> StepReport:
+def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
     """What the training loop does with the batches of a step, up to the record."""
     whole = cast(Run, run)  # as far as these two look into it
     agreement = distributed.agree_on_step(
@@ -126,15 +132,25 @@ def make_step(run: TaskRun, step: int, batches: Sequence[Batch]) -> StepReport:
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:
     """Random values where files are missing, and what was replaced: speed does not depend on values."""
-    settings, notes = config.visft, [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
+    # Generated captions are few: words need not be frequent.
+    settings = _every_word(config.visft)
+    notes = [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
     weights, heads = settings.model.weights, settings.heads.path
     if weights is not None and not Path(weights).is_file():
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": None})})
         notes.append(f"base weights: random, {weights} is not there")
-    if heads is not None and any(not (Path(heads) / f"{t}.safetensors").is_file() for t in settings.tasks.enabled()):
+    if heads is not None and any(not head_files(Path(heads), t) for t in settings.tasks.enabled()):
         settings = settings.model_copy(update={"heads": settings.heads.model_copy(update={"path": None})})
         notes.append(f"heads: random, {heads} does not have them all")
     return replace(config, visft=settings), tuple(notes)
+
+
+def _every_word(settings: VisftConfig) -> VisftConfig:
+    task = settings.tasks.captioning
+    if task is None or task.vocabulary.file is not None:
+        return settings
+    task = task.model_copy(update={"vocabulary": task.vocabulary.model_copy(update={"min_count": 1})})
+    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"captioning": task})})
 
 
 def processes_here() -> int:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
+from visft_ds.data.captions import CaptionTransform, collate_captioning
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.segmentation import SegmentationTransform, collate_segmentation
 from visft_ds.data.transforms import DetectionTransform
-from visft_ds.tasks import detection
+from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.tasks import captioning, detection, segmentation
 
+Results = list[dict[str, Any]]  #: COCO results format
 Transform = Callable[[RawSample, np.random.Generator], Sample]
 
 
@@ -35,15 +39,26 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What the training loop and the evaluation need to know of a task."""
+    """What the training loop and the evaluation need to know of a task.
+
+    A task with `uses_vocabulary` takes a `Vocabulary` where it makes samples and results, and its size for its head;
+    the methods pass it on to those tasks only.
+    """
 
     name: str
-    build_head: Callable[..., nn.Module]  #: (in_channels, **head options); called with (features, valid)
+    head: Callable[..., nn.Module]  #: (in_channels, **head options); called with (features, valid)
     build_criterion: Callable[..., Criterion]  #: (**loss options)
     shared_options: tuple[str, ...]  #: head options that the criterion must be given too
-    build_transform: Callable[..., Transform]  #: (train, **image options)
+    transform: Callable[..., Transform]  #: (train, **image options)
     collate: Callable[[Sequence[Sample]], Batch]
-    postprocess: Callable[[Any, Batch], list[dict[str, Any]]]  #: COCO results format, real images only
+    postprocess: Callable[..., Results]  #: (output, batch), real images only
+    learns_from: str = "any"  #: which samples it can learn from, see `Manifest.select`
+    uses_vocabulary: bool = False
+
+    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        """A new head for features of that width."""
+        own = {"vocabulary_size": _needed(self, vocabulary_size)} if self.uses_vocabulary else {}
+        return self.head(in_channels=in_channels, **options, **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""
@@ -55,16 +70,54 @@ class TaskSpec:
             )
         return self.build_criterion(**shared, **loss_options)
 
+    def build_transform(self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None) -> Transform:
+        """From a raw sample to one with this task's targets."""
+        own = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
+        return self.transform(train=train, **options, **own)
+
+    def results(self, output: Any, batch: Batch, vocabulary: Vocabulary | None) -> Results:
+        """What the head says about the real images of a batch, in COCO's results format."""
+        own = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
+        return self.postprocess(output, batch, **own)
+
+
+Given = TypeVar("Given")
+
+
+def _needed(spec: TaskSpec, value: Given | None) -> Given:
+    assert value is not None, f"{spec.name} works with a vocabulary"
+    return value
+
 
 TASKS: dict[str, TaskSpec] = {
     "detection": TaskSpec(
         name="detection",
-        build_head=detection.DetectionHead,
+        head=detection.DetectionHead,
         build_criterion=detection.DetectionCriterion,
         shared_options=("num_queries", "decoder_layers"),
-        build_transform=DetectionTransform,
+        transform=DetectionTransform,
         collate=collate_detection,
         postprocess=detection.postprocess,
+    ),
+    "segmentation": TaskSpec(
+        name="segmentation",
+        head=segmentation.SegmentationHead,
+        build_criterion=segmentation.SegmentationCriterion,
+        shared_options=("num_classes", "num_queries", "decoder_layers", "labelling"),
+        transform=SegmentationTransform,
+        collate=collate_segmentation,
+        postprocess=segmentation.postprocess,
+    ),
+    "captioning": TaskSpec(
+        name="captioning",
+        head=captioning.CaptioningHead,
+        build_criterion=captioning.CaptioningCriterion,
+        shared_options=(),
+        transform=CaptionTransform,
+        collate=collate_captioning,
+        postprocess=captioning.postprocess,
+        learns_from="captions",
+        uses_vocabulary=True,
     ),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,29 +101,50 @@ class CaptioningHead(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(
-        self, features: Tensor, valid: Tensor, captions: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        features: Tensor,
+        valid: Tensor,
+        captions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        beam_size: int = 1,
+        max_length: int = 50,
     ) -> CaptioningOutput:
         """features (B, D, h, w), valid (B, h, w) bool with True inside the image.
 
         With `captions` (B, T) int64 and `lengths` (B,), the ids of each caption, `<start>` and `<end>` included: scores
-        of captions[:, 1:]. Without: the caption the head finds greedily, 50 words at most, always over the same number
-        of steps (see `generate`).
+        of captions[:, 1:]. Without: the caption that the head finds itself, `beam_size` and `max_length` as in
+        `generate`.
 
         Raises ValueError for captions without lengths, and for captions too short for one step.
         """
         if captions is None:
             if lengths is not None:
                 raise ValueError("lengths without captions: give both to learn from captions, neither to generate")
-            return self._greedy(features, valid, max_length=50)
+            _check_search(beam_size, max_length)
+            if beam_size == 1:
+                return self._greedy(features, valid, max_length)
+            words, _, _ = self._beam_search(features, valid, beam_size, max_length)
+            tokens = F.pad(words, (1, 0), value=self.vocabulary_size + _START)
+            # The search keeps no scores of its steps: the head answers once more, to what it has found.
+            with torch.no_grad():
+                found = self._answer(features, valid, tokens, (tokens != _PAD).sum(dim=1), dropout=False)
+            return replace(found, tokens=tokens)
         if lengths is None or captions.shape[1] < 2:
             raise ValueError(
                 f"captions {tuple(captions.shape)} need lengths (B,) and at least two ids (<start> and one to "
                 "predict); collate_captioning gives both"
             )
+        return self._answer(features, valid, captions, lengths, dropout=True)
+
+    def _answer(
+        self, features: Tensor, valid: Tensor, captions: Tensor, lengths: Tensor, *, dropout: bool
+    ) -> CaptioningOutput:
+        """Scores of each next word of given captions."""
         pixels, keys, hidden, cell = self._look(features, valid)
         embedded = self.embedding(captions[:, :-1])
         hidden, attention, _ = self.recurrence(embedded, pixels, keys, hidden, cell)
-        scores = at_least_float32(self.fc(self.dropout(hidden)))
+        scores = at_least_float32(self.fc(self.dropout(hidden) if dropout else hidden))
         behind = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
         return CaptioningOutput(scores.masked_fill(behind, 0), attention.masked_fill(behind, 0))
 
@@ -142,8 +163,7 @@ class CaptioningHead(nn.Module):
 
         Raises ValueError for a `beam_size` or `max_length` below 1.
         """
-        if beam_size < 1 or max_length < 1:
-            raise ValueError(f"beam_size={beam_size} and max_length={max_length} must be at least 1")
+        _check_search(beam_size, max_length)
         if beam_size == 1:
             output = self._greedy(features, valid, max_length)
             assert output.tokens is not None
@@ -288,6 +308,11 @@ class Recurrence(nn.Module):
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
 
 
+def _check_search(beam_size: int, max_length: int) -> None:
+    if beam_size < 1 or max_length < 1:
+        raise ValueError(f"beam_size={beam_size} and max_length={max_length} must be at least 1")
+
+
 def _uniform(bound: float, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -337,8 +362,8 @@ class CaptioningCriterion:
     ranks times micro-batches. Images without a caption take no part.
     """
 
-    def __init__(self, *, ce_weight: float = 1.0, attention_weight: float = 1.0) -> None:
-        self.weights: dict[str, float] = {"ce": ce_weight, "attention": attention_weight}
+    def __init__(self, *, ce: float = 1.0, attention: float = 1.0) -> None:
+        self.weights: dict[str, float] = {"ce": ce, "attention": attention}
 
     def count(self, batch: Batch) -> dict[str, float]:
         """What normalises the losses, from the labels alone: ids to be predicted, and images with a caption."""

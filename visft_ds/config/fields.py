@@ -1,0 +1,25 @@
+"""Types of the fields of a configuration, shared by its schemas."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
+
+#: Unknown keys are errors, "1e-5" is no number, true is no integer, and a validated config does not change.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    """JSON's 3e7 is a float; as a count it is meant as 30000000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  #: 0, 1, 2, ...
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]  #: 1, 2, 3, ...
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]  #: of dropout
+Above = Annotated[float, Field(gt=0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Sides = Annotated[tuple[Positive, ...], Field(min_length=1)]  #: pixels

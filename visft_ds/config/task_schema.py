@@ -1,0 +1,237 @@
+"""The tasks of a configuration: images, head, loss, share of the steps. Defaults are those of the published code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel
+
+from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Sides, Text
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Share(BaseModel):
+    """How much of a run belongs to a task."""
+
+    model_config = STRICT
+    ratio: Above | None = None  #: share of the optimiser steps, relative to the other tasks; null: its `updates`
+    updates: Positive | None = None  #: optimiser steps of this task; their sum is the run's length unless one is stated
+    batch_size: Positive  #: images of one optimiser step over all processes
+    micro_batch: Positive  #: most images one process sends through the model at once
+
+    @property
+    def share(self) -> float:
+        """Relative to the other tasks."""
+        return float(self.ratio or self.updates or 0)
+
+
+class DetectionImage(BaseModel):
+    """Keyword arguments of the detection transform; sizes in pixels."""
+
+    model_config = STRICT
+    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
+    max_long: Positive = 672
+    crop_short_sides: Sides = (400, 500, 600)
+    crop_range: tuple[Positive, Positive] = (384, 600)
+    flip: Fraction = 0.5  #: probability
+    eval_short: Positive = 800
+    eval_max_long: Positive = 672
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+
+
+class DetectionHead(BaseModel):
+    """Keyword arguments of the detection head (asymmetric DETR)."""
+
+    model_config = STRICT
+    num_classes: Positive = 91
+    num_queries: Positive = 100
+    encoder_dim: Positive = 128
+    decoder_dim: Positive = 256
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 6
+    num_heads: Positive = 8
+    ffn_dim: Positive = 1024
+    dropout: Probability = 0.1
+
+
+class DetectionLoss(BaseModel):
+    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
+
+    model_config = STRICT
+    ce: Rate = 1.0
+    l1: Rate = 5.0
+    giou: Rate = 2.0
+    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+
+
+class DetectionTask(_Share):
+    """`visft.tasks.detection`."""
+
+    image: DetectionImage = DetectionImage()
+    head: DetectionHead = DetectionHead()
+    loss: DetectionLoss = DetectionLoss()
+
+
+class SegmentationImage(BaseModel):
+    """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
+
+    model_config = STRICT
+    size: Positive = 1024  #: square that a training image is cut to
+    scale: tuple[Above, Above] = (0.1, 2.0)
+    flip: Fraction = 0.5  #: probability
+    pad_value: Count = 128
+    eval_short: Positive = 800
+    eval_max_long: Positive = 1333
+    eval_multiple: Positive = 32
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    mask_stride: Positive = 4  #: pixels to a cell of a target mask
+
+
+class SegmentationHead(BaseModel):
+    """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
+
+    model_config = STRICT
+    num_classes: Positive = 80
+    num_queries: Positive = 100
+    hidden_dim: Positive = 256
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 9
+    num_heads: Positive = 8
+    num_points: Positive = 4
+    encoder_ffn_dim: Positive = 512
+    decoder_ffn_dim: Positive = 1024
+    dropout: Probability = 0.0
+    labelling: Literal["contiguous", "published"] = "contiguous"  #: classes 0..79, or 1..80 as in the published heads
+
+
+class SegmentationLoss(BaseModel):
+    """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
+
+    model_config = STRICT
+    ce: Rate = 2.0
+    bce: Rate = 5.0
+    dice: Rate = 5.0
+    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    num_points: Positive = 12544
+    oversample: Above = 3.0
+    importance: Fraction = 0.75
+
+
+class SegmentationTask(_Share):
+    """`visft.tasks.segmentation`."""
+
+    image: SegmentationImage = SegmentationImage()
+    head: SegmentationHead = SegmentationHead()
+    loss: SegmentationLoss = SegmentationLoss()
+
+
+class CaptioningImage(BaseModel):
+    """Keyword arguments of the captioning transform; sizes in pixels."""
+
+    model_config = STRICT
+    size: Positive = 256  #: side of the square
+    random_caption: bool = True  #: false: always the first caption of an image
+    max_words: Positive = 50
+
+
+class CaptioningHead(BaseModel):
+    """Keyword arguments of the captioning head; its vocabulary comes with the data."""
+
+    model_config = STRICT
+    attention_dim: Positive = 384
+    embed_dim: Positive = 384
+    decoder_dim: Positive = 384
+    grid: Positive = 14
+    dropout: Probability = 0.5
+
+
+class CaptioningLoss(BaseModel):
+    """Keyword arguments of the captioning criterion."""
+
+    model_config = STRICT
+    ce: Rate = 1.0
+    attention: Rate = 1.0  #: the doubly stochastic penalty
+
+
+class CaptioningVocabulary(BaseModel):
+    """Which words a captioning head knows."""
+
+    model_config = STRICT
+    min_count: Positive = 6  #: least number of times a word occurs in the training captions
+    file: Text | None = None  #: a word map (JSON, word -> id) of a published head instead
+
+
+class CaptioningDecoding(BaseModel):
+    """How captions are generated in evaluation."""
+
+    model_config = STRICT
+    beam_size: Positive = 1  #: 1: greedy
+    max_length: Positive = 50  #: words
+
+
+class CaptioningTask(_Share):
+    """`visft.tasks.captioning`."""
+
+    image: CaptioningImage = CaptioningImage()
+    head: CaptioningHead = CaptioningHead()
+    loss: CaptioningLoss = CaptioningLoss()
+    vocabulary: CaptioningVocabulary = CaptioningVocabulary()
+    decoding: CaptioningDecoding = CaptioningDecoding()
+
+
+TaskConfig = DetectionTask | SegmentationTask | CaptioningTask
+
+
+class TasksConfig(BaseModel):
+    """`visft.tasks`: the tasks that train together. A task set to null, or absent, takes no part."""
+
+    model_config = STRICT
+    detection: DetectionTask | None = None
+    segmentation: SegmentationTask | None = None
+    captioning: CaptioningTask | None = None
+
+    def enabled(self) -> dict[str, TaskConfig]:
+        """Task name -> its settings, in the order of this class."""
+        pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: task for name, task in pairs if task is not None}
+
+
+class SharedImage(BaseModel):
+    """Keyword arguments of the transform that all tasks share; sizes in pixels."""
+
+    model_config = STRICT
+    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
+    max_long: Positive = 672
+    flip: Fraction = 0.5  #: probability
+    eval_short: Positive = 800
+    eval_max_long: Positive = 672
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    mask_stride: Positive = 4  #: pixels to a cell of a target mask
+    random_caption: bool = True  #: false: always the first caption of an image
+    max_words: Positive = 50
+
+
+class SharedConfig(BaseModel):
+    """`visft.shared`: what a step consists of when all tasks learn from the same images (`visft.mode` "shared")."""
+
+    model_config = STRICT
+    batch_size: Positive  #: images of one optimiser step over all processes
+    micro_batch: Positive  #: most images one process sends through the model at once
+    image: SharedImage = SharedImage()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of optimiser step: which tasks learn in it, from how many images, how often."""
+
+    name: str  #: of the task, or "shared"
+    tasks: tuple[str, ...]
+    share: float  #: of the steps, relative to the other streams
+    batch_size: int  #: images of one optimiser step over all processes
+    micro_batch: int  #: most images one process sends through the model at once
+    image: dict[str, Any]  #: keyword arguments of the transform
+
+
+SHARED = "shared"  #: name of the one stream of mode "shared"

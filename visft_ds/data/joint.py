@@ -1,0 +1,175 @@
+"""One picture for several heads: one geometry, and the targets of every enabled task in it.
+
+As in `transforms`, the geometry comes from the sample's random numbers and the stored size alone. It is drawn before
+anything else, the caption last: neither the pixels nor the choice of tasks can move it.
+
+Shape letters: B images, H W pixels, n objects of one image, hm wm cells of the masks, T caption length in ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from visft_ds.data.captions import caption_targets, pack_captions
+from visft_ds.data.collate import has_targets, pack_detection, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample, Targets
+from visft_ds.data.segmentation import pack_segmentation, segmentation_targets
+from visft_ds.data.transforms import (
+    Flip,
+    Op,
+    Resize,
+    Size,
+    apply_to_image,
+    choose,
+    detection_targets,
+    final_size,
+    short_side_size,
+)
+from visft_ds.data.vocabulary import Vocabulary
+
+#: The tasks that can share a picture; their order in a batch, whatever the order in which they were asked for.
+JOINT_TASKS = ("detection", "segmentation", "captioning")
+
+
+class JointTransform:
+    """One geometry for all heads of a picture, so that one backbone forward serves them all.
+
+    Training: mirror with probability `flip`, then scale the short side to one of `short_sides` with the long side
+    capped at `max_long`. Nothing is cut out, unlike in the recipes of detection and segmentation alone: a caption
+    speaks of the whole picture. (A mirrored picture keeps its caption; where "left" and "right" matter, give
+    `flip` 0.) Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both only
+    scale to a square of that many pixels, and training also mirrors. The rounding of sides, and how far that may pass
+    a cap, is that of `short_side_size`.
+
+    The sample's `targets` have exactly the entries `tasks`, each as the transform of that task alone gives it for the
+    same geometry:
+        "detection": {"boxes": (n, 4) float32, cxcywh relative to the transformed image, "labels": (n,) int64, raw
+            COCO category ids}.
+        "segmentation": {"masks": (n, hm, wm) uint8, covered part of cells of at most `mask_stride` pixels, "labels":
+            (n,) int64 in 0..79, "frame": (2,) int64, height and width}. The frame is the image: nothing is padded.
+            An object without a mask has a box only, so n may be smaller than in detection.
+        "captioning": {"tokens": (T,) int64, "references": (captions,) str objects}: one caption among those with 1 to
+            `max_words` words, drawn in training, otherwise or with `random_caption` False the first.
+
+    Args:
+        tasks: one or more of `JOINT_TASKS`, each once.
+        vocabulary: the ids of words; captioning needs it, the others do not.
+
+    Raises:
+        ValueError: no, unknown or repeated tasks; captioning without a vocabulary; sizes, numbers of words or
+            probabilities out of range; when called with segmentation, a category that is not one of COCO's 80 or a
+            segmentation that cannot be read (names image and annotation).
+    """
+
+    def __init__(
+        self,
+        train: bool,
+        tasks: Sequence[str],
+        *,
+        vocabulary: Vocabulary | None = None,
+        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672),
+        max_long: int = 672,
+        flip: float = 0.5,
+        eval_short: int = 800,
+        eval_max_long: int = 672,
+        fixed_size: int | None = None,
+        mask_stride: int = 4,
+        random_caption: bool = True,
+        max_words: int = 50,
+    ) -> None:
+        # a bare string would be read letter by letter
+        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(JOINT_TASKS):
+            raise ValueError(
+                f"tasks={tasks!r} is not allowed: give a list of one or more of {', '.join(JOINT_TASKS)}, each once"
+            )
+        if "captioning" in tasks and vocabulary is None:
+            raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
+        sizes = [*short_sides, max_long, eval_short, eval_max_long, 1 if fixed_size is None else fixed_size]
+        if not short_sides or min(*sizes, mask_stride, max_words) < 1:
+            raise ValueError(
+                f"sizes and numbers must be at least 1: short_sides={tuple(short_sides)}, max_long={max_long}, "
+                f"eval_short={eval_short}, eval_max_long={eval_max_long}, fixed_size={fixed_size}, "
+                f"mask_stride={mask_stride}, max_words={max_words}"
+            )
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip={flip} is not allowed: give a probability from 0 to 1")
+        self.train = train
+        self.tasks = tuple(tasks)
+        self.vocabulary = vocabulary
+        self.short_sides = tuple(short_sides)
+        self.max_long = max_long
+        self.flip = flip
+        self.eval_short = eval_short
+        self.eval_max_long = eval_max_long
+        self.fixed_size = fixed_size
+        self.mask_stride = mask_stride
+        self.draws_caption = train and random_caption
+        self.max_words = max_words
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
+        """Transform one sample; evaluation draws nothing from `generator`."""
+        ops = self.geometry(raw.size, generator)
+        return Sample(
+            index=raw.index,
+            image_id=raw.image_id,
+            original_size=raw.size,
+            size=final_size(raw.size, ops),
+            image=None if raw.image is None else apply_to_image(raw.image, ops),
+            random_key=0,
+            targets=self._targets(raw, ops, generator),
+        )
+
+    def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
+        """What happens to an image of `size`, in order."""
+        ops: list[Op] = []
+        if self.train and generator.random() < self.flip:
+            ops.append(Flip())
+        if self.fixed_size is not None:
+            return [*ops, Resize(self.fixed_size, self.fixed_size)]
+        if not self.train:
+            return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
+        return [*ops, Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))]
+
+    def _targets(
+        self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+    ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
+        targets: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
+        if "detection" in self.tasks:
+            targets["detection"] = detection_targets(raw.annotations, raw.size, ops)
+        if "segmentation" in self.tasks:
+            try:
+                masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+            except ValueError as error:
+                raise ValueError(f"image {raw.image_id}: {error}") from error
+            targets["segmentation"] = {**masks, "frame": np.array(final_size(raw.size, ops))}
+        if "captioning" in self.tasks:
+            assert self.vocabulary is not None
+            drawing = generator if self.draws_caption else None
+            targets["captioning"] = caption_targets(raw.captions, self.vocabulary, drawing, self.max_words)
+        return targets
+
+
+def collate_joint(samples: Sequence[Sample]) -> Batch:
+    """A batch with the targets of every task of the samples; without any where no labels were read.
+
+    Images are padded right and bottom with 0 to the largest height and width of the batch. Targets stand in the order
+    of `JOINT_TASKS`, so that losses are summed in one order however the tasks were listed.
+    """
+    batch = stack_samples(samples)
+    unknown = {task for sample in samples for task in sample.targets} - set(JOINT_TASKS)
+    assert not unknown, f"no way to pack targets of {sorted(unknown)}"
+    # from the sizes, not from the pixels: a process that reads labels only has none
+    frame = (max(sample.size[0] for sample in samples), max(sample.size[1] for sample in samples))
+    targets: dict[str, Targets] = {}
+    if has_targets(samples, "detection"):
+        targets["detection"] = pack_detection(samples)
+    if has_targets(samples, "segmentation"):
+        targets["segmentation"] = pack_segmentation(samples, frame)
+    if has_targets(samples, "captioning"):
+        targets["captioning"] = pack_captions(samples)
+    return replace(batch, targets=targets)

@@ -1,0 +1,247 @@
+"""How a task head is built, told by its own description or by the shapes of its tensors, and filled from a file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from visft_ds.interop.backbones import copy_tensors
+from visft_ds.interop.files import WeightFile, examples
+from visft_ds.tasks.captioning import CaptioningHead
+from visft_ds.tasks.detection import DetectionHead
+from visft_ds.tasks.segmentation import SegmentationHead
+
+HEADS: Mapping[str, type[nn.Module]] = {
+    "detection": DetectionHead,
+    "segmentation": SegmentationHead,
+    "captioning": CaptioningHead,
+}
+# Options that no tensor's shape tells, and that are attributes of the head itself.
+_OWN_ATTRIBUTES = {"segmentation": ("labelling",), "captioning": ("grid",)}
+# option -> (parameter, axis, summand): the size is that of the axis plus the summand.
+_Size = tuple[str, int, int]
+_IN_CHANNELS: Mapping[str, _Size] = {
+    "detection": ("input_proj.weight", 1, 0),
+    "segmentation": ("pixel_decoder.input_proj.weight", 1, 0),
+    "captioning": ("encoder_att.weight", 1, 0),
+}
+_SIZES: Mapping[str, Mapping[str, _Size]] = {
+    "detection": {
+        "num_classes": ("class_embed.weight", 0, -1),  # the last row is "no object"
+        "num_queries": ("query_embed.weight", 0, 0),
+        "encoder_dim": ("input_proj.weight", 0, 0),
+        "decoder_dim": ("class_embed.weight", 1, 0),
+        "ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
+    },
+    "segmentation": {
+        "num_classes": ("decoder.class_embed.weight", 0, -1),
+        "num_queries": ("decoder.query_feat.weight", 0, 0),
+        "hidden_dim": ("decoder.class_embed.weight", 1, 0),
+        "encoder_ffn_dim": ("pixel_decoder.layers.0.linear1.weight", 0, 0),
+        "decoder_ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
+    },
+    "captioning": {
+        "vocabulary_size": ("embedding.weight", 0, 0),
+        "attention_dim": ("encoder_att.weight", 0, 0),
+        "embed_dim": ("embedding.weight", 1, 0),
+        "decoder_dim": ("init_h.weight", 0, 0),
+    },
+}
+_LAYERS: Mapping[str, Mapping[str, str]] = {
+    "detection": {"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
+    "segmentation": {"encoder_layers": "pixel_decoder.layers.", "decoder_layers": "decoder.layers."},
+    "captioning": {},
+}
+# Rows are heads times points of the one feature level.
+_POINTS = "pixel_decoder.layers.0.self_attn.attention_weights.weight"
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """How a saved head was built: `build_head(in_channels, **options)` of the task gives the same shapes.
+
+    `categories` is the category table of the data it was trained on, as COCO writes it ({"id", "name", ...}).
+    `extra` is whatever the trainer wants to remember (step, data fingerprint, base weights).
+    """
+
+    task: str
+    in_channels: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    categories: Sequence[Mapping[str, Any]] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def built_with(self) -> str:
+        """`in_channels=1792, num_classes=91, ...` for messages."""
+        return ", ".join(f"{name}={value}" for name, value in {"in_channels": self.in_channels, **self.options}.items())
+
+
+def check_task(task: str) -> None:
+    """Raise ValueError for a task that has no head."""
+    if task not in HEADS:
+        raise ValueError(f"unknown task {task!r}: allowed are {', '.join(HEADS)}")
+
+
+def task_of(head: nn.Module) -> str:
+    """The task of a head module; raises ValueError for other modules."""
+    for task, kind in HEADS.items():
+        if isinstance(head, kind):
+            return task
+    names = ", ".join(kind.__name__ for kind in HEADS.values())
+    raise ValueError(f"a {type(head).__name__} is no head that can be written: give one of {names}")
+
+
+def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | None) -> tuple[int, dict[str, int]]:
+    """Input channels and options of a head, from the shapes of its parameters (our names).
+
+    Number of attention heads, dropout, the caption head's grid and the labelling of classes leave no trace in a shape.
+    With `num_heads` (None where it is unknown) the sampling points of the segmentation head follow from the rows that
+    hold both.
+
+    Raises:
+        ValueError: lists the parameters that tell sizes and are missing or have another number of axes.
+    """
+    sizes = {"in_channels": _IN_CHANNELS[task], **_SIZES[task]}
+    points = task == "segmentation" and num_heads is not None
+    # Without a first layer, a file that lacks all of a stack would pass as a head with no layers there.
+    needed = dict.fromkeys((f"{prefix}0.norm1.weight" for prefix in _LAYERS[task].values()), 0)
+    for name, axis, _ in (*sizes.values(), *([(_POINTS, 0, 0)] if points else [])):
+        needed[name] = max(axis, needed.get(name, 0))
+    unclear = [
+        f"{name} {tuple(shapes[name])}" if name in shapes else name
+        for name, axis in needed.items()
+        if len(shapes.get(name, ())) <= axis
+    ]
+    if unclear:
+        raise ValueError(
+            f"these parameters tell how the {task} head is built, and are missing or have too few axes: "
+            f"{examples(unclear, 12)}"
+        )
+    options = {option: shapes[name][axis] + summand for option, (name, axis, summand) in sizes.items()}
+    in_channels = options.pop("in_channels")
+    options |= {option: _count_layers(shapes, prefix) for option, prefix in _LAYERS[task].items()}
+    if points:
+        assert num_heads is not None
+        options["num_points"] = shapes[_POINTS][0] // num_heads
+    return in_channels, options
+
+
+def _count_layers(names: Iterable[str], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
+
+
+def attention_heads(head: nn.Module) -> int | None:
+    """Number of attention heads, the same in all layers; None for a head without multi-head attention."""
+    given = {getattr(module, "num_heads", None) for module in head.modules()}
+    numbers = [number for number in given if isinstance(number, int)]
+    assert len(numbers) <= 1, numbers
+    return numbers[0] if numbers else None
+
+
+def describe(head: nn.Module) -> HeadInfo:
+    """Everything that is needed to build a head again; categories and history are not in a module.
+
+    Raises ValueError for a module that is no head.
+    """
+    task = task_of(head)
+    num_heads = attention_heads(head)
+    in_channels, sizes = read_sizes(task, {name: p.shape for name, p in head.state_dict().items()}, num_heads)
+    options: dict[str, Any] = dict(sizes)
+    if num_heads is not None:
+        options["num_heads"] = num_heads
+    dropout = {module.p for module in head.modules() if isinstance(module, nn.Dropout)}
+    assert len(dropout) == 1, dropout
+    options["dropout"] = dropout.pop()
+    options |= {name: getattr(head, name) for name in _OWN_ATTRIBUTES.get(task, ())}
+    return HeadInfo(task, in_channels, options)
+
+
+def build_empty(info: HeadInfo) -> nn.Module:
+    """The head that `info` describes, on the meta device. Raises ValueError for options that are not possible."""
+    check_task(info.task)
+    kind = HEADS[info.task]
+    unknown = sorted(info.options.keys() - inspect.signature(kind).parameters.keys())
+    if unknown:
+        raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
+    with torch.device("meta"):
+        return kind(info.in_channels, **info.options)
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """One head in an open file."""
+
+    file: WeightFile
+    info: HeadInfo
+    sources: Mapping[str, str]  #: our name -> name in the file
+    unexpected: tuple[str, ...] = ()  #: names in the file that nothing accounts for
+    repeats: Mapping[str, str] = field(default_factory=dict)  #: second name in the file -> the name it must equal
+
+    def build(self) -> nn.Module:
+        """The head of the file, fp32, on the CPU, in evaluation mode. Raises ValueError as `load_into` does."""
+        options, shapes = self.info.options, {name: self.file.shape(source) for name, source in self.sources.items()}
+        try:
+            # The description may leave to the tensors what depends on the data: the number of words.
+            _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
+            head = build_empty(replace(self.info, options={**sizes, **options}))
+        except ValueError as error:
+            raise ValueError(f"{self.file.path}: {error}") from error
+        self._check_names(head)
+        self.load_into(head.to_empty(device="cpu"))
+        return head.eval()
+
+    def load_into(self, head: nn.Module) -> None:
+        """Copy the tensors into a head, cast to its dtype. Nothing is copied unless everything fits.
+
+        Raises ValueError that lists all parameters that are missing, unexpected or of another shape; else all that are
+        not finite; else all second names that hold something else.
+        """
+        self._check_names(head)
+        self._check_values()
+        copy_tensors(self.file, self.sources, {name: head.state_dict()[name] for name in self.sources})
+
+    def _check_names(self, head: nn.Module) -> None:
+        targets = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+        file, task = self.file, self.info.task
+        lists = {
+            "Missing": [name for name in targets if name not in self.sources],
+            "Unexpected": [*(n for name, n in self.sources.items() if name not in targets), *self.unexpected],
+            "Other shape": [
+                f"{self.sources[name]} {file.shape(self.sources[name])} in the file, {shape} in the model"
+                for name, shape in targets.items()
+                if name in self.sources and file.shape(self.sources[name]) != shape
+            ],
+        }
+        if any(lists.values()):
+            raise ValueError(
+                f"{file.path} does not fit the {task} head of the model; the file's head was built with "
+                f"{self.info.built_with()}." + "".join(_line(title, names) for title, names in lists.items())
+            )
+
+    def _check_values(self) -> None:
+        file = self.file
+        broken = [name for name in self.sources.values() if not torch.isfinite(file.get(name)).all()]
+        if broken:
+            raise ValueError(
+                f"{file.path}: NaN or infinity in the {self.info.task} head." + _line("Not finite", broken)
+            )
+        differing = [
+            again
+            for again, name in self.repeats.items()
+            if file.shape(again) != file.shape(name) or not torch.equal(file.get(again), file.get(name))
+        ]
+        if differing:
+            raise ValueError(
+                f"{file.path}: these tensors are there under two names each and differ; which of them were trained "
+                f"cannot be told." + _line("Different", differing)
+            )
+
+
+def _line(title: str, names: list[str]) -> str:
+    return f"\n{title} ({len(names)}): {examples(names, 12)}." if names else ""
