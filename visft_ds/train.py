@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from visft_ds.config import (
     deepspeed_dict,
     derive_batches,
 )
+from visft_ds.config.schema import VisftConfig
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import StepPlan
@@ -76,15 +77,10 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         RuntimeError: ranks that differ.
     """
     settings = config.visft
-    manifest = Manifest.load(settings.data.root, settings.data.train)
-    validation = Manifest.load(settings.data.root, settings.data.val) if settings.run.eval_every else None
-    tasks, streams = settings.tasks.enabled(), settings.streams()
-    for split in (manifest, validation) if validation else (manifest,):
-        check_samples(tasks, split)
-    _check_labels(manifest, config)
+    manifest, validation = _open_data(config)
     vocabulary = vocabulary_of(settings, manifest)
     batches = derive_batches(config, distributed.world_size())
-    plan = plan_of(settings, manifest)
+    loader = _build_loader(settings, manifest, vocabulary, batches)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
     device = distributed.local_device()
@@ -111,23 +107,14 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         out=out,
         batches=batches,
         engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
-        loader=StepLoader(
-            ShardReader(manifest),
-            plan,
-            {name: pipeline_of(stream, vocabulary, train=True) for name, stream in streams.items()},
-            dp_rank=distributed.rank(),
-            dp_size=batches.dp,
-            accumulation=batches.accumulation,
-            threads=settings.data.threads,
-            prefetch_steps=settings.data.prefetch_steps,
-        ),
+        loader=loader,
         validation=Validation(settings, validation, vocabulary, out) if validation else None,
         identity={
             "configuration": config.fingerprint(),
             "precision": precision,
             "data set": manifest.fingerprint,
             "base weights": prepared.base_weights,
-            "heads": " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here",
+            "heads": _heads_identity(heads, settings.tasks.enabled()),
             "vocabulary": words,
         },
         manifest=manifest,
@@ -156,6 +143,22 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
             run.validation.poll(writer, progress, wait=True)
 
 
+def _open_data(config: ResolvedConfig) -> tuple[Manifest, Manifest | None]:
+    """The training split, and the one for evaluation during training where there is any; both fit the tasks."""
+    data = config.visft.data
+    manifest = Manifest.load(data.root, data.train)
+    validation = Manifest.load(data.root, data.val) if config.visft.run.eval_every else None
+    for split in (manifest, validation) if validation else (manifest,):
+        check_samples(config.visft.tasks.enabled(), split)
+    _check_labels(manifest, config)
+    return manifest, validation
+
+
+def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
+    """What a checkpoint remembers of the heads that its run was given."""
+    return " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here"
+
+
 def _check_labels(manifest: Manifest, config: ResolvedConfig) -> None:
     """Detection counts classes by the raw ids of the data, segmentation knows COCO's 80 categories."""
     detection, segmentation = config.visft.tasks.detection, config.visft.tasks.segmentation
@@ -175,6 +178,21 @@ def _check_labels(manifest: Manifest, config: ResolvedConfig) -> None:
             f"the data has category {foreign[0]} ({len(foreign)} such), which is not one of COCO's 80 ids: "
             "segmentation heads know those only; turn it off with --set visft.tasks.segmentation=null"
         )
+
+
+def _build_loader(
+    settings: VisftConfig, manifest: Manifest, vocabulary: Vocabulary | None, batches: Batches
+) -> StepLoader:
+    return StepLoader(
+        ShardReader(manifest),
+        plan_of(settings, manifest),
+        {name: pipeline_of(stream, vocabulary, train=True) for name, stream in settings.streams().items()},
+        dp_rank=distributed.rank(),
+        dp_size=batches.dp,
+        accumulation=batches.accumulation,
+        threads=settings.data.threads,
+        prefetch_steps=settings.data.prefetch_steps,
+    )
 
 
 def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_config: dict[str, Any]) -> ZeroEngine:

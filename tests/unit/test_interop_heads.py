@@ -172,7 +172,7 @@ def test_values_that_are_not_finite_are_listed_and_nothing_is_copied(tmp_path: P
 
 def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=rr"looked for captioning.safetensors, eva_e_caption_heads.ckpt, eva_g_caption_heads.ckpt"
+        ValueError, match=r"looked for captioning.safetensors, eva_e_caption_heads.ckpt, eva_g_caption_heads.ckpt"
     ):
         find_head(tmp_path, "captioning")
     with pytest.raises(ValueError, match=r"no detection head in .*nowhere: looked for"):
@@ -200,8 +200,6 @@ def test_importing_the_package_brings_no_heads_with_it() -> None:
         "import sys, visft_ds.interop as interop\n"
         "heavy = {'torch', 'visft_ds.tasks', 'visft_ds.interop.heads'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
-        "from visft_ds.interop import load_heads, save_heads\n"
-        "assert callable(load_heads) and interop.save_heads is save_heads\n"
         "assert not hasattr(interop, 'nothing')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
