@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_files_are_where_the_layers_look_for_them() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_key_is_known(path: Any) -> None:
     values = json.loads(path.read_text())
-    overridden = {key for stage in values.pop("override", {}).values() for key in stage}
+    overridden = {re.sub(r"\.\d+", ".*", key) for stage in values.pop("override", {}).values() for key in stage}
     assert (given_keys(values) | overridden) <= set(known_keys())
 
 
@@ -73,12 +74,89 @@ def test_no_default_of_the_schema_is_repeated_in_a_file() -> None:
     full = dict(leaves(resolve(stage=2, model="eva_e").to_dict()))
     given = {key for path in FILES if path.stem != "debug" for key in given_keys(json.loads(path.read_text()))}
     assert full["visft.tasks.detection.head.num_queries"] == 100  # a default that is in no file
+    decided = ("ratio", "updates", "batch_size", "micro_batch")  # by a recipe or a model, for each task
     defaults = {
         key
         for key in known_keys()
-        if key.startswith("visft.tasks.detection.") and key.split(".")[3] in ("head", "loss")
+        if key.startswith(("visft.tasks.", "visft.shared.")) and key.count(".") > 1 and not key.endswith(decided)
     }
+    assert len(defaults) > 50
     assert not given & defaults
+
+
+#: Recipes of the code published with the paper (https://github.com/TencentARC/ViSFT, projects/visft/configs and
+#: scripts/stage1_train, for 8 GPUs), task by task.
+TASKS = ("detection", "segmentation", "captioning")
+RATES = {"detection": 5e-5, "segmentation": 5e-5, "captioning": 4e-4}
+UPDATES = {"detection": 150_000, "segmentation": 150_000, "captioning": 100_000}
+RATIOS = {"detection": 0.3, "segmentation": 0.3, "captioning": 0.4}
+BATCHES = {1: {"detection": 8, "segmentation": 8, "captioning": 256}, 2: dict(zip(TASKS, (8, 8, 64), strict=True))}
+
+
+def test_stage_1_is_the_published_recipe() -> None:
+    config = resolve(stage=1, model="eva_e")
+    tasks = config.visft.tasks.enabled()
+    rates = {group.params: group.lr or config.optimizer.params.lr for group in config.visft.param_groups}
+    assert rates == {f"heads.{task}.*": RATES[task] for task in TASKS}
+    assert {task: settings.updates for task, settings in tasks.items()} == UPDATES
+    assert {task: settings.batch_size for task, settings in tasks.items()} == BATCHES[1]
+    # One GPU of eight had one image of detection and segmentation, and 32 of captioning.
+    assert dict(derive_batches(config, 8).micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
+    assert derive_batches(config, 8).accumulation == 1
+    assert config.visft.mode == "sampled" and config.total_steps == sum(UPDATES.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_head_alone_gets_its_published_recipe(task: str) -> None:
+    config = resolve(stage=1, model="eva_e", settings=[f"visft.tasks={task}"])
+    (group,) = config.visft.param_groups
+    assert (group.lr or config.optimizer.params.lr, config.total_steps) == (RATES[task], UPDATES[task])
+    assert (config.scheduler.type, config.scheduler.params.warmup_num_steps) == ("WarmupCosineLR", 2000)
+    assert (config.gradient_clipping, config.optimizer.params.weight_decay) == (0.1, 1e-4)
+
+
+def test_stage_2_is_the_published_recipe() -> None:
+    config = resolve(stage=2, model="eva_e")
+    streams = config.visft.streams()
+    assert {name: stream.share for name, stream in streams.items()} == RATIOS
+    assert {name: stream.batch_size for name, stream in streams.items()} == BATCHES[2]
+    (group,) = config.visft.param_groups
+    assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)
+    assert config.visft.heads.active_dropout is False
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
+    tasks = resolve(stage=stage, model="eva_e").visft.tasks
+    detection, segmentation, captioning = tasks.detection, tasks.segmentation, tasks.captioning
+    assert detection is not None and segmentation is not None and captioning is not None
+
+    image = detection.image
+    assert image.short_sides == (480, 512, 544, 576, 608, 640, 672) and image.max_long == 672 and image.flip == 0.5
+    assert image.crop_short_sides == (400, 500, 600) and image.crop_range == (384, 600)
+    assert (image.eval_short, image.eval_max_long) == (800, 672)
+    assert detection.loss.model_dump() == {"ce": 1.0, "l1": 5.0, "giou": 2.0, "no_object": 0.1}
+    head = detection.head
+    assert (head.encoder_dim, head.decoder_dim, head.ffn_dim, head.num_heads) == (128, 256, 1024, 8)
+    assert (head.encoder_layers, head.decoder_layers, head.num_queries, head.num_classes) == (6, 6, 100, 91)
+    assert head.dropout == 0.1
+
+    jitter = segmentation.image
+    assert (jitter.size, jitter.scale, jitter.flip, jitter.pad_value) == (1024, (0.1, 2.0), 0.5, 128)
+    assert (jitter.eval_short, jitter.eval_max_long, jitter.eval_multiple) == (800, 1333, 32)
+    loss = segmentation.loss
+    assert (loss.ce, loss.bce, loss.dice, loss.no_object) == (2.0, 5.0, 5.0, 0.1)
+    assert (loss.num_points, loss.oversample, loss.importance) == (12_544, 3.0, 0.75)
+    masks = segmentation.head
+    assert (masks.hidden_dim, masks.encoder_ffn_dim, masks.decoder_ffn_dim, masks.num_heads) == (256, 512, 1024, 8)
+    assert (masks.encoder_layers, masks.decoder_layers, masks.num_points, masks.num_queries) == (6, 9, 4, 100)
+    assert (masks.num_classes, masks.dropout) == (80, 0.0)
+
+    assert (captioning.image.size, captioning.image.max_words) == (256, 50)
+    assert captioning.loss.model_dump() == {"ce": 1.0, "attention": 1.0}
+    widths = {"attention_dim": 384, "embed_dim": 384, "decoder_dim": 384}
+    assert captioning.head.model_dump() == {**widths, "grid": 14, "dropout": 0.5}
+    assert captioning.vocabulary.min_count == 6  # words that occur more than five times
 
 
 def test_every_misspelt_key_is_reported_with_its_right_name() -> None:

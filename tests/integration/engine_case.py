@@ -1,67 +1,100 @@
-"""A tiny two-task model, its batches, and two ways to train it: the ZeRO engine and plain PyTorch.
+"""A tiny model of all three tasks, its batches, and two ways to train it: the ZeRO engine and plain PyTorch.
 
 Run as a module it is one rank of the engine (see `test_engines.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.integration.engine_case OUT.pt ENGINE
-Of its two tasks one is idle in every step: a head without a gradient is where DeepSpeed goes wrong silently.
+In most steps one task learns and two are idle: a head without a gradient is where DeepSpeed goes wrong silently. In one
+step all three learn from the same images.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.joint import collate_joint
+from visft_ds.data.samples import Batch, Sample
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.multitask import MultiTaskModel, Normaliser, TaskModule
 from visft_ds.stages import TrainedGroup, apply_groups
+from visft_ds.tasks.captioning import CaptioningCriterion, CaptioningHead
 from visft_ds.tasks.detection import DetectionCriterion, DetectionHead
+from visft_ds.tasks.segmentation import SegmentationCriterion, SegmentationHead
 
-STEPS, SAVED_AT, GLOBAL_BATCH, CLIP = 6, 3, 4, 0.02
-#: Which head learns in each step; in most steps the other one has no gradient.
-ORDER = ("first", "first", "second", "first", "second", "second")
-HEAD = {
-    "num_queries": 6,
-    "encoder_dim": 16,
-    "decoder_dim": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "num_heads": 2,
-}
+SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
+TASKS = ("detection", "segmentation", "captioning")
+#: Who learns in each step.
+ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
+STEPS, VOCABULARY = len(ORDER), 12
 GROUPS = {
     1: [
-        ParamGroup(name="matrices", params="heads.*weight", lr=2e-3, weight_decay=0.1),
-        ParamGroup(name="biases", params="heads.*bias", lr=1e-3, weight_decay=0.0),
+        ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
+        ParamGroup(name="segmentation", params="heads.segmentation.*", lr=1e-3, weight_decay=0.0),
+        ParamGroup(name="captioning", params="heads.captioning.*", lr=3e-3),
     ],
     2: [ParamGroup(name="a", params="*.lora_A", lr=1e-2), ParamGroup(name="b", params="*.lora_B", lr=2e-2)],
 }
 
 
-class TaskCriterion(DetectionCriterion):
-    """The detection criterion under another task name."""
-
-    def __init__(self, task: str) -> None:
-        super().__init__(num_queries=HEAD["num_queries"], decoder_layers=HEAD["decoder_layers"])
-        self.task = task
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """As for detection."""
-        return super().count(Batch(**{**vars(batch), "targets": {"detection": batch.targets[self.task]}}))
+def build_tasks(width: int) -> dict[str, TaskModule]:
+    """Three heads, each as small as it gets with everything in it."""
+    detection = {"num_queries": 6, "decoder_layers": 2}
+    segmentation = {"num_queries": 6, "decoder_layers": 2}
+    return {
+        "detection": TaskModule(
+            DetectionHead(
+                width,
+                encoder_dim=16,
+                decoder_dim=16,
+                encoder_layers=1,
+                num_heads=2,
+                ffn_dim=32,
+                dropout=0.0,
+                **detection,  # type: ignore[arg-type]
+            ),
+            DetectionCriterion(**detection),  # type: ignore[arg-type]
+        ),
+        "segmentation": TaskModule(
+            SegmentationHead(
+                width,
+                hidden_dim=32,
+                encoder_layers=1,
+                num_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                **segmentation,  # type: ignore[arg-type]
+            ),
+            SegmentationCriterion(num_points=48, **segmentation),  # type: ignore[arg-type]
+        ),
+        "captioning": TaskModule(
+            CaptioningHead(
+                width,
+                vocabulary_size=VOCABULARY,
+                attention_dim=16,
+                embed_dim=16,
+                decoder_dim=16,
+                grid=3,
+                dropout=0.0,
+            ),
+            CaptioningCriterion(),
+        ),
+    }
 
 
 def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The same model in every process; frozen matrices in `storage`, what trains in fp32."""
-    backbone = build_backbone("debug", seed=3, width=32, depth=2, num_heads=2, image_size=56)
+    backbone = build_backbone("debug", seed=3, width=32, depth=2, num_heads=2, image_size=SIDE)
     torch.manual_seed(5)
-    names = ("first", "second")
-    tasks = {n: TaskModule(DetectionHead(32, ffn_dim=32, dropout=0.0, **HEAD), TaskCriterion(n)) for n in names}
-    module = MultiTaskModel(backbone, tasks, train_backbone=stage == 2, heads_active=stage == 1)
+    module = MultiTaskModel(backbone, build_tasks(32), train_backbone=stage == 2, heads_active=stage == 1)
     if stage == 2:
         inject_lora(backbone, rank=4, alpha=8.0, targets=("q", "v"), seed=1)
         for name, parameter in backbone.named_parameters():
@@ -74,32 +107,56 @@ def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTas
     return module, groups
 
 
+def samples(step: int) -> list[Sample]:
+    """Images and labels of a step: a pure function of the step. One image has no object, one no caption."""
+    rng = np.random.default_rng(100 + step)
+    made = []
+    for place, objects in enumerate((2, 0, 1, 3)):
+        targets = {
+            "detection": _boxes(rng, objects),
+            "segmentation": _masks(rng, objects),
+            "captioning": _caption(rng, words=(3, 5, 0, 2)[place]),
+        }
+        image = torch.from_numpy(rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8))
+        made.append(
+            Sample(
+                index=place,
+                image_id=place,
+                original_size=(SIDE, SIDE),
+                size=(SIDE, SIDE),
+                image=image,
+                random_key=1000 * step + place,
+                targets={task: targets[task] for task in ORDER[step]},
+            )
+        )
+    return made
+
+
+def _boxes(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[Any]]:
+    boxes = np.concatenate([rng.uniform(0.3, 0.7, (objects, 2)), rng.uniform(0.1, 0.3, (objects, 2))], axis=1)
+    return {"boxes": boxes.astype(np.float32), "labels": rng.integers(1, 90, objects)}
+
+
+def _masks(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[Any]]:
+    masks = np.zeros((objects, 14, 14), dtype=np.uint8)
+    for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
+        mask[top : top + 6, left : left + 5] = 255
+    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array([SIDE, SIDE])}
+
+
+def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:
+    tokens = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, words), VOCABULARY - 1] if words else [VOCABULARY - 2]
+    return {"tokens": np.array(tokens, dtype=np.int64), "references": np.array(["words"] * bool(words), dtype=object)}
+
+
 def global_batch(step: int) -> Batch:
-    """Images and boxes of a step: a pure function of the step. One image has no object."""
-    generator = torch.Generator().manual_seed(100 + step)
-    counts = torch.tensor([2, 0, 1, 3])
-    n = int(counts.sum())
-    centers = 0.3 + 0.4 * torch.rand(n, 2, generator=generator)
-    boxes = torch.cat([centers, 0.1 + 0.2 * torch.rand(n, 2, generator=generator)], dim=1)
-    labels = torch.randint(1, 90, (n,), generator=generator)
-    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 56, 56), generator=generator, dtype=torch.uint8)
-    return as_batch(images, DetectionTargets(boxes, labels, counts), ORDER[step])
+    """All images of a step."""
+    return collate_joint(samples(step))
 
 
-def as_batch(images: torch.Tensor, targets: DetectionTargets, task: str) -> Batch:
-    """A batch of square images of one task."""
-    size = torch.full((len(images), 2), images.shape[-1])
-    ids = torch.arange(len(images))
-    return Batch(images, size, size, ids, ids, ids, torch.ones(len(images), dtype=torch.bool), {task: targets})
-
-
-def part(whole: Batch, start: int, stop: int) -> Batch:
-    """Some images of a batch, with their boxes."""
-    ((task, targets),) = whole.targets.items()
-    edges = [0, *targets.counts.cumsum(0).tolist()]
-    low, high = edges[start], edges[stop]
-    chosen = DetectionTargets(targets.boxes[low:high], targets.labels[low:high], targets.counts[start:stop])
-    return as_batch(whole.images[start:stop], chosen, task)
+def part(step: int, start: int, stop: int) -> Batch:
+    """Some images of a step, with their labels; padded captions are as long as its own longest."""
+    return collate_joint(samples(step)[start:stop])
 
 
 def normaliser(module: MultiTaskModel, whole: Batch, parts: int) -> Normaliser:
@@ -174,7 +231,7 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None) -> dict[str, A
     for step in range(start, stop):
         whole = global_batch(step)
         starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
-        batches = [part(whole, first, first + micro) for first in starts]
+        batches = [part(step, first, first + micro) for first in starts]
         report = engine.train_step(step, batches, normaliser(engine.module, whole, world * engine.accumulation))
         losses.append(report.losses["loss"])
         norms.append(report.gradient_norm)

@@ -1,7 +1,8 @@
 """Every ZeRO engine on two gloo ranks equals one plain PyTorch process on the global batch, and resumes bit for bit.
 
-Two ranks x two micro-batches of one image against one batch of four, two heads of which one is idle in each step, two
-parameter groups with their own rates, clipping far below the gradient norm.
+Two ranks x two micro-batches of one image against one batch of four; detection, segmentation and captioning, of which
+two are idle in most steps and none in one; a parameter group with its own rate for each head, clipping far below the
+gradient norm.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from tests.integration.ranks import run_ranks
 #: Offload takes as long as ZeRO-3 and shares its code; it runs with the slow tests.
 ENGINES = ("zero0", "zero1", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow))
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
-LOSS, NORM = 5e-7, 1e-6
-#: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients.
-WEIGHTS = 1.5e-6
+LOSS, NORM = 5e-7, 3e-6
+#: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
+#: what a norm follows, have almost none.
+WEIGHTS = 8e-6
+#: Shifts all scores of a softmax alike: its gradient is zero but for rounding, of which Adam makes whole steps.
+ONLY_ROUNDING = "heads.captioning.recurrence.full_att_bias"
 #: In bf16 the gradient of A over four images is rounded once, over four micro-batches four times (2**-9 each).
 #: fp16 products of the frozen backbone against fp32 ones; a bound that is off by the scale gives 0.07 after four steps.
 FP16_LOSS, FP16_NORM = 5e-3, 5e-2
@@ -53,7 +57,8 @@ def differences(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, fl
         for key in ("losses", "norms")
     }
     assert ours["values"].keys() == reference["values"].keys()
-    weights = max(float((ours["values"][n] - v).abs().max()) for n, v in reference["values"].items())
+    compared = {name: value for name, value in reference["values"].items() if name != ONLY_ROUNDING}
+    weights = max(float((ours["values"][name] - value).abs().max()) for name, value in compared.items())
     return {**relative, "values": weights}
 
 

@@ -10,23 +10,24 @@ import pytest
 
 from tests.coco_tree import write_tree
 from tests.integration.ranks import finish, start_ranks
+from tests.integration.tiny import TINY
 from tools.profile import main
 from visft_ds.data.convert import Options, build
 from visft_ds.profiling.memory import KINDS
 from visft_ds.profiling.report import FORMAT, VERSION, make_sections, make_title
 from visft_ds.profiling.timing import MATCHER, PARTS
 
-TINY = {
-    "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
-    "visft.tasks.detection.image.fixed_size": 56,
-    "visft.tasks.detection.batch_size": 4,
-    "visft.tasks.detection.micro_batch": 1,
-    "visft.tasks.detection.head.encoder_layers": 1,
-    "visft.tasks.detection.head.decoder_layers": 1,
+#: One task: of the three heads detection alone has a formula for its operations.
+ONE_TASK = {
+    **{key: value for key, value in TINY.items() if "segmentation" not in key and "captioning" not in key},
+    "visft.tasks.detection.head.dropout": 0.0,
+    "visft.tasks": "detection",
+    "visft.mode": "sampled",
     "scheduler.params.total_num_steps": 2,
     "scheduler.params.warmup_num_steps": 1,
 }
-SETTINGS = [f"--set={key}={json.dumps(value)}" for key, value in TINY.items()]
+SETTINGS = [f"--set={key}={json.dumps(value)}" for key, value in ONE_TASK.items()]
+ALL_TASKS = [f"--set={key}={json.dumps(value)}" for key, value in TINY.items()]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ],
             2,
         ),
+        "all": (
+            [
+                *(*measured[:2], "--steps", "1", "--warmup", "0", "--stage", "1", "--synthetic", "--model", "debug"),
+                *("--json", str(folder / "all.json"), *ALL_TASKS),
+            ],
+            1,
+        ),
     }
     running = {name: start_ranks(arguments, world) for name, (arguments, world) in commands.items()}
     ended = {name: finish(processes) for name, processes in running.items()}
@@ -60,6 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "losses": [record["loss/loss"] for record in records if record["kind"] == "step"],
         "one": json.loads((folder / "one.json").read_text()),
         "two": json.loads((folder / "two.json").read_text()),
+        "all": json.loads((folder / "all.json").read_text()),
         "printed": {name: texts for name, (_, texts) in ended.items()},
         "before": before,
         "files": {path.name for path in folder.iterdir()},
@@ -139,11 +148,25 @@ def test_zero3_divides_and_checkpointing_drops_activations(results: dict[str, An
     assert alone["communication"] is None
 
 
+def test_three_heads_of_one_forward_are_one_measurement(results: dict[str, Any]) -> None:
+    record = results["all"]
+    assert list(record["tasks"]) == ["shared"]
+    (rank,) = record["tasks"]["shared"]["ranks"]
+    assert rank["batch"]["images"] == 4
+    # Without formulas for two of the heads, what was counted stands for all.
+    assert rank["flops"]["ratio"] is None and rank["flops"]["hardware_per_second"] > 0
+
+
 def test_one_process_prints_and_nothing_else_is_written(results: dict[str, Any]) -> None:
     main_rank, other = results["printed"]["two"]
     assert "profile: stage 2 (lora), debug, ZeRO-3, 2 processes" in main_rank and "communication" in main_rank
     assert other.strip() == ""
-    assert results["files"] - results["before"] == {"run", "one.json", "two.json"}  # the run is the training's
+    assert results["files"] - results["before"] == {
+        "run",
+        "one.json",
+        "two.json",
+        "all.json",
+    }  # the run is the training's
 
 
 def test_a_record_can_be_printed_again(results: dict[str, Any]) -> None:

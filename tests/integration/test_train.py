@@ -16,19 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.coco_tree import write_tree
 from tests.integration.ranks import REPOSITORY, finish, free_port, run_ranks, start_ranks
+from tests.integration.tiny import TINY
 from visft_ds.data.convert import Options, build
 from visft_ds.launch import main
+from visft_ds.tasks import TASKS
 
 STEPS = 8
-#: A model and a head that train eight steps in a second or two.
-TINY = {
-    "visft.model.overrides": {"width": 32, "depth": 2, "num_heads": 2, "image_size": 56},
-    "visft.tasks.detection.image.fixed_size": 56,
-    "visft.tasks.detection.batch_size": 4,
-    "visft.tasks.detection.micro_batch": 1,
-    "visft.tasks.detection.head.encoder_layers": 1,
-    "visft.tasks.detection.head.decoder_layers": 1,
-    "visft.tasks.detection.head.dropout": 0.1,  # random numbers must survive a resume too
+SETTINGS = {
+    **TINY,
     "scheduler.params.total_num_steps": STEPS,
     "scheduler.params.warmup_num_steps": 2,
     "visft.run.save_every": 4,
@@ -48,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
     """Arguments of launchers/train.py for the tiny model."""
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**TINY, **(extra or {})}.items()]
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **(extra or {})}.items()]
     return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
 
 
@@ -112,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, straig
     (checkpoint,) = (out / "checkpoints").iterdir()
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert step < STEPS
-    assert not (out / "export" / "detection.safetensors").exists()
+    assert not any((out / "export" / f"{task}.safetensors").exists() for task in TASKS)
 
 
 def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, tmp_path: Path) -> None:
@@ -165,7 +160,7 @@ def test_more_ranks_than_images(
 
 
 def test_fewer_samples_than_a_batch(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, command(shards, tmp_path / "run", extra={"visft.tasks.detection.batch_size": 64}))
+    message = refused(capsys, command(shards, tmp_path / "run", extra={"visft.shared.batch_size": 64}))
     assert "12 samples are fewer than one global batch of 64" in message
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from visft_ds.data.captions import CaptionTransform, collate_captioning
+from visft_ds.data.captions import CaptionChoice, CaptionTransform, collate_captioning
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.vocabulary import Vocabulary
@@ -45,14 +47,28 @@ def test_the_caption_belongs_to_the_key() -> None:
 
 
 def test_evaluation_and_fixed_captions_draw_nothing() -> None:
-    for transform in (
-        CaptionTransform(False, vocabulary=VOCABULARY),
-        CaptionTransform(True, vocabulary=VOCABULARY, random_caption=False),
-    ):
-        random = generator(3)
-        sample = transform(raw("...", "b c", "d"), random)
-        assert sample.targets["captioning"]["tokens"].tolist() == [8, 2, 3, 9]
+    choices: list[tuple[bool, CaptionChoice]] = [(False, "random"), (False, "first"), (True, "first")]
+    choices += [(False, "consensus"), (True, "consensus")]
+    for train, choice in choices:
+        transform, random = CaptionTransform(train, vocabulary=VOCABULARY, caption_choice=choice), generator(3)
+        sample = transform(raw("...", "b c", "d", "d e"), random)
+        assert sample.targets["captioning"]["tokens"].tolist() == ([8, 4, 9] if choice == "consensus" else [8, 2, 3, 9])
         assert random.integers(1 << 60) == generator(3).integers(1 << 60)
+
+
+def test_consensus_shares_most_words_with_the_others() -> None:
+    transform = CaptionTransform(True, vocabulary=VOCABULARY, caption_choice="consensus")
+    # Sums of the F-scores with the others, by hand: 0, 4/5 + 1/2, 4/5 + 4/5, 1/2 + 4/5.
+    assert tokens(transform, "f", "a b", "a b c", "b c") == [8, 1, 2, 3, 9]
+    # A long caption that contains all others agrees less with each than they do with each other.
+    assert tokens(transform, "a b c d e f a b c d e f", "a b", "b a") == [8, 1, 2, 9]
+    # Words count as often as they occur: 6/7 + 2/3, 6/7 + 4/5, 2/3 + 4/5; as sets all would be alike.
+    assert tokens(transform, "a a a a", "a a a", "a a") == [8, 1, 1, 1, 9]
+    # Neither spelling nor words that the vocabulary lacks make a difference; equals give the first.
+    assert tokens(transform, "C!", "zebra, a.", "A zebra") == [8, 7, 1, 9]
+    # What cannot be chosen has no voice: it is none of the captions that are learnt from.
+    assert tokens(transform, LONG, "a " * 60, "b", "b c") == [8, 2, 9]
+    assert tokens(transform, "d") == [8, 4, 9]
 
 
 def test_long_and_wordless_captions_are_never_drawn() -> None:
@@ -95,6 +111,9 @@ def test_collate_without_labels() -> None:
 
 
 def test_impossible_options_are_refused() -> None:
-    for options in ({"size": 0}, {"max_words": 0}):
+    impossible: list[dict[str, Any]] = [{"size": 0}, {"max_words": 0}]
+    for options in impossible:
         with pytest.raises(ValueError, match="must be at least 1"):
             CaptionTransform(True, vocabulary=VOCABULARY, **options)
+    with pytest.raises(ValueError, match="'best' is not known: give one of random, first, consensus"):
+        CaptionTransform(False, vocabulary=VOCABULARY, caption_choice="best")  # type: ignore[arg-type]

@@ -150,10 +150,18 @@ def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
     assert coco_average_precision(truth, strange)["box/AP"] == 0
 
 
-@pytest.mark.parametrize("score", [float("nan"), float("inf")])
-def test_score_that_is_not_finite(score: float) -> None:
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None])  # None: how JSON keeps the other two
+def test_score_that_is_not_finite(score: float | None) -> None:
     with pytest.raises(ValueError, match=f"score of a result for image_id 3 is {score}"):
         coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], score)])
+
+
+@pytest.mark.parametrize("side", [float("nan"), None])
+def test_box_that_is_not_finite(side: float | None) -> None:
+    """Evaluators take such a box for one that overlaps nothing, or stop in the middle."""
+    box: list[Any] = [0, side, 5, 5]
+    with pytest.raises(ValueError, match=r"box of a result for image_id 3 .* is not finite"):
+        coco_average_precision(_truth(), [_result(3, 1, box, 0.5)])
 
 
 def test_unknown_image() -> None:
@@ -164,6 +172,22 @@ def test_unknown_image() -> None:
 def test_wrong_kind_of_result() -> None:
     with pytest.raises(ValueError, match="image_id 3 has no 'segmentation'"):
         coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], 0.5)], "segm")
+
+
+@pytest.mark.parametrize("mask", ["absent", None, []])
+def test_annotations_without_masks(mask: Any) -> None:
+    """The evaluator would count an empty list as an object that nobody finds; boxes need no masks."""
+    truth = _truth()
+    boxes, masks = _results(truth), _as_masks(_results(truth))
+    wanted = coco_average_precision(truth, boxes)
+    for annotation in truth["annotations"][4:6]:
+        annotation["segmentation"] = mask
+        if mask == "absent":
+            del annotation["segmentation"]
+    message = rf"2 of the {len(truth['annotations'])} annotations have no 'segmentation' \(the first is .* 504\)"
+    with pytest.raises(ValueError, match=message):
+        coco_average_precision(truth, masks, "segm")
+    assert coco_average_precision(truth, boxes) == wanted
 
 
 def test_inconsistent_ground_truth(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import subprocess
@@ -186,7 +185,6 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
     [
         (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged backbone"),
         (1, ["visft.heads.path=x"], "stage 1 trains new heads"),
-        (2, ["visft.tasks.detection=null"], "no task is on; state at least one of: detection"),
         (2, ["scheduler.params.total_num_steps=5", "scheduler.params.warmup_num_steps=6"], "longer than the run"),
         (2, ["scheduler.type=WarmupLR", "scheduler.params.cos_min_ratio=0.1"], "WarmupLR has no cosine"),
         (
@@ -221,9 +219,13 @@ def test_the_default_is_the_papers_recipe() -> None:
     assert (params.lr, params.weight_decay, params.betas, params.eps) == (1e-5, 1e-4, (0.9, 0.999), 1e-8)
     assert (config.gradient_clipping, config.scheduler.type) == (0.1, "WarmupCosineLR")
     assert (config.scheduler.params.warmup_num_steps, config.scheduler.params.total_num_steps) == (2000, 100_000)
-    assert derive_batches(config, 8).equations() == ["detection: 8 images = 8 processes x 1 accumulation x 1"]
+    assert derive_batches(config, 8).equations() == [
+        "detection: 8 images = 8 processes x 1 accumulation x 1",
+        "segmentation: 8 images = 8 processes x 1 accumulation x 1",
+        "captioning: 64 images = 8 processes x 1 accumulation x 8",
+    ]
     stage1 = resolve_arguments(["--stage", "1"])[1]
-    assert (stage1.optimizer.params.lr, stage1.scheduler.params.total_num_steps) == (5e-5, 150_000)
+    assert (stage1.optimizer.params.lr, stage1.scheduler.params.total_num_steps) == (5e-5, 400_000)
     assert stage1.visft.lora is None and stage1.visft.heads.path is None
 
 
@@ -242,6 +244,10 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
         "visft.run.log_every=1",
         "visft.data.root=x",
         "visft.tasks.detection.micro_batch=1",
+        "visft.tasks.captioning.micro_batch=1",
+        "visft.shared.micro_batch=1",
+        "visft.tasks.captioning.decoding.beam_size=3",
+        "visft.tasks.captioning.vocabulary.file=words.json",
         "zero_optimization.stage=2",
     ):
         assert debug(same).fingerprint() == base.fingerprint(), same
@@ -250,6 +256,9 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
         "visft.seed=1",
         "visft.lora.rank=3",
         "visft.tasks.detection.image.flip=0",
+        "visft.tasks.captioning.ratio=9",
+        "visft.tasks.captioning.vocabulary.min_count=9",
+        "visft.mode=shared",
         "visft.param_groups.0.lr=1",
     ):
         changed = debug(other)
@@ -260,9 +269,12 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
 
 @given(share=st.integers(1, 40), micro=st.integers(1, 12), world=st.integers(1, 9))
 def test_batches_divide_evenly_and_accumulate_as_little_as_possible(share: int, micro: int, world: int) -> None:
-    batches = derive_batches(
-        debug(f"visft.tasks.detection.batch_size={share * world}", f"visft.tasks.detection.micro_batch={micro}"), world
+    config = debug(
+        "visft.tasks=detection",
+        f"visft.tasks.detection.batch_size={share * world}",
+        f"visft.tasks.detection.micro_batch={micro}",
     )
+    batches = derive_batches(config, world)
     assert batches.dp * batches.accumulation * batches.micro["detection"] == share * world
     assert batches.micro["detection"] <= micro
     fewer = [a for a in range(1, batches.accumulation) if share % a == 0]
@@ -281,7 +293,10 @@ def test_batches_that_do_not_divide_name_what_does() -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", None)])
 def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
     config = debug(
-        "visft.model.precision=auto", "visft.tasks.detection.batch_size=24", "visft.tasks.detection.micro_batch=4"
+        "visft.model.precision=auto",
+        "visft.tasks=detection",
+        "visft.tasks.detection.batch_size=24",
+        "visft.tasks.detection.micro_batch=4",
     )
     result = deepspeed_dict(config, 2, precision)
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -292,28 +307,7 @@ def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
     assert result.get("torch_autocast") == autocast
 
 
-# Options are keyword arguments of the classes they configure
-
-
-def keyword_defaults(function: Any) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def test_head_and_image_options_match_their_constructors() -> None:
-    from visft_ds.data.transforms import DetectionTransform
-    from visft_ds.tasks.detection import DetectionHead
-
-    assert keyword_defaults(DetectionHead.__init__) == schema.DetectionHead().model_dump()
-    assert keyword_defaults(DetectionTransform.__init__) == schema.DetectionImage().model_dump()
-
-
-def test_loss_options_match_the_criterion() -> None:
-    from visft_ds.tasks import TASKS
-
-    spec = TASKS["detection"]
-    expected = keyword_defaults(spec.build_criterion)
-    assert {k: v for k, v in expected.items() if k not in spec.shared_options} == schema.DetectionLoss().model_dump()
+# Options are keyword arguments of the classes they configure; those of tasks: test_task_schema
 
 
 def test_presets_and_overrides_match_the_backbone() -> None:
@@ -364,12 +358,34 @@ def test_commands_of_the_preflight_use_flags_that_exist() -> None:
 
 
 def test_nothing_is_missing_where_everything_is(tmp_path: Path) -> None:
-    for name in ("train.manifest.json", "detection.safetensors"):
+    for name in ("train.manifest.json", "detection.safetensors", "segmentation.safetensors", "captioning.safetensors"):
         (tmp_path / name).touch()
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=0")
     assert missing_inputs(config) == []
     config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=1")
     assert [item.path for item in missing_inputs(config)] == [str(tmp_path / "val.manifest.json")]
+
+
+def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "train.manifest.json").touch()
+    (tmp_path / "eva_e_segment_heads.ckpt").touch()  # a published file serves as well
+    settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}")
+    (missing,) = missing_inputs(debug(*settings, "visft.tasks=segmentation,detection"))
+    assert missing.what.startswith("heads of stage 1: detection (")
+    # The command must not train heads that nobody asked for.
+    assert missing.command.endswith("--set visft.tasks=detection,segmentation")
+    assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
+
+
+def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
+    (tmp_path / "train.manifest.json").touch()
+    words = tmp_path / "words.json"
+    settings = (f"visft.data.root={tmp_path}", f"visft.tasks.captioning.vocabulary.file={words}")
+    (missing,) = missing_inputs(debug(*settings, stage=1))
+    assert missing.path == str(words) and "visft.tasks.captioning.vocabulary.file=null" in missing.command
+    assert missing_inputs(debug(*settings, "visft.tasks=detection", stage=1)) == []
+    words.touch()
+    assert missing_inputs(debug(*settings, stage=1)) == []
 
 
 # Command line

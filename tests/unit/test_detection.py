@@ -82,7 +82,7 @@ def _normaliser(counts: list[Mapping[str, float]], parts: int) -> dict[str, Tens
 @pytest.mark.parametrize(("width", "parameters"), [(1792, 8_810_464), (1408, 8_761_312)])
 def test_size_is_the_published_one(width: int, parameters: int) -> None:
     with torch.device("meta"):
-        head = get_task("detection").build_head(width)
+        head = get_task("detection").build_head(width, {}, None)
     assert sum(parameter.numel() for parameter in head.parameters()) == parameters
 
 

@@ -228,8 +228,11 @@ def test_the_caption_belongs_to_the_key() -> None:
         tuple(VOCABULARY.encode_words(caption.split())) for caption in CAPTIONS
     }
     assert drawn == [_joint()(_raw(), generator(key)).targets["captioning"]["tokens"].tolist() for key in range(60)]
-    first = _joint(random_caption=False)
+    first = _joint(caption_choice="first")
     assert {first(_raw(), generator(key)).targets["captioning"]["tokens"][1] for key in range(20)} == {1}
+    for train in (True, False):
+        agreed = _joint(train, caption_choice="consensus")(_raw(), generator(1)).targets["captioning"]["tokens"]
+        assert agreed.tolist() == [8, 4, 5, 6, 9]  # "d e f", which shares a word with "f", the later of the two
     short = _joint(max_words=1)
     assert {len(short(_raw(), generator(key)).targets["captioning"]["tokens"]) for key in range(20)} == {3}
 

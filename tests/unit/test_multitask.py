@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.integration.engine_case import as_batch, build, normaliser
-from visft_ds.data.samples import DetectionTargets
+from tests.integration.engine_case import build, global_batch, normaliser, samples
+from visft_ds.data.joint import collate_joint
 from visft_ds.multitask import PIXEL_MEAN, normalise_pixels, valid_region
 
 
@@ -30,9 +32,35 @@ def test_valid_region_samples_the_pixel_mask_as_nearest_interpolation_does() -> 
 
 def test_an_image_lower_than_a_patch_trains() -> None:
     module, _ = build(1)
-    targets = DetectionTargets(torch.tensor([[0.5, 0.5, 0.2, 0.9]]), torch.tensor([3]), torch.tensor([1]))
-    wide = as_batch(torch.randint(0, 256, (1, 3, 7, 7), dtype=torch.uint8), targets, "first")
-    features, valid = module.features(wide)
+    low = torch.randint(0, 256, (3, 7, 7), dtype=torch.uint8)
+    batch = collate_joint([replace(sample, size=(7, 7), image=low) for sample in samples(3)])
+    features, valid = module.features(batch)
     assert features.shape[-2:] == (1, 1) and valid.all()
-    loss = module(wide, normaliser(module, wide, 1))["loss"]
-    assert loss.isfinite()
+    losses = module(batch, normaliser(module, batch, 1))
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_tasks_of_one_forward_have_the_losses_and_gradients_of_their_own() -> None:
+    """Shared images are a matter of cost only: each head learns what it would have learnt alone."""
+    module, _ = build(1)
+    whole = global_batch(3)
+    assert set(whole.tasks) == {"detection", "segmentation", "captioning"}
+    divisors = normaliser(module, whole, 1)
+    module(whole, divisors)["loss"].backward()
+    together = {name: p.grad.clone() for name, p in module.heads.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    for task in whole.tasks:
+        alone = replace(whole, targets={task: whole.targets[task]})
+        module(alone, divisors)["loss"].backward()
+    apart = {name: p.grad for name, p in module.heads.named_parameters() if p.grad is not None}
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], value) for name, value in apart.items())
+
+
+def test_only_the_heads_that_a_batch_is_for_predict() -> None:
+    module, _ = build(2)
+    module.eval()
+    batch = global_batch(2)
+    with torch.no_grad():
+        assert set(module(batch)) == {"captioning"}
+        assert set(module(replace(batch, targets={}))) == {"detection", "segmentation", "captioning"}

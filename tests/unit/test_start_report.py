@@ -1,0 +1,91 @@
+"""What `--dry-run` prints: numbers from the data where it is there, and a word where they are assumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.coco_tree import write_tree
+from visft_ds.config import resolve
+from visft_ds.data.convert import Options, build
+from visft_ds.launch import main
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.stages import PUBLISHED_VOCABULARY
+from visft_ds.start_report import print_dry_run
+
+#: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
+BY_ID = 64 + 128 + 1
+
+
+def table(capsys: pytest.CaptureFixture[str], *settings: str, stage: int = 1) -> list[str]:
+    """Title and rows of the table of what trains."""
+    print_dry_run(resolve(stage=stage, model="debug", settings=settings), 1, "")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("-- what trains"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("-- batches"))
+    return lines[start:end]
+
+
+def values(row: str) -> int:
+    return int(row.split()[2].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tree = write_tree(folder)
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
+    return folder / "shards"
+
+
+def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    title, _, *rows = table(capsys, f"visft.data.root={tmp_path}")
+    assert title == "-- what trains, with a vocabulary of 9,490 ids (ASSUMED, that of the data is not known yet)"
+    assumed = values(rows[2])
+    title, _, *rows = table(capsys, f"visft.data.root={shards}")
+    assert title == "-- what trains, with a vocabulary of 9 ids (of the data)"  # five words and the special ones
+    assert assumed - values(rows[2]) == (PUBLISHED_VOCABULARY - 9) * BY_ID
+
+
+@pytest.mark.parametrize(("stage", "tasks"), [(2, "detection,captioning"), (1, "detection")])
+def test_nothing_is_said_where_no_number_depends_on_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: int, tasks: str
+) -> None:
+    title, *_ = table(capsys, f"visft.data.root={tmp_path}", f"visft.tasks={tasks}", stage=stage)
+    assert title == "-- what trains"
+
+
+def test_groups_of_a_subset_fit_its_heads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The recipe has a group for each of three heads: those of heads that are off must not stop the start."""
+    _, _, *rows = table(capsys, f"visft.data.root={tmp_path}", "visft.tasks=segmentation,captioning")
+    assert [row.split()[0] for row in rows] == ["segmentation", "captioning"]
+
+
+def test_the_published_sizes_of_the_large_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameter counts of the code published with the paper, at 9,490 words."""
+    assert PRESETS["eva_e"].width == 1792
+    print_dry_run(resolve(stage=1, settings=["visft.data.root=nowhere"]), 8, "")
+    out = capsys.readouterr().out
+    for task, count in (("detection", "8,810,464"), ("segmentation", "13,847,441"), ("captioning", "14,136,723")):
+        (row,) = [line.split() for line in out.splitlines() if line.startswith(f"   {task} ") and "heads." in line]
+        assert row[2] == count
+
+
+def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path), "--dry-run"]
+    assert main([*arguments, "--set", f"visft.tasks.captioning.vocabulary.file={words}"]) == 0
+    out = capsys.readouterr().out
+    assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
+
+
+def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tree = write_tree(tmp_path)
+    build(Options(tree.images, tree.instances, None, tmp_path / "shards", "train"))
+    arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path / "shards"), "--dry-run"]
+    assert main(arguments) == 2
+    assert "no sample with captions, which captioning needs" in capsys.readouterr().err
+    assert main([*arguments, "--set", "visft.tasks=detection,segmentation"]) == 0
