@@ -49,7 +49,8 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.run_folder import recorded_config
 from visft_ds.stages import choose_precision
-from visft_ds.streams import check_samples, read_vocabulary
+from visft_ds.streams import read_vocabulary
+from visft_ds.tasks import TASKS
 
 DEFAULT_BATCH = 8  # without a run that tells
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
@@ -70,7 +71,7 @@ class Job:
     @property
     def tasks(self) -> list[str]:
         """All that is evaluated."""
-        return [task for stream in self.streams.values() for task in stream.tasks]
+        return _tasks(self.streams)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start_process_group()
         with _packed(manifest, job, given.coco) as ready:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root))
-            check_samples(job.tasks, ready)
+            _check_truth(job.tasks, ready, given.limit)
             _evaluate(job, given, model, ready, f"{precision} ({why})")
     except (ValueError, OSError) as error:  # may have happened on this rank alone
         return _complain(error, rank)
     return 0
+
+
+def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
+    """Refuse data that a task cannot be judged by, before anything is computed."""
+    for task in tasks:
+        selection = TASKS[task].learns_from
+        if not (manifest.select(selection) < (limit or len(manifest))).any():
+            others = ",".join(other for other in tasks if other != task)
+            first = f"the first {limit} images of " if limit else ""
+            raise ValueError(
+                f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
+                f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
+            )
 
 
 def _complain(error: Exception, rank: int) -> int:
@@ -152,23 +166,26 @@ def _job(given: argparse.Namespace) -> Job:
     if given.data and given.coco:
         raise ValueError("--data and --coco both say where the images are: give one of them")
     coco = given.coco
-    if coco is not None and splits_in(coco):  # --coco takes shards as well
+    if coco is not None and splits_in(coco) and not (coco / "annotations").is_dir():  # --coco takes shards as well
         given.data, coco = coco, None
     if given.run:
-        config = recorded_config(given.run)
-        visft = config.visft
+        visft = recorded_config(given.run).visft
+        streams = _chosen(
+            {
+                name: resized(stream, side=given.image_size, batch_size=given.batch_size)
+                for name, stream in visft.streams().items()
+            },
+            given,
+        )
         files = files_of_run(
             given.run,
             visft,
+            _tasks(streams),
             backbone=given.backbone,
             heads=given.heads,
             adapter=_adapter(given),
             use_adapter=given.adapter != "none",
         )
-        streams = {
-            name: resized(stream, side=given.image_size, batch_size=given.batch_size)
-            for name, stream in visft.streams().items()
-        }
         shards, split, precision = Path(visft.data.root), visft.data.val, visft.model.precision
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
@@ -178,11 +195,12 @@ def _job(given: argparse.Namespace) -> Job:
         files = ModelFiles(given.backbone, given.heads, _adapter(given), {})
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
+        streams = _chosen(streams, given)
         shards, split, precision = given.data, "val", "auto"
     split = given.split or split
     return Job(
         files=files,
-        streams=_chosen(streams, given.tasks),
+        streams=streams,
         decoding=_decoding(visft if given.run else None, given.beam_size),
         shards=None if coco else given.data or shards,
         split=split,
@@ -195,13 +213,24 @@ def _adapter(given: argparse.Namespace) -> Path | None:
     return None if given.adapter in (None, "none") else Path(given.adapter)
 
 
-def _chosen(streams: Mapping[str, Stream], wanted: str | None) -> dict[str, Stream]:
-    """Only the tasks that were asked for."""
-    found = [task for stream in streams.values() for task in stream.tasks]
-    names = found if wanted is None else wanted.split(",")
+def _tasks(streams: Mapping[str, Stream]) -> list[str]:
+    return [task for stream in streams.values() for task in stream.tasks]
+
+
+def _chosen(streams: Mapping[str, Stream], given: argparse.Namespace) -> dict[str, Stream]:
+    """Only the tasks that were asked for, by default all that have a head among those given."""
+    found = _tasks(streams)
+    if given.heads is not None and given.heads.is_dir():
+        present = heads_in(given.heads)
+        found = [task for task in found if task in present]
+    names = found if given.tasks is None else [name.strip() for name in given.tasks.split(",")]
     unknown = [name for name in names if name not in found]
-    if unknown:
-        raise ValueError(f"--tasks {wanted}: there is no head for {', '.join(unknown)}; there are {', '.join(found)}")
+    if unknown or not names:
+        where = given.heads or given.run
+        raise ValueError(
+            f"{where} has no head for {', '.join(unknown) or 'any task of the run'}; --tasks may name "
+            f"{', '.join(found) or 'none'}"
+        )
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
 
@@ -250,7 +279,7 @@ def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manif
             "precision": model.precision,
             "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in job.streams.items()},
-            **({"caption_tokenizer": TOKENIZER} if "captioning" in job.tasks else {}),
+            **({"caption_tokenizer": TOKENIZER, "decoding": job.decoding} if "captioning" in job.tasks else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
         }
@@ -340,6 +369,8 @@ def _print_results(out: Path, outcome: Sequence[TaskEvaluation], speed: float) -
     named = {name: value for name, value in as_metrics(outcome).items() if name.count("/") == 1}
     # -1 is COCO's mark for "there is nothing of this kind to find".
     rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in named.items()]
+    if any(part.task == "captioning" for part in outcome):
+        rows.append(("words of captions", f"cut by {TOKENIZER}"))
     files = [*(results_name(part.task) for part in outcome), METRICS, f"{PICTURES}/"]
     rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
     print_plan("results", [Section("name and value", rows)])

@@ -22,8 +22,9 @@ from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, check_categories, find_head, load_head_weights
+from visft_ds.interop.heads import HeadInfo, check_categories, find_head, load_head_weights, read_head_info
 from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import has_effect, inject_lora
@@ -120,10 +121,13 @@ def prepare_model(
     module.requires_grad_(False)
     _adapt(config, backbone)
     if heads_from is not None:
-        infos = {t: load_head_weights(head, find_head(heads_from, t), t) for t, head in module.heads.items()}
+        files = {task: find_head(heads_from, task) for task in module.heads}
+        infos = {task: read_head_info(path, task) for task, path in files.items()}
         check_categories(infos, categories, "the training data")
         check_vocabulary(infos, vocabulary, "the training data")
         notes += _check_heads(infos, config, base_weights)
+        for task, path in files.items():
+            load_head_weights(module.heads[task], path, task)
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage, uses_lora=config.lora is not None)
@@ -258,9 +262,11 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
     notes = []
     for task, info in infos.items():
         options = config.tasks.enabled()[task].head.model_dump(mode="json")
-        names = sorted(n for n in options if n != "dropout" and n in info.options and options[n] != info.options[n])
+        assumed = {"grid": GRID} if info.extra.get("format") == "visft" else {}
+        built = {**assumed, **info.options}
+        names = sorted(n for n in options if n != "dropout" and n in built and options[n] != built[n])
         if names:
-            told = ", ".join(f"{name} {info.options[name]} (here {options[name]})" for name in names)
+            told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
         trained_on = info.extra.get("base_weights", base_weights)
         if trained_on != base_weights:

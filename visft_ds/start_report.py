@@ -11,7 +11,9 @@ from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
-from visft_ds.stages import STAGES, PreparedModel, TrainedGroup, plan_groups
+from visft_ds.stages import PUBLISHED_VOCABULARY, STAGES, PreparedModel, TrainedGroup, plan_groups
+from visft_ds.streams import known_vocabulary
+from visft_ds.tasks import TASKS
 
 
 def print_start(
@@ -63,12 +65,13 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None
     """The resolved configuration, what would train, how batches divide, and what is missing on disk.
 
     Raises:
-        ValueError: groups that match nothing, or batches that cannot be divided over the processes.
+        ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
+            captions give no vocabulary.
     """
     print(json.dumps(config.to_dict(), indent=2))
     sections = [
         Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
-        _groups_section(plan_groups(config.visft, config.optimizer.params)),
+        _planned_groups(config),
         _batch_section(config, derive_batches(config, world_size)),
         _run_section(config, 0),
     ]
@@ -81,9 +84,21 @@ def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({STAGES[config.visft.stage].name}), {config.visft.model.name}"
 
 
-def _groups_section(groups: Sequence[TrainedGroup]) -> Section:
+def _planned_groups(config: ResolvedConfig) -> Section:
+    """What would train; says where a number rests on a vocabulary that is not there yet."""
+    vocabulary = known_vocabulary(config.visft)
+    size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
+    groups = plan_groups(config.visft, config.optimizer.params, size)
+    with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)
+    if not any(name.startswith(with_words) for group in groups for name in group.names):
+        return _groups_section(groups)
+    origin = "of the data" if vocabulary else "ASSUMED, that of the data is not known yet"
+    return _groups_section(groups, f", with a vocabulary of {size:,} ids ({origin})")
+
+
+def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:
     rows = [(g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0]) for g in groups]
-    return Section("what trains", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
+    return Section(f"what trains{note}", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
 
 
 def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.joint import JointTransform, collate_joint
 from visft_ds.data.loader import Pipeline
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Int64Array, Plan, TaskPlan
 from visft_ds.data.vocabulary import FORMAT, Vocabulary
 from visft_ds.tasks import TASKS
@@ -40,11 +42,7 @@ def plan_of(config: VisftConfig, manifest: Manifest) -> Plan:
 
 def _samples(stream: Stream, manifest: Manifest) -> int | Int64Array:
     """Positions that teach at least one of the tasks; the size of the split where all of them do."""
-    selections = {TASKS[task].learns_from for task in stream.tasks}
-    if "any" in selections:
-        return len(manifest)
-    (selection,) = selections
-    chosen = manifest.select(selection)
+    chosen = reduce(np.union1d, (manifest.select(TASKS[task].learns_from) for task in stream.tasks))
     return len(manifest) if len(chosen) == len(manifest) else chosen
 
 
@@ -74,6 +72,25 @@ def vocabulary_of(config: VisftConfig, manifest: Manifest) -> Vocabulary | None:
         ) from error
 
 
+def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
+    """`vocabulary_of` before a run: None also where the shards, or the file of words, are not there yet.
+
+    Raises:
+        ValueError: as `vocabulary_of` and `check_samples`, and where the manifest of the shards is damaged.
+    """
+    task, data = config.tasks.captioning, config.data
+    if task is None:
+        return None
+    if task.vocabulary.file is not None:
+        path = Path(task.vocabulary.file)
+        return read_vocabulary(path) if path.is_file() else None
+    if not manifest_path(Path(data.root), data.train).is_file():
+        return None
+    manifest = Manifest.load(data.root, data.train, check_shards=False)
+    check_samples(("captioning",), manifest)
+    return vocabulary_of(config, manifest)
+
+
 def read_vocabulary(path: Path) -> Vocabulary:
     """A vocabulary of ours (JSON), or the word map of a published head (JSON, word -> id).
 
@@ -86,9 +103,16 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise ValueError(f"{path}: no readable vocabulary: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a vocabulary is a JSON object, this is {type(fields).__name__}")
+    ours = fields.get("format") == FORMAT
+    wrong = [word for word, number in fields.items() if type(number) is not int]
+    if wrong and not ours:
+        raise ValueError(
+            f"{path}: neither a {FORMAT} nor the word map of a captioning head, word -> id: {wrong[0]!r} is "
+            f"{fields[wrong[0]]!r:.60}, which is no whole number"
+        )
     try:
-        return Vocabulary.from_dict(fields) if fields.get("format") == FORMAT else Vocabulary.from_word_map(fields)
-    except (ValueError, TypeError) as error:
+        return Vocabulary.from_dict(fields) if ours else Vocabulary.from_word_map(fields)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -100,8 +124,12 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
     """
     for task in tasks:
         selection = TASKS[task].learns_from
-        if not len(manifest.select(selection)):
-            raise ValueError(
-                f"{manifest.root}/{manifest.split} has no sample with {selection}, which {task} needs: make the shards "
-                f"with --{selection} FILE, or turn the task off with --set visft.tasks.{task}=null"
-            )
+        if len(manifest.select(selection)):
+            continue
+        where = f"{manifest.root}/{manifest.split}"
+        if not len(manifest):
+            raise ValueError(f"{where} has no samples: make the shards anew")
+        raise ValueError(
+            f"{where} has no sample with {selection}, which {task} needs: make the shards "
+            f"with --{selection} FILE, or turn the task off with --set visft.tasks.{task}=null"
+        )

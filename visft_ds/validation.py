@@ -16,6 +16,9 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
 
+#: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
+SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+
 
 class Validation:
     """The evaluations of one run, on its validation split."""
@@ -39,8 +42,7 @@ class Validation:
             path = self._out / METRICS_FILE
             records = read_metrics(path) if path.is_file() else ()
             recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
-            if step not in recorded:
-                self._judge.again(recorded | {step})
+            self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
 
     def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress) -> None:
@@ -55,7 +57,8 @@ class Validation:
             threads=config.data.threads,
         )
         if collected is not None:
-            _record(self._judge.start(step, collected), writer, progress)
+            self._judge.start(step, collected)
+            self.poll(writer, progress)
         self.draw(predict, step, writer)
 
     def draw(self, predict: Predict, step: int, writer: MetricsWriter) -> None:
@@ -74,17 +77,15 @@ class Validation:
                 writer.image(step, f"{task}/{image_id:012d}", picture)
 
     def poll(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
-        """Record the numbers of an evaluation that has been measured by now."""
-        if distributed.is_main():
-            _record(self._judge.verdict(wait=wait), writer, progress)
+        """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
+        for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
+            _record(verdict, writer, progress)
 
 
-def _record(verdict: Verdict | None, writer: MetricsWriter, progress: Progress) -> None:
-    if verdict is None:
-        return
-    if verdict.problem is not None:
-        print(f"warning: the evaluation of step {verdict.step} failed: {verdict.problem}", file=sys.stderr, flush=True)
-        return
-    writer.step(verdict.step, {f"val/{name}": value for name, value in verdict.metrics.items()})
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in verdict.metrics.items())
-    progress.message(f"step {verdict.step} validation: {shown}")
+def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress) -> None:
+    for problem in verdict.problems:
+        print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
+    if verdict.metrics:
+        writer.step(verdict.step, {f"val/{name}": value for name, value in verdict.metrics.items()})
+        shown = [f"{name} {verdict.metrics[name]:.3f}" for name in SHOWN if name in verdict.metrics]
+        progress.message(f"step {verdict.step} validation: {'  '.join(shown)}")

@@ -6,73 +6,41 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import pytest
 import torch
-from coco_tree import Tree, write_tree
+from coco_tree import write_tree
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.convert import Options, build
+from tests.integration.evaluate_case import IMAGES, QUERIES, SETTINGS, World, load_stage2, make_world, pack
+from tests.integration.ranks import run_ranks
+from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
-from visft_ds.evals.report import compare_results, read_evaluation
-from visft_ds.evals.runner import pipeline_of
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.evals.captions import TOKENIZER, caption_metrics
+from visft_ds.evals.report import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.backbones import save_backbone
-from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter
-from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.heads import save_heads
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.published_heads import KINDS
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.parallel import export
-from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE
+from visft_ds.run_folder import BACKBONE_FILE
 from visft_ds.stages import prepare_model
-from visft_ds.tasks import TASKS
+from visft_ds.streams import pipeline_of
+from visft_ds.tasks import TASKS, Results
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES = 7  # two ranks with batches of two cannot share them evenly
-SETTINGS = [
-    *("visft.model.overrides.width=32", "visft.model.overrides.depth=2", "visft.model.overrides.num_heads=2"),
-    *("visft.tasks.detection.image.fixed_size=56", "visft.tasks.detection.micro_batch=2"),
-    *("visft.tasks.detection.head.num_queries=6", "visft.tasks.detection.head.encoder_dim=16"),
-    *("visft.tasks.detection.head.decoder_dim=32", "visft.tasks.detection.head.num_heads=2"),
-    *("visft.tasks.detection.head.ffn_dim=32", "visft.data.val=val"),
-]
-
-
-@dataclass(frozen=True)
-class World:
-    """Two runs, their data as a COCO tree and as shards, and the merged weights."""
-
-    folder: Path
-    config: ResolvedConfig  #: of stage 2
-
-    def run(self, stage: int) -> Path:
-        return self.folder / f"stage{stage}"
-
-    @property
-    def merged(self) -> Path:
-        return self.folder / "merged.safetensors"
-
-    @property
-    def instances(self) -> Path:
-        return self.folder / "coco/annotations/instances_val2017.json"
 
 
 @pytest.fixture(scope="module")
@@ -87,89 +55,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "coco/annotations").mkdir(parents=True)
-    tree = write_tree(folder / "tree", IMAGES)
-    tree.images.rename(folder / "coco/val2017")
-    tree = Tree(folder / "coco/val2017", folder / "coco/annotations/instances_val2017.json", tree.captions)
-    (folder / "tree/instances.json").rename(tree.instances)
-    settings = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
-    flags = {"--data": ("visft.data.root", str(folder / "shards"))}
-    first = resolve(stage=1, model="debug", settings=SETTINGS, flags=flags)
-    second = resolve(stage=2, model="debug", settings=settings, flags=flags)
-    world = World(folder, second)
-    _export(world, first, second)
-    _pack(tree, folder / "draft")
-    tree.edit(lambda content: _annotate(content, world))
-    _pack(tree, folder / "shards")
-    base, adapter = world.run(2) / "export" / BACKBONE_FILE, read_adapter(world.run(2) / "export" / ADAPTER_FOLDER)
-    merge_into_file(base, adapter, world.merged)
-    return world
-
-
-def _pack(tree: Tree, out: Path) -> None:
-    build(Options(tree.images, tree.instances, tree.captions, out, "val", max_count=3))
-
-
-def _export(world: World, first: ResolvedConfig, second: ResolvedConfig) -> None:
-    """What both runs would leave, with random heads and adapters of some size."""
-    prepared = prepare_model(first.visft, first.optimizer.params)
-    head = prepared.module.heads["detection"]
-    with torch.no_grad():  # larger than at the start, so that results depend on the image
-        for parameter in head.parameters():
-            parameter.mul_(2)
-    options = first.visft.tasks.enabled()["detection"].head.model_dump(mode="json")
-    categories = [{"id": place, "coco_id": place, "name": f"thing {place}"} for place in range(91)]
-    info = HeadInfo("detection", prepared.module.backbone.width, options, categories)
-    for stage, config in ((1, first), (2, second)):
-        RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
-        save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE, layout="timm")
-    save_head_files({"detection": head}, world.run(1) / "export", {"detection": info})
-    adapted = prepare_model(second.visft, second.optimizer.params).module.backbone
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.2)
-    adapter = adapter_of(adapted, base_sha256=sha256_file(world.run(2) / "export" / BACKBONE_FILE))
-    save_peft_adapter(adapter, world.run(2) / "export" / ADAPTER_FOLDER, tower_of(adapted))
-
-
-def _annotate(content: dict[str, Any], world: World) -> None:
-    """Replace the ground truth by what the model predicts, moved a little, so that AP is neither 0 nor 1."""
-    rng = np.random.default_rng(0)
-    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    annotations = []
-    for result in _results(_model(world), world.folder / "draft"):
-        width, height = sizes[result["image_id"]]
-        x, y, w, h = result["bbox"]
-        left, top = max(0.0, x + w * rng.normal(0, 0.1)), max(0.0, y)
-        box = [left, top, max(2.0, min(w, width - left)), max(2.0, min(h, height - top))]
-        if rng.random() < 0.6 and left + 2 < width and top + 2 < height:
-            area = box[2] * box[3]
-            corners = [left, top, left + box[2], top, left + box[2], top + box[3], left, top + box[3]]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": result["image_id"], "category_id": result["category_id"]}
-                | {"bbox": box, "area": area, "iscrowd": 0, "segmentation": [corners]}
-            )
-    used = sorted({annotation["category_id"] for annotation in annotations})
-    content["annotations"] = annotations
-    content["categories"] = [{"id": category, "name": f"thing {category}"} for category in used]
-
-
-def _model(world: World) -> EvaluationModel:
-    files = files_of_run(world.run(2), world.config.visft)
-    return load_model(files, ["detection"], precision="fp32", device=torch.device("cpu"))
-
-
-def _results(model: EvaluationModel, shards: Path) -> list[dict[str, Any]]:
-    reader = ShardReader(Manifest.load(shards, "val"))
-    task = resolve(stage=1, model="debug", settings=SETTINGS).visft.tasks.enabled()["detection"]
-    batches = evaluation_batches(reader, pipeline_of("detection", task, train=False), 1, 0, 1, threads=0)
-    return [
-        result
-        for batch in batches
-        for result in TASKS["detection"].postprocess(model.predict(batch)["detection"], batch)
-    ]
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def _evaluate(tool: ModuleType, *arguments: Any) -> tuple[int, str, str]:
@@ -179,157 +65,320 @@ def _evaluate(tool: ModuleType, *arguments: Any) -> tuple[int, str, str]:
     return status, out.getvalue(), errors.getvalue()
 
 
-def test_the_names_of_exported_files_are_those_that_training_writes() -> None:
-    assert (BACKBONE_FILE, ADAPTER_FOLDER) == (export.BACKBONE_FILE, export.ADAPTER_FOLDER)
-
-
-def test_numbers_are_those_of_pycocotools(tool: ModuleType, world: World, tmp_path: Path) -> None:
-    status, printed, errors = _evaluate(tool, "--run", world.run(2), "--out", tmp_path / "out", "--images", 2)
+def _finished(tool: ModuleType, out: Path, *arguments: Any) -> Evaluation:
+    """Evaluate without pictures; there must be nothing to complain about."""
+    status, _, errors = _evaluate(tool, *arguments, "--out", out, "--images", 0)
     assert (status, errors) == (0, "")
+    return read_evaluation(out.name, out)
+
+
+def _found(evaluation: Evaluation, task: str) -> Results:
+    results: Results = json.loads((evaluation.folder / f"{task}_results.json").read_text())
+    return results
+
+
+def _captions(evaluation: Evaluation) -> dict[int, str]:
+    return {result["image_id"]: result["caption"] for result in _found(evaluation, "captioning")}
+
+
+@pytest.fixture(scope="module")
+def whole(tool: ModuleType, world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """The evaluation of stage 2, as it comes."""
+    return _finished(tool, tmp_path_factory.mktemp("whole") / "out", "--run", world.run(2))
+
+
+def _oracle(truth: COCO, found: Results, kind: str) -> list[float]:
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(world.instances))
-        found = json.loads((tmp_path / "out/detection_results.json").read_text())
-        known = [result for result in found if result["category_id"] in truth.cats]
-        oracle = COCOeval(truth, truth.loadRes(known), "bbox")
+        oracle = COCOeval(truth, truth.loadRes(found), kind)
         oracle.evaluate()
         oracle.accumulate()
         oracle.summarize()
-    record = json.loads((tmp_path / "out/metrics.json").read_text())
-    measured = [record["metrics"][f"box/{name}"] for name in ("AP", "AP50", "AP75")]
-    assert 0.01 < oracle.stats[0] < 0.95  # else the comparison below would not say much
-    assert measured == pytest.approx(oracle.stats[:3].tolist(), abs=1e-9)
-    assert len(found) == IMAGES * 6 and record["data"]["images"] == IMAGES
-    assert f"box/AP50   {oracle.stats[1]:.4f}" in printed
-    drawn = record["pictures"]["detection"]
-    assert len(drawn) == 2
-    for entry in drawn:
-        assert np.asarray(Image.open(tmp_path / "out" / entry["file"])).std() > 0
+    stats: list[float] = oracle.stats[:3].tolist()
+    return stats
+
+
+def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(world.tree.instances))
+    for task, kind, prefix in (("detection", "bbox", "box"), ("segmentation", "segm", "mask")):
+        found = _found(whole, task)
+        stats = _oracle(truth, [result for result in found if result["category_id"] in truth.cats], kind)
+        assert 0.01 < stats[0] < 0.95, "the comparison below would not say much"
+        measured = [whole.metrics[f"{prefix}/{name}"] for name in ("AP", "AP50", "AP75")]
+        assert measured == pytest.approx(stats, abs=1e-9)
+        assert len(found) == IMAGES * QUERIES
+    references: dict[int, list[str]] = {}
+    for entry in json.loads(world.tree.captions.read_text())["annotations"]:
+        references.setdefault(entry["image_id"], []).append(entry["caption"])
+    wanted = caption_metrics(references, _captions(whole))
+    assert {name: value for name, value in whole.metrics.items() if name.startswith("caption/")} == wanted
+    assert 0.05 < wanted["caption/BLEU-4"] < 0.95 and wanted["caption/CIDEr-D"] > 0
+
+
+def test_files_are_in_cocos_results_format(whole: Evaluation, world: World) -> None:
+    """Whoever has the annotation files can do without this program."""
+    images = {image["id"]: image for image in json.loads(world.tree.instances.read_text())["images"]}
+    assert _found(whole, "detection")[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    for result in _found(whole, "segmentation"):
+        code, image = result["segmentation"], images[result["image_id"]]
+        assert code["size"] == [image["height"], image["width"]] and isinstance(code["counts"], str)
+        assert coco_mask.toBbox(code).tolist() == result["bbox"]
+    assert [result.keys() for result in _found(whole, "captioning")] == [{"image_id", "caption"}] * IMAGES
+    assert len(_captions(whole)) == IMAGES and any(_captions(whole).values())
+    record = whole.record
+    assert record["caption_tokenizer"] == TOKENIZER and record["data"]["images"] == IMAGES
+    assert record["decoding"]["captioning"] == {"beam_size": 1, "max_length": 6}
+
+
+def test_what_is_printed_and_drawn(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+    arguments = ["--run", world.run(2), "--images", 1, "--threshold", 0.01, "--limit", 4]
+    status, printed, errors = _evaluate(tool, *arguments, "--out", tmp_path / "out")
+    assert (status, errors) == (0, "")
+    evaluation = read_evaluation("", tmp_path / "out")
+    for name in ("box/AP50", "mask/AP", "caption/CIDEr-D"):
+        assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
+    assert TOKENIZER in printed
+    for task in TASKS:
+        (drawn,) = evaluation.pictures(task).values()
+        assert drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
+        assert _found(evaluation, task) == _found(whole, task)[: 4 * (1 if task == "captioning" else QUERIES)]
 
 
 def test_the_model_is_the_one_that_trains(world: World) -> None:
     """Rebuilt from files and prepared for training, the same images give the same bits."""
-    model, config = _model(world), world.config
-    prepared = prepare_model(config.visft, config.optimizer.params, heads_from=world.run(1) / "export").module.eval()
-    adapter = read_adapter(world.run(2) / "export" / ADAPTER_FOLDER)
+    model, config = load_stage2(world), world.configs[2]
+    prepared = prepare_model(
+        config.visft,
+        config.optimizer.params,
+        heads_from=world.run(1) / "export",
+        vocabulary=model.vocabulary,
+    ).module.eval()
     with torch.no_grad():
-        for name, value in adapter.tensors.items():
+        for name, value in read_adapter(world.adapter).tensors.items():
             prepared.backbone.get_parameter(name).copy_(value)
-    reader = ShardReader(Manifest.load(world.folder / "shards", "val"))
-    pipeline = pipeline_of("detection", config.visft.tasks.enabled()["detection"], train=False)
-    batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, threads=0)))
-    with torch.no_grad():
-        wanted = prepared(batch)["detection"]
-    got = model.predict(batch)["detection"]
-    assert torch.equal(got.logits, wanted.logits) and torch.equal(got.boxes, wanted.boxes)
+    with ShardReader(Manifest.load(world.shards, "val")) as reader:
+        for task, stream in config.visft.streams().items():
+            pipeline = pipeline_of(stream, model.vocabulary, train=False)
+            batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, threads=0)))
+            with torch.no_grad():
+                wanted = prepared(batch)[task]
+            got = model.predict(batch)[task]
+            names = [name for name in vars(got) if isinstance(getattr(got, name), torch.Tensor)]
+            assert len(names) >= 2
+            assert all(torch.equal(getattr(got, name), getattr(wanted, name)) for name in names)
 
 
-def test_merged_weights_do_what_the_adapter_does(tool: ModuleType, world: World, tmp_path: Path) -> None:
-    for name, extra in {"adapter": [], "merged": ["--backbone", world.merged], "base": ["--adapter", "none"]}.items():
-        arguments = ["--run", world.run(2), "--out", tmp_path / name, "--images", 0, *extra]
-        assert _evaluate(tool, *arguments)[0] == 0
-    opened = {name: read_evaluation(name, tmp_path / name) for name in ("adapter", "merged", "base")}
-    same = compare_results(opened["adapter"], opened["merged"])
-    effect = compare_results(opened["adapter"], opened["base"])
-    assert effect.score > 1e-2 and effect.box > 1 and same.results == IMAGES * 6
+def test_merged_weights_do_what_the_adapter_does(
+    tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path
+) -> None:
+    merged = _finished(tool, tmp_path / "merged", "--run", world.run(2), "--backbone", world.merged)
+    base = _finished(tool, tmp_path / "base", "--run", world.run(2), "--adapter", "none")
+    same, effect = compare_results(whole, merged), compare_results(whole, base)
+    assert effect.score > 1e-2 and effect.box > 1 and same.results == IMAGES * QUERIES
     # W x + B A x against (W + B A) x in float32, through a random net that amplifies: far below what the adapter does
     assert same.score < 1e-3 * effect.score and same.box < 1e-3 * effect.box and same.other_class == 0
+    same, effect = (compare_results(whole, other, "segmentation") for other in (merged, base))
+    assert effect.score > 1e-3 and same.score < 1e-2 * effect.score
+    assert _captions(merged) == _captions(whole) != _captions(base)
 
 
-def test_files_without_a_run(tool: ModuleType, world: World, tmp_path: Path) -> None:
-    """A COCO tree and single files give what the run gives; the shards made on the way are gone afterwards."""
+def test_files_without_a_run(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+    """A COCO tree, or shards, and single files give what the run gives; nothing made on the way is left."""
     exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
-    files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.run(2) / "export" / ADAPTER_FOLDER]
-    data = ["--coco", world.folder / "coco", "--image-size", 56, "--batch-size", 3]
-    assert _evaluate(tool, *files, *data, "--out", tmp_path / "files", "--images", 0)[0] == 0
-    assert _evaluate(tool, "--run", world.run(2), "--out", tmp_path / "run", "--images", 0)[0] == 0
-    metrics = [read_evaluation("", tmp_path / name).metrics for name in ("files", "run")]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "run"]
+    files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.adapter]
+    images = ["--image-size", 56, "--batch-size", 1]
+    tree = _finished(tool, tmp_path / "tree", *files, "--coco", world.coco, *images)
+    shards = _finished(tool, tmp_path / "packed", *files, "--coco", world.shards, *images, "--tasks", "captioning")
+    for name in ("detection", "segmentation"):
+        assert _found(tree, name) == _found(whole, name)
+    assert {n: v for n, v in tree.metrics.items() if not n.startswith("caption/")} == {
+        n: v for n, v in whole.metrics.items() if not n.startswith("caption/")
+    }
+    # A run says how long captions may get, files do not.
+    assert all(_captions(tree)[image].startswith(text) for image, text in _captions(whole).items())
+    assert _captions(shards) == _captions(tree)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "tree"]
 
 
 def test_two_ranks_find_what_one_finds(tool: ModuleType, world: World, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = ["--run", str(world.run(2)), "--coco", str(world.folder / "coco"), "--split", "val", "--images", "1"]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    tool_command = [sys.executable, str(ROOT / "tools/evaluate.py")]
-    ranks = [
-        subprocess.Popen(
-            [*tool_command, f"--local_rank={rank}", *common, "--out", str(tmp_path / "two")],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    ends = [process.communicate(timeout=60) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], ends
-    assert "box/AP50" in ends[0][0] and ends[1][0] == ""
+    """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
+    common = ["--run", str(world.run(1)), "--coco", str(world.coco), "--split", "val", "--images", "1"]
+    outputs = run_ranks([str(ROOT / "tools/evaluate.py"), *common, "--out", str(tmp_path / "two")])
+    assert "mask/AP50" in outputs[0] and outputs[1] == ""
     assert _evaluate(tool, *common, "--out", tmp_path / "one")[0] == 0
     two, one = (read_evaluation(name, tmp_path / name) for name in ("two", "one"))
     assert two.record["processes"] == 2 and two.metrics == pytest.approx(one.metrics, abs=1e-6)
     # Image by image the same, whatever else was in the batch: float32 rounding of other batch sizes.
-    difference = compare_results(two, one)
-    assert difference.results == IMAGES * 6 and difference.score < 1e-5 and difference.box < 1e-3
+    for task in ("detection", "segmentation"):
+        difference = compare_results(two, one, task)
+        assert difference.results == IMAGES * QUERIES and difference.score < 1e-5 and difference.other_class == 0
+    assert compare_results(two, one).box < 1e-3
+    pairs = [[result["segmentation"] for result in _found(each, "segmentation")] for each in (two, one)]
+    filled = [pair for pair in zip(*pairs, strict=True) if coco_mask.area(pair[0])]
+    assert len(filled) > IMAGES and all(coco_mask.iou([a], [b], [0])[0, 0] > 0.99 for a, b in filled)
+    assert list(_captions(two).items()) == list(_captions(one).items()) and len(_captions(two)) == IMAGES
+    for task in TASKS:
+        pictures = [each.pictures(task) for each in (two, one)]
+        assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 1
+        assert all(np.array_equal(pictures[0][image], pictures[1][image]) for image in pictures[0])
+
+
+def test_some_of_the_tasks(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+    some = _finished(tool, tmp_path / "some", "--run", world.run(2), "--tasks", "captioning, detection")
+    wanted = {name: value for name, value in whole.metrics.items() if not name.startswith("mask/")}
+    assert some.metrics == wanted
+    assert not (tmp_path / "some/segmentation_results.json").exists()
+    boxes = _finished(tool, tmp_path / "boxes", "--run", world.run(1), "--tasks", "detection")
+    assert {name.split("/")[0] for name in boxes.metrics} == {"box"}
+    assert "caption_tokenizer" not in boxes.record
+    # Heads that replace the run's may be of some of its tasks.
+    (tmp_path / "heads").mkdir()
+    name = "captioning.safetensors"
+    (tmp_path / "heads" / name).write_bytes((world.run(1) / "export" / name).read_bytes())
+    captions = _finished(tool, tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
+    assert _captions(captions) == _captions(whole) and captions.metrics.keys() < whole.metrics.keys()
+
+
+def test_beams(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+    """The search of the command is the head's own; its captions are likelier than greedy ones."""
+    arguments = ["--run", world.run(2), "--tasks", "captioning", "--beam-size", 2]
+    searched = _finished(tool, tmp_path / "out", *arguments)
+    assert searched.record["decoding"]["captioning"] == {"beam_size": 2, "max_length": 6}
+    model, stream = load_stage2(world), world.configs[2].visft.streams()["captioning"]
+    head = model.module.heads["captioning"]
+    assert model.vocabulary is not None
+    totals = {1: 0.0, 2: 0.0}
+    with ShardReader(Manifest.load(world.shards, "val")) as reader, torch.no_grad():
+        pipeline = pipeline_of(stream, model.vocabulary, train=False)
+        for batch in evaluation_batches(reader, pipeline, 1, 0, 1, threads=0):
+            features = model.module.features(batch)
+            image = int(batch.image_ids[0])
+            for beams, evaluation in ((1, whole), (2, searched)):
+                (best,) = head.generate(*features, beam_size=beams, max_length=6)
+                assert model.vocabulary.decode(best.tokens) == _captions(evaluation)[image]
+                totals[beams] += best.score
+    assert _captions(searched) != _captions(whole) and totals[2] > totals[1]
+
+
+def test_published_heads_need_their_word_map(tool: ModuleType, world: World, tmp_path: Path) -> None:
+    """Files without any description of themselves: words come from beside, the rest from the tensors."""
+    (tmp_path / "heads").mkdir()
+    words = ["red", "green", "blue", "one"]
+    torch.manual_seed(0)
+    heads = {
+        "detection": {"num_queries": 5, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16},
+        "segmentation": {"num_queries": 5, "hidden_dim": 32, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+        "captioning": {"attention_dim": 8, "embed_dim": 8, "decoder_dim": 8},
+    }
+    for task, options in heads.items():
+        if task != "captioning":
+            options |= {"num_heads": 8, "encoder_layers": 1, "decoder_layers": 1}
+        head = TASKS[task].build_head(32, options, len(words) + 4)
+        save_heads(head, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt", format="visft")
+    files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
+    common = [*files, "--data", world.shards, "--image-size", 56, "--limit", 3]
+    word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
+    (tmp_path / "words.json").write_text(json.dumps(word_map))
+    evaluation = _finished(tool, tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
+    assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "mask", "caption"}
+    said = {word for caption in _captions(evaluation).values() for word in caption.split()}
+    assert said and said <= set(words)
+
+    status, _, errors = _evaluate(tool, *common, "--out", tmp_path / "no")
+    assert status == 2 and "give its word map" in errors and "--vocabulary FILE" in errors
+    boxes = _finished(tool, tmp_path / "boxes", *common, "--tasks", "detection")
+    assert boxes.metrics.keys() < evaluation.metrics.keys()
+    word_map = {word: place for place, word in enumerate(["<pad>", *words, "two", "<unk>", "<start>", "<end>"])}
+    (tmp_path / "more.json").write_text(json.dumps(word_map))
+    status, _, errors = _evaluate(tool, *common, "--vocabulary", tmp_path / "more.json", "--out", tmp_path / "no")
+    assert status == 2 and "head has 8 ids, the vocabulary 9" in errors
 
 
 def _other_base(world: World, folder: Path) -> list[Any]:
-    other = folder / "other.safetensors"
-    plain = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.model.weights_seed=1"])
-    save_backbone(prepare_model(plain.visft, plain.optimizer.params).module.backbone, other)
-    return ["--run", world.run(2), "--backbone", other]
+    _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
+    return ["--run", world.run(2), "--backbone", folder / "other.safetensors"]
 
 
 def _other_width(world: World, folder: Path) -> list[Any]:
-    plain = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.model.overrides.width=64"])
-    save_backbone(prepare_model(plain.visft, plain.optimizer.params).module.backbone, folder / "wide.safetensors")
+    _save_plain(folder / "wide.safetensors", "visft.model.overrides.width=64")
     return ["--run", world.run(1), "--backbone", folder / "wide.safetensors"]
+
+
+def _save_plain(path: Path, setting: str) -> None:
+    config = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.tasks=detection", setting])
+    save_backbone(prepare_model(config.visft, config.optimizer.params).module.backbone, path)
 
 
 def _other_categories(world: World, folder: Path) -> list[Any]:
     tree = write_tree(folder / "strangers", 3)
     tree.edit(lambda content: content["categories"][0].update(name="stranger"))
-    _pack(tree, folder / "strange")
+    pack(tree, folder / "strange")
     return ["--run", world.run(1), "--data", folder / "strange"]
 
 
+def _other_words(world: World, folder: Path) -> list[Any]:
+    (folder / "words.json").write_text(Vocabulary(("other", "words")).to_json())
+    return ["--run", world.run(1), "--vocabulary", folder / "words.json"]
+
+
+def _no_captions(world: World, folder: Path, *options: Any) -> list[Any]:
+    pack(write_tree(folder / "silent", 3), folder / "shards", captions=False)
+    return ["--run", world.run(1), "--data", folder / "shards", *options]
+
+
+def _no_masks(world: World, folder: Path) -> list[Any]:
+    tree = write_tree(folder / "boxes", 3)
+    tree.edit(lambda content: [annotation.pop("segmentation") for annotation in content["annotations"]])
+    pack(tree, folder / "shards")
+    return ["--run", world.run(1), "--data", folder / "shards"]
+
+
 def _unfinished(world: World, folder: Path) -> list[Any]:
-    RunRecord(world.config.to_dict(), 1, ["train.py"]).write(folder / "unfinished")
+    RunRecord(world.configs[2].to_dict(), 1, ["train.py"]).write(folder / "unfinished")
     return ["--run", folder / "unfinished"]
 
 
 def _no_coco(world: World, folder: Path) -> list[Any]:
-    return ["--run", world.run(1), "--coco", world.folder / "coco", "--split", "train"]
+    return ["--run", world.run(1), "--coco", world.coco, "--split", "train"]
+
+
+def _run(stage: int, *options: Any) -> Any:
+    """Arguments that need nothing but a run; {folder} is where nothing is."""
+    return lambda world, folder: [
+        *("--run", world.run(stage)),
+        *(str(option).format(folder=folder, world=world) for option in options),
+    ]
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
     "no run there": (lambda world, folder: ["--run", folder / "nothing"], "holds no readable run record"),
     "unfinished run": (_unfinished, "the same training command goes on"),
-    "unknown split": (lambda world, folder: ["--run", world.run(1), "--split", "test"], "finished splits in .*: val"),
+    "unknown split": (_run(1, "--split", "test"), "finished splits in .*: val"),
     "split not in the tree": (_no_coco, "annotated there: val2017"),
-    "missing backbone": (
-        lambda world, folder: ["--run", world.run(1), "--backbone", folder / "no.pt"],
-        "not found: .*no.pt",
-    ),
-    "missing adapter": (
-        lambda world, folder: ["--run", world.run(2), "--adapter", folder / "no"],
-        "not found: .*no",
-    ),
+    "missing backbone": (_run(1, "--backbone", "{folder}/no.pt"), "not found: .*no.pt"),
+    "missing adapter": (_run(2, "--adapter", "{folder}/no"), "not found: .*no"),
     "adapter of another base": (_other_base, "was trained on base weights with sha256 [0-9a-f]{64}, but .*other"),
     "adapter on merged weights": (
-        lambda world, folder: [
-            *("--run", world.run(2), "--backbone", world.merged),
-            *("--adapter", world.run(2) / "export" / ADAPTER_FOLDER),
-        ],
+        _run(2, "--backbone", "{world.merged}", "--adapter", "{world.adapter}"),
         "would count twice",
     ),
     "heads of another width": (_other_width, "reads features of width 32, but the backbone has width 64"),
     "heads of other categories": (_other_categories, "other categories than .*does not know 13 'stranger'"),
-    "two kinds of data": (lambda world, folder: ["--run", world.run(1), "--data", "a", "--coco", "b"], "give one"),
+    "other words": (_other_words, "captioning head and the given vocabulary have different vocabularies: .*'other'"),
+    "no captions": (_no_captions, "has no captions, which captioning .* --tasks detection,segmentation"),
+    "no captions, nothing else": (
+        lambda world, folder: _no_captions(world, folder, "--tasks", "captioning"),
+        "has no captions, which captioning is compared with: give other data\n",
+    ),
+    "no masks": (_no_masks, "annotations have no 'segmentation' .*, which mask AP compares with"),
+    "unknown task": (_run(1, "--tasks", "detection,depth"), "has no head for depth; .* detection, segmentation, capt"),
+    "no task": (_run(1, "--tasks", ""), "--tasks may name detection, segmentation, captioning"),
+    "folder without heads": (_run(1, "--heads", "{folder}"), "holds no head .*detection.safetensors, segm"),
+    "no word map": (_run(1, "--vocabulary", "{folder}/no.json"), "no readable vocabulary"),
+    "two kinds of data": (_run(1, "--data", "a", "--coco", "b"), "give one"),
     "neither run nor files": (lambda world, folder: ["--heads", folder], "needed: --backbone, --data or --coco"),
-    "no batch": (lambda world, folder: ["--run", world.run(1), "--batch-size", 0], "--batch-size 0 is not allowed"),
+    "no batch": (_run(1, "--batch-size", 0), "--batch-size 0 is not allowed"),
+    "no beam": (_run(1, "--beam-size", 0), "--beam-size 0 is not allowed"),
 }
 
 
@@ -338,11 +387,17 @@ def test_mistakes_are_named(mistake: str, tool: ModuleType, world: World, tmp_pa
     make, message = MISTAKES[mistake]
     (tmp_path / "made").mkdir()
     arguments = make(world, tmp_path / "made")
-    status, printed, errors = _evaluate(tool, *arguments, "--out", tmp_path / "out")
+    status, printed, errors = _evaluate(tool, *arguments, "--out", tmp_path / "out", "--images", 0)
     assert status == 2 and printed.count("box/") == 0
     assert errors.startswith("evaluate: ")
     assert re.search(message, errors), errors
     assert not (tmp_path / "out").exists()
+
+
+def test_data_of_some_tasks_serves_those(tool: ModuleType, world: World, tmp_path: Path) -> None:
+    """What the message for missing captions says to do works."""
+    options = _no_captions(world, tmp_path, "--tasks", "detection,segmentation")
+    assert _finished(tool, tmp_path / "out", *options).metrics["mask/AP"] >= 0
 
 
 def test_nothing_is_overwritten(tool: ModuleType, world: World, tmp_path: Path) -> None:

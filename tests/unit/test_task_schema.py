@@ -395,8 +395,8 @@ def test_defaults_are_those_of_the_constructors(task: str) -> None:
 
     spec = table[task]
     given_elsewhere = ("vocabulary", "vocabulary_size") if spec.uses_vocabulary else ()
-    assert keyword_defaults(spec.head.__init__, without=given_elsewhere) == options(task, "head")  # type: ignore[misc]
-    assert keyword_defaults(spec.transform.__init__, without=given_elsewhere) == options(task, "image")  # type: ignore[misc]
+    assert keyword_defaults(spec.head.__init__, without=given_elsewhere) == options(task, "head")
+    assert keyword_defaults(spec.transform.__init__, without=given_elsewhere) == options(task, "image")
     assert keyword_defaults(spec.build_criterion, without=spec.shared_options) == options(task, "loss")
     shared = {name: options(task, "head")[name] for name in spec.shared_options}
     assert {name: keyword_defaults(spec.build_criterion)[name] for name in spec.shared_options} == shared

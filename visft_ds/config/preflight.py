@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.config.resolve import ResolvedConfig
+from visft_ds.config.task_schema import TasksConfig
 
 #: File name of published base weights -> command that fetches it into a folder. Sources: the model cards of
 #: https://huggingface.co/QuanSun/EVA-CLIP and https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
@@ -36,8 +37,8 @@ class Missing:
 
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
-    """Shards, base weights and stage-1 heads that are not there; empty when the run can start."""
-    return [*_shards(config), *_weights(config), *_heads(config)]
+    """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
+    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:
@@ -52,6 +53,14 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
                 f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
             )
             yield Missing(f"shards for {purpose} (or name their folder with --data)", str(manifest), command)
+
+
+def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
+    task = config.visft.tasks.captioning
+    if task is None or task.vocabulary.file is None or Path(task.vocabulary.file).is_file():
+        return
+    command = "put it there, or take the words of the captions: --set visft.tasks.captioning.vocabulary.file=null"
+    yield Missing("vocabulary of the captions", task.vocabulary.file, command)
 
 
 def _weights(config: ResolvedConfig) -> Iterator[Missing]:
@@ -69,11 +78,14 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
     heads = config.visft.heads
     if heads.path is None:
         return
-    absent = [task for task in config.visft.tasks.enabled() if not head_files(Path(heads.path), task)]
+    tasks = config.visft.tasks.enabled()
+    absent = [task for task in tasks if not head_files(Path(heads.path), task)]
     if absent:
         command = f"deepspeed --num_gpus 8 launchers/train.py --stage 1 --model {config.visft.model.name}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
+        if len(tasks) < len(TasksConfig.model_fields):
+            command += f" --set visft.tasks={','.join(tasks)}"
         yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", heads.path, command)
 
 

@@ -165,17 +165,29 @@ def resolve(
 
 def _keep_tasks(tree: Tree, value: Any) -> None:
     """`--set visft.tasks=detection,captioning` or a JSON list of names: turn every other task off."""
-    names = value.split(",") if isinstance(value, str) else value
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     known = list(TasksConfig.model_fields)
+    given = f"--set visft.tasks={','.join(names) if isinstance(value, str) else json.dumps(value)}"
     if not isinstance(names, list) or not names or any(name not in known for name in names):
+        unknown = [name for name in names if name not in known] if isinstance(names, list) else []
+        near = [match for name in unknown for match in difflib.get_close_matches(str(name).lower(), known, n=1)]
+        hint = f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
         raise ValueError(
-            f"--set visft.tasks={value if isinstance(value, str) else json.dumps(value)}: give names of tasks, for "
-            f"example --set visft.tasks={known[0]} or --set visft.tasks={known[0]},{known[-1]}; "
-            f"there are {', '.join(known)}"
+            f"{given}: give names of tasks, for example --set visft.tasks={known[0]} or --set "
+            f"visft.tasks={known[0]},{known[-1]}{hint} There are: {', '.join(known)}"
+        )
+    visft = tree.values.get("visft")
+    tasks = visft.get("tasks") if isinstance(visft, dict) else None
+    absent = [name for name in names if not isinstance(tasks, dict) or tasks.get(name) is None]
+    if absent:
+        raise ValueError(
+            f"{given}: {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} off, or without settings, in what "
+            "comes before; state every task to keep in one --set, and its settings (visft.tasks.<task>.batch_size, "
+            "...) in a file"
         )
     for name in known:
         if name not in names:
-            assign(tree, f"visft.tasks.{name}", None, f"--set visft.tasks={','.join(names)}")
+            assign(tree, f"visft.tasks.{name}", None, given)
 
 
 def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Sides, Text
 
-Model = TypeVar("Model", bound=BaseModel)
+CaptionChoice = Literal["random", "first", "consensus"]  #: which caption of an image is learnt from
 
 
 class _Share(BaseModel):
@@ -17,7 +17,8 @@ class _Share(BaseModel):
 
     model_config = STRICT
     ratio: Above | None = None  #: share of the optimiser steps, relative to the other tasks; null: its `updates`
-    updates: Positive | None = None  #: optimiser steps of this task; their sum is the run's length unless one is stated
+    #: Optimiser steps of this task. Where no length is stated, a run is their sum; in mode "shared", the most of them.
+    updates: Positive | None = None
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
 
@@ -115,7 +116,7 @@ class SegmentationLoss(BaseModel):
     dice: Rate = 5.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
     num_points: Positive = 12544
-    oversample: Above = 3.0
+    oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75
 
 
@@ -132,7 +133,7 @@ class CaptioningImage(BaseModel):
 
     model_config = STRICT
     size: Positive = 256  #: side of the square
-    random_caption: bool = True  #: false: always the first caption of an image
+    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
     max_words: Positive = 50
 
 
@@ -209,7 +210,7 @@ class SharedImage(BaseModel):
     eval_max_long: Positive = 672
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    random_caption: bool = True  #: false: always the first caption of an image
+    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
     max_words: Positive = 50
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.schema import Recipe, VisftConfig
+from visft_ds.config.task_schema import TasksConfig
 
 ITEM = "*"  #: stands for a position in a list
 
@@ -193,17 +194,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
     if not visft.tasks.enabled():
         yield "visft.tasks", f"no task is on; state at least one of: {', '.join(type(visft.tasks).model_fields)}"
-    total = schedule.params.total_num_steps or visft.updates()
-    if total is None:
-        yield (
-            "scheduler.params.total_num_steps",
-            "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
-        )
-    elif schedule.params.warmup_num_steps > total:
-        yield (
-            "scheduler.params.warmup_num_steps",
-            f"longer than the run (scheduler.params.total_num_steps = {total})",
-        )
+    else:
+        yield from _length_contradictions(recipe)
     if schedule.type != "WarmupCosineLR" and schedule.params.cos_min_ratio:
         yield "scheduler.params.cos_min_ratio", f"{schedule.type} has no cosine; remove it or use WarmupCosineLR"
     names = [group.name for group in visft.param_groups]
@@ -213,25 +205,37 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _task_contradictions(visft)
 
 
+def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    params, updates = recipe.scheduler.params, recipe.visft.updates()
+    if params.total_num_steps is not None:
+        total, meaning = params.total_num_steps, "scheduler.params.total_num_steps"
+    elif updates is not None:
+        total, meaning = updates, f"the {'most' if recipe.visft.mode == 'shared' else 'sum'} of the tasks' updates"
+    else:
+        yield (
+            "scheduler.params.total_num_steps",
+            "missing: state the length of the run, or visft.tasks.<task>.updates of every task",
+        )
+        return
+    if params.warmup_num_steps > total:
+        yield "scheduler.params.warmup_num_steps", f"longer than the run ({meaning} = {total})"
+
+
 def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    tasks = visft.tasks.enabled()
     if visft.mode == "shared" and visft.shared is None:
         yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-    for name, task in tasks.items() if visft.mode == "sampled" else ():
-        if task.ratio is None and task.updates is None:
-            yield f"visft.tasks.{name}.ratio", "missing: state it, or visft.tasks.<task>.updates of every task"
-    with_ratio = sorted(name for name, task in tasks.items() if task.ratio is not None)
-    if visft.mode == "sampled" and with_ratio and len(with_ratio) < len(tasks):
-        without = ", ".join(name for name in tasks if name not in with_ratio)
-        yield (
-            f"visft.tasks.{with_ratio[0]}.ratio",
-            f"{without} states updates only: give every task a ratio, or none",
-        )
+    if visft.mode == "sampled":
+        yield from _share_contradictions(visft.tasks)
     if visft.tasks.detection is not None:
         head, image = visft.tasks.detection.head, visft.tasks.detection.image
         for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
             if width % head.num_heads:
                 yield f"visft.tasks.detection.head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
+        if head.encoder_dim % 4:
+            yield (
+                "visft.tasks.detection.head.encoder_dim",
+                f"{head.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)",
+            )
         if image.crop_range[0] > image.crop_range[1]:
             yield "visft.tasks.detection.image.crop_range", "must be [smallest, largest]"
     if visft.tasks.segmentation is not None:
@@ -247,6 +251,22 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
         if jitter.pad_value > 255:
             yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
+
+
+def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:
+    """Steps are shared out by `ratio` or by `updates`: the one is a fraction, the other a number, never both."""
+    enabled = tasks.enabled()
+    with_ratio = [name for name, task in enabled.items() if task.ratio is not None]
+    counted = [name for name, task in enabled.items() if task.ratio is None and task.updates is not None]
+    for name in enabled:
+        if name not in with_ratio and name not in counted:
+            yield f"visft.tasks.{name}.ratio", "missing: state it, or visft.tasks.<task>.updates of every task"
+    if with_ratio and counted:
+        yield (
+            f"visft.tasks.{with_ratio[0]}.ratio",
+            f"{' and '.join(counted)} {'state' if len(counted) > 1 else 'states'} updates only: give every task a "
+            "ratio, or none",
+        )
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:

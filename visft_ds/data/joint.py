@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.captions import caption_targets, pack_captions
+from visft_ds.data.captions import CaptionChoice, caption_targets, choice_for, pack_captions
 from visft_ds.data.collate import has_targets, pack_detection, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.segmentation import pack_segmentation, segmentation_targets
@@ -54,16 +54,16 @@ class JointTransform:
             (n,) int64 in 0..79, "frame": (2,) int64, height and width}. The frame is the image: nothing is padded.
             An object without a mask has a box only, so n may be smaller than in detection.
         "captioning": {"tokens": (T,) int64, "references": (captions,) str objects}: one caption among those with 1 to
-            `max_words` words, drawn in training, otherwise or with `random_caption` False the first.
+            `max_words` words, chosen as by `CaptionTransform`.
 
     Args:
         tasks: one or more of `JOINT_TASKS`, each once.
         vocabulary: the ids of words; captioning needs it, the others do not.
 
     Raises:
-        ValueError: no, unknown or repeated tasks; captioning without a vocabulary; sizes, numbers of words or
-            probabilities out of range; when called with segmentation, a category that is not one of COCO's 80 or a
-            segmentation that cannot be read (names image and annotation).
+        ValueError: no, unknown or repeated tasks; captioning without a vocabulary; an unknown choice of captions;
+            sizes, numbers of words or probabilities out of range; when called with segmentation, a category that is
+            not one of COCO's 80 or a segmentation that cannot be read (names image and annotation).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class JointTransform:
         eval_max_long: int = 672,
         fixed_size: int | None = None,
         mask_stride: int = 4,
-        random_caption: bool = True,
+        caption_choice: CaptionChoice = "random",
         max_words: int = 50,
     ) -> None:
         # a bare string would be read letter by letter
@@ -108,7 +108,7 @@ class JointTransform:
         self.eval_max_long = eval_max_long
         self.fixed_size = fixed_size
         self.mask_stride = mask_stride
-        self.draws_caption = train and random_caption
+        self.caption_choice = choice_for(train, caption_choice)
         self.max_words = max_words
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
@@ -149,8 +149,9 @@ class JointTransform:
             targets["segmentation"] = {**masks, "frame": np.array(final_size(raw.size, ops))}
         if "captioning" in self.tasks:
             assert self.vocabulary is not None
-            drawing = generator if self.draws_caption else None
-            targets["captioning"] = caption_targets(raw.captions, self.vocabulary, drawing, self.max_words)
+            targets["captioning"] = caption_targets(
+                raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words
+            )
         return targets
 
 

@@ -43,7 +43,8 @@ def coco_average_precision(
     raw COCO ids has classes for ids that no category has. No results at all give zeros.
 
     Raises ValueError for a ground truth without images or categories, an annotation or result of an unknown image, an
-    annotation of an unknown category, a score that is not finite, and a result without the box or mask it needs.
+    annotation of an unknown category, a score or box that is not finite, and an annotation or result without the box or
+    mask it needs.
     """
     data = _load(ground_truth)
     categories = {int(category["id"]): str(category["name"]) for category in data["categories"]}
@@ -102,6 +103,8 @@ def _plain_ground_truth(data: Mapping[str, Any], categories: Mapping[int, str], 
                 f"annotation {annotation.get('id', number)} belongs to image_id {image_id} and category_id "
                 f"{category_id}, of which the ground truth lists at least one not: the file is inconsistent"
             )
+        if iou_type == "segm" and not annotation.get("segmentation"):
+            raise ValueError(_without_mask(annotation.get("id", number), data["annotations"]))
         annotations.append(
             {
                 "id": number,
@@ -120,6 +123,15 @@ def _plain_ground_truth(data: Mapping[str, Any], categories: Mapping[int, str], 
     }
 
 
+def _without_mask(first: int, annotations: Sequence[Mapping[str, Any]]) -> str:
+    count = sum(not annotation.get("segmentation") for annotation in annotations)
+    return (
+        f"{count} of the {len(annotations)} annotations have no 'segmentation' (the first is annotation {first}), "
+        "which mask AP compares with: nothing could ever match them. Leave these objects out of the data, or evaluate "
+        "other tasks only"
+    )
+
+
 def _plain_results(
     results: Sequence[Mapping[str, Any]], image_ids: set[int], categories: Mapping[int, str], iou_type: IouType
 ) -> list[dict[str, Any]]:
@@ -130,12 +142,15 @@ def _plain_results(
         image_id, score = result["image_id"], result["score"]
         if image_id not in image_ids:
             raise ValueError(f"there is a result for image_id {image_id}, which the ground truth does not have")
-        if not math.isfinite(score):
+        # None: JSON has no NaN, so that is what a result file holds in its place.
+        if score is None or not math.isfinite(score):
             raise ValueError(
                 f"the score of a result for image_id {image_id} is {score}: the predictions are not finite"
             )
         if shape not in result:
             raise ValueError(f"a result for image_id {image_id} has no {shape!r}, which iou_type {iou_type!r} compares")
+        if iou_type == "bbox" and not all(side is not None and math.isfinite(side) for side in result["bbox"]):
+            raise ValueError(f"the box of a result for image_id {image_id} is {result['bbox']}: it is not finite")
         if result["category_id"] in categories:
             kept.append(
                 {"image_id": image_id, "category_id": result["category_id"], "score": score, shape: result[shape]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,11 +95,11 @@ def _pixels(one: Example) -> Picture:
 
 
 def example_positions(reader: ShardReader, tasks: Sequence[str], count: int, limit: int | None = None) -> list[int]:
-    """The first images that have objects and, where captions are among the tasks, captions: the same for all models."""
+    """The first images with something to show of every task (objects, captions): the same for all models."""
     index = reader.manifest.index[:limit]
-    shown = index["num_annotations"] > 0
-    if any(TASKS[task].learns_from == "captions" for task in tasks):
-        shown = shown & (index["num_captions"] > 0)
+    shown = np.ones(len(index), dtype=bool)
+    for task in tasks:
+        shown &= index["num_captions" if TASKS[task].learns_from == "captions" else "num_annotations"] > 0
     positions: list[int] = np.flatnonzero(shown)[:count].tolist()
     return positions
 
@@ -114,6 +115,9 @@ def draw_examples(
     limit: int | None = None,
 ) -> dict[str, dict[int, Picture]]:
     """Task -> image id -> ground truth beside prediction. Collective: every rank predicts the same, the main one draws.
+
+    What cannot be drawn (predictions that are not finite, say) is named in a warning and left out: no rank may leave
+    while others go on to predict.
 
     Args:
         count: how many images; see `example_positions`.
@@ -135,5 +139,8 @@ def draw_examples(
                 for place, raw in enumerate(raws):
                     own = [result for result in results if result["image_id"] == raw.image_id]
                     one = Example(raw, own, outputs[task], place, names, threshold)
-                    pictures[task][raw.image_id] = DRAW[task](one)
+                    try:
+                        pictures[task][raw.image_id] = DRAW[task](one)
+                    except ValueError as error:
+                        print(f"warning: no {task} picture of image {raw.image_id}: {error}", file=sys.stderr)
     return pictures

@@ -1,17 +1,20 @@
 """Measuring in a process of its own: training goes on while average precision is computed.
 
-As a command: `python -m visft_ds.evals.judge FOLDER` reads what `Judge.start` wrote there and writes metrics.json.
+As a command: `python -m visft_ds.evals.judge FOLDER SHARDS` measures what `Judge.start` wrote into FOLDER.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -20,7 +23,8 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import as_metrics, measure
 from visft_ds.tasks import Results
 
-_ORDER, _METRICS = "evaluation.json", "metrics.json"
+_ORDER, _METRICS, _LOG = "evaluation.json", "metrics.json", "judge.log"
+_CODE = Path(__file__).resolve().parents[2]  #: where this package is imported from
 
 
 @dataclass(frozen=True)
@@ -29,88 +33,140 @@ class Verdict:
 
     step: int
     metrics: Mapping[str, float]
-    problem: str | None = None  #: why there are no numbers
+    problems: Sequence[str] = ()  #: why numbers are missing
 
 
 class Judge:
-    """Compares results with a split, one evaluation at a time, and keeps the files of the last one in `folder`.
+    """Compares results with a split, one evaluation after the other, without ever making the caller wait for one.
 
-    `folder` then holds <task>_results.json (COCO results format) and metrics.json.
+    Each has a folder `folder`/step_<step> with <task>_results.json (COCO results format), metrics.json and judge.log.
+    Those of the newest measured evaluation stay, earlier ones are removed. An evaluation whose process fails, or that
+    cannot be written, gives a verdict with a problem: it never raises.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, limit: int | None) -> None:
-        self.folder = folder
-        self._data = {"root": str(manifest.root), "split": manifest.split, "limit": limit}
-        self._process: subprocess.Popen[bytes] | None = None
+        self.folder = folder.resolve()
+        self._shards, self._data = manifest.root.resolve(), {"split": manifest.split, "limit": limit}
+        self._waiting: deque[int] = deque()
+        self._working: tuple[int, subprocess.Popen[bytes]] | None = None
+        self._failed: list[Verdict] = []
 
-    def start(self, step: int, collected: Mapping[str, Results]) -> Verdict | None:
-        """Begin to measure; waits for an earlier evaluation first and returns its outcome."""
-        before = self.verdict(wait=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (_ORDER, _METRICS):
-            (self.folder / name).unlink(missing_ok=True)
-        for task, results in collected.items():
-            (self.folder / f"{task}_results.json").write_bytes(orjson.dumps(results))
-        order = {"step": step, "tasks": list(collected), **self._data}
-        (self.folder / _ORDER).write_bytes(orjson.dumps(order))  # last: without it there is nothing to measure
-        self._spawn()
-        return before
+    def start(self, step: int, collected: Mapping[str, Results]) -> None:
+        """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
+        place = self._place(step)
+        try:
+            shutil.rmtree(place, ignore_errors=True)  # of an interrupted run
+            place.mkdir(parents=True, exist_ok=True)
+            for task, results in collected.items():
+                (place / f"{task}_results.json").write_bytes(orjson.dumps(results))
+            # Last and in one move: without it there is nothing to measure.
+            _write(place / _ORDER, {"step": step, "tasks": list(collected), **self._data})
+        except OSError as error:
+            self._failed.append(Verdict(step, {}, (f"results cannot be written: {error}",)))
+            return
+        self._waiting.append(step)
+        self._next()
 
-    def again(self, recorded: set[int]) -> None:
-        """Take up an evaluation that an interrupted run left unmeasured, unless its step is `recorded` already."""
-        if (self.folder / _ORDER).is_file() and _read(self.folder / _ORDER)["step"] not in recorded:
-            self._spawn()
+    def again(self, before: int, recorded: set[int]) -> None:
+        """Take up what an interrupted run left unmeasured of steps below `before`; later steps will be done anew."""
+        for step, place in self._places():
+            if step > before:
+                shutil.rmtree(place, ignore_errors=True)
+            elif step < before and step not in recorded and (place / _ORDER).is_file():
+                self._waiting.append(step)
+        self._next()
 
-    def verdict(self, *, wait: bool = False) -> Verdict | None:
-        """The outcome of the evaluation under way, once; None while there is none."""
-        if self._process is None or (not wait and self._process.poll() is None):
-            return None
-        _, said = self._process.communicate()
-        code, self._process = self._process.returncode, None
-        step = int(_read(self.folder / _ORDER)["step"])
-        if code:
-            lines = said.decode(errors="replace").strip().splitlines() or [f"exit status {code}"]
-            return Verdict(step, {}, lines[-1])
-        return Verdict(step, _read(self.folder / _METRICS)["metrics"])
+    def verdicts(self, *, wait: bool = False) -> list[Verdict]:
+        """Outcomes that were not returned before; with `wait` those of all steps handed in."""
+        done: list[Verdict] = []
+        while self._working is not None:
+            step, process = self._working
+            if not wait and process.poll() is None:
+                break
+            done.append(self._outcome(step, process.wait()))
+            self._working = None
+            self._next()
+        done, self._failed = done + self._failed, []
+        return done
 
-    def _spawn(self) -> None:
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _places(self) -> list[tuple[int, Path]]:
+        """Steps that have a folder, in order."""
+        found = [(re.fullmatch(r"step_(\d{8,})", path.name), path) for path in self.folder.glob("step_*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def _next(self) -> None:
+        while self._working is None and self._waiting:
+            step = self._waiting.popleft()
+            place = self._place(step)
+            try:
+                with (place / _LOG).open("wb") as log:  # a file, because nobody empties a pipe meanwhile
+                    self._working = step, _spawn(place, self._shards, log)
+            except OSError as error:
+                self._failed.append(Verdict(step, {}, (f"no process for it: {error}",)))
+
+    def _outcome(self, step: int, code: int) -> Verdict:
+        place = self._place(step)
+        try:
+            if code:
+                said = (place / _LOG).read_text(errors="replace").strip().splitlines()
+                return Verdict(step, {}, (said[-1] if said else f"exit status {code}",))
+            found = orjson.loads((place / _METRICS).read_bytes())
+        except (OSError, ValueError) as error:
+            return Verdict(step, {}, (f"its outcome cannot be read: {error}",))
+        for earlier, folder in self._places():
+            if earlier < step:
+                shutil.rmtree(folder, ignore_errors=True)
+        return Verdict(step, found["metrics"], tuple(found["problems"]))
+
+
+def _spawn(place: Path, shards: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "visft_ds.evals.judge", str(place), str(shards)],
+        cwd=_CODE,  # `-m` looks there first: the training may have been started in another copy of the code
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
         # A session of its own: an interrupt of the training must not reach it, the run waits for it at its end.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "visft_ds.evals.judge", str(self.folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _import_path()},
-        )
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
-def _import_path() -> str:
-    """Where this package is imported from: the training may have been started in another folder."""
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(orjson.dumps(fields))
+    temporary.replace(path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = orjson.loads(path.read_bytes())
-    return fields
-
-
-def main(folder: Path) -> int:
-    """Measure what lies in `folder`; returns the exit status."""
-    order = _read(folder / _ORDER)
-    collected = {task: orjson.loads((folder / f"{task}_results.json").read_bytes()) for task in order["tasks"]}
+def _read_results(path: Path) -> Results:
     try:
-        with ShardReader(Manifest.load(order["root"], order["split"])) as reader:
-            metrics = as_metrics(measure(collected, reader, limit=order["limit"]))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    temporary = folder / f"{_METRICS}.tmp"
-    temporary.write_bytes(orjson.dumps({"step": order["step"], "metrics": metrics}))
-    temporary.replace(folder / _METRICS)
+        results: Results = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return results
+
+
+def main(folder: Path, shards: Path) -> int:
+    """Measure what lies in `folder`; returns the exit status.
+
+    A task that cannot be judged is named in metrics.json and takes nothing from the others.
+    """
+    order = orjson.loads((folder / _ORDER).read_bytes())
+    metrics: dict[str, float] = {}
+    problems = []
+    with ShardReader(Manifest.load(shards, order["split"])) as reader:
+        for task in order["tasks"]:
+            try:
+                collected = {task: _read_results(folder / f"{task}_results.json")}
+                metrics |= as_metrics(measure(collected, reader, limit=order["limit"]))
+            except (ValueError, OSError) as error:
+                problems.append(f"{task}: {error}")
+    _write(folder / _METRICS, {"step": order["step"], "metrics": metrics, "problems": problems})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -40,7 +40,7 @@ class ModelFiles:
     """Where the parts of a model lie, and what no tensor tells about the backbone."""
 
     backbone: Path
-    heads: Path  #: folder of `<task>.safetensors`
+    heads: Path  #: folder of `<task>.safetensors`, or of published files
     adapter: Path | None
     hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
 
@@ -66,6 +66,7 @@ class EvaluationModel:
 def files_of_run(
     run: Path,
     config: VisftConfig,
+    tasks: Sequence[str],
     *,
     backbone: Path | None = None,
     heads: Path | None = None,
@@ -75,13 +76,14 @@ def files_of_run(
     """The files a finished run wrote or was given: what it trained comes from its own export folder.
 
     Args:
+        tasks: whose heads are needed.
         backbone, heads, adapter: replace the run's. A backbone that has an adapter merged in takes none from the run.
         use_adapter: False leaves the run's adapter out.
 
     Raises:
         ValueError: the run has not written what it trains yet, or a file is missing.
     """
-    export, tasks = run / "export", config.tasks.enabled()
+    export = run / "export"
     if adapter is None and use_adapter and config.stage == 2 and config.lora is not None:
         merged = backbone is not None and is_merged(open_weights(backbone))
         adapter = None if merged else export / ADAPTER_FOLDER

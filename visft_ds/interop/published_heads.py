@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights, write_atomically
 from visft_ds.interop.head_info import HEADS, HeadFile, HeadInfo, attention_heads, check_task, read_sizes, task_of
@@ -32,7 +33,7 @@ PREFIX = "visft_heads."
 NUM_HEADS = 8  #: attention heads of the published detection and segmentation heads
 GRID = 14  #: side of the pixel grid that the published caption head looks at
 #: What a file is called after, by task.
-KINDS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
+KINDS = PUBLISHED_TASKS
 
 _DETR = "transformer.decoders.detection.detection_coco."
 _PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."
