@@ -3,6 +3,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
+    python tools/profile.py sharing --stage 1 --model debug --synthetic
     python tools/profile.py heads
     python tools/profile.py ap
 
@@ -15,7 +16,7 @@ import os
 from collections.abc import Sequence
 
 from visft_ds.launch import _LOST_PEER
-from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_train_parser
+from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_parser in (add_train_parser, add_heads_parser, add_ap_parser):
+    for add_parser in (add_train_parser, add_sharing_parser, add_heads_parser, add_ap_parser):
         add_parser(commands)
     return parser
 

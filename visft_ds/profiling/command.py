@@ -100,6 +100,39 @@ def measure_configuration(
     return record
 
 
+def add_sharing_parser(commands: Any) -> None:
+    """Add the sub-command that compares steps of one task with steps that all tasks share."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sharing",
+        help="stage 1: steps of each task alone against steps in which one forward teaches every head",
+        description="Measure what mode shared saves over a run for each task; one engine makes all kinds of steps.",
+        epilog=_EPILOG.partition("\nexamples")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+    parser.add_argument("--synthetic", action="store_true", help="generated pictures instead of shards")
+    parser.set_defaults(run=profile_sharing, parser=parser)
+
+
+def profile_sharing(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+    """Measure, print, write; arguments and errors as `profile_train`."""
+    config = _resolve(options.parser, rest, synthetic=options.synthetic)
+    if config is None:
+        return 0
+    _check_folder(options.json)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats} must be at least 1")
+    from visft_ds.profiling.sharing import make_sections, make_title, measure_sharing
+
+    record = measure_sharing(config, repeats=options.repeats, synthetic=options.synthetic)
+    if record is not None:
+        _show(record | {"command": list(command)}, make_title, make_sections, options.json)
+    return 0
+
+
 def add_heads_parser(commands: Any) -> None:
     """Add the sub-command that measures heads on made-up features."""
     parser: argparse.ArgumentParser = commands.add_parser(
