@@ -53,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ),
         "all": (
             [
-                *(*measured[:2], "--steps", "1", "--warmup", "0", "--stage", "1", "--synthetic", "--model", "debug"),
+                *(*measured[:2], "--steps", "1", "--warmup", "1", "--stage", "1", "--synthetic", "--model", "debug"),
                 *("--json", str(folder / "all.json"), *ALL_TASKS),
             ],
             1,
