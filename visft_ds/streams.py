@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from visft_ds.config.schema import VisftConfig
@@ -42,8 +40,20 @@ def plan_of(config: VisftConfig, manifest: Manifest) -> Plan:
 
 def _samples(stream: Stream, manifest: Manifest) -> int | Int64Array:
     """Positions that teach at least one of the tasks; the size of the split where all of them do."""
-    chosen = reduce(np.union1d, (manifest.select(TASKS[task].learns_from) for task in stream.tasks))
+    chosen = manifest.select(selection_of(stream))
     return len(manifest) if len(chosen) == len(manifest) else chosen
+
+
+def selection_of(stream: Stream) -> str:
+    """Which samples teach at least one of the tasks of a stream, as `Manifest.select` names them."""
+    selections = {TASKS[task].learns_from for task in stream.tasks}
+    return selections.pop() if len(selections) == 1 else "any"
+
+
+def as_arguments(config: VisftConfig) -> str:
+    """The streams of a run as `tools/make_shards.py which` takes them."""
+    streams = config.streams().values()
+    return " ".join(f"--task {s.name}:{s.share}:{s.batch_size}:{selection_of(s)}" for s in streams)
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:

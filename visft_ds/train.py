@@ -42,7 +42,7 @@ from visft_ds.parallel.faults import StopFlag
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import print_start
-from visft_ds.streams import check_samples, pipeline_of, plan_of, vocabulary_of
+from visft_ds.streams import as_arguments, check_samples, pipeline_of, plan_of, vocabulary_of
 from visft_ds.validation import Validation
 
 
@@ -329,12 +329,11 @@ def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> 
     if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
         return
     names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
-    tasks = " ".join(f"--task {s.name}:{s.share:g}:{s.batch_size}" for s in run.config.visft.streams().values())
     raise FloatingPointError(
         f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
         "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
         f"  python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} --step {whole.step} "
-        f"--batch-size {len(whole.indices)} --seed {run.config.visft.seed} {tasks}"
+        f"--batch-size {len(whole.indices)} --seed {run.config.visft.seed} {as_arguments(run.config.visft)}"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.coco_tree import write_tree
+from tools.make_shards import main as make_shards
 from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.convert import Options, build
@@ -19,6 +20,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.streams import (
+    as_arguments,
     check_samples,
     known_vocabulary,
     needs_vocabulary,
@@ -92,6 +94,29 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest)
     assert places(partly, config_of("visft.mode=shared"), "shared") == set(range(12))
     alone = config_of("visft.mode=shared", "visft.tasks=captioning")
     assert places(partly, alone, "shared") == set(range(12)) - set(SILENT)
+
+
+def test_the_images_of_a_step_are_found_by_the_arguments_that_an_error_prints(
+    partly: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of("visft.mode=sampled", stage=1)
+    plan = plan_of(config, partly)
+    arguments = [
+        "which",
+        str(partly.root),
+        "--split",
+        SPLIT,
+        "--json",
+        "--batch-size",
+        "2",
+        *as_arguments(config).split(),
+    ]
+    for step in range(12):
+        assert make_shards([*arguments, "--step", str(step)]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        whole = plan.step(step)
+        expected = partly.index["image_id"][whole.indices].tolist()
+        assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
 
 
 def test_a_split_in_which_all_have_captions_is_planned_by_its_size(whole: Manifest) -> None:
