@@ -262,7 +262,8 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
         if validation:
             validation.poll(writer, progress)
-            if validation.is_due(step, run.total_steps):
+            stops = agreement.stop and step < run.total_steps  # then resuming makes up for the evaluation
+            if validation.is_due(step, run.total_steps) and not stops:
                 validation.evaluate(predict, step, writer, progress)
         if agreement.stop:
             progress.message(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import pycocotools.mask as coco_mask
 import torch
 from coco_tree import Tree, write_tree
 
+from tests.integration.ranks import REPOSITORY
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.convert import Options, build
@@ -74,8 +78,19 @@ class World:
         return Tree(self.coco / "val2017", *(self.coco / name for name in names))
 
 
+def load_tool() -> ModuleType:
+    """tools/evaluate.py as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools/evaluate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_world(folder: Path) -> World:
     """Write everything below an empty folder."""
+    torch.manual_seed(0)
     flags = {"--data": ("visft.data.root", str(folder / "shards"))}
     second = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
     configs = {
@@ -87,6 +102,7 @@ def make_world(folder: Path) -> World:
     (folder / "coco/annotations").mkdir(parents=True)
     for old, new in zip(asdict(tree).values(), asdict(world.tree).values(), strict=True):
         old.rename(new)
+    world.tree.edit(_many_words, "captions")
     pack(world.tree, folder / "draft")
     _export(world, vocabulary_of(configs[1].visft, Manifest.load(folder / "draft", "val")))
     collected = _predictions(world, folder / "draft")
@@ -108,8 +124,9 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
     prepared = prepare_model(first.visft, first.optimizer.params, vocabulary=vocabulary)
     heads = prepared.module.heads
     with torch.no_grad():  # larger than at the start, so that results depend on the image
-        for parameter in heads.parameters():
-            parameter.mul_(2)
+        for task, head in heads.items():
+            for parameter in head.parameters():
+                parameter.mul_(3 if task == "captioning" else 2)
     categories = [asdict(Category(place, place, f"thing {place}")) for place in range(91)]
     infos = {}
     for task, settings in first.visft.tasks.enabled().items():
@@ -173,6 +190,12 @@ def _annotate(content: dict[str, Any], boxes: Results, masks: Results) -> None:
             add(result, coco_mask.toBbox(code).tolist(), area, {**code, "counts": code["counts"].decode()})
     used = sorted({annotation["category_id"] for annotation in annotations})
     content["categories"] = [{"id": category, "name": f"thing {category}"} for category in used]
+
+
+def _many_words(content: dict[str, Any]) -> None:
+    sentences = ("a small red bird sits on the old wall", "near two large white boats", "grey water in a wide bay")
+    for place, entry in enumerate(content["annotations"]):
+        entry["caption"] = sentences[place % len(sentences)]
 
 
 def _caption(content: dict[str, Any], captions: Results) -> None:

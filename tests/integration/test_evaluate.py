@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tests.integration.evaluate_case import IMAGES, QUERIES, SETTINGS, World, load_stage2, make_world, pack
+from tests.integration.evaluate_case import IMAGES, QUERIES, SETTINGS, World, load_stage2, load_tool, make_world, pack
 from tests.integration.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
@@ -40,17 +38,10 @@ from visft_ds.stages import prepare_model
 from visft_ds.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +194,7 @@ def test_files_without_a_run(tool: ModuleType, world: World, whole: Evaluation, 
 def test_two_ranks_find_what_one_finds(tool: ModuleType, world: World, tmp_path: Path) -> None:
     """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
     common = ["--run", str(world.run(1)), "--coco", str(world.coco), "--split", "val", "--images", "1"]
-    outputs = run_ranks([str(ROOT / "tools/evaluate.py"), *common, "--out", str(tmp_path / "two")])
+    outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
     assert "mask/AP50" in outputs[0] and outputs[1] == ""
     assert _evaluate(tool, *common, "--out", tmp_path / "one")[0] == 0
     two, one = (read_evaluation(name, tmp_path / name) for name in ("two", "one"))
