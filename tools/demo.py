@@ -1,6 +1,8 @@
 import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
 USAGE = """The whole way in small: images -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report.
 
+Boxes, masks and captions: stage 1 trains the heads of all three from the same images, stage 2 takes them in turns.
+
     python tools/demo.py --out demo                      a generated toy set, a few minutes on two cores
     python tools/demo.py --out demo_coco --coco FOLDER   an ordinary COCO tree: train2017/ val2017/ annotations/
 
@@ -27,19 +29,23 @@ from types import FrameType
 from typing import Any
 
 from visft_ds.config import resolve
+from visft_ds.config.task_schema import SHARED
 from visft_ds.data.manifest import Manifest
 from visft_ds.evals.demo import short_path, show_demo
+from visft_ds.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER, FORMAT = "demo.json", "visft_ds demo"
 #: A COCO tree with fewer photographs to train on is also evaluated on these: nothing can be learnt about others.
 FEW, STEPS_FOR_FEW = 1000, 800
+#: Held-out images that are judged and drawn for TensorBoard at the end of each training.
+VALIDATION_IMAGES = 16
 TAIL = 15  # lines of a log that are shown when a step fails
 #: Lines of children that stay in the log: the launcher's chatter, and by kind of step what is no result.
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING|ERROR)\] ")
 HIDDEN_OF_SHARDS = re.compile(r" {3,}")
 HIDDEN_OF_TRAINING = re.compile(r"-- |   ")
-HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!box/AP |box/AP50|images/s)")
+HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr-D|BLEU-4) |images/s)")
 PROGRESS = re.compile(r"step (\d+)/(\d+) ")
 SECONDS_BETWEEN_LINES = 5.0  # of a training's progress
 
@@ -234,7 +240,7 @@ def _check_tree(coco: Path) -> None:
     if missing:
         raise ValueError(
             f"--coco {coco} is no COCO tree, not found: {', '.join(missing)}; needed: train2017/, val2017/ and "
-            f"annotations/instances_{{train,val}}2017.json (captions_*.json too, where there are any)"
+            f"annotations/instances_{{train,val}}2017.json (captions_*.json too, else captioning is left out)"
         )
 
 
@@ -257,7 +263,7 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
         run = out / f"stage{stage}"
         training = [*_launcher(given.processes), str(ROOT / "launchers/train.py"), "--stage", str(stage)]
         training += ["--model", "debug", "--data", str(shards), "--out", str(run)]
-        training += _settings(stage, shards, STEPS_FOR_FEW if few else None, given)
+        training += _settings(stage, Manifest.load(shards, "train"), STEPS_FOR_FEW if few else None, given)
         training += ["--set", f"visft.heads.path={out / 'stage1/export'}"] if stage == 2 else []
         demo.run(f"stage {stage}", training, processes=given.processes, hide=HIDDEN_OF_TRAINING)
         evaluation = out / f"evaluation/stage{stage}"
@@ -296,7 +302,12 @@ def _tree(coco: Path, split: str) -> list[str]:
     arguments = ["--images", str(coco / f"{split}2017"), "--split", split]
     arguments += ["--instances", str(annotations / f"instances_{split}2017.json")]
     captions = annotations / f"captions_{split}2017.json"
-    return [*arguments, *(["--captions", str(captions)] if captions.is_file() else [])]
+    return [*arguments, *(["--captions", str(captions)] if _has_captions(coco) else [])]
+
+
+def _has_captions(coco: Path) -> bool:
+    """Whether both splits have captions: what is learnt must be judged too."""
+    return all((coco / f"annotations/captions_{split}2017.json").is_file() for split in ("train", "val"))
 
 
 def _are_few(coco: Path) -> bool:
@@ -305,18 +316,31 @@ def _are_few(coco: Path) -> bool:
         return sum(1 for _ in itertools.islice(entries, FEW)) < FEW
 
 
-def _settings(stage: int, shards: Path, most_steps: int | None, given: argparse.Namespace) -> list[str]:
-    """--set arguments of a training: the user's, and what few images need: smaller batches, no endless repetition."""
-    count = len(Manifest.load(shards, "train"))
-    config = resolve(stage=stage, model="debug", settings=given.set)
-    settings = [
-        f"visft.tasks.{name}.batch_size={max(1, count // given.processes) * given.processes}"
-        for name, task in config.visft.tasks.enabled().items()
-        if task.batch_size > count
-    ]
-    if most_steps is not None and config.scheduler.params.total_num_steps > most_steps:
-        settings.append(f"scheduler.params.total_num_steps={most_steps}")
-    return [part for setting in [*given.set, *settings] for part in ("--set", setting)]
+def _settings(stage: int, train: Manifest, most_steps: int | None, given: argparse.Namespace) -> list[str]:
+    """--set arguments of a training: the user's, and what the data needs.
+
+    A set without captions leaves that task out. Few images need smaller batches and no endless repetition. One
+    evaluation at the end of the run, and with it pictures before and after it in TensorBoard, where the user set none.
+    """
+    settings = list(given.set)
+    if not len(train.select("captions")):
+        settings.append("visft.tasks.captioning=null")
+    config = resolve(stage=stage, model="debug", settings=settings)
+    for stream in config.visft.streams().values():
+        # Where captions are the only thing to learn from, only images that have some count.
+        selections = {TASKS[task].learns_from for task in stream.tasks}
+        count = len(train if "any" in selections else train.select(selections.pop()))
+        if stream.batch_size > count:
+            key = "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
+            settings.append(f"{key}.batch_size={max(1, count // given.processes) * given.processes}")
+    steps = config.total_steps
+    if most_steps is not None and steps > most_steps:
+        steps = most_steps
+        settings.append(f"scheduler.params.total_num_steps={steps}")
+    for key, value in {"eval_every": steps, "eval_limit": VALIDATION_IMAGES}.items():
+        if not any(setting.startswith(f"visft.run.{key}=") for setting in settings):
+            settings.append(f"visft.run.{key}={value}")
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 def _free_port() -> int:

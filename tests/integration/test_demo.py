@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from visft_ds.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"processes": 2, "train": 5, "val": 5, "set": [], "coco": None}
@@ -129,6 +132,56 @@ def test_an_incomplete_coco_tree_is_refused(tool: ModuleType, tmp_path: Path) ->
         tool._check_tree(tmp_path / "coco")
 
 
+@dataclass(frozen=True)
+class _Split:
+    """As many images as `Manifest` would tell, the first of them with captions."""
+
+    images: int
+    captioned: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    def select(self, selection: str) -> range:
+        return range(self.captioned if selection == "captions" else self.images)
+
+
+def _settings(tool: ModuleType, stage: int, split: _Split, *given: str, most: int | None = None) -> dict[str, str]:
+    arguments = tool._parser().parse_args(["--processes", "2", *(part for one in given for part in ("--set", one))])
+    flags = tool._settings(stage, split, most, arguments)
+    assert flags[::2] == ["--set"] * (len(flags) // 2)
+    return dict(setting.split("=", 1) for setting in flags[1::2])
+
+
+def test_settings_fit_the_data(tool: ModuleType) -> None:
+    """Both stages, with what the schema makes of it: a batch larger than the set is refused at the start of a run."""
+    for stage in (1, 2):
+        plenty = resolve(stage=stage, model="debug")
+        assert _settings(tool, stage, _Split(6000, 6000)) == {
+            "visft.run.eval_every": str(plenty.total_steps),
+            "visft.run.eval_limit": str(tool.VALIDATION_IMAGES),
+        }
+        few = _settings(tool, stage, _Split(27, 25), most=100)
+        config = resolve(stage=stage, model="debug", settings=[f"{name}={value}" for name, value in few.items()])
+        # an even number, because two processes share a step; captions alone have fewer images to learn from
+        wanted = {1: {"shared": 26}, 2: {"detection": 26, "segmentation": 26, "captioning": 24}}[stage]
+        assert {name: stream.batch_size for name, stream in config.visft.streams().items()} == wanted
+        assert config.total_steps == config.visft.run.eval_every == 100
+        mute = _settings(tool, stage, _Split(6000, 0))
+        config = resolve(stage=stage, model="debug", settings=[f"{name}={value}" for name, value in mute.items()])
+        assert list(config.visft.tasks.enabled()) == ["detection", "segmentation"]
+        assert _settings(tool, stage, _Split(9, 9), "visft.run.eval_every=3")["visft.run.eval_every"] == "3"
+
+
+def test_captions_are_used_where_both_splits_have_them(tool: ModuleType, tmp_path: Path) -> None:
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    (annotations / "captions_train2017.json").touch()
+    assert "--captions" not in tool._tree(tmp_path, "train")  # could not be judged
+    (annotations / "captions_val2017.json").touch()
+    assert tool._tree(tmp_path, "train")[-2:] == ["--captions", str(annotations / "captions_train2017.json")]
+
+
 def test_an_interrupt_lets_the_whole_group_finish(tool: ModuleType, tmp_path: Path) -> None:
     """The child ends at once, as the deepspeed command does; the grandchild, a rank, still needs a moment to save."""
     rank = "import signal, sys, time\n"
@@ -163,7 +216,14 @@ def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "after stage 2" in first.stdout and "[10/10] report" in first.stdout
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg") >= 3 and page.count("<svg") == 2 and "timm.create_model" in page
+    assert page.count("data:image/jpeg") >= 9 and page.count("<svg") == 6 and "timm.create_model" in page
+    for name in ("box/AP50", "mask/AP50", "caption/CIDEr-D"):
+        assert f"   {name}" in first.stdout and f"<th>{name} " in page
+    assert "captions compared" in first.stdout and len(page) < 8e6
     assert (tmp_path / "demo/comparison.png").exists()
+    for stage in (1, 2):
+        (events,) = (tmp_path / f"demo/stage{stage}/tensorboard").iterdir()
+        shown = events.read_bytes()
+        assert all(f"{task}/0000".encode() in shown for task in ("detection", "segmentation", "captioning"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and again.stdout.count("finished before") == 9

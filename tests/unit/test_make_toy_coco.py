@@ -161,7 +161,13 @@ def test_captions_count_what_is_there() -> None:
         assert all(caption.endswith(".") and "  " not in caption for caption in captions)
         if scene.shapes:
             assert captions[1].split()[0] == numbers[len(scene.shapes)]
-            assert all(f"{shape.colour} {NAMES[shape.category]}" in captions[0] for shape in scene.shapes)
+            named = [f"{shape.colour} {NAMES[shape.category]}" for shape in scene.shapes]
+            assert all(words in captions[0] for words in named)
+            if len(set(named)) == len(named):
+                across = [np.nonzero(shape.visible)[1].mean() for shape in scene.shapes]
+                assert [captions[0].index(named[place]) for place in np.argsort(across)] == sorted(
+                    captions[0].index(words) for words in named
+                )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from visft_ds.config import resolve
-from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin, ticks
+from visft_ds.evals.caption_pictures import draw_caption
+from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, log_ticks, smooth, thin, ticks
+from visft_ds.evals.mask_pictures import draw_masks
 from visft_ds.evals.pictures import draw_detections, save_png, split_panels
 from visft_ds.evals.report import (
     FORMAT,
@@ -34,7 +36,14 @@ from visft_ds.evals.report import (
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 
 VOID = {"meta", "img", "line", "path", "br"}
-METRICS = {"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "box/AP/<ring>": 0.2}
+METRICS = {
+    **{"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "box/AP/<ring>": 0.2},
+    **{"mask/AP": 0.375, "mask/AP50": 0.75, "mask/AP/star": 0.4, "caption/CIDEr-D": 1.25, "caption/BLEU-4": 0.0},
+}
+TASKS = ("detection", "segmentation", "captioning")
+#: A square of 4 x 4 in an image of 20 x 30 pixels, and the same one pixel lower, run by run down the columns.
+SQUARE = [42, 4, 16, 4, 16, 4, 16, 4, 494]
+LOWER = [43, 4, 16, 4, 16, 4, 16, 4, 493]
 
 
 class _Page(HTMLParser):
@@ -60,28 +69,47 @@ class _Page(HTMLParser):
 
 
 def _evaluation(
-    folder: Path, label: str, metrics: dict[str, float], *, shift: float = 0.0, images: tuple[int, ...] = (1, 2)
+    folder: Path,
+    label: str,
+    metrics: dict[str, float],
+    *,
+    shift: float = 0.0,
+    images: tuple[int, ...] = (1, 2),
+    mask: list[int] | None = None,
+    caption: str = "a star",
 ) -> Evaluation:
-    """A folder as tools/evaluate.py writes it."""
-    results = [
-        {"image_id": image, "category_id": 1, "bbox": [1.0, 2.0 + shift, 3.0, 4.0], "score": 0.5 + shift / 10}
-        for image in images
-    ]
-    files = []
+    """A folder as tools/evaluate.py writes it, one result of each task and image."""
+    box = {"category_id": 1, "bbox": [1.0, 2.0 + shift, 3.0, 4.0], "score": 0.5 + shift / 10}
+    square = {"size": [20, 30], "counts": mask or SQUARE}
+    results = {
+        "detection": [{"image_id": image, **box} for image in images],
+        "segmentation": [{"image_id": image, **box, "segmentation": square} for image in images],
+        "captioning": [{"image_id": image, "caption": caption} for image in images],
+    }
+    pictures: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
+    pixels = np.full((20, 30, 3), 100, dtype=np.uint8)
+    area = np.zeros((20, 30), dtype=bool)
+    area[2:9, 2:9] = True
     for image in images:
-        pixels = np.full((20, 30, 3), 100 + image, dtype=np.uint8)
-        picture = draw_detections(pixels, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9], side=60)
-        save_png(picture, folder / f"pictures/{image}.png")
-        files.append({"image_id": image, "file": f"pictures/{image}.png"})
+        drawn = {
+            "detection": draw_detections(pixels + image, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9]),
+            "segmentation": draw_masks(pixels, [area], ["star"], [area], ["star"], [0.9]),
+            "captioning": draw_caption(pixels, ["A star."], caption, caption.split(), np.full((2, 4, 4), 1 / 16)),
+        }
+        for task, picture in drawn.items():
+            save_png(picture, folder / f"pictures/{task}-{image}.png")
+            pictures[task].append({"image_id": image, "file": f"pictures/{task}-{image}.png"})
     record = {
         "format": FORMAT,
         "version": VERSION,
         "metrics": metrics,
         "data": {"where": "shards/val", "images": len(images)},
-        "pictures": {"detection": files},
+        "pictures": pictures,
+        **({"caption_tokenizer": "rules-7"} if "caption/CIDEr-D" in metrics else {}),
     }
     folder.mkdir(exist_ok=True)
-    (folder / "detection_results.json").write_text(json.dumps(results))
+    for task, entries in results.items():
+        (folder / f"{task}_results.json").write_text(json.dumps(entries))
     (folder / "metrics.json").write_text(json.dumps(record))
     return read_evaluation(label, folder)
 
@@ -90,7 +118,8 @@ def _run(folder: Path, stage: int, losses: list[float]) -> Path:
     RunRecord(resolve(stage=stage, model="debug").to_dict(), 2, ["train.py"]).write(folder)
     with MetricsWriter(folder) as writer:
         for step, loss in enumerate(losses, 1):
-            writer.step(step, {"loss/loss": loss, "loss/detection": loss, "loss/detection/ce": loss / 2})
+            values = {"loss/loss": 3 * loss, "loss/detection/ce": loss / 2}
+            writer.step(step, values | {f"loss/{task}": loss for task in TASKS[: 3 if stage == 1 else 1 + step % 3]})
     return folder
 
 
@@ -117,25 +146,36 @@ def test_everything_is_on_the_page(report: Report, tmp_path: Path) -> None:
     page = _Page(text)
     assert page.open == []
     assert "A &lt;b&gt;bold&lt;/b&gt; title" in text and "<b>bold" not in text and "&lt;ring&gt;" in text
-    # before, after, merged, difference in one row
-    numbers = re.search(r"<th>box/AP50 .*?</tr>", text)
-    assert numbers is not None
-    assert re.findall(r"<td[^>]*>([^<]*)</td>", numbers[0]) == ["0.5000", "0.6250", "0.6250", "+0.1250"]
-    missing = re.search(r"<th>box/APl .*?</tr>", text)
-    assert missing is not None and re.findall(r"<td[^>]*>([^<]*)</td>", missing[0]) == ["–"] * 4
-    assert "scores differ by at most 1.0e-08" in text
-    assert text.count("<svg") == 2 and "stage 2: training loss" in text
+    wanted = {
+        "box/AP50": ["0.5000", "0.6250", "+0.1250", "0.6250"],  # before, after, difference, merged
+        "box/APl": ["–"] * 4,
+        "mask/AP50": ["0.7500", "0.8750", "+0.1250", "0.8750"],
+        "caption/CIDEr-D": ["1.2500", "1.3750", "+0.1250", "1.3750"],
+        "caption/BLEU-4": ["0.0000", "0.1250", "+0.1250", "0.1250"],
+    }
+    for name, cells in wanted.items():
+        row = re.search(rf"<th>{name} .*?</tr>", text)
+        assert row is not None and re.findall(r"<td[^>]*>([^<]*)</td>", row[0]) == cells
+    assert "cut into words by <code>rules-7</code>" in text
+    assert "scores differ by at most 1.0e-08" in text and "2 captions compared: 2 are the same" in text
+    assert "2 masks compared" in text and "0 of 1200 pixels are not the same" in text
+    assert text.count("<svg") == 2 * 3 and "stage 2: captioning loss" in text and "stage 1: segmentation loss" in text
+    assert len(re.findall(r"<h3>(?:box|mask) AP of every category</h3>", text)) == 2
+    for task in ("Detection", "Segmentation", "Captioning"):
+        assert f"<h2>{task}: the same images, before and after</h2>" in text
     lora = resolve(stage=2, model="debug").visft.lora
     assert lora is not None
     rank = f"rank {lora.rank}, alpha {lora.alpha:g}, on q+v"
-    for wanted in ("out/adapter", "--stage 2 &gt; log", "12.2 s", "deepspeed 0.", rank, "Measured on 2 images"):
-        assert wanted in text, wanted
+    assert "images for all of detection, segmentation, captioning" in text  # stage 1 learns from shared images
+    assert "one task: detection in 30 % of the steps" in text
+    for told in ("out/adapter", "--stage 2 &gt; log", "12.2 s", "deepspeed 0.", rank, "Measured on 2 images"):
+        assert told in text, told
 
 
 def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: Path) -> None:
     text = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
     loads = _Page(text).loads
-    assert len(loads) == 2 * 3 and all(load.startswith("data:image/jpeg;base64,") for load in loads)
+    assert len(loads) == 3 * 2 * 3 and all(load.startswith("data:image/jpeg;base64,") for load in loads)
     assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == [] and "url(" not in text
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(loads[0].split(",")[1]))))
     truth, _ = split_panels(report.evaluations[0].pictures("detection")[1])
@@ -150,6 +190,15 @@ def test_pictures_are_compared_image_by_image(report: Report, tmp_path: Path) ->
     assert one is not None and both is not None
     assert one.shape[1] == both.shape[1] and one.shape[0] < both.shape[0]
     assert comparison([]) is None
+    assert comparison([_evaluation(tmp_path / "bare", "bare", METRICS, images=())]) is None
+
+
+def test_the_sheet_holds_so_many_rows_of_every_task(report: Report) -> None:
+    sheets = [comparison(report.evaluations, rows=rows) for rows in (1, 2)]
+    assert sheets[0] is not None and sheets[1] is not None
+    panels = [split_panels(report.evaluations[0].pictures(task)[1])[0].shape[0] for task in TASKS]
+    assert sheets[1].shape[0] - sheets[0].shape[0] >= sum(panels)
+    assert sheets[0].shape[1] == sheets[1].shape[1]
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
@@ -165,7 +214,10 @@ def test_training_images_are_kept_apart(report: Report, tmp_path: Path) -> None:
     titles = re.findall("<h2>(.*?)</h2>", text)
     assert titles[:2] == ["Results on held-out images", "Results on training images"]
     assert "0.8750" in text.split("Results on training images")[1].split("</section>")[0]
-    assert len(_Page(text).loads) == 2 * 3 + 2 * 2
+    assert len(_Page(text).loads) == 3 * (2 * 3 + 2 * 2)
+    assert titles[2:4] == [
+        f"Detection: the same images, before and after{end}" for end in (", held out", ", trained on")
+    ]
 
 
 def test_many_categories_show_those_that_changed(tmp_path: Path) -> None:
@@ -185,11 +237,28 @@ def test_a_diverged_run_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_results_are_compared_query_by_query(tmp_path: Path) -> None:
     first = _evaluation(tmp_path / "first", "first", METRICS)
-    difference = compare_results(first, _evaluation(tmp_path / "second", "second", METRICS, shift=0.25))
+    other = _evaluation(tmp_path / "second", "second", METRICS, shift=0.25, mask=LOWER, caption="a <bar>")
+    difference = compare_results(first, other)
     assert (difference.results, difference.other_class) == (2, 0)
     assert difference.box == 0.25 and difference.score == pytest.approx(0.025)
-    with pytest.raises(ValueError, match="evaluated other images"):
-        compare_results(first, _evaluation(tmp_path / "third", "third", METRICS, images=(1, 3)))
+    masks = compare_results(first, other, "segmentation")
+    # a row of 4 pixels is left and another one won, in each of two images of 600
+    assert (masks.pixels, masks.other_pixels) == (1200, 16) and masks.score == difference.score
+    assert "16 of 1200 pixels are not the same, the same class everywhere" in masks.text()
+    captions = compare_results(first, other, "captioning")
+    assert captions.text() == "2 captions compared: 0 are the same, 'a star' became 'a <bar>'"
+    third = _evaluation(tmp_path / "third", "third", METRICS, images=(1, 3))
+    for task in TASKS:
+        with pytest.raises(ValueError, match="evaluated other images"):
+            compare_results(first, third, task)
+
+
+def test_a_task_that_was_not_evaluated_is_not_mentioned(tmp_path: Path) -> None:
+    """A COCO tree without captions."""
+    boxes = {name: value for name, value in METRICS.items() if not name.startswith("caption/")}
+    pair = [_evaluation(tmp_path / name, name, boxes) for name in ("before", "after")]
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, pair, pair[1])).read_text(encoding="utf-8")
+    assert "aption" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S) and "mask AP50" in text
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -220,6 +289,24 @@ def test_chart_places_points_between_its_axes() -> None:
     points = [tuple(map(float, point.split())) for point in path[1].split(" L")]
     assert points == [(58.0, 34.0), (281.0, 145.0), (504.0, 256.0)]
     assert "a &amp; b" in text and ">100</text>" in text
+
+
+def test_wide_chart_is_logarithmic() -> None:
+    """From 1 to 100: the geometric mean lies in the middle; a gap where a value is missing, a point on each side."""
+    text = line_chart([Series([0, 50, 100], [100, 10, 1], "red")], title="t", x_label="x", y_label="y")
+    path = re.search(r'<path d="M(.*?)"', text)
+    assert path is not None
+    assert [tuple(map(float, point.split())) for point in path[1].split(" L")] == [(58, 34), (281, 145), (504, 256)]
+    broken = line_chart([Series([0, 50, 100], [100, math.nan, 1], "red")], title="t", x_label="x", y_label="y")
+    assert broken.count("<path") == 2 and "nan" not in broken
+
+
+@given(st.floats(1e-9, 1e9), st.floats(1, 1e6))
+def test_logarithmic_ticks_enclose_the_data(low: float, factor: float) -> None:
+    places = log_ticks(low, low * factor)
+    assert places[0] <= low * (1 + 1e-6) and places[-1] >= low * factor * (1 - 1e-6) and len(places) >= 2
+    # no more than one step too many: 2.5 is the widest gap
+    assert places[0] * 2.6 >= low and places[-1] <= 2.6 * 2.6 * low * factor
 
 
 def test_chart_of_nothing_finite_says_so() -> None:

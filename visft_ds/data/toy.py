@@ -85,7 +85,10 @@ def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
-    """Five true sentences about a scene: what is there, how many, where, how two shapes lie, how one looks."""
+    """Five true sentences about a scene: what is there, how many, where, how two shapes lie, how one looks.
+
+    Several shapes are named from left to right.
+    """
     ground = _article(scene.background)
     crowd = ""
     if scene.crowd is not None:
@@ -100,8 +103,10 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
             f"{ground} and {crowd or 'no shapes'}",
         ]
         return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
-    coloured = Counter(f"{shape.colour} {NAMES[shape.category]}" for shape in scene.shapes)
-    plain = Counter(NAMES[shape.category] for shape in scene.shapes)
+    # From left to right: an order that a picture tells, unlike that in which its shapes were painted.
+    ordered = sorted(scene.shapes, key=_middle)
+    coloured = Counter(f"{shape.colour} {NAMES[shape.category]}" for shape in ordered)
+    plain = Counter(NAMES[shape.category] for shape in ordered)
     shares = [shape.whole / shape.visible.size for shape in scene.shapes]
     biggest = int(np.argmax(shares))
     one = int(rng.integers(len(scene.shapes)))

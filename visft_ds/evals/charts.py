@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 #: A smoothed value looks back over about this share of the line.
 WINDOW = 1 / 40
+#: Values that differ by more than this factor are drawn on a logarithmic axis.
+WIDE = 4.0
 #: Most points of a line that are worth their bytes.
 MOST_POINTS = 1000
 
@@ -63,12 +65,22 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from the last below `low` > 0 to the first above `high`."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    start = max(place for place, value in enumerate(steps) if value <= low * (1 + 1e-9))
+    stop = min(place for place, value in enumerate(steps) if value >= high * (1 - 1e-9))
+    return steps[start : max(stop, start + 1) + 1]
+
+
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, width: int = 520, height: int = 300
 ) -> str:
     """An `<svg>` element with axes from round number to round number, grid lines and a legend of the named series.
 
-    A chart without any finite point says so instead of drawing axes.
+    Where all values are positive and the largest is more than WIDE times the smallest, the vertical axis is
+    logarithmic: a loss falls most in its first steps. A chart without any finite point says so instead of drawing axes.
     """
     points = [
         (x, y) for one in series for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(x) and math.isfinite(y)
@@ -81,12 +93,15 @@ def line_chart(
     if not points:
         return f'{head}<text x="{_LEFT}" y="{height / 2:g}" {_TEXT}>no finite values</text></svg>'
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    logarithmic = low > 0 and high > WIDE * low
+    y_ticks = log_ticks(low, high) if logarithmic else ticks(low, high)
+    scale = math.log if logarithmic else float
     right, bottom = width - _RIGHT, height - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        up = (scale(y) - scale(y_ticks[0])) / (scale(y_ticks[-1]) - scale(y_ticks[0])) if math.isfinite(y) else y
         return _LEFT + across * (right - _LEFT), bottom - up * (bottom - _TOP)
 
     parts = [head]

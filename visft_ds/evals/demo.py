@@ -12,13 +12,14 @@ from pathlib import Path
 
 from visft_ds.data.manifest import Manifest
 from visft_ds.evals.pictures import save_png
-from visft_ds.evals.report import Evaluation, Report, compare_results, comparison, read_evaluation, write_report
+from visft_ds.evals.report import Report, comparison, write_report
+from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import find_layout, tower_in
 from visft_ds.interop.timm import create_model_call
 from visft_ds.monitor.console import Section, print_plan
 
-_SHOWN = ("box/AP", "box/AP50")
+_SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
 
 
 def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | None, seconds: float) -> None:
@@ -38,17 +39,16 @@ def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | 
         _evaluation(out, stage, "-train") for stage in (1, 2) if (out / f"evaluation/stage{stage}-train").exists()
     ]
     files = {
-        "heads": out / "stage1/export/detection.safetensors",
+        "heads": out / "stage1/export",
         "adapter (PEFT)": out / "stage2/export/adapter",
         "merged weights (timm)": out / "merged/backbone.safetensors",
-        "results": out / "evaluation/stage2/detection_results.json",
-        "pictures": out / "evaluation/stage2/pictures",
+        "results and pictures": out / "evaluation/stage2",
         "comparison": out / "comparison.png",
         "report": out / "report.html",
     }
     report = Report(
         title="visft_ds demo",
-        introduction=_introduction(photographs, len(Manifest.load(out / "shards", "train"))),
+        introduction=_introduction(photographs, len(Manifest.load(out / "shards", "train")), held_out[0].tasks),
         runs={"stage 1": out / "stage1", "stage 2": out / "stage2"},
         evaluations=held_out,
         merged=merged,
@@ -63,10 +63,14 @@ def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | 
         save_png(sheet, files["comparison"])
     times = [(name, f"{value:.0f}") for name, value in durations.items()] + [("all, now", f"{seconds:.0f}")]
     head = ("", *(one.label for one in held_out), "difference")
+    names = [name for name in _SHOWN if name in held_out[0].metrics]
+    same = [(task, compare_results(held_out[1], merged, task).text()) for task in held_out[1].tasks]
+    tokenizer = held_out[1].tokenizer
     sections = [
-        Section("held-out images", [_row(name, held_out, merged) for name in _SHOWN], (*head, "merged")),
-        Section("training images", [_row(name, trained) for name in _SHOWN] if trained else [], head),
-        Section("merged weights against the adapter", [("detection", compare_results(held_out[1], merged).text())]),
+        Section("held-out images", [_row(name, held_out, merged) for name in names], (*head, "merged")),
+        Section("training images", [_row(name, trained) for name in names] if trained else [], head),
+        Section("captions", [("words", f"cut by {tokenizer}; papers print 100 times as much")] if tokenizer else []),
+        Section("merged weights against the adapter", same),
         Section("seconds", times),
         Section("files", [(name, short_path(path)) for name, path in files.items()]),
     ]
@@ -90,11 +94,12 @@ def _row(name: str, pair: list[Evaluation], merged: Evaluation | None = None) ->
     return (name, *numbers, f"{merged.metrics[name]:.3f}") if merged else (name, *numbers)
 
 
-def _introduction(photographs: Path | None, images: int) -> list[str]:
+def _introduction(photographs: Path | None, images: int, tasks: list[str]) -> list[str]:
     what = f"{images} photographs of {photographs}" if photographs else f"{images} generated images of textured shapes"
+    heads = f"heads for {', '.join(tasks[:-1])} and {tasks[-1]}" if len(tasks) > 1 else f"a head for {tasks[0]}"
     return [
-        f"Both stages of ViSFT on {what}: first a detection head on a frozen backbone, then LoRA adapters inside the "
-        f"backbone under the frozen head.",
+        f"Both stages of ViSFT on {what}: first {heads} on a frozen backbone, then LoRA adapters inside the backbone, "
+        f"trained through the frozen heads.",
         "The backbone is tiny and starts from random weights, so the numbers show that the whole way works, not how "
         "good ViSFT makes a pretrained backbone."
         + (" Photographs it has not seen need a pretrained one and far more of them." if photographs else ""),
@@ -115,7 +120,7 @@ def _next_commands(out: Path, weights: Path) -> dict[str, str]:
     ]
     train = "\n".join(f"deepspeed --num_gpus 8 launchers/train.py --stage {stage}" for stage in (1, 2))
     return {
-        "Losses of both stages in TensorBoard:": f"tensorboard --logdir {short_path(out)}",
+        "Losses and pictures of both stages in TensorBoard:": f"tensorboard --logdir {short_path(out)}",
         "The merged weights in timm:": "\n".join(load),
         "The real thing, EVA-ViT-E on COCO; each command says what it still needs and how to make it:": train,
     }
