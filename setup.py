@@ -43,6 +43,7 @@ setup(
             OPEN_CLIP,
             "transformers>=5.0",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

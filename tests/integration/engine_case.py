@@ -48,7 +48,7 @@ GROUPS = {
 def build_tasks(width: int) -> dict[str, TaskModule]:
     """Three heads, each as small as it gets with everything in it."""
     detection = {"num_queries": 6, "decoder_layers": 2}
-    segmentation = {"num_queries": 6, "decoder_layers": 2}
+    segmentation = {"num_queries": 6, "decoder_layers": 1}
     return {
         "detection": TaskModule(
             DetectionHead(

@@ -216,6 +216,7 @@ def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) 
     assert "error" not in outputs[1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path: Path) -> None:
     extra = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
     arguments = ["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.integration.engine_case import as_batch
 from visft_ds.config import resolve
-from visft_ds.data.samples import DetectionTargets
+from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.multitask import MultiTaskModel, TaskModule
@@ -296,7 +295,9 @@ def test_hooks_see_every_part_in_order_and_leave_nothing_behind() -> None:
     kind = type("Kind", (), {"backward": lambda *_: 1, "step": lambda *_: 2})
     engine: Any = SimpleNamespace(module=module, deepspeed=kind())
     targets = DetectionTargets(torch.full((1, 4), 0.5), torch.tensor([3]), torch.tensor([1]))
-    batch = as_batch(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), targets, "detection")
+    side, first = torch.full((1, 2), 28), torch.zeros(1, dtype=torch.int64)
+    images, real = torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.ones(1, dtype=torch.bool)
+    batch = Batch(images, side, side, first, first, first, real, {"detection": targets})
     one = torch.tensor(1.0)
     criterion, before = module.criteria["detection"], dict(vars(engine.deepspeed))
     calls = Calls()
