@@ -255,7 +255,7 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
         "optimizer.params.lr=1",
         "visft.seed=1",
         "visft.lora.rank=3",
-        "visft.tasks.detection.image.flip=0",
+        "visft.tasks.detection.image.flip=0.25",
         "visft.tasks.captioning.ratio=9",
         "visft.tasks.captioning.vocabulary.min_count=9",
         "visft.mode=shared",
