@@ -16,8 +16,8 @@ import torch
 from tests.integration.engine_case import CLIP, SAVED_AT, train_plain
 from tests.integration.ranks import run_ranks
 
-#: Offload takes as long as ZeRO-3 and shares its code; it runs with the slow tests.
-ENGINES = ("zero0", "zero1", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow))
+#: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided; they run with the slow tests.
+ENGINES = (pytest.param("zero0", marks=pytest.mark.slow), "zero1", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow))
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 3e-6
 #: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
@@ -28,7 +28,8 @@ ONLY_ROUNDING = "heads.captioning.recurrence.full_att_bias"
 #: In bf16 the gradient of A over four images is rounded once, over four micro-batches four times (2**-9 each).
 #: fp16 products of the frozen backbone against fp32 ones; a bound that is off by the scale gives 0.07 after four steps.
 FP16_LOSS, FP16_NORM = 5e-3, 5e-2
-BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-5, 4e-3, 1e-3
+#: At a rate of 2e-2 a gradient that is lost moves a weight by ten times this bound in one step.
+BF16_LOSS, BF16_NORM, BF16_WEIGHTS = 1e-5, 4e-3, 2e-3
 
 
 @pytest.fixture(scope="module")
