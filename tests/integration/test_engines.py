@@ -17,7 +17,13 @@ from tests.integration.engine_case import CLIP, SAVED_AT, train_plain
 from tests.integration.ranks import run_ranks
 
 #: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided; they run with the slow tests.
-ENGINES = (pytest.param("zero0", marks=pytest.mark.slow), "zero1", "zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow))
+ENGINES = (
+    pytest.param("zero0", marks=pytest.mark.slow),
+    "zero1",
+    "zero2",
+    "zero3",
+    pytest.param("zero3_offload", marks=pytest.mark.slow),
+)
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 3e-6
 #: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
