@@ -63,6 +63,7 @@ class Job:
     files: ModelFiles
     streams: Mapping[str, Stream]
     decoding: Mapping[str, Mapping[str, Any]]  #: task -> what its head is also called with
+    vocabulary: Path | None  #: word map of a head that brings no words along
     shards: Path | None  #: None: make them from a COCO tree
     split: str
     out: Path
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision=precision,
             device=distributed.local_device(),
             preset=given.model,
-            vocabulary=read_vocabulary(given.vocabulary) if given.vocabulary else None,
+            vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
             decoding=job.decoding,
         )
     except ValueError as error:  # every rank runs into the same
@@ -202,6 +203,7 @@ def _job(given: argparse.Namespace) -> Job:
         files=files,
         streams=streams,
         decoding=_decoding(visft if given.run else None, given.beam_size),
+        vocabulary=given.vocabulary or (_recorded_words(visft) if given.run else None),
         shards=None if coco else given.data or shards,
         split=split,
         out=given.out or given.run / f"evaluation-{split}",
@@ -233,6 +235,12 @@ def _chosen(streams: Mapping[str, Stream], given: argparse.Namespace) -> dict[st
         )
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
+
+
+def _recorded_words(config: VisftConfig) -> Path | None:
+    """The word map that a run was given, where captioning is on."""
+    task = config.tasks.captioning
+    return Path(task.vocabulary.file) if task is not None and task.vocabulary.file is not None else None
 
 
 def _decoding(config: VisftConfig | None, beam_size: int | None) -> dict[str, dict[str, Any]]:

@@ -150,7 +150,15 @@ def _open_data(config: ResolvedConfig) -> tuple[Manifest, Manifest | None]:
     validation = Manifest.load(data.root, data.val) if config.visft.run.eval_every else None
     for split in (manifest, validation) if validation else (manifest,):
         check_samples(config.visft.tasks.enabled(), split)
-    _check_labels(manifest, config)
+        _check_labels(split, config)
+    names = {category.coco_id: category.name for category in manifest.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name] if validation else []
+    if other:
+        raise ValueError(
+            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
+            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
+            "same categories"
+        )
     return manifest, validation
 
 

@@ -215,7 +215,12 @@ def _open(path: str | Path, task: str, *, assume: bool) -> HeadFile:
 
 
 def _own_info(file: WeightFile) -> HeadInfo:
-    return HeadInfo(**json.loads(file.metadata[_KEY]))
+    try:
+        return HeadInfo(**json.loads(file.metadata[_KEY]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file.path}: its description of the head cannot be read ({error}): damaged, or of another release"
+        ) from error
 
 
 def _sorted(file: WeightFile) -> PublishedFile:
