@@ -41,7 +41,7 @@ from visft_ds.evals.model import (
 )
 from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.report import FORMAT, METRICS, PICTURES, VERSION, results_name
-from visft_ds.evals.runner import TaskEvaluation, as_metrics, collect, measure
+from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
 from visft_ds.interop.heads import check_categories
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
@@ -50,7 +50,7 @@ from visft_ds.parallel import distributed
 from visft_ds.run_folder import recorded_config
 from visft_ds.stages import choose_precision
 from visft_ds.streams import read_vocabulary
-from visft_ds.tasks import TASKS
+from visft_ds.tasks import TASKS, Results
 
 DEFAULT_BATCH = 8  # without a run that tells
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
@@ -103,10 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _packed(manifest, job, given.coco) as ready:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root))
             _check_truth(job.tasks, ready, given.limit)
-            _evaluate(job, given, model, ready, f"{precision} ({why})")
+            problems = _evaluate(job, given, model, ready, f"{precision} ({why})")
     except (ValueError, OSError) as error:  # may have happened on this rank alone
         return _complain(error, rank)
-    return 0
+    for problem in problems:
+        _complain(ValueError(problem), rank)
+    return 2 if problems else 0
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
@@ -120,6 +122,8 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
                 f"{first}{manifest.root}/{manifest.split} {'have' if limit else 'has'} no {selection}, which {task} is "
                 f"compared with: give other data" + (f", or leave {task} out with --tasks {others}" if others else "")
             )
+    with ShardReader(manifest) as reader:
+        check_truth(tasks, reader, limit)
 
 
 def _complain(error: Exception, rank: int) -> int:
@@ -257,8 +261,10 @@ def _refuse_filled(out: Path) -> None:
         raise ValueError(f"{out} is a file: choose another --out")
 
 
-def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manifest: Manifest, precision: str) -> None:
-    """Collective; the main process writes and prints."""
+def _evaluate(
+    job: Job, given: argparse.Namespace, model: EvaluationModel, manifest: Manifest, precision: str
+) -> list[str]:
+    """Collective; the main process writes, prints, and returns a line for each task that could not be judged."""
     where = f"{given.coco or manifest.root}/{job.split}"
     count = min(given.limit or len(manifest), len(manifest))
     if distributed.is_main():
@@ -280,8 +286,8 @@ def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manif
         )
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
-            return
-        outcome = measure(collected, reader, limit=given.limit, per_category=True)
+            return []
+        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True)
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
@@ -290,9 +296,11 @@ def _evaluate(job: Job, given: argparse.Namespace, model: EvaluationModel, manif
             **({"caption_tokenizer": TOKENIZER, "decoding": job.decoding} if "captioning" in job.tasks else {}),
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
+            **({"problems": problems} if problems else {}),
         }
-        _write(job.out, outcome, record, _save_pictures(pictures, job.out))
-    _print_results(job.out, outcome, count / seconds)
+        _write(job.out, collected, outcome, record, _save_pictures(pictures, job.out))
+    _print_results(job.out, list(collected), outcome, count / seconds)
+    return problems
 
 
 @contextmanager
@@ -349,11 +357,15 @@ def _save_pictures(pictures: Mapping[str, Mapping[int, Picture]], out: Path) -> 
 
 
 def _write(
-    out: Path, outcome: Sequence[TaskEvaluation], record: Mapping[str, Any], pictures: Mapping[str, Any]
+    out: Path,
+    collected: Mapping[str, Results],
+    outcome: Sequence[TaskEvaluation],
+    record: Mapping[str, Any],
+    pictures: Mapping[str, Any],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for part in outcome:
-        (out / results_name(part.task)).write_bytes(orjson.dumps(part.results))
+    for task, results in collected.items():
+        (out / results_name(task)).write_bytes(orjson.dumps(results))
     whole = {
         "format": FORMAT,
         "version": VERSION,
@@ -373,13 +385,13 @@ def _print_start(model: EvaluationModel, precision: str, data: str) -> None:
     print_plan("visft_ds evaluation", [Section("model and data", rows)])
 
 
-def _print_results(out: Path, outcome: Sequence[TaskEvaluation], speed: float) -> None:
+def _print_results(out: Path, tasks: Sequence[str], outcome: Sequence[TaskEvaluation], speed: float) -> None:
     named = {name: value for name, value in as_metrics(outcome).items() if name.count("/") == 1}
     # -1 is COCO's mark for "there is nothing of this kind to find".
     rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in named.items()]
     if any(part.task == "captioning" for part in outcome):
         rows.append(("words of captions", f"cut by {TOKENIZER}"))
-    files = [*(results_name(part.task) for part in outcome), METRICS, f"{PICTURES}/"]
+    files = [*(results_name(task) for task in tasks), METRICS, f"{PICTURES}/"]
     rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
     print_plan("results", [Section("name and value", rows)])
 

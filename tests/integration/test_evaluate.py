@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.captions import TOKENIZER, caption_metrics
 from visft_ds.evals.report import Evaluation, compare_results, read_evaluation
+from visft_ds.evals.runner import EVALUATORS
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.heads import save_heads
 from visft_ds.interop.merge import read_adapter
@@ -396,3 +398,23 @@ def test_nothing_is_overwritten(tool: ModuleType, world: World, tmp_path: Path) 
     status, _, errors = _evaluate(tool, "--run", world.run(1), "--out", tmp_path)
     assert status == 2 and "nothing in it is overwritten" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
+    tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of predictions are written all the same, and so are the other tasks' numbers."""
+
+    def judge(*_: Any) -> dict[str, float]:
+        raise ValueError("the score of a result for image_id 7 is nan")
+
+    monkeypatch.setitem(EVALUATORS, "detection", replace(EVALUATORS["detection"], measure=judge))  # type: ignore[index]
+    status, printed, errors = _evaluate(tool, "--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
+    assert status == 2
+    assert errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"
+    assert "mask/AP50" in printed and "caption/CIDEr-D" in printed and "box/" not in printed
+    found = read_evaluation("out", tmp_path / "out")
+    kept = {name: value for name, value in whole.metrics.items() if not name.startswith("box/")}
+    assert found.metrics == kept and found.record["problems"] == [errors.removeprefix("evaluate: ").strip()]
+    written = (tmp_path / "out" / "detection_results.json").read_bytes()
+    assert written == (whole.folder / "detection_results.json").read_bytes()

@@ -1,7 +1,7 @@
 """Published head files: read whole or refused by name, and written so that their own program would find every key.
 
-`reference` builds modules whose parameters have the names and shapes of the published code, from PyTorch's own layers;
-the tables of the task's tests say which of our parameters is which. Neither knows the reader or the writer.
+`published_reference` has the names and shapes of the published code; the tables of the tasks' tests say which of our
+parameters is which. Neither knows the reader or the writer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_reference import FOREIGN, FULL, OPTIONS, WIDTH, aliased, reference
 from test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
 from torch import Tensor, nn
@@ -29,184 +30,10 @@ from visft_ds.tasks.captioning import PUBLISHED_NAMES, CaptioningHead
 from visft_ds.tasks.detection import DetectionHead
 from visft_ds.tasks.segmentation import SegmentationHead
 
-WIDTH = 12
-# Every size is another number than the default, and no two that could be mixed up are alike.
-OPTIONS: dict[str, dict[str, int]] = {
-    "detection": {
-        "num_classes": 5,
-        "num_queries": 7,
-        "encoder_dim": 16,
-        "decoder_dim": 24,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "ffn_dim": 20,
-    },
-    "segmentation": {
-        "num_classes": 6,
-        "num_queries": 9,
-        "hidden_dim": 32,
-        "encoder_layers": 3,
-        "decoder_layers": 2,
-        "num_points": 2,
-        "encoder_ffn_dim": 18,
-        "decoder_ffn_dim": 22,
-    },
-    "captioning": {"vocabulary_size": 13, "attention_dim": 10, "embed_dim": 14, "decoder_dim": 6},
-}
-FULL: dict[str, dict[str, int]] = {
-    "detection": {
-        "num_classes": 91,
-        "num_queries": 100,
-        "encoder_dim": 128,
-        "decoder_dim": 256,
-        "encoder_layers": 6,
-        "decoder_layers": 6,
-        "ffn_dim": 1024,
-    },
-    "segmentation": {
-        "num_classes": 80,
-        "num_queries": 100,
-        "hidden_dim": 256,
-        "encoder_layers": 6,
-        "decoder_layers": 9,
-        "num_points": 4,
-        "encoder_ffn_dim": 512,
-        "decoder_ffn_dim": 1024,
-    },
-    "captioning": {"vocabulary_size": 9490, "attention_dim": 384, "embed_dim": 384, "decoder_dim": 384},
-}
-FOREIGN = {"vocabulary_size": 13, "attention_dim": 512, "embed_dim": 512, "decoder_dim": 512}
 FILES = {
     task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(TASKS, ("detection", "segment", "caption"), strict=True)
 }
 HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
-
-
-# ---- the reference's names ----
-
-
-def _group(**children: nn.Module | nn.Parameter) -> nn.Module:
-    module = nn.Module()
-    for name, child in children.items():
-        setattr(module, name, child)
-    return module
-
-
-def _mlp(width: int, out: int) -> nn.Module:
-    return _group(layers=nn.ModuleList(nn.Linear(width, size) for size in (width, width, out)))
-
-
-def _detection(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
-    inner, outer = o["encoder_dim"], o["decoder_dim"]
-    encoder = [nn.TransformerEncoderLayer(inner, 8, o["ffn_dim"]) for _ in range(o["encoder_layers"])]
-    decoder = [nn.TransformerDecoderLayer(outer, 8, o["ffn_dim"]) for _ in range(o["decoder_layers"])]
-    decoders = _group(layers=nn.ModuleList(decoder), norm=nn.LayerNorm(outer))
-    transformer = _group(
-        encoder=_group(layers=nn.ModuleList(encoder)),
-        enc2dec_proj=nn.Linear(inner, outer),
-        pos_embed_proj=nn.Linear(inner, outer),
-        decoders=_group(detection=_group(detection_coco=decoders)),
-        task_embeddings_enc=nn.Embedding(256, inner),
-    )
-    return {
-        "transformer": transformer,
-        "query_embeds": _group(detection=_group(detection_coco=nn.Embedding(o["num_queries"], outer))),
-        "input_proj": nn.Conv2d(width, inner, 1),
-        "class_embeds": nn.Linear(outer, o["num_classes"] + 1),
-        "bbox_embeds": _mlp(outer, 4),
-    }
-
-
-def _captioning(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
-    attention, state = o["attention_dim"], o["decoder_dim"]
-    decoder = _group(
-        attention=_group(
-            encoder_att=nn.Linear(width, attention),
-            decoder_att=nn.Linear(state, attention),
-            full_att=nn.Linear(attention, 1),
-        ),
-        embedding=nn.Embedding(o["vocabulary_size"], o["embed_dim"]),
-        decode_step=nn.LSTMCell(o["embed_dim"] + width, state),
-        init_h=nn.Linear(width, state),
-        init_c=nn.Linear(width, state),
-        f_beta=nn.Linear(state, width),
-        fc=nn.Linear(state, o["vocabulary_size"]),
-    )
-    return {"caption_decoder": decoder}
-
-
-def _segmentation(width: int, o: Mapping[str, int]) -> dict[str, nn.Module]:
-    dim, rows = o["hidden_dim"], 8 * o["num_points"]
-
-    def normed(conv: nn.Conv2d) -> nn.Conv2d:
-        conv.norm = nn.GroupNorm(32, dim)
-        return conv
-
-    def pixel_layer() -> nn.Module:
-        return _group(
-            self_attn=_group(
-                sampling_offsets=nn.Linear(dim, 2 * rows),
-                attention_weights=nn.Linear(dim, rows),
-                value_proj=nn.Linear(dim, dim),
-                output_proj=nn.Linear(dim, dim),
-            ),
-            norm1=nn.LayerNorm(dim),
-            linear1=nn.Linear(dim, o["encoder_ffn_dim"]),
-            linear2=nn.Linear(o["encoder_ffn_dim"], dim),
-            norm2=nn.LayerNorm(dim),
-        )
-
-    pixel = _group(
-        input_proj=nn.ModuleList([nn.Sequential(nn.Conv2d(width, dim, 1), nn.GroupNorm(32, dim))]),
-        transformer=_group(
-            level_embed=nn.Parameter(torch.randn(1, dim)),
-            encoder=_group(layers=nn.ModuleList(pixel_layer() for _ in range(o["encoder_layers"]))),
-        ),
-        mask_features=nn.Conv2d(dim, dim, 1),
-        adapter_1=normed(nn.Conv2d(width, dim, 1, bias=False)),
-        layer_1=normed(nn.Conv2d(dim, dim, 3, bias=False)),
-    )
-
-    def layers(make: Callable[[], Mapping[str, nn.Module]]) -> nn.ModuleList:
-        return nn.ModuleList(_group(**make(), norm=nn.LayerNorm(dim)) for _ in range(o["decoder_layers"]))
-
-    ffn = o["decoder_ffn_dim"]
-    predictor = _group(
-        transformer_self_attention_layers=layers(lambda: {"self_attn": nn.MultiheadAttention(dim, 8)}),
-        transformer_cross_attention_layers=layers(lambda: {"multihead_attn": nn.MultiheadAttention(dim, 8)}),
-        transformer_ffn_layers=layers(lambda: {"linear1": nn.Linear(dim, ffn), "linear2": nn.Linear(ffn, dim)}),
-        decoder_norm=nn.LayerNorm(dim),
-        query_feat=nn.Embedding(o["num_queries"], dim),
-        query_embed=nn.Embedding(o["num_queries"], dim),
-        level_embed=nn.Embedding(1, dim),
-        class_embed=nn.Linear(dim, o["num_classes"] + 1),
-        mask_embed=_mlp(dim, dim),
-    )
-    head = _group(pixel_decoder=pixel, predictor=predictor)
-    return {"segment_pixel_decoder": pixel, "segment_predictor": predictor, "segment_head": head}
-
-
-PARTS = {"detection": _detection, "segmentation": _segmentation, "captioning": _captioning}
-
-
-def reference(width: int, options: Mapping[str, Mapping[str, int]]) -> dict[str, Tensor]:
-    """State dict of the reference's model with these heads, values far from where they start."""
-    parts: dict[str, nn.Module | nn.Parameter] = {}
-    for task, sizes in options.items():
-        parts |= PARTS[task](width, sizes)
-    state = _group(visft_heads=_group(**parts)).state_dict()
-    return {name: value + 0.1 * torch.randn_like(value) if value.ndim == 1 else value for name, value in state.items()}
-
-
-def _aliased(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Second names stand for the same tensors again, after the values were changed."""
-    pairs = (
-        ("segment_head.pixel_decoder.", "segment_pixel_decoder."),
-        ("segment_head.predictor.", "segment_predictor."),
-    )
-    for short, long in pairs:
-        state |= {name: state[name.replace(short, long)] for name in state if short in name}
-    return state
 
 
 def theirs(task: str, name: str) -> str:
@@ -254,7 +81,7 @@ def states() -> dict[str, dict[str, Tensor]]:
     foreign = {"detection": OPTIONS["detection"], "captioning": FOREIGN}
     return {
         "detection": reference(WIDTH, foreign) | {"det_losses.empty_weight": torch.ones(6)},
-        "segmentation": _aliased(reference(WIDTH, OPTIONS)),
+        "segmentation": aliased(reference(WIDTH, OPTIONS)),
         "captioning": reference(WIDTH, {task: OPTIONS[task] for task in ("detection", "captioning")}),
     }
 
@@ -520,7 +347,7 @@ def test_what_is_written_has_the_published_form(
     path = tmp_path / "a" / FILES[task]
     save_heads(head, path)
     content = torch.load(path, weights_only=True)
-    wanted = _aliased(reference(WIDTH, {task: OPTIONS[task]}))
+    wanted = aliased(reference(WIDTH, {task: OPTIONS[task]}))
     assert type(content) is dict and sorted(content) == sorted(wanted)
     assert all(torch.equal(content[name], states[task][name]) for name in wanted)
     assert {value.dtype for value in content.values()} == {torch.float32}

@@ -20,15 +20,12 @@ from visft_ds.data.collate import has_targets, pack_detection, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.segmentation import pack_segmentation, segmentation_targets
 from visft_ds.data.transforms import (
-    Flip,
     Op,
-    Resize,
+    ShortSides,
     Size,
     apply_to_image,
-    choose,
     detection_targets,
     final_size,
-    short_side_size,
 )
 from visft_ds.data.vocabulary import Vocabulary
 
@@ -89,24 +86,12 @@ class JointTransform:
             )
         if "captioning" in tasks and vocabulary is None:
             raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
-        sizes = [*short_sides, max_long, eval_short, eval_max_long, 1 if fixed_size is None else fixed_size]
-        if not short_sides or min(*sizes, mask_stride, max_words) < 1:
-            raise ValueError(
-                f"sizes and numbers must be at least 1: short_sides={tuple(short_sides)}, max_long={max_long}, "
-                f"eval_short={eval_short}, eval_max_long={eval_max_long}, fixed_size={fixed_size}, "
-                f"mask_stride={mask_stride}, max_words={max_words}"
-            )
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip={flip} is not allowed: give a probability from 0 to 1")
+        if min(mask_stride, max_words) < 1:
+            raise ValueError(f"mask_stride={mask_stride} and max_words={max_words} must be at least 1")
         self.train = train
         self.tasks = tuple(tasks)
         self.vocabulary = vocabulary
-        self.short_sides = tuple(short_sides)
-        self.max_long = max_long
-        self.flip = flip
-        self.eval_short = eval_short
-        self.eval_max_long = eval_max_long
-        self.fixed_size = fixed_size
+        self.sides = ShortSides(tuple(short_sides), max_long, flip, eval_short, eval_max_long, fixed_size)
         self.mask_stride = mask_stride
         self.caption_choice = choice_for(train, caption_choice)
         self.max_words = max_words
@@ -126,14 +111,7 @@ class JointTransform:
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """What happens to an image of `size`, in order."""
-        ops: list[Op] = []
-        if self.train and generator.random() < self.flip:
-            ops.append(Flip())
-        if self.fixed_size is not None:
-            return [*ops, Resize(self.fixed_size, self.fixed_size)]
-        if not self.train:
-            return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
-        return [*ops, Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))]
+        return [*self.sides.mirror(self.train, generator), self.sides.scale(size, self.train, generator)]
 
     def _targets(
         self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator

@@ -114,6 +114,49 @@ def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
     return (short_side, long_side) if size[0] <= size[1] else (long_side, short_side)
 
 
+@dataclass(frozen=True)
+class ShortSides:
+    """Mirroring and scaling by the short side, which transforms of whole images have in common.
+
+    Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at most
+    `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both scale to
+    a square of that many pixels, and training also mirrors.
+
+    Raises:
+        ValueError: an empty or not positive list of sizes; a probability outside [0, 1].
+    """
+
+    short_sides: Sequence[int]
+    max_long: int
+    flip: float
+    eval_short: int
+    eval_max_long: int
+    fixed_size: int | None
+
+    def __post_init__(self) -> None:
+        fixed = 1 if self.fixed_size is None else self.fixed_size
+        sizes = [*self.short_sides, self.max_long, self.eval_short, self.eval_max_long, fixed]
+        if not self.short_sides or min(sizes) < 1:
+            raise ValueError(
+                f"sizes must be at least 1 pixel: short_sides={tuple(self.short_sides)}, max_long={self.max_long}, "
+                f"eval_short={self.eval_short}, eval_max_long={self.eval_max_long}, fixed_size={self.fixed_size}"
+            )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip} is not allowed: give a probability from 0 to 1")
+
+    def mirror(self, train: bool, generator: np.random.Generator) -> list[Op]:
+        """The first operation of an image, or none."""
+        return [Flip()] if train and generator.random() < self.flip else []
+
+    def scale(self, size: Size, train: bool, generator: np.random.Generator) -> Resize:
+        """The last operation of an image of `size`."""
+        if self.fixed_size is not None:
+            return Resize(self.fixed_size, self.fixed_size)
+        if not train:
+            return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
+        return Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))
+
+
 class DetectionTransform:
     """Augmentation and targets of detection, as in the DETR recipe with a cap for a plain ViT.
 
@@ -145,23 +188,15 @@ class DetectionTransform:
         eval_max_long: int = 672,
         fixed_size: int | None = None,
     ) -> None:
-        sizes = [*short_sides, max_long, *crop_short_sides, *crop_range, eval_short, eval_max_long, fixed_size or 1]
-        if not short_sides or not crop_short_sides or min(sizes) < 1 or crop_range[0] > crop_range[1]:
+        if not crop_short_sides or min(*crop_short_sides, *crop_range) < 1 or crop_range[0] > crop_range[1]:
             raise ValueError(
-                f"image sizes must be positive and in order: short_sides={tuple(short_sides)}, max_long={max_long}, "
-                f"crop_short_sides={tuple(crop_short_sides)}, crop_range={crop_range}, fixed_size={fixed_size}"
+                f"crop sizes must be positive and in order: crop_short_sides={tuple(crop_short_sides)}, "
+                f"crop_range={crop_range}"
             )
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip={flip} is not allowed: give a probability from 0 to 1")
         self.train = train
-        self.short_sides = tuple(short_sides)
-        self.max_long = max_long
+        self.sides = ShortSides(tuple(short_sides), max_long, flip, eval_short, eval_max_long, fixed_size)
         self.crop_short_sides = tuple(crop_short_sides)
         self.crop_range = crop_range
-        self.flip = flip
-        self.eval_short = eval_short
-        self.eval_max_long = eval_max_long
-        self.fixed_size = fixed_size
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
@@ -179,22 +214,16 @@ class DetectionTransform:
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """What happens to an image of `size`, in order."""
-        ops: list[Op] = []
-        if self.train and generator.random() < self.flip:
-            ops.append(Flip())
-        if self.fixed_size is not None:
-            return [*ops, Resize(self.fixed_size, self.fixed_size)]
-        if not self.train:
-            return [*ops, Resize(*short_side_size(size, self.eval_short, self.eval_max_long))]
-        if generator.random() >= 0.5:
-            first = short_side_size(size, choose(self.crop_short_sides, generator), None)
+        ops = self.sides.mirror(self.train, generator)
+        if self.train and self.sides.fixed_size is None and generator.random() >= 0.5:
+            first = short_side_size(size, _choose(self.crop_short_sides, generator), None)
             width = _between(*self.crop_range, first[1], generator)
             height = _between(*self.crop_range, first[0], generator)
             top = int(generator.integers(0, first[0] - height + 1))
             left = int(generator.integers(0, first[1] - width + 1))
             ops += [Resize(*first), Crop(top, left, height, width)]
             size = (height, width)
-        return [*ops, Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))]
+        return [*ops, self.sides.scale(size, self.train, generator)]
 
 
 def detection_targets(
@@ -219,7 +248,7 @@ def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def choose(options: Sequence[int], generator: np.random.Generator) -> int:
+def _choose(options: Sequence[int], generator: np.random.Generator) -> int:
     """One of `options`, each with the same chance."""
     return options[int(generator.integers(0, len(options)))]
 

@@ -47,7 +47,7 @@ def coco_average_precision(
     mask it needs.
     """
     data = _load(ground_truth)
-    categories = {int(category["id"]): str(category["name"]) for category in data["categories"]}
+    categories = _names(data)
     truth = COCO(_plain_ground_truth(data, categories, iou_type))
     kept = _plain_results(results, set(truth.imgs), categories, iou_type)
     evaluation = COCOeval_faster(truth, truth.loadRes(kept), iouType=iou_type, print_function=_quiet)
@@ -62,6 +62,12 @@ def coco_average_precision(
             values = values[values > -1]
             measures[f"{prefix}/AP/{categories[int(category_id)]}"] = float(values.mean()) if values.size else -1.0
     return measures
+
+
+def check_ground_truth(ground_truth: Mapping[str, Any], iou_type: IouType) -> None:
+    """Raise ValueError, as `coco_average_precision` would, where nothing can be compared with this ground truth."""
+    data = _load(ground_truth)
+    _plain_ground_truth(data, _names(data), iou_type)
 
 
 def pack_results(results: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64]:
@@ -87,6 +93,10 @@ def _load(ground_truth: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:
                 f"{where} has no {name}: average precision needs a COCO instances file or the shards' labels"
             )
     return data
+
+
+def _names(data: Mapping[str, Any]) -> dict[int, str]:
+    return {int(category["id"]): str(category["name"]) for category in data["categories"]}
 
 
 def _plain_ground_truth(data: Mapping[str, Any], categories: Mapping[int, str], iou_type: IouType) -> dict[str, Any]:

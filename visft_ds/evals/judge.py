@@ -155,16 +155,17 @@ def main(folder: Path, shards: Path) -> int:
     A task that cannot be judged is named in metrics.json and takes nothing from the others.
     """
     order = orjson.loads((folder / _ORDER).read_bytes())
-    metrics: dict[str, float] = {}
-    problems = []
+    collected: dict[str, Results] = {}
+    unread = []
+    for task in order["tasks"]:
+        try:
+            collected[task] = _read_results(folder / f"{task}_results.json")
+        except (ValueError, OSError) as error:
+            unread.append(f"{task}: {error}")
     with ShardReader(Manifest.load(shards, order["split"])) as reader:
-        for task in order["tasks"]:
-            try:
-                collected = {task: _read_results(folder / f"{task}_results.json")}
-                metrics |= as_metrics(measure(collected, reader, limit=order["limit"]))
-            except (ValueError, OSError) as error:
-                problems.append(f"{task}: {error}")
-    _write(folder / _METRICS, {"step": order["step"], "metrics": metrics, "problems": problems})
+        outcome, problems = measure(collected, reader, limit=order["limit"])
+    whole = {"step": order["step"], "metrics": as_metrics(outcome), "problems": [*unread, *problems]}
+    _write(folder / _METRICS, whole)
     return 0
 
 

@@ -15,7 +15,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.captions import results_metrics
-from visft_ds.evals.coco import coco_average_precision, pack_results, unpack_results
+from visft_ds.evals.coco import check_ground_truth, coco_average_precision, pack_results, unpack_results
 from visft_ds.parallel import distributed
 from visft_ds.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
@@ -30,6 +30,7 @@ class Evaluator:
     truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
     measure: Callable[[Mapping[str, Any], Results, bool], dict[str, float]]
     #: (ground truth, results, each category too) -> named numbers
+    check: Callable[[Mapping[str, Any]], None] = lambda truth: None  #: ValueError: nothing can be compared with it
     pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
     unpack: Callable[[Any], Results] = list
 
@@ -38,12 +39,14 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "detection": Evaluator(
         truth=coco_dataset,
         measure=lambda truth, results, each: coco_average_precision(truth, results, "bbox", per_category=each),
+        check=lambda truth: check_ground_truth(truth, "bbox"),
         pack=pack_results,
         unpack=unpack_results,
     ),
     "segmentation": Evaluator(
         truth=coco_dataset,
         measure=lambda truth, results, each: coco_average_precision(truth, results, "segm", per_category=each),
+        check=lambda truth: check_ground_truth(truth, "segm"),
     ),
     "captioning": Evaluator(
         truth=caption_dataset,
@@ -107,19 +110,31 @@ def collect(
 
 def measure(
     collected: Mapping[str, Results], reader: ShardReader, *, limit: int | None = None, per_category: bool = False
-) -> list[TaskEvaluation]:
+) -> tuple[list[TaskEvaluation], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
-    Raises:
-        ValueError: results that cannot be judged, see `coco_average_precision` and `results_metrics`.
+    Returns the outcomes, and a line for each task that cannot be judged: it takes nothing from the others.
     """
-    count = len(reader) if limit is None else min(limit, len(reader))
-    outcome = []
+    outcome, problems = [], []
     for task, results in collected.items():
         evaluator = EVALUATORS[task]
-        truth = evaluator.truth(reader, range(count))
-        outcome.append(TaskEvaluation(task, evaluator.measure(truth, results, per_category), results))
-    return outcome
+        try:
+            metrics = evaluator.measure(_truth(task, reader, limit), results, per_category)
+        except ValueError as error:
+            problems.append(f"{task}: {error}")
+        else:
+            outcome.append(TaskEvaluation(task, metrics, results))
+    return outcome, problems
+
+
+def check_truth(tasks: Sequence[str], reader: ShardReader, limit: int | None) -> None:
+    """Raise ValueError where a task could not be judged by these labels, before anything is predicted."""
+    for task in tasks:
+        EVALUATORS[task].check(_truth(task, reader, limit))
+
+
+def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:
+    return EVALUATORS[task].truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
 
 
 def as_metrics(outcome: Sequence[TaskEvaluation]) -> dict[str, float]:

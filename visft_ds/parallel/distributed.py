@@ -72,7 +72,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     stops, tokens, squares, *sums = vector.tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         raise RuntimeError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
-    return StepAgreement(dict(zip(keys, sums, strict=False)), stops > 0)
+    return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
