@@ -40,8 +40,8 @@ from visft_ds.evals.model import (
     streams_without_run,
 )
 from visft_ds.evals.pictures import Picture, grid, save_png
-from visft_ds.evals.report import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
+from visft_ds.evals.stored import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.interop.heads import check_categories
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan

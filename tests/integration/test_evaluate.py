@@ -28,8 +28,8 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.captions import TOKENIZER, caption_metrics
-from visft_ds.evals.report import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.runner import EVALUATORS
+from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.heads import save_heads
 from visft_ds.interop.merge import read_adapter

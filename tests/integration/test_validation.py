@@ -29,7 +29,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals import judge as judging
 from visft_ds.evals.judge import Judge
-from visft_ds.evals.report import read_evaluation
+from visft_ds.evals.stored import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.stages import prepare_model

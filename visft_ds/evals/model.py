@@ -23,9 +23,9 @@ from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
 from visft_ds.interop.layouts import Tower, find_layout, tower_in
-from visft_ds.interop.merge import read_adapter, resolve_tower
+from visft_ds.interop.merge import build_tower, read_adapter, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
-from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
+from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.stages import trains_backbone
@@ -238,19 +238,7 @@ def _head_info(folder: Path, task: str, tower: Tower) -> HeadInfo:
 
 def _empty_backbone(tower: Tower, storage: torch.dtype) -> EvaViT:
     """A tower with unset weights: matrices in `storage`, norms, biases and positions in fp32, as in training."""
-    assert tower.num_heads is not None and tower.post_norm is not None
-    backbone = build_backbone(
-        "debug",  # every field of it is replaced
-        dtype=storage,
-        seed=None,
-        width=tower.width,
-        depth=tower.depth,
-        num_heads=tower.num_heads,
-        mlp_ratio=tower.mlp_ratio,
-        patch_size=tower.patch_size,
-        image_size=tower.image_size,
-        post_norm=tower.post_norm,
-    )
+    backbone = build_tower(tower, storage)
     for name, parameter in backbone.named_parameters():
         if parameter.ndim < 2 or name == "pos_embed":
             parameter.data = parameter.data.float()

@@ -19,33 +19,8 @@ from PIL import Image, ImageDraw
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
 from visft_ds.evals.page import embed, page, section, table
 from visft_ds.evals.pictures import INK, Picture, grid, letters, paper, split_panels
-from visft_ds.evals.stored import (
-    FORMAT,
-    MAIN,
-    METRICS,
-    PICTURES,
-    VERSION,
-    Evaluation,
-    compare_results,
-    read_evaluation,
-    results_name,
-)
+from visft_ds.evals.stored import MAIN, Evaluation, compare_results
 from visft_ds.monitor.metrics import read_metrics
-
-#: Also what this page is made from, for those who write or read evaluations.
-__all__ = [
-    "FORMAT",
-    "METRICS",
-    "PICTURES",
-    "VERSION",
-    "Evaluation",
-    "Report",
-    "compare_results",
-    "comparison",
-    "read_evaluation",
-    "results_name",
-    "write_report",
-]
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {
@@ -66,7 +41,7 @@ MEANINGS = {
 }
 _NAMES = {"box/AP50": "box AP50", "mask/AP50": "mask AP50", "caption/CIDEr-D": "caption CIDEr-D"}
 _COLOURS = ("#2c6fbb", "#c2571a", "#3c8d40", "#8a4fa3")
-_TASK_COLOURS = dict(zip(MAIN, _COLOURS, strict=False))
+_TASK_COLOURS = dict(zip(MAIN, _COLOURS[: len(MAIN)], strict=True))
 _MOST_CATEGORIES = 20
 #: Pictures of a task; fewer where each task has two sections of them.
 _MOST_PICTURES, _MOST_OF_TWO = 6, 4

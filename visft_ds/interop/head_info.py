@@ -13,15 +13,8 @@ from torch import nn
 
 from visft_ds.interop.backbones import copy_tensors
 from visft_ds.interop.files import WeightFile, examples
-from visft_ds.tasks.captioning import CaptioningHead
-from visft_ds.tasks.detection import DetectionHead
-from visft_ds.tasks.segmentation import SegmentationHead
+from visft_ds.tasks import TASKS, get_task
 
-HEADS: Mapping[str, type[nn.Module]] = {
-    "detection": DetectionHead,
-    "segmentation": SegmentationHead,
-    "captioning": CaptioningHead,
-}
 # Options that no tensor's shape tells, and that are attributes of the head itself.
 _OWN_ATTRIBUTES = {"segmentation": ("labelling",), "captioning": ("grid",)}
 # option -> (parameter, axis, summand): the size is that of the axis plus the summand.
@@ -81,18 +74,12 @@ class HeadInfo:
         return ", ".join(f"{name}={value}" for name, value in {"in_channels": self.in_channels, **self.options}.items())
 
 
-def check_task(task: str) -> None:
-    """Raise ValueError for a task that has no head."""
-    if task not in HEADS:
-        raise ValueError(f"unknown task {task!r}: allowed are {', '.join(HEADS)}")
-
-
 def task_of(head: nn.Module) -> str:
     """The task of a head module; raises ValueError for other modules."""
-    for task, kind in HEADS.items():
-        if isinstance(head, kind):
+    for task, spec in TASKS.items():
+        if isinstance(head, spec.head):
             return task
-    names = ", ".join(kind.__name__ for kind in HEADS.values())
+    names = ", ".join(spec.head.__name__ for spec in TASKS.values())
     raise ValueError(f"a {type(head).__name__} is no head that can be written: give one of {names}")
 
 
@@ -164,8 +151,7 @@ def describe(head: nn.Module) -> HeadInfo:
 
 def build_empty(info: HeadInfo) -> nn.Module:
     """The head that `info` describes, on the meta device. Raises ValueError for options that are not possible."""
-    check_task(info.task)
-    kind = HEADS[info.task]
+    kind = get_task(info.task).head
     unknown = sorted(info.options.keys() - inspect.signature(kind).parameters.keys())
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")

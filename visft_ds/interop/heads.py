@@ -12,9 +12,10 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from visft_ds.config.preflight import head_files
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import WeightFile, examples, open_weights, save_tensors
-from visft_ds.interop.head_info import HeadFile, HeadInfo, check_task, describe, task_of
+from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
     PREFIX,
@@ -24,6 +25,7 @@ from visft_ds.interop.published_heads import (
     sort_names,
     write_published_head,
 )
+from visft_ds.tasks import get_task
 from visft_ds.tasks.segmentation import Labelling
 
 __all__ = [
@@ -54,7 +56,7 @@ def find_head(folder: str | Path, task: str) -> Path:
     files of both backbones beside each other; and for a file whose published name is that of another task, since its
     other heads are untrained.
     """
-    check_task(task)
+    get_task(task)
     folder = Path(folder)
     if folder.is_file():
         other = published_task(folder)
@@ -64,13 +66,10 @@ def find_head(folder: str | Path, task: str) -> Path:
                 f"file eva_*_{KINDS[task]}_heads.ckpt, or the folder with all of them"
             )
         return folder
-    own = head_file(folder, task)
-    published = [folder / f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg"]
-    found = [path for path in published if path.is_file()]
-    if own.is_file():
-        return own
+    found = head_files(folder, task)
     if not found:
-        names = ", ".join(path.name for path in (own, *published))
+        published = (f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg")
+        names = ", ".join((head_file(folder, task).name, *published))
         raise ValueError(
             f"no {task} head in {folder}: looked for {names}. Stage 1 of a training writes the first into RUN/export; "
             f"the others are ViSFT's published files"
@@ -159,7 +158,7 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
             has), and, all listed: names that nothing accounts for, missing tensors, wrong shapes, values that are not
             finite, second names of segmentation tensors that hold something else.
     """
-    check_task(task)
+    get_task(task)
     if labelling is not None and (task != "segmentation" or labelling not in get_args(Labelling)):
         raise ValueError(
             f"labelling {labelling!r} with task {task!r}: only segmentation has one, {' or '.join(get_args(Labelling))}"
@@ -178,7 +177,7 @@ def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
     ValueError for a file that is no head, or has none of this task.
     """
     if task is not None:
-        check_task(task)
+        get_task(task)
         return _open(path, task, assume=True).info
     file = open_weights(path)
     if _KEY in file.metadata:

@@ -237,11 +237,12 @@ def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, fl
     return replace(found, num_heads=int(heads), post_norm=bool(post_norm))
 
 
-def build_tower(tower: Tower) -> EvaViT:
+def build_tower(tower: Tower, dtype: torch.dtype = torch.float32) -> EvaViT:
     """A model of these sizes with unset weights, to be loaded next."""
     assert tower.num_heads is not None and tower.post_norm is not None
     return build_backbone(
-        "debug",
+        "debug",  # every field of it is replaced
+        dtype=dtype,
         width=tower.width,
         depth=tower.depth,
         num_heads=tower.num_heads,

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights, write_atomically
-from visft_ds.interop.head_info import HEADS, HeadFile, HeadInfo, attention_heads, check_task, read_sizes, task_of
+from visft_ds.interop.head_info import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
 from visft_ds.interop.layouts import is_lora
+from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.captioning import PUBLISHED_NAMES
 
 PREFIX = "visft_heads."
@@ -159,7 +160,7 @@ def sort_names(file: WeightFile) -> PublishedFile:
     unknown += [name for name, original in repeats.items() if original not in file]
     return PublishedFile(
         file,
-        {task: heads[task] for task in HEADS if task in heads},
+        {task: heads[task] for task in TASKS if task in heads},
         {name: original for name, original in repeats.items() if original in file},
         {reason: tuple(names) for reason, names in beside.items()},
         tuple(unknown),
@@ -168,7 +169,7 @@ def sort_names(file: WeightFile) -> PublishedFile:
 
 def _place(inner: str) -> tuple[str, str] | tuple[None, str]:
     """Task and our name of a name behind the prefix."""
-    for task in HEADS:
+    for task in TASKS:
         if (ours := _our_name(task, inner)) is not None:
             return task, ours
     return None, ""
@@ -223,7 +224,7 @@ def read_published_head(path: str | Path, task: str) -> PublishedHead:
     not accounted for, missing tensors, other shapes than the sizes ask for, values that are not finite, and second
     names of segmentation tensors that hold something else.
     """
-    check_task(task)
+    get_task(task)
     content = sort_names(open_weights(path))
     found = find_published(content, task, assume=True)
     return PublishedHead(found.build().state_dict(), found.info, content.ignored(task))

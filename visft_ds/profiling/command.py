@@ -34,16 +34,28 @@ _AP_EPILOG = """examples:
 """
 
 
+def _command(commands: Any, name: str, *, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A sub-command in the manner of all."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    return parser
+
+
 def add_train_parser(commands: Any) -> None:
     """Add the sub-command; it leaves the flags of launchers/train.py alone."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = _command(
+        commands,
         "train",
         help="speed, time by part, memory by kind and FLOPs of a training configuration",
         description="Measure a training configuration through the code that trains: same model, engine and loader.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps of each task (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before these (%(default)s)")
@@ -102,14 +114,12 @@ def measure_configuration(
 
 def add_sharing_parser(commands: Any) -> None:
     """Add the sub-command that compares steps of one task with steps that all tasks share."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = _command(
+        commands,
         "sharing",
         help="stage 1: steps of each task alone against steps in which one forward teaches every head",
         description="Measure what mode shared saves over a run for each task; one engine makes all kinds of steps.",
         epilog=_EPILOG.partition("\nexamples")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
@@ -135,14 +145,12 @@ def profile_sharing(options: argparse.Namespace, rest: Sequence[str], command: S
 
 def add_heads_parser(commands: Any) -> None:
     """Add the sub-command that measures heads on made-up features."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = _command(
+        commands,
         "heads",
         help="time and memory of each head's training step, its criterion and matcher, on made-up features",
         description="Measure each head alone: forward, criterion with its matcher, backward, memory; side by side.",
         epilog=_HEADS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="detection, segmentation, captioning (all)")
     parser.add_argument("--width", type=int, metavar="N", help="channels of the features (1792; 64 with --small)")
@@ -161,14 +169,12 @@ def add_heads_parser(commands: Any) -> None:
 
 def add_ap_parser(commands: Any) -> None:
     """Add the sub-command that times average precision."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = _command(
+        commands,
         "ap",
         help="average precision against pycocotools: seconds of both, and whether the numbers are equal",
         description="Time average precision beside pycocotools on made-up results; exit status 1 if numbers differ.",
         epilog=_AP_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--images", type=int, metavar="N", help="images (5000; 500 with --masks)")
     parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")

@@ -46,7 +46,7 @@ class TaskSpec:
     """
 
     name: str
-    head: Callable[..., nn.Module]  #: (in_channels, **head options); called with (features, valid)
+    head: type[nn.Module]  #: (in_channels, **head options); called with (features, valid)
     build_criterion: Callable[..., Criterion]  #: (**loss options)
     shared_options: tuple[str, ...]  #: head options that the criterion must be given too
     transform: Callable[..., Transform]  #: (train, **image options)
