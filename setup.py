@@ -49,6 +49,7 @@ setup(
             "mypy>=2.4,<3",
             "scipy-stubs>=1.11",
             "psutil>=5.9",
+            "pycocoevalcap>=1.2",
         ],
     },
 )
