@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 TIMM = "timm>=1.0.20"
 OPEN_CLIP = "open_clip_torch>=3.0"
+HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
     name="visft_ds",
@@ -32,15 +33,20 @@ setup(
         "pydantic>=2.8",
         "orjson>=3.10",
         "simplejpeg>=1.8",
+        "fsspec>=2024.6",
         "pillow>=10.3",
         "rich>=13.7",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "eval": [TIMM, OPEN_CLIP],
+        "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "dev": [
             TIMM,
             OPEN_CLIP,
+            HTTP,
+            S3,
+            "moto[server,s3]>=5.0",
             "transformers>=5.0",
             "pytest>=8.2",
             "pytest-xdist>=3.6",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"

@@ -20,7 +20,7 @@ PACKAGE = "visft_ds"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
-    ("models", "tasks"),
+    ("conversion", "models", "tasks"),
     ("interop", "multitask", "run_folder", "streams"),
     ("stages",),
     ("evals", "parallel"),

@@ -25,7 +25,7 @@ import orjson
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.captions import TOKENIZER

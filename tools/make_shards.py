@@ -20,10 +20,10 @@ from typing import Any
 
 import orjson
 
-from visft_ds.data.convert import Options, Progress, Report, build, report_dict
+from visft_ds.conversion.build import Options, Progress, Report, build, report_dict
+from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.plan import Plan, StepPlan, TaskPlan
-from visft_ds.data.shards import verify
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

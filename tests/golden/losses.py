@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.toy import write_toy_coco
 
 FOLDER = Path(__file__).parent

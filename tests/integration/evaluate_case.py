@@ -18,7 +18,7 @@ from coco_tree import Tree, write_tree
 from tests.integration.ranks import REPOSITORY
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.shards import ShardReader

@@ -19,10 +19,11 @@ import simplejpeg
 from coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from PIL import Image
 
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
+from visft_ds.conversion.verify import verify
 from visft_ds.data.loader import coco_dataset
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader, verify
+from visft_ds.data.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_ID = 1000 + 7 * 15  # of a tree of 16

@@ -12,7 +12,7 @@ from tests.coco_tree import write_tree
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from tools.profile import main
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.profiling.memory import KINDS
 from visft_ds.profiling.report import FORMAT, VERSION, make_sections, make_title
 from visft_ds.profiling.timing import MATCHER, PARTS

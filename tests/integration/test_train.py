@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.coco_tree import write_tree
 from tests.integration.ranks import REPOSITORY, finish, free_port, run_ranks, start_ranks
 from tests.integration.tiny import TINY
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
 from visft_ds.tasks import TASKS
 

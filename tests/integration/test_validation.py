@@ -24,7 +24,7 @@ from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals import judge as judging

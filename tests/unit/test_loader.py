@@ -14,8 +14,8 @@ import pytest
 import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.convert import Options, build
 from visft_ds.data.loader import Pipeline, StepLoader, coco_dataset, evaluation_batches, read_raw
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, StepPlan, TaskPlan

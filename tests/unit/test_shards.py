@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from coco_tree import make_split
 
+from visft_ds.conversion.verify import Problem, verify
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import Problem, ShardReader, verify
+from visft_ds.data.shards import ShardReader
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.stages import PUBLISHED_VOCABULARY

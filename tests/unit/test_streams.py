@@ -14,7 +14,7 @@ from tests.coco_tree import write_tree
 from tools.make_shards import main as make_shards
 from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.joint import JointTransform
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample

@@ -16,7 +16,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import Precision, VisftConfig
-from visft_ds.data.convert import Options, build
+from visft_ds.conversion.build import Options, build
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Int64Array, Plan, TaskPlan

@@ -20,10 +20,10 @@ from typing import Any
 import orjson
 from PIL import Image
 
-from visft_ds.data.coco_source import SourceImage
+from visft_ds.conversion.source import SourceImage
+from visft_ds.conversion.verify import file_sha256
 from visft_ds.data.decode import decode_image, image_format
 from visft_ds.data.manifest import INDEX_DTYPE, VERSION
-from visft_ds.data.shards import file_sha256
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this

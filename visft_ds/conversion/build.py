@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 import orjson
 
-from visft_ds.data.coco_source import Source, SourceImage, read_source
+from visft_ds.conversion.shard_writer import (
+    Planned,
+    finished_shard,
+    quarantined,
+    sample_bytes,
+    tar_bytes,
+    write_atomically,
+    write_shard,
+)
+from visft_ds.conversion.source import Source, SourceImage, read_source
 from visft_ds.data.manifest import (
     INDEX_DTYPE,
     VERSION,
@@ -34,15 +43,6 @@ from visft_ds.data.manifest import (
     manifest_path,
     shard_files,
     shard_name,
-)
-from visft_ds.data.shard_writer import (
-    Planned,
-    finished_shard,
-    quarantined,
-    sample_bytes,
-    tar_bytes,
-    write_atomically,
-    write_shard,
 )
 from visft_ds.data.vocabulary import TOKENIZER, caption_words
 

@@ -1,0 +1,1 @@
+"""COCO -> shards, and what keeps shards whole: building, verifying, repairing, comparing."""

@@ -1,0 +1,77 @@
+"""Where the time of a sample goes: named spans of work, measured in each thread and summed on request.
+
+A span costs about a microsecond, so the data path carries them always: the log of a run and `tools/profile.py data`
+read the same numbers.
+
+    with span("decode"):
+        pixels = decode_image(data)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+#: Every name in use, in the order in which a sample meets them.
+SPANS = ("read", "crc", "decode", "labels", "resize", "boxes", "masks", "tokens", "collate")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a kind of work has cost so far."""
+
+    count: int = 0
+    wall: float = 0.0  #: seconds
+    cpu: float = 0.0  #: seconds of the threads that did it
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.count + other.count, self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.count - other.count, self.wall - other.wall, self.cpu - other.cpu)
+
+
+_threads: list[dict[str, list[float]]] = []
+_lock = threading.Lock()
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.table: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in SPANS}
+        with _lock:
+            _threads.append(self.table)  # outlives its thread: what it has done stays counted
+
+
+_local = _Local()
+
+
+class span:  # lower case: used like a function
+    """Add the time between entering and leaving to a name of `SPANS`. Spans do not nest."""
+
+    __slots__ = ("_cpu", "_name", "_wall")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entry = _local.table[self._name]
+        entry[2] += time.thread_time() - self._cpu
+        entry[1] += time.perf_counter() - self._wall
+        entry[0] += 1
+
+
+def spent() -> dict[str, Spent]:
+    """What this process has spent on each name since it began, over all its threads."""
+    with _lock:
+        tables = list(_threads)
+    return {
+        name: sum((Spent(int(c), wall, cpu) for c, wall, cpu in (table[name] for table in tables)), Spent())
+        for name in SPANS
+    }
