@@ -24,6 +24,7 @@ from visft_ds.data.decode import decode_image
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role, ShardReader
+from visft_ds.data.spans import span
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
     image = None
     if image_file is not None:
         try:
-            image = decode_image(image_file)
+            with span("decode"):
+                image = decode_image(image_file)
         except ValueError as error:
             raise ValueError(f"{reader.describe(index)}: {error}") from error
         if image.shape[:2] != (row["height"], row["width"]):
@@ -53,7 +55,8 @@ def read_raw(reader: ShardReader, index: int, role: Role = "both") -> RawSample:
                 f"{reader.describe(index)}: the image is {image.shape[1]} x {image.shape[0]} pixels, "
                 f"not {row['width']} x {row['height']} as in the index"
             )
-    label: Mapping[str, Any] = {} if label_file is None else orjson.loads(label_file)
+    with span("labels"):
+        label: Mapping[str, Any] = {} if label_file is None else orjson.loads(label_file)
     return RawSample(
         index=index,
         image_id=row["image_id"],
@@ -228,7 +231,8 @@ class _Job:
             self._left -= 1
             if self._left:
                 return None
-        return self._pipeline.collate([sample for sample in self._samples if sample is not None])
+        with span("collate"):
+            return self._pipeline.collate([sample for sample in self._samples if sample is not None])
 
 
 class _Workers:

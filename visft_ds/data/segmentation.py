@@ -20,6 +20,7 @@ from torch import Tensor
 from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.masks import Placement, grid_size, rasterise
 from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image
 
 #: The raw ids of COCO's 80 categories; a label is a position in here.
@@ -125,7 +126,8 @@ class SegmentationTransform:
         if raw.image is not None:
             image = transform_image(raw.image, [*ops, Pad(*frame)], self.pad_value)
         try:
-            targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+            with span("masks"):
+                targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
         except ValueError as error:
             raise ValueError(f"image {raw.image_id}: {error}") from error
         return Sample(

@@ -20,6 +20,7 @@ import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
 from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.spans import span
 
 Size = tuple[int, int]  # (height, width)
 FloatArray = npt.NDArray[np.float64]
@@ -65,15 +66,16 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
     The channels-first tensor is a view of the decoded array: resizing that view is measurably faster than resizing a
     contiguous copy, and gives the same values.
     """
-    tensor = torch.from_numpy(image).permute(2, 0, 1)
-    for op in ops:
-        if isinstance(op, Flip):
-            tensor = tensor.flip(2)
-        elif isinstance(op, Crop):
-            tensor = tensor[:, op.top : op.top + op.height, op.left : op.left + op.width]
-        else:
-            tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
-    return tensor.contiguous()
+    with span("resize"):
+        tensor = torch.from_numpy(image).permute(2, 0, 1)
+        for op in ops:
+            if isinstance(op, Flip):
+                tensor = tensor.flip(2)
+            elif isinstance(op, Crop):
+                tensor = tensor[:, op.top : op.top + op.height, op.left : op.left + op.width]
+            else:
+                tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
+        return tensor.contiguous()
 
 
 def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArray:
@@ -202,6 +204,8 @@ class DetectionTransform:
         """Transform one sample; evaluation draws nothing from `generator`."""
         ops = self.geometry(raw.size, generator)
         size = final_size(raw.size, ops)
+        with span("boxes"):
+            targets = detection_targets(raw.annotations, raw.size, ops)
         return Sample(
             index=raw.index,
             image_id=raw.image_id,
@@ -209,7 +213,7 @@ class DetectionTransform:
             size=size,
             image=None if raw.image is None else apply_to_image(raw.image, ops),
             random_key=0,
-            targets={"detection": detection_targets(raw.annotations, raw.size, ops)},
+            targets={"detection": targets},
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
