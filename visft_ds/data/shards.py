@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from visft_ds.data.manifest import Manifest, rebuild_hint
+from visft_ds.data.spans import span
 
 Role = Literal["both", "images", "labels"]
 ROLES: tuple[Role, ...] = ("both", "images", "labels")
@@ -91,19 +92,23 @@ class ShardReader:
         return data
 
     def _check(self, index: int, row: dict[str, int], part: str, data: bytes) -> None:
-        if len(data) != row[f"{part}_size"] or zlib.crc32(data) != row[f"{part}_crc32"]:
+        with span("crc"):
+            found = zlib.crc32(data)
+        if len(data) != row[f"{part}_size"] or found != row[f"{part}_crc32"]:
             raise ValueError(
                 f"{self.describe(index)}: the {part} at offset {row[f'{part}_offset']} is damaged "
-                f"({len(data)} of {row[f'{part}_size']} bytes read, crc32 {zlib.crc32(data):08x} instead of "
+                f"({len(data)} of {row[f'{part}_size']} bytes read, crc32 {found:08x} instead of "
                 f"{row[f'{part}_crc32']:08x}). {rebuild_hint(self.manifest.split)}"
             )
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if shard < _MAX_OPEN:
-            return _pread_all(self._descriptor(shard), size, offset)
+            with span("read"):
+                return _pread_all(self._descriptor(shard), size, offset)
         descriptor = self._open(shard)
         try:
-            return _pread_all(descriptor, size, offset)
+            with span("read"):
+                return _pread_all(descriptor, size, offset)
         finally:
             os.close(descriptor)
 
