@@ -1,0 +1,161 @@
+"""The data sets that the measurements of the data path read, and the loader as training builds it.
+
+A set is a folder of finished shards, an ordinary COCO tree (repeated until it is large enough to be measured), or
+generated pictures. The last two are packed into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from visft_ds.conversion.build import Options, build
+from visft_ds.data.joint import JointTransform, collate_joint
+from visft_ds.data.loader import Pipeline, StepLoader
+from visft_ds.data.manifest import Manifest, manifest_path
+from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.shards import Role, ShardReader
+from visft_ds.data.toy import write_toy_coco
+from visft_ds.data.vocabulary import Vocabulary
+
+#: Pixels of a side of the plain three-task sample, and the name of its only task.
+SIDE, TASK = 224, "joint"
+#: Height and width of generated pictures: COCO's commonest size.
+GENERATED_SIZE = (480, 640)
+_SPLIT = "measured"
+_SAMPLES_PER_SHARD = 64
+#: Generated pictures that are different; drawing one takes longer than reading it many times.
+_DRAWN = 64
+#: Between the ids of one repetition of a set and the next; COCO's are below a million.
+_REPETITION = 10_000_000
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Shards to measure on."""
+
+    name: str  #: for tables
+    manifest: Manifest
+
+    @property
+    def urls(self) -> list[str]:
+        """The shards as webdataset takes them."""
+        return [str(self.manifest.root / shard.name) for shard in self.manifest.shards]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Every word of the captions: small sets have few."""
+        return Vocabulary.from_counts(self.manifest.vocabulary, min_count=1)
+
+
+@contextmanager
+def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
+    """A set by its folder: shards, a COCO tree, or (None) generated pictures.
+
+    Args:
+        folder: holds `SPLIT.manifest.json`, or `annotations/` beside the folders of pictures.
+        split: name of the shards; "train" also finds `train2017` of a COCO tree.
+        images: a tree or generated pictures are repeated until there are at least that many samples. Finished shards
+            are taken as they are.
+
+    Raises:
+        ValueError: the folder holds neither; what is found in it is damaged.
+    """
+    if folder is not None and manifest_path(folder, split).is_file():
+        yield DataSet(f"{folder.name}/{split}", Manifest.load(folder, split))
+        return
+    with tempfile.TemporaryDirectory(prefix="visft-profile-") as temporary:
+        work = Path(temporary)
+        if folder is None:
+            height, width = GENERATED_SIZE
+            write_toy_coco(work / "coco", train=min(images, _DRAWN), val=0, height=height, width=width)
+            tree, part, name = work / "coco", "train2017", f"generated {width} x {height}"
+        else:
+            tree, part, name = folder, _part(folder, split), folder.name
+        yield DataSet(name, _pack(tree, part, work, images))
+
+
+def _part(folder: Path, split: str) -> str:
+    for part in (split, f"{split}2017"):
+        if (folder / "annotations" / f"instances_{part}.json").is_file() and (folder / part).is_dir():
+            return part
+    raise ValueError(
+        f"--data {folder}: neither shards ({split}.manifest.json) nor a COCO tree "
+        f"(annotations/instances_{split}2017.json beside {split}2017/); give the folder of one, or leave --data out "
+        "and give --synthetic"
+    )
+
+
+def _pack(tree: Path, part: str, work: Path, images: int) -> Manifest:
+    """Shards of a COCO tree below `work`, with every image as often as it takes to have `images` samples."""
+    instances, captions = (_read(tree / "annotations" / f"{kind}_{part}.json") for kind in ("instances", "captions"))
+    repetitions = max(1, -(-images // len(instances["images"])))
+    pictures = work / "pictures"
+    pictures.mkdir()
+    for image in instances["images"]:
+        for repetition in range(repetitions):
+            (pictures / _file_name(image, repetition)).symlink_to((tree / part / image["file_name"]).resolve())
+    for kind, content in (("instances", instances), ("captions", captions)):
+        (work / f"{kind}.json").write_bytes(orjson.dumps(_repeated(content, repetitions)))
+    build(
+        Options(
+            images=pictures,
+            instances=work / "instances.json",
+            captions=work / "captions.json",
+            out=work / "shards",
+            split=_SPLIT,
+            max_count=_SAMPLES_PER_SHARD,
+        )
+    )
+    return Manifest.load(work / "shards", _SPLIT)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return content
+
+
+def _repeated(content: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
+    """The same COCO dictionary with every image and annotation that many times, under ids of their own."""
+    images = [
+        {**image, "id": image["id"] + _REPETITION * turn, "file_name": _file_name(image, turn)}
+        for turn in range(repetitions)
+        for image in content["images"]
+    ]
+    annotations = [
+        {
+            **annotation,
+            "id": turn * len(content["annotations"]) + place,
+            "image_id": annotation["image_id"] + _REPETITION * turn,
+        }
+        for turn in range(repetitions)
+        for place, annotation in enumerate(content["annotations"], start=1)
+    ]
+    return {**content, "images": images, "annotations": annotations}
+
+
+def _file_name(image: Mapping[str, Any], repetition: int) -> str:
+    return f"{image['id'] + _REPETITION * repetition:012d}.jpg"
+
+
+def joint_pipeline(vocabulary: Vocabulary) -> Pipeline:
+    """The plain three-task sample: boxes, masks of 56 x 56 cells and one caption on a square of 224 pixels."""
+    tasks = ("detection", "segmentation", "captioning")
+    return Pipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
+
+
+def our_loader(
+    reader: ShardReader, pipeline: Pipeline, batch: int, *, threads: int, role: Role = "both", seed: int = 0
+) -> StepLoader:
+    """The loader of this project over one set, in global shuffled order; one process has the whole batch."""
+    plan = Plan({TASK: TaskPlan(len(reader), batch)}, seed)
+    return StepLoader(reader, plan, {TASK: pipeline}, threads=threads, role=role)
