@@ -99,9 +99,7 @@ def rasterise_all(
     return masks
 
 
-def _draw_polygons(
-    drawn: Sequence[tuple[Mask, Sequence[Any]]], stored: Size, fine: Placement, subsamples: int
-) -> None:
+def _draw_polygons(drawn: Sequence[tuple[Mask, Sequence[Any]]], stored: Size, fine: Placement, subsamples: int) -> None:
     """Fill the polygons of every object into its mask.
 
     The corners of all objects are moved together: an object has few, and each call of numpy costs as much as a hundred.
@@ -118,18 +116,20 @@ def _draw_polygons(
             usable += enough
     if not masks:
         return
-    lengths = [len(polygon) for polygon in usable]
+    lengths = np.array([len(polygon) for polygon in usable], dtype=np.int64)
     ends = np.cumsum(lengths)
     starts = (ends - lengths)[firsts] // 2  # of the points of each object
     # garbage far outside would cost memory in proportion to its distance
     limit = np.array([stored[1], stored[0]])
-    points = fine.points(np.array(list(chain.from_iterable(usable)), dtype=np.float64).reshape(-1, 2).clip(-limit, 2 * limit))
+    points = fine.points(
+        np.array(list(chain.from_iterable(usable)), dtype=np.float64).reshape(-1, 2).clip(-limit, 2 * limit)
+    )
     low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
     corner = np.maximum(np.floor(low / subsamples), 0).astype(np.int64)  # (n, 2) x, y of the first cell
     beyond = np.minimum(np.ceil(high / subsamples), masks[0].shape[::-1]).astype(np.int64)
     counts = np.diff(starts, append=len(points))
     flat: list[float] = (points - np.repeat(corner * subsamples, counts, axis=0)).ravel().tolist()
-    parts = [flat[end - length : end] for end, length in zip(ends.tolist(), lengths, strict=True)]
+    parts = [flat[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
     lasts = [*firsts[1:], len(parts)]
     for mask, (left, top), (right, bottom), first, last in zip(
         masks, corner.tolist(), beyond.tolist(), firsts, lasts, strict=True

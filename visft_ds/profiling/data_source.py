@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from visft_ds.conversion.build import Options, build
@@ -38,20 +40,63 @@ _REPETITION = 10_000_000
 
 @dataclass(frozen=True)
 class DataSet:
-    """Shards to measure on."""
+    """Shards to measure on: the first of a split that together have enough samples."""
 
     name: str  #: for tables
     manifest: Manifest
+    shards: int
+
+    @classmethod
+    def of(cls, name: str, manifest: Manifest, images: int) -> DataSet:
+        """As many whole shards as it takes to have `images` samples; all of them where there are fewer."""
+        sums = np.cumsum([shard.count for shard in manifest.shards])
+        return cls(name, manifest, min(int(np.searchsorted(sums, images)) + 1, len(sums)))
 
     @property
     def urls(self) -> list[str]:
         """The shards as webdataset takes them."""
-        return [str(self.manifest.root / shard.name) for shard in self.manifest.shards]
+        return [str(self.manifest.root / shard.name) for shard in self.manifest.shards[: self.shards]]
+
+    def __len__(self) -> int:
+        """Samples in these shards: the first ones of the index."""
+        return sum(shard.count for shard in self.manifest.shards[: self.shards])
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """Their rows of the index."""
+        return self.manifest.index[: len(self)]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides how much work a sample is, for records and tables."""
+        rows = self.rows
+        return {
+            "name": self.name,
+            "samples": len(self),
+            "shards": self.shards,
+            "image_bytes": float(rows["image_size"].mean()),
+            "label_bytes": float(rows["label_size"].mean()),
+            "pixels": float((rows["width"].astype(np.int64) * rows["height"]).mean()),
+            "objects": float(rows["num_annotations"].mean()),
+            "captions": float(rows["num_captions"].mean()),
+        }
 
     @property
     def vocabulary(self) -> Vocabulary:
         """Every word of the captions: small sets have few."""
         return Vocabulary.from_counts(self.manifest.vocabulary, min_count=1)
+
+
+def facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`DataSet.facts` for a person."""
+    return [
+        ("set", f"{facts['name']}: {facts['samples']:,} samples in {facts['shards']} shards"),
+        (
+            "a sample",
+            f"{facts['image_bytes'] / 1000:.0f} kB, {facts['pixels'] / 1e6:.2f} million pixels, "
+            f"{facts['objects']:.1f} objects, {facts['captions']:.1f} captions, labels of "
+            f"{facts['label_bytes'] / 1000:.1f} kB",
+        ),
+    ]
 
 
 @contextmanager
@@ -61,14 +106,14 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
     Args:
         folder: holds `SPLIT.manifest.json`, or `annotations/` beside the folders of pictures.
         split: name of the shards; "train" also finds `train2017` of a COCO tree.
-        images: a tree or generated pictures are repeated until there are at least that many samples. Finished shards
-            are taken as they are.
+        images: how many samples are wanted. A tree or generated pictures are repeated until there are as many; of
+            finished shards, the first ones are taken.
 
     Raises:
         ValueError: the folder holds neither; what is found in it is damaged.
     """
     if folder is not None and manifest_path(folder, split).is_file():
-        yield DataSet(f"{folder.name}/{split}", Manifest.load(folder, split))
+        yield DataSet.of(f"{folder.name}/{split}", Manifest.load(folder, split), images)
         return
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as temporary:
         work = Path(temporary)
@@ -78,7 +123,7 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
             tree, part, name = work / "coco", "train2017", f"generated {width} x {height}"
         else:
             tree, part, name = folder, _part(folder, split), folder.name
-        yield DataSet(name, _pack(tree, part, work, images))
+        yield DataSet.of(name, _pack(tree, part, work, images), images)
 
 
 def _part(folder: Path, split: str) -> str:
@@ -154,8 +199,15 @@ def joint_pipeline(vocabulary: Vocabulary) -> Pipeline:
 
 
 def our_loader(
-    reader: ShardReader, pipeline: Pipeline, batch: int, *, threads: int, role: Role = "both", seed: int = 0
+    data: DataSet,
+    reader: ShardReader,
+    pipeline: Pipeline,
+    batch: int,
+    *,
+    threads: int,
+    role: Role = "both",
+    name: str = TASK,
 ) -> StepLoader:
-    """The loader of this project over one set, in global shuffled order; one process has the whole batch."""
-    plan = Plan({TASK: TaskPlan(len(reader), batch)}, seed)
-    return StepLoader(reader, plan, {TASK: pipeline}, threads=threads, role=role)
+    """The loader of this project over a set, in global shuffled order; one process has the whole batch."""
+    plan = Plan({name: TaskPlan(len(data), batch)}, seed=0)
+    return StepLoader(reader, plan, {name: pipeline}, threads=threads, role=role)
