@@ -81,10 +81,10 @@ def tuned(
     return _loaded(dataset, workers)
 
 
-def labels(urls: Sequence[str]) -> Iterator[Any]:
-    """The parsed labels alone, in the order of the shards; the pictures lie between them in the stream."""
-    dataset = _shards(urls, 0, select_files=_is_label).map(_parse)
-    return iter(dataset)
+def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
+    """The labels alone, as bytes or parsed, in the order of the shards; the pictures lie between them in the stream."""
+    dataset = _shards(urls, 0, select_files=_is_label)
+    return iter(dataset.map(_parse) if parse else dataset)
 
 
 def label_batches(urls: Sequence[str], pipeline: Pipeline, batch: int, *, buffer: int) -> Iterator[Any]:
@@ -100,6 +100,21 @@ def label_batches(urls: Sequence[str], pipeline: Pipeline, batch: int, *, buffer
 def raw(urls: Sequence[str], buffer: int) -> Iterator[WdsSample]:
     """The bytes of all samples, nothing decoded; `buffer` 0 keeps the order of the shards."""
     return iter(_shards(urls, buffer))
+
+
+def order(count: int, per_shard: int, buffer: int, *, shards: bool) -> npt.NDArray[np.int64]:
+    """Positions in the order in which webdataset hands out `count` samples of one epoch, by its own shuffling.
+
+    Args:
+        per_shard: samples of a shard.
+        buffer: samples of the shuffle buffer, which begins to hand out when it has a hundred, as by default.
+        shards: shuffle the shards first.
+    """
+    starts: Iterator[int] = iter(range(0, count, per_shard))
+    if shards:
+        starts = webdataset.filters.shuffle(_SHARD_BUFFER, seed=0)(starts)
+    samples = (place for start in starts for place in range(start, min(start + per_shard, count)))
+    return np.fromiter(webdataset.filters.shuffle(buffer, seed=0)(samples), dtype=np.int64, count=count)
 
 
 def shuffled(count: int) -> list[int]:

@@ -7,8 +7,6 @@ passes moves on by one with every round, lest one of them always have the same n
 
 from __future__ import annotations
 
-import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,21 +17,20 @@ from typing import Any
 import orjson
 
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import Role, ShardReader
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling.data_source import DataSet, facts_rows, joint_pipeline, open_set, our_loader
-from visft_ds.profiling.session import REPOSITORY
-from visft_ds.profiling.timing import Spread
+from visft_ds.profiling.timing import Spread, cpu_seconds
 
 FORMAT, VERSION = "visft_ds data comparison", 1
 #: Passes of one kind; each returns how many samples it had.
 Passes = Mapping[str, Callable[[], int]]
 _WORKERS = (0, 1, 2)
-SAMPLE, LABELS_READ, LABELS, RAW = (
+SAMPLE, LABELS_READ, LABELS_PARSED, LABELS, RAW = (
     "three-task sample at 224 pixels",
-    "labels, read and parsed",
+    "labels, bytes",
+    "labels, parsed",
     "labels, batches of targets",
     "bytes of samples, nothing decoded",
 )
@@ -83,7 +80,6 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     Raises ValueError where the shards are fewer than the worker processes.
     """
-    load = os.getloadavg()
     with open_set(options.folder, options.split, options.images) as data, ShardReader(data.manifest) as reader:
         if data.shards < max(_WORKERS):
             raise ValueError(
@@ -97,11 +93,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions() | {"webdataset": plain.VERSION},
-        "git": git_revision(REPOSITORY),
-        "cores": os.cpu_count(),
-        "load": list(load),
+        "webdataset": plain.VERSION,
         "options": {**asdict(options), "folder": None if options.folder is None else str(options.folder)},
         "set": facts,
         "groups": {name: _summary(rounds) for name, rounds in measured.items()},
@@ -132,15 +124,19 @@ def passes(data: DataSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
             "webdataset, json files selected": partial(_tuned, selected),
             "ours, 0 threads": partial(_ours, ours(threads=0, role="labels"), steps),
         },
+        LABELS_PARSED: {
+            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=True)),
+            "ours, shuffled, crc": partial(_parse_labels, reader, whole),
+        },
         LABELS_READ: {
-            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls)),
-            "ours, shuffled, crc": partial(_read_labels, reader, whole),
+            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=False)),
+            "ours, shuffled, crc": partial(_read, reader, whole, "labels"),
         },
         RAW: {
             "webdataset, shards in order": partial(_streamed, partial(plain.raw, urls, 0)),
             "webdataset, shuffled": partial(_streamed, partial(plain.raw, urls, whole)),
             "index and pread, shuffled, no crc": partial(plain.pread, data),
-            "ours, shuffled, crc": partial(_read, reader, whole),
+            "ours, shuffled, crc": partial(_read, reader, whole, "both"),
         },
     }
 
@@ -149,13 +145,13 @@ def _ours(loader: StepLoader, steps: int) -> int:
     return sum(len(part.indices) for _, batches in loader.steps(0, steps) for part in batches)
 
 
-def _read(reader: ShardReader, count: int) -> int:
+def _read(reader: ShardReader, count: int, role: Role) -> int:
     for index in plain.shuffled(count):
-        reader.read(index)
+        reader.read(index, role)
     return count
 
 
-def _read_labels(reader: ShardReader, count: int) -> int:
+def _parse_labels(reader: ShardReader, count: int) -> int:
     for index in plain.shuffled(count):
         orjson.loads(reader.read(index, "labels")[1] or b"")
     return count
@@ -183,12 +179,6 @@ class Cost:
     samples: int
     cpu: float  #: seconds of this process and its ended children
     wall: float  #: seconds
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process so far, and of all its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure_pass(run: Callable[[], int]) -> Cost:
@@ -234,7 +224,7 @@ def _reached(goal: Goal, rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]
 
 def make_title(record: Mapping[str, Any]) -> str:
     """One line that says what was compared."""
-    return f"the loader against plain webdataset {record['versions']['webdataset']} on {record['set']['name']}"
+    return f"the loader against plain webdataset {record['webdataset']} on {record['set']['name']}"
 
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:

@@ -6,6 +6,7 @@ The step itself is not touched. What is not inside a hooked part is the rest, so
 from __future__ import annotations
 
 import inspect
+import resource
 import statistics
 import sys
 import time
@@ -180,6 +181,12 @@ class Spread:
             return cls(values[0], values[0], values[0], values[0], values[0], 1)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high, min(values), max(values), len(values))
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process so far, all its threads and its children that have ended included."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def typical_parts(steps: Sequence[StepTime]) -> dict[str, float]:
