@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -182,7 +183,8 @@ def _tuned_sample(sample: WdsSample, *, pipeline: Pipeline, key_of: Callable[[in
         annotations=label["annotations"],
         captions=label["captions"],
     )
-    return pipeline.transform(raw_sample, generator(key_of(label["image_id"])))
+    key = key_of(label["image_id"])
+    return replace(pipeline.transform(raw_sample, generator(key)), random_key=key)
 
 
 # ------------------------------------------------------------------------------------------------------- naive

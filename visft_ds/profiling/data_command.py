@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from visft_ds.profiling.command import _check_all_known, _check_folder, _command, _resolve, _show, _threads
 
 if TYPE_CHECKING:
+    from visft_ds.config import ResolvedConfig
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import DataSet
 
@@ -107,18 +108,21 @@ def _profile_compare(options: argparse.Namespace, command: Sequence[str]) -> Non
 
 
 def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, command: Sequence[str]) -> None:
+    config = None
+    if rest is not None:
+        given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
+        config = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
+        if config is None:  # --dry-run
+            return
     from visft_ds.profiling.data import DataOptions, make_sections, make_title, measure_data
 
-    names = ("role", "repeats", "step_ms")
-    given = {name: getattr(options, name) for name in names}
-    given |= {} if options.threads is None else {"threads": tuple(options.threads)}
-    given |= {} if options.images is None else {"images": options.images}
-    chosen = DataOptions(**given)
-    opened = _plain(options, chosen.images) if rest is None else _configured(options, rest, chosen.images)
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in ("role", "repeats", "step_ms")}
+    chosen |= {} if options.threads is None else {"threads": tuple(options.threads)}
+    chosen |= {} if options.images is None else {"images": options.images}
+    how = DataOptions(**chosen)
+    opened = _plain(options, how.images) if config is None else _configured(options, config, how.images)
     with _one_thread(), opened as (data, streams):
-        if not streams:  # --dry-run
-            return
-        record = _headed(command, lambda: measure_data(data, streams, chosen))
+        record = _headed(command, lambda: measure_data(data, streams, how))
     _show(record, make_title, make_sections, options.json)
 
 
@@ -136,36 +140,27 @@ def _plain(options: argparse.Namespace, images: int) -> Iterator[tuple[DataSet, 
 
 @contextmanager
 def _configured(
-    options: argparse.Namespace, rest: Sequence[str], images: int
+    options: argparse.Namespace, config: ResolvedConfig, images: int
 ) -> Iterator[tuple[DataSet, Sequence[StreamData]]]:
-    """The set and the streams of a configuration; no streams after a --dry-run."""
-    given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
-    config = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
+    """The set and the streams of a configuration, with its transforms and batches."""
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import open_set
     from visft_ds.profiling.session import _every_word
     from visft_ds.streams import pipeline_of, vocabulary_of
 
-    if config is None:
-        yield _nothing(), []
-        return
     settings = _every_word(config.visft) if options.synthetic else config.visft
     streams = list(settings.streams().values())
     folder = None if options.synthetic else Path(settings.data.root)
     wanted = max([images, *(stream.batch_size for stream in streams)])
     with open_set(folder, options.split or settings.data.train, wanted) as data:
-        vocabulary = vocabulary_of(settings, data.manifest)
+        words = vocabulary_of(settings, data.manifest)
         yield (
             data,
             [
-                StreamData(stream.name, pipeline_of(stream, vocabulary, train=True), min(stream.batch_size, len(data)))
+                StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
                 for stream in streams
             ],
         )
-
-
-def _nothing() -> Any:
-    return None
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
