@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from visft_ds.data.selection import Selection
+
 FORMAT = "visft_ds shards"
 VERSION = 1
 
@@ -82,8 +84,14 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """What the split was made with: "annotations" (of objects), "captions", or both."""
+        made_with = {"annotations": "instances", "captions": "captions"}
+        return frozenset(name for name, source in made_with.items() if source in self.sources or self.counts[name])
+
     @classmethod
-    def load(cls, root: Path | str, split: str, *, check_shards: bool = True) -> Manifest:
+    def load(cls, root: Path | str, split: str, *, check_shards: bool = True, cache: object = None) -> Manifest:
         """Open a split and check that it is whole: digests of manifest and index, presence and size of all shards.
 
         `check_shards=False` leaves out the latter, for programs that say themselves what is wrong with a shard.
@@ -115,6 +123,13 @@ class Manifest:
             options=fields["options"],
             sources=fields["sources"],
             index=index,
+        )
+
+    def selection(self, having: str = "any") -> Selection:
+        return (
+            Selection.positive(self.index[_SELECTIONS[having]])
+            if _SELECTIONS[having]
+            else Selection.all(len(self.index))
         )
 
     def select(self, having: str = "any") -> npt.NDArray[np.int64]:

@@ -21,6 +21,10 @@ ROLES: tuple[Role, ...] = ("both", "images", "labels")
 _MAX_OPEN = 256
 
 
+class DamagedSample(ValueError):
+    """A sample whose bytes are not those that the index describes, or that are no picture."""
+
+
 class ShardReader:
     """Random access to the samples of a split.
 
@@ -85,6 +89,9 @@ class ShardReader:
         self._check(index, row, "label", label)
         return image, label
 
+    def prefetch(self, indices: object, role: Role) -> None:
+        pass
+
     def _payload(self, index: int, row: dict[str, int], part: str) -> bytes:
         data = self._pread(row["shard"], row[f"{part}_size"], row[f"{part}_offset"])
         self._check(index, row, part, data)
@@ -92,7 +99,7 @@ class ShardReader:
 
     def _check(self, index: int, row: dict[str, int], part: str, data: bytes) -> None:
         if len(data) != row[f"{part}_size"] or zlib.crc32(data) != row[f"{part}_crc32"]:
-            raise ValueError(
+            raise DamagedSample(
                 f"{self.describe(index)}: the {part} at offset {row[f'{part}_offset']} is damaged "
                 f"({len(data)} of {row[f'{part}_size']} bytes read, crc32 {zlib.crc32(data):08x} instead of "
                 f"{row[f'{part}_crc32']:08x}). {rebuild_hint(self.manifest.split)}"
