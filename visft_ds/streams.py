@@ -14,11 +14,11 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import Pipeline
 from visft_ds.data.joint import JointTransform, collate_joint
-from visft_ds.data.manifest import manifest_path
+from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.vocabulary import FORMAT, Vocabulary
 from visft_ds.tasks import TASKS
-from visft_ds.training_data import TrainingSet, open_training_data, shuffle_of
+from visft_ds.training_data import TrainingSet, captioned, open_training_data, shuffle_of
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> Pipeline:
@@ -76,8 +76,8 @@ def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
     return any(TASKS[task].uses_vocabulary for task in tasks)
 
 
-def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocabulary | None:
-    """The words of a run: those of the training captions, or of a file; None where no task works with words.
+def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
+    """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
 
     Raises:
         ValueError: shards without captions, a tokenizer of another release, or an unusable file.
@@ -87,7 +87,6 @@ def vocabulary_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Vocab
         return None
     if task.vocabulary.file is not None:
         return read_vocabulary(Path(task.vocabulary.file))
-    manifests = [one.manifest for one in sets.values() if "captioning" in one.tasks]
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
     tokenizers = {str(manifest.options.get("tokenizer")) for manifest in manifests}
     if len(tokenizers) > 1:
@@ -118,7 +117,7 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
     places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
     if any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places):
         return None
-    return vocabulary_of(config, open_training_data(config, check_shards=False))
+    return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -46,6 +46,7 @@ from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.training_data import (
     TrainingSet,
     cache_of,
+    captioned,
     check_labels,
     check_samples,
     data_identity,
@@ -89,7 +90,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
     validation = _open_validation(settings, manifest)
-    vocabulary = vocabulary_of(settings, sets)
+    vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
     out = Path(settings.run.out or "")
@@ -99,15 +100,12 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
 
     launched = "RANK" in os.environ
     start_process_group()
-    words = vocabulary.fingerprint if vocabulary else "none"
-    distributed.assert_same_on_all_ranks(
-        {
-            "configuration": config.fingerprint(),
-            "data set": data_identity(sets),
-            "order of samples": loader.plan.fingerprint(),
-            "vocabulary": words,
-        }
-    )
+    data = {
+        "data set": data_identity(sets),
+        "order of samples": f"version {ORDER_VERSION}, {loader.plan.shuffle} shuffle, {loader.plan.fingerprint()}",
+        "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+    }
+    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
     heads = Path(settings.heads.path) if settings.heads.path else None
     prepared = prepare_model(
         settings,
@@ -128,11 +126,9 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         identity={
             "configuration": config.fingerprint(),
             "precision": precision,
-            "data set": data_identity(sets),
-            "order of samples": f"version {ORDER_VERSION}, {loader.plan.shuffle} shuffle, {loader.plan.fingerprint()}",
             "base weights": prepared.base_weights,
             "heads": _heads_identity(heads, settings.tasks.enabled()),
-            "vocabulary": words,
+            **data,
         },
         categories=manifest.categories,
         vocabulary=vocabulary,
@@ -142,8 +138,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     start = _resume(run, resume)
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
-        data = data_section(settings, sets, loader.plan)
-        print_start(config, prepared, batches, data, precision=f"{precision} ({why})", device=device, start=start)
+        section = data_section(settings, sets, loader.plan)
+        print_start(config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start)
     main = distributed.is_main()
     with (
         Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,

@@ -62,6 +62,11 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
     return sets
 
 
+def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
+    """The splits whose words a captioning head has to know."""
+    return [one.manifest for one in sets.values() if "captioning" in one.tasks]
+
+
 def cache_of(data: DataConfig) -> CacheOptions | None:
     """Where copies of remote shards are kept, if anywhere."""
     return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes)

@@ -31,7 +31,7 @@ from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
 from visft_ds.train import Run, _build_engine, _counts, _normaliser
-from visft_ds.training_data import TrainingSet, workers_of
+from visft_ds.training_data import workers_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
@@ -111,8 +111,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
-        sets = {settings.data.train: TrainingSet(manifest, tuple(settings.tasks.enabled()))}
-        vocabulary = vocabulary_of(settings, sets)
+        vocabulary = vocabulary_of(settings, manifest)
         prepared = prepare_model(
             settings, config.optimizer.params, precision=precision, heads_from=heads, vocabulary=vocabulary
         )
