@@ -64,8 +64,8 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
 
 
 def is_url(root: str) -> bool:
-    """Whether shards lie behind a URL; whether they are there is seen when they are opened."""
-    return "://" in root
+    """Whether shards are read over a network; whether they are there is seen when they are opened."""
+    return "://" in root and not root.startswith("file://")
 
 
 def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:

@@ -73,6 +73,8 @@ class Session:
         settings, batches = self.config.visft, self.batches
         stream = settings.streams()[name]
         kind, number, _ = workers_of(settings.data)
+        if self.manifest.split == SYNTHETIC_SPLIT:
+            kind = "threads"  # another process would open the split again, without the repeated samples
         dataset = settings.data.train
         manifest = _repeated(self.manifest, stream.batch_size)
         loader = StepLoader(
