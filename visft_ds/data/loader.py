@@ -6,6 +6,7 @@ Shape letters: B images.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -14,11 +15,15 @@ import torch
 
 from visft_ds.data.batches import BatchMaker, Skipped
 from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.permutation import BLOCK, WINDOW
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.spans import Spent, spent
 from visft_ds.data.workers import Caller, Processes, Threads, WorkerKind, Workers
+
+#: How far ahead remote stores know what will be read: a window of the windowed order, in which neighbours are near.
+_HINTED_SAMPLES = BLOCK * WINDOW
 
 
 class StepLoader:
@@ -75,6 +80,12 @@ class StepLoader:
         self._prefetch = prefetch_steps if num_workers else 0
         self._budget = skip_damaged
         maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
+        self._sets, self._role = sets, role
+        self._hints = any(
+            isinstance(one.reader.manifest.root, str)
+            and (workers == "threads" or one.reader.manifest.cache is not None)
+            for one in sets.values()
+        )
         self._workers: Workers = Caller(maker)
         if num_workers:
             self._workers = (Threads if workers == "threads" else Processes)(maker, num_workers)
@@ -110,11 +121,23 @@ class StepLoader:
         return {name: here + self._elsewhere.get(name, Spent()) for name, here in spent().items()}
 
     def _parts(self, start: int, stop: int | None, wholes: dict[int, StepPlan]) -> Iterator[StepPlan]:
+        """This rank's micro-batches; remote stores hear of each some steps before it is yielded."""
+        planned = deque[list[StepPlan]]()
         step = start
         while stop is None or step < stop:
-            whole = wholes[step] = self.plan.step(step)
-            yield from self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation)
+            while not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES):
+                if stop is not None and step + len(planned) >= stop:
+                    break
+                whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
+                planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
+                if self._hints:
+                    self._hint(planned[-1])
+            yield from planned.popleft()
             step += 1
+
+    def _hint(self, parts: list[StepPlan]) -> None:
+        reader = self._sets[parts[0].dataset].reader
+        reader.prefetch([index for part in parts for index in part.indices.tolist()], self._role)
 
     def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
         self.skipped += skipped
@@ -127,6 +150,10 @@ class StepLoader:
                 f"{len(damaged)} damaged samples are more than the {self._budget} that may be skipped "
                 f"(visft.data.skip_damaged):\n{reasons}"
             )
+
+
+def _samples(parts: list[StepPlan]) -> int:
+    return sum(len(part.indices) for part in parts)
 
 
 def _check_complete(sets: Mapping[str, DataSet], plan: Plan, pipelines: Mapping[str, Mapping[str, Pipeline]]) -> None:
@@ -171,6 +198,7 @@ def evaluation_batches(
     ]
     maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}}, role)
     workers: Workers = Threads(maker, threads) if threads else Caller(maker)
+    reader.prefetch(indices.clip(max=count - 1).tolist() if isinstance(reader.manifest.root, str) else (), role)
     for turn, made in enumerate(workers.made(parts, ahead=2)):
         real = indices[turn * batch_size : (turn + 1) * batch_size] < count
         yield replace(made.batch, real=torch.from_numpy(real))

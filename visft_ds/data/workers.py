@@ -116,7 +116,6 @@ class _Job:
         self._left = len(part.indices)
         self._skipped: list[Skipped] = []
         self._lock = threading.Lock()
-        maker.sets[part.dataset].reader.prefetch(part.indices.tolist(), maker.role)
         run = min(_RUN, math.ceil(len(part.indices) / threads))
         self._futures: list[Future[Batch | None]] = [
             pool.submit(self._make, range(first, min(first + run, len(part.indices))))
@@ -182,7 +181,9 @@ class _Parts(Dataset[Made | Exception]):
 
     def __getitem__(self, part: StepPlan) -> Made | Exception:
         before = spent()
-        self._maker.sets[part.dataset].reader.prefetch(part.indices.tolist(), self._maker.role)
+        reader = self._maker.sets[part.dataset].reader
+        if reader.manifest.cache is None:  # else the training process fills the cache
+            reader.prefetch(part.indices.tolist(), self._maker.role)
         try:
             batch, skipped = self._maker.make(part)
         except (ValueError, OSError, RuntimeError) as error:
