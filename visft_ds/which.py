@@ -29,12 +29,12 @@ def add_which_parser(commands: Any) -> None:
     """Add the sub-command; it leaves the flags of launchers/train.py alone."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "which",
+        usage="%(prog)s --step N (--run FOLDER | flags of launchers/train.py) | DIR --split NAME --key IMAGE_ID",
         help="the images of a training step, or the place of a sample",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="with --key: folder or URL of the shards")
     parser.add_argument("--step", type=int, metavar="N", help="steps count from 0")
     parser.add_argument(
         "--run",
@@ -53,7 +53,7 @@ def add_which_parser(commands: Any) -> None:
 
 
 def which(options: argparse.Namespace) -> int:
-    """Print what is asked for; returns the exit status. `options.rest` has the flags that belong to a run.
+    """Print what is asked for; returns the exit status. `options.rest` has the flags of a run, or with --key DIR.
 
     Raises:
         ValueError: neither a step nor a key, or what the configuration or the shards do not have.
@@ -107,14 +107,15 @@ def _image_ids(manifest: Manifest, part: StepPlan) -> list[int]:
 
 
 def _print_place(options: argparse.Namespace) -> int:
-    if options.folder is None or options.split is None or options.rest:
+    if options.split is None or len(options.rest) != 1:
         raise ValueError("which --key needs DIR and --split NAME, and nothing else")
-    manifest = Manifest.load(options.folder, options.split, check_shards=False)
+    folder = options.rest[0]
+    manifest = Manifest.load(folder, options.split, check_shards=False)
     found = (manifest.index["image_id"] == options.key).nonzero()[0]
     if not len(found):
         left_out = [bad for bad in manifest.quarantine if bad["image_id"] == options.key]
         why = f": left out, {left_out[0]['reason']} ({left_out[0]['detail']})" if left_out else ""
-        raise ValueError(f"{options.folder}/{options.split} has no image {options.key}{why}")
+        raise ValueError(f"{folder}/{options.split} has no image {options.key}{why}")
     index = int(found[0])
     row = ShardReader(manifest).row(index)
     facts = {"index": index, "name": manifest.shards[row["shard"]].name, **row}
