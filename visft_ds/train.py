@@ -24,7 +24,7 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category, Manifest
-from visft_ds.data.plan import ORDER_VERSION, StepPlan
+from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
@@ -102,7 +102,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     start_process_group()
     data = {
         "data set": data_identity(sets),
-        "order of samples": f"version {ORDER_VERSION}, {loader.plan.shuffle} shuffle, {loader.plan.fingerprint()}",
+        "order of samples": loader.plan.describe(),
         "vocabulary": vocabulary.fingerprint if vocabulary else "none",
     }
     distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})

@@ -116,6 +116,10 @@ class Plan:
         """Everything that a resumption of the order after `step` steps depends on: three numbers and a fingerprint."""
         return {"step": step, "seed": self.seed, "version": ORDER_VERSION, "fingerprint": self.fingerprint()}
 
+    def describe(self) -> str:
+        """The state without its step, as a checkpoint beside its own step remembers it."""
+        return f"version {ORDER_VERSION}, seed {self.seed}, {self.shuffle} shuffle, {self.fingerprint()}"
+
     def fingerprint(self) -> str:
         """Digest of how samples are drawn, without the seed: tasks, sets, numbers of samples, weights, shuffle."""
         tasks = {

@@ -68,7 +68,8 @@ def choose_workers(kind: str, number: int | None, *, cores: int, processes: int)
     wanted = number if number is not None else min(MOST_PROCESSES, max(2, share - 1))
     if kind == "auto":
         kind = "threads" if share <= MOST_THREADS or wanted <= MOST_THREADS else "processes"
-        reason = f"auto: {mine}; more than {MOST_THREADS} threads would wait for each other's Python"
+        limit = f"more than {MOST_THREADS} threads would wait for each other's Python"
+        reason = f"auto: {mine}; {limit if kind == 'processes' else 'threads cost least where few suffice'}"
     else:
         reason = f"as configured; {mine}"
     if number is None and kind == "threads":
