@@ -27,6 +27,7 @@ from visft_ds.data.roles import check_same_samples, role_of_stage, sample_checks
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import DetectionTransform
+from visft_ds.parallel.engine import start_process_group
 
 STEPS, MICRO = 5, 2
 
@@ -62,7 +63,7 @@ def loader_of(manifest: Manifest, seed: int, stage: int) -> StepLoader:
 
 
 def main(shards: Path) -> None:
-    deepspeed.init_distributed(dist_backend="gloo")
+    start_process_group()
     torch.manual_seed(0)
     stage = torch.distributed.get_rank()
     step = 0
