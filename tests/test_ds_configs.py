@@ -160,11 +160,14 @@ def test_images_heads_and_losses_are_the_published_ones(stage: int) -> None:
     assert captioning.vocabulary.min_count == 6  # words that occur more than five times
 
 
+A_SET = 'visft.data.sets=[{"name": "a", "root": "b"}]'  #: so that there is an entry to misspell
+
+
 def test_every_misspelt_key_is_reported_with_its_right_name() -> None:
     """All keys of the schema and of DeepSpeed, each with a letter too many, in one configuration."""
     leaf_keys = scalar_keys()
     with pytest.raises(ValueError, match="errors:") as caught:
-        resolve(stage=2, settings=[f"{key}x=1" for key in leaf_keys])
+        resolve(stage=2, settings=[A_SET, *(f"{key}x=1" for key in leaf_keys)])
     lines = {line.strip().split(" ")[0]: line for line in str(caught.value).splitlines()}
     for key in leaf_keys:
         assert "unknown key; did you mean" in lines[key + "x"] and key in lines[key + "x"].split("did you mean")[1]
@@ -175,7 +178,7 @@ def test_every_wrong_type_is_reported() -> None:
     """A list of a list fits nowhere: each key must say so, all in one message."""
     leaf_keys = scalar_keys()
     with pytest.raises(ValueError, match="errors:") as caught:
-        resolve(stage=2, settings=[f"{key}=[[]]" for key in leaf_keys])
+        resolve(stage=2, settings=[A_SET, *(f"{key}=[[]]" for key in leaf_keys)])
     for key in leaf_keys:
         assert f"  {key}" in str(caught.value)
 

@@ -5,7 +5,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
         --captions captions_train2017.json --out shards --split train
     python tools/make_shards.py verify shards --split train
     python tools/make_shards.py info shards
-    python tools/make_shards.py which shards --split train --step 1000 --batch-size 32
+    python tools/make_shards.py which --step 1000 --run runs/stage2-eva_e
 
 Exit status: 0 fine, 1 `verify` found problems, 2 wrong usage or unusable input, 130 interrupted.
 """
@@ -23,14 +23,18 @@ import orjson
 from visft_ds.conversion.build import Options, Progress, Report, build, report_dict
 from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.plan import Plan, StepPlan, TaskPlan
+from visft_ds.which import add_which_parser, which
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
+    if options.rest and options.run is not which:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
@@ -64,23 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_verify)
     info = commands.add_parser("info", help="what a folder holds")
     info.set_defaults(run=_info)
-    which = commands.add_parser("which", help="the images of a training step")
-    which.add_argument("--step", type=int, required=True, metavar="N")
-    which.add_argument("--batch-size", type=int, required=True, metavar="G", help="global batch of a task")
-    which.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (default 0)")
-    which.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME[:RATIO[:BATCH[:HAVING]]]",
-        help="repeat for a mixture; HAVING is any, annotations or captions (default detection:1:G:any)",
-    )
-    which.add_argument("--dp-size", type=int, metavar="N", help="show the part of each data-parallel rank ...")
-    which.add_argument("--accumulation", type=int, default=1, metavar="N", help="... and micro-batch")
-    which.set_defaults(run=_which)
-    for command in (check, info, which):
+    add_which_parser(commands)
+    for command in (check, info):
         command.add_argument("folder", type=Path, metavar="DIR")
         command.add_argument("--split", required=command is not info, metavar="NAME")
-    for command in (make, check, info, which):
+    for command in (make, check, info):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -193,41 +185,6 @@ def _describe(manifest: Manifest) -> dict[str, Any]:
         "quarantine": {bad["file_name"]: bad["reason"] for bad in manifest.quarantine},
         "fingerprint": manifest.fingerprint,
     }
-
-
-def _which(options: argparse.Namespace) -> int:
-    manifest = Manifest.load(options.folder, options.split)
-    texts = options.task or ["detection"]
-    plan = Plan(dict(_task(text, options.batch_size, manifest) for text in texts), options.seed)
-    whole = plan.step(options.step)
-    parts = {"all": whole}
-    if options.dp_size is not None:
-        parts = {
-            f"rank {rank} micro-batch {micro}": part
-            for rank in range(options.dp_size)
-            for micro, part in enumerate(plan.split(whole, rank, options.dp_size, options.accumulation))
-        }
-    images = {name: _image_ids(manifest, part) for name, part in parts.items()}
-    if options.json:
-        facts = {"step": whole.step, "task": whole.task, "epoch": whole.epoch, "position": whole.position}
-        _print_json({**facts, "image_ids": images})
-        return 0
-    print(f"step {whole.step}: {whole.task}, step {whole.position} of this task, epoch {whole.epoch}")
-    for name, ids in images.items():
-        print(f"  {name}: {' '.join(map(str, ids))}")
-    return 0
-
-
-def _image_ids(manifest: Manifest, part: StepPlan) -> list[int]:
-    return [int(image_id) for image_id in manifest.index["image_id"][part.indices]]
-
-
-def _task(text: str, batch_size: int, manifest: Manifest) -> tuple[str, TaskPlan]:
-    name, ratio, batch, having, *rest = [*text.split(":"), *[""] * max(0, 3 - text.count(":"))]
-    if rest or not name:
-        raise ValueError(f"--task {text!r} is not of the form NAME[:RATIO[:BATCH[:HAVING]]]")
-    samples = manifest.select(having or "any")
-    return name, TaskPlan(samples, int(batch or batch_size), float(ratio or 1))
 
 
 def _size(text: str) -> int:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.data.manifest import Manifest
+from visft_ds.config.schema import VisftConfig
+from visft_ds.data.plan import Plan
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
 from visft_ds.stages import PUBLISHED_VOCABULARY, STAGES, PreparedModel, TrainedGroup, plan_groups
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
+from visft_ds.training_data import TrainingSet, shuffle_of, workers_of
 
 
 def print_start(
     config: ResolvedConfig,
     prepared: PreparedModel,
     batches: Batches,
-    manifest: Manifest,
+    data: Section,
     *,
     precision: str,
     device: torch.device,
@@ -45,20 +47,33 @@ def print_start(
         ),
         _groups_section(prepared.groups),
         _batch_section(config, batches),
-        Section(
-            "data",
-            [
-                (
-                    "shards",
-                    f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})",
-                ),
-                ("epoch", "  ".join(f"{t}: {len(manifest) // n} steps" for t, n in batches.batch_size.items())),
-            ],
-        ),
+        data,
         Section("checks passed", [("-", note) for note in prepared.notes]),
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
+
+
+def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan) -> Section:
+    """What is read, in which order, by whom."""
+    rows = []
+    for name, one in sets.items():
+        manifest = one.manifest
+        shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if len(sets) > 1 else ""
+        mapped = "" if one.categories is None else ", categories mapped"
+        where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
+        rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
+    for task, part in plan.tasks.items():
+        epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
+        rows.append((f"epoch, {task}", ", ".join(epochs)))
+    kind, number, why = workers_of(config.data)
+    rows += [
+        ("order", f"{plan.shuffle} shuffle ({shuffle_of(config.data)[1]})"),
+        ("workers", f"{number} {kind} ({why})"),
+    ]
+    if config.data.skip_damaged:
+        rows.append(("damage", f"up to {config.data.skip_damaged} samples of each process may be replaced"))
+    return Section("data", rows)
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None:

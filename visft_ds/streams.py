@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
 
+from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.data.dataset import Pipeline
 from visft_ds.data.joint import JointTransform, collate_joint
-from visft_ds.data.loader import Pipeline
 from visft_ds.data.manifest import Manifest, manifest_path
-from visft_ds.data.plan import Int64Array, Plan, TaskPlan
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.vocabulary import FORMAT, Vocabulary
 from visft_ds.tasks import TASKS
+from visft_ds.training_data import TrainingSet, captioned, open_training_data, shuffle_of
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> Pipeline:
@@ -25,35 +29,46 @@ def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -
     return Pipeline(spec.build_transform(train, stream.image, vocabulary), spec.collate)
 
 
-def plan_of(config: VisftConfig, manifest: Manifest) -> Plan:
+def pipelines_of(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
+) -> dict[str, dict[str, Pipeline]]:
+    """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
+    return {
+        stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in _parts(stream, sets).items()}
+        for stream in config.streams().values()
+    }
+
+
+def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     """The order of a run's samples.
 
     Raises:
         ValueError: fewer samples that a stream can learn from than its batch size.
     """
     tasks = {
-        stream.name: TaskPlan(_samples(stream, manifest), stream.batch_size, stream.share)
+        stream.name: TaskPlan(
+            {
+                name: SetPlan(sets[name].manifest.selection(selection_of(part)), sets[name].weight)
+                for name, part in _parts(stream, sets).items()
+            },
+            stream.batch_size,
+            stream.share,
+        )
         for stream in config.streams().values()
     }
-    return Plan(tasks, config.seed)
+    return Plan(tasks, config.seed, shuffle_of(config.data)[0])
 
 
-def _samples(stream: Stream, manifest: Manifest) -> int | Int64Array:
-    """Positions that teach at least one of the tasks; the size of the split where all of them do."""
-    chosen = manifest.select(selection_of(stream))
-    return len(manifest) if len(chosen) == len(manifest) else chosen
+def _parts(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
+    """Data set -> the stream as far as the set has labels for it; without sets that have none."""
+    taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
+    return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
 
 
 def selection_of(stream: Stream) -> str:
-    """Which samples teach at least one of the tasks of a stream, as `Manifest.select` names them."""
+    """Which samples teach at least one of the tasks of a stream, as `Manifest.selection` names them."""
     selections = {TASKS[task].learns_from for task in stream.tasks}
     return selections.pop() if len(selections) == 1 else "any"
-
-
-def as_arguments(config: VisftConfig) -> str:
-    """The streams of a run as `tools/make_shards.py which` takes them."""
-    streams = config.streams().values()
-    return " ".join(f"--task {s.name}:{s.share}:{s.batch_size}:{selection_of(s)}" for s in streams)
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
@@ -61,8 +76,8 @@ def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
     return any(TASKS[task].uses_vocabulary for task in tasks)
 
 
-def vocabulary_of(config: VisftConfig, manifest: Manifest) -> Vocabulary | None:
-    """The words of a run: those of the training captions, or of a file; None where no task works with words.
+def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
+    """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
 
     Raises:
         ValueError: shards without captions, a tokenizer of another release, or an unusable file.
@@ -72,13 +87,18 @@ def vocabulary_of(config: VisftConfig, manifest: Manifest) -> Vocabulary | None:
         return None
     if task.vocabulary.file is not None:
         return read_vocabulary(Path(task.vocabulary.file))
+    where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
+    tokenizers = {str(manifest.options.get("tokenizer")) for manifest in manifests}
+    if len(tokenizers) > 1:
+        raise ValueError(f"{where}: captions cut into words by {' and '.join(sorted(tokenizers))}: build them anew")
+    words: Counter[str] = Counter()
+    for manifest in manifests:
+        words.update(manifest.vocabulary)
     try:
-        tokenizer = str(manifest.options.get("tokenizer"))
-        return Vocabulary.from_counts(manifest.vocabulary, min_count=task.vocabulary.min_count, tokenizer=tokenizer)
+        return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count, tokenizer=tokenizers.pop())
     except ValueError as error:
         raise ValueError(
-            f"{manifest.root}/{manifest.split}, visft.tasks.captioning.vocabulary.min_count = "
-            f"{task.vocabulary.min_count}: {error}"
+            f"{where}, visft.tasks.captioning.vocabulary.min_count = {task.vocabulary.min_count}: {error}"
         ) from error
 
 
@@ -86,7 +106,7 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
     """`vocabulary_of` before a run: None also where the shards, or the file of words, are not there yet.
 
     Raises:
-        ValueError: as `vocabulary_of` and `check_samples`, and where the manifest of the shards is damaged.
+        ValueError: as `vocabulary_of` and `open_training_data`.
     """
     task, data = config.tasks.captioning, config.data
     if task is None:
@@ -94,11 +114,10 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
     if task.vocabulary.file is not None:
         path = Path(task.vocabulary.file)
         return read_vocabulary(path) if path.is_file() else None
-    if not manifest_path(Path(data.root), data.train).is_file():
+    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    if any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places):
         return None
-    manifest = Manifest.load(data.root, data.train, check_shards=False)
-    check_samples(("captioning",), manifest)
-    return vocabulary_of(config, manifest)
+    return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -124,22 +143,3 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return Vocabulary.from_dict(fields) if ours else Vocabulary.from_word_map(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
-    """Refuse a split in which a task finds nothing.
-
-    Raises:
-        ValueError: naming the task and what the split lacks.
-    """
-    for task in tasks:
-        selection = TASKS[task].learns_from
-        if len(manifest.select(selection)):
-            continue
-        where = f"{manifest.root}/{manifest.split}"
-        if not len(manifest):
-            raise ValueError(f"{where} has no samples: make the shards anew")
-        raise ValueError(
-            f"{where} has no sample with {selection}, which {task} needs: make the shards "
-            f"with --{selection} FILE, or turn the task off with --set visft.tasks.{task}=null"
-        )

@@ -21,11 +21,11 @@ from visft_ds.config import (
     derive_batches,
 )
 from visft_ds.config.schema import VisftConfig
+from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.files import sha256_file
@@ -41,8 +41,18 @@ from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
-from visft_ds.start_report import print_start
-from visft_ds.streams import as_arguments, check_samples, pipeline_of, plan_of, vocabulary_of
+from visft_ds.start_report import data_section, print_start
+from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.training_data import (
+    TrainingSet,
+    cache_of,
+    captioned,
+    check_labels,
+    check_samples,
+    data_identity,
+    open_training_data,
+    workers_of,
+)
 from visft_ds.validation import Validation
 
 
@@ -57,7 +67,7 @@ class Run:
     loader: StepLoader
     validation: Validation | None  #: None: no evaluation during training
     identity: dict[str, str]  #: what a checkpoint of this run must have been made with
-    manifest: Manifest
+    categories: Sequence[Category]  #: that the heads know
     vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
     launched: bool  #: by a launcher, whose end must not go unnoticed
@@ -77,10 +87,12 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         RuntimeError: ranks that differ.
     """
     settings = config.visft
-    manifest, validation = _open_data(config)
-    vocabulary = vocabulary_of(settings, manifest)
+    sets = open_training_data(settings)
+    manifest = next(iter(sets.values())).manifest
+    validation = _open_validation(settings, manifest)
+    vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
-    loader = _build_loader(settings, manifest, vocabulary, batches)
+    loader = _build_loader(settings, sets, vocabulary, batches)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
     device = distributed.local_device()
@@ -88,10 +100,12 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
 
     launched = "RANK" in os.environ
     start_process_group()
-    words = vocabulary.fingerprint if vocabulary else "none"
-    distributed.assert_same_on_all_ranks(
-        {"configuration": config.fingerprint(), "data set": manifest.fingerprint, "vocabulary": words}
-    )
+    data = {
+        "data set": data_identity(sets),
+        "order of samples": loader.plan.describe(),
+        "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+    }
+    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
     heads = Path(settings.heads.path) if settings.heads.path else None
     prepared = prepare_model(
         settings,
@@ -112,12 +126,11 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         identity={
             "configuration": config.fingerprint(),
             "precision": precision,
-            "data set": manifest.fingerprint,
             "base weights": prepared.base_weights,
             "heads": _heads_identity(heads, settings.tasks.enabled()),
-            "vocabulary": words,
+            **data,
         },
-        manifest=manifest,
+        categories=manifest.categories,
         vocabulary=vocabulary,
         base_sha256=base_sha256,
         launched=launched,
@@ -125,7 +138,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     start = _resume(run, resume)
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
-        print_start(config, prepared, batches, manifest, precision=f"{precision} ({why})", device=device, start=start)
+        section = data_section(settings, sets, loader.plan)
+        print_start(config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start)
     main = distributed.is_main()
     with (
         Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,
@@ -143,23 +157,23 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
             run.validation.poll(writer, progress, wait=True)
 
 
-def _open_data(config: ResolvedConfig) -> tuple[Manifest, Manifest | None]:
-    """The training split, and the one for evaluation during training where there is any; both fit the tasks."""
-    data = config.visft.data
-    manifest = Manifest.load(data.root, data.train)
-    validation = Manifest.load(data.root, data.val) if config.visft.run.eval_every else None
-    for split in (manifest, validation) if validation else (manifest,):
-        check_samples(config.visft.tasks.enabled(), split)
-        _check_labels(split, config)
-    names = {category.coco_id: category.name for category in manifest.categories}
-    other = [c for c in validation.categories if names.get(c.coco_id) != c.name] if validation else []
+def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
+    data = config.data
+    if not config.run.eval_every:
+        return None
+    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    check_samples(config.tasks.enabled(), validation)
+    check_labels(validation, config)
+    names = {category.coco_id: category.name for category in training.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
     if other:
         raise ValueError(
             f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
             f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
             "same categories"
         )
-    return manifest, validation
+    return validation
 
 
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
@@ -167,39 +181,21 @@ def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
     return " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here"
 
 
-def _check_labels(manifest: Manifest, config: ResolvedConfig) -> None:
-    """Detection counts classes by the raw ids of the data, segmentation knows COCO's 80 categories."""
-    detection, segmentation = config.visft.tasks.detection, config.visft.tasks.segmentation
-    beyond = [
-        f"{c.coco_id} {c.name!r}"
-        for c in manifest.categories
-        if detection is not None and c.coco_id >= detection.head.num_classes
-    ]
-    if beyond and detection is not None:
-        raise ValueError(
-            f"the data has category {beyond[0]} ({len(beyond)} such), the detection head has classes 0 to "
-            f"{detection.head.num_classes - 1}: state visft.tasks.detection.head.num_classes"
-        )
-    foreign = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id not in COCO_CATEGORY_IDS]
-    if foreign and segmentation is not None:
-        raise ValueError(
-            f"the data has category {foreign[0]} ({len(foreign)} such), which is not one of COCO's 80 ids: "
-            "segmentation heads know those only; turn it off with --set visft.tasks.segmentation=null"
-        )
-
-
 def _build_loader(
-    settings: VisftConfig, manifest: Manifest, vocabulary: Vocabulary | None, batches: Batches
+    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
 ) -> StepLoader:
+    kind, number, _ = workers_of(settings.data)
     return StepLoader(
-        ShardReader(manifest),
-        plan_of(settings, manifest),
-        {name: pipeline_of(stream, vocabulary, train=True) for name, stream in settings.streams().items()},
+        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
+        plan_of(settings, sets),
+        pipelines_of(settings, sets, vocabulary),
         dp_rank=distributed.rank(),
         dp_size=batches.dp,
         accumulation=batches.accumulation,
-        threads=settings.data.threads,
+        workers=kind,
+        num_workers=number,
         prefetch_steps=settings.data.prefetch_steps,
+        skip_damaged=settings.data.skip_damaged,
     )
 
 
@@ -248,7 +244,7 @@ def _resume(run: Run, resume: str) -> int:
 def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
-    stop, saved, step = StopFlag(launched=run.launched), start, start
+    stop, saved, step, skipped = StopFlag(launched=run.launched), start, start, 0
     if validation and not start:
         validation.draw(predict, start, writer)
     elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
@@ -261,6 +257,8 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
         step = whole.step + 1
         _check_finite(run, whole, report, saved)
+        _report_skipped(run, progress, skipped)
+        skipped = len(run.loader.skipped)
         now = time.perf_counter()
         _record(run, writer, progress, whole, report, seconds=now - began)
         began = now
@@ -279,6 +277,14 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             )
             break
     return step
+
+
+def _report_skipped(run: Run, progress: Progress, known: int) -> None:
+    for one in run.loader.skipped[known:]:
+        progress.message(
+            f"step {one.step + 1}: sample {one.index} of {one.dataset} replaced by {one.instead} "
+            f"({len(run.loader.skipped)} so far on rank {distributed.rank()}): {one.reason}"
+        )
 
 
 def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:
@@ -322,6 +328,7 @@ def _record(
         "gradient_norm": report.gradient_norm,
         "images_per_second": images / seconds,
         "data_wait_seconds": run.loader.wait_seconds,
+        "data_skipped": float(len(run.loader.skipped)),
         "skipped": float(report.skipped),
     }
     writer.step(step, values)
@@ -341,8 +348,7 @@ def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> 
     raise FloatingPointError(
         f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
         "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
-        f"  python tools/make_shards.py which {run.manifest.root} --split {run.manifest.split} --step {whole.step} "
-        f"--batch-size {len(whole.indices)} --seed {run.config.visft.seed} {as_arguments(run.config.visft)}"
+        f"  python tools/make_shards.py which --step {whole.step} --run {run.out}"
     )
 
 
@@ -370,7 +376,7 @@ def _export(run: Run, step: int) -> None:
         run.config,
         run.out / "export",
         step=step,
-        categories=run.manifest.categories,
+        categories=run.categories,
         base_weights=run.identity["base weights"],
         base_sha256=run.base_sha256,
         vocabulary=run.vocabulary,

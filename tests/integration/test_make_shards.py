@@ -21,7 +21,7 @@ from PIL import Image
 
 from visft_ds.conversion.build import Options, build
 from visft_ds.conversion.verify import verify
-from visft_ds.data.loader import coco_dataset
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 

@@ -16,7 +16,7 @@ import pycocotools.mask
 import pytest
 from coco_tree import make_split
 
-from visft_ds.data.loader import coco_dataset
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.coco import IouType, coco_average_precision, pack_results, unpack_results
 

@@ -114,13 +114,13 @@ def test_values_of_set_are_json_or_text(text: str, value: Any) -> None:
 
 def test_set_reaches_defaults_lists_and_null_objects() -> None:
     config = debug(
-        "visft.data.threads=9",
+        "visft.data.num_workers=9",
         "visft.param_groups.0.lr=0.5",
         "visft.model.overrides.depth=2",
         "visft.seed=1",
         "visft.seed=2",
     )
-    assert config.visft.data.threads == 9 and config.visft.param_groups[0].lr == 0.5
+    assert config.visft.data.num_workers == 9 and config.visft.param_groups[0].lr == 0.5
     assert config.visft.model.backbone_options()["depth"] == 2
     assert config.visft.seed == 2  # the last one counts
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,28 @@ from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
 from visft_ds.conversion.build import Options, build
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.loader import Pipeline, StepLoader, coco_dataset, evaluation_batches, read_raw
+from visft_ds.data.dataset import DataSet, Pipeline, coco_dataset, read_raw
+from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.plan import Plan, StepPlan, TaskPlan
+from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.selection import Selection
+from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.data.transforms import DetectionTransform
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
 TRAIN = Pipeline(DetectionTransform(True, **SIZES), collate_detection)
 EVALUATE = Pipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_detection)
 #: Of the two tasks, "other" stands for any second one.
-PIPELINES = {"detection": TRAIN, "other": TRAIN}
+PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
+
+
+def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:
+    return TaskPlan({"toy": SetPlan(Selection.all(samples))}, batch_size, ratio)
+
+
+def loader_of(reader: ShardReader, plan: Plan, pipelines: Any = PIPELINES, **options: Any) -> StepLoader:
+    return StepLoader({"toy": DataSet(reader)}, plan, pipelines, **options)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +49,12 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardReader]:
 
 @pytest.fixture(scope="module")
 def plan(reader: ShardReader) -> Plan:
-    return Plan({"detection": TaskPlan(len(reader), 4, 2), "other": TaskPlan(len(reader), 8, 1)}, seed=3)
+    return Plan({"detection": one(len(reader), 4, 2), "other": one(len(reader), 8, 1)}, seed=3)
 
 
 def _collect(reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any) -> list[tuple[StepPlan, Batch]]:
     return [
-        (whole, batch)
-        for whole, batches in StepLoader(reader, plan, PIPELINES, **options).steps(start, stop)
-        for batch in batches
+        (whole, batch) for whole, batches in loader_of(reader, plan, **options).steps(start, stop) for batch in batches
     ]
 
 
@@ -63,7 +72,7 @@ def _by_sample(batches: list[tuple[StepPlan, Batch]]) -> dict[tuple[int, int], l
 
 @pytest.fixture(scope="module")
 def reference(reader: ShardReader, plan: Plan) -> dict[tuple[int, int], list[Any]]:
-    return _by_sample(_collect(reader, plan, 0, 6, threads=0))
+    return _by_sample(_collect(reader, plan, 0, 6, num_workers=0))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,7 @@ def test_any_split_gives_the_same_samples(
     got: dict[tuple[int, int], list[Any]] = {}
     for rank in range(ranks):
         options = {"dp_rank": rank, "dp_size": ranks, "accumulation": accumulation}
-        part = _collect(reader, plan, 0, 6, threads=threads, prefetch_steps=prefetch, **options)
+        part = _collect(reader, plan, 0, 6, num_workers=threads, prefetch_steps=prefetch, **options)
         assert len(part) == 6 * accumulation
         assert [whole.step for whole, _ in part[::accumulation]] == list(range(6))
         got |= _by_sample(part)
@@ -114,26 +123,112 @@ def test_the_same_picture_looks_different_in_another_epoch(reader: ShardReader, 
     assert max(map(len, seen.values())) > 1
 
 
-def test_damage_surfaces_at_its_step_and_ends_the_threads(reader: ShardReader, plan: Plan, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(reader.manifest.root, tmp_path / "copy"))
+def _damage(reader: ShardReader, folder: Path, indices: Sequence[int]) -> Manifest:
+    """A copy of the split in which these samples have a byte of their picture flipped."""
+    root = Path(shutil.copytree(reader.manifest.root, folder / "copy"))
     manifest = Manifest.load(root, "toy")
+    for index in indices:
+        row = manifest.index[index]
+        path = root / manifest.shards[row["shard"]].name
+        data = bytearray(path.read_bytes())
+        data[row["image_offset"] + 50] ^= 255
+        path.write_bytes(data)
+    return manifest
+
+
+def test_damage_surfaces_at_its_step_and_ends_the_threads(reader: ShardReader, plan: Plan, tmp_path: Path) -> None:
     hurt = int(plan.step(3).indices[1])
     good = next(step for step in range(9) if hurt in plan.step(step).indices)
+    manifest = _damage(reader, tmp_path, [hurt])
     row = manifest.index[hurt]
-    path = root / manifest.shards[row["shard"]].name
-    data = bytearray(path.read_bytes())
-    data[row["image_offset"] + 50] ^= 255
-    path.write_bytes(data)
+    path = Path(manifest.root) / manifest.shards[row["shard"]].name
     with ShardReader(manifest) as damaged:
-        loop = StepLoader(damaged, plan, PIPELINES).steps(0, 9)
+        loop = loader_of(damaged, plan).steps(0, 9)
         assert [next(loop)[0].step for _ in range(good)] == list(range(good)), "earlier steps are unharmed"
         with pytest.raises(ValueError, match=rf"{path.name}, key {row['image_id']:012d}.*damaged"):
             next(loop)
     assert not _threads()
 
 
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 2)])
+def test_a_damaged_sample_has_the_same_substitute_everywhere(
+    reader: ShardReader, plan: Plan, tmp_path: Path, ranks: int, accumulation: int
+) -> None:
+    hurt = [int(plan.step(3).indices[1]), int(plan.step(5).indices[0])]
+    got: dict[int, list[int]] = {}
+    skipped = []
+    with ShardReader(_damage(reader, tmp_path, hurt)) as damaged:
+        for rank in range(ranks):
+            options = {"dp_rank": rank, "dp_size": ranks, "accumulation": accumulation, "skip_damaged": 2}
+            loader = loader_of(damaged, plan, **options)
+            for whole, batches in loader.steps(0, 12):
+                parts = plan.split(whole, rank, ranks, accumulation)
+                for part, batch in zip(parts, batches, strict=True):
+                    got.update(zip(part.keys.tolist(), batch.indices.tolist(), strict=True))
+                    assert batch.random_keys.tolist() == part.keys.tolist(), "the numbers of the sample stay the same"
+            skipped += loader.skipped
+    expected = {}
+    for step in range(12):
+        whole = plan.step(step)
+        for index, key in zip(whole.indices.tolist(), whole.keys.tolist(), strict=True):
+            attempt, place = 0, index
+            while place in hurt:
+                attempt += 1
+                place = plan.substitute(whole, key, attempt)
+            expected[key] = place
+    assert got == expected and {one.index for one in skipped} == set(hurt)
+    assert all("damaged" in one.reason and one.instead not in hurt for one in skipped if one.step in (3, 5))
+
+
+def test_skipping_has_a_budget_and_is_off_where_images_and_labels_are_read_apart(
+    reader: ShardReader, plan: Plan, tmp_path: Path
+) -> None:
+    hurt = sorted({int(plan.step(step).indices[0]) for step in range(4)})[:3]
+    with ShardReader(_damage(reader, tmp_path, hurt)) as damaged:
+        loop = loader_of(damaged, plan, skip_damaged=2).steps(0)
+        with pytest.raises(
+            ValueError, match=r"3 damaged samples are more than the 2 that may be skipped(.|\n)*key"
+        ) as e:
+            list(zip(loop, range(40), strict=False))
+        assert str(e.value).count("damaged (") == 3, "every one is named"
+        for role in ("images", "labels"):
+            with pytest.raises(ValueError, match="labels would belong to other pictures"):
+                loader_of(damaged, plan, skip_damaged=2, role=role)
+        for role, raises in (("images", True), ("labels", False)):  # a picture's damage does not hurt its labels
+            loop = loader_of(damaged, plan, role=role).steps(0, 4)
+            if raises:
+                with pytest.raises(DamagedSample):
+                    list(loop)
+            else:
+                assert len(list(loop)) == 4
+
+
+def test_worker_processes_make_the_same_batches_and_the_same_errors(
+    reader: ShardReader, plan: Plan, reference: dict[tuple[int, int], list[Any]], tmp_path: Path
+) -> None:
+    hurt = int(plan.step(5).indices[0])
+    first = next(step for step in range(9) if hurt in plan.step(step).indices)
+    got = []
+    with ShardReader(_damage(reader, tmp_path, [hurt])) as damaged:
+        loader = loader_of(damaged, plan, workers="processes", num_workers=2, accumulation=2, prefetch_steps=1)
+        loop = loader.steps(0, 6)
+        for _ in range(first):
+            whole, batches = next(loop)
+            got += [(whole, batch) for batch in batches]
+        with pytest.raises(DamagedSample, match=r"key \d{12}\): the image at offset") as caught:
+            next(loop)
+    assert "Traceback" not in str(caught.value), "the message is the one a user would see without processes"
+    assert _by_sample(got) == {key: value for key, value in reference.items() if key[0] < first}
+    spent = loader.spent()["decode"]
+    assert spent.count >= sum(len(batch.indices) for _, batch in got) and spent.cpu > 0
+    deadline = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not multiprocessing.active_children()
+
+
 def test_leaving_the_loop_ends_the_threads(reader: ShardReader, plan: Plan) -> None:
-    loop = StepLoader(reader, plan, PIPELINES, threads=3).steps(0)
+    loop = loader_of(reader, plan, num_workers=3).steps(0)
     next(loop)
     assert _threads()
     loop.close()
@@ -152,9 +247,9 @@ def test_read_ahead_hides_the_work_and_is_bounded(reader: ShardReader) -> None:
         made.append(raw.index)
         return TRAIN.transform(raw, rng)
 
-    plan = Plan({"detection": TaskPlan(len(reader), 2)}, seed=0)
-    pipelines = {"detection": Pipeline(slow, collate_detection)}
-    loader = StepLoader(reader, plan, pipelines, threads=2, prefetch_steps=2)
+    plan = Plan({"detection": one(len(reader), 2)}, seed=0)
+    pipelines = {"detection": {"toy": Pipeline(slow, collate_detection)}}
+    loader = loader_of(reader, plan, pipelines, num_workers=2, prefetch_steps=2)
     loop = loader.steps(0)
     next(loop)
     assert loader.wait_seconds > 0.015, "nothing was ready for the first step"
@@ -167,9 +262,9 @@ def test_read_ahead_hides_the_work_and_is_bounded(reader: ShardReader) -> None:
 
 def test_a_task_without_pipeline_and_an_uneven_split_are_refused(reader: ShardReader, plan: Plan) -> None:
     with pytest.raises(ValueError, match="no pipeline for other; the plan has detection, other"):
-        StepLoader(reader, plan, {"detection": TRAIN})
+        loader_of(reader, plan, {"detection": {"toy": TRAIN}})
     with pytest.raises(ValueError, match="cannot be split over 3"):
-        StepLoader(reader, plan, PIPELINES, dp_size=3)
+        loader_of(reader, plan, dp_size=3)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +285,7 @@ def test_the_size_in_the_index_must_be_that_of_the_picture(reader: ShardReader, 
     index["width"] += 1
     manifest = Manifest(**{**vars(reader.manifest), "index": index})
     with ShardReader(manifest) as wrong:
-        with pytest.raises(ValueError, match=r"the image is \d+ x \d+ pixels, not"):
+        with pytest.raises(ValueError, match=r"the image at offset \d+ has \d+ x \d+ pixels, not"):
             read_raw(wrong, 0)
 
 
@@ -206,10 +301,10 @@ def test_the_stored_annotations_are_a_coco_data_set(reader: ShardReader) -> None
 def test_real_photographs_at_full_size(tmp_path: Path) -> None:
     labels = PHOTOS / "annotations"
     build(Options(PHOTOS / "val2017", labels / "instances_val2017.json", None, tmp_path, "val"))
-    pipelines = {"detection": Pipeline(DetectionTransform(True), collate_detection)}
+    pipelines = {"detection": {"toy": Pipeline(DetectionTransform(True), collate_detection)}}
     with ShardReader(Manifest.load(tmp_path, "val")) as photos:
-        plan = Plan({"detection": TaskPlan(len(photos), 8)}, seed=0)
-        for _, (batch,) in StepLoader(photos, plan, pipelines).steps(0, 3):
+        plan = Plan({"detection": one(len(photos), 8)}, seed=0)
+        for _, (batch,) in loader_of(photos, plan, pipelines).steps(0, 3):
             assert max(batch.images.shape[2:]) <= 672 and batch.sizes.min() >= 100
             boxes = batch.targets["detection"].boxes
             corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)

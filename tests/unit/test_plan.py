@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from itertools import permutations
+from math import factorial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visft_ds.data.plan import Plan, StepPlan, TaskPlan, generator
+from visft_ds.data.permutation import Int64Array, shuffled, shuffled_in_windows
+from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan, generator
+from visft_ds.data.selection import Selection
 
-MIXTURE = {"detection": TaskPlan(131, 24, 5), "segmentation": TaskPlan(97, 48, 3), "captioning": TaskPlan(60, 12, 2)}
+
+def one(samples: int, batch_size: int, ratio: float = 1) -> TaskPlan:
+    """A task with one data set, all of whose samples teach it."""
+    return TaskPlan({"coco": SetPlan(Selection.all(samples))}, batch_size, ratio)
+
+
+MIXTURE = {"detection": one(131, 24, 5), "segmentation": one(97, 48, 3), "captioning": one(60, 12, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +59,14 @@ def test_an_epoch_shows_each_sample_at_most_once_and_the_next_another_order(plan
 
 
 def test_every_sample_has_its_turn() -> None:
-    plan = Plan({"a": TaskPlan(10, 4)}, seed=0)
+    plan = Plan({"a": one(10, 4)}, seed=0)
     assert {index for step in range(40) for index in plan.step(step).indices.tolist()} == set(range(10))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**62), st.integers(0, 300))
 @settings(max_examples=60, deadline=None)
 def test_counting_steps_is_exact(ratios: list[int], seed: int, steps: int) -> None:
-    plan = Plan({f"t{n}": TaskPlan(2, 1, ratio) for n, ratio in enumerate(ratios)}, seed)
+    plan = Plan({f"t{n}": one(2, 1, ratio) for n, ratio in enumerate(ratios)}, seed)
     tasks = [plan.task_of(step) for step in range(steps)]
     assert {name: plan.steps_before(steps, name) for name in plan.tasks} == {n: tasks.count(n) for n in plan.tasks}
 
@@ -69,7 +84,7 @@ def test_a_far_step_needs_no_walk(plan: Plan) -> None:
     step = 10**15 + 3
     part = plan.step(step)
     assert part.position == plan.steps_before(step, part.task)
-    assert part.epoch == part.position // plan.steps_per_epoch(part.task)
+    assert part.epoch == part.position // plan.steps_per_epoch(part.task, "coco")
 
 
 def test_the_order_of_tasks_in_a_file_does_not_matter(plan: Plan) -> None:
@@ -79,13 +94,14 @@ def test_the_order_of_tasks_in_a_file_does_not_matter(plan: Plan) -> None:
 
 def test_only_eligible_samples_are_planned() -> None:
     eligible = np.array([3, 5, 8, 13, 21])
-    plan = Plan({"a": TaskPlan(eligible, 2)}, seed=1)
+    samples = Selection.positive(np.isin(np.arange(24), eligible).astype(np.int32))
+    plan = Plan({"a": TaskPlan({"coco": SetPlan(samples)}, 2)}, seed=1)
     assert {index for step in range(20) for index in plan.step(step).indices.tolist()} == set(eligible.tolist())
 
 
 def test_keys_belong_to_sample_epoch_task_and_seed() -> None:
     def keys(seed: int, task: str, step: int) -> dict[int, int]:
-        part = Plan({task: TaskPlan(8, 8)}, seed).step(step)
+        part = Plan({task: one(8, 8)}, seed).step(step)
         return dict(zip(part.indices.tolist(), part.keys.tolist(), strict=True))
 
     reference = keys(0, "a", 0)
@@ -103,10 +119,11 @@ def test_streams_of_a_key_are_unrelated() -> None:
 
 def test_values_never_change() -> None:
     """A run must resume in the same order after an update of anything: these numbers may not be edited."""
-    plan = Plan({"a": TaskPlan(9, 3, 2), "b": TaskPlan(9, 3, 1)}, seed=42)
+    plan = Plan({"a": one(9, 3, 2), "b": one(9, 3, 1)}, seed=42)
     assert "".join(plan.task_of(step) for step in range(12)) == TASKS
     assert _numbers(plan.step(0)) == FIRST
     assert _numbers(plan.step(1000)) == LATER
+    assert _numbers(Plan({"a": one(5000, 3, 2), "b": one(9, 3, 1)}, 42, "windowed").step(1)) == WINDOWED
 
 
 def _numbers(part: StepPlan) -> tuple[str, int, list[int], list[int]]:
@@ -114,18 +131,21 @@ def _numbers(part: StepPlan) -> tuple[str, int, list[int], list[int]]:
 
 
 TASKS = "babaabaababa"
-FIRST = ("b", 0, [8, 1, 4], [1367660360511087098, 7986541897807337607, 5116559099801740055])
-LATER = ("b", 111, [7, 6, 8], [7857864092350674587, 8994673236064456399, 4525936457926430475])
+FIRST = ("b", 0, [0, 3, 6], [7311271866402548978, 8900319891796037487, 2316143959832345644])
+LATER = ("b", 111, [7, 6, 8], [7275307816023506852, 1682867220053535959, 5117441374459245755])
+WINDOWED = ("a", 0, [2503, 3618, 2736], [6056820146106752157, 230291529258694797, 6994206930960671712])
 
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
         ({}, "at least one task"),
-        ({"a": TaskPlan(25, 32)}, "25 samples are fewer than one global batch of 32"),
-        ({"a": TaskPlan(25, 0)}, "global batch 0"),
-        ({"a": TaskPlan(25, 5, 0.0)}, "ratio 0.0"),
-        ({"a": TaskPlan(25, 5, float("nan"))}, "ratio nan"),
+        ({"a": one(25, 32)}, "'coco' has 25 samples for it, fewer than one global batch of 32"),
+        ({"a": one(25, 0)}, "global batch 0"),
+        ({"a": one(25, 5, 0.0)}, "ratio 0.0"),
+        ({"a": one(25, 5, float("nan"))}, "ratio nan"),
+        ({"a": TaskPlan({}, 5)}, "no data set carries labels"),
+        ({"a": TaskPlan({"x": SetPlan(Selection.all(9), 0.0)}, 5)}, "'x': weight 0.0"),
     ],
 )
 def test_impossible_plans_are_refused(tasks: dict[str, TaskPlan], message: str) -> None:
@@ -138,3 +158,127 @@ def test_a_batch_that_cannot_be_split_is_refused(plan: Plan) -> None:
         plan.micro_batch(0, 0, 5, 1, 0)
     with pytest.raises(ValueError, match="rank 4 is not allowed: ranks go from 0 to 3"):
         plan.micro_batch(0, 4, 4, 1, 0)
+
+
+def test_a_shuffle_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="'none' is not allowed; allowed are full, windowed"):
+        Plan(MIXTURE, 0, "none")  # type: ignore[arg-type]
+
+
+# Data sets
+
+SETS = {
+    "detection": TaskPlan(
+        {"coco": SetPlan(Selection.all(90), 3), "objects": SetPlan(Selection.all(400), 1)}, batch_size=8, ratio=2
+    ),
+    "captioning": TaskPlan(
+        {"coco": SetPlan(Selection.all(90), 1), "captions": SetPlan(Selection.all(200), 1)}, batch_size=8, ratio=1
+    ),
+}
+
+
+def test_a_step_draws_from_one_set_that_carries_its_labels_in_exact_proportion() -> None:
+    plan, drawn = Plan(SETS, seed=3), dict[tuple[str, str], int]()
+    for step in range(3000):
+        whole = plan.step(step)
+        assert whole.indices.max() < len(SETS[whole.task].sets[whole.dataset].samples)
+        drawn[whole.task, whole.dataset] = drawn.get((whole.task, whole.dataset), 0) + 1
+    shares = {
+        ("detection", "coco"): 1500,
+        ("detection", "objects"): 500,
+        ("captioning", "coco"): 500,
+        ("captioning", "captions"): 500,
+    }
+    assert drawn.keys() == shares.keys()
+    # Independent draws would be off by sqrt(500), about 22.
+    assert all(abs(drawn[key] - count) <= 6 for key, count in shares.items()), drawn
+
+
+def test_each_set_has_epochs_of_its_own_in_every_task() -> None:
+    plan, seen = Plan(SETS, seed=3), dict[tuple[str, str, int], list[int]]()
+    for step in range(400):
+        whole = plan.step(step)
+        seen.setdefault((whole.task, whole.dataset, whole.epoch), []).extend(whole.indices.tolist())
+    assert all(len(set(indices)) == len(indices) for indices in seen.values())
+    assert max(epoch for task, dataset, epoch in seen if (task, dataset) == ("detection", "coco")) > 10
+    assert {epoch for task, dataset, epoch in seen if (task, dataset) == ("captioning", "captions")} == {0, 1, 2}
+    assert seen["detection", "coco", 0] != seen["captioning", "coco", 0]
+
+
+def test_the_state_is_three_numbers_and_a_fingerprint() -> None:
+    plan = Plan(SETS, seed=3)
+    state = plan.state(17)
+    assert {name: value for name, value in state.items() if name != "fingerprint"} == {
+        "step": 17,
+        "seed": 3,
+        "version": 2,
+    }
+    bigger = {**SETS, "detection": TaskPlan({"coco": SetPlan(Selection.all(91), 3)}, 8, 2)}
+    others = [Plan(SETS, 3, "windowed"), Plan(bigger, 3), Plan({"detection": SETS["detection"]}, 3)]
+    assert len({state["fingerprint"], *(other.fingerprint() for other in others)}) == 4
+    assert Plan(dict(reversed(SETS.items())), 4).fingerprint() == state["fingerprint"]
+
+
+def test_substitutes_belong_to_the_sample_and_lie_in_its_set() -> None:
+    plan = Plan(SETS, seed=3)
+    part = plan.step(0)
+    found = [plan.substitute(part, int(part.keys[0]), attempt) for attempt in (1, 2, 3)]
+    assert found == [Plan(SETS, seed=3).substitute(part, int(part.keys[0]), attempt) for attempt in (1, 2, 3)]
+    assert len(set(found)) > 1 and max(found) < len(SETS[part.task].sets[part.dataset].samples)
+
+
+# The order inside a set
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**64 - 1), st.sampled_from([shuffled, shuffled_in_windows]))
+@settings(max_examples=60, deadline=None)
+def test_every_sample_has_exactly_one_place(size: int, key: int, order: Callable[..., Int64Array]) -> None:
+    whole = order(np.arange(size), size, key)
+    np.testing.assert_array_equal(np.sort(whole), np.arange(size))
+    # any place alone, in any company
+    places = np.random.default_rng(size).integers(0, size, 9)
+    np.testing.assert_array_equal(order(places, size, key), whole[places])
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_all_orders_are_equally_likely(size: int) -> None:
+    keys = 6_000
+    counts = Counter(tuple(shuffled(np.arange(size), size, key).tolist()) for key in range(keys))
+    orders = factorial(size)
+    expected = keys / orders
+    chi_square = sum((counts[order] - expected) ** 2 / expected for order in permutations(range(size)))
+    # mean orders - 1, standard deviation sqrt(2 (orders - 1)); half the rounds are 10 and more deviations off
+    assert abs(chi_square - (orders - 1)) < 4 * (2 * (orders - 1)) ** 0.5
+
+
+def test_a_windowed_order_stays_near_and_a_full_one_does_not() -> None:
+    size, batch = 117_266, 64
+    touched = {}
+    for name, order in (("full", shuffled), ("windowed", shuffled_in_windows)):
+        batches = [order(np.arange(first, first + batch), size, 5) for first in range(0, 40 * batch, batch)]
+        touched[name] = np.mean([len(np.unique(indices // 64)) for indices in batches])
+        spread = np.mean([indices.std() for indices in batches]) / (size / 12**0.5)
+        # 1: a batch is spread over the file like independent draws
+        assert spread > (0.97 if name == "full" else 0.85), (name, spread)
+    # a window has 16 blocks of 64 neighbours, which straddle up to 32 aligned ones
+    assert touched["full"] > 60 and touched["windowed"] < 33, touched
+
+
+def test_samples_left_out_of_a_windowed_epoch_differ_between_epochs() -> None:
+    plan = Plan({"a": one(130, 64)}, 0, "windowed")
+    left_out = [set(range(130)) - {i for s in (2 * e, 2 * e + 1) for i in plan.step(s).indices} for e in range(6)]
+    assert all(len(rest) == 2 for rest in left_out) and len(set.union(*left_out)) > 6
+
+
+def test_a_hundred_million_samples_take_no_memory_and_no_time() -> None:
+    for shuffle in ("full", "windowed"):
+        tracemalloc.start()
+        plan = Plan({"a": one(100_000_000, 256)}, 1, shuffle)
+        began = time.process_time()
+        parts = [plan.step(step) for step in (0, 1_000_000, 10**12)]
+        seconds = time.process_time() - began
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # a list of the order would take 800 MB and ten seconds
+        assert peak < 1_000_000 and seconds < 1, (peak, seconds)
+        assert all(len(set(part.indices.tolist())) == 256 for part in parts)

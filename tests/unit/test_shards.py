@@ -201,7 +201,7 @@ def test_a_split_with_a_similar_name_is_no_extra_shard(copy: Path) -> None:
 
 
 def test_many_shards_do_not_use_up_all_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visft_ds.data.shards._MAX_OPEN", 1)
+    monkeypatch.setattr("visft_ds.data.store._MAX_OPEN", 1)
     manifest = make_split(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     with ShardReader(manifest) as reader:

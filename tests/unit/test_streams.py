@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.streams import (
-    as_arguments,
-    check_samples,
     known_vocabulary,
     needs_vocabulary,
     pipeline_of,
@@ -29,6 +28,7 @@ from visft_ds.streams import (
     read_vocabulary,
     vocabulary_of,
 )
+from visft_ds.training_data import TrainingSet, check_samples
 
 SPLIT = "toy"
 SILENT = (1, 4, 5)  #: places of the pictures without captions in `partly`
@@ -77,9 +77,13 @@ def mute(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 # The plan
 
 
+def only(manifest: Manifest, config: VisftConfig) -> dict[str, TrainingSet]:
+    return {SPLIT: TrainingSet(manifest, tuple(config.tasks.enabled()))}
+
+
 def places(manifest: Manifest, config: VisftConfig, task: str, steps: int = 60) -> set[int]:
     """Which places of the tree a stream has drawn from after some steps."""
-    plan = plan_of(config, manifest)
+    plan = plan_of(config, only(manifest, config))
     drawn = {i for step in map(plan.step, range(steps)) if step.task == task for i in step.indices.tolist()}
     return {(int(manifest.index["image_id"][i]) - 1000) // 7 for i in drawn}
 
@@ -96,35 +100,37 @@ def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest)
     assert places(partly, alone, "shared") == set(range(12)) - set(SILENT)
 
 
-def test_the_images_of_a_step_are_found_by_the_arguments_that_an_error_prints(
+def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
     partly: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    flags = ["--stage", "1", "--model", "debug", "--set", "visft.mode=sampled", "--set", f"visft.data.train={SPLIT}"]
+    flags += [f"--set=visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
     config = config_of("visft.mode=sampled", stage=1)
-    plan = plan_of(config, partly)
-    arguments = [
-        "which",
-        str(partly.root),
-        "--split",
-        SPLIT,
-        "--json",
-        "--batch-size",
-        "2",
-        *as_arguments(config).split(),
-    ]
+    plan = plan_of(config, only(partly, config))
     for step in range(12):
-        assert make_shards([*arguments, "--step", str(step)]) == 0
+        assert make_shards(["which", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
         printed = json.loads(capsys.readouterr().out)
         whole = plan.step(step)
         expected = partly.index["image_id"][whole.indices].tolist()
         assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
+        assert printed["state"] == plan.state(step)
 
 
-def test_a_split_in_which_all_have_captions_is_planned_by_its_size(whole: Manifest) -> None:
-    assert all(isinstance(task.samples, int) for task in plan_of(config_of(), whole).tasks.values())
+def test_the_place_of_a_sample_is_found_by_its_key(partly: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "1007", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    data = (Path(partly.root) / printed["name"]).read_bytes()
+    image = data[printed["image_offset"] :][: printed["image_size"]]
+    assert zlib.crc32(image) == printed["image_crc32"] and image.startswith(b"\xff\xd8")
+    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "5"]) == 2
+    assert "has no image 5" in capsys.readouterr().err
+    assert make_shards(["which", "--step", "1", "--key", "5"]) == 2
+    assert "either --step N" in capsys.readouterr().err
 
 
 def test_steps_are_shared_out_by_ratio_or_by_updates(whole: Manifest) -> None:
-    plan = plan_of(config_of(), whole)
+    config = config_of()
+    plan = plan_of(config, only(whole, config))
     assert {name: task.ratio for name, task in plan.tasks.items()} == {
         "detection": 0.3,
         "segmentation": 0.3,
@@ -132,13 +138,14 @@ def test_steps_are_shared_out_by_ratio_or_by_updates(whole: Manifest) -> None:
     }
     counts = {name: plan.steps_before(1000, name) for name in plan.tasks}
     assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
-    stage1 = plan_of(config_of("visft.mode=sampled", stage=1), whole)
+    stage1 = plan_of(config_of("visft.mode=sampled", stage=1), only(whole, config))
     assert stage1.steps_before(1000, "captioning") == pytest.approx(250, abs=3)  # 100,000 of 400,000 updates
 
 
 def test_fewer_samples_than_a_batch_are_refused(partly: Manifest) -> None:
-    with pytest.raises(ValueError, match="'captioning': 9 samples are fewer than one global batch of 10"):
-        plan_of(config_of("visft.tasks.captioning.batch_size=10"), partly)
+    config = config_of("visft.tasks.captioning.batch_size=10")
+    with pytest.raises(ValueError, match=r"'captioning': data set 'toy' has 9 samples for it, fewer than one .* of 10"):
+        plan_of(config, only(partly, config))
 
 
 # Batches
@@ -185,7 +192,7 @@ def test_the_minimum_count_decides_which_captions_words_are_known(whole: Manifes
 def test_a_minimum_count_that_leaves_nothing_names_its_key(whole: Manifest) -> None:
     with pytest.raises(ValueError, match=r"vocabulary\.min_count = 25: none of the 5 .* lower min_count") as caught:
         vocabulary_of(config_of("visft.tasks.captioning.vocabulary.min_count=25"), whole)
-    assert str(whole.root / SPLIT) in str(caught.value)
+    assert f"{whole.root}/{SPLIT}" in str(caught.value)
 
 
 def test_only_tasks_with_words_have_a_vocabulary(mute: Manifest) -> None:

@@ -46,13 +46,26 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     splits = {data.train: "training"} | ({data.val: "evaluation"} if config.visft.run.eval_every else {})
     for split, purpose in splits.items():
         manifest = Path(data.root) / f"{split}.manifest.json"
-        if not manifest.is_file():
+        if not is_url(data.root) and not manifest.is_file():
             command = (
                 f"python tools/make_shards.py build --images COCO/{split}2017 "
                 f"--instances COCO/annotations/instances_{split}2017.json "
                 f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
             )
             yield Missing(f"shards for {purpose} (or name their folder with --data)", str(manifest), command)
+    for one in data.sets:
+        manifest = Path(one.root) / f"{one.split}.manifest.json"
+        if not is_url(one.root) and not manifest.is_file():
+            command = f"python tools/make_shards.py build ... --out {one.root} --split {one.split}"
+            yield Missing(f"shards of the data set {one.name}", str(manifest), command)
+        if one.categories is not None and not Path(one.categories).is_file():
+            command = f"python tools/make_shards.py info {one.root} --split {one.split} --categories"
+            yield Missing(f"categories of the data set {one.name} (its names)", one.categories, command)
+
+
+def is_url(root: str) -> bool:
+    """Whether shards are read over a network; whether they are there is seen when they are opened."""
+    return "://" in root and not root.startswith("file://")
 
 
 def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:

@@ -33,8 +33,15 @@ from visft_ds.config.validate import validate
 NOT_IDENTITY = (
     "visft.run.*",
     "visft.data.root",
-    "visft.data.threads",
+    "visft.data.sets.*.root",
+    "visft.data.sets.*.categories",  # its content counts
+    "visft.data.shuffle",  # what "auto" means counts
+    "visft.data.workers",
+    "visft.data.num_workers",
     "visft.data.prefetch_steps",
+    "visft.data.skip_damaged",
+    "visft.data.cache",
+    "visft.data.cache_bytes",
     "visft.heads.path",
     "visft.model.name",
     "visft.model.weights",

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from visft_ds.config.fields import STRICT, Count, Fraction, Positive, Rate, Text
+from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Rate, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+TaskName = Literal["detection", "segmentation", "captioning"]
 
 
 class OptimizerParams(BaseModel):
@@ -103,15 +104,34 @@ class HeadsConfig(BaseModel):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
+class DataSetConfig(BaseModel):
+    """One entry of `visft.data.sets`: a further data set to train on."""
+
+    model_config = STRICT
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    root: Text  #: folder or URL of its shards
+    split: Text = "train"
+    weight: Above = 1.0  #: relative to visft.data.weight: how often a task draws a step from it
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
+    categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
+
+
 class DataConfig(BaseModel):
-    """`visft.data`: shards made by tools/make_shards.py, ROOT/NAME.manifest.json."""
+    """`visft.data`: shards made by tools/make_shards.py, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     model_config = STRICT
     root: Text = "data/coco"
     train: Text = "train"
     val: Text = "val"
-    threads: Positive = 4  #: decoding threads of each process
+    weight: Above = 1.0  #: of ROOT/TRAIN beside the sets below
+    sets: tuple[DataSetConfig, ...] = ()
+    shuffle: Literal["auto", "full", "windowed"] = "auto"  #: auto: windowed for a URL, full for a folder
+    workers: Literal["auto", "threads", "processes"] = "auto"
+    num_workers: Positive | None = None  #: of each training process; null: what suits the machine
     prefetch_steps: Count = 2
+    skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
+    cache: Text | None = None  #: folder for copies of remote shards; null: read ranges, keep nothing
+    cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
 
 
 class ParamGroup(BaseModel):

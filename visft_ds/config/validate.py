@@ -203,6 +203,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if name in names[:index]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
     yield from _task_contradictions(visft)
+    yield from _data_contradictions(visft)
 
 
 def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -251,6 +252,17 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
         if jitter.pad_value > 255:
             yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
+
+
+def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
+    data, enabled = visft.data, visft.tasks.enabled()
+    names = [data.train, *(one.name for one in data.sets)]
+    for number, one in enumerate(data.sets):
+        if one.name in names[: number + 1]:
+            yield f"visft.data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
+        idle = [task for task in one.tasks or () if task not in enabled]
+        if idle:
+            yield f"visft.data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
 
 
 def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,9 @@ the tars nor any COCO JSON file.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
+
+from visft_ds.data.selection import Selection
+from visft_ds.data.store import CacheOptions, Expected, LocalStore, Store, file_digest, open_store
 
 FORMAT = "visft_ds shards"
 VERSION = 1
@@ -40,6 +44,7 @@ INDEX_DTYPE = np.dtype(
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
 _CONTENT_COLUMNS = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
+_MANIFEST = ".manifest.json"
 _SELECTIONS = {"any": None, "annotations": "num_annotations", "captions": "num_captions"}
 
 
@@ -64,9 +69,12 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A split that is ready to be read. `len(manifest)` is its number of samples."""
+    """A split that is ready to be read. `len(manifest)` is its number of samples.
 
-    root: Path
+    A pickled manifest holds no index: it is opened again where it is unpickled, from the disk or the cache.
+    """
+
+    root: Path | str  #: the folder; text where it is a URL
     split: str
     categories: tuple[Category, ...]
     counts: Mapping[str, int]
@@ -77,33 +85,51 @@ class Manifest:
     findings: tuple[Mapping[str, Any], ...]  #: the report of the conversion: `kind`, `count`, `examples`, `action`
     options: Mapping[str, Any]
     sources: Mapping[str, Any]
-    index: npt.NDArray[Any]  #: (samples,) INDEX_DTYPE, memory-mapped
+    index: npt.NDArray[Any]  #: (samples,) INDEX_DTYPE, memory-mapped (in memory if it is remote and there is no cache)
+    store: Store  #: where the shards are read from
+    cache: CacheOptions | None = None  #: as given to `load`
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """What the split was made with: "annotations" (of objects), "captions", or both."""
+        made_with = {"annotations": "instances", "captions": "captions"}
+        return frozenset(name for name, source in made_with.items() if source in self.sources or self.counts[name])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, (self.root, self.split, self.cache, self.fingerprint)
+
     @classmethod
-    def load(cls, root: Path | str, split: str, *, check_shards: bool = True) -> Manifest:
+    def load(
+        cls, root: Path | str, split: str, *, check_shards: bool = True, cache: CacheOptions | None = None
+    ) -> Manifest:
         """Open a split and check that it is whole: digests of manifest and index, presence and size of all shards.
 
-        `check_shards=False` leaves out the latter, for programs that say themselves what is wrong with a shard.
+        Args:
+            root: the folder, or the URL of one; see `visft_ds.data.store.open_store`.
+            split: its name.
+            check_shards: False leaves out the shards, for programs that say themselves what is wrong with one.
+            cache: where copies of remote files are kept.
 
         Raises:
             ValueError: there is no such split, or a file of it is missing, changed, cut or of another version.
+            RuntimeError: a server failed, again and again.
         """
-        root = Path(root)
-        fields = read_manifest(root, split)
-        index_bytes = _read(root / fields["index"]["name"], split)
-        if hashlib.sha256(index_bytes).hexdigest() != fields["index"]["sha256"]:
-            raise ValueError(f"{root / fields['index']['name']} does not belong to the manifest. {rebuild_hint(split)}")
-        index = np.load(root / fields["index"]["name"], mmap_mode="r", allow_pickle=False)
-        if index.dtype != INDEX_DTYPE:
-            raise ValueError(f"{root / fields['index']['name']} has columns of another version. {rebuild_hint(split)}")
-        shards = tuple(ShardFile(**shard) for shard in fields["shards"])
-        for shard in shards if check_shards else ():
-            _check_size(root / shard.name, shard.bytes, split)
+        store = open_store(root, cache)
+        try:
+            fields = read_manifest(root, split, store)
+            shards = tuple(ShardFile(**shard) for shard in fields["shards"])
+            name, described = fields["index"]["name"], Expected(fields["index"]["bytes"], fields["index"]["sha256"])
+            store.expect({name: described, **{shard.name: Expected(shard.bytes, shard.sha256) for shard in shards}})
+            index = _open_index(store, name, described, split)
+            if check_shards:
+                _check_sizes(store, shards, split)
+        finally:
+            store.close()  # reading opens what it needs again
         return cls(
-            root=root,
+            root=store.root if isinstance(store, LocalStore) else store.where,
             split=split,
             categories=tuple(Category(**category) for category in fields["categories"]),
             counts=fields["counts"],
@@ -115,21 +141,40 @@ class Manifest:
             options=fields["options"],
             sources=fields["sources"],
             index=index,
+            store=store,
+            cache=cache,
         )
 
     def select(self, having: str = "any") -> npt.NDArray[np.int64]:
         """Positions of all samples ("any"), or of those with at least one of "annotations" or "captions"."""
-        if having not in _SELECTIONS:
-            raise ValueError(f"cannot select samples having {having!r}; allowed are {', '.join(_SELECTIONS)}")
-        column = _SELECTIONS[having]
+        column = _selection_column(having)
         if column is None:
             return np.arange(len(self.index), dtype=np.int64)
         return np.flatnonzero(self.index[column] > 0).astype(np.int64)
 
+    def selection(self, having: str = "any") -> Selection:
+        """The same samples as `select` in a bit for each of the split, or in nothing for "any"."""
+        column = _selection_column(having)
+        return Selection.all(len(self.index)) if column is None else Selection.positive(self.index[column])
+
+
+def _selection_column(having: str) -> str | None:
+    if having not in _SELECTIONS:
+        raise ValueError(f"cannot select samples having {having!r}; allowed are {', '.join(_SELECTIONS)}")
+    return _SELECTIONS[having]
+
+
+def _load_again(root: Path | str, split: str, cache: CacheOptions | None, fingerprint: str) -> Manifest:
+    """A manifest in another process, which must not have been changed on the way there."""
+    manifest = Manifest.load(root, split, check_shards=False, cache=cache)
+    if manifest.fingerprint != fingerprint:
+        raise ValueError(f"{root}/{split} was made anew while it was in use: start this program again")
+    return manifest
+
 
 def manifest_path(root: Path, split: str) -> Path:
     """Where the manifest of a split is."""
-    return root / f"{split}.manifest.json"
+    return root / f"{split}{_MANIFEST}"
 
 
 def index_path(root: Path, split: str) -> Path:
@@ -150,7 +195,7 @@ def shard_files(root: Path, split: str) -> list[str]:
 
 def splits_in(root: Path) -> list[str]:
     """Names of the finished splits in a folder."""
-    return sorted(path.name.removesuffix(".manifest.json") for path in root.glob("*.manifest.json"))
+    return sorted(path.name.removesuffix(_MANIFEST) for path in root.glob(f"*{_MANIFEST}"))
 
 
 def rebuild_hint(split: str) -> str:
@@ -161,17 +206,26 @@ def rebuild_hint(split: str) -> str:
     )
 
 
-def read_manifest(root: Path, split: str) -> dict[str, Any]:
-    """The manifest's fields after checking its format, version and own digest. Raises ValueError."""
-    path = manifest_path(root, split)
-    if not path.is_file():
-        found = ", ".join(splits_in(root)) if root.is_dir() else ""
+def read_manifest(root: Path | str, split: str, store: Store | None = None) -> dict[str, Any]:
+    """The manifest's fields after checking its format, version and own digest; from `store` if it is open already.
+
+    Raises ValueError.
+    """
+    if store is None:
+        store = open_store(root)
+        try:
+            return read_manifest(root, split, store)
+        finally:
+            store.close()
+    name = manifest_path(Path(), split).name
+    path = f"{store.where}/{name}"
+    if name not in store.sizes([name]):
         raise ValueError(
-            f"{path} does not exist; finished splits in {root}: {found or 'none'}. Make it by `python "
-            f"tools/make_shards.py build --images DIR --instances FILE --out {root} --split {split}`."
+            f"{path} does not exist; finished splits in {store.where}: {_splits_told(store)}. Make it by `python "
+            f"tools/make_shards.py build --images DIR --instances FILE --out {store.where} --split {split}`."
         )
     try:
-        fields = orjson.loads(path.read_bytes())
+        fields = orjson.loads(store.load(name))
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). {rebuild_hint(split)}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
@@ -235,17 +289,49 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, split: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing. {rebuild_hint(split)}") from error
+def _open_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any]:
+    """The index after checking its digest, memory-mapped wherever it lies on a disk."""
+    where = f"{store.where}/{name}"
+    found = _find_index(store, name, described, split)
+    if found is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
+        found = _find_index(store, name, described, split)
+    if found is None:
+        raise ValueError(f"{where} does not belong to the manifest. {rebuild_hint(split)}")
+    if isinstance(found, bytes):
+        index = np.lib.format.read_array(io.BytesIO(found), allow_pickle=False)
+    else:
+        index = np.load(found, mmap_mode="r", allow_pickle=False)
+    if index.dtype != INDEX_DTYPE:
+        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
+    return index
 
 
-def _check_size(path: Path, expected: int, split: str) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise ValueError(f"shard {path} is missing. {rebuild_hint(split)}") from error
-    if size != expected:
-        raise ValueError(f"shard {path} has {size} bytes, not {expected} as when it was made. {rebuild_hint(split)}")
+def _find_index(store: Store, name: str, described: Expected, split: str) -> Path | bytes | None:
+    """Where the index is, or all of it; None if it is not the one described."""
+    path = store.local_path(name)
+    if path is None:
+        data = store.load(name)
+        return data if hashlib.sha256(data).hexdigest() == described.sha256 else None
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {rebuild_hint(split)}")
+    return path if file_digest(path) == described.sha256 else None
+
+
+def _check_sizes(store: Store, shards: Iterable[ShardFile], split: str) -> None:
+    sizes = store.sizes({shard.name for shard in shards})
+    for shard in shards:
+        where, size = f"{store.where}/{shard.name}", sizes.get(shard.name)
+        if size is None:
+            raise ValueError(f"shard {where} is missing. {rebuild_hint(split)}")
+        if size != shard.bytes:
+            raise ValueError(
+                f"shard {where} has {size} bytes, not {shard.bytes} as when it was made. {rebuild_hint(split)}"
+            )
+
+
+def _splits_told(store: Store) -> str:
+    """The finished splits in a folder for a message."""
+    if store.where.startswith("http"):
+        return "unknown, a web server does not list its files"
+    names = sorted(name.removesuffix(_MANIFEST) for name in store.sizes() if name.endswith(_MANIFEST))
+    return ", ".join(names) or "none"

@@ -6,36 +6,53 @@ checked against its crc32, since a flipped byte in a JPEG goes unnoticed by all 
 
 from __future__ import annotations
 
-import os
-import threading
 import zlib
+from collections.abc import Sequence
+from operator import itemgetter
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from visft_ds.data.manifest import Manifest, rebuild_hint
 from visft_ds.data.spans import span
+from visft_ds.data.store import Part, Store
 
 Role = Literal["both", "images", "labels"]
 ROLES: tuple[Role, ...] = ("both", "images", "labels")
 
-#: Shards beyond this number are opened for each read, because many systems allow only 1024 open files.
-_MAX_OPEN = 256
+#: (what it is, offset, size, crc32) of an image or label file in its shard.
+_Payload = tuple[str, int, int, int]
+
+
+class DamagedSample(ValueError):
+    """A sample whose bytes are not those that the index describes, or that are no picture."""
 
 
 class ShardReader:
-    """Random access to the samples of a split.
+    """Random access to the samples of a split, wherever its shards are.
 
-    Safe for threads and for forked processes: `pread` has no position that they could share. Use as a context manager
-    or call `close`.
+    Safe for threads and for forked processes; a pickled reader opens the split again. Use as a context manager or call
+    `close`.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        # Of its own: closing one reader must not take the files from another one.
+        self._store: Store = manifest.store.another()
+        self._rows = manifest.index.view(np.ndarray)  # indexing a memmap costs several times as much
+        self._names = [shard.name for shard in manifest.shards]
+        columns = list(manifest.index.dtype.names or ())
+        self._columns = columns
+        self._shard = columns.index("shard")
+        self._image = itemgetter(*(columns.index(f"image_{column}") for column in ("offset", "size", "crc32")))
+        self._label = itemgetter(*(columns.index(f"label_{column}") for column in ("offset", "size", "crc32")))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.manifest,)
 
     def __len__(self) -> int:
-        return len(self.manifest)
+        return len(self._rows)
 
     def __enter__(self) -> ShardReader:
         return self
@@ -46,95 +63,93 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close the shards. A later read opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        """Close the shards and stop reading ahead. A later read opens them again."""
+        self._store.close()
 
     def describe(self, index: int) -> str:
         """Which sample this is, for error messages."""
         row = self.row(index)
-        shard = self.manifest.shards[row["shard"]].name
-        return f"sample {index} (shard {self.manifest.root / shard}, key {row['image_id']:012d})"
+        return f"sample {index} (shard {self._store.where}/{self._names[row['shard']]}, key {row['image_id']:012d})"
 
     def row(self, index: int) -> dict[str, int]:
         """One row of the index by column name. Raises ValueError for a position that does not exist."""
-        rows = self.manifest.index
-        if not 0 <= index < len(rows):
-            raise ValueError(f"sample {index} does not exist: {self.manifest.split!r} has 0 to {len(rows) - 1}")
-        return dict(zip(rows.dtype.names or (), rows[index].tolist(), strict=True))
+        return dict(zip(self._columns, self._row(index), strict=True))
 
     def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:
         """(image file, label JSON) of a sample; the part that `role` does not ask for is not read and None.
 
         Raises:
-            ValueError: the bytes are not those the index describes; names shard, key and offset.
+            DamagedSample: the bytes are not those the index describes; names shard, key and offset.
+            RuntimeError: a server failed, again and again.
         """
-        row = self.row(index)
+        row = self._row(index)
+        name = self._names[row[self._shard]]
         if role == "images":
-            return self._payload(index, row, "image"), None
+            return self._payloads(index, name, ("image", *self._image(row)))[0], None
         if role == "labels":
-            return None, self._payload(index, row, "label")
-        if role != "both":
-            raise ValueError(f"role {role!r} is not allowed; allowed are {', '.join(ROLES)}")
-        # The two members are neighbours: one read fetches both.
-        start, end = row["image_offset"], row["label_offset"] + row["label_size"]
-        data = self._pread(row["shard"], end - start, start)
-        image, label = data[: row["image_size"]], data[row["label_offset"] - start :]
-        self._check(index, row, "image", image)
-        self._check(index, row, "label", label)
+            return None, self._payloads(index, name, ("label", *self._label(row)))[0]
+        _check_role(role)
+        image, label = self._payloads(index, name, ("image", *self._image(row)), ("label", *self._label(row)))
         return image, label
 
-    def _payload(self, index: int, row: dict[str, int], part: str) -> bytes:
-        data = self._pread(row["shard"], row[f"{part}_size"], row[f"{part}_offset"])
-        self._check(index, row, part, data)
-        return data
+    def prefetch(self, indices: Sequence[int], role: Role = "both") -> None:
+        """Hint that these samples are about to be read, in this order. Returns at once; local files need no hint.
 
-    def _check(self, index: int, row: dict[str, int], part: str, data: bytes) -> None:
-        with span("crc"):
-            found = zlib.crc32(data)
-        if len(data) != row[f"{part}_size"] or found != row[f"{part}_crc32"]:
-            raise ValueError(
-                f"{self.describe(index)}: the {part} at offset {row[f'{part}_offset']} is damaged "
-                f"({len(data)} of {row[f'{part}_size']} bytes read, crc32 {found:08x} instead of "
-                f"{row[f'{part}_crc32']:08x}). {rebuild_hint(self.manifest.split)}"
-            )
+        The more samples a hint has, the more of them are neighbours that one request can fetch. It is no promise: any
+        sample may be read without.
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        if shard < _MAX_OPEN:
+        Raises ValueError for a position that does not exist and for an unknown role.
+        """
+        _check_role(role)
+        parts: list[Part] = []
+        for index in indices:
+            row = self._row(index)
+            name = self._names[row[self._shard]]
+            image, label = self._image(row), self._label(row)
+            if role == "both":
+                parts.append((name, image[0], label[0] + label[1] - image[0]))
+            else:
+                offset, size, _ = image if role == "images" else label
+                parts.append((name, offset, size))
+        self._store.will_need(parts)
+
+    def _row(self, index: int) -> tuple[int, ...]:
+        if not 0 <= index < len(self._rows):
+            last = len(self._rows) - 1
+            raise ValueError(f"sample {index} does not exist: {self.manifest.split!r} has 0 to {last}")
+        row: tuple[int, ...] = self._rows.item(index)
+        return row
+
+    def _payloads(self, index: int, name: str, *payloads: _Payload) -> list[bytes]:
+        """Neighbouring payloads of a shard, read at once; read again if they are damaged and a copy may be to blame."""
+        start = payloads[0][1]
+        size = payloads[-1][1] + payloads[-1][2] - start
+        problem = ""
+        for attempt in range(2):
             with span("read"):
-                return _pread_all(self._descriptor(shard), size, offset)
-        descriptor = self._open(shard)
-        try:
-            with span("read"):
-                return _pread_all(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            with self._lock:
-                descriptor = self._descriptors.get(shard)
-                if descriptor is None:
-                    descriptor = self._descriptors[shard] = self._open(shard)
-        return descriptor
-
-    def _open(self, shard: int) -> int:
-        path = self.manifest.root / self.manifest.shards[shard].name
-        try:
-            return os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ValueError(f"shard {path} is missing. {rebuild_hint(self.manifest.split)}") from error
+                data = self._store.read(name, start, size)
+            found = [data] if len(payloads) == 1 else [data[p[1] - start : p[1] - start + p[2]] for p in payloads]
+            with span("crc"):
+                problem = next((_problem(*pair) for pair in zip(payloads, found, strict=True) if _damaged(*pair)), "")
+            if not problem:
+                return found
+            if attempt or not self._store.forget(name, start, size):
+                break
+        raise DamagedSample(f"{self.describe(index)}: {problem} {rebuild_hint(self.manifest.split)}")
 
 
-def _pread_all(descriptor: int, size: int, offset: int) -> bytes:
-    """Like `os.pread`, which may return less than asked for before the end of the file."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role {role!r} is not allowed; allowed are {', '.join(ROLES)}")
+
+
+def _damaged(payload: _Payload, data: bytes) -> bool:
+    return len(data) != payload[2] or zlib.crc32(data) != payload[3]
+
+
+def _problem(payload: _Payload, data: bytes) -> str:
+    part, offset, size, crc32 = payload
+    return (
+        f"the {part} at offset {offset} is damaged ({len(data)} of {size} bytes read, crc32 {zlib.crc32(data):08x} "
+        f"instead of {crc32:08x})."
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.loader import read_raw
+from visft_ds.data.dataset import read_raw
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import ShardReader

@@ -46,7 +46,8 @@ class Judge:
 
     def __init__(self, folder: Path, manifest: Manifest, limit: int | None) -> None:
         self.folder = folder.resolve()
-        self._shards, self._data = manifest.root.resolve(), {"split": manifest.split, "limit": limit}
+        self._shards = manifest.root.resolve() if isinstance(manifest.root, Path) else manifest.root
+        self._data = {"split": manifest.split, "limit": limit}
         self._waiting: deque[int] = deque()
         self._working: tuple[int, subprocess.Popen[bytes]] | None = None
         self._failed: list[Verdict] = []
@@ -122,7 +123,7 @@ class Judge:
         return Verdict(step, found["metrics"], tuple(found["problems"]))
 
 
-def _spawn(place: Path, shards: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "visft_ds.evals.judge", str(place), str(shards)],
         cwd=_CODE,  # `-m` looks there first: the training may have been started in another copy of the code
@@ -149,7 +150,7 @@ def _read_results(path: Path) -> Results:
     return results
 
 
-def main(folder: Path, shards: Path) -> int:
+def main(folder: Path, shards: Path | str) -> int:
     """Measure what lies in `folder`; returns the exit status.
 
     A task that cannot be judged is named in metrics.json and takes nothing from the others.
@@ -170,4 +171,4 @@ def main(folder: Path, shards: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.loader import caption_dataset, coco_dataset, evaluation_batches
+from visft_ds.data.dataset import caption_dataset, coco_dataset
+from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary

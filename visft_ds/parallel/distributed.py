@@ -26,6 +26,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Number of processes on this machine; DeepSpeed's launcher and torchrun name it differently."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batc
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.conversion.build import Options, build
+from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.plan import Int64Array, Plan, TaskPlan
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
@@ -31,6 +31,7 @@ from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
 from visft_ds.train import Run, _build_engine, _counts, _normaliser
+from visft_ds.training_data import workers_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
@@ -71,14 +72,20 @@ class Session:
         """The run as if it had this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
         stream = settings.streams()[name]
+        kind, number, _ = workers_of(settings.data)
+        if self.manifest.split == SYNTHETIC_SPLIT:
+            kind = "threads"  # another process would open the split again, without the repeated samples
+        dataset = settings.data.train
+        manifest = _repeated(self.manifest, stream.batch_size)
         loader = StepLoader(
-            ShardReader(self.manifest),
-            Plan({name: TaskPlan(_samples(self.manifest, stream.batch_size), stream.batch_size)}, settings.seed),
-            {name: pipeline_of(stream, self.vocabulary, train=True)},
+            {dataset: DataSet(ShardReader(manifest))},
+            Plan({name: TaskPlan({dataset: SetPlan(manifest.selection())}, stream.batch_size)}, settings.seed),
+            {name: {dataset: pipeline_of(stream, self.vocabulary, train=True)}},
             dp_rank=distributed.rank(),
             dp_size=batches.dp,
             accumulation=batches.accumulation,
-            threads=settings.data.threads,
+            workers=kind,
+            num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
         )
         return StreamRun(self.config, batches, self.engine, loader)
@@ -101,7 +108,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     check_fits(config, precision, device)
-    with _data(config, synthetic) as manifest, memory_bounded(device, processes_here()):
+    with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
         settings = config.visft
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
@@ -114,11 +121,11 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
-def _samples(manifest: Manifest, batch_size: int) -> int | Int64Array:
-    """The split as the plan takes it; a generated one is repeated until a batch is full."""
+def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
+    """The split itself; a generated one with its samples repeated until a batch is full."""
     if manifest.split != SYNTHETIC_SPLIT or len(manifest) >= batch_size:
-        return len(manifest)
-    return np.arange(batch_size, dtype=np.int64) % len(manifest)
+        return manifest
+    return replace(manifest, index=np.resize(manifest.index, batch_size))
 
 
 def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
@@ -153,11 +160,6 @@ def _every_word(settings: VisftConfig) -> VisftConfig:
     return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"captioning": task})})
 
 
-def processes_here() -> int:
-    """Number of processes on this machine; DeepSpeed's launcher and torchrun name it differently."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
-
-
 def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
     """Refuse a model whose weights and optimiser alone exceed the memory, before anything is allocated.
 
@@ -165,7 +167,7 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
         ValueError: the sum by part, what there is, and what helps.
     """
     trained, frozen = _parameter_counts(config)
-    here = processes_here()
+    here = distributed.processes_here()
     weights = frozen * _STORAGE_BYTES[precision] + trained * 4
     stage, ranks = int(config.deepspeed["zero_optimization"]["stage"]), distributed.world_size()
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters

@@ -52,7 +52,8 @@ class TaskSpec:
     transform: Callable[..., Transform]  #: (train, **image options)
     collate: Callable[[Sequence[Sample]], Batch]
     postprocess: Callable[..., Results]  #: (output, batch), real images only
-    learns_from: str = "any"  #: which samples it can learn from, see `Manifest.select`
+    learns_from: str = "any"  #: which samples it can learn from, see `Manifest.selection`
+    labels: str = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
     uses_vocabulary: bool = False
 
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
@@ -117,6 +118,7 @@ TASKS: dict[str, TaskSpec] = {
         collate=collate_captioning,
         postprocess=captioning.postprocess,
         learns_from="captions",
+        labels="captions",
         uses_vocabulary=True,
     ),
 }

@@ -1,0 +1,130 @@
+"""Fetching in the background what is about to be read: neighbours by one request, never more than a bound."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from visft_ds.data.store import Part
+
+
+def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[list[Part]]:
+    """Groups of parts to be fetched by one request each, in the order in which their first parts are needed.
+
+    Parts of one file go together if at most `max_gap` bytes that nobody asked for lie between them and the request
+    stays within `max_bytes`. A part that is given twice appears once.
+    """
+    turn = {part: place for place, part in reversed(list(enumerate(parts)))}
+    groups: list[list[Part]] = []
+    end = 0
+    for part in sorted(turn):
+        name, offset, size = part
+        last = groups[-1] if groups else None
+        near = last is not None and last[0][0] == name and offset - end <= max_gap
+        if last is not None and near and max(end, offset + size) - last[0][1] <= max_bytes:
+            last.append(part)
+            end = max(end, offset + size)
+        else:
+            groups.append([part])
+            end = offset + size
+    return sorted(groups, key=lambda group: min(turn[part] for part in group))
+
+
+class Ahead:
+    """What was hinted and not yet taken.
+
+    Args:
+        limit: bytes of parts that may be under way or waiting to be taken.
+        fetch: gets the bytes of a group of parts of one file, or puts them where they are found (then None for each).
+        threads: groups that are fetched at the same time.
+    """
+
+    def __init__(
+        self, limit: int, fetch: Callable[[Sequence[Part]], Sequence[bytes] | Sequence[None]], threads: int
+    ) -> None:
+        self._limit, self._fetch = limit, fetch
+        self._pool = ThreadPoolExecutor(threads, "ahead")
+        self._lock = threading.Lock()
+        self._queue: deque[list[Part]] = deque()
+        self._queued: set[Part] = set()
+        self._held: OrderedDict[Part, Future[bytes | None]] = OrderedDict()
+        self._bytes = 0
+        self._closed = False
+
+    def will_need(self, groups: Sequence[Sequence[Part]]) -> None:
+        """Fetch these groups as soon as there is room; returns at once."""
+        with self._lock:
+            for group in groups:
+                new = [part for part in group if part not in self._held and part not in self._queued]
+                if new:
+                    self._queue.append(new)
+                    self._queued.update(new)
+            self._start()
+
+    def take(self, part: Part) -> Future[bytes | None] | None:
+        """The bytes of a part that is under way or here, once; None if it is neither."""
+        with self._lock:
+            future = self._held.pop(part, None)
+            if future is not None:
+                self._bytes -= part[2]
+            elif part in self._queued:
+                # Its reader was faster, or what fills the room is not being read: an abandoned loop leaves such parts.
+                self._queued.discard(part)
+                self._drop_oldest(part[2])
+            self._start()
+            return future
+
+    def stop(self) -> None:
+        """Forget everything; nobody waits any more. What is under way must be stopped by its source."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+            self._queued.clear()
+            for future in self._held.values():
+                future.cancel()
+            self._held.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def join(self) -> None:
+        """Wait for the threads to end."""
+        self._pool.shutdown(wait=True)
+
+    def _drop_oldest(self, size: int) -> None:
+        done = [part for part, future in self._held.items() if future.done()]
+        for part in done:
+            if size <= 0:
+                break
+            del self._held[part]
+            self._bytes -= part[2]
+            size -= part[2]
+
+    def _start(self) -> None:
+        """Start the groups for which there is room, in order; the lock is held."""
+        while self._queue and not self._closed:
+            group = [part for part in self._queue[0] if part in self._queued]
+            size = sum(part[2] for part in group)
+            if self._bytes + size > self._limit and self._held:
+                return
+            self._queue.popleft()
+            self._queued.difference_update(group)
+            if group and size <= self._limit:  # a group that never fits is read when it is needed
+                futures: list[Future[bytes | None]] = [Future() for _ in group]
+                self._held.update(zip(group, futures, strict=True))
+                self._bytes += size
+                self._pool.submit(self._run, group, futures)
+
+    def _run(self, group: list[Part], futures: list[Future[bytes | None]]) -> None:
+        try:
+            results = self._fetch(group)
+        except BaseException as error:
+            with self._lock:
+                for future in futures:
+                    if not future.cancelled():
+                        future.set_exception(error)  # raised where the part is read, if it is
+            raise
+        with self._lock:
+            for future, data in zip(futures, results, strict=True):
+                if not future.cancelled():
+                    future.set_result(data)

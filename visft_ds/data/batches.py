@@ -1,0 +1,75 @@
+"""Making one batch: read, decode, transform and collate the samples of a micro-batch; what damage does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from visft_ds.data.dataset import DataSet, Pipeline, read_raw
+from visft_ds.data.plan import Plan, StepPlan, generator
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.shards import DamagedSample, Role
+
+#: Substitutes tried for one sample before its damage is an error all the same.
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A damaged sample that another one stands in for."""
+
+    step: int
+    dataset: str
+    index: int  #: of the damaged one
+    instead: int  #: index of the one in its place
+    reason: str
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Everything a worker needs to make batches; it can be sent to another process.
+
+    With `substitutes`, a damaged sample is replaced by one that this plan names, so that a run with the same damage is
+    the same run. That is possible only where one process reads images and labels both: two that read apart would not
+    see the same damage and go on with labels of other pictures. None: damage is an error.
+    """
+
+    sets: Mapping[str, DataSet]
+    pipelines: Mapping[str, Mapping[str, Pipeline]]  #: task -> data set -> what makes its batches
+    role: Role = "both"
+    substitutes: Plan | None = None
+
+    def make(self, part: StepPlan) -> tuple[Batch, list[Skipped]]:
+        """A whole micro-batch, sample after sample."""
+        made = [self.sample(part, place) for place in range(len(part.indices))]
+        return self.collate(part, [sample for sample, _ in made]), [one for _, skipped in made for one in skipped]
+
+    def sample(self, part: StepPlan, place: int) -> tuple[Sample, list[Skipped]]:
+        """The sample at a place of a micro-batch, and what was skipped to get it.
+
+        Raises:
+            DamagedSample: and there are no substitutes, or they are damaged too.
+        """
+        index, key = int(part.indices[place]), int(part.keys[place])
+        raw, skipped = self._read(part, index, key)
+        sample = self.pipelines[part.task][part.dataset].transform(raw, generator(key))
+        # Without labels, empty targets would claim that there is nothing in the picture.
+        targets = {} if self.role == "images" else sample.targets
+        return replace(sample, random_key=key, targets=targets), skipped
+
+    def collate(self, part: StepPlan, samples: Sequence[Sample]) -> Batch:
+        """The batch of all samples of a micro-batch."""
+        return self.pipelines[part.task][part.dataset].collate(list(samples))
+
+    def _read(self, part: StepPlan, index: int, key: int) -> tuple[RawSample, list[Skipped]]:
+        dataset, skipped = self.sets[part.dataset], list[Skipped]()
+        for attempt in range(1, _ATTEMPTS + 2):
+            try:
+                return read_raw(dataset.reader, index, self.role, dataset.categories), skipped
+            except DamagedSample as error:
+                if self.substitutes is None or attempt > _ATTEMPTS:
+                    raise
+                instead = self.substitutes.substitute(part, key, attempt)
+                skipped.append(Skipped(part.step, part.dataset, index, instead, str(error)))
+                index = instead
+        raise AssertionError("the last attempt returns or raises")

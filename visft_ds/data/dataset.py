@@ -1,0 +1,104 @@
+"""One data set as training reads it: shards, and what its categories mean to the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from visft_ds.data.decode import decode_image
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.shards import DamagedSample, Role, ShardReader
+from visft_ds.data.spans import span
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A split to train on.
+
+    `categories` maps the raw ids of the shards to those of the heads; an object whose id is mapped to None is left out.
+    None keeps all ids.
+    """
+
+    reader: ShardReader
+    categories: Mapping[int, int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What turns the raw samples of a task into a batch."""
+
+    transform: Callable[[RawSample, np.random.Generator], Sample]
+    collate: Callable[[list[Sample]], Batch]
+
+
+def read_raw(
+    reader: ShardReader, index: int, role: Role = "both", categories: Mapping[int, int | None] | None = None
+) -> RawSample:
+    """Read and decode one sample; `role` "images" leaves annotations and captions empty, "labels" the image None.
+
+    Args:
+        categories: see `DataSet`.
+
+    Raises:
+        DamagedSample: bytes that are not those of the index, or no picture; names shard, key and offset.
+    """
+    row = reader.row(index)
+    image_file, label_file = reader.read(index, role)
+    image = None
+    if image_file is not None:
+        where = f"{reader.describe(index)}: the image at offset {row['image_offset']}"
+        try:
+            with span("decode"):
+                image = decode_image(image_file)
+        except ValueError as error:
+            raise DamagedSample(f"{where} cannot be decoded: {error}") from error
+        if image.shape[:2] != (row["height"], row["width"]):
+            raise DamagedSample(
+                f"{where} has {image.shape[1]} x {image.shape[0]} pixels, not {row['width']} x {row['height']} as in "
+                "the index"
+            )
+    label: Mapping[str, Any] = {}
+    if label_file is not None:
+        with span("labels"):
+            label = orjson.loads(label_file)
+    annotations = label.get("annotations", ())
+    return RawSample(
+        index=index,
+        image_id=row["image_id"],
+        size=(row["height"], row["width"]),
+        image=image,
+        annotations=annotations if categories is None else translated(annotations, categories),
+        captions=label.get("captions", ()),
+    )
+
+
+def translated(
+    annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
+) -> list[Mapping[str, Any]]:
+    """Annotations with the ids that heads know; those without one are left out."""
+    pairs = ((one, categories[one["category_id"]]) for one in annotations)
+    return [{**one, "category_id": category} for one, category in pairs if category is not None]
+
+
+def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
+    """The stored annotations (crowds included) as an ordinary COCO dictionary, for evaluators."""
+    images, annotations = [], []
+    for index in range(len(reader)) if indices is None else indices:
+        label = orjson.loads(reader.read(index, "labels")[1] or b"")
+        images.append({name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]})
+        annotations += [{**annotation, "image_id": label["image_id"]} for annotation in label["annotations"]]
+    categories = [{"id": category.coco_id, "name": category.name} for category in reader.manifest.categories]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
+    """The stored captions in the form of COCO's captions_*.json, for evaluators."""
+    annotations = []
+    for index in range(len(reader)) if indices is None else indices:
+        label = orjson.loads(reader.read(index, "labels")[1] or b"")
+        annotations += [{"image_id": label["image_id"], "caption": caption} for caption in label["captions"]]
+    return {"annotations": annotations}

@@ -1,0 +1,100 @@
+"""Random orders that are computed place by place instead of being kept as a list: the same few bytes for ten samples
+and for ten billion, any place at once, and no state.
+
+All arithmetic is on integers, so that an order never changes with a library.
+
+Shape letters: G places asked for at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+WORD = 1 << 64
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
+
+#: The least number that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000 keys: 8 rounds
+#: miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
+_ROUNDS = 16
+#: Samples that lie side by side in the shards and stay together in a windowed order, and blocks mixed at a time.
+BLOCK, WINDOW = 64, 16
+
+
+def mix(words: UInt64Array) -> UInt64Array:
+    """Scatter 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def mix_int(*values: int) -> int:
+    """One 64-bit word from several integers, in their order."""
+    state = np.zeros(1, dtype=np.uint64)
+    for value in values:
+        state = mix(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))
+    return int(state[0])
+
+
+class Permutation:
+    """A random permutation of 0 .. size - 1 that belongs to a key.
+
+    A Feistel network over pairs (a, b) with a * b just above `size`; results outside are sent through again until they
+    lie inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4 and 5).
+    """
+
+    def __init__(self, size: int, key: int) -> None:
+        assert 1 <= size < 1 << 62, size
+        self.size = size
+        self._rows = math.isqrt(size - 1) + 1
+        self._columns = -(-size // self._rows)
+        # the stream of SplitMix64 that begins at the key
+        self._keys = mix(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+
+    def __call__(self, places: Int64Array) -> Int64Array:
+        """(G,) places in 0 .. size - 1 -> (G,) what stands there."""
+        result = self._once(places.astype(np.uint64))
+        while (outside := np.flatnonzero(result >= self.size)).size:
+            result[outside] = self._once(result[outside])
+        return result.astype(np.int64)
+
+    def _once(self, values: UInt64Array) -> UInt64Array:
+        rows, columns = np.uint64(self._rows), np.uint64(self._columns)
+        left, right = values // columns, values % columns
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                right = (right + mix(left + key) % columns) % columns
+            else:
+                left = (left + mix(right + key) % rows) % rows
+        return left * columns + right
+
+
+def shuffled(places: Int64Array, size: int, key: int) -> Int64Array:
+    """(G,) places in a random order of 0 .. size - 1 -> (G,) what stands there."""
+    return Permutation(size, key)(places)
+
+
+def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
+    """The same with neighbours kept near each other, for storage where reading far apart is dear.
+
+    Blocks of `BLOCK` neighbours stand in random order, and `WINDOW` blocks at a time are mixed sample by sample: a
+    consumer touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks,
+    and the samples of the incomplete one at the end, differ between epochs.
+    """
+    blocks, window = size // BLOCK, BLOCK * WINDOW
+    numbers = places // window
+    slots = np.empty_like(places)
+    for number in np.unique(numbers).tolist():  # a batch lies in one or two windows
+        start, chosen = number * window, numbers == number
+        slots[chosen] = start + Permutation(min(window, size - start), mix_int(key, 1, number))(places[chosen] - start)
+    # the incomplete block, whose number is `blocks`, keeps its slot
+    numbers, inside = slots // BLOCK, slots % BLOCK
+    whole = numbers < blocks
+    if blocks:
+        numbers[whole] = Permutation(blocks, mix_int(key, 2))(numbers[whole])
+    return (numbers * BLOCK + inside + mix_int(key, 3) % size) % size

@@ -1,0 +1,60 @@
+"""Reading for a pipeline: the first stage needs pixels, the last one labels, and both must speak of the same samples.
+
+Every stage that reads follows the same plan on its own. What proves that they agree is one number: a checksum of the
+samples' places and random keys, which travels down the pipeline beside the activations and is compared where the labels
+are.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import Role
+
+
+def role_of_stage(stage: int, stages: int) -> Role | None:
+    """What a pipeline stage reads; None in the middle: nothing.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    if not 0 <= stage < stages:
+        raise ValueError(f"stage {stage} of {stages} does not exist: stages count from 0 to {stages - 1}")
+    if stages == 1:
+        return "both"
+    return {0: "images", stages - 1: "labels"}.get(stage)  # type: ignore[return-value]
+
+
+def sample_checksum(batch: Batch) -> Tensor:
+    """(1,) int64: crc32 over indices, image ids and random keys, in their order."""
+    value = 0
+    for tensor in (batch.indices, batch.image_ids, batch.random_keys):
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
+    return torch.tensor([value])
+
+
+def check_same_samples(step: int, received: Tensor, batch: Batch, every: int = 1) -> None:
+    """Compare the checksum that came with activations with that of the labels, in every `every`-th step.
+
+    Comparing makes the host wait for the device, which is why it need not happen in each step.
+
+    Args:
+        received: (1,) int64, `sample_checksum` of the stage that read the pixels.
+        batch: what this stage has read.
+
+    Raises:
+        RuntimeError: activations and labels belong to different samples.
+    """
+    if step % every:
+        return
+    ours, theirs = int(sample_checksum(batch)), int(received)
+    if ours != theirs:
+        raise RuntimeError(
+            f"step {step}: the last pipeline stage has labels of other samples than the pixels that went in (checksum "
+            f"{ours:08x} against {theirs:08x}, first label of image {int(batch.image_ids[0])}): the stages do not "
+            "follow the same plan"
+        )

@@ -1,0 +1,254 @@
+"""Where bytes come from: the files of one folder on a disk or behind a URL.
+
+Everything that reads shards asks a `Store`; whether the folder is local, on a web server or in an object store is said
+once, by `open_store`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+from urllib.parse import unquote, urlsplit
+
+#: What a cache folder holds: only the bytes that were asked for, or every shard as a whole once it was touched.
+CacheMode = Literal["ranges", "shards"]
+
+#: Protocol of a URL -> the package that speaks it.
+REMOTE_PROTOCOLS = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "memory": "fsspec",  # files of this process, for tests
+}
+_SCHEME = re.compile(r"([^/]*?):(?://|(?<=pipe:))")
+
+#: Files beyond this number are opened for each read, because many systems allow only 1024 open files.
+_MAX_OPEN = 256
+
+_CHUNK = 1 << 20
+_AGAIN = "Make the split again by the same `tools/make_shards.py build`, or copy the file there again."
+
+#: (name of a file, offset, size) in bytes.
+Part = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """A folder for copies of remote files, shared by all processes of a host.
+
+    Raises ValueError for an unknown mode or a bound below 1.
+    """
+
+    folder: Path  #: made if it is not there
+    max_bytes: int  #: of all copies together; those not used for longest go first
+    mode: CacheMode = "ranges"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(CacheMode):
+            raise ValueError(f"cache mode {self.mode!r} is not known: give one of {', '.join(get_args(CacheMode))}")
+        if self.max_bytes < 1:
+            raise ValueError(f"a cache of {self.max_bytes} bytes is not allowed: give at least the size of one shard")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Store(Protocol):
+    """The files of one folder. Safe for threads; a pickled or forked copy opens its own connections at first use."""
+
+    @property
+    def where(self) -> str:
+        """Path or URL, for messages."""
+        ...
+
+    def expect(self, files: Mapping[str, Expected]) -> None:
+        """Say what a manifest knows of files: only these are cached. Raises ValueError if the cache is too small."""
+        ...
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of a file, fewer only where it ends.
+
+        Raises:
+            ValueError: there is no such file, or it may not be read.
+            RuntimeError: the other side failed, again and again.
+        """
+        ...
+
+    def load(self, name: str) -> bytes:
+        """All of a small file; raises as `read`."""
+        ...
+
+    def sizes(self, names: Collection[str] | None = None) -> dict[str, int]:
+        """Bytes of those of `names` that exist, or of all files of the folder.
+
+        Raises ValueError for all files where the protocol cannot list them (http).
+        """
+        ...
+
+    def will_need(self, parts: Sequence[Part]) -> None:
+        """Hint that these parts are about to be read, in this order. Returns at once."""
+        ...
+
+    def forget(self, name: str, offset: int, size: int) -> bool:
+        """Drop copies of a part that proved to be damaged; False if reading it again would give the same bytes."""
+        ...
+
+    def local_path(self, name: str) -> Path | None:
+        """Where a file lies on a local disk, after fetching it if need be; None if it is only to be had by `load`."""
+        ...
+
+    def another(self) -> Store:
+        """The same folder with descriptors, connections and read-ahead of its own."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead, close files and connections. A later read opens them again."""
+        ...
+
+
+def open_store(root: Path | str, cache: CacheOptions | None = None) -> Store:
+    """The store of a folder: a path, `file://...`, or a URL of one of `REMOTE_PROTOCOLS`.
+
+    Nothing is opened before the first read. `cache` is for remote folders; local files are never copied.
+
+    Raises:
+        ValueError: a protocol that is not allowed (`pipe:` runs programs), or whose package is not installed.
+    """
+    found = None if isinstance(root, Path) else _SCHEME.match(root)
+    if found is None:
+        assert not re.match(r"(https?|s3|gs|hf|memory):/", str(root)), f"{root}: a URL that became a path lost a slash"
+        return LocalStore(Path(root))
+    if found[1] == "file":
+        return LocalStore(Path(unquote(urlsplit(str(root)).path)))
+    if found[1] not in REMOTE_PROTOCOLS:
+        allowed = ", ".join(f"{name}://" for name in ("file", *REMOTE_PROTOCOLS) if name != "memory")
+        raise ValueError(f"{root}: {found[0]} is not allowed; give a folder or a URL that begins with {allowed}")
+    # Imported here: fsspec and its event loop are not for those who read local disks.
+    from visft_ds.data.remote_store import RemoteStore
+
+    return RemoteStore(str(root), found[1], cache)
+
+
+class LocalStore:
+    """A folder on a disk.
+
+    `pread` has no position that threads or forked processes could share.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStore, (self.root,)
+
+    @property
+    def where(self) -> str:
+        """The path."""
+        return str(self.root)
+
+    def expect(self, files: Mapping[str, Expected]) -> None:
+        """Nothing to prepare."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Store.read`."""
+        descriptor = self._descriptors.get(name)
+        if descriptor is None:
+            descriptor = self._keep_open(name)
+        if descriptor is not None:
+            return pread_all(descriptor, size, offset)
+        descriptor = self._open(name)
+        try:
+            return pread_all(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+
+    def load(self, name: str) -> bytes:
+        """See `Store.load`."""
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.root / name} is missing. {_AGAIN}") from error
+
+    def sizes(self, names: Collection[str] | None = None) -> dict[str, int]:
+        """See `Store.sizes`."""
+        if not self.root.is_dir():
+            return {}
+        with os.scandir(self.root) as entries:
+            return {
+                entry.name: entry.stat().st_size
+                for entry in entries
+                if (names is None or entry.name in names) and entry.is_file()
+            }
+
+    def will_need(self, parts: Sequence[Part]) -> None:
+        """Nothing: reading from a disk ahead of the threads that do it already gains nothing."""
+
+    def forget(self, name: str, offset: int, size: int) -> bool:
+        """False: there are no copies."""
+        return False
+
+    def local_path(self, name: str) -> Path | None:
+        """The file itself."""
+        return self.root / name
+
+    def another(self) -> LocalStore:
+        """See `Store.another`."""
+        return LocalStore(self.root)
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _keep_open(self, name: str) -> int | None:
+        """A descriptor that stays open; None where there are enough of them."""
+        with self._lock:
+            if name not in self._descriptors:
+                if len(self._descriptors) >= _MAX_OPEN:
+                    return None
+                self._descriptors[name] = self._open(name)
+            return self._descriptors[name]
+
+    def _open(self, name: str) -> int:
+        try:
+            return os.open(self.root / name, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.root / name} is missing. {_AGAIN}") from error
+
+
+def pread_all(descriptor: int, size: int, offset: int) -> bytes:
+    """Like `os.pread`, which may return less than asked for before the end of the file."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file in hexadecimal; memory does not grow with the file."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_CHUNK))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()

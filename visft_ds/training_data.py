@@ -1,0 +1,200 @@
+"""The data sets a run trains on: which tasks each teaches, and what its categories mean to the heads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from visft_ds.config.preflight import is_url
+from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import Shuffle
+from visft_ds.data.segmentation import COCO_CATEGORY_IDS
+from visft_ds.data.store import CacheOptions
+from visft_ds.data.workers import WorkerKind, choose_workers, usable_cores
+from visft_ds.parallel import distributed
+from visft_ds.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """One data set of a run."""
+
+    manifest: Manifest
+    tasks: tuple[str, ...]  #: those of the run that it teaches
+    weight: float = 1.0
+    categories: Mapping[int, int | None] | None = None  #: raw id -> id of the heads, None: left out; None: as they are
+
+    def identity(self) -> str:
+        """Digest of what is learnt from it."""
+        if self.categories is None:
+            return self.manifest.fingerprint
+        return hashlib.sha256(f"{self.manifest.fingerprint} {sorted(self.categories.items())}".encode()).hexdigest()
+
+
+def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dict[str, TrainingSet]:
+    """All training sets by name. The first, ROOT/TRAIN, decides which categories there are.
+
+    Raises:
+        ValueError: a split that is missing or damaged, that lacks what a task needs, or whose categories do not fit.
+    """
+    data, enabled = config.data, tuple(config.tasks.enabled())
+    cache = cache_of(data)
+    first = Manifest.load(data.root, data.train, check_shards=check_shards, cache=cache)
+    others = [Manifest.load(one.root, one.split, check_shards=check_shards, cache=cache) for one in data.sets]
+    sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
+    check_samples(sets[data.train].tasks, first)
+    for one, manifest in zip(data.sets, others, strict=True):
+        tasks = tuple(task for task in enabled if task in one.tasks) if one.tasks else _taught(manifest, enabled)
+        check_samples(tasks, manifest)
+        if one.tasks is None:
+            _check_masks(one, manifest, tasks)
+        categories = _categories(one, manifest, first) if needs_categories(tasks) else None
+        sets[one.name] = TrainingSet(manifest, tasks, one.weight, categories)
+    check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
+    check_labels(first, config)
+    return sets
+
+
+def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
+    """The splits whose words a captioning head has to know."""
+    return [one.manifest for one in sets.values() if "captioning" in one.tasks]
+
+
+def cache_of(data: DataConfig) -> CacheOptions | None:
+    """Where copies of remote shards are kept, if anywhere."""
+    return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes)
+
+
+def data_identity(sets: Mapping[str, TrainingSet]) -> str:
+    """Digest of the content of all sets, which a run must have been made with to be resumed."""
+    if len(sets) == 1:
+        return next(iter(sets.values())).identity()
+    return hashlib.sha256(json.dumps([[name, one.identity()] for name, one in sets.items()]).encode()).hexdigest()
+
+
+def shuffle_of(data: DataConfig) -> tuple[Shuffle, str]:
+    """How samples are mixed, and why."""
+    if data.shuffle != "auto":
+        return data.shuffle, "as configured"
+    remote = [root for root in (data.root, *(one.root for one in data.sets)) if is_url(root)]
+    return ("windowed", f"auto: {remote[0]} is read over the network") if remote else ("full", "auto: local shards")
+
+
+def workers_of(data: DataConfig) -> tuple[WorkerKind, int, str]:
+    """(kind, number, why) of the data workers of this process."""
+    return choose_workers(data.workers, data.num_workers, cores=usable_cores(), processes=distributed.processes_here())
+
+
+def needs_categories(tasks: Sequence[str]) -> bool:
+    """Whether one of the tasks learns from annotated objects."""
+    return any(TASKS[task].labels == "annotations" for task in tasks)
+
+
+def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
+    """Refuse a split in which a task finds nothing.
+
+    Raises:
+        ValueError: naming the task and what the split lacks.
+    """
+    where = f"{manifest.root}/{manifest.split}"
+    for task in tasks:
+        if not len(manifest):
+            raise ValueError(f"{where} has no samples: make the shards anew")
+        labels = TASKS[task].labels
+        if labels not in manifest.labels or not len(manifest.selection(TASKS[task].learns_from)):
+            option = {"annotations": "instances"}.get(labels, labels)
+            raise ValueError(
+                f"{where} has no sample with {labels}, which {task} needs: make the shards "
+                f"with --{option} FILE, or turn the task off with --set visft.tasks.{task}=null"
+            )
+
+
+def check_labels(manifest: Manifest, config: VisftConfig) -> None:
+    """Detection counts classes by the raw ids of the data, segmentation knows COCO's 80 categories.
+
+    Raises:
+        ValueError: a category that the heads have no class for.
+    """
+    detection, segmentation = config.tasks.detection, config.tasks.segmentation
+    beyond = [
+        f"{c.coco_id} {c.name!r}"
+        for c in manifest.categories
+        if detection is not None and c.coco_id >= detection.head.num_classes
+    ]
+    if beyond and detection is not None:
+        raise ValueError(
+            f"the data has category {beyond[0]} ({len(beyond)} such), the detection head has classes 0 to "
+            f"{detection.head.num_classes - 1}: state visft.tasks.detection.head.num_classes"
+        )
+    foreign = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id not in COCO_CATEGORY_IDS]
+    if foreign and segmentation is not None:
+        raise ValueError(
+            f"the data has category {foreign[0]} ({len(foreign)} such), which is not one of COCO's 80 ids: "
+            "segmentation heads know those only; turn it off with --set visft.tasks.segmentation=null"
+        )
+
+
+def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that a split has labels for."""
+    return tuple(task for task in enabled if TASKS[task].labels in manifest.labels)
+
+
+def _check_masks(one: DataSetConfig, manifest: Manifest, tasks: Sequence[str]) -> None:
+    """Objects without masks are background to segmentation: a set of boxes alone would teach that nothing is there."""
+    without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
+    if "segmentation" in tasks and 2 * without > manifest.counts["annotations"]:
+        raise ValueError(
+            f"data set {one.name}: {without} of its {manifest.counts['annotations']} objects have no mask. "
+            "Segmentation would take them for background: state visft.data.sets.N.tasks, without it or with it"
+        )
+
+
+def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict[int, int | None] | None:
+    """Raw ids of a set -> ids of the first set."""
+    table = {category.coco_id: category.name for category in first.categories}
+    own = {category.coco_id: category.name for category in manifest.categories}
+    where = f"data set {one.name} ({manifest.root}/{manifest.split})"
+    if one.categories is None:
+        other = [(number, name) for number, name in own.items() if table.get(number) != name]
+        if other:
+            number, name = other[0]
+            raise ValueError(
+                f"{where}: category {number} {name!r} is {table.get(number, 'absent')!r} in {first.root}/{first.split} "
+                f"({len(other)} such): give visft.data.sets.N.categories, a JSON file of its names -> ids there or null"
+            )
+        return None
+    given = _read_map(Path(one.categories))
+    rest = given.pop("*", "absent")
+    missing = [name for name in own.values() if name not in given] if rest == "absent" else []
+    unknown = sorted(given.keys() - set(own.values()))
+    wrong = sorted({target for target in given.values() if target is not None and target not in table})
+    if missing or unknown or wrong or rest not in ("absent", None):
+        problems = [
+            f"no entry for {', '.join(map(repr, missing[:3]))} ({len(missing)} such; '\"*\": null' leaves them out)"
+            * bool(missing),
+            f"no category {', '.join(map(repr, unknown[:3]))} in the set" * bool(unknown),
+            f"no id {', '.join(map(str, wrong[:3]))} in {first.root}/{first.split}" * bool(wrong),
+            f'"*" may only be null, not {rest!r}' * (rest not in ("absent", None)),
+        ]
+        raise ValueError(f"{where}: {one.categories}: {'; '.join(problem for problem in problems if problem)}")
+    return {number: given.get(name) for number, name in own.items()}
+
+
+def _read_map(path: Path) -> dict[str, Any]:
+    try:
+        content = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no readable map of categories: {error}") from error
+    good = isinstance(content, dict) and all(
+        target is None or (isinstance(target, int) and not isinstance(target, bool)) for target in content.values()
+    )
+    if not good:
+        raise ValueError(f'{path}: a map of categories is a JSON object, name -> id or null, such as {{"person": 1}}')
+    return dict(content)
