@@ -19,20 +19,19 @@ import torch
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, make_split, write_tree
 from tools.profile import main
-from visft_ds.data.plan import Plan, TaskPlan
 from visft_ds.data.shards import ShardReader
 from visft_ds.profiling import data as parts
 from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling import data_compare as comparison
 from visft_ds.profiling import data_source, data_start
 from visft_ds.profiling.data_shuffle import order_of, quality, uniform_blocks
-from visft_ds.profiling.data_source import DataSet, joint_pipeline, open_set, our_loader
+from visft_ds.profiling.data_source import MeasuredSet, joint_pipeline, open_set, our_loader, plan_over
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+def data(tmp_path_factory: pytest.TempPathFactory) -> MeasuredSet:
     """Twelve small pictures in three shards."""
-    return DataSet.of("toy", make_split(tmp_path_factory.mktemp("data")), 12)
+    return MeasuredSet.of("toy", make_split(tmp_path_factory.mktemp("data")), 12)
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +40,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _ours(data: DataSet) -> dict[int, Any]:
+def _ours(data: MeasuredSet) -> dict[int, Any]:
     """Batches of one sample by image id."""
     with ShardReader(data.manifest) as reader:
-        loader = our_loader(data, reader, joint_pipeline(data.vocabulary), 1, threads=0)
+        loader = our_loader(data, reader, joint_pipeline(data.vocabulary), 1, num_workers=0)
         return {int(batch.image_ids): batch for _, (batch,) in loader.steps(0, len(data))}
 
 
 # --------------------------------------------------------------------------------------------------- baselines
 
 
-def _assert_tuned_is_ours(data: DataSet, workers: int) -> None:
+def _assert_tuned_is_ours(data: MeasuredSet, workers: int) -> None:
     ours = _ours(data)
     keys = {image: int(batch.random_keys) for image, batch in ours.items()}
     pipeline = joint_pipeline(data.vocabulary)
@@ -70,7 +69,7 @@ def _assert_tuned_is_ours(data: DataSet, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_tuned_baseline_makes_the_same_samples_bit_for_bit(data: DataSet, workers: int) -> None:
+def test_the_tuned_baseline_makes_the_same_samples_bit_for_bit(data: MeasuredSet, workers: int) -> None:
     """Else the comparison would measure other work."""
     _assert_tuned_is_ours(data, workers)
 
@@ -82,7 +81,7 @@ def test_the_same_on_photographs() -> None:
         _assert_tuned_is_ours(photos, 0)
 
 
-def test_the_naive_baseline_has_the_same_objects(data: DataSet) -> None:
+def test_the_naive_baseline_has_the_same_objects(data: MeasuredSet) -> None:
     """Every sample once; as many objects; masks of full size cover as much as the soft masks of the head."""
     ours = list(_ours(data).values())
     ((images, targets),) = plain.naive(data.urls, data.vocabulary, 12, workers=0)
@@ -100,7 +99,7 @@ def test_the_naive_baseline_has_the_same_objects(data: DataSet) -> None:
     assert full == pytest.approx(soft, rel=0.15)
 
 
-def test_labels_and_bytes_are_complete(data: DataSet) -> None:
+def test_labels_and_bytes_are_complete(data: MeasuredSet) -> None:
     ids = sorted(data.rows["image_id"].tolist())
     assert sorted(label["image_id"] for label in plain.labels(data.urls, parse=True)) == ids
     assert all(sample.keys() >= {"json"} and "jpg" not in sample for sample in plain.labels(data.urls, parse=False))
@@ -200,20 +199,33 @@ def test_ratios_are_formed_within_rounds() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured(data: MeasuredSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("record") / "data.json"
-    flags = ["--batch", "4", "--images", "8", "--repeats", "2", "--threads", "0", "1", "--json", str(file)]
+    flags = [
+        "--batch",
+        "4",
+        "--images",
+        "8",
+        "--repeats",
+        "2",
+        "--threads",
+        "0",
+        "1",
+        "--processes",
+        "--json",
+        str(file),
+    ]
     assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *flags]) == 0
     record: dict[str, Any] = json.loads(file.read_text())
     return record
 
 
-def test_parts_add_up(measured: dict[str, Any], data: DataSet) -> None:
+def test_parts_add_up(measured: dict[str, Any], data: MeasuredSet) -> None:
     numbers = measured["streams"]["joint"]
     names = ["read", "crc", "decode", "labels", "resize", "boxes", "masks", "tokens", "collate", "rest"]
-    assert list(numbers["parts"]) == names and numbers["steps"] == 2 and numbers["threads_of_parts"] == 0
+    assert list(numbers["parts"]) == names and numbers["steps"] == 2 and numbers["parts_by"] == "0 threads"
     # the median of two passes is their mean, so parts add up
-    whole = numbers["by_threads"]["0"]["cpu_seconds_per_sample"]["median"]
+    whole = numbers["by_workers"]["0 threads"]["cpu_seconds_per_sample"]["median"]
     total = sum(part["cpu_seconds"]["median"] for part in numbers["parts"].values())
     assert total == pytest.approx(whole)
     assert sum(part["share"]["median"] for part in numbers["parts"].values()) == pytest.approx(1)
@@ -221,7 +233,7 @@ def test_parts_add_up(measured: dict[str, Any], data: DataSet) -> None:
     assert all(part["cpu_seconds"]["median"] > 0 for name, part in numbers["parts"].items() if name != "rest")
     assert 0.02 < numbers["released_share"]["median"] < 0.98
     sizes = (data.rows["image_size"] + data.rows["label_size"]).astype(float)
-    assert sizes.min() <= numbers["by_threads"]["1"]["bytes_per_sample"] <= sizes.max()
+    assert sizes.min() <= numbers["by_workers"]["1 threads"]["bytes_per_sample"] <= sizes.max()
 
 
 def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +243,7 @@ def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.Ca
     assert titles == [
         "on",
         f"{head}: where the time goes, 0 threads",
-        f"{head}: threads",
+        f"{head}: workers",
         f"{head}: the interpreter lock",
     ]
     rows = {row[0]: row for row in parts.make_sections(measured)[1].rows}
@@ -239,19 +251,33 @@ def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.Ca
     assert rows["whole"][3].strip() == "100.00 %"
 
 
-def test_labels_alone_decode_nothing(data: DataSet, tmp_path: Path) -> None:
+def test_labels_alone_decode_nothing(data: MeasuredSet, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
-    flags = ["--images", "8", "--batch", "8", "--repeats", "1", "--threads", "0", "--role", "labels", "--step-ms", "30"]
+    flags = [
+        "--images",
+        "8",
+        "--batch",
+        "8",
+        "--repeats",
+        "1",
+        "--threads",
+        "0",
+        "--processes",
+        "--role",
+        "labels",
+        "--step-ms",
+        "30",
+    ]
     command = ["data", "--data", str(data.manifest.root), "--split", "toy", *flags, "--json", str(file)]
     assert main(command) == 0
     numbers = json.loads(file.read_text())["streams"]["joint"]
     assert not {"decode", "resize"} & numbers["parts"].keys()
-    rates = numbers["by_threads"]["0"]
+    rates = numbers["by_workers"]["0 threads"]
     assert rates["samples_per_second"]["median"] < 8 / 0.03  # the consumer was busy
     assert rates["wait_share"]["median"] < 0.9
 
 
-def test_everything_is_compared(data: DataSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_compared(data: MeasuredSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "compare.json"
     flags = ["--compare", "--batch", "4", "--images", "12", "--repeats", "1", "--json", str(file)]
     assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *flags]) == 0
@@ -259,10 +285,10 @@ def test_everything_is_compared(data: DataSet, tmp_path: Path, capsys: pytest.Ca
     for name, group in record["groups"].items():
         assert {numbers["samples"] for numbers in group.values()} == {12}, name
         assert all(numbers["cpu_seconds_per_sample"]["median"] > 0 for numbers in group.values())
-    assert [goal["factor"] for goal in record["goals"]] == [4, 4, 1.5, 1.5, 1.5, 20]
+    assert [goal["factor"] for goal in record["goals"]] == [4, 4, 1.5, 1.5, 1.5, 1.5, 20]
     printed = capsys.readouterr().out
     assert "== the loader against plain webdataset 1." in printed
-    assert sum(line.endswith(("reached", "NOT reached")) for line in printed.splitlines()) == 6
+    assert sum(line.endswith(("reached", "NOT reached")) for line in printed.splitlines()) == 7
 
 
 def test_a_tree_is_repeated(tmp_path: Path) -> None:
@@ -280,10 +306,10 @@ def test_a_tree_is_repeated(tmp_path: Path) -> None:
         assert all(len(values) == 1 for values in crcs.values()) and len(set.union(*crcs.values())) == 5
 
 
-def test_only_the_first_shards_are_read_where_they_suffice(data: DataSet) -> None:
-    some = DataSet.of("toy", data.manifest, 5)
+def test_only_the_first_shards_are_read_where_they_suffice(data: MeasuredSet) -> None:
+    some = MeasuredSet.of("toy", data.manifest, 5)
     assert (some.shards, len(some), len(some.urls)) == (2, 8, 2)
-    assert DataSet.of("toy", data.manifest, 8).shards == 2 and DataSet.of("toy", data.manifest, 999).shards == 3
+    assert MeasuredSet.of("toy", data.manifest, 8).shards == 2 and MeasuredSet.of("toy", data.manifest, 999).shards == 3
 
 
 # ------------------------------------------------------------------------------------------- orders and start-up
@@ -293,7 +319,7 @@ def test_quality_of_orders() -> None:
     count = 12_800
     straight = quality(np.arange(count), count)
     assert straight.spread < 0.01 and straight.blocks < 1.5 and straight.correlation > 0.999
-    ours = quality(order_of(Plan({"joint": TaskPlan(count, 100)}, seed=0)), count)
+    ours = quality(order_of(plan_over(count, 100)), count)
     assert ours.spread == pytest.approx(1, abs=0.02) and abs(ours.correlation) < 0.03  # 3 / sqrt(12800)
     assert ours.blocks == pytest.approx(uniform_blocks(count), rel=0.02) and (ours.samples, ours.repeated) == (count, 0)
     buffered = quality(plain.order(count, 400, 500, shards=True), count)
@@ -301,7 +327,7 @@ def test_quality_of_orders() -> None:
     assert quality(np.tile(np.arange(100), 128), count).repeated == count - 100
 
 
-def test_start_up_on_a_made_up_split(data: DataSet, tmp_path: Path) -> None:
+def test_start_up_on_a_made_up_split(data: MeasuredSet, tmp_path: Path) -> None:
     data_start.write_made_up_split(tmp_path, 3100)
     found = data_start._start(str(tmp_path))
     # crc32 and sha256 of a few hundred kB; the bounds of the project hold for 120,000 samples

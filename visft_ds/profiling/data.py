@@ -1,4 +1,4 @@
-"""Where the time of a sample goes: CPU time by part, what a thread more brings, and what the interpreter lock allows.
+"""Where the time of a sample goes: CPU time by part, what a worker more brings, and what the interpreter lock allows.
 
 The parts are the spans of `visft_ds.data.spans`, measured in the loader that trains. What lies outside of them (plans,
 random numbers, objects of Python) is the rest, so the parts always add up to the CPU time of the process.
@@ -18,11 +18,12 @@ import numpy as np
 import simplejpeg
 import torch.nn.functional
 
-from visft_ds.data.loader import Pipeline
+from visft_ds.data.dataset import Pipeline
 from visft_ds.data.shards import ROLES, Role, ShardReader
-from visft_ds.data.spans import SPANS, Spent, spent
+from visft_ds.data.spans import SPANS, Spent
+from visft_ds.data.workers import WorkerKind
 from visft_ds.monitor.console import Section
-from visft_ds.profiling.data_source import DataSet, facts_rows, our_loader
+from visft_ds.profiling.data_source import MeasuredSet, facts_rows, our_loader
 from visft_ds.profiling.timing import Spread, cpu_seconds
 
 FORMAT, VERSION = "visft_ds data", 1
@@ -41,14 +42,19 @@ class DataOptions:
     """How it is measured. Raises ValueError for what is not possible."""
 
     threads: tuple[int, ...] = (0, 1, 2)
+    processes: tuple[int, ...] = (1, 2)
     role: Role = "both"
     images: int = 512  #: of one measurement, at least one batch
     repeats: int = 5
     step_ms: float = 0.0  #: how long the consumer is busy with each step, without using the CPU
 
     def __post_init__(self) -> None:
-        if not self.threads or min(self.threads) < 0 or len(set(self.threads)) < len(self.threads):
-            raise ValueError(f"--threads {' '.join(map(str, self.threads))}: give numbers from 0 up, each once")
+        for name, least in (("threads", 0), ("processes", 1)):
+            given = getattr(self, name)
+            if min(given, default=least) < least or len(set(given)) < len(given):
+                raise ValueError(f"--{name} {' '.join(map(str, given))}: give numbers from {least} up, each once")
+        if not self.threads:
+            raise ValueError("--threads: give at least one number")
         if self.role not in ROLES:
             raise ValueError(f"--role {self.role}: give one of {', '.join(ROLES)}")
         for name in ("images", "repeats"):
@@ -56,6 +62,11 @@ class DataOptions:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.step_ms < 60_000:
             raise ValueError(f"--step-ms {self.step_ms:g} must be from 0 to 60000")
+
+    @property
+    def workers(self) -> list[tuple[WorkerKind, int]]:
+        """Kind and number of everything that is measured."""
+        return [*(("threads", one) for one in self.threads), *(("processes", one) for one in self.processes)]
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,14 @@ class _Pass:
     samples: int
     steps: int
     bytes: int  #: of pictures and labels, as the role reads them
-    cpu: float  #: seconds of this process
+    cpu: float  #: seconds of this process and its workers
     wall: float  #: seconds
     wait: float  #: seconds in which the consumer waited
     parts: Mapping[str, Spent]
 
 
-def measure_data(data: DataSet, streams: Sequence[StreamData], options: DataOptions) -> dict[str, Any]:
-    """Every stream with every number of threads, the numbers in turn; a record of JSON values.
+def measure_data(data: MeasuredSet, streams: Sequence[StreamData], options: DataOptions) -> dict[str, Any]:
+    """Every stream with all kinds and numbers of workers in turn; a record of JSON values.
 
     Raises ValueError where the set is smaller than a batch.
     """
@@ -96,46 +107,54 @@ def measure_data(data: DataSet, streams: Sequence[StreamData], options: DataOpti
     }
 
 
-def _measure_stream(data: DataSet, reader: ShardReader, stream: StreamData, options: DataOptions) -> dict[str, Any]:
+def _measure_stream(data: MeasuredSet, reader: ShardReader, stream: StreamData, options: DataOptions) -> dict[str, Any]:
     count = max(1, options.images // stream.batch)
-    passes: dict[int, list[_Pass]] = {threads: [] for threads in options.threads}
+    passes: dict[str, list[_Pass]] = {_name(*workers): [] for workers in options.workers}
     released = []
     for repeat in range(options.repeats + 1):
-        for threads in options.threads:
-            one = _pass(data, reader, stream, options, threads, start=repeat * count, count=count)
+        for workers in options.workers:
+            one = _pass(data, reader, stream, options, *workers, start=repeat * count, count=count)
             if repeat:  # the first one brings files and code into memory
-                passes[threads].append(one)
+                passes[_name(*workers)].append(one)
         with _released() as inside:
-            alone = _pass(data, reader, stream, options, 0, start=repeat * count, count=count)
+            alone = _pass(data, reader, stream, options, "threads", 0, start=repeat * count, count=count)
         if repeat:
             released.append(sum(inside) / alone.cpu)
-    first = passes[options.threads[0]]
+    first = next(iter(passes))
     return {
         "batch": stream.batch,
         "steps": count,
-        "threads_of_parts": options.threads[0],
-        "parts": _parts(first),
-        "by_threads": {str(threads): _rates(found) for threads, found in passes.items()},
+        "parts_by": first,
+        "parts": _parts(passes[first]),
+        "by_workers": {name: _rates(found) for name, found in passes.items()},
         "released_share": asdict(Spread.of(released)),
     }
 
 
 def _pass(
-    data: DataSet,
+    data: MeasuredSet,
     reader: ShardReader,
     stream: StreamData,
     options: DataOptions,
-    threads: int,
+    workers: WorkerKind,
+    number: int,
     *,
     start: int,
     count: int,
 ) -> _Pass:
     """Steps start, start + 1, ..."""
     loader = our_loader(
-        data, reader, stream.pipeline, stream.batch, threads=threads, role=options.role, name=stream.name
+        data,
+        reader,
+        stream.pipeline,
+        stream.batch,
+        workers=workers,
+        num_workers=number,
+        role=options.role,
+        name=stream.name,
     )
     sizes = np.sum([data.rows[name] for name in _columns(options.role)], axis=0)
-    before, cpu, wall = spent(), cpu_seconds(), time.perf_counter()
+    before, cpu, wall = loader.spent(), cpu_seconds(), time.perf_counter()
     samples = size = 0
     wait = 0.0
     for whole, _ in loader.steps(start, start + count):
@@ -145,9 +164,13 @@ def _pass(
         if options.step_ms:
             time.sleep(options.step_ms / 1000)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    after = spent()
+    after = loader.spent()
     parts = {name: after[name] - before[name] for name in SPANS}
     return _Pass(samples, count, size, cpu, wall, wait, parts)
+
+
+def _name(workers: WorkerKind, number: int) -> str:
+    return f"{number} {workers}"
 
 
 def _columns(role: Role) -> tuple[str, ...]:
@@ -221,24 +244,23 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables: what was read; of each stream the parts, the threads and the interpreter lock."""
+    """The record as tables: what was read; of each stream the parts, the workers and the interpreter lock."""
     options = record["options"]
     load = ", ".join(f"{value:.2f}" for value in record["load"])
     facts = [
         *facts_rows(record["set"]),
         ("load", f"{load} before, {record['cores']} cores"),
-        ("repeats", f"{options['repeats']} after 1 to warm up, the numbers of threads in turn"),
+        ("repeats", f"{options['repeats']} after 1 to warm up, the kinds of workers in turn"),
         ("consumer", f"busy for {options['step_ms']:g} ms with each step" if options["step_ms"] else "only waits"),
     ]
     sections = [Section("on", facts)]
     for name, numbers in record["streams"].items():
         head = f"{name}, {numbers['steps']} steps of {numbers['batch']}"
         columns = ("", "CPU us a sample", "quartiles", "share of CPU")
-        of_threads = f"{numbers['threads_of_parts']} threads"
-        sections.append(Section(f"{head}: where the time goes, {of_threads}", _part_rows(numbers), columns))
-        wide = ("threads", "CPU ms", "quartiles", "samples per CPU-second", "samples a second", "MB/s", "wait")
-        rows = [_thread_row(threads, rates) for threads, rates in numbers["by_threads"].items()]
-        sections.append(Section(f"{head}: threads", rows, wide))
+        sections.append(Section(f"{head}: where the time goes, {numbers['parts_by']}", _part_rows(numbers), columns))
+        wide = ("workers", "CPU ms", "quartiles", "samples per CPU-second", "samples a second", "MB/s", "wait")
+        rows = [_worker_row(name, rates) for name, rates in numbers["by_workers"].items()]
+        sections.append(Section(f"{head}: workers", rows, wide))
         sections.append(Section(f"{head}: the interpreter lock", _lock_rows(numbers)))
     return sections
 
@@ -249,15 +271,15 @@ def _part_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         cpu = found["cpu_seconds"]
         quartiles = f"{1e6 * cpu['low']:.0f} .. {1e6 * cpu['high']:.0f}"
         rows.append((part, f"{1e6 * cpu['median']:9.1f}", quartiles, f"{100 * found['share']['median']:6.2f} %"))
-    cpu = numbers["by_threads"][str(numbers["threads_of_parts"])]["cpu_seconds_per_sample"]
+    cpu = numbers["by_workers"][numbers["parts_by"]]["cpu_seconds_per_sample"]
     quartiles = f"{1e6 * cpu['low']:.0f} .. {1e6 * cpu['high']:.0f}"
     return [*rows, ("whole", f"{1e6 * cpu['median']:9.1f}", quartiles, f"{100:6.2f} %")]
 
 
-def _thread_row(threads: str, rates: Mapping[str, Any]) -> tuple[str, ...]:
+def _worker_row(name: str, rates: Mapping[str, Any]) -> tuple[str, ...]:
     cpu, wait = rates["cpu_seconds_per_sample"], rates["wait_seconds_per_step"]["median"]
     return (
-        threads,
+        name,
         f"{1000 * cpu['median']:.3f}",
         f"{1000 * cpu['low']:.3f} .. {1000 * cpu['high']:.3f}",
         f"{rates['samples_per_cpu_second']['median']:.0f}",

@@ -27,12 +27,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from visft_ds.data.dataset import Pipeline
 from visft_ds.data.decode import decode_image
-from visft_ds.data.loader import Pipeline
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.profiling.data_source import SIDE, DataSet
+from visft_ds.profiling.data_source import SIDE, MeasuredSet
 
 #: CLIP's mean and standard deviation of the channels.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -124,7 +124,7 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def pread(data: DataSet) -> int:
+def pread(data: MeasuredSet) -> int:
     """Every sample in random order by its place in the index: one read for both members, no check of their bytes."""
     files = [os.open(url, os.O_RDONLY) for url in data.urls]
     rows = data.rows

@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from visft_ds.profiling.command import _check_all_known, _check_folder, _command
 if TYPE_CHECKING:
     from visft_ds.config import ResolvedConfig
     from visft_ds.profiling.data import StreamData
-    from visft_ds.profiling.data_source import DataSet
+    from visft_ds.profiling.data_source import MeasuredSet
 
 _EPILOG = """with --stage (and --model, --engine, --set, --deepspeed_config of launchers/train.py), every stream of that
 configuration is measured; without, a plain sample of three tasks at 224 pixels: boxes, masks of 56x56 cells, a caption.
@@ -52,7 +52,8 @@ def add_data_parser(commands: Any) -> None:
     add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
     add("--images", type=int, metavar="N", help="samples of one measurement (512; 10000 with --start)")
     add("--batch", type=int, default=32, metavar="N", help="samples of a step of the plain sample (%(default)s)")
-    add("--threads", type=int, nargs="+", metavar="N", help="threads that are measured (0 1 2)")
+    add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads that are measured (0 1 2)")
+    add("--processes", type=int, nargs="*", metavar="N", help="numbers of worker processes that are measured (1 2)")
     add("--role", default="both", metavar="{both,images,labels}", help="what is read (%(default)s)")
     add("--step-ms", type=float, default=0.0, metavar="MS", help="time in which the consumer is busy with a step (0)")
     add("--repeats", type=int, default=5, metavar="N", help="measurements of each after one to warm up (%(default)s)")
@@ -117,7 +118,9 @@ def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, comm
     from visft_ds.profiling.data import DataOptions, make_sections, make_title, measure_data
 
     chosen: dict[str, Any] = {name: getattr(options, name) for name in ("role", "repeats", "step_ms")}
-    chosen |= {} if options.threads is None else {"threads": tuple(options.threads)}
+    for name in ("threads", "processes"):
+        if getattr(options, name) is not None:
+            chosen[name] = tuple(getattr(options, name))
     chosen |= {} if options.images is None else {"images": options.images}
     how = DataOptions(**chosen)
     opened = _plain(options, how.images) if config is None else _configured(options, config, how.images)
@@ -127,7 +130,7 @@ def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, comm
 
 
 @contextmanager
-def _plain(options: argparse.Namespace, images: int) -> Iterator[tuple[DataSet, Sequence[StreamData]]]:
+def _plain(options: argparse.Namespace, images: int) -> Iterator[tuple[MeasuredSet, Sequence[StreamData]]]:
     """The set, and the plain sample of three tasks as its only stream."""
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import TASK, joint_pipeline, open_set
@@ -141,18 +144,25 @@ def _plain(options: argparse.Namespace, images: int) -> Iterator[tuple[DataSet, 
 @contextmanager
 def _configured(
     options: argparse.Namespace, config: ResolvedConfig, images: int
-) -> Iterator[tuple[DataSet, Sequence[StreamData]]]:
+) -> Iterator[tuple[MeasuredSet, Sequence[StreamData]]]:
     """The set and the streams of a configuration, with its transforms and batches."""
+    from visft_ds.data.manifest import Manifest
     from visft_ds.profiling.data import StreamData
-    from visft_ds.profiling.data_source import open_set
+    from visft_ds.profiling.data_source import MeasuredSet, open_set
     from visft_ds.profiling.session import _every_word
     from visft_ds.streams import pipeline_of, vocabulary_of
+    from visft_ds.training_data import cache_of
 
     settings = _every_word(config.visft) if options.synthetic else config.visft
     streams = list(settings.streams().values())
-    folder = None if options.synthetic else Path(settings.data.root)
     wanted = max([images, *(stream.batch_size for stream in streams)])
-    with open_set(folder, options.split or settings.data.train, wanted) as data:
+    with ExitStack() as stack:
+        if options.synthetic:
+            data = stack.enter_context(open_set(None, "train", wanted))
+        else:
+            where, split = settings.data.root, options.split or settings.data.train
+            manifest = Manifest.load(where, split, cache=cache_of(settings.data))
+            data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
         words = vocabulary_of(settings, data.manifest)
         yield (
             data,

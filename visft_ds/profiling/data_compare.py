@@ -1,7 +1,7 @@
 """This project's loader beside plain webdataset on the same shards: rounds in turn, CPU time of all processes.
 
-CPU time is that of this process and of the worker processes it has waited for, so a pass counts from before its workers
-start until they have ended. Every ratio is formed inside one round, whose passes follow each other; the order of the
+CPU time is that of this process and of all its worker processes; a pass counts from before its workers start until they
+have ended. Every ratio is formed inside one round, whose passes follow each other; the order of the
 passes moves on by one with every round, lest one of them always have the same neighbours.
 """
 
@@ -20,7 +20,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.monitor.console import Section
 from visft_ds.profiling import data_baselines as plain
-from visft_ds.profiling.data_source import DataSet, facts_rows, joint_pipeline, open_set, our_loader
+from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
 from visft_ds.profiling.timing import Spread, cpu_seconds
 
 FORMAT, VERSION = "visft_ds data comparison", 1
@@ -52,6 +52,7 @@ GOALS = (
     Goal(SAMPLE, "tuned webdataset, 0 workers", "ours, 0 threads", 1.5),
     Goal(SAMPLE, "tuned webdataset, 1 workers", "ours, 1 threads", 1.5),
     Goal(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 threads", 1.5),
+    Goal(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 processes", 1.5),
     Goal(LABELS_READ, "webdataset, json files selected", "ours, shuffled, crc", 20.0),
 )
 
@@ -104,7 +105,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- passes
 
 
-def passes(data: DataSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
+def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
     """Everything that is compared, by group and name."""
     pipeline, urls, whole = joint_pipeline(data.vocabulary), data.urls, len(data)
     naive = partial(plain.naive, urls, data.vocabulary, batch)
@@ -117,12 +118,15 @@ def passes(data: DataSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
         sample[f"naive webdataset, {workers} workers"] = partial(_naive, partial(naive, workers=workers))
     for workers in _WORKERS:
         sample[f"tuned webdataset, {workers} workers"] = partial(_tuned, partial(tuned, workers=workers))
-        sample[f"ours, {workers} threads"] = partial(_ours, ours(threads=workers), steps)
+        sample[f"ours, {workers} threads"] = partial(_ours, ours(num_workers=workers), steps)
+    for number in _WORKERS[1:]:
+        processes = ours(workers="processes", num_workers=number)
+        sample[f"ours, {number} processes"] = partial(_ours, processes, steps)
     return {
         SAMPLE: sample,
         LABELS: {
             "webdataset, json files selected": partial(_tuned, selected),
-            "ours, 0 threads": partial(_ours, ours(threads=0, role="labels"), steps),
+            "ours, 0 threads": partial(_ours, ours(num_workers=0, role="labels"), steps),
         },
         LABELS_PARSED: {
             "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=True)),
@@ -177,7 +181,7 @@ class Cost:
     """What one pass has taken."""
 
     samples: int
-    cpu: float  #: seconds of this process and its ended children
+    cpu: float  #: seconds of this process and its workers
     wall: float  #: seconds
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.plan import Plan
 from visft_ds.monitor.console import Section
 from visft_ds.profiling import data_baselines as plain
-from visft_ds.profiling.data_source import TASK
+from visft_ds.profiling.data_source import plan_over
 
 FORMAT, VERSION = "visft_ds data shuffle", 1
 BATCH, BLOCK = 100, 256
@@ -55,16 +55,17 @@ def uniform_blocks(count: int) -> float:
 
 def order_of(plan: Plan) -> Order:
     """One epoch of a plan with one task."""
-    (task,) = plan.tasks
-    return np.concatenate([plan.step(step).indices for step in range(plan.steps_per_epoch(task))])
+    ((task, part),) = plan.tasks.items()
+    (dataset,) = part.sets
+    return np.concatenate([plan.step(step).indices for step in range(plan.steps_per_epoch(task, dataset))])
 
 
 def orders(count: int) -> dict[str, Callable[[], Order]]:
     """Everything that is compared, by name."""
-    ours = Plan({TASK: TaskPlan(count, BATCH)}, seed=0)
     theirs = partial(plain.order, count, _PER_SHARD)
     return {
-        "ours, full": partial(order_of, ours),
+        "ours, full": partial(order_of, plan_over(count, BATCH)),
+        "ours, windowed": partial(order_of, plan_over(count, BATCH, shuffle="windowed")),
         "webdataset, shards in order, buffer 1000": partial(theirs, _BUFFERS[0], shards=False),
         **{f"webdataset, shards shuffled, buffer {size}": partial(theirs, size, shards=True) for size in _BUFFERS},
     }

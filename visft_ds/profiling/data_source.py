@@ -18,13 +18,16 @@ import numpy.typing as npt
 import orjson
 
 from visft_ds.conversion.build import Options, build
+from visft_ds.data.dataset import DataSet, Pipeline
 from visft_ds.data.joint import JointTransform, collate_joint
-from visft_ds.data.loader import Pipeline, StepLoader
+from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
-from visft_ds.data.plan import Plan, TaskPlan
+from visft_ds.data.plan import Plan, SetPlan, Shuffle, TaskPlan
+from visft_ds.data.selection import Selection
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.data.workers import WorkerKind
 
 #: Pixels of a side of the plain three-task sample, and the name of its only task.
 SIDE, TASK = 224, "joint"
@@ -39,7 +42,7 @@ _REPETITION = 10_000_000
 
 
 @dataclass(frozen=True)
-class DataSet:
+class MeasuredSet:
     """Shards to measure on: the first of a split that together have enough samples."""
 
     name: str  #: for tables
@@ -47,7 +50,7 @@ class DataSet:
     shards: int
 
     @classmethod
-    def of(cls, name: str, manifest: Manifest, images: int) -> DataSet:
+    def of(cls, name: str, manifest: Manifest, images: int) -> MeasuredSet:
         """As many whole shards as it takes to have `images` samples; all of them where there are fewer."""
         sums = np.cumsum([shard.count for shard in manifest.shards])
         return cls(name, manifest, min(int(np.searchsorted(sums, images)) + 1, len(sums)))
@@ -55,7 +58,7 @@ class DataSet:
     @property
     def urls(self) -> list[str]:
         """The shards as webdataset takes them."""
-        return [str(self.manifest.root / shard.name) for shard in self.manifest.shards[: self.shards]]
+        return [f"{self.manifest.root}/{shard.name}" for shard in self.manifest.shards[: self.shards]]
 
     def __len__(self) -> int:
         """Samples in these shards: the first ones of the index."""
@@ -87,7 +90,7 @@ class DataSet:
 
 
 def facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`DataSet.facts` for a person."""
+    """`MeasuredSet.facts` for a person."""
     return [
         ("set", f"{facts['name']}: {facts['samples']:,} samples in {facts['shards']} shards"),
         (
@@ -100,7 +103,7 @@ def facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
+def open_set(folder: Path | None, split: str, images: int) -> Iterator[MeasuredSet]:
     """A set by its folder: shards, a COCO tree, or (None) generated pictures.
 
     Args:
@@ -113,7 +116,7 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
         ValueError: the folder holds neither; what is found in it is damaged.
     """
     if folder is not None and manifest_path(folder, split).is_file():
-        yield DataSet.of(f"{folder.name}/{split}", Manifest.load(folder, split), images)
+        yield MeasuredSet.of(f"{folder.name}/{split}", Manifest.load(folder, split), images)
         return
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as temporary:
         work = Path(temporary)
@@ -123,7 +126,7 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[DataSet]:
             tree, part, name = work / "coco", "train2017", f"generated {width} x {height}"
         else:
             tree, part, name = folder, _part(folder, split), folder.name
-        yield DataSet.of(name, _pack(tree, part, work, images), images)
+        yield MeasuredSet.of(name, _pack(tree, part, work, images), images)
 
 
 def _part(folder: Path, split: str) -> str:
@@ -198,16 +201,28 @@ def joint_pipeline(vocabulary: Vocabulary) -> Pipeline:
     return Pipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
 
 
+def plan_over(samples: int, batch: int, name: str = TASK, shuffle: Shuffle = "full") -> Plan:
+    """The order of one task over the first samples of one set."""
+    return Plan({name: TaskPlan({_SPLIT: SetPlan(Selection.all(samples))}, batch)}, 0, shuffle)
+
+
 def our_loader(
-    data: DataSet,
+    data: MeasuredSet,
     reader: ShardReader,
     pipeline: Pipeline,
     batch: int,
     *,
-    threads: int,
+    workers: WorkerKind = "threads",
+    num_workers: int,
     role: Role = "both",
     name: str = TASK,
 ) -> StepLoader:
     """The loader of this project over a set, in global shuffled order; one process has the whole batch."""
-    plan = Plan({name: TaskPlan(len(data), batch)}, seed=0)
-    return StepLoader(reader, plan, {name: pipeline}, threads=threads, role=role)
+    return StepLoader(
+        {_SPLIT: DataSet(reader)},
+        plan_over(len(data), batch, name),
+        {name: {_SPLIT: pipeline}},
+        role=role,
+        workers=workers,
+        num_workers=num_workers,
+    )

@@ -27,10 +27,9 @@ from visft_ds.data.manifest import (
     manifest_path,
     shard_name,
 )
-from visft_ds.data.plan import Plan, TaskPlan
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import Section
-from visft_ds.profiling.data_source import DataSet, facts_rows, joint_pipeline, our_loader
+from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, our_loader, plan_over
 from visft_ds.profiling.timing import Spread
 
 FORMAT, VERSION = "visft_ds data start", 1
@@ -55,7 +54,7 @@ class StartOptions:
             raise ValueError(f"--samples {self.samples} must be at least {_BATCH}, --repeats {self.repeats} at least 1")
 
 
-def measure_start(options: StartOptions, data: DataSet | None) -> dict[str, Any]:
+def measure_start(options: StartOptions, data: MeasuredSet | None) -> dict[str, Any]:
     """Start-up and seeking on a made-up split and, with `data`, memory over an epoch of its labels; JSON values."""
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as temporary:
         folder = Path(temporary)
@@ -142,7 +141,7 @@ def resident() -> dict[str, int]:
 def _seek(options: StartOptions) -> tuple[float, float]:
     """Seconds until a new plan has the samples of a far step, and of the step behind it."""
     began = time.perf_counter()
-    plan = Plan({"joint": TaskPlan(options.samples, _BATCH)}, seed=0)
+    plan = plan_over(options.samples, _BATCH)
     plan.step(options.step)
     first = time.perf_counter() - began
     began = time.perf_counter()
@@ -150,14 +149,14 @@ def _seek(options: StartOptions) -> tuple[float, float]:
     return first, time.perf_counter() - began
 
 
-def _epoch_of_labels(data: DataSet) -> list[int]:
+def _epoch_of_labels(data: MeasuredSet) -> list[int]:
     """The process's own bytes after each twentieth of an epoch of batches without pixels."""
     batch = min(_BATCH, len(data))
     steps = len(data) // batch
     marks = {round(steps * part / _MARKS) for part in range(1, _MARKS + 1)} - {0}
     found = []
     with ShardReader(data.manifest) as reader:
-        loader = our_loader(data, reader, joint_pipeline(data.vocabulary), batch, threads=1, role="labels")
+        loader = our_loader(data, reader, joint_pipeline(data.vocabulary), batch, num_workers=1, role="labels")
         for done, _ in enumerate(loader.steps(0, steps), start=1):
             if done in marks:
                 found.append(resident()["RssAnon"])
