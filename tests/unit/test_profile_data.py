@@ -201,21 +201,9 @@ def test_ratios_are_formed_within_rounds() -> None:
 @pytest.fixture(scope="module")
 def measured(data: MeasuredSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("record") / "data.json"
-    flags = [
-        "--batch",
-        "4",
-        "--images",
-        "8",
-        "--repeats",
-        "2",
-        "--threads",
-        "0",
-        "1",
-        "--processes",
-        "--json",
-        str(file),
-    ]
-    assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *flags]) == 0
+    workers = ["--threads", "0", "1", "--processes"]
+    flags = ["--batch", "4", "--images", "8", "--repeats", "2", "--json", str(file)]
+    assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *workers, *flags]) == 0
     record: dict[str, Any] = json.loads(file.read_text())
     return record
 
@@ -253,22 +241,9 @@ def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.Ca
 
 def test_labels_alone_decode_nothing(data: MeasuredSet, tmp_path: Path) -> None:
     file = tmp_path / "data.json"
-    flags = [
-        "--images",
-        "8",
-        "--batch",
-        "8",
-        "--repeats",
-        "1",
-        "--threads",
-        "0",
-        "--processes",
-        "--role",
-        "labels",
-        "--step-ms",
-        "30",
-    ]
-    command = ["data", "--data", str(data.manifest.root), "--split", "toy", *flags, "--json", str(file)]
+    workers = ["--threads", "0", "--processes"]
+    flags = ["--images", "8", "--batch", "8", "--repeats", "1", "--role", "labels", "--step-ms", "30"]
+    command = ["data", "--data", str(data.manifest.root), "--split", "toy", *workers, *flags, "--json", str(file)]
     assert main(command) == 0
     numbers = json.loads(file.read_text())["streams"]["joint"]
     assert not {"decode", "resize"} & numbers["parts"].keys()
@@ -277,7 +252,13 @@ def test_labels_alone_decode_nothing(data: MeasuredSet, tmp_path: Path) -> None:
     assert rates["wait_share"]["median"] < 0.9
 
 
-def test_everything_is_compared(data: MeasuredSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_compared(
+    data: MeasuredSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def threads(*arguments: Any, workers: str = "threads", **named: Any) -> Any:
+        return our_loader(*arguments, **named)  # a server of processes takes seconds to start
+
+    monkeypatch.setattr(comparison, "our_loader", threads)
     file = tmp_path / "compare.json"
     flags = ["--compare", "--batch", "4", "--images", "12", "--repeats", "1", "--json", str(file)]
     assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *flags]) == 0
@@ -371,3 +352,37 @@ def test_worker_processes_need_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     flags = ["--compare", "--batch", "2", "--images", "3", "--repeats", "1"]
     assert main(["data", "--data", str(manifest.root), "--split", "toy", *flags]) == 2
     assert "has 1 shard: webdataset needs one for each of 2 worker processes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_are_measured(data: MeasuredSet, tmp_path: Path) -> None:
+    """Their spans and their CPU time arrive here, though a fork server stands between."""
+    file = tmp_path / "data.json"
+    flags = ["--batch", "4", "--images", "8", "--repeats", "2", "--threads", "0", "--processes", "1"]
+    command = ["data", "--data", str(data.manifest.root), "--split", "toy", *flags, "--json", str(file)]
+    assert main(command) == 0
+    rates = json.loads(file.read_text())["streams"]["joint"]["by_workers"]
+    assert list(rates) == ["0 threads", "1 processes"]
+    # unpickling and handing over come on top
+    alone, other = (rates[name]["cpu_seconds_per_sample"]["least"] for name in rates)
+    assert other > alone
+
+
+@pytest.mark.slow
+def test_streams_of_a_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    flags = ["--images", "8", "--repeats", "1", "--threads", "0", "--processes", "--json", str(file)]
+    assert main(["data", "--synthetic", "--stage", "2", "--model", "debug", *flags]) == 0
+    streams = json.loads(file.read_text())["streams"]
+    assert list(streams) == ["detection", "segmentation", "captioning"]
+    assert "masks" in streams["segmentation"]["parts"] and "tokens" in streams["captioning"]["parts"]
+
+
+@pytest.mark.slow
+def test_start_in_a_process_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "start.json"
+    assert main(["data", "--start", "--repeats", "1", "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    # what the project promises for 120,000 samples
+    assert record["load_seconds"]["most"] < 0.2 and record["resident_bytes"]["RssAnon"]["most"] < 50e6
+    assert record["seek_seconds"]["first"]["most"] < 0.01
