@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from visft_ds.data.manifest import (
     INDEX_DTYPE,
@@ -115,7 +114,6 @@ def write_made_up_split(folder: Path, samples: int) -> None:
 
 def _start(folder: str) -> dict[str, float]:
     """Seconds until a split can be read, and bytes that this adds; runs in a process of its own."""
-    orjson.loads(b"{}")
     before = resident()
     began = time.perf_counter()
     manifest = Manifest.load(folder, SPLIT)
