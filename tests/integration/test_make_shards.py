@@ -110,7 +110,8 @@ def test_verify_info_and_which(tmp_path: Path) -> None:
     root = make_split(tmp_path).root
     facts = json.loads(_run("info", root, "--json").stdout)
     assert [(split["split"], split["shards"]) for split in facts] == [("toy", 3)]
-    which = ["which", root, "--split", "toy", "--step", 5, "--batch-size", 4, "--json"]
+    run = ["--stage", 1, "--model", "debug", "--data", root, "--set", "visft.data.train=toy"]
+    which = ["which", "--step", 5, "--json", *run, "--set", "visft.shared.batch_size=4"]
     whole = json.loads(_run(*which).stdout)["image_ids"]["all"]
     parts = json.loads(_run(*which, "--dp-size", 2, "--accumulation", 2).stdout)["image_ids"]
     assert (
