@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from faster_coco_eval import mask as coco_mask
 
-from visft_ds.data.masks import Placement, grid_size, rasterise
+from visft_ds.data.masks import Placement, grid_size, rasterise, rasterise_all
 
 SIZE = (40, 60)
 GRID = (10, 15)
@@ -85,6 +85,36 @@ def test_nothing_to_fill(segmentation: list[list[float]]) -> None:
     assert not _mask(segmentation).any()
 
 
+def test_objects_of_an_image_are_drawn_as_each_alone() -> None:
+    """Polygons of several parts, without any, outside, odd, and run-length codes between them."""
+    objects: list[Any] = [
+        [_box(8, 8, 24, 24), [30.5, 2, 40, 9, 35, 20, 31, 31.25]],
+        [],
+        {"size": list(SIZE), "counts": [400, 9, 31, 9, 1951]},
+        [_box(200, 200, 230, 230)],
+        [[1, 2, 30, 20], [3, 3, 20, 4, 9, 30, 7]],
+        [_box(-20, -9, 70, 50)],
+    ]
+    for placement in (STAY, Placement(-1.3, 70.0, 0.7, 3.0)):
+        together = rasterise_all(objects, SIZE, placement, SIZE, GRID)
+        assert together.shape == (6, *GRID) and together[[0, 2, 4, 5]].any(axis=(1, 2)).all()
+        for mask, segmentation in zip(together, objects, strict=True):
+            np.testing.assert_array_equal(mask, _mask(segmentation, placement))
+    assert rasterise_all([], SIZE, STAY, SIZE, GRID).shape == (0, *GRID)
+
+
+@pytest.mark.parametrize("subsamples", [1, 3, 4, 15])
+def test_cells_are_means_of_their_subsamples(subsamples: int) -> None:
+    """Every cell against the plain mean of the finely drawn polygon; the fastest way to add is not the plainest."""
+    polygon = [5.0, 3.0, 52.0, 6.5, 57.0, 31.0, 30.0, 37.0, 7.0, 33.0]
+    height, width = GRID[0] * subsamples, GRID[1] * subsamples
+    scale = subsamples / 4
+    code = coco_mask.frPyObjects([[value * scale for value in polygon]], height, width)
+    fine = coco_mask.decode(code)[..., 0].reshape(GRID[0], subsamples, GRID[1], subsamples)
+    mask = rasterise([polygon], SIZE, STAY, SIZE, GRID, subsamples)
+    assert mask.any() and abs(mask.astype(float) - 255 * fine.mean(axis=(1, 3))).max() <= 0.5
+
+
 def test_two_point_parts_do_not_spoil_the_rest() -> None:
     np.testing.assert_array_equal(_mask([[1, 2, 30, 20], _box(8, 8, 16, 16)]), _mask([_box(8, 8, 16, 16)]))
 
@@ -104,6 +134,8 @@ def test_outside() -> None:
     [
         ([[1, 2, 3, float("nan"), 5, 6]], "finite numbers"),
         ([[[1, 2], [3, 4], [5, 6]]], "flat list"),
+        (["123456"], "flat list"),
+        ([8, 8, 16, 8, 16, 16], "flat list"),
         ("polygons", "neither a list of polygons nor"),
         (7, "neither a list of polygons nor"),
         ({"size": [41, 60], "counts": [2460]}, r"size \[41, 60\].* image's size \[40, 60\]"),

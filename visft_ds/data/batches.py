@@ -9,6 +9,7 @@ from visft_ds.data.dataset import DataSet, Pipeline, read_raw
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role
+from visft_ds.data.spans import span
 
 #: Substitutes tried for one sample before its damage is an error all the same.
 _ATTEMPTS = 8
@@ -59,7 +60,8 @@ class BatchMaker:
 
     def collate(self, part: StepPlan, samples: Sequence[Sample]) -> Batch:
         """The batch of all samples of a micro-batch."""
-        return self.pipelines[part.task][part.dataset].collate(list(samples))
+        with span("collate"):
+            return self.pipelines[part.task][part.dataset].collate(list(samples))
 
     def _read(self, part: StepPlan, index: int, key: int) -> tuple[RawSample, list[Skipped]]:
         dataset, skipped = self.sets[part.dataset], list[Skipped]()

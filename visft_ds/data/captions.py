@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.spans import span
 from visft_ds.data.transforms import Resize, apply_to_image
 from visft_ds.data.vocabulary import Vocabulary, caption_words
 
@@ -82,7 +83,8 @@ class CaptionTransform:
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
         size = (self.size, self.size)
-        targets = caption_targets(raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words)
+        with span("tokens"):
+            targets = caption_targets(raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words)
         return Sample(
             index=raw.index,
             image_id=raw.image_id,

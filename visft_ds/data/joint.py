@@ -19,6 +19,7 @@ from visft_ds.data.captions import CaptionChoice, caption_targets, choice_for, p
 from visft_ds.data.collate import has_targets, pack_detection, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.segmentation import pack_segmentation, segmentation_targets
+from visft_ds.data.spans import span
 from visft_ds.data.transforms import (
     Op,
     ShortSides,
@@ -118,18 +119,21 @@ class JointTransform:
     ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
         targets: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
         if "detection" in self.tasks:
-            targets["detection"] = detection_targets(raw.annotations, raw.size, ops)
+            with span("boxes"):
+                targets["detection"] = detection_targets(raw.annotations, raw.size, ops)
         if "segmentation" in self.tasks:
             try:
-                masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+                with span("masks"):
+                    masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
             except ValueError as error:
                 raise ValueError(f"image {raw.image_id}: {error}") from error
             targets["segmentation"] = {**masks, "frame": np.array(final_size(raw.size, ops))}
         if "captioning" in self.tasks:
             assert self.vocabulary is not None
-            targets["captioning"] = caption_targets(
-                raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words
-            )
+            with span("tokens"):
+                targets["captioning"] = caption_targets(
+                    raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words
+                )
         return targets
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.collate import has_targets, stack_samples
-from visft_ds.data.masks import Placement, grid_size, rasterise
+from visft_ds.data.masks import Placement, grid_size, rasterise, rasterise_all
 from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image
 
 #: The raw ids of COCO's 80 categories; a label is a position in here.
@@ -125,7 +127,8 @@ class SegmentationTransform:
         if raw.image is not None:
             image = transform_image(raw.image, [*ops, Pad(*frame)], self.pad_value)
         try:
-            targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+            with span("masks"):
+                targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
         except ValueError as error:
             raise ValueError(f"image {raw.image_id}: {error}") from error
         return Sample(
@@ -212,40 +215,46 @@ def segmentation_targets(
     """
     after, place = final_size(size, ops), placement(size, ops)
     grid = grid_size(after, mask_stride)
-    masks, labels = [], []
-    for annotation in annotations:
-        if (
-            annotation["iscrowd"]
-            or not annotation.get("segmentation")
-            or not _seen(annotation["bbox"], size, place, after)
-        ):
-            continue
-        category = annotation["category_id"]
-        if category not in _LABELS:
+    used = [annotation for annotation in annotations if not annotation["iscrowd"] and annotation.get("segmentation")]
+    used = list(compress(used, _seen([annotation["bbox"] for annotation in used], size, place, after)))
+    for annotation in used:
+        if annotation["category_id"] not in _LABELS:
             raise ValueError(
-                f"annotation {annotation.get('id')} has category {category}, which is not one of COCO's 80: "
-                "segmentation heads know those only; map the categories before packing, or train detection alone"
+                f"annotation {annotation.get('id')} has category {annotation['category_id']}, which is not one of "
+                "COCO's 80: segmentation heads know those only; map the categories before packing, or train detection "
+                "alone"
             )
+    try:
+        masks = rasterise_all([annotation["segmentation"] for annotation in used], size, place, after, grid)
+    except ValueError:
+        _name_unreadable(used, size, place, after, grid)
+        raise
+    covered = masks.any(axis=(1, 2))
+    labels = np.array([_LABELS[annotation["category_id"]] for annotation in used], dtype=np.int64)
+    return {"masks": masks[covered], "labels": labels[covered]}
+
+
+def _name_unreadable(
+    annotations: Sequence[Mapping[str, Any]], size: Size, place: Placement, after: Size, grid: Size
+) -> None:
+    """Raise the first annotation's ValueError with its id."""
+    for annotation in annotations:
         try:
-            mask = rasterise(annotation["segmentation"], size, place, after, grid)
+            rasterise(annotation["segmentation"], size, place, after, grid)
         except ValueError as error:
             raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
-        if mask.any():
-            masks.append(mask)
-            labels.append(_LABELS[category])
-    return {
-        "masks": np.stack(masks) if masks else np.zeros((0, *grid), dtype=np.uint8),
-        "labels": np.array(labels, dtype=np.int64),
-    }
 
 
-def _seen(bbox: Sequence[float], size: Size, place: Placement, after: Size) -> bool:
-    """Whether a box (x, y, w, h) has area inside the stored image and inside the transformed one."""
-    corners = np.array([[bbox[0], bbox[1]], [bbox[0] + bbox[2], bbox[1] + bbox[3]]]).clip(0, [size[1], size[0]])
-    if (corners[1] <= corners[0]).any():
-        return False
-    moved = place.points(corners).clip(0, [after[1], after[0]])
-    return bool((moved.max(axis=0) > moved.min(axis=0)).all())
+def _seen(bboxes: Sequence[Sequence[float]], size: Size, place: Placement, after: Size) -> npt.NDArray[np.bool_]:
+    """(n,) whether boxes (x, y, w, h) have area inside the stored image and inside the transformed one."""
+    boxes = np.array(bboxes, dtype=np.float64).reshape(-1, 4)
+    low = boxes[:, :2].clip(0, [size[1], size[0]])
+    high = (boxes[:, :2] + boxes[:, 2:]).clip(0, [size[1], size[0]])
+    limit = [after[1], after[0]]
+    # a mirrored box has its corners exchanged
+    moved = place.points(low).clip(0, limit) != place.points(high).clip(0, limit)
+    seen: npt.NDArray[np.bool_] = ((high > low) & moved).all(axis=1)
+    return seen
 
 
 def collate_segmentation(samples: Sequence[Sample]) -> Batch:

@@ -6,12 +6,15 @@ The step itself is not touched. What is not inside a hooked part is the rest, so
 from __future__ import annotations
 
 import inspect
+import os
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -180,6 +183,36 @@ class Spread:
             return cls(values[0], values[0], values[0], values[0], values[0], 1)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high, min(values), max(values), len(values))
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of all that descend from it, whether they have ended or not.
+
+    Living ones are counted in ticks of the system's clock, usually 10 ms. Raises RuntimeError where there is no /proc.
+    """
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) + _living_seconds()
+
+
+def _living_seconds() -> float:
+    """CPU time of living descendants, and of their children that have ended; a fork server's are grandchildren."""
+    if not Path("/proc/self/stat").is_file():
+        raise RuntimeError("this system has no /proc: the CPU time of worker processes cannot be measured here")
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError):  # it ended just now: its parent has its time
+            continue
+        fields = text.rpartition(")")[2].split()  # behind the name, which may contain blanks
+        process = int(path.parent.name)
+        parents[process] = int(fields[1])
+        ticks[process] = sum(map(int, fields[11:15]))  # user, system, and both of children that were waited for
+    descend = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in descend} - descend:
+        descend |= more
+    return sum(ticks[process] for process in descend - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
 
 
 def typical_parts(steps: Sequence[StepTime]) -> dict[str, float]:

@@ -1,0 +1,204 @@
+"""`tools/profile.py data`: its flags, and which of the four measurements of the data path they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visft_ds.profiling.command import _check_all_known, _check_folder, _command, _resolve, _show, _threads
+
+if TYPE_CHECKING:
+    from visft_ds.config import ResolvedConfig
+    from visft_ds.profiling.data import StreamData
+    from visft_ds.profiling.data_source import MeasuredSet
+
+_EPILOG = """with --stage (and --model, --engine, --set, --deepspeed_config of launchers/train.py), every stream of that
+configuration is measured; without, a plain sample of three tasks at 224 pixels: boxes, masks of 56x56 cells, a caption.
+--data is a folder of shards, or a COCO tree (annotations/ beside train2017/), which is packed into a temporary folder
+and repeated until there are --images samples; --synthetic draws pictures instead.
+
+examples:
+  python tools/profile.py data --data shards
+  python tools/profile.py data --stage 2 --model debug --synthetic
+  python tools/profile.py data --data coco --compare
+  python tools/profile.py data --start
+  python tools/profile.py data --shuffle
+"""
+#: COCO train2017 without its images that have no annotations.
+_TRAIN2017 = 117_266
+
+
+def add_data_parser(commands: Any) -> None:
+    """Add the sub-command that measures the data path."""
+    parser = _command(
+        commands,
+        "data",
+        help="where the time of a sample goes; --compare: beside plain webdataset; --start, --shuffle",
+        description="Measure the data path: time by part, threads, the interpreter lock; or one of the comparisons.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--compare", action="store_true", help="beside plain webdataset pipelines, in one run")
+    modes.add_argument("--start", action="store_true", help="start-up, seeking and memory")
+    modes.add_argument("--shuffle", action="store_true", help="quality of shuffled orders beside webdataset's")
+    add("--data", type=Path, metavar="FOLDER", help="shards, or a COCO tree")
+    add("--split", metavar="NAME", help="of the shards or the tree (train)")
+    add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
+    add("--images", type=int, metavar="N", help="samples of one measurement (512; 10000 with --start)")
+    add("--batch", type=int, default=32, metavar="N", help="samples of a step of the plain sample (%(default)s)")
+    add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads that are measured (0 1 2)")
+    add("--processes", type=int, nargs="*", metavar="N", help="numbers of worker processes that are measured (1 2)")
+    add("--role", default="both", metavar="{both,images,labels}", help="what is read (%(default)s)")
+    add("--step-ms", type=float, default=0.0, metavar="MS", help="time in which the consumer is busy with a step (0)")
+    add("--repeats", type=int, default=5, metavar="N", help="measurements of each after one to warm up (%(default)s)")
+    add("--samples", type=int, metavar="N", help="size of the made-up split (120000 with --start, 117266 --shuffle)")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+    parser.set_defaults(run=profile_data, parser=parser)
+
+
+def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+    """Measure, print, write; arguments and errors as `profile_train`. Returns the exit status."""
+    configured = any(text.partition("=")[0] in ("--stage", "--deepspeed_config") for text in rest)
+    if not configured or options.compare or options.start or options.shuffle:
+        _check_all_known(rest, options)
+    _check_folder(options.json)
+    if options.shuffle:
+        from visft_ds.profiling import data_shuffle as kind
+
+        record = _headed(command, lambda: kind.measure_shuffle(options.samples or _TRAIN2017))
+        _show(record, kind.make_title, kind.make_sections, options.json)
+    elif options.start:
+        _profile_start(options, command)
+    elif options.compare:
+        _profile_compare(options, command)
+    else:
+        _profile_parts(options, rest if configured else None, command)
+    return 0
+
+
+def _profile_start(options: argparse.Namespace, command: Sequence[str]) -> None:
+    from visft_ds.profiling.data_source import open_set
+    from visft_ds.profiling.data_start import StartOptions, make_sections, make_title, measure_start
+
+    sizes = {} if options.samples is None else {"samples": options.samples}
+    chosen = StartOptions(repeats=options.repeats, **sizes)
+    if options.data is None and not options.synthetic:
+        record = _headed(command, lambda: measure_start(chosen, None))
+    else:
+        with _one_thread(), open_set(_folder(options), options.split or "train", options.images or 10_000) as data:
+            record = _headed(command, lambda: measure_start(chosen, data))
+    _show(record, make_title, make_sections, options.json)
+
+
+def _profile_compare(options: argparse.Namespace, command: Sequence[str]) -> None:
+    from visft_ds.profiling.data_compare import CompareOptions, compare, make_sections, make_title
+
+    images = {} if options.images is None else {"images": options.images}
+    chosen = CompareOptions(
+        _folder(options), options.split or "train", batch=options.batch, rounds=options.repeats, **images
+    )
+    with _one_thread():
+        record = _headed(command, lambda: compare(chosen))
+    _show(record, make_title, make_sections, options.json)
+
+
+def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, command: Sequence[str]) -> None:
+    config = None
+    if rest is not None:
+        given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
+        config = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
+        if config is None:  # --dry-run
+            return
+    from visft_ds.profiling.data import DataOptions, make_sections, make_title, measure_data
+
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in ("role", "repeats", "step_ms")}
+    for name in ("threads", "processes"):
+        if getattr(options, name) is not None:
+            chosen[name] = tuple(getattr(options, name))
+    chosen |= {} if options.images is None else {"images": options.images}
+    how = DataOptions(**chosen)
+    opened = _plain(options, how.images) if config is None else _configured(options, config, how.images)
+    with _one_thread(), opened as (data, streams):
+        record = _headed(command, lambda: measure_data(data, streams, how))
+    _show(record, make_title, make_sections, options.json)
+
+
+@contextmanager
+def _plain(options: argparse.Namespace, images: int) -> Iterator[tuple[MeasuredSet, Sequence[StreamData]]]:
+    """The set, and the plain sample of three tasks as its only stream."""
+    from visft_ds.profiling.data import StreamData
+    from visft_ds.profiling.data_source import TASK, joint_pipeline, open_set
+
+    if options.batch < 1:
+        raise ValueError(f"--batch {options.batch} must be at least 1")
+    with open_set(_folder(options), options.split or "train", max(images, options.batch)) as data:
+        yield data, [StreamData(TASK, joint_pipeline(data.vocabulary), min(options.batch, len(data)))]
+
+
+@contextmanager
+def _configured(
+    options: argparse.Namespace, config: ResolvedConfig, images: int
+) -> Iterator[tuple[MeasuredSet, Sequence[StreamData]]]:
+    """The set and the streams of a configuration, with its transforms and batches."""
+    from visft_ds.data.manifest import Manifest
+    from visft_ds.profiling.data import StreamData
+    from visft_ds.profiling.data_source import MeasuredSet, open_set
+    from visft_ds.profiling.session import _every_word
+    from visft_ds.streams import pipeline_of, vocabulary_of
+    from visft_ds.training_data import cache_of
+
+    settings = _every_word(config.visft) if options.synthetic else config.visft
+    streams = list(settings.streams().values())
+    wanted = max([images, *(stream.batch_size for stream in streams)])
+    with ExitStack() as stack:
+        if options.synthetic:
+            data = stack.enter_context(open_set(None, "train", wanted))
+        else:
+            where, split = settings.data.root, options.split or settings.data.train
+            manifest = Manifest.load(where, split, cache=cache_of(settings.data))
+            data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
+        words = vocabulary_of(settings, data.manifest)
+        yield (
+            data,
+            [
+                StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
+                for stream in streams
+            ],
+        )
+
+
+def _folder(options: argparse.Namespace) -> Path | None:
+    """The folder of the set; None for generated pictures. Raises ValueError unless one of both is asked for."""
+    if (options.data is None) != options.synthetic:
+        both = "both are given" if options.synthetic else "neither is given"
+        raise ValueError(f"--data FOLDER or --synthetic: {both}; one of them says what is read")
+    folder: Path | None = options.data
+    return folder
+
+
+def _one_thread() -> Any:
+    """Torch's own threads would be busy waiting beside the loader's."""
+    return _threads(1)
+
+
+def _headed(command: Sequence[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What is measured, with what it was measured on; the load is that from before."""
+    from visft_ds.monitor.metrics import git_revision, versions
+    from visft_ds.profiling.session import REPOSITORY
+
+    load = os.getloadavg()
+    head = {
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "git": git_revision(REPOSITORY),
+        "cores": os.cpu_count(),
+        "load": list(load),
+        "command": list(command),
+    }
+    return head | dict(measure())

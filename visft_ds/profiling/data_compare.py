@@ -1,0 +1,270 @@
+"""This project's loader beside plain webdataset on the same shards: rounds in turn, CPU time of all processes.
+
+CPU time is that of this process and of all its worker processes; a pass counts from before its workers start until they
+have ended. Every ratio is formed inside one round, whose passes follow each other; the order of the
+passes moves on by one with every round, lest one of them always have the same neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.shards import Role, ShardReader
+from visft_ds.monitor.console import Section
+from visft_ds.profiling import data_baselines as plain
+from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
+from visft_ds.profiling.timing import Spread, cpu_seconds
+
+FORMAT, VERSION = "visft_ds data comparison", 1
+#: Passes of one kind; each returns how many samples it had.
+Passes = Mapping[str, Callable[[], int]]
+_WORKERS = (0, 1, 2)
+SAMPLE, LABELS_READ, LABELS_PARSED, LABELS, RAW = (
+    "three-task sample at 224 pixels",
+    "labels, bytes",
+    "labels, parsed",
+    "labels, batches of targets",
+    "bytes of samples, nothing decoded",
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of CPU times that this project wants to reach."""
+
+    group: str
+    theirs: str
+    ours: str
+    factor: float
+
+
+GOALS = (
+    Goal(SAMPLE, "naive webdataset, 0 workers", "ours, 0 threads", 4.0),
+    Goal(SAMPLE, "naive webdataset, 2 workers", "ours, 2 threads", 4.0),
+    Goal(SAMPLE, "tuned webdataset, 0 workers", "ours, 0 threads", 1.5),
+    Goal(SAMPLE, "tuned webdataset, 1 workers", "ours, 1 threads", 1.5),
+    Goal(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 threads", 1.5),
+    Goal(SAMPLE, "tuned webdataset, 2 workers", "ours, 2 processes", 1.5),
+    Goal(LABELS_READ, "webdataset, json files selected", "ours, shuffled, crc", 20.0),
+)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared. Raises ValueError for what is not possible."""
+
+    folder: Path | None  #: of shards or a COCO tree; None: generated pictures
+    split: str = "train"
+    images: int = 512  #: of a pass, at least
+    batch: int = 32
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "rounds"):
+            if getattr(self, name) < 1:
+                flag = "repeats" if name == "rounds" else name
+                raise ValueError(f"--{flag} {getattr(self, name)} must be at least 1")
+        if self.batch > self.images:
+            raise ValueError(f"--batch {self.batch} is more than the --images {self.images} of a pass")
+
+
+def compare(options: CompareOptions) -> dict[str, Any]:
+    """Every group of passes on one set; a record of JSON values.
+
+    Raises ValueError where the shards are fewer than the worker processes.
+    """
+    with open_set(options.folder, options.split, options.images) as data, ShardReader(data.manifest) as reader:
+        if data.shards < max(_WORKERS):
+            raise ValueError(
+                f"{data.name} has {data.shards} shard: webdataset needs one for each of {max(_WORKERS)} worker "
+                "processes. Make smaller shards (--max-count), or give the COCO tree itself"
+            )
+        groups = passes(data, reader, options.batch)
+        with plain.quiet():
+            measured = {name: _measure(group, options.rounds) for name, group in groups.items()}
+        facts = data.facts()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "webdataset": plain.VERSION,
+        "options": {**asdict(options), "folder": None if options.folder is None else str(options.folder)},
+        "set": facts,
+        "groups": {name: _summary(rounds) for name, rounds in measured.items()},
+        "goals": [_reached(goal, measured[goal.group]) for goal in GOALS],
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- passes
+
+
+def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
+    """Everything that is compared, by group and name."""
+    pipeline, urls, whole = joint_pipeline(data.vocabulary), data.urls, len(data)
+    naive = partial(plain.naive, urls, data.vocabulary, batch)
+    tuned = partial(plain.tuned, urls, pipeline, batch, buffer=whole)
+    ours = partial(our_loader, data, reader, pipeline, batch)
+    selected = partial(plain.label_batches, urls, pipeline, batch, buffer=whole)
+    steps = whole // batch
+    sample: dict[str, Callable[[], int]] = {}
+    for workers in (0, 2):
+        sample[f"naive webdataset, {workers} workers"] = partial(_naive, partial(naive, workers=workers))
+    for workers in _WORKERS:
+        sample[f"tuned webdataset, {workers} workers"] = partial(_tuned, partial(tuned, workers=workers))
+        sample[f"ours, {workers} threads"] = partial(_ours, ours(num_workers=workers), steps)
+    for number in _WORKERS[1:]:
+        processes = ours(workers="processes", num_workers=number)
+        sample[f"ours, {number} processes"] = partial(_ours, processes, steps)
+    return {
+        SAMPLE: sample,
+        LABELS: {
+            "webdataset, json files selected": partial(_tuned, selected),
+            "ours, 0 threads": partial(_ours, ours(num_workers=0, role="labels"), steps),
+        },
+        LABELS_PARSED: {
+            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=True)),
+            "ours, shuffled, crc": partial(_parse_labels, reader, whole),
+        },
+        LABELS_READ: {
+            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=False)),
+            "ours, shuffled, crc": partial(_read, reader, whole, "labels"),
+        },
+        RAW: {
+            "webdataset, shards in order": partial(_streamed, partial(plain.raw, urls, 0)),
+            "webdataset, shuffled": partial(_streamed, partial(plain.raw, urls, whole)),
+            "index and pread, shuffled, no crc": partial(plain.pread, data),
+            "ours, shuffled, crc": partial(_read, reader, whole, "both"),
+        },
+    }
+
+
+def _ours(loader: StepLoader, steps: int) -> int:
+    return sum(len(part.indices) for _, batches in loader.steps(0, steps) for part in batches)
+
+
+def _read(reader: ShardReader, count: int, role: Role) -> int:
+    for index in plain.shuffled(count):
+        reader.read(index, role)
+    return count
+
+
+def _parse_labels(reader: ShardReader, count: int) -> int:
+    for index in plain.shuffled(count):
+        orjson.loads(reader.read(index, "labels")[1] or b"")
+    return count
+
+
+def _naive(start: Callable[[], Iterator[Any]]) -> int:
+    return sum(len(images) for images, _ in start())
+
+
+def _tuned(start: Callable[[], Iterator[Any]]) -> int:
+    return sum(len(batch.indices) for batch in start())
+
+
+def _streamed(start: Callable[[], Iterator[Any]]) -> int:
+    return sum(1 for _ in start())
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass has taken."""
+
+    samples: int
+    cpu: float  #: seconds of this process and its workers
+    wall: float  #: seconds
+
+
+def measure_pass(run: Callable[[], int]) -> Cost:
+    """One pass."""
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    samples = run()
+    return Cost(samples, cpu_seconds() - cpu, time.perf_counter() - wall)
+
+
+def _measure(group: Passes, rounds: int) -> list[dict[str, Cost]]:
+    """Costs by name of every round; one round before these brings files and code into memory."""
+    names = list(group)
+    found = []
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        costs = {name: measure_pass(group[name]) for name in names[first:] + names[:first]}
+        if turn:
+            found.append(costs)
+    return found
+
+
+def _summary(rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]:
+    return {
+        name: {
+            "cpu_seconds_per_sample": asdict(Spread.of([costs[name].cpu / costs[name].samples for costs in rounds])),
+            "wall_samples_per_second": asdict(Spread.of([costs[name].samples / costs[name].wall for costs in rounds])),
+            "samples": rounds[0][name].samples,
+        }
+        for name in rounds[0]
+    }
+
+
+def _reached(goal: Goal, rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]:
+    ratios = [
+        (costs[goal.theirs].cpu / costs[goal.theirs].samples) / (costs[goal.ours].cpu / costs[goal.ours].samples)
+        for costs in rounds
+    ]
+    return {**asdict(goal), "ratio": asdict(Spread.of(ratios)), "reached": Spread.of(ratios).median >= goal.factor}
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def make_title(record: Mapping[str, Any]) -> str:
+    """One line that says what was compared."""
+    return f"the loader against plain webdataset {record['webdataset']} on {record['set']['name']}"
+
+
+def make_sections(record: Mapping[str, Any]) -> list[Section]:
+    """The record as tables: what was read, every group, the ratios beside the goals."""
+    load = ", ".join(f"{value:.2f}" for value in record["load"])
+    options, facts = record["options"], record["set"]
+    rows = [
+        *facts_rows(facts),
+        ("passes", f"{options['rounds']} rounds in turn after 1 to warm up, batches of {options['batch']}"),
+        ("load", f"{load} before, {record['cores']} cores"),
+        ("CPU time", "of this process and its workers, their start included; wall-clock rates depend on the load"),
+    ]
+    sections = [Section("on", rows)]
+    for name, group in record["groups"].items():
+        columns = ("", "CPU us a sample", "quartiles", "samples per CPU-second", "samples a second")
+        sections.append(Section(name, [_row(one, numbers) for one, numbers in group.items()], columns))
+    goals = [
+        (
+            f"{goal['theirs']} / {goal['ours']}",
+            f"{goal['ratio']['median']:.2f}",
+            f"{goal['ratio']['low']:.2f} .. {goal['ratio']['high']:.2f}",
+            f"{goal['factor']:g}",
+            "reached" if goal["reached"] else "NOT reached",
+        )
+        for goal in record["goals"]
+    ]
+    columns = ("CPU time a sample", "ratio", "quartiles", "goal", "")
+    return [*sections, Section(f"ratios, pairwise, n {options['rounds']}", goals, columns)]
+
+
+def _row(name: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    cpu, wall = numbers["cpu_seconds_per_sample"], numbers["wall_samples_per_second"]
+    return (
+        name,
+        f"{1e6 * cpu['median']:10.1f}",
+        f"{1e6 * cpu['low']:.1f} .. {1e6 * cpu['high']:.1f}",
+        f"{1 / cpu['median']:10.0f}",
+        f"{wall['median']:10.0f}",
+    )
