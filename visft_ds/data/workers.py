@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from visft_ds.data.batches import BatchMaker, Skipped
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.spans import Spent, spent
+from visft_ds.data.spans import Spent, measure_cpu, measures_cpu, spent
 
 WorkerKind = Literal["threads", "processes"]
 
@@ -156,7 +156,7 @@ class Processes:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         loader = DataLoader(
-            _Parts(self._maker),
+            _Parts(self._maker, with_cpu=measures_cpu()),
             batch_size=None,  # items are batches already
             sampler=parts,
             num_workers=self._number,
@@ -177,10 +177,12 @@ class Processes:
 class _Parts(Dataset[Made | Exception]):
     """Micro-batches by their plan, as a worker process makes them."""
 
-    def __init__(self, maker: BatchMaker) -> None:
-        self._maker = maker
+    def __init__(self, maker: BatchMaker, *, with_cpu: bool) -> None:
+        self._maker, self._with_cpu = maker, with_cpu
 
     def __getitem__(self, part: StepPlan) -> Made | Exception:
+        if self._with_cpu:
+            measure_cpu()
         before = spent()
         reader = self._maker.sets[part.dataset].reader
         if reader.manifest.cache is None:  # else the training process fills the cache
