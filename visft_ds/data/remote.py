@@ -127,7 +127,7 @@ class Transport:
         def attempt() -> None:
             file.seek(0)
             filesystem = self._open()
-            self._wait(filesystem, lambda: filesystem._get_file(self.address(name), file), timeout=None)
+            self._wait(filesystem, lambda: filesystem._get_file(self.address(name), file), bounded=False)
 
         self._retry(self.address(name), attempt)
 
@@ -266,14 +266,14 @@ class Transport:
             return self._filesystem
 
     def _wait(
-        self, filesystem: Any, work: Callable[[], Coroutine[Any, Any, _Answer]], timeout: float | None = TIMEOUT
+        self, filesystem: Any, work: Callable[[], Coroutine[Any, Any, _Answer]], *, bounded: bool = True
     ) -> _Answer:
         """Run a coroutine on fsspec's event loop, which has a thread of its own."""
 
-        async def bounded() -> _Answer:  # makes the coroutine there: one that is cancelled early was never begun
-            return await asyncio.wait_for(work(), timeout)
+        async def run() -> _Answer:  # makes the coroutine there: one that is cancelled early was never begun
+            return await asyncio.wait_for(work(), TIMEOUT if bounded else None)
 
-        future = asyncio.run_coroutine_threadsafe(bounded(), filesystem.loop)
+        future = asyncio.run_coroutine_threadsafe(run(), filesystem.loop)
         with self._lock:
             self._running.add(future)
             if self._closed.is_set():
@@ -324,14 +324,15 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of any of the packages."""
-    response = getattr(error, "response", None)
-    if isinstance(response, Mapping):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    for holder, attribute in ((error, "status"), (error, "code"), (response, "status_code")):
+    for one in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
+        response = getattr(one, "response", None)
+        if isinstance(response, Mapping):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for holder, attribute in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
         status = getattr(holder, attribute, None)
         if isinstance(status, int):
             return status
-    return None if error.__cause__ is None else _status(error.__cause__)
+    return None
 
 
 def _classes(table: Mapping[str, tuple[str, ...]], protocol: str) -> tuple[type[BaseException], ...]:
