@@ -11,7 +11,8 @@ their final name when they are complete. Removing a copy takes nothing from thos
 counted before bytes are written: a process that dies may leave the number too high (it is counted anew when it
 matters), never too low.
 
-Locks are POSIX record locks: a dead process holds none, and unlike `flock` they do not live on in its forked children.
+Locks are those of `flock`: a dead process holds none, once its forked children have closed what they inherited, which
+they do at once. (POSIX record locks belong to processes: the kernel reports deadlocks between threads that have none.)
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ _SPARE = 10
 #: Seconds between looks at a cache that is full of files on their way.
 _PAUSE = 0.05
 
+#: Lock files that are open in this process.
+_locks: set[int] = set()
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,7 +48,6 @@ class DiskCache:
     def __init__(self, options: CacheOptions) -> None:
         self.max_bytes = options.max_bytes
         self._root = options.folder / "visft-cache-1"
-        self._threads: dict[str, threading.Lock] = {}
         self._closed = threading.Event()
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -203,21 +206,27 @@ class DiskCache:
     @contextmanager
     def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold a lock against all threads and processes; without `wait`, yields False where another one holds it."""
-        # Record locks belong to processes: threads need one of their own, and may never close the file twice.
-        thread = self._threads.setdefault(name, threading.Lock())
-        if not thread.acquire(blocking=wait):
-            yield False
-            return
+        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o666)
+        _locks.add(descriptor)
         try:
-            with open(self._root / name, "ab") as file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except (BlockingIOError, PermissionError):
-                    yield False
-                else:
-                    yield True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
         finally:
-            thread.release()
+            _locks.discard(descriptor)
+            os.close(descriptor)
+
+
+def _close_locks_of_parent() -> None:
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_of_parent)
 
 
 def _copies(root: Path) -> Iterator[tuple[int, int, str]]:
