@@ -306,6 +306,50 @@ def test_closing_ends_what_is_under_way(served: Served) -> None:
     reader.close()
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "heals"), [("SlowDown", 503, True), ("InternalError", 500, True), ("NoSuchKey", 404, False)]
+)
+def test_failures_of_an_object_store_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, code: str, status: int, heals: bool
+) -> None:
+    errors = pytest.importorskip("s3fs.errors", reason="no s3fs: pip install 'visft_ds[remote]'")
+    exceptions = pytest.importorskip("botocore.exceptions")
+    transport = remote.Transport("s3://bucket/folder", "s3")
+    response = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answers = [errors.translate_boto_error(exceptions.ClientError(response, "GetObject")), b"bytes"]
+
+    def answer(*_: object) -> bytes:
+        found = answers.pop(0)
+        if isinstance(found, bytes):
+            return found
+        raise found
+
+    monkeypatch.setattr(transport, "_range", answer)
+    if heals:
+        assert transport.fetch("a.tar", 0, 5, exact=True) == b"bytes"
+    else:
+        with pytest.raises(ValueError, match=r"s3://bucket/folder/a.tar \[0:5\]: there is no such file"):
+            transport.fetch("a.tar", 0, 5)
+    answers[:] = [exceptions.NoCredentialsError(), b"bytes"]
+    with pytest.raises(ValueError, match="NoCredentialsError: Unable to locate credentials"):
+        transport.fetch("a.tar", 0, 5)
+
+
+def test_file_systems_that_are_not_asynchronous(
+    local: Manifest, truth: dict[Role, list[Sample]], tmp_path: Path
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    for path in Path(local.root).glob("toy*"):
+        fsspec.filesystem("memory").pipe_file(f"/coco/{path.name}", path.read_bytes())
+    for cache in (None, CacheOptions(tmp_path, 1 << 20, "ranges")):
+        manifest = Manifest.load("memory://coco", "toy", cache=cache)
+        with ShardReader(manifest) as reader:
+            reader.prefetch(range(6))
+            assert [reader.read(index) for index in range(12)] == truth["both"]
+    with pytest.raises(ValueError, match="finished splits in memory://coco: toy"):
+        Manifest.load("memory://coco", "train")
+
+
 def test_neighbours_are_joined_up_to_a_gap_and_a_size() -> None:
     parts = [("b", 0, 10), ("a", 100, 10), ("a", 0, 10), ("a", 12, 10), ("a", 0, 10), ("a", 22, 70)]
     assert coalesce(parts, max_gap=2, max_bytes=50) == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -74,8 +75,6 @@ def test_an_s3_store_gives_the_bytes_of_the_local_files(endpoint: str, tmp_path:
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     with ShardReader(Manifest.load(local.root, "toy")) as reader:
-        import hashlib
-
         parts = [part or b"" for index in range(12) for part in reader.read(index)]
         digest = hashlib.sha256(b"".join(parts)).hexdigest()
     assert out["None"] == out["ranges"] == out["shards"] == digest
