@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -149,7 +150,13 @@ class Manifest:
     def selection(self, having: str = "any") -> Selection:
         """The same samples as `select` in a bit for each of the split, or in nothing for "any"."""
         column = _selection_column(having)
-        return Selection.all(len(self.index)) if column is None else Selection.positive(self.index[column])
+        if column is None:
+            return Selection.all(len(self.index))
+        mapped = self.index.base
+        if not isinstance(mapped, mmap.mmap):
+            return Selection.positive(self.index[column])
+        # One column touches every page of the file, and all that was touched counts as memory of this process.
+        return Selection.positive(self.index[column], lambda: mapped.madvise(mmap.MADV_DONTNEED))
 
 
 def _selection_column(having: str) -> str | None:

@@ -165,7 +165,7 @@ class Transport:
                 raise RuntimeError(f"{what}: reading was stopped, because the store was closed") from error
             except self._failures as error:
                 self._refuse_permanent(what, error)
-                told = f"{type(error).__name__}: {error}".strip(": ")
+                told = _told(error)
                 if number == ATTEMPTS or self._closed.is_set():
                     raise RuntimeError(f"{what}: attempt {number} of {ATTEMPTS} failed too; {told}") from error
                 # Drawn, so that many processes that failed together do not come back together.
@@ -180,10 +180,10 @@ class Transport:
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise ValueError(f"{what}: there is no such file (or it is hidden). Check the URL") from error
         if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"{what}: access was denied ({error}). Check the credentials and rights") from error
+            raise ValueError(f"{what}: access was denied ({_told(error)}). Check credentials and rights") from error
         wrong = isinstance(error, self._permanent) or getattr(error, "errno", None) in _PERMANENT_ERRNO
         if wrong or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUS):
-            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{what}: {_told(error)}") from error
 
     def _range(self, address: str, offset: int, size: int) -> bytes | None:
         """One attempt; None if the server does not give ranges."""
@@ -320,6 +320,13 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
         if not total or not str(total).isdigit():
             raise ConnectionError("the server does not say how large the file is")
         return int(total)
+
+
+def _told(error: BaseException) -> str:
+    """A failure in one line. Web servers' errors hold the address they redirected to, which may be a signed one."""
+    if hasattr(error, "request_info"):
+        return f"{type(error).__name__}: {_status(error)} {getattr(error, 'message', '')}".strip()
+    return f"{type(error).__name__}: {error}".strip(": ")
 
 
 def _status(error: BaseException) -> int | None:
