@@ -31,6 +31,7 @@ class Served:
     delay: float = 0.0  #: seconds before each answer to a GET
     faults: deque[str] = field(default_factory=deque)
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)  #: (method, file, offset, bytes sent)
+    authorization: str | None = None  #: the header without which everything is refused
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -52,6 +53,9 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
         def do_HEAD(self) -> None:
             path = folder / self.path.strip("/")
             served.requests.append(("HEAD", path.name, 0, 0))
+            if served.authorization != self.headers.get("Authorization"):
+                self._begin(401, 0)
+                return
             self._begin(200 if path.is_file() else 404, path.stat().st_size if path.is_file() else 0)
 
         def do_GET(self) -> None:
@@ -65,6 +69,9 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
                     served.at_once -= 1
 
         def _get(self, path: Path) -> None:
+            if served.authorization != self.headers.get("Authorization"):
+                self._begin(401, 0)
+                return
             fault = served.faults.popleft() if served.faults and path.suffix == ".tar" else "fine"
             time.sleep(served.slow_seconds if fault == "slow" else served.delay)
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if served.ranges else None

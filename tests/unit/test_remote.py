@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec.config
 import numpy as np
 import pytest
 from coco_tree import make_split
@@ -197,6 +198,18 @@ def test_local_folders_have_urls_too(local: Manifest, truth: dict[Role, list[Sam
     assert isinstance(local.root, Path)
     with ShardReader(Manifest.load(local.root.as_uri(), "toy")) as reader:
         assert reader.read(3) == truth["both"][3] and reader.manifest.root == local.root
+
+
+def test_headers_come_from_the_configuration_of_fsspec(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.authorization = "Bearer abc"
+    with pytest.raises(ValueError, match=r"toy.manifest.json: access was denied \(ClientResponseError: 401"):
+        Manifest.load(served.url, "toy")
+    variables = {"FSSPEC_HTTP": '{"headers": {"Authorization": "Bearer abc"}}'}
+    configured: dict[str, dict[str, object]] = {}
+    fsspec.config.set_conf_env(configured, variables)  # as fsspec does when it is imported
+    monkeypatch.setitem(fsspec.config.conf, "http", configured["http"])
+    with ShardReader(Manifest.load(served.url, "toy")) as reader:
+        assert reader.read(0)[0] is not None
 
 
 def test_a_missing_split_behind_a_server(served: Served) -> None:

@@ -13,6 +13,7 @@ import concurrent.futures
 import errno
 import importlib.util
 import logging
+import os
 import pkgutil
 import random
 import re
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import fsspec.asyn
 
 from visft_ds.data.store import REMOTE_PROTOCOLS
 
@@ -59,6 +61,9 @@ _PERMANENT: Mapping[str, tuple[str, ...]] = {
 #: File systems in use. A forked child keeps its parent's alive through this list: to drop them would close sockets and
 #: take them out of an epoll instance that both processes share, and the parent would wait for ever.
 _in_use: list[Any] = []
+
+# fsspec forgets its event loop after a fork, but not the lock around making one, which another thread may have held.
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
