@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -155,7 +156,13 @@ class Manifest:
     def selection(self, having: str = "any") -> Selection:
         """The same samples as `select` in a bit for each of the split, or in nothing for "any"."""
         column = _selection_column(having)
-        return Selection.all(len(self.index)) if column is None else Selection.positive(self.index[column])
+        if column is None:
+            return Selection.all(len(self.index))
+        mapped = self.index.base
+        if not isinstance(mapped, mmap.mmap):
+            return Selection.positive(self.index[column])
+        # One column touches every page of the file, and all that was touched counts as memory of this process.
+        return Selection.positive(self.index[column], lambda: mapped.madvise(mmap.MADV_DONTNEED))
 
 
 def _selection_column(having: str) -> str | None:
@@ -292,29 +299,33 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 def _open_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any]:
     """The index after checking its digest, memory-mapped wherever it lies on a disk."""
     where = f"{store.where}/{name}"
-    found = _find_index(store, name, described, split)
-    if found is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
-        found = _find_index(store, name, described, split)
-    if found is None:
+    index = _find_index(store, name, described, split)
+    if index is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
+        index = _find_index(store, name, described, split)
+    if index is None:
         raise ValueError(f"{where} does not belong to the manifest. {rebuild_hint(split)}")
-    if isinstance(found, bytes):
-        index = np.lib.format.read_array(io.BytesIO(found), allow_pickle=False)
-    else:
-        index = np.load(found, mmap_mode="r", allow_pickle=False)
     if index.dtype != INDEX_DTYPE:
         raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
     return index
 
 
-def _find_index(store: Store, name: str, described: Expected, split: str) -> Path | bytes | None:
-    """Where the index is, or all of it; None if it is not the one described."""
-    path = store.local_path(name)
-    if path is None:
+def _find_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any] | None:
+    """The index; None if it is not the one described."""
+    try:
+        file = store.open(name)
+    except ValueError as error:
+        raise ValueError(f"{error} {rebuild_hint(split)}") from error
+    if file is None:
         data = store.load(name)
-        return data if hashlib.sha256(data).hexdigest() == described.sha256 else None
-    if not path.is_file():
-        raise ValueError(f"{path} is missing. {rebuild_hint(split)}")
-    return path if file_digest(path) == described.sha256 else None
+        if hashlib.sha256(data).hexdigest() != described.sha256:
+            return None
+        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+    with file:
+        if file_digest(file) != described.sha256:
+            return None
+        assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(file, dtype, "r", file.tell(), shape)
 
 
 def _check_sizes(store: Store, shards: Iterable[ShardFile], split: str) -> None:

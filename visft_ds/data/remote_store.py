@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from visft_ds.data.ahead import Ahead, coalesce
@@ -114,12 +114,12 @@ class RemoteStore:
             process.cache.drop(expected, offset, size)
         return True
 
-    def local_path(self, name: str) -> Path | None:
-        """See `Store.local_path`."""
+    def open(self, name: str) -> BinaryIO | None:
+        """See `Store.open`; None without a cache."""
         process, expected = self._process(), self._expected.get(name)
         if process.cache is None or expected is None:
             return None
-        return process.cache.path(expected, *process.source(name))
+        return process.cache.open(expected, *process.source(name))
 
     def another(self) -> RemoteStore:
         """See `Store.another`."""
@@ -225,7 +225,7 @@ class _Process:
     def _whole_files(self, group: Sequence[Part]) -> list[None]:
         assert self.cache is not None
         name = group[0][0]
-        self.cache.path(self._expected[name], *self.source(name))
+        self.cache.open(self._expected[name], *self.source(name)).close()
         return [None]
 
 
