@@ -1,0 +1,210 @@
+"""Shards against the COCO JSON files they were made from: everything that was kept must be as given.
+
+The comparison reads the JSON files itself and shares no code with the packer. What the packer may leave out is allowed
+to lack: images on the quarantine list or beyond the chosen ones, annotations that no reader could use, empty captions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from faster_coco_eval import mask as coco_mask
+
+from visft_ds.conversion.problem import Problem, some
+from visft_ds.data.labels import parse_label
+from visft_ds.data.manifest import Manifest, manifest_path
+from visft_ds.data.shards import ShardReader
+
+#: Options of a build that leave images out on purpose, and the values that do not.
+_CHOOSING: Mapping[str, tuple[Any, ...]] = {
+    "limit": (None,),
+    "ids": (None,),
+    "license": (None,),
+    "empty": (None, "keep"),
+    "dedup": (None, "off", "report"),
+}
+_COMPARED = ("bbox", "category_id", "iscrowd", "area", "segmentation")
+
+
+@dataclass
+class _Expected:
+    """What the JSON files say of an image."""
+
+    entry: Mapping[str, Any]
+    annotations: dict[Any, Mapping[str, Any]] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
+
+
+def compare_source(manifest: Manifest, instances: Path | None, captions: Path | None) -> list[Problem]:
+    """Read all labels of a split and compare them with the JSON files it was made from.
+
+    Raises:
+        ValueError: a JSON file cannot be used; names it.
+    """
+    images = _read_source(instances, captions)
+    problems = []
+    chosen: set[int] = set()
+    with ShardReader(manifest) as reader:
+        for index in range(len(reader)):
+            row = reader.row(index)
+            chosen.add(row["image_id"])
+            key, shard = f"{row['image_id']:012d}", manifest.shards[row["shard"]].name
+            try:
+                label = parse_label(reader.read(index, "labels")[1] or b"")
+            except ValueError as error:
+                problems.append(Problem(shard, f"label of {key}: {error}", (key,), row["label_offset"]))
+                continue
+            found = list(_compare(label, images.get(row["image_id"]), manifest, instances, captions))
+            problems += [Problem(shard, f"{key}: {message}", (key,), row["label_offset"]) for message in found]
+    return problems + _missing_images(manifest, images, chosen)
+
+
+def _missing_images(manifest: Manifest, images: Mapping[int, _Expected], chosen: set[int]) -> list[Problem]:
+    name = manifest_path(Path(), manifest.split).name
+    quarantined = {bad["image_id"] for bad in manifest.quarantine}
+    both = tuple(f"{image_id:012d}" for image_id in sorted(chosen & quarantined))
+    problems = [Problem(name, f"quarantined, yet in the shards: {some(both)}", both)] if both else []
+    choosing = [option for option, none in _CHOOSING.items() if manifest.options.get(option) not in none]
+    missing = tuple(f"{image_id:012d}" for image_id in sorted(images.keys() - chosen - quarantined))
+    if missing and not choosing:
+        message = f"{len(missing)} images are neither in the shards nor on the quarantine list: {some(missing)}"
+        problems.append(Problem(name, message, missing))
+    return problems
+
+
+def _compare(
+    label: Mapping[str, Any],
+    expected: _Expected | None,
+    manifest: Manifest,
+    instances: Path | None,
+    captions: Path | None,
+) -> Iterator[str]:
+    """What differs between a label and its source."""
+    if expected is None:
+        yield "the JSON files have no such image"
+        return
+    for name in ("file_name", "width", "height", "license"):
+        if label.get(name) != expected.entry.get(name):
+            yield f"{name} is {label.get(name)!r}, the JSON file says {expected.entry.get(name)!r}"
+    if instances is not None:
+        yield from _compare_annotations(label, expected, manifest)
+    if captions is not None and label["captions"] != expected.captions:
+        yield f"captions are {label['captions']!r:.200}, the JSON file says {expected.captions!r:.200}"
+
+
+def _compare_annotations(label: Mapping[str, Any], expected: _Expected, manifest: Manifest) -> Iterator[str]:
+    size = (label["height"], label["width"])
+    stored = {annotation["id"]: annotation for annotation in label["annotations"]}
+    if len(stored) != len(label["annotations"]):
+        yield "two annotations have the same id"
+    for number, annotation in stored.items():
+        source = expected.annotations.get(number)
+        if source is None:
+            yield f"annotation {number} is not in the JSON file"
+        else:
+            for name in _COMPARED:
+                if not _same(name, annotation, source, size):
+                    given = f"{annotation.get(name)!r:.80}, the JSON file says {source.get(name)!r:.80}"
+                    yield f"{name} of annotation {number} is {given}"
+    categories = {category.coco_id for category in manifest.categories}
+    keep_crowd = manifest.options.get("keep_crowd", True)
+    lost = [
+        number
+        for number, annotation in expected.annotations.items()
+        if number not in stored and is_usable(annotation, categories, keep_crowd=keep_crowd)
+    ]
+    if lost:
+        yield f"annotations are missing: {some([str(number) for number in lost])}"
+
+
+def is_usable(annotation: Mapping[str, Any], categories: set[int], *, keep_crowd: bool) -> bool:
+    """Whether an annotation of a COCO file belongs into a shard."""
+    bbox = annotation.get("bbox")
+    return (
+        type(annotation.get("id")) is int
+        and annotation.get("category_id") in categories
+        and isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(type(number) in (int, float) and math.isfinite(number) for number in bbox)
+        and (keep_crowd or not annotation.get("iscrowd"))
+    )
+
+
+def _same(name: str, stored: Mapping[str, Any], source: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    if name == "iscrowd":
+        return stored[name] == int(bool(source.get(name)))
+    if name == "area" and name not in source:
+        return bool(stored[name] == source["bbox"][2] * source["bbox"][3])
+    if name == "segmentation":
+        return same_mask(stored.get(name), source.get(name), size)
+    return bool(stored.get(name) == source.get(name))
+
+
+def same_mask(first: Any, second: Any, size: tuple[int, int]) -> bool:
+    """Whether two segmentations are the same; run-length codes may be compressed or not. `size`: (height, width)."""
+    if first == second:
+        return True
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return False
+    try:
+        return _compressed(first, size) == _compressed(second, size)
+    except (ValueError, TypeError, KeyError):
+        return False  # no run-length code at all
+
+
+def _compressed(code: Mapping[str, Any], size: tuple[int, int]) -> Any:
+    if list(code["size"]) != list(size):
+        raise ValueError(f"a code of {code['size']} in an image of {size}")
+    counts = code["counts"]
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"]
+    return counts.encode() if isinstance(counts, str) else counts
+
+
+def _read_source(instances: Path | None, captions: Path | None) -> dict[int, _Expected]:
+    """Image id -> what the files say; the first of two entries with the same id counts."""
+    images: dict[int, _Expected] = {}
+    parts = [(path, load_coco(path)) for path in (instances, captions) if path is not None]
+    for path, content in parts:
+        for entry in content.get("images", []) if path == instances or instances is None else []:
+            size = (entry.get("width"), entry.get("height"))
+            if type(entry.get("id")) is int and all(type(side) is int and side > 0 for side in size):
+                images.setdefault(entry["id"], _Expected(entry))
+    seen: set[Any] = set()
+    for path, content in parts:
+        for entry in content["annotations"]:
+            image_id = entry.get("image_id")
+            image = images.get(image_id) if type(image_id) is int else None
+            caption = entry.get("caption")
+            if image is None:
+                continue
+            if path == captions:
+                if isinstance(caption, str) and caption.strip():
+                    image.captions.append(caption)
+            elif type(entry.get("id")) is int and entry["id"] not in seen:
+                image.annotations[entry["id"]] = entry
+                seen.add(entry["id"])
+    return images
+
+
+def load_coco(path: Path) -> dict[str, Any]:
+    """A COCO JSON file. Raises ValueError when it cannot be read or has no list of annotations."""
+    try:
+        content = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    lists: Sequence[Any] = [content.get(part, []) for part in ("images", "annotations")] if _is_coco(content) else [0]
+    if not all(isinstance(part, list) and all(isinstance(entry, dict) for entry in part) for part in lists):
+        raise ValueError(f"{path} is no COCO file: it needs a list 'annotations' of objects")
+    return dict(content)
+
+
+def _is_coco(content: Any) -> bool:
+    return isinstance(content, dict) and "annotations" in content
