@@ -3,11 +3,14 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
     python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
         --captions captions_train2017.json --out shards --split train
-    python tools/make_shards.py verify shards --split train
-    python tools/make_shards.py info shards
+    python tools/make_shards.py verify shards
+    python tools/make_shards.py info shards --categories
+    python tools/make_shards.py repair shards --split train
+    python tools/make_shards.py diff shards/train elsewhere/train
+    python tools/make_shards.py export shards --split train --out coco
     python tools/make_shards.py which shards --split train --step 1000 --batch-size 32
 
-Exit status: 0 fine, 1 `verify` found problems, 2 wrong usage or unusable input, 130 interrupted.
+Exit status: 0 fine, 1 problems or differences found, 2 wrong usage or unusable input, 130 interrupted.
 """
 
 import argparse
@@ -21,8 +24,8 @@ from typing import Any
 import orjson
 
 from visft_ds.conversion.build import Options, Progress, Report, build, report_dict
-from visft_ds.conversion.verify import verify
-from visft_ds.data.manifest import Manifest, splits_in
+from visft_ds.conversion.commands import PARSERS
+from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, StepPlan, TaskPlan
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -60,10 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--replace", action="store_true", help="throw away a split of this name built otherwise")
     make.add_argument("--dry-run", action="store_true", help="check the JSON files and plan, write nothing")
     make.set_defaults(run=_build)
-    check = commands.add_parser("verify", help="read every byte and list what is wrong")
-    check.set_defaults(run=_verify)
-    info = commands.add_parser("info", help="what a folder holds")
-    info.set_defaults(run=_info)
+    for add_parser in PARSERS:
+        add_parser(commands)
     which = commands.add_parser("which", help="the images of a training step")
     which.add_argument("--step", type=int, required=True, metavar="N")
     which.add_argument("--batch-size", type=int, required=True, metavar="G", help="global batch of a task")
@@ -77,10 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--dp-size", type=int, metavar="N", help="show the part of each data-parallel rank ...")
     which.add_argument("--accumulation", type=int, default=1, metavar="N", help="... and micro-batch")
     which.set_defaults(run=_which)
-    for command in (check, info, which):
-        command.add_argument("folder", type=Path, metavar="DIR")
-        command.add_argument("--split", required=command is not info, metavar="NAME")
-    for command in (make, check, info, which):
+    which.add_argument("folder", type=Path, metavar="DIR")
+    which.add_argument("--split", required=True, metavar="NAME")
+    for command in (make, which):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -151,48 +151,6 @@ def _print_report(report: Report, seconds: float) -> None:
             print(f"            {example}")
     if report.fingerprint:
         print(f"  fingerprint {report.fingerprint}")
-
-
-def _verify(options: argparse.Namespace) -> int:
-    problems = verify(options.folder, options.split)
-    if options.json:
-        _print_json([vars(problem) for problem in problems])
-    else:
-        for problem in problems:
-            print(f"{problem.file}: {problem.message}")
-        print(f"{len(problems)} problems" if problems else "every byte is as it was made")
-    return 1 if problems else 0
-
-
-def _info(options: argparse.Namespace) -> int:
-    splits = [options.split] if options.split else splits_in(options.folder)
-    if not splits:
-        raise ValueError(f"{options.folder} holds no finished split")
-    described = [_describe(Manifest.load(options.folder, split)) for split in splits]
-    if options.json:
-        _print_json(described)
-        return 0
-    for split in described:
-        print(f"{split['split']}:")
-        for name, value in split.items():
-            shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
-            print(f"  {name.replace('_', ' ')}: {shown}")
-    return 0
-
-
-def _describe(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "split": manifest.split,
-        "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-        "counts": dict(manifest.counts),
-        "categories": len(manifest.categories),
-        "words": len(manifest.vocabulary),
-        "options": dict(manifest.options),
-        "sources": {role: file["name"] for role, file in manifest.sources.items()},
-        "quarantine": {bad["file_name"]: bad["reason"] for bad in manifest.quarantine},
-        "fingerprint": manifest.fingerprint,
-    }
 
 
 def _which(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ _COMPARED = ("bbox", "category_id", "iscrowd", "area", "segmentation")
 
 @dataclass
 class _Expected:
-    """What the JSON files say of an image."""
+    """What the JSON files say of an image; annotations that the packer leaves out are not among them."""
 
     entry: Mapping[str, Any]
     annotations: dict[Any, Mapping[str, Any]] = field(default_factory=dict)
@@ -46,7 +46,8 @@ def compare_source(manifest: Manifest, instances: Path | None, captions: Path | 
     Raises:
         ValueError: a JSON file cannot be used; names it.
     """
-    images = _read_source(instances, captions)
+    categories = {category.coco_id for category in manifest.categories}
+    images = _read_source(instances, captions, categories, keep_crowd=manifest.options.get("keep_crowd", True))
     problems = []
     chosen: set[int] = set()
     with ShardReader(manifest) as reader:
@@ -59,7 +60,7 @@ def compare_source(manifest: Manifest, instances: Path | None, captions: Path | 
             except ValueError as error:
                 problems.append(Problem(shard, f"label of {key}: {error}", (key,), row["label_offset"]))
                 continue
-            found = list(_compare(label, images.get(row["image_id"]), manifest, instances, captions))
+            found = list(_compare(label, images.get(row["image_id"]), instances, captions))
             problems += [Problem(shard, f"{key}: {message}", (key,), row["label_offset"]) for message in found]
     return problems + _missing_images(manifest, images, chosen)
 
@@ -80,7 +81,6 @@ def _missing_images(manifest: Manifest, images: Mapping[int, _Expected], chosen:
 def _compare(
     label: Mapping[str, Any],
     expected: _Expected | None,
-    manifest: Manifest,
     instances: Path | None,
     captions: Path | None,
 ) -> Iterator[str]:
@@ -92,12 +92,12 @@ def _compare(
         if label.get(name) != expected.entry.get(name):
             yield f"{name} is {label.get(name)!r}, the JSON file says {expected.entry.get(name)!r}"
     if instances is not None:
-        yield from _compare_annotations(label, expected, manifest)
+        yield from _compare_annotations(label, expected)
     if captions is not None and label["captions"] != expected.captions:
         yield f"captions are {label['captions']!r:.200}, the JSON file says {expected.captions!r:.200}"
 
 
-def _compare_annotations(label: Mapping[str, Any], expected: _Expected, manifest: Manifest) -> Iterator[str]:
+def _compare_annotations(label: Mapping[str, Any], expected: _Expected) -> Iterator[str]:
     size = (label["height"], label["width"])
     stored = {annotation["id"]: annotation for annotation in label["annotations"]}
     if len(stored) != len(label["annotations"]):
@@ -105,29 +105,24 @@ def _compare_annotations(label: Mapping[str, Any], expected: _Expected, manifest
     for number, annotation in stored.items():
         source = expected.annotations.get(number)
         if source is None:
-            yield f"annotation {number} is not in the JSON file"
+            yield f"annotation {number} is not in the JSON file, or of no use there"
         else:
             for name in _COMPARED:
                 if not _same(name, annotation, source, size):
                     given = f"{annotation.get(name)!r:.80}, the JSON file says {source.get(name)!r:.80}"
                     yield f"{name} of annotation {number} is {given}"
-    categories = {category.coco_id for category in manifest.categories}
-    keep_crowd = manifest.options.get("keep_crowd", True)
-    lost = [
-        number
-        for number, annotation in expected.annotations.items()
-        if number not in stored and is_usable(annotation, categories, keep_crowd=keep_crowd)
-    ]
+    lost = [str(number) for number in expected.annotations if number not in stored]
     if lost:
-        yield f"annotations are missing: {some([str(number) for number in lost])}"
+        yield f"annotations are missing: {some(lost)}"
 
 
-def is_usable(annotation: Mapping[str, Any], categories: set[int], *, keep_crowd: bool) -> bool:
+def _is_usable(annotation: Mapping[str, Any], categories: set[int], *, keep_crowd: bool) -> bool:
     """Whether an annotation of a COCO file belongs into a shard."""
     bbox = annotation.get("bbox")
     return (
         type(annotation.get("id")) is int
-        and annotation.get("category_id") in categories
+        and type(annotation.get("category_id")) is int
+        and annotation["category_id"] in categories
         and isinstance(bbox, list)
         and len(bbox) == 4
         and all(type(number) in (int, float) and math.isfinite(number) for number in bbox)
@@ -166,45 +161,50 @@ def _compressed(code: Mapping[str, Any], size: tuple[int, int]) -> Any:
     return counts.encode() if isinstance(counts, str) else counts
 
 
-def _read_source(instances: Path | None, captions: Path | None) -> dict[int, _Expected]:
-    """Image id -> what the files say; the first of two entries with the same id counts."""
+def _read_source(
+    instances: Path | None, captions: Path | None, categories: set[int], *, keep_crowd: bool
+) -> dict[int, _Expected]:
+    """Image id -> what the files say. Of two entries with the same id the first that is of use counts."""
     images: dict[int, _Expected] = {}
-    parts = [(path, load_coco(path)) for path in (instances, captions) if path is not None]
-    for path, content in parts:
-        for entry in content.get("images", []) if path == instances or instances is None else []:
-            size = (entry.get("width"), entry.get("height"))
-            if type(entry.get("id")) is int and all(type(side) is int and side > 0 for side in size):
-                images.setdefault(entry["id"], _Expected(entry))
-    seen: set[Any] = set()
-    for path, content in parts:
-        for entry in content["annotations"]:
-            image_id = entry.get("image_id")
-            image = images.get(image_id) if type(image_id) is int else None
-            caption = entry.get("caption")
-            if image is None:
-                continue
-            if path == captions:
-                if isinstance(caption, str) and caption.strip():
-                    image.captions.append(caption)
-            elif type(entry.get("id")) is int and entry["id"] not in seen:
-                image.annotations[entry["id"]] = entry
-                seen.add(entry["id"])
+    described = None if instances is None else load_coco(instances)
+    told = None if captions is None else load_coco(captions)
+    for entry in (described or told or {"images": []})["images"]:
+        size = (entry.get("width"), entry.get("height"))
+        named = type(entry.get("id")) is int and entry["id"] >= 0 and isinstance(entry.get("file_name"), str)
+        if named and all(type(side) is int and side > 0 for side in size):
+            images.setdefault(entry["id"], _Expected(entry))
+    seen: set[int] = set()
+    for entry in described["annotations"] if described else ():
+        image = _image_of(entry, images)
+        if image is not None and _is_usable(entry, categories, keep_crowd=keep_crowd) and entry["id"] not in seen:
+            image.annotations[entry["id"]] = entry
+            seen.add(entry["id"])
+    for entry in told["annotations"] if told else ():
+        image, caption = _image_of(entry, images), entry.get("caption")
+        if image is not None and isinstance(caption, str) and caption.strip():
+            image.captions.append(caption)
     return images
 
 
-def load_coco(path: Path) -> dict[str, Any]:
-    """A COCO JSON file. Raises ValueError when it cannot be read or has no list of annotations."""
+def _image_of(entry: Mapping[str, Any], images: Mapping[int, _Expected]) -> _Expected | None:
+    return images.get(entry["image_id"]) if type(entry.get("image_id")) is int else None
+
+
+def load_coco(path: Path, needed: Sequence[str] = ("annotations",)) -> dict[str, list[dict[str, Any]]]:
+    """The lists of a COCO JSON file that are ever looked at; one that is not `needed` may lack and is then empty.
+
+    Raises ValueError when the file cannot be read or is of another form.
+    """
     try:
         content = orjson.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    lists: Sequence[Any] = [content.get(part, []) for part in ("images", "annotations")] if _is_coco(content) else [0]
-    if not all(isinstance(part, list) and all(isinstance(entry, dict) for entry in part) for part in lists):
-        raise ValueError(f"{path} is no COCO file: it needs a list 'annotations' of objects")
-    return dict(content)
-
-
-def _is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and "annotations" in content
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name in ("images", "annotations", "categories"):
+        part = content.get(name, None if name in needed else []) if isinstance(content, dict) else None
+        if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
+            raise ValueError(f"{path} is no COCO file of this kind: it needs a list {name!r} of objects")
+        parts[name] = part
+    return parts

@@ -35,8 +35,8 @@ from visft_ds.data.manifest import (
 )
 
 _CHUNK = 1 << 20
-#: Option of a manifest that `repair` made without knowing what the split was built from.
-UNKNOWN = "unknown"
+#: Option of a manifest that `repair` made: a list of what nothing told, WRITER for tars that another program wrote.
+UNKNOWN, WRITER = "unknown", "writer"
 #: What a manifest has, beside what `read_manifest` checks.
 _SHAPE: Mapping[str, type] = {
     "split": str,
@@ -127,7 +127,7 @@ def verify(
     ]
     manifest = _open_leniently(root, split, problems)
     rows = [_rows_of(manifest, number) for number in range(len(shards))]
-    plain = UNKNOWN in fields["options"]
+    plain = WRITER in fields["options"].get(UNKNOWN, ())
     jobs = [(root / shard.name, rows[place]) for place, shard in enumerate(shards) if shard.name in present]
     by_name = {shard.name: shard for shard in shards}
     by_digest = {shard.sha256: shard.name for shard in shards}
@@ -166,6 +166,8 @@ def check_fields(fields: Mapping[str, Any], split: str) -> None:
             raise ValueError(f"its shard {place} is named {shard['name']!r} instead of {shard_name(split, place)!r}")
     for place, category in enumerate(fields["categories"]):
         _check_shape(category, _CATEGORY, f"entry {place} of its categories", exact=True)
+    if not isinstance(fields["options"].get(UNKNOWN, []), list):
+        raise ValueError(f"its option {UNKNOWN!r} is no list")
     if fields["split"] != split or fields["index"]["name"] != index_path(Path(), split).name:
         raise ValueError(
             f"it is the manifest of {fields['split']!r} with the index {fields['index']['name']!r}, not of {split!r}"

@@ -1,0 +1,342 @@
+"""Index and manifest of a split made anew from its shards alone.
+
+Everything that the tars say is read from them: places, checksums, sizes, counts, words. What they cannot say (names of
+categories, what was left out and why, options, source files) is taken from what is left of the old manifest and of the
+records of the build. An old manifest whose own digest fits the new one is the original, to the last byte.
+
+Tars that other programs wrote get an index and a manifest in the same way: shards named NAME-000000.tar, -000001, ...,
+in them `KEY.jpg` (or .jpeg, .png) directly followed by `KEY.json` of the form that `visft_ds.data.labels` describes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from visft_ds.conversion.problem import Problem, some
+from visft_ds.conversion.shard_content import ShardContent
+from visft_ds.conversion.shard_writer import write_atomically
+from visft_ds.conversion.tar_scan import BLOCK, parse_header
+from visft_ds.conversion.verify import UNKNOWN, WRITER, OnProgress, check_fields, read_shards
+from visft_ds.data.manifest import (
+    INDEX_DTYPE,
+    Category,
+    ShardFile,
+    index_path,
+    manifest_bytes,
+    manifest_digest,
+    manifest_path,
+    rebuild_hint,
+    shard_files,
+    shard_name,
+)
+from visft_ds.data.vocabulary import TOKENIZER
+
+_COUNTS = (
+    "images",
+    "annotations",
+    "crowds",
+    "trainable",
+    "captions",
+    "images_without_trainable",
+    "images_without_captions",
+)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done, or would be (`dry_run`)."""
+
+    split: str
+    images: int
+    shards: int
+    written: tuple[str, ...]  #: files that were (would be) written; none if there was nothing to repair
+    original: bool  #: whether the manifest is proved to be the one that the build wrote
+    notes: tuple[str, ...]  #: where that comes from which the shards do not say
+    problems: tuple[Problem, ...]  #: why nothing was written
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The parts of a manifest that the shards do not say."""
+
+    categories: Sequence[Category] = ()
+    quarantine: Sequence[Mapping[str, Any]] = ()
+    findings: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is kept of a shard once it was read."""
+
+    file: ShardFile
+    rows: npt.NDArray[Any]
+    counts: Counter[str]
+    words: Counter[str]
+    categories: set[int]
+    problems: list[Problem]
+
+
+def repair(
+    root: Path | str,
+    split: str,
+    *,
+    categories: Sequence[Mapping[str, Any]] = (),
+    dry_run: bool = False,
+    replace_good: bool = False,
+    workers: int = 1,
+    on_progress: OnProgress = lambda progress: None,
+) -> Repair:
+    """Read all shards of a split and write its index and manifest, if every shard is whole.
+
+    Args:
+        categories: entries {"id", "name"} of a COCO file, for names that nothing else tells.
+        dry_run: write nothing.
+        replace_good: write even where the manifest is good and describes other shards than those that are there.
+        workers: threads.
+        on_progress: called after each sample, from any thread, one at a time.
+
+    Raises:
+        ValueError: there are no shards of this name, or a build of the split is running.
+    """
+    root = Path(root)
+    names = shard_files(root, split) if root.is_dir() else []
+    if not names:
+        others = sorted(path.name for path in root.glob("*.tar")) if root.is_dir() else []
+        raise ValueError(
+            f"{root} holds no shards {shard_name(split, 0)}, ...; tars there: {some(others) or 'none'}. "
+            f"Shards of another program must be named so."
+        )
+    old, good = _old_manifest(root, split)
+    record = _build_record(root, split)
+    plain = not record and not _is_ours(root / names[0], old)
+    shards = list(
+        read_shards(
+            [(root / name, _old_rows(root, split, place)) for place, name in enumerate(names)],
+            lambda content, rows: _finish(content, split),
+            plain=plain,
+            decode=False,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    )
+    problems = [*_gaps(names, split), *(problem for shard in shards for problem in shard.problems)]
+    problems += _twice(shards)
+    outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), tuple(problems))
+    if problems:
+        return outcome
+    index = np.concatenate([shard.rows for shard in shards])
+    index["shard"] = np.repeat(np.arange(len(shards)), [shard.file.count for shard in shards])
+    if not len(index):
+        raise ValueError(f"the shards of {split!r} in {root} are empty")
+    used = set().union(*(shard.categories for shard in shards))
+    original = _assemble(split, shards, index, _rest_of(old)) if old else b""
+    proved = bool(old) and orjson.loads(original)["sha256"] == old["sha256"]
+    if good and not proved and not replace_good:
+        return replace(outcome, problems=(_other_shards(old, shards, root, split),))
+    notes: list[str] = []
+    manifest = original
+    if not proved:
+        rest, notes = _recover(old, good, record, used, categories, plain=plain)
+        manifest = _assemble(split, shards, index, rest)
+    files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
+    changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
+    if not dry_run and changed:
+        work = root / f".{split}.build"
+        work.mkdir(exist_ok=True)
+        with _exclusive(work):
+            for path, data in changed.items():
+                write_atomically(path, data, work)
+    written = tuple(path.name for path in changed)
+    return replace(outcome, written=written, original=proved, notes=tuple(notes))
+
+
+def _finish(content: ShardContent, split: str) -> _Shard:
+    rows = np.zeros(len(content.rows), dtype=INDEX_DTYPE)
+    for column in (name for name in INDEX_DTYPE.names or () if name != "shard"):
+        rows[column] = [row[column] for row in content.rows]
+    file = ShardFile(content.name, len(rows), content.bytes, content.sha256)
+    problems = [replace(problem, fix=problem.fix or rebuild_hint(split)) for problem in content.problems]
+    return _Shard(file, rows, content.counts, content.words, content.categories, problems)
+
+
+def _gaps(names: Sequence[str], split: str) -> list[Problem]:
+    expected = [shard_name(split, number) for number in range(int(names[-1][:-4].rpartition("-")[2]) + 1)]
+    missing = [name for name in expected if name not in set(names)]
+    strange = [name for name in names if name not in set(expected)]
+    fix = rebuild_hint(split)
+    problems = [Problem(name, "missing", fix=fix) for name in missing]
+    return problems + [Problem(name, "its number has zeros too many", fix=f"Move {name} away.") for name in strange]
+
+
+def _twice(shards: Sequence[_Shard]) -> list[Problem]:
+    ids = np.concatenate([shard.rows["image_id"] for shard in shards])
+    names = np.repeat([shard.file.name for shard in shards], [len(shard.rows) for shard in shards])
+    values, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    problems = []
+    for image_id, place in zip(values[counts > 1].tolist(), first[counts > 1].tolist(), strict=True):
+        where = names[ids == image_id]
+        fix = "Take one of the two shards away, or pack them again."
+        problems.append(
+            Problem(str(where[-1]), f"image id {image_id} is in {names[place]} as well", (str(image_id),), fix=fix)
+        )
+    return problems
+
+
+def _other_shards(old: Mapping[str, Any], shards: Sequence[_Shard], root: Path, split: str) -> Problem:
+    known = {shard["name"]: shard["sha256"] for shard in old["shards"]}
+    found = {shard.file.name: shard.file.sha256 for shard in shards}
+    differing = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
+    what = f"other shards: {some(differing)}" if differing else "other labels or counts than the shards hold"
+    return Problem(
+        manifest_path(root, split).name,
+        f"it is good, but describes {what}; nothing was written",
+        fix=f"{rebuild_hint(split)} If the shards are right as they are: the same command with --replace.",
+    )
+
+
+def _assemble(split: str, shards: Sequence[_Shard], index: npt.NDArray[Any], rest: _Rest) -> bytes:
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
+    words: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(shard.counts)
+        words.update(shard.words)
+    return manifest_bytes(
+        split=split,
+        categories=rest.categories,
+        counts={**counts, "quarantined": len(rest.quarantine)},
+        shards=[shard.file for shard in shards],
+        index=index,
+        index_file=_index_bytes(index),
+        vocabulary=words,
+        quarantine=rest.quarantine,
+        findings=rest.findings,
+        options=rest.options,
+        sources=rest.sources,
+    )
+
+
+def _index_bytes(index: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _old_manifest(root: Path, split: str) -> tuple[dict[str, Any], bool]:
+    """(fields of the manifest that is there, or none; whether it is as it was written)."""
+    path = manifest_path(root, split)
+    try:
+        fields = orjson.loads(path.read_bytes()) if path.is_file() else {}
+        check_fields(fields, split)
+    except ValueError:  # of either: no JSON, or not the form of a manifest
+        return {}, False
+    return fields, fields.get("sha256") == manifest_digest(fields)
+
+
+def _old_rows(root: Path, split: str, number: int) -> npt.NDArray[Any] | None:
+    """Rows of the index that is there, to give damage a name; None where it cannot be read."""
+    path = index_path(root, split)
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
+    except (ValueError, EOFError, OSError):  # what numpy raises for files that are no arrays
+        return None
+    if index is None or index.dtype != INDEX_DTYPE or index.ndim != 1:
+        return None
+    rows: npt.NDArray[Any] = index[index["shard"] == number]
+    return rows
+
+
+def _is_ours(path: Path, old: Mapping[str, Any]) -> bool:
+    """Whether shards were written by this project, which is stricter with its own."""
+    if old:
+        return WRITER not in old["options"].get(UNKNOWN, ())
+    with open(path, "rb") as file:
+        block = file.read(BLOCK)
+    try:
+        return parse_header(block).canonical
+    except ValueError:
+        return False
+
+
+def _build_record(root: Path, split: str) -> dict[str, Any]:
+    """Options and sources that the build left in its hidden folder, if it is there."""
+    path = root / f".{split}.build" / "options.json"
+    try:
+        record = orjson.loads(path.read_bytes()) if path.is_file() else {}
+    except orjson.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("sources"), dict) else {}
+
+
+def _rest_of(old: Mapping[str, Any]) -> _Rest:
+    table = [Category(**category) for category in old["categories"]]
+    return _Rest(table, old["quarantine"], old["findings"], old["options"], old["sources"])
+
+
+def _recover(
+    old: Mapping[str, Any],
+    good: bool,
+    record: Mapping[str, Any],
+    used: set[int],
+    given: Sequence[Mapping[str, Any]],
+    *,
+    plain: bool,
+) -> tuple[_Rest, list[str]]:
+    """What the shards do not say, from the best witness that there is; notes say which."""
+    notes = []
+    unknown = [WRITER] if plain else []
+    doubt = "" if good else ", whose digest does not fit: look whether they are right"
+    rest = _rest_of(old) if old else _Rest()
+    options, sources = dict(rest.options), dict(rest.sources)
+    if record:
+        options = {name: value for name, value in record.items() if name not in ("version", "sources")}
+        sources = record["sources"]
+        notes.append("options and sources are those in the records of the build")
+    elif old:
+        notes.append(f"options and sources are those of the old manifest{doubt}")
+    else:
+        unknown += ["options", "sources"]
+    if old:
+        notes.append(f"the quarantine list and the findings are those of the old manifest{doubt}")
+    else:
+        unknown += ["quarantine", "findings"]
+    names = {category.coco_id: category.name for category in rest.categories}
+    if names:
+        notes.append(f"the names of categories are those of the old manifest{doubt}")
+    if given:
+        names |= {entry["id"]: entry["name"] for entry in given}
+        notes.append("the names of categories are those given")
+    nameless = sorted(used - names.keys())
+    if nameless:
+        unknown.append("categories")
+        notes.append(f"nothing tells the names of categories {some([str(one) for one in nameless])}: give --instances")
+    names |= {number: f"category {number}" for number in nameless}
+    table = [Category(place, number, names[number]) for place, number in enumerate(sorted(names))]
+    if unknown:
+        notes.append(f"marked as unknown in the options: {', '.join(unknown)}")
+        options[UNKNOWN] = unknown
+    options["tokenizer"] = TOKENIZER
+    return _Rest(table, rest.quarantine, rest.findings, options, sources), notes
+
+
+@contextmanager
+def _exclusive(work: Path) -> Iterator[None]:
+    """Never while a build of this split runs: both hold the same lock."""
+    with open(work / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"a build of this split is running (it holds {work / 'lock'})") from error
+        yield
