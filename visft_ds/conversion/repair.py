@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class _Shard:
     words: Counter[str]
     categories: set[int]
     problems: list[Problem]
+    doubts: list[Problem]  #: where the index that is there has another checksum
 
 
 def repair(
@@ -104,7 +106,7 @@ def repair(
     Args:
         categories: entries {"id", "name"} of a COCO file, for names that nothing else tells.
         dry_run: write nothing.
-        replace_good: write even where the manifest is good and describes other shards than those that are there.
+        replace_good: write even where a good manifest, the records of the build or the index speak against the shards.
         workers: threads.
         on_progress: called after each sample, from any thread, one at a time.
 
@@ -124,8 +126,8 @@ def repair(
     plain = not record and not _is_ours(root / names[0], old)
     shards = list(
         read_shards(
-            [(root / name, _old_rows(root, split, place)) for place, name in enumerate(names)],
-            lambda content, rows: _finish(content, split),
+            list(zip((root / name for name in names), _old_rows(root, split, len(names)), strict=True)),
+            lambda content, rows: _finish(content, rows, split),
             plain=plain,
             decode=False,
             workers=workers,
@@ -146,6 +148,8 @@ def repair(
     proved = bool(old) and orjson.loads(original)["sha256"] == old["sha256"]
     if good and not proved and not replace_good:
         return replace(outcome, problems=(_other_shards(old, shards, root, split),))
+    if not proved and not replace_good and (doubts := _contradictions(root, split, shards)):
+        return replace(outcome, problems=tuple(doubts))
     notes: list[str] = []
     manifest = original
     if not proved:
@@ -163,13 +167,48 @@ def repair(
     return replace(outcome, written=written, original=proved, notes=tuple(notes))
 
 
-def _finish(content: ShardContent, split: str) -> _Shard:
+def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> _Shard:
     rows = np.zeros(len(content.rows), dtype=INDEX_DTYPE)
     for column in (name for name in INDEX_DTYPE.names or () if name != "shard"):
         rows[column] = [row[column] for row in content.rows]
     file = ShardFile(content.name, len(rows), content.bytes, content.sha256)
     problems = [replace(problem, fix=problem.fix or rebuild_hint(split)) for problem in content.problems]
-    return _Shard(file, rows, content.counts, content.words, content.categories, problems)
+    return _Shard(
+        file, rows, content.counts, content.words, content.categories, problems, _doubts(file, rows, old, split)
+    )
+
+
+def _doubts(file: ShardFile, rows: npt.NDArray[Any], old: npt.NDArray[Any] | None, split: str) -> list[Problem]:
+    """Members where the index says, and as long, but with another checksum: one of the two is damaged."""
+    doubts: list[Problem] = []
+    if old is None or len(old) != len(rows):
+        return doubts
+    for part in ("image", "label"):
+        same = np.all([old[name] == rows[name] for name in (f"{part}_offset", f"{part}_size", "image_id")], axis=0)
+        for row in rows[same & (old[f"{part}_crc32"] != rows[f"{part}_crc32"])]:
+            key, offset = f"{row['image_id']:012d}", int(row[f"{part}_offset"])
+            message = (
+                f"{part} of {key} at offset {offset}: its crc32 is not the one in the index, one of them is damaged"
+            )
+            doubts.append(Problem(file.name, message, (key,), offset, _either(split)))
+    return doubts
+
+
+def _either(split: str) -> str:
+    return f"{rebuild_hint(split)} If the shards are right as they are: the same command with --replace."
+
+
+def _contradictions(root: Path, split: str, shards: Sequence[_Shard]) -> list[Problem]:
+    """What the records of the build and the old index say against whole shards."""
+    problems = []
+    for shard in shards:
+        recorded = _read_json(root / f".{split}.build" / f"{shard.file.name}.json").get("sha256")
+        if recorded is None:
+            problems += shard.doubts
+        elif recorded != shard.file.sha256:
+            message = f"sha256 is {shard.file.sha256}, the build recorded {recorded}"
+            problems.append(Problem(shard.file.name, message, fix=_either(split)))
+    return problems
 
 
 def _gaps(names: Sequence[str], split: str) -> list[Problem]:
@@ -203,7 +242,7 @@ def _other_shards(old: Mapping[str, Any], shards: Sequence[_Shard], root: Path, 
     return Problem(
         manifest_path(root, split).name,
         f"it is good, but describes {what}; nothing was written",
-        fix=f"{rebuild_hint(split)} If the shards are right as they are: the same command with --replace.",
+        fix=_either(split),
     )
 
 
@@ -238,24 +277,38 @@ def _old_manifest(root: Path, split: str) -> tuple[dict[str, Any], bool]:
     """(fields of the manifest that is there, or none; whether it is as it was written)."""
     path = manifest_path(root, split)
     try:
-        fields = orjson.loads(path.read_bytes()) if path.is_file() else {}
+        fields = _read_json(path)
         check_fields(fields, split)
-    except ValueError:  # of either: no JSON, or not the form of a manifest
+    except ValueError:  # it lacks something that a manifest has
         return {}, False
     return fields, fields.get("sha256") == manifest_digest(fields)
 
 
-def _old_rows(root: Path, split: str, number: int) -> npt.NDArray[Any] | None:
-    """Rows of the index that is there, to give damage a name; None where it cannot be read."""
+def _old_rows(root: Path, split: str, shards: int) -> list[npt.NDArray[Any] | None]:
+    """Rows of the index that is there, to give damage a name, for each shard; None where it cannot be read."""
+    unknown: list[npt.NDArray[Any] | None] = [None] * shards
     path = index_path(root, split)
-    try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
-    except (ValueError, EOFError, OSError):  # what numpy raises for files that are no arrays
-        return None
-    if index is None or index.dtype != INDEX_DTYPE or index.ndim != 1:
-        return None
-    rows: npt.NDArray[Any] = index[index["shard"] == number]
-    return rows
+    if not path.is_file():
+        return unknown
+    # Not numpy.load: what it raises for a damaged header is no closed list.
+    data = path.read_bytes()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    rows = (len(data) - start) // INDEX_DTYPE.itemsize
+    if rows < 1 or data[:start] != _index_header(rows):
+        return unknown
+    index = np.frombuffer(data, INDEX_DTYPE, rows, start)
+    if np.any(np.diff(index["shard"]) < 0):
+        return unknown
+    first = np.searchsorted(index["shard"], np.arange(shards + 1))
+    return [index[start:end] for start, end in pairwise(first.tolist())]
+
+
+def _index_header(rows: int) -> bytes:
+    """How the file of an index with so many rows begins."""
+    buffer = io.BytesIO()
+    entries = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (rows,)}
+    np.lib.format.write_array_header_1_0(buffer, entries)
+    return buffer.getvalue()
 
 
 def _is_ours(path: Path, old: Mapping[str, Any]) -> bool:
@@ -272,12 +325,17 @@ def _is_ours(path: Path, old: Mapping[str, Any]) -> bool:
 
 def _build_record(root: Path, split: str) -> dict[str, Any]:
     """Options and sources that the build left in its hidden folder, if it is there."""
-    path = root / f".{split}.build" / "options.json"
+    record = _read_json(root / f".{split}.build" / "options.json")
+    return record if isinstance(record.get("sources"), dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none."""
     try:
-        record = orjson.loads(path.read_bytes()) if path.is_file() else {}
+        content = orjson.loads(path.read_bytes()) if path.is_file() else {}
     except orjson.JSONDecodeError:
         return {}
-    return record if isinstance(record, dict) and isinstance(record.get("sources"), dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _rest_of(old: Mapping[str, Any]) -> _Rest:
