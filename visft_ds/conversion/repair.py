@@ -144,15 +144,17 @@ def repair(
     if not len(index):
         raise ValueError(f"the shards of {split!r} in {root} are empty")
     used = set().union(*(shard.categories for shard in shards))
-    original = _assemble(split, shards, index, _rest_of(old)) if old else b""
-    proved = bool(old) and orjson.loads(original)["sha256"] == old["sha256"]
+    same = _assemble(split, shards, index, _rest_of(old)) if old else b""
+    proved = bool(old) and orjson.loads(same)["sha256"] == old["sha256"]
+    unknown = _unknown(old)
+    named = bool(categories) and "categories" in unknown
     if good and not proved and not replace_good:
         return replace(outcome, problems=(_other_shards(old, shards, root, split),))
     if not proved and not replace_good and (doubts := _contradictions(root, split, shards)):
         return replace(outcome, problems=tuple(doubts))
     notes: list[str] = []
-    manifest = original
-    if not proved:
+    manifest = same
+    if named or not proved:
         rest, notes = _recover(old, good, record, used, categories, plain=plain)
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
@@ -164,7 +166,7 @@ def repair(
             for path, data in changed.items():
                 write_atomically(path, data, work)
     written = tuple(path.name for path in changed)
-    return replace(outcome, written=written, original=proved, notes=tuple(notes))
+    return replace(outcome, written=written, original=proved and not unknown, notes=tuple(notes))
 
 
 def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> _Shard:
@@ -314,7 +316,7 @@ def _index_header(rows: int) -> bytes:
 def _is_ours(path: Path, old: Mapping[str, Any]) -> bool:
     """Whether shards were written by this project, which is stricter with its own."""
     if old:
-        return WRITER not in old["options"].get(UNKNOWN, ())
+        return WRITER not in _unknown(old)
     with open(path, "rb") as file:
         block = file.read(BLOCK)
     try:
@@ -338,6 +340,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _unknown(old: Mapping[str, Any]) -> list[str]:
+    """What an earlier repair could not know."""
+    return list(old["options"].get(UNKNOWN, ())) if old else []
+
+
 def _rest_of(old: Mapping[str, Any]) -> _Rest:
     table = [Category(**category) for category in old["categories"]]
     return _Rest(table, old["quarantine"], old["findings"], old["options"], old["sources"])
@@ -354,7 +361,7 @@ def _recover(
 ) -> tuple[_Rest, list[str]]:
     """What the shards do not say, from the best witness that there is; notes say which."""
     notes = []
-    unknown = [WRITER] if plain else []
+    unknown = {WRITER} if plain else set()
     doubt = "" if good else ", whose digest does not fit: look whether they are right"
     rest = _rest_of(old) if old else _Rest()
     options, sources = dict(rest.options), dict(rest.sources)
@@ -363,14 +370,16 @@ def _recover(
         sources = record["sources"]
         notes.append("options and sources are those in the records of the build")
     elif old:
+        unknown |= {*options.pop(UNKNOWN, ())} - {"categories"}
         notes.append(f"options and sources are those of the old manifest{doubt}")
     else:
-        unknown += ["options", "sources"]
+        unknown |= {"options", "sources"}
     if old:
         notes.append(f"the quarantine list and the findings are those of the old manifest{doubt}")
     else:
-        unknown += ["quarantine", "findings"]
+        unknown |= {"quarantine", "findings"}
     names = {category.coco_id: category.name for category in rest.categories}
+    names = {number: name for number, name in names.items() if name != _placeholder(number)}
     if names:
         notes.append(f"the names of categories are those of the old manifest{doubt}")
     if given:
@@ -378,15 +387,20 @@ def _recover(
         notes.append("the names of categories are those given")
     nameless = sorted(used - names.keys())
     if nameless:
-        unknown.append("categories")
+        unknown.add("categories")
         notes.append(f"nothing tells the names of categories {some([str(one) for one in nameless])}: give --instances")
-    names |= {number: f"category {number}" for number in nameless}
+    names |= {number: _placeholder(number) for number in nameless}
     table = [Category(place, number, names[number]) for place, number in enumerate(sorted(names))]
     if unknown:
-        notes.append(f"marked as unknown in the options: {', '.join(unknown)}")
-        options[UNKNOWN] = unknown
+        notes.append(f"marked as unknown in the options: {', '.join(sorted(unknown))}")
+        options[UNKNOWN] = sorted(unknown)
     options["tokenizer"] = TOKENIZER
     return _Rest(table, rest.quarantine, rest.findings, options, sources), notes
+
+
+def _placeholder(number: int) -> str:
+    """The name of a category whose name nothing tells."""
+    return f"category {number}"
 
 
 @contextmanager
