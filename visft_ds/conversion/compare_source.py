@@ -20,14 +20,15 @@ from visft_ds.data.labels import parse_label
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.shards import ShardReader
 
-#: Options of a build that leave images out on purpose, and the values that do not.
+#: Options of a build that leave images out on purpose, and the values with which they do not.
 _CHOOSING: Mapping[str, tuple[Any, ...]] = {
     "limit": (None,),
-    "ids": (None,),
-    "license": (None,),
-    "empty": (None, "keep"),
-    "dedup": (None, "off", "report"),
+    "licenses": (None,),
+    "keep_empty": (None, True),
+    "drop_duplicates": (None, False),
 }
+#: Role of the file among the sources that names the chosen images.
+_IDS = "ids"
 _COMPARED = ("bbox", "category_id", "iscrowd", "area", "segmentation")
 
 
@@ -70,9 +71,9 @@ def _missing_images(manifest: Manifest, images: Mapping[int, _Expected], chosen:
     quarantined = {bad["image_id"] for bad in manifest.quarantine}
     both = tuple(f"{image_id:012d}" for image_id in sorted(chosen & quarantined))
     problems = [Problem(name, f"quarantined, yet in the shards: {some(both)}", both)] if both else []
-    choosing = [option for option, none in _CHOOSING.items() if manifest.options.get(option) not in none]
+    choosing = any(manifest.options.get(option) not in none for option, none in _CHOOSING.items())
     missing = tuple(f"{image_id:012d}" for image_id in sorted(images.keys() - chosen - quarantined))
-    if missing and not choosing:
+    if missing and not choosing and _IDS not in manifest.sources:
         message = f"{len(missing)} images are neither in the shards nor on the quarantine list: {some(missing)}"
         problems.append(Problem(name, message, missing))
     return problems

@@ -10,12 +10,10 @@ in them `KEY.jpg` (or .jpeg, .png) directly followed by `KEY.json` of the form t
 
 from __future__ import annotations
 
-import fcntl
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from visft_ds.conversion.check import check_image
+from visft_ds.conversion.outputs import LocalOutput, exclusive
 from visft_ds.conversion.problem import Problem, some
 from visft_ds.conversion.shard_content import ShardContent
-from visft_ds.conversion.shard_writer import write_atomically
+from visft_ds.conversion.source import SourceImage
 from visft_ds.conversion.tar_scan import BLOCK, parse_header
 from visft_ds.conversion.verify import UNKNOWN, WRITER, OnProgress, check_fields, read_shards
+from visft_ds.data.labels import stored_size
 from visft_ds.data.manifest import (
     INDEX_DTYPE,
     Category,
@@ -51,7 +52,9 @@ _COUNTS = (
     "captions",
     "images_without_trainable",
     "images_without_captions",
+    "empty",
 )
+_COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,15 @@ def repair(
     old, good = _old_manifest(root, split)
     record = _build_record(root, split)
     plain = not record and not _is_ours(root / names[0], old)
+    records = [_read_json(root / f".{split}.build" / f"{name}.json") for name in names]
+    options = record or (old["options"] if old else {})
+    hashed = options.get("check", "decode") == "decode" and (replace_good or not all(map(_has_rows, records)))
     shards = list(
         read_shards(
             list(zip((root / name for name in names), _old_rows(root, split, len(names)), strict=True)),
             lambda content, rows: _finish(content, rows, split),
             plain=plain,
-            decode=False,
+            look=_dhash if hashed else None,
             workers=workers,
             on_progress=on_progress,
         )
@@ -139,6 +145,8 @@ def repair(
     outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), tuple(problems))
     if problems:
         return outcome
+    for shard, recorded in zip(shards, records, strict=True):
+        _take_hashes(shard, recorded)
     index = np.concatenate([shard.rows for shard in shards])
     index["shard"] = np.repeat(np.arange(len(shards)), [shard.file.count for shard in shards])
     if not len(index):
@@ -148,10 +156,11 @@ def repair(
     proved = bool(old) and orjson.loads(same)["sha256"] == old["sha256"]
     unknown = _unknown(old)
     named = bool(categories) and "categories" in unknown
-    if good and not proved and not replace_good:
-        return replace(outcome, problems=(_other_shards(old, shards, root, split),))
-    if not proved and not replace_good and (doubts := _contradictions(root, split, shards)):
-        return replace(outcome, problems=tuple(doubts))
+    same_shards = good and [asdict(shard.file) for shard in shards] == old["shards"]
+    if not proved and not same_shards and not replace_good:
+        doubts = [_other_shards(old, shards, root, split)] if good else _contradictions(split, shards, records)
+        if doubts:
+            return replace(outcome, problems=tuple(doubts))
     notes: list[str] = []
     manifest = same
     if named or not proved:
@@ -160,11 +169,11 @@ def repair(
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
     changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
     if not dry_run and changed:
-        work = root / f".{split}.build"
-        work.mkdir(exist_ok=True)
-        with _exclusive(work):
+        output = LocalOutput(root, split)
+        output.open()
+        with exclusive(output.scratch):
             for path, data in changed.items():
-                write_atomically(path, data, work)
+                output.write(path.name, data)
     written = tuple(path.name for path in changed)
     return replace(outcome, written=written, original=proved and not unknown, notes=tuple(notes))
 
@@ -200,17 +209,39 @@ def _either(split: str) -> str:
     return f"{rebuild_hint(split)} If the shards are right as they are: the same command with --replace."
 
 
-def _contradictions(root: Path, split: str, shards: Sequence[_Shard]) -> list[Problem]:
+def _contradictions(split: str, shards: Sequence[_Shard], records: Sequence[Mapping[str, Any]]) -> list[Problem]:
     """What the records of the build and the old index say against whole shards."""
     problems = []
-    for shard in shards:
-        recorded = _read_json(root / f".{split}.build" / f"{shard.file.name}.json").get("sha256")
-        if recorded is None:
+    for shard, recorded in zip(shards, records, strict=True):
+        if "sha256" not in recorded:
             problems += shard.doubts
-        elif recorded != shard.file.sha256:
-            message = f"sha256 is {shard.file.sha256}, the build recorded {recorded}"
+        elif recorded["sha256"] != shard.file.sha256:
+            message = f"sha256 is {shard.file.sha256}, the build recorded {recorded['sha256']}"
             problems.append(Problem(shard.file.name, message, fix=_either(split)))
     return problems
+
+
+def _has_rows(recorded: Mapping[str, Any]) -> bool:
+    """Whether the record of a shard has index rows of this version."""
+    rows = recorded.get("rows")
+    return isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(_COLUMNS) for row in rows)
+
+
+def _take_hashes(shard: _Shard, recorded: Mapping[str, Any]) -> None:
+    """The build hashed the pictures as they were given; of pictures that it re-encoded nothing else tells that."""
+    if recorded.get("sha256") == shard.file.sha256 and _has_rows(recorded) and len(recorded["rows"]) == len(shard.rows):
+        place = _COLUMNS.index("dhash")
+        shard.rows["dhash"] = [row[place] for row in recorded["rows"]]
+
+
+def _dhash(data: bytes, label: Mapping[str, Any]) -> int:
+    """Decode an image as the build does. Raises ValueError where it would be quarantined."""
+    height, width = stored_size(label)
+    image = SourceImage(label["image_id"], label["file_name"], width, height, b"", (), 0, 0, 0)
+    checked = check_image(data, image)
+    if checked.reason is not None:
+        raise ValueError(f"{checked.reason}: {checked.detail}")
+    return checked.dhash
 
 
 def _gaps(names: Sequence[str], split: str) -> list[Problem]:
@@ -366,7 +397,8 @@ def _recover(
     rest = _rest_of(old) if old else _Rest()
     options, sources = dict(rest.options), dict(rest.sources)
     if record:
-        options = {name: value for name, value in record.items() if name not in ("version", "sources")}
+        options |= {name: value for name, value in record.items() if name not in ("version", "sources")}
+        options.pop(UNKNOWN, None)
         sources = record["sources"]
         notes.append("options and sources are those in the records of the build")
     elif old:
@@ -401,14 +433,3 @@ def _recover(
 def _placeholder(number: int) -> str:
     """The name of a category whose name nothing tells."""
     return f"category {number}"
-
-
-@contextmanager
-def _exclusive(work: Path) -> Iterator[None]:
-    """Never while a build of this split runs: both hold the same lock."""
-    with open(work / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"a build of this split is running (it holds {work / 'lock'})") from error
-        yield

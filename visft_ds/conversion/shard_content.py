@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 from visft_ds.conversion.problem import Problem
 from visft_ds.conversion.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.data.decode import decode_image, image_format, image_size
-from visft_ds.data.labels import parse_label, trainable
+from visft_ds.data.labels import parse_label, stored_size, trainable
 from visft_ds.data.vocabulary import caption_words
 
 #: Members that are ever read; anything else has no business in a shard.
 ALLOWED = ("jpg", "jpeg", "png", "json")
 _NAME = re.compile(r"([^./\\\0][^./\\\0]*)\.([^./\\\0]+)")
+#: Image file and label -> difference hash; raises ValueError where the image is damaged.
+Look = Callable[[bytes, Mapping[str, Any]], int]
 #: Payload offset -> what the index says lies there: (part, key).
 Places = dict[int, tuple[str, str]]
 
@@ -50,6 +52,7 @@ def read_shard(
     *,
     plain: bool = False,
     decode: bool = False,
+    look: Look | None = None,
     places: Places | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> ShardContent:
@@ -57,7 +60,8 @@ def read_shard(
 
     Args:
         plain: accept tars that other programs have written, see `TarScan`, with keys that are not image ids.
-        decode: decode every image.
+        decode: decode every image with the decoder of training.
+        look: gives every image its difference hash; without it all are 0.
         places: where members should begin, so that damage can be given a name.
         on_bytes: called with the bytes read since the last call; may raise to stop.
 
@@ -65,7 +69,7 @@ def read_shard(
         OSError: the file cannot be read.
     """
     content = ShardContent(path.name)
-    reading = _Reading(content, plain=plain, decode=decode, places=places or {})
+    reading = _Reading(content, plain=plain, decode=decode, look=look, places=places or {})
     with open(path, "rb") as file:
         content.bytes = path.stat().st_size
         scan = TarScan(file, content.bytes, plain=plain)
@@ -86,8 +90,9 @@ def read_shard(
 class _Reading:
     """Puts members together to samples: an image, directly followed by its label."""
 
-    def __init__(self, content: ShardContent, *, plain: bool, decode: bool, places: Places) -> None:
-        self._content, self._plain, self._decode, self._places = content, plain, decode, places
+    def __init__(self, content: ShardContent, *, plain: bool, decode: bool, look: Look | None, places: Places) -> None:
+        self._content, self._plain, self._places = content, plain, places
+        self._decode, self._look = decode, look
         self._image: tuple[str, str, Member] | None = None  # key, extension, member: waits for its label
         self._keys: set[str] = set()
 
@@ -146,15 +151,17 @@ class _Reading:
             return
         try:
             size = self._check_image(extension, image.payload)
+            dhash = 0 if self._look is None else self._look(image.payload, label)
         except ValueError as error:
             content.blame(f"image of {key} at offset {image.offset}: {error}", key, offset=image.offset)
             return
-        if size != (label["height"], label["width"]):
-            said = f"{label['width']} x {label['height']}"
+        expected = stored_size(label)
+        if size != expected:
+            said = f"{expected[1]} x {expected[0]}"
             message = f"image of {key} at offset {image.offset}: {size[1]} x {size[0]} pixels, the label says {said}"
             content.blame(message, key, offset=image.offset)
             return
-        self._take(image, label_file, label)
+        self._take(image, label_file, label, dhash)
 
     def _check_key(self, key: str, image_id: int) -> None:
         if key != f"{image_id:012d}" and not (self._plain and not (key.isdecimal() and int(key) != image_id)):
@@ -171,12 +178,12 @@ class _Reading:
             size = (pixels.shape[0], pixels.shape[1])
         return size
 
-    def _take(self, image: Member, label_file: Member, label: dict[str, Any]) -> None:
+    def _take(self, image: Member, label_file: Member, label: dict[str, Any], dhash: int) -> None:
         content = self._content
         annotations, captions = label["annotations"], label["captions"]
         useful = trainable(label)
         row = {"width": label["width"], "height": label["height"], "image_id": label["image_id"]}
-        row |= {"num_annotations": useful, "num_captions": len(captions)}
+        row |= {"num_annotations": useful, "num_captions": len(captions), "dhash": dhash}
         for part, member in (("image", image), ("label", label_file)):
             _, size, crc32 = content.members[member.offset]
             row |= {f"{part}_offset": member.offset, f"{part}_size": size, f"{part}_crc32": crc32}
@@ -189,6 +196,7 @@ class _Reading:
             captions=len(captions),
             images_without_trainable=int(useful == 0),
             images_without_captions=int(not captions),
+            empty=int(not annotations and not captions),
         )
         content.words.update(word for caption in captions for word in caption_words(caption))
         content.categories.update(annotation["category_id"] for annotation in annotations)

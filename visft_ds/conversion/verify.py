@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.conversion.problem import Problem, some
-from visft_ds.conversion.shard_content import Places, ShardContent, read_shard
+from visft_ds.conversion.shard_content import Look, Places, ShardContent, read_shard
 from visft_ds.data.manifest import (
     Manifest,
     ShardFile,
@@ -228,7 +228,8 @@ def read_shards(
     finish: Callable[[ShardContent, npt.NDArray[Any] | None], _Result],
     *,
     plain: bool,
-    decode: bool,
+    decode: bool = False,
+    look: Look | None = None,
     workers: int,
     on_progress: OnProgress,
 ) -> Iterator[_Result]:
@@ -249,7 +250,7 @@ def read_shards(
     def read(job: tuple[Path, npt.NDArray[Any] | None]) -> _Result:
         path, rows = job
         places = {} if rows is None else _places(rows)
-        content = read_shard(path, plain=plain, decode=decode, places=places, on_bytes=on_bytes)
+        content = read_shard(path, plain=plain, decode=decode, look=look, places=places, on_bytes=on_bytes)
         return finish(content, rows)
 
     pool = ThreadPoolExecutor(workers, "verify")

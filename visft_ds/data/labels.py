@@ -5,8 +5,9 @@
                       "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
      "captions": ["A room with a table.", ...]}
 
-`license` and `segmentation` may be left out, other fields are kept and ignored. Whoever packs shards with another
-program and writes this gets an index and a manifest from `make_shards.py repair`.
+`license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of a picture
+of `width` x `height`; where the stored one has another size, `stored_width` and `stored_height` say so. Whoever packs
+shards with another program and writes this gets an index and a manifest from `make_shards.py repair`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def parse_label(data: bytes) -> dict[str, Any]:
             f"its image_id {label['image_id']} or size {label['width']} x {label['height']} is out of range: "
             "allowed are ids from 0 to 2**63 - 1, sides from 1 to 2**31 - 1"
         )
+    stored = [label[name] for name in ("stored_width", "stored_height") if name in label]
+    if len(stored) == 1 or not all(type(side) is int and 0 < side < 1 << 31 for side in stored):
+        raise ValueError("its 'stored_width' and 'stored_height' are not two sides in pixels")
     for name in _LISTS:
         if not isinstance(label[name], list):
             raise ValueError(f"its {name!r} is no list")
@@ -54,6 +58,11 @@ def parse_label(data: bytes) -> dict[str, Any]:
     if not all(isinstance(caption, str) for caption in label["captions"]):
         raise ValueError("its captions are not all strings")
     return label
+
+
+def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of the picture in the shard."""
+    return label.get("stored_height", label["height"]), label.get("stored_width", label["width"])
 
 
 def trainable(label: Mapping[str, Any]) -> int:
