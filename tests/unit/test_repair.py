@@ -18,7 +18,7 @@ from coco_tree import write_tree
 from tools.make_shards import main
 from visft_ds.conversion.repair import repair
 from visft_ds.conversion.verify import verify
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
 
 FILES = ("toy.index.npy", "toy.manifest.json")
@@ -122,6 +122,22 @@ def test_a_damaged_shard_is_never_blessed(copy: Path, split: Manifest, capsys: p
         assert "build ... --split toy" in output and "--replace" in output
     assert (copy / FILES[0]).read_bytes() == before[FILES[0]] and not (copy / FILES[1]).exists()
     assert main(["repair", str(copy), "--split", "toy", "--replace", "--quiet"]) == 0
+
+
+def test_a_build_that_was_interrupted_is_not_taken_for_a_split(copy: Path) -> None:
+    (copy / FILES[1]).unlink()
+    (copy / "toy-000002.tar").rename(copy / ".toy.build/toy-000002.tar.tmp")
+    problems = repair(copy, "toy").problems
+    assert [problem.file for problem in problems] == [".toy.build/toy-000002.tar.tmp"]
+    (copy / ".toy.build/toy-000002.tar.tmp").unlink()
+    assert any("nothing tells how many shards there were" in note for note in repair(copy, "toy").notes)
+
+
+def test_a_split_of_an_older_version_is_brought_up_to_date(copy: Path, split: Manifest) -> None:
+    fields = orjson.loads((copy / FILES[1]).read_bytes()) | {"version": 1}
+    (copy / FILES[1]).write_bytes(orjson.dumps({**fields, "sha256": manifest_digest(fields)}))
+    (copy / FILES[0]).unlink()
+    assert repair(copy, "toy").problems == () and _original(copy, split)
 
 
 def test_the_keys_that_are_lost_are_named(copy: Path, split: Manifest) -> None:

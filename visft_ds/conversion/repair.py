@@ -28,10 +28,11 @@ from visft_ds.conversion.problem import Problem, some
 from visft_ds.conversion.shard_content import ShardContent
 from visft_ds.conversion.source import SourceImage
 from visft_ds.conversion.tar_scan import BLOCK, parse_header
-from visft_ds.conversion.verify import UNKNOWN, WRITER, OnProgress, check_fields, read_shards
+from visft_ds.conversion.verify import UNKNOWN, WRITER, OnProgress, check_fields, left_overs, read_shards
 from visft_ds.data.labels import stored_size
 from visft_ds.data.manifest import (
     INDEX_DTYPE,
+    VERSION,
     Category,
     ShardFile,
     index_path,
@@ -140,8 +141,8 @@ def repair(
             on_progress=on_progress,
         )
     )
-    problems = [*_gaps(names, split), *(problem for shard in shards for problem in shard.problems)]
-    problems += _twice(shards)
+    problems = _gaps(names, split) + ([] if good else left_overs(root, split))
+    problems += [problem for shard in shards for problem in shard.problems] + _twice(shards)
     outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), tuple(problems))
     if problems:
         return outcome
@@ -164,7 +165,7 @@ def repair(
     notes: list[str] = []
     manifest = same
     if named or not proved:
-        rest, notes = _recover(old, good, record, used, categories, plain=plain)
+        rest, notes = _recover(old, record, used, categories, plain=plain)
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
     changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
@@ -307,14 +308,18 @@ def _index_bytes(index: npt.NDArray[Any]) -> bytes:
 
 
 def _old_manifest(root: Path, split: str) -> tuple[dict[str, Any], bool]:
-    """(fields of the manifest that is there, or none; whether it is as it was written)."""
+    """(fields of the manifest that is there, or none; whether it is as this version of the program wrote it)."""
     path = manifest_path(root, split)
     try:
         fields = _read_json(path)
         check_fields(fields, split)
     except ValueError:  # it lacks something that a manifest has
         return {}, False
-    return fields, fields.get("sha256") == manifest_digest(fields)
+    return fields, _digest_fits(fields) and fields.get("version") == VERSION
+
+
+def _digest_fits(fields: Mapping[str, Any]) -> bool:
+    return bool(fields) and fields.get("sha256") == manifest_digest(fields)
 
 
 def _old_rows(root: Path, split: str, shards: int) -> list[npt.NDArray[Any] | None]:
@@ -383,7 +388,6 @@ def _rest_of(old: Mapping[str, Any]) -> _Rest:
 
 def _recover(
     old: Mapping[str, Any],
-    good: bool,
     record: Mapping[str, Any],
     used: set[int],
     given: Sequence[Mapping[str, Any]],
@@ -393,7 +397,7 @@ def _recover(
     """What the shards do not say, from the best witness that there is; notes say which."""
     notes = []
     unknown = {WRITER} if plain else set()
-    doubt = "" if good else ", whose digest does not fit: look whether they are right"
+    doubt = "" if _digest_fits(old) else ", whose digest does not fit: look whether they are right"
     rest = _rest_of(old) if old else _Rest()
     options, sources = dict(rest.options), dict(rest.sources)
     if record:
@@ -410,6 +414,7 @@ def _recover(
         notes.append(f"the quarantine list and the findings are those of the old manifest{doubt}")
     else:
         unknown |= {"quarantine", "findings"}
+        notes.append("nothing tells how many shards there were: the last one that is there is taken for the last")
     names = {category.coco_id: category.name for category in rest.categories}
     names = {number: name for number, name in names.items() if name != _placeholder(number)}
     if names:

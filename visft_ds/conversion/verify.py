@@ -109,7 +109,7 @@ def verify(
     root = Path(root)
     if not root.is_dir() or split not in traces_of_splits(root):
         read_manifest(root, split)  # raises with the splits that do exist
-    problems = _left_overs(root, split)
+    problems = left_overs(root, split)
     try:
         fields = read_manifest(root, split)
         check_fields(fields, split)
@@ -180,7 +180,7 @@ def _check_shape(value: Any, shape: Mapping[str, type], what: str, *, exact: boo
         raise ValueError(f"{what} must have the fields {', '.join(shape)}; these lack or are of another type: {wrong}")
 
 
-def _left_overs(root: Path, split: str) -> list[Problem]:
+def left_overs(root: Path, split: str) -> list[Problem]:
     """Half files of a build that was stopped and never went on."""
     pattern = re.compile(rf"{re.escape(split)}(-\d{{6,}}\.tar|\.index\.npy|\.manifest\.json)\.(tmp|temp|part).*")
     work = root / f".{split}.build"
