@@ -193,7 +193,6 @@ def test_everything_odd_is_reported_and_treated_as_said(odd: Tree, tmp_path: Pat
         "box beyond the image": 1,
         "area missing": 1,
         "polygon under three points": 1,
-        "uncompressed run-length code": 1,
         "instance without mask": 2,
         "crowd": 1,
         "caption empty": 1,

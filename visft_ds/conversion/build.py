@@ -29,6 +29,7 @@ from visft_ds.conversion.remote import is_url, local_path
 from visft_ds.conversion.scan import duplicates, scan
 from visft_ds.conversion.shard_writer import (
     Planned,
+    Prepared,
     Treatment,
     finished_shard,
     quarantined,
@@ -158,7 +159,7 @@ def build(
         OSError: writing failed; what is finished is kept.
         RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
     """
-    threads = Workers(workers, on_progress)
+    on_progress(Progress())
     images, output = open_images(options.images), open_output(options.out, options.split)
     others = [Manifest.load(*split_place(place), check_shards=False) for place in options.against]
     source = read_source(options.instances, options.captions, options.selection())
@@ -171,7 +172,7 @@ def build(
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
     with _clear_errors(options):
         output.open()
-        with exclusive(output.scratch):
+        with exclusive(output.scratch), Workers(workers, on_progress) as threads:
             _claim(options, source, output, replace=replace)
             verdicts: dict[int, Checked] = {}
             dropped: list[Duplicate] = []
@@ -234,14 +235,8 @@ class _Builder:
             # From here on the old manifest would describe other shards.
             with self._threads.lock:
                 self._output.remove(_manifest_name(self._options))
-            record = write_shard(
-                name,
-                self._output,
-                samples,
-                self._treatment,
-                verdicts=self._verdicts,
-                after_image=self._after_image,
-            )
+            prepared = self._threads.ahead(self._prepare, samples)
+            record = write_shard(name, self._output, samples, prepared, lambda bad: _refuse_bad(self._options, [bad]))
         with self._threads.lock:
             progress = self._threads.progress
             progress.shards += 1
@@ -249,9 +244,10 @@ class _Builder:
             progress.images += len(samples) if kept else 0
         return record
 
-    def _after_image(self, size: int, bad: dict[str, Any] | None) -> None:
-        self._threads.count(size)
-        _refuse_bad(self._options, [] if bad is None else [bad])
+    def _prepare(self, sample: Planned) -> Prepared:
+        prepared = self._treatment.prepare(sample, self._verdicts.get(sample.image.image_id))
+        self._threads.count(prepared.size)
+        return prepared
 
 
 def _manifest_name(options: Options) -> str:

@@ -31,7 +31,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _WITH_BRIGHTNESS = ("YCbCr", "Gray")
 #: Shortest side in pixels of the small picture that is hashed, where the file has that many. Averages over cells of
 #: fewer pixels differ too much between a picture and a smaller copy of it.
-_HASHED_SIDE = 64
+_HASHED_SIDE = 40
 _ROWS, _COLUMNS = 8, 9  # of the hash: eight differences in each row
 
 
@@ -98,11 +98,9 @@ def _decoded(data: bytes, extension: str) -> tuple[tuple[int, int], int]:
     if colours not in _WITH_BRIGHTNESS:
         return _hashed(decode_image(data))
     _check_pixels(height, width)
-    # All of the compressed data is read, as in training, so that any damage shows; but the inverse transform is that of
-    # a picture an eighth as large, and there is no colour: half as much work as decoding for training.
-    grey = simplejpeg.decode_jpeg(
-        data, colorspace="GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE, min_factor=8
-    )
+    # All of the compressed data is read, as in training, so that any damage shows. But the inverse transform is that of
+    # the smallest picture that can be hashed, an eighth as large for most, and there is no colour.
+    grey = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE)
     return (int(height), int(width)), difference_hash(grey[..., 0])
 
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 Hashes = npt.NDArray[np.uint64]
 
 #: Bits in which the hashes of two pictures may differ and still be nearly the same. Among the 1,275 pairs of 51
-#: photographs of COCO the closest are 11 bits apart and the next 16. Copies of a photograph differ by at most 3 bits
-#: when encoded with quality 30 or scaled to 0.3 to 1.7 of the size, and 47 of 51 by at most 4 without a hundredth of
-#: each border.
+#: photographs of COCO the closest are 11 bits apart, the next 14. Copies of these photographs differ by at most 3 bits
+#: when encoded with quality 30, brought to half or 1.7 times the size, or to grey; 50 of 51 by at most 4 at 0.3 times
+#: the size, and 44 of 51 without a hundredth at each border.
 NEAR = 4
 #: Two hashes that differ in at most NEAR bits agree in all bits of at least one of NEAR + 1 bands.
 _BANDS = [(64 * band // (NEAR + 1), 64 * (band + 1) // (NEAR + 1)) for band in range(NEAR + 1)]

@@ -6,8 +6,6 @@ line counts only if the image file still is what it was, and a last line that wa
 
 from __future__ import annotations
 
-import io
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -20,7 +18,6 @@ from visft_ds.conversion.shard_writer import Planned, Treatment
 from visft_ds.conversion.workers import Workers
 
 _FILE = "scan.jsonl"
-_CHUNK = 64  # images that one job looks at
 
 
 def scan(samples: Sequence[Planned], treatment: Treatment, output: Output, workers: Workers) -> dict[int, Checked]:
@@ -29,20 +26,21 @@ def scan(samples: Sequence[Planned], treatment: Treatment, output: Output, worke
     rest = [sample for sample in samples if sample.image.image_id not in verdicts]
     workers.progress.phase, workers.progress.total_images = "comparing images", len(samples)
     workers.progress.images = len(samples) - len(rest)
-    chunks = [rest[first : first + _CHUNK] for first in range(0, len(rest), _CHUNK)]
-    lock = threading.Lock()
+
+    def look(sample: Planned) -> tuple[Planned, Checked]:
+        data = treatment.read(sample)
+        workers.count(len(data))
+        return sample, treatment.check(data, sample)
+
     with open(output.scratch / _FILE, "ab") as file:
 
-        def look(chunk: Sequence[Planned]) -> None:
-            for sample in chunk:
-                data = treatment.read(sample)
-                checked = treatment.check(data, sample)
-                with lock:
-                    verdicts[sample.image.image_id] = checked
-                    _note(file, sample, treatment, checked)
-                workers.count(len(data))
+        def note(_: None) -> None:
+            for sample, checked in workers.ahead(look, rest):
+                verdicts[sample.image.image_id] = checked
+                file.write(orjson.dumps({"key": _key(sample, treatment), "verdict": asdict(checked)}) + b"\n")
+                file.flush()
 
-        workers.run(look, chunks)
+        workers.run(note, [None])
     workers.progress.images = workers.progress.bytes = 0
     return verdicts
 
@@ -62,11 +60,6 @@ def _key(sample: Planned, treatment: Treatment) -> list[object]:
     image = sample.image
     file = [image.image_id, image.file_name, image.width, image.height, sample.size, sample.stamp]
     return [*file, treatment.level, treatment.reencoding is not None]
-
-
-def _note(file: io.BufferedWriter, sample: Planned, treatment: Treatment, checked: Checked) -> None:
-    file.write(orjson.dumps({"key": _key(sample, treatment), "verdict": asdict(checked)}) + b"\n")
-    file.flush()
 
 
 def _noted(samples: Sequence[Planned], treatment: Treatment, output: Output) -> dict[int, Checked]:

@@ -11,8 +11,8 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -26,6 +26,7 @@ from visft_ds.data.manifest import INDEX_DTYPE, VERSION
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this
+Refusal = Callable[[dict[str, Any]], None]
 _COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
 
 
@@ -57,19 +58,29 @@ class Treatment:
         """The verdict on it."""
         return check_image(data, sample.image, self.level, convert=self.reencoding is not None)
 
-    def stored(self, data: bytes, checked: Checked) -> tuple[bytes, str]:
-        """(the file that goes into the shard, its extension) of one that is usable."""
-        return (data, checked.extension) if self.reencoding is None else (self.reencoding.encode(data), "jpg")
+    def prepare(self, sample: Planned, verdict: Checked | None) -> Prepared:
+        """Read, check and, if it is asked for, re-encode an image; `verdict` holds for a file with the same crc32."""
+        data = self.read(sample)
+        checked = verdict if verdict is not None and verdict.crc32 == zlib.crc32(data) else self.check(data, sample)
+        if checked.reason is not None:
+            return Prepared(sample, len(data), checked, b"")
+        if self.reencoding is None:
+            return Prepared(sample, len(data), checked, data)
+        return Prepared(sample, len(data), replace(checked, extension="jpg"), self.reencoding.encode(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image that is ready for its shard."""
+
+    sample: Planned
+    size: int  #: bytes of the source file
+    checked: Checked
+    stored: bytes  #: the file that goes into the shard; empty if it is unusable
 
 
 def write_shard(
-    name: str,
-    output: Output,
-    samples: Sequence[Planned],
-    treatment: Treatment,
-    *,
-    verdicts: Mapping[int, Checked],
-    after_image: Callable[[int, dict[str, Any] | None], None],
+    name: str, output: Output, samples: Sequence[Planned], prepared: Iterable[Prepared], refuse: Refusal
 ) -> dict[str, Any]:
     """Write a shard and its record.
 
@@ -77,9 +88,8 @@ def write_shard(
         name: the final name.
         output: where it goes.
         samples: what belongs into it, in order.
-        treatment: how the images are read, checked and stored.
-        verdicts: image id -> a verdict from before, which holds if the file still has the same crc32.
-        after_image: called with the bytes of each image and, if it is unusable, why; may raise to stop.
+        prepared: the same, made ready.
+        refuse: called with why an image is unusable; may raise to stop.
 
     Returns:
         The record: key, name, count, bytes, sha256, index rows, quarantined images, findings as (kind, example).
@@ -91,20 +101,14 @@ def write_shard(
     try:
         with open(temporary, "wb") as file:
             tar = TarWriter(file)
-            for sample in samples:
-                data = treatment.read(sample)
-                checked = verdicts.get(sample.image.image_id)
-                if checked is None or checked.crc32 != zlib.crc32(data):
-                    checked = treatment.check(data, sample)
-                findings += [(kind, f"image {sample.image.image_id}") for kind in checked.findings]
-                bad = None
+            for one in prepared:
+                image, checked = one.sample.image, one.checked
+                findings += [(kind, f"image {image.image_id}") for kind in checked.findings]
                 if checked.reason is None:
-                    stored, extension = treatment.stored(data, checked)
-                    rows.append(_add_sample(tar, sample.image, extension, stored, checked.dhash))
+                    rows.append(_add_sample(tar, image, checked, one.stored))
                 else:
-                    bad = quarantined(sample.image, checked.reason, checked.detail)
-                    quarantine.append(bad)
-                after_image(len(data), bad)
+                    quarantine.append(quarantined(image, checked.reason, checked.detail))
+                    refuse(quarantine[-1])
             tar.close()
             file.flush()
             os.fsync(file.fileno())
@@ -175,11 +179,11 @@ class TarWriter:
         self.offset += len(data)
 
 
-def _add_sample(tar: TarWriter, image: SourceImage, extension: str, data: bytes, dhash: int) -> list[int]:
+def _add_sample(tar: TarWriter, image: SourceImage, checked: Checked, data: bytes) -> list[int]:
     """Append both members; returns the index row without its shard."""
     key = f"{image.image_id:012d}"
     row = {
-        "image_offset": tar.add(f"{key}.{extension}", data),
+        "image_offset": tar.add(f"{key}.{checked.extension}", data),
         "image_size": len(data),
         "image_crc32": zlib.crc32(data),
         "label_offset": tar.add(f"{key}.json", image.label),
@@ -190,7 +194,7 @@ def _add_sample(tar: TarWriter, image: SourceImage, extension: str, data: bytes,
         "image_id": image.image_id,
         "num_annotations": image.trainable,
         "num_captions": len(image.captions),
-        "dhash": dhash,
+        "dhash": checked.dhash,
     }
     return [row[column] for column in _COLUMNS]
 
