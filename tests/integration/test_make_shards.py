@@ -104,7 +104,7 @@ def test_the_tool_runs_from_anywhere_and_as_a_module(tmp_path: Path) -> None:
         assert "made 1 shards" in result.stdout and "1 x crowd" in result.stdout
     module = [sys.executable, "-m", "tools.make_shards", "verify", str(out), "--split", "toy"]
     result = subprocess.run(module, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (result.returncode, result.stdout) == (0, "every byte is as it was made\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "toy: every byte is as it was made\n"), result.stderr
 
 
 def test_verify_info_and_which(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from visft_ds.conversion.diff import Difference, LabelChange, diff, report
 from visft_ds.conversion.export import export
 from visft_ds.conversion.info import describe
 from visft_ds.conversion.problem import Problem, some
+from visft_ds.conversion.remote import is_url, local_path
 from visft_ds.conversion.repair import repair
 from visft_ds.conversion.verify import Progress, repair_hint, traces_of_splits, verify
 from visft_ds.data.manifest import Manifest, splits_in
@@ -31,7 +32,7 @@ _SHOWN = 20
 def add_verify_parser(commands: Any) -> None:
     """Add the sub-command that looks for everything that may be wrong."""
     parser = commands.add_parser("verify", help="read every byte and list what is wrong")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=_folder, metavar="DIR")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: all in the folder)")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     parser.add_argument(
@@ -48,7 +49,7 @@ def add_verify_parser(commands: Any) -> None:
 def add_info_parser(commands: Any) -> None:
     """Add the sub-command that describes splits."""
     parser = commands.add_parser("info", help="what a folder holds")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=_place, metavar="DIR")
     parser.add_argument("--split", metavar="NAME", help="one of them (default: all)")
     parser.add_argument("--categories", action="store_true", help="table of the categories, counted in the labels")
     parser.add_argument("--shards", action="store_true", help="table of the shards")
@@ -64,7 +65,7 @@ def add_repair_parser(commands: Any) -> None:
         description="Make index and manifest anew from the shards alone, also from those that another program wrote: "
         "NAME-000000.tar, ... of KEY.jpg, KEY.json pairs. Every shard must be whole.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=_folder, metavar="DIR")
     parser.add_argument("--split", required=True, metavar="NAME")
     parser.add_argument("--instances", type=Path, metavar="JSON", help="COCO file with the names of the categories")
     parser.add_argument("--replace", action="store_true", help="write over a good manifest that describes other shards")
@@ -76,8 +77,8 @@ def add_repair_parser(commands: Any) -> None:
 def add_diff_parser(commands: Any) -> None:
     """Add the sub-command that compares two splits."""
     parser = commands.add_parser("diff", help="what differs between two splits")
-    parser.add_argument("first", type=Path, metavar="DIR/SPLIT")
-    parser.add_argument("second", type=Path, metavar="DIR/SPLIT")
+    parser.add_argument("first", type=_place, metavar="DIR/SPLIT")
+    parser.add_argument("second", type=_place, metavar="DIR/SPLIT")
     parser.add_argument(
         "--limit", type=int, default=_SHOWN, metavar="N", help="entries shown of each list (%(default)s)"
     )
@@ -88,12 +89,23 @@ def add_diff_parser(commands: Any) -> None:
 def add_export_parser(commands: Any) -> None:
     """Add the sub-command that writes COCO files."""
     parser = commands.add_parser("export", help="shards -> ordinary COCO JSON files, and images")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=_place, metavar="DIR")
     parser.add_argument("--split", required=True, metavar="NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
     parser.add_argument("--images", action="store_true", help="the image files as well, in FOLDER/NAME")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_export)
+
+
+def _place(text: str) -> Path | str:
+    """A folder, or the URL of one."""
+    return text if is_url(text) else local_path(text)
+
+
+def _folder(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; every byte is read, so fetch the shards to a folder first")
+    return local_path(text)
 
 
 def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +165,8 @@ def _print_problems(split: str, problems: Sequence[Problem], limit: int) -> None
 
 def run_info(options: argparse.Namespace) -> int:
     """Describe splits."""
+    if not options.split and isinstance(options.folder, str):
+        raise ValueError(f"--split is needed with the URL {options.folder}: not every server lists its files")
     splits = [options.split] if options.split else splits_in(options.folder)
     if not splits:
         raise ValueError(f"{options.folder} holds no finished split")
@@ -239,8 +253,11 @@ def run_diff(options: argparse.Namespace) -> int:
     return 0 if difference.same_content else 1
 
 
-def _open(path: Path) -> Manifest:
+def _open(path: Path | str) -> Manifest:
     """DIR/SPLIT, or DIR that holds one split alone."""
+    if isinstance(path, str):
+        folder, _, split = path.rstrip("/").rpartition("/")
+        return Manifest.load(folder, split)
     if path.is_dir():
         splits = splits_in(path)
         if len(splits) != 1:

@@ -30,7 +30,7 @@ _UNSAFE = re.compile(r"[?#;]|::|^[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
 def open_split(manifest: Manifest, **options: Any) -> Any:
-    """A `webdataset.WebDataset` over the shards of a split, in order unless `options` say otherwise.
+    """A `webdataset.WebDataset` over the local shards of a split, in order unless `options` say otherwise.
 
     Samples have `__key__`, "jpg" or "png", and "json" as bytes; `.decode("rgb8")` and the like follow as usual. With
     more than one process give `nodesplitter`, as webdataset asks for.
@@ -48,7 +48,7 @@ def open_split(manifest: Manifest, **options: Any) -> Any:
     if "select_files" in chosen or "urls" in chosen:
         raise ValueError("urls and select_files are those of the split; filter samples with .select() instead")
     return webdataset.WebDataset(
-        [_safe(str(manifest.root / shard.name)) for shard in manifest.shards], select_files=_refuse_others, **chosen
+        [_safe(f"{manifest.root}/{shard.name}") for shard in manifest.shards], select_files=_refuse_others, **chosen
     )
 
 
