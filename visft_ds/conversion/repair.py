@@ -13,8 +13,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,19 @@ from visft_ds.conversion.outputs import LocalOutput, exclusive
 from visft_ds.conversion.problem import Problem, some
 from visft_ds.conversion.shard_content import ShardContent
 from visft_ds.conversion.source import SourceImage
-from visft_ds.conversion.tar_scan import BLOCK, parse_header
-from visft_ds.conversion.verify import UNKNOWN, WRITER, OnProgress, check_fields, left_overs, read_shards
+from visft_ds.conversion.verify import OnProgress, left_overs, read_shards
+from visft_ds.conversion.witnesses import Rest, Witnesses
 from visft_ds.data.labels import stored_size
 from visft_ds.data.manifest import (
     INDEX_DTYPE,
-    VERSION,
-    Category,
     ShardFile,
     index_path,
     manifest_bytes,
-    manifest_digest,
     manifest_path,
     rebuild_hint,
     shard_files,
     shard_name,
 )
-from visft_ds.data.vocabulary import TOKENIZER
 
 _COUNTS = (
     "images",
@@ -69,17 +64,6 @@ class Repair:
     original: bool  #: whether the manifest is proved to be the one that the build wrote
     notes: tuple[str, ...]  #: where that comes from which the shards do not say
     problems: tuple[Problem, ...]  #: why nothing was written
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """The parts of a manifest that the shards do not say."""
-
-    categories: Sequence[Category] = ()
-    quarantine: Sequence[Mapping[str, Any]] = ()
-    findings: Sequence[Mapping[str, Any]] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    sources: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,15 +109,12 @@ def repair(
             f"{root} holds no shards {shard_name(split, 0)}, ...; tars there: {some(others) or 'none'}. "
             f"Shards of another program must be named so."
         )
-    old, good = _old_manifest(root, split)
-    record = _build_record(root, split)
-    plain = not record and not _is_ours(root / names[0], old)
-    records = [_read_json(root / f".{split}.build" / f"{name}.json") for name in names]
-    options = record or (old["options"] if old else {})
-    hashed = options.get("check", "decode") == "decode" and (replace_good or not all(map(_has_rows, records)))
+    known = Witnesses.gather(root, split, names)
+    plain = not known.ours
+    hashed = known.decoded and (replace_good or not all(map(_has_rows, known.shard_records)))
     shards = list(
         read_shards(
-            list(zip((root / name for name in names), _old_rows(root, split, len(names)), strict=True)),
+            list(zip((root / name for name in names), known.rows, strict=True)),
             lambda content, rows: _finish(content, rows, split),
             plain=plain,
             look=_dhash if hashed else None,
@@ -141,31 +122,26 @@ def repair(
             on_progress=on_progress,
         )
     )
-    problems = _gaps(names, split) + ([] if good else left_overs(root, split))
+    problems = _gaps(names, split) + ([] if known.good else left_overs(root, split))
     problems += [problem for shard in shards for problem in shard.problems] + _twice(shards)
     outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), tuple(problems))
     if problems:
         return outcome
-    for shard, recorded in zip(shards, records, strict=True):
+    for shard, recorded in zip(shards, known.shard_records, strict=True):
         _take_hashes(shard, recorded)
     index = np.concatenate([shard.rows for shard in shards])
     index["shard"] = np.repeat(np.arange(len(shards)), [shard.file.count for shard in shards])
     if not len(index):
         raise ValueError(f"the shards of {split!r} in {root} are empty")
-    used = set().union(*(shard.categories for shard in shards))
-    same = _assemble(split, shards, index, _rest_of(old)) if old else b""
-    proved = bool(old) and orjson.loads(same)["sha256"] == old["sha256"]
-    unknown = _unknown(old)
-    named = bool(categories) and "categories" in unknown
-    same_shards = good and [asdict(shard.file) for shard in shards] == old["shards"]
-    if not proved and not same_shards and not replace_good:
-        doubts = [_other_shards(old, shards, root, split)] if good else _contradictions(split, shards, records)
-        if doubts:
-            return replace(outcome, problems=tuple(doubts))
+    same = b"" if known.manifest is None else _assemble(split, shards, index, known.rest())
+    proved = known.manifest is not None and orjson.loads(same)["sha256"] == known.manifest["sha256"]
+    if not proved and not replace_good and (doubts := _doubts(known, shards, root, split)):
+        return replace(outcome, problems=tuple(doubts))
     notes: list[str] = []
     manifest = same
-    if named or not proved:
-        rest, notes = _recover(old, record, used, categories, plain=plain)
+    if not proved or (categories and "categories" in known.unknown):
+        used = set().union(*(shard.categories for shard in shards))
+        rest, notes = known.recover(used, categories)
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
     changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
@@ -176,7 +152,7 @@ def repair(
             for path, data in changed.items():
                 output.write(path.name, data)
     written = tuple(path.name for path in changed)
-    return replace(outcome, written=written, original=proved and not unknown, notes=tuple(notes))
+    return replace(outcome, written=written, original=proved and not known.unknown, notes=tuple(notes))
 
 
 def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> _Shard:
@@ -186,11 +162,19 @@ def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> 
     file = ShardFile(content.name, len(rows), content.bytes, content.sha256)
     problems = [replace(problem, fix=problem.fix or rebuild_hint(split)) for problem in content.problems]
     return _Shard(
-        file, rows, content.counts, content.words, content.categories, problems, _doubts(file, rows, old, split)
+        file,
+        rows,
+        content.counts,
+        content.words,
+        content.categories,
+        problems,
+        _other_checksums(file, rows, old, split),
     )
 
 
-def _doubts(file: ShardFile, rows: npt.NDArray[Any], old: npt.NDArray[Any] | None, split: str) -> list[Problem]:
+def _other_checksums(
+    file: ShardFile, rows: npt.NDArray[Any], old: npt.NDArray[Any] | None, split: str
+) -> list[Problem]:
     """Members where the index says, and as long, but with another checksum: one of the two is damaged."""
     doubts: list[Problem] = []
     if old is None or len(old) != len(rows):
@@ -210,10 +194,16 @@ def _either(split: str) -> str:
     return f"{rebuild_hint(split)} If the shards are right as they are: the same command with --replace."
 
 
-def _contradictions(split: str, shards: Sequence[_Shard], records: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """What the records of the build and the old index say against whole shards."""
+def _doubts(known: Witnesses, shards: Sequence[_Shard], root: Path, split: str) -> list[Problem]:
+    """What a good manifest, or else the records of the build and the old index, say against whole shards."""
+    if known.manifest is not None and known.good:
+        said = {shard["name"]: shard["sha256"] for shard in known.manifest["shards"]}
+        found = {shard.file.name: shard.file.sha256 for shard in shards}
+        differing = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+        message = f"it is good, but describes other shards: {some(differing)}; nothing was written"
+        return [Problem(manifest_path(root, split).name, message, fix=_either(split))] if differing else []
     problems = []
-    for shard, recorded in zip(shards, records, strict=True):
+    for shard, recorded in zip(shards, known.shard_records, strict=True):
         if "sha256" not in recorded:
             problems += shard.doubts
         elif recorded["sha256"] != shard.file.sha256:
@@ -268,19 +258,7 @@ def _twice(shards: Sequence[_Shard]) -> list[Problem]:
     return problems
 
 
-def _other_shards(old: Mapping[str, Any], shards: Sequence[_Shard], root: Path, split: str) -> Problem:
-    known = {shard["name"]: shard["sha256"] for shard in old["shards"]}
-    found = {shard.file.name: shard.file.sha256 for shard in shards}
-    differing = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
-    what = f"other shards: {some(differing)}" if differing else "other labels or counts than the shards hold"
-    return Problem(
-        manifest_path(root, split).name,
-        f"it is good, but describes {what}; nothing was written",
-        fix=_either(split),
-    )
-
-
-def _assemble(split: str, shards: Sequence[_Shard], index: npt.NDArray[Any], rest: _Rest) -> bytes:
+def _assemble(split: str, shards: Sequence[_Shard], index: npt.NDArray[Any], rest: Rest) -> bytes:
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTS, 0))
     words: Counter[str] = Counter()
     for shard in shards:
@@ -305,136 +283,3 @@ def _index_bytes(index: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _old_manifest(root: Path, split: str) -> tuple[dict[str, Any], bool]:
-    """(fields of the manifest that is there, or none; whether it is as this version of the program wrote it)."""
-    path = manifest_path(root, split)
-    try:
-        fields = _read_json(path)
-        check_fields(fields, split)
-    except ValueError:  # it lacks something that a manifest has
-        return {}, False
-    return fields, _digest_fits(fields) and fields.get("version") == VERSION
-
-
-def _digest_fits(fields: Mapping[str, Any]) -> bool:
-    return bool(fields) and fields.get("sha256") == manifest_digest(fields)
-
-
-def _old_rows(root: Path, split: str, shards: int) -> list[npt.NDArray[Any] | None]:
-    """Rows of the index that is there, to give damage a name, for each shard; None where it cannot be read."""
-    unknown: list[npt.NDArray[Any] | None] = [None] * shards
-    path = index_path(root, split)
-    if not path.is_file():
-        return unknown
-    # Not numpy.load: what it raises for a damaged header is no closed list.
-    data = path.read_bytes()
-    start = 10 + int.from_bytes(data[8:10], "little")
-    rows = (len(data) - start) // INDEX_DTYPE.itemsize
-    if rows < 1 or data[:start] != _index_header(rows):
-        return unknown
-    index = np.frombuffer(data, INDEX_DTYPE, rows, start)
-    if np.any(np.diff(index["shard"]) < 0):
-        return unknown
-    first = np.searchsorted(index["shard"], np.arange(shards + 1))
-    return [index[start:end] for start, end in pairwise(first.tolist())]
-
-
-def _index_header(rows: int) -> bytes:
-    """How the file of an index with so many rows begins."""
-    buffer = io.BytesIO()
-    entries = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (rows,)}
-    np.lib.format.write_array_header_1_0(buffer, entries)
-    return buffer.getvalue()
-
-
-def _is_ours(path: Path, old: Mapping[str, Any]) -> bool:
-    """Whether shards were written by this project, which is stricter with its own."""
-    if old:
-        return WRITER not in _unknown(old)
-    with open(path, "rb") as file:
-        block = file.read(BLOCK)
-    try:
-        return parse_header(block).canonical
-    except ValueError:
-        return False
-
-
-def _build_record(root: Path, split: str) -> dict[str, Any]:
-    """Options and sources that the build left in its hidden folder, if it is there."""
-    record = _read_json(root / f".{split}.build" / "options.json")
-    return record if isinstance(record.get("sources"), dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none."""
-    try:
-        content = orjson.loads(path.read_bytes()) if path.is_file() else {}
-    except orjson.JSONDecodeError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _unknown(old: Mapping[str, Any]) -> list[str]:
-    """What an earlier repair could not know."""
-    return list(old["options"].get(UNKNOWN, ())) if old else []
-
-
-def _rest_of(old: Mapping[str, Any]) -> _Rest:
-    table = [Category(**category) for category in old["categories"]]
-    return _Rest(table, old["quarantine"], old["findings"], old["options"], old["sources"])
-
-
-def _recover(
-    old: Mapping[str, Any],
-    record: Mapping[str, Any],
-    used: set[int],
-    given: Sequence[Mapping[str, Any]],
-    *,
-    plain: bool,
-) -> tuple[_Rest, list[str]]:
-    """What the shards do not say, from the best witness that there is; notes say which."""
-    notes = []
-    unknown = {WRITER} if plain else set()
-    doubt = "" if _digest_fits(old) else ", whose digest does not fit: look whether they are right"
-    rest = _rest_of(old) if old else _Rest()
-    options, sources = dict(rest.options), dict(rest.sources)
-    if record:
-        options |= {name: value for name, value in record.items() if name not in ("version", "sources")}
-        options.pop(UNKNOWN, None)
-        sources = record["sources"]
-        notes.append("options and sources are those in the records of the build")
-    elif old:
-        unknown |= {*options.pop(UNKNOWN, ())} - {"categories"}
-        notes.append(f"options and sources are those of the old manifest{doubt}")
-    else:
-        unknown |= {"options", "sources"}
-    if old:
-        notes.append(f"the quarantine list and the findings are those of the old manifest{doubt}")
-    else:
-        unknown |= {"quarantine", "findings"}
-        notes.append("nothing tells how many shards there were: the last one that is there is taken for the last")
-    names = {category.coco_id: category.name for category in rest.categories}
-    names = {number: name for number, name in names.items() if name != _placeholder(number)}
-    if names:
-        notes.append(f"the names of categories are those of the old manifest{doubt}")
-    if given:
-        names |= {entry["id"]: entry["name"] for entry in given}
-        notes.append("the names of categories are those given")
-    nameless = sorted(used - names.keys())
-    if nameless:
-        unknown.add("categories")
-        notes.append(f"nothing tells the names of categories {some([str(one) for one in nameless])}: give --instances")
-    names |= {number: _placeholder(number) for number in nameless}
-    table = [Category(place, number, names[number]) for place, number in enumerate(sorted(names))]
-    if unknown:
-        notes.append(f"marked as unknown in the options: {', '.join(sorted(unknown))}")
-        options[UNKNOWN] = sorted(unknown)
-    options["tokenizer"] = TOKENIZER
-    return _Rest(table, rest.quarantine, rest.findings, options, sources), notes
-
-
-def _placeholder(number: int) -> str:
-    """The name of a category whose name nothing tells."""
-    return f"category {number}"
