@@ -16,6 +16,8 @@ import simplejpeg
 from coco_tree import write_tree
 
 from tools.make_shards import main
+from visft_ds.conversion.build import Options, build
+from visft_ds.conversion.reencode import Reencoding
 from visft_ds.conversion.repair import repair
 from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest, manifest_digest
@@ -138,6 +140,24 @@ def test_a_split_of_an_older_version_is_brought_up_to_date(copy: Path, split: Ma
     (copy / FILES[1]).write_bytes(orjson.dumps({**fields, "sha256": manifest_digest(fields)}))
     (copy / FILES[0]).unlink()
     assert repair(copy, "toy").problems == () and _original(copy, split)
+
+
+def test_pictures_that_were_encoded_anew_keep_their_hashes(tmp_path: Path) -> None:
+    """They were hashed before; where the records of the build are gone too, a repair says that it could not know."""
+    tree = write_tree(tmp_path / "tree", 4)
+    out = tmp_path / "out"
+    build(Options(tree.images, tree.instances, tree.captions, out, "toy", reencode=Reencoding(40, 20)))
+    assert verify(out, "toy", decode=True) == []
+    before = {name: (out / name).read_bytes() for name in FILES}
+    (out / FILES[0]).unlink()
+    assert repair(out, "toy").original and (out / FILES[0]).read_bytes() == before[FILES[0]]
+    (out / FILES[0]).unlink()
+    shutil.rmtree(out / ".toy.build")
+    done = repair(out, "toy")
+    assert done.problems == () and any("before it re-encoded them" in note for note in done.notes)
+    assert verify(out, "toy") == []
+    again = Manifest.load(out, "toy")
+    assert again.fingerprint == orjson.loads(before[FILES[1]])["fingerprint"] and not again.options.get("unknown")
 
 
 def test_the_keys_that_are_lost_are_named(copy: Path, split: Manifest) -> None:

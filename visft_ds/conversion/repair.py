@@ -142,6 +142,8 @@ def repair(
     if not proved or (categories and "categories" in known.unknown):
         used = set().union(*(shard.categories for shard in shards))
         rest, notes = known.recover(used, categories)
+        if known.good and not replace_good and not proved:
+            notes.append("the index is not the lost one: the build hashed the pictures before it re-encoded them")
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
     changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
