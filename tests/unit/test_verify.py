@@ -19,7 +19,7 @@ from coco_tree import Tree, make_split, write_tree
 
 from tools.make_shards import main
 from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.compare_source import compare_source
+from visft_ds.conversion.compare_source import compare_source, same_mask
 from visft_ds.conversion.problem import Problem
 from visft_ds.conversion.shard_content import read_shard
 from visft_ds.conversion.shard_writer import TarWriter
@@ -337,11 +337,45 @@ def test_shards_are_compared_with_their_source(tmp_path: Path) -> None:
         "area of annotation 12 is 40.5, the JSON file says 1",
         "iscrowd of annotation 13 is 0, the JSON file says 1",
         "annotation 14 is not in the JSON file",
-        "annotations are missing: 77",
+        "annotation 77 is missing",
         "captions are [",
     ):
         assert message in found
     assert found.count("\n") == 10, "and nothing else"
+
+
+def test_categories_that_a_file_renamed_are_followed(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree")
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({"thing 3": {"id": 1, "name": "a"}, "8": {"id": 1, "name": "a"}, "*": None}))
+    manifest = _pack(tree, tmp_path / "out", categories=str(rules))
+    assert len(manifest.categories) == 1 and compare_source(manifest, tree.instances, None) == []
+
+    tree.edit(lambda content: content["annotations"].append({**content["annotations"][0], "id": 77}))
+    found = _messages(compare_source(manifest, tree.instances, None))
+    assert found == "toy-000000.tar: 000000001007: annotation 77 is missing", "of a category that was kept"
+
+
+@pytest.mark.parametrize(
+    ("stored", "source", "same"),
+    [
+        ([[1, 1, 5, 1, 5, 5]], [[1, 1, 5, 1, 5, 5]], True),
+        ([[1, 1, 5, 1, 5, 5]], [[1, 1, 2, 2], [1, 1, 5, 1, 5, 5], [1, "x"] * 4], True),
+        ([[1, 1, 5, 1, 5, 5]], [[1, 1, 5, 1, 5, 5], [2, 2, 5, 1, 5, 5]], False),
+        (None, [[1, 1, 2, 2]], True),
+        (None, [[1, 1, 5, 1, 5, 5]], False),
+        ({"size": [4, 6], "counts": "5409"}, {"size": [4, 6], "counts": [5, 4, 15]}, False),
+        (None, {"size": [4, 6], "counts": [5, 4, 15]}, False),
+        (None, {"size": [4, 6], "counts": [5, 4, 14]}, True),
+        (None, {"size": [6, 4], "counts": [5, 4, 15]}, True),
+        (None, {"size": [4, 6], "counts": "5409"}, False),
+        ({"size": [4, 6], "counts": "54?"}, {"size": [4, 6], "counts": [5, 4, 15]}, True),
+        ({"size": [4, 6], "counts": [5, 4, 15]}, {"size": [4, 6]}, False),
+        (None, "garbage", True),
+    ],
+)
+def test_masks_are_the_same_in_either_form(stored: Any, source: Any, same: bool) -> None:
+    assert same_mask(stored, source, (4, 6)) == same
 
 
 def test_what_the_packer_leaves_out_is_no_problem(tmp_path: Path) -> None:

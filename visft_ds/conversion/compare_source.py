@@ -29,6 +29,8 @@ _CHOOSING: Mapping[str, tuple[Any, ...]] = {
 }
 #: Role of the file among the sources that names the chosen images.
 _IDS = "ids"
+#: What the option `categories` says where a file maps them, and a finding of masks that were dropped.
+_MAPPED, _MALFORMED = "file", "mask malformed"
 _COMPARED = ("bbox", "category_id", "iscrowd", "area", "segmentation")
 
 
@@ -44,13 +46,19 @@ class _Expected:
 def compare_source(manifest: Manifest, instances: Path | None, captions: Path | None) -> list[Problem]:
     """Read all labels of a split and compare them with the JSON files it was made from.
 
+    Where a file renamed the categories, each category of the source must have become one of the shards throughout.
+
     Raises:
         ValueError: a JSON file cannot be used; names it.
     """
-    categories = {category.coco_id for category in manifest.categories}
-    images = _read_source(instances, captions, categories, keep_crowd=manifest.options.get("keep_crowd", True))
+    mapped = manifest.options.get("categories") == _MAPPED
+    known = None if mapped else {category.coco_id for category in manifest.categories}
+    images = _read_source(instances, captions, known, keep_crowd=manifest.options.get("keep_crowd", True))
+    malformed = any(finding["kind"] == _MALFORMED for finding in manifest.findings)
+    comparison = _Comparison(instances is not None, captions is not None, mapped=mapped, malformed=malformed)
     problems = []
     chosen: set[int] = set()
+    lost: list[tuple[Mapping[str, Any], str]] = []
     with ShardReader(manifest) as reader:
         for index in range(len(reader)):
             row = reader.row(index)
@@ -61,8 +69,15 @@ def compare_source(manifest: Manifest, instances: Path | None, captions: Path | 
             except ValueError as error:
                 problems.append(Problem(shard, f"label of {key}: {error}", (key,), row["label_offset"]))
                 continue
-            found = list(_compare(label, images.get(row["image_id"]), instances, captions))
+            expected = images.get(row["image_id"])
+            found = list(comparison.differences(label, expected))
             problems += [Problem(shard, f"{key}: {message}", (key,), row["label_offset"]) for message in found]
+            lost += [(annotation, shard) for annotation in comparison.missing(label, expected)]
+    for annotation, shard in lost:
+        # With categories mapped by a file, those of which nothing was kept were dropped.
+        if not mapped or annotation["category_id"] in comparison.categories:
+            key = f"{annotation['image_id']:012d}"
+            problems.append(Problem(shard, f"{key}: annotation {annotation['id']} is missing", (key,)))
     return problems + _missing_images(manifest, images, chosen)
 
 
@@ -79,78 +94,116 @@ def _missing_images(manifest: Manifest, images: Mapping[int, _Expected], chosen:
     return problems
 
 
-def _compare(
-    label: Mapping[str, Any],
-    expected: _Expected | None,
-    instances: Path | None,
-    captions: Path | None,
-) -> Iterator[str]:
-    """What differs between a label and its source."""
-    if expected is None:
-        yield "the JSON files have no such image"
-        return
-    for name in ("file_name", "width", "height", "license"):
-        if label.get(name) != expected.entry.get(name):
-            yield f"{name} is {label.get(name)!r}, the JSON file says {expected.entry.get(name)!r}"
-    if instances is not None:
-        yield from _compare_annotations(label, expected)
-    if captions is not None and label["captions"] != expected.captions:
-        yield f"captions are {label['captions']!r:.200}, the JSON file says {expected.captions!r:.200}"
+class _Comparison:
+    """Labels against what the JSON files say."""
 
+    def __init__(self, instances: bool, captions: bool, *, mapped: bool, malformed: bool) -> None:
+        self._instances, self._captions = instances, captions
+        self._mapped, self._malformed = mapped, malformed
+        self.categories: dict[int, int] = {}  #: raw id in the source -> in the shards, as met so far
 
-def _compare_annotations(label: Mapping[str, Any], expected: _Expected) -> Iterator[str]:
-    size = (label["height"], label["width"])
-    stored = {annotation["id"]: annotation for annotation in label["annotations"]}
-    if len(stored) != len(label["annotations"]):
-        yield "two annotations have the same id"
-    for number, annotation in stored.items():
-        source = expected.annotations.get(number)
-        if source is None:
-            yield f"annotation {number} is not in the JSON file, or of no use there"
-        else:
+    def differences(self, label: Mapping[str, Any], expected: _Expected | None) -> Iterator[str]:
+        """What a label says otherwise than its source."""
+        if expected is None:
+            yield "the JSON files have no such image"
+            return
+        for name in ("file_name", "width", "height", "license"):
+            if label.get(name) != expected.entry.get(name):
+                yield f"{name} is {label.get(name)!r}, the JSON file says {expected.entry.get(name)!r}"
+        if self._instances:
+            yield from self._annotations(label, expected)
+        if self._captions and label["captions"] != expected.captions:
+            yield f"captions are {label['captions']!r:.200}, the JSON file says {expected.captions!r:.200}"
+
+    def missing(self, label: Mapping[str, Any], expected: _Expected | None) -> list[Mapping[str, Any]]:
+        """Annotations of the source that a label lacks."""
+        stored = {annotation["id"] for annotation in label["annotations"]}
+        sources = expected.annotations if expected is not None and self._instances else {}
+        return [annotation for number, annotation in sources.items() if number not in stored]
+
+    def _annotations(self, label: Mapping[str, Any], expected: _Expected) -> Iterator[str]:
+        size = (label["height"], label["width"])
+        if len({annotation["id"] for annotation in label["annotations"]}) != len(label["annotations"]):
+            yield "two annotations have the same id"
+        for annotation in label["annotations"]:
+            number = annotation["id"]
+            source = expected.annotations.get(number)
+            if source is None:
+                yield f"annotation {number} is not in the JSON file, or of no use there"
+                continue
             for name in _COMPARED:
-                if not _same(name, annotation, source, size):
+                if not self._same(name, annotation, source, size):
                     given = f"{annotation.get(name)!r:.80}, the JSON file says {source.get(name)!r:.80}"
                     yield f"{name} of annotation {number} is {given}"
-    lost = [str(number) for number in expected.annotations if number not in stored]
-    if lost:
-        yield f"annotations are missing: {some(lost)}"
+
+    def _same(self, name: str, stored: Mapping[str, Any], source: Mapping[str, Any], size: tuple[int, int]) -> bool:
+        if name == "iscrowd":
+            return bool(stored[name] == int(bool(source.get(name))))
+        if name == "area" and not _is_number(source.get(name)):
+            return bool(stored[name] == source["bbox"][2] * source["bbox"][3])
+        if name == "segmentation":
+            return same_mask(stored.get(name), source.get(name), size, malformed=self._malformed)
+        if name == "category_id" and self._mapped:
+            return self.categories.setdefault(source[name], stored[name]) == stored[name]
+        return bool(stored.get(name) == source.get(name))
 
 
-def _is_usable(annotation: Mapping[str, Any], categories: set[int], *, keep_crowd: bool) -> bool:
+def _is_usable(annotation: Mapping[str, Any], categories: set[int] | None, *, keep_crowd: bool) -> bool:
     """Whether an annotation of a COCO file belongs into a shard."""
     bbox = annotation.get("bbox")
     return (
         type(annotation.get("id")) is int
         and type(annotation.get("category_id")) is int
-        and annotation["category_id"] in categories
+        and (categories is None or annotation["category_id"] in categories)
         and isinstance(bbox, list)
         and len(bbox) == 4
-        and all(type(number) in (int, float) and math.isfinite(number) for number in bbox)
+        and all(map(_is_number, bbox))
         and (keep_crowd or not annotation.get("iscrowd"))
     )
 
 
-def _same(name: str, stored: Mapping[str, Any], source: Mapping[str, Any], size: tuple[int, int]) -> bool:
-    if name == "iscrowd":
-        return stored[name] == int(bool(source.get(name)))
-    if name == "area" and name not in source:
-        return bool(stored[name] == source["bbox"][2] * source["bbox"][3])
-    if name == "segmentation":
-        return same_mask(stored.get(name), source.get(name), size)
-    return bool(stored.get(name) == source.get(name))
+def same_mask(stored: Any, source: Any, size: tuple[int, int], *, malformed: bool = False) -> bool:
+    """Whether a stored segmentation is that of the source, apart from what no reader could use.
 
+    Run-length codes may be compressed or not. Polygons without three points are left out, so are codes that do not
+    fill the image.
 
-def same_mask(first: Any, second: Any, size: tuple[int, int]) -> bool:
-    """Whether two segmentations are the same; run-length codes may be compressed or not. `size`: (height, width)."""
-    if first == second:
+    Args:
+        stored, source: the segmentations, None where there is none.
+        size: (height, width).
+        malformed: whether the source is known to have malformed codes, some of which cannot be told here.
+    """
+    if stored == source:
         return True
-    if not isinstance(first, dict) or not isinstance(second, dict):
-        return False
+    if isinstance(source, list):
+        usable = [polygon for polygon in source if _is_polygon(polygon)]
+        return bool(usable == (stored or []))
+    if not isinstance(source, dict):
+        return stored is None
+    if stored is None:
+        return not _fills(source, size) or (malformed and isinstance(source.get("counts"), str))
     try:
-        return _compressed(first, size) == _compressed(second, size)
-    except (ValueError, TypeError, KeyError):
+        return bool(_compressed(stored, size) == _compressed(source, size))
+    except (ValueError, TypeError, KeyError, OverflowError):
         return False  # no run-length code at all
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(_is_number, value))
+
+
+def _fills(code: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    """Whether a code is one of an image of this size; of compressed ones only the size is looked at."""
+    counts = code.get("counts")
+    if code.get("size") != list(size) or not isinstance(counts, list | str):
+        return False
+    if isinstance(counts, str):
+        return True
+    return all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _compressed(code: Mapping[str, Any], size: tuple[int, int]) -> Any:
@@ -163,7 +216,7 @@ def _compressed(code: Mapping[str, Any], size: tuple[int, int]) -> Any:
 
 
 def _read_source(
-    instances: Path | None, captions: Path | None, categories: set[int], *, keep_crowd: bool
+    instances: Path | None, captions: Path | None, categories: set[int] | None, *, keep_crowd: bool
 ) -> dict[int, _Expected]:
     """Image id -> what the files say. Of two entries with the same id the first that is of use counts."""
     images: dict[int, _Expected] = {}
