@@ -93,19 +93,25 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
             categories = [entry for part in lists["categories"]() for entry in part]
             rules = _category_map(categories, selection.categories, instances, files)
             table = rules.categories
-            drafts = _images(lists["images"](), findings)
+            drafts = _selected(_images(lists["images"](), findings), selection, files)
             _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings)
             del lists  # and with it the text
         if captions is not None:
             needed = ("annotations",) if instances is not None else ("images", "annotations")
             lists = _load(captions, "captions", needed, files)
             if instances is None:
-                drafts = _images(lists["images"](), findings)
+                drafts = _selected(_images(lists["images"](), findings), selection, files)
             _add_captions(lists["annotations"](), drafts, findings)
             del lists
-        chosen = _chosen(drafts, selection, findings, files)
+        chosen = [draft for draft in map(drafts.get, sorted(drafts)) if draft is not None]
+        if not selection.keep_empty:
+            empty = [draft for draft in chosen if not draft.count and not draft.captions]
+            findings.extend(("empty image dropped", f"image {draft.image_id}") for draft in empty)
+            chosen = [draft for draft in chosen if draft.count or draft.captions]
         kinds = (instances is not None, captions is not None)
         images = [_finished(draft, kinds, selection.reencoding, findings) for draft in chosen]
+    if not images:
+        raise ValueError(f"the data set has {len(drafts)} images; none is left by --ids, --license and --empty")
     return Source(images, table, findings, files)
 
 
@@ -234,7 +240,7 @@ def _images(parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[i
 
 def _add_annotations(
     parts: Iterator[list[dict[str, Any]]],
-    drafts: Mapping[int, _Draft],
+    drafts: Mapping[int, _Draft | None],
     categories: CategoryMap,
     keep_crowd: bool,
     findings: Findings,
@@ -242,7 +248,9 @@ def _add_annotations(
     """Check annotations and give each kept one to its image as JSON."""
     seen: set[int] = set()
     for entry in chain.from_iterable(parts):
-        draft = _get(drafts, entry.get("image_id"))
+        draft, known = _get(drafts, entry.get("image_id"))
+        if known and draft is None:
+            continue  # of an image that was not asked for
         number: Any = entry.get("id")
         category: Any = entry.get("category_id")
         reason = ""
@@ -304,10 +312,15 @@ def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, find
     return stored if segmentation is None else {**stored, "segmentation": segmentation}
 
 
-def _add_captions(parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft], findings: Findings) -> None:
+def _add_captions(
+    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings
+) -> None:
     for entry in chain.from_iterable(parts):
-        draft, caption = _get(drafts, entry.get("image_id")), entry.get("caption")
+        draft, known = _get(drafts, entry.get("image_id"))
+        caption = entry.get("caption")
         if draft is None:
+            if known:
+                continue  # of an image that was not asked for
             findings.add("caption without image", f"caption {entry.get('id')} of image {entry.get('image_id')}")
         elif not isinstance(caption, str) or not caption.strip():
             findings.add("caption empty", f"caption {entry.get('id')} of image {entry.get('image_id')}")
@@ -315,25 +328,18 @@ def _add_captions(parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _D
             draft.captions.append(caption)
 
 
-def _chosen(
-    drafts: Mapping[int, _Draft], selection: Selection, findings: Findings, files: dict[str, Mapping[str, Any]]
-) -> list[_Draft]:
-    """The images that were asked for, by ascending id."""
-    chosen = [drafts[image_id] for image_id in sorted(drafts)]
+def _selected(
+    drafts: dict[int, _Draft], selection: Selection, files: dict[str, Mapping[str, Any]]
+) -> dict[int, _Draft | None]:
+    """The images that were asked for; of the others only the ids are left, as None."""
+    chosen = list(drafts.values())
     if selection.ids is not None:
         data = read_file(selection.ids)
         files["ids"] = _described(selection.ids, data)
         chosen = _listed(chosen, data, str(selection.ids))
     if selection.licenses is not None:
         chosen = [draft for draft in chosen if draft.license in selection.licenses]
-    if not selection.keep_empty:
-        for draft in chosen:
-            if not draft.count and not draft.captions:
-                findings.add("empty image dropped", f"image {draft.image_id}")
-        chosen = [draft for draft in chosen if draft.count or draft.captions]
-    if drafts and not chosen:
-        raise ValueError(f"none of the {len(drafts)} images is left by --ids, --license and --empty")
-    return chosen
+    return {**dict.fromkeys(drafts), **{draft.image_id: draft for draft in chosen}}
 
 
 def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
@@ -351,8 +357,9 @@ def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
     return [draft for draft in drafts if str(draft.image_id) in wanted or draft.file_name in wanted]
 
 
-def _get(drafts: Mapping[int, _Draft], image_id: Any) -> _Draft | None:
-    return drafts.get(image_id) if _is_int(image_id) else None
+def _get(drafts: Mapping[int, _Draft | None], image_id: Any) -> tuple[_Draft | None, bool]:
+    """(the image if it was asked for, whether there is one with this id)."""
+    return (drafts.get(image_id), image_id in drafts) if _is_int(image_id) else (None, False)
 
 
 def _is_int(value: Any) -> bool:
