@@ -270,7 +270,7 @@ def _locate(
     safe = []
     for image in images:
         path = PurePath(image.file_name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
             quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
         else:
             safe.append(image)

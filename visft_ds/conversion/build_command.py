@@ -105,13 +105,17 @@ def run_build(options: argparse.Namespace) -> int:
         against=tuple(options.against),
     )
     began = time.perf_counter()
-    report = build(
-        settings,
-        workers=options.workers,
-        dry_run=options.dry_run,
-        replace=options.replace,
-        on_progress=_silent if options.quiet else ProgressLine(),
-    )
+    line = ProgressLine(enabled=not options.quiet)
+    try:
+        report = build(
+            settings,
+            workers=options.workers,
+            dry_run=options.dry_run,
+            replace=options.replace,
+            on_progress=line,
+        )
+    finally:
+        line.close()
     if options.json:
         print(orjson.dumps(report_dict(report), option=orjson.OPT_INDENT_2).decode())
     else:
@@ -119,31 +123,39 @@ def run_build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _silent(progress: Progress) -> None:
-    pass
-
-
 class ProgressLine:
     """One line of progress, rewritten on a terminal, repeated every ten seconds elsewhere."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._enabled = enabled
         self._terminal = sys.stderr.isatty()
+        self._open = False  # whether the cursor stands behind a line
         self._clock = clock
         self._phase = ""
         self._began = self._shown = clock()
         self._at_start = 0  # images that the phase did not have to look at
 
     def __call__(self, progress: Progress) -> None:
+        if not self._enabled:
+            return
         now = self._clock()
         if progress.phase != self._phase:
             self._phase, self._began, self._at_start = progress.phase, now, progress.images
-        finished = 0 < progress.total_shards == progress.shards
         if not self._terminal and now - self._shown < 10:
             return
         self._shown = now
-        end = "\n" if finished or not self._terminal else ""
         line = self._text(progress, now - self._began)
-        print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+        if self._terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line, so that what comes next stands on its own."""
+        if self._open:
+            print(file=sys.stderr, flush=True)
+            self._open = False
 
     def _text(self, progress: Progress, seconds: float) -> str:
         if not progress.total_images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 from visft_ds.conversion.remote import is_url, local_path, open_url, readable_errors
 
+#: A folder that is a file, or a name that no file can have, is as good as none.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 #: Requests that wait at the same time, where each file must be asked for its size.
 _REQUESTS = 32
 #: A server that is busy for a moment must not end a build of hours.
@@ -80,8 +83,10 @@ class _LocalImages:
     def _find(self, name: str) -> Found | None:
         try:
             status = os.stat(self._folder / name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise
         return Found(status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, name: str) -> bytes:

@@ -109,11 +109,14 @@ class LocalOutput:
 
     def write(self, name: str, data: bytes) -> None:
         temporary = self.scratch / f"{Path(name).name}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.finish(temporary, name)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self.finish(temporary, name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def finish(self, temporary: Path, name: str) -> None:
         target = self._folder / name

@@ -3,18 +3,20 @@
 What can be kept is kept as given: crowds and boxes without area belong to the data set, training leaves them out.
 What no reader could use (unknown category, no image, malformed box) is dropped and counted.
 
-The annotations of a large data set are millions of Python objects, several times the size of their file. They exist
-once and for a moment: each becomes JSON text again as soon as it is checked, and what is left of an image is its label.
+The annotations of a large data set are millions of Python objects, ten times the size of their file. So they exist for
+a moment and a part at a time: each becomes JSON text again as soon as it is checked, and what is left of an image is
+its label.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import orjson
 from visft_ds.conversion.categories import CategoryMap, map_categories
 from visft_ds.conversion.findings import Findings
 from visft_ds.conversion.inputs import read_file
+from visft_ds.conversion.json_lists import Parts, read_lists
 from visft_ds.conversion.reencode import Reencoding
 from visft_ds.conversion.remote import short_name
 from visft_ds.conversion.segmentations import stored_segmentation
@@ -30,6 +33,8 @@ from visft_ds.data.manifest import Category
 
 #: COCO's boxes pass the border by rounding; only more than this many pixels is worth a word.
 _BORDER = 1.0
+#: What a JSON file has for numbers; the parser refuses those that are not finite.
+_NUMBERS = frozenset((int, float))
 #: Rules for categories that are words; anything else is a file.
 CATEGORY_RULES = ("keep", "coco80")
 
@@ -84,21 +89,29 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
     table: tuple[Category, ...] = ()
     with _no_garbage_collection():
         if instances is not None:
-            content = _load(instances, "instances", ("images", "annotations", "categories"), files)
-            rules = _category_map(content.pop("categories"), selection.categories, instances, files)
+            lists = _load(instances, "instances", ("images", "annotations", "categories"), files)
+            categories = [entry for part in lists["categories"]() for entry in part]
+            rules = _category_map(categories, selection.categories, instances, files)
             table = rules.categories
-            drafts = _images(content.pop("images"), findings)
-            _add_annotations(content["annotations"], drafts, rules, selection.keep_crowd, findings)
+            drafts = _selected(_images(lists["images"](), findings), selection, files)
+            _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings)
+            del lists  # and with it the text
         if captions is not None:
             needed = ("annotations",) if instances is not None else ("images", "annotations")
-            content = _load(captions, "captions", needed, files)
+            lists = _load(captions, "captions", needed, files)
             if instances is None:
-                drafts = _images(content["images"], findings)
-            _add_captions(content["annotations"], drafts, findings)
-        del content
-        chosen = _chosen(drafts, selection, findings, files)
+                drafts = _selected(_images(lists["images"](), findings), selection, files)
+            _add_captions(lists["annotations"](), drafts, findings)
+            del lists
+        chosen = [draft for draft in map(drafts.get, sorted(drafts)) if draft is not None]
+        if not selection.keep_empty:
+            empty = [draft for draft in chosen if not draft.count and not draft.captions]
+            findings.extend(("empty image dropped", f"image {draft.image_id}") for draft in empty)
+            chosen = [draft for draft in chosen if draft.count or draft.captions]
         kinds = (instances is not None, captions is not None)
         images = [_finished(draft, kinds, selection.reencoding, findings) for draft in chosen]
+    if not images:
+        raise ValueError(f"the data set has {len(drafts)} images; none is left by --ids, --license and --empty")
     return Source(images, table, findings, files)
 
 
@@ -124,8 +137,10 @@ class _Draft:
     height: int
     kept: dict[str, Any]  #: more fields of the label
     license: Any
-    annotations: list[bytes] = field(default_factory=list)  #: each as JSON
+    #: JSON, with a comma in front of each annotation but the first: one growing buffer leaves no holes in the memory
+    annotations: bytearray = field(default_factory=bytearray)
     captions: list[str] = field(default_factory=list)
+    count: int = 0  #: of annotations
     crowds: int = 0
     trainable: int = 0
 
@@ -134,7 +149,7 @@ def _finished(
     draft: _Draft, kinds: tuple[bool, bool], reencoding: Reencoding | None, findings: Findings
 ) -> SourceImage:
     """The image with its label; `kinds`: whether there is a file of instances, and one of captions."""
-    if kinds[0] and not draft.annotations:
+    if kinds[0] and not draft.count:
         findings.add("image without instances", f"image {draft.image_id}")
     if kinds[1] and not draft.captions:
         findings.add("image without captions", f"image {draft.image_id}")
@@ -147,38 +162,50 @@ def _finished(
     }
     if reencoding is not None:
         fields["stored_height"], fields["stored_width"] = reencoding.size(draft.height, draft.width)
-    annotations = [orjson.Fragment(annotation) for annotation in draft.annotations]
+    fields["annotations"] = orjson.Fragment(b"[%b]" % bytes(draft.annotations))
     image = SourceImage(
         image_id=draft.image_id,
         file_name=draft.file_name,
         width=draft.width,
         height=draft.height,
-        label=orjson.dumps({**fields, "annotations": annotations, "captions": draft.captions}),
+        label=orjson.dumps({**fields, "captions": draft.captions}),
         captions=tuple(draft.captions),
-        annotations=len(annotations),
+        annotations=draft.count,
         crowds=draft.crowds,
         trainable=draft.trainable,
     )
-    draft.annotations.clear()
+    draft.annotations = bytearray()
     return image
 
 
 def _load(
     place: str | Path, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
-) -> dict[str, list[Any]]:
-    """The needed lists of a COCO file; the rest is forgotten."""
+) -> dict[str, Callable[[], Iterator[list[dict[str, Any]]]]]:
+    """The needed lists of a COCO file; each is parsed, and checked to hold objects, as it is read."""
     data = read_file(place)
     files[role] = _described(place, data)
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{place} is not valid JSON: {error}") from error
-    missing = [part for part in needed if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    with _json_errors(place):
+        lists = read_lists(data, needed)
+    missing = [part for part in needed if part not in lists]
     if missing:
         raise ValueError(f"{place} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}")
-    if not all(isinstance(entry, dict) for part in needed for entry in content[part]):
-        raise ValueError(f"{place} is no COCO file: every entry of {', '.join(needed)} must be an object")
-    return {part: content[part] for part in needed}
+    return {name: partial(_objects, place, name, parts) for name, parts in lists.items()}
+
+
+def _objects(place: str | Path, name: str, parts: Callable[[], Parts]) -> Iterator[list[dict[str, Any]]]:
+    with _json_errors(place):
+        for part in parts():
+            if set(map(type, part)) - {dict}:
+                raise ValueError(f"{place} is no COCO file: every entry of {name!r} must be an object")
+            yield part
+
+
+@contextmanager
+def _json_errors(place: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from error
 
 
 def _described(place: str | Path, data: bytes) -> dict[str, Any]:
@@ -195,9 +222,9 @@ def _category_map(
     return map_categories(entries, rule, file, str(instances))
 
 
-def _images(entries: list[Mapping[str, Any]], findings: Findings) -> dict[int, _Draft]:
+def _images(parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[int, _Draft]:
     drafts: dict[int, _Draft] = {}
-    for entry in entries:
+    for entry in chain.from_iterable(parts):
         image_id, width, height, name = (entry.get(key, -1) for key in ("id", "width", "height", "file_name"))
         numbers = all(map(_is_int, (image_id, width, height))) and image_id >= 0 and width > 0 and height > 0
         if not numbers or not isinstance(name, str):
@@ -212,18 +239,18 @@ def _images(entries: list[Mapping[str, Any]], findings: Findings) -> dict[int, _
 
 
 def _add_annotations(
-    entries: list[Mapping[str, Any]],
-    drafts: Mapping[int, _Draft],
+    parts: Iterator[list[dict[str, Any]]],
+    drafts: Mapping[int, _Draft | None],
     categories: CategoryMap,
     keep_crowd: bool,
     findings: Findings,
 ) -> None:
-    """Check annotations, give each kept one to its image as JSON, and empty the list."""
+    """Check annotations and give each kept one to its image as JSON."""
     seen: set[int] = set()
-    entries.reverse()
-    while entries:
-        entry = entries.pop()  # frees it right after its turn
-        draft = _get(drafts, entry.get("image_id"))
+    for entry in chain.from_iterable(parts):
+        draft, known = _get(drafts, entry.get("image_id"))
+        if known and draft is None:
+            continue  # of an image that was not asked for
         number: Any = entry.get("id")
         category: Any = entry.get("category_id")
         reason = ""
@@ -243,7 +270,10 @@ def _add_annotations(
             kind = "crowd dropped"
         else:
             seen.add(number)
-            draft.annotations.append(orjson.dumps(_checked(entry, draft, categories.ids[category], findings)))
+            if draft.count:
+                draft.annotations += b","
+            draft.annotations += orjson.dumps(_checked(entry, draft, categories.ids[category], findings))
+            draft.count += 1
             continue
         findings.add(kind, f"{_where(entry)}{reason}")
 
@@ -282,10 +312,15 @@ def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, find
     return stored if segmentation is None else {**stored, "segmentation": segmentation}
 
 
-def _add_captions(entries: Sequence[Mapping[str, Any]], drafts: Mapping[int, _Draft], findings: Findings) -> None:
-    for entry in entries:
-        draft, caption = _get(drafts, entry.get("image_id")), entry.get("caption")
+def _add_captions(
+    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings
+) -> None:
+    for entry in chain.from_iterable(parts):
+        draft, known = _get(drafts, entry.get("image_id"))
+        caption = entry.get("caption")
         if draft is None:
+            if known:
+                continue  # of an image that was not asked for
             findings.add("caption without image", f"caption {entry.get('id')} of image {entry.get('image_id')}")
         elif not isinstance(caption, str) or not caption.strip():
             findings.add("caption empty", f"caption {entry.get('id')} of image {entry.get('image_id')}")
@@ -293,25 +328,18 @@ def _add_captions(entries: Sequence[Mapping[str, Any]], drafts: Mapping[int, _Dr
             draft.captions.append(caption)
 
 
-def _chosen(
-    drafts: Mapping[int, _Draft], selection: Selection, findings: Findings, files: dict[str, Mapping[str, Any]]
-) -> list[_Draft]:
-    """The images that were asked for, by ascending id."""
-    chosen = [drafts[image_id] for image_id in sorted(drafts)]
+def _selected(
+    drafts: dict[int, _Draft], selection: Selection, files: dict[str, Mapping[str, Any]]
+) -> dict[int, _Draft | None]:
+    """The images that were asked for; of the others only the ids are left, as None."""
+    chosen = list(drafts.values())
     if selection.ids is not None:
         data = read_file(selection.ids)
         files["ids"] = _described(selection.ids, data)
         chosen = _listed(chosen, data, str(selection.ids))
     if selection.licenses is not None:
         chosen = [draft for draft in chosen if draft.license in selection.licenses]
-    if not selection.keep_empty:
-        for draft in chosen:
-            if not draft.annotations and not draft.captions:
-                findings.add("empty image dropped", f"image {draft.image_id}")
-        chosen = [draft for draft in chosen if draft.annotations or draft.captions]
-    if drafts and not chosen:
-        raise ValueError(f"none of the {len(drafts)} images is left by --ids, --license and --empty")
-    return chosen
+    return {**dict.fromkeys(drafts), **{draft.image_id: draft for draft in chosen}}
 
 
 def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
@@ -329,18 +357,19 @@ def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
     return [draft for draft in drafts if str(draft.image_id) in wanted or draft.file_name in wanted]
 
 
-def _get(drafts: Mapping[int, _Draft], image_id: Any) -> _Draft | None:
-    return drafts.get(image_id) if _is_int(image_id) else None
+def _get(drafts: Mapping[int, _Draft | None], image_id: Any) -> tuple[_Draft | None, bool]:
+    """(the image if it was asked for, whether there is one with this id)."""
+    return (drafts.get(image_id), image_id in drafts) if _is_int(image_id) else (None, False)
 
 
 def _is_int(value: Any) -> bool:
-    """Whether a value is an integer that fits into 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    """Whether a value out of a JSON file is an integer that fits into 64 bits."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in _NUMBERS
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == 4 and {*map(type, value)} <= _NUMBERS

@@ -61,13 +61,14 @@ class Workers:
 
     def run(self, work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
         """Do the large jobs, each in a thread; the results in their order. The first error is passed on."""
+        self._on_progress(self.progress)
         futures = [self._writers.submit(work, job) for job in jobs]
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_INTERVAL, return_when=FIRST_EXCEPTION)
+            self._on_progress(self.progress)
             for future in done:
                 future.result()
-            self._on_progress(self.progress)
         return [future.result() for future in futures]
 
     def ahead(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
