@@ -76,7 +76,7 @@ class _Shard:
     words: Counter[str]
     categories: set[int]
     problems: list[Problem]
-    doubts: list[Problem]  #: where the index that is there has another checksum
+    doubts: list[Problem]  #: what the index that is there says otherwise
 
 
 def repair(
@@ -124,9 +124,13 @@ def repair(
     )
     problems = _gaps(names, split) + ([] if known.good else left_overs(root, split))
     problems += [problem for shard in shards for problem in shard.problems] + _twice(shards)
-    outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), tuple(problems))
+    outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), ())
     if problems:
-        return outcome
+        # Then all that is lost, also what the old index alone knows of.
+        said = known.digests
+        more = [one for shard in shards if said.get(shard.file.name) != shard.file.sha256 for one in shard.doubts]
+        problems += [replace(one, fix=rebuild_hint(split)) for one in more]
+        return replace(outcome, problems=tuple(problems))
     for shard, recorded in zip(shards, known.shard_records, strict=True):
         _take_hashes(shard, recorded)
     index = np.concatenate([shard.rows for shard in shards])
@@ -163,32 +167,25 @@ def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> 
         rows[column] = [row[column] for row in content.rows]
     file = ShardFile(content.name, len(rows), content.bytes, content.sha256)
     problems = [replace(problem, fix=problem.fix or rebuild_hint(split)) for problem in content.problems]
-    return _Shard(
-        file,
-        rows,
-        content.counts,
-        content.words,
-        content.categories,
-        problems,
-        _other_checksums(file, rows, old, split),
-    )
+    doubts = [] if old is None else _against_index(content, rows, old, split)
+    return _Shard(file, rows, content.counts, content.words, content.categories, problems, doubts)
 
 
-def _other_checksums(
-    file: ShardFile, rows: npt.NDArray[Any], old: npt.NDArray[Any] | None, split: str
-) -> list[Problem]:
-    """Members where the index says, and as long, but with another checksum: one of the two is damaged."""
+def _against_index(content: ShardContent, rows: npt.NDArray[Any], old: npt.NDArray[Any], split: str) -> list[Problem]:
+    """What the index that is there says otherwise than a shard: one of the two is damaged, or they do not belong."""
     doubts: list[Problem] = []
-    if old is None or len(old) != len(rows):
-        return doubts
+    _, ours, theirs = np.intersect1d(rows["image_id"], old["image_id"], return_indices=True)
     for part in ("image", "label"):
-        same = np.all([old[name] == rows[name] for name in (f"{part}_offset", f"{part}_size", "image_id")], axis=0)
-        for row in rows[same & (old[f"{part}_crc32"] != rows[f"{part}_crc32"])]:
-            key, offset = f"{row['image_id']:012d}", int(row[f"{part}_offset"])
-            message = (
-                f"{part} of {key} at offset {offset}: its crc32 is not the one in the index, one of them is damaged"
-            )
-            doubts.append(Problem(file.name, message, (key,), offset, _either(split)))
+        for mine, row in zip(rows[ours], old[theirs], strict=True):
+            if mine[f"{part}_size"] == row[f"{part}_size"] and mine[f"{part}_crc32"] != row[f"{part}_crc32"]:
+                key, offset = f"{row['image_id']:012d}", int(mine[f"{part}_offset"])
+                message = f"{part} of {key} at offset {offset}: its crc32 is not the one in the index"
+                doubts.append(Problem(content.name, message, (key,), offset, _either(split)))
+    keys = [f"{image_id:012d}" for image_id in np.setdiff1d(old["image_id"], rows["image_id"]).tolist()]
+    lost = tuple(key for key in keys if key not in content.blamed)
+    if lost:
+        message = f"{len(lost)} samples of the index are not there: {some(lost)}"
+        doubts.append(Problem(content.name, message, lost, fix=_either(split)))
     return doubts
 
 
@@ -198,19 +195,23 @@ def _either(split: str) -> str:
 
 def _doubts(known: Witnesses, shards: Sequence[_Shard], root: Path, split: str) -> list[Problem]:
     """What a good manifest, or else the records of the build and the old index, say against whole shards."""
-    if known.manifest is not None and known.good:
-        said = {shard["name"]: shard["sha256"] for shard in known.manifest["shards"]}
-        found = {shard.file.name: shard.file.sha256 for shard in shards}
-        differing = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+    if known.good:
+        found = {shard.file.name: shard for shard in shards}
+        names = sorted(known.digests.keys() | found.keys())
+        differing = [name for name in names if name not in found or found[name].file.sha256 != known.digests.get(name)]
+        if not differing:
+            return []
         message = f"it is good, but describes other shards: {some(differing)}; nothing was written"
-        return [Problem(manifest_path(root, split).name, message, fix=_either(split))] if differing else []
+        members = [problem for name in differing if name in found for problem in found[name].doubts]
+        return [Problem(manifest_path(root, split).name, message, fix=_either(split)), *members]
     problems = []
-    for shard, recorded in zip(shards, known.shard_records, strict=True):
-        if "sha256" not in recorded:
+    for shard in shards:
+        recorded = known.digests.get(shard.file.name)
+        if recorded is None:
             problems += shard.doubts
-        elif recorded["sha256"] != shard.file.sha256:
-            message = f"sha256 is {shard.file.sha256}, the build recorded {recorded['sha256']}"
-            problems.append(Problem(shard.file.name, message, fix=_either(split)))
+        elif recorded != shard.file.sha256:
+            message = f"sha256 is {shard.file.sha256}, the build recorded {recorded}"
+            problems += [Problem(shard.file.name, message, fix=_either(split)), *shard.doubts]
     return problems
 
 

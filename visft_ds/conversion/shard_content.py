@@ -101,7 +101,8 @@ class _Reading:
         self._content.damaged = True
         part, key = self._places.get(found.offset + BLOCK, ("", ""))
         if key:
-            what = f"header of the {part} of {key} at offset {found.offset} is damaged: {found.message}"
+            where = f"{part} of {key} at offset {found.offset}"
+            what = f"{where}: {found.message}" if found.cut else f"header of the {where} is damaged: {found.message}"
             self._content.blame(what, key, offset=found.offset)
         else:
             self._content.blame(f"at offset {found.offset}: {found.message}", offset=found.offset)

@@ -53,6 +53,7 @@ class Damage:
 
     offset: int
     message: str
+    cut: bool = False  #: whether it is a good header whose payload goes on behind the end of the file
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,13 @@ class TarScan:
                 continue
             try:
                 header = parse_header(block)
-                self._check_size(header, start)
             except ValueError as error:
                 if not searching:
                     yield Damage(start, str(error))
+                searching, extended = True, {}
+                continue
+            if (refused := self._refuse_size(header, start)) is not None:
+                yield refused
                 searching, extended = True, {}
                 continue
             searching = False
@@ -144,13 +148,14 @@ class TarScan:
             yield Damage(start, "a single empty block at the end instead of two: the file was cut")
         self._ended = not block
 
-    def _check_size(self, header: _Header, start: int) -> None:
+    def _refuse_size(self, header: _Header, start: int) -> Damage | None:
         left = self._size - start - BLOCK
         if header.size > left:
-            raise ValueError(f"{header.name!r} is cut: only {left} of {header.size} bytes are there")
+            return Damage(start, f"{header.name!r} is cut: only {left} of {header.size} bytes are there", cut=True)
         limit = MAX_PAYLOAD if header.kind == "0" else _MAX_EXTENDED
         if header.size > limit:
-            raise ValueError(f"{header.name!r} has {header.size} bytes; allowed are {limit}")
+            return Damage(start, f"{header.name!r} has {header.size} bytes; allowed are {limit}")
+        return None
 
     def _block(self) -> bytes:
         if self._pushed is not None:

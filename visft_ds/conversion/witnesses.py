@@ -66,6 +66,13 @@ class Witnesses:
         return self.manifest is not None and self.digest_fits and self.manifest.get("version") == VERSION
 
     @property
+    def digests(self) -> Mapping[str, str]:
+        """Name -> sha256 of the shards as they were made, by the manifest if it is good, else by the records."""
+        if self.manifest is not None and self.good:
+            return {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
+        return {one["name"]: one["sha256"] for one in self.shard_records if {"name", "sha256"} <= one.keys()}
+
+    @property
     def unknown(self) -> Sequence[str]:
         """What an earlier repair could not know."""
         return () if self.manifest is None else self.manifest["options"].get(UNKNOWN, ())
