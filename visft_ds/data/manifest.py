@@ -24,7 +24,7 @@ from visft_ds.data.selection import Selection
 from visft_ds.data.store import CacheOptions, Expected, LocalStore, Store, file_digest, open_store
 
 FORMAT = "visft_ds shards"
-VERSION = 1
+VERSION = 2
 
 #: One row per sample. Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(
@@ -41,6 +41,7 @@ INDEX_DTYPE = np.dtype(
         ("image_id", "<i8"),
         ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
         ("num_captions", "<i4"),
+        ("dhash", "<u8"),  # difference hash of the decoded picture, for duplicates; 0 where it was not decoded
     ]
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
@@ -194,10 +195,15 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def shard_files(root: Path, split: str) -> list[str]:
-    """Names of all files that look like shards of a split ("val-000000.tar" is one of "val", not of "val-000000")."""
+def shards_among(names: Iterable[str], split: str) -> list[str]:
+    """The names that look like shards of a split ("val-000000.tar" is one of "val", not of "val-000000")."""
     pattern = re.compile(re.escape(split) + r"-\d{6,}\.tar")
-    return sorted(path.name for path in root.iterdir() if pattern.fullmatch(path.name))
+    return sorted(name for name in names if pattern.fullmatch(name))
+
+
+def shard_files(root: Path, split: str) -> list[str]:
+    """Names of all files of a folder that look like shards of a split."""
+    return shards_among((path.name for path in root.iterdir()), split)
 
 
 def splits_in(root: Path) -> list[str]:
@@ -238,7 +244,10 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of {FORMAT}.")
     if fields.get("version") != VERSION:
-        raise ValueError(f"{path} has version {fields.get('version')!r}; this program reads version {VERSION}.")
+        raise ValueError(
+            f"{path} has version {fields.get('version')!r}; this program reads version {VERSION}. Build the split "
+            "again by the same `python tools/make_shards.py build` with --replace."
+        )
     if fields.get("sha256") != manifest_digest(fields):
         raise ValueError(f"{path} was changed after it was written (its digest differs). {rebuild_hint(split)}")
     return fields
