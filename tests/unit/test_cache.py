@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,6 +119,28 @@ def test_a_killed_process_leaves_neither_half_a_file_nor_a_lock(
     with _reader(served, tmp_path, "shards") as reader:
         assert [reader.read(index) for index in range(12)] == truth
     assert not [name for name in _copies(tmp_path) if name.endswith(".part")]
+
+
+def test_a_forked_child_does_not_keep_a_lock_of_its_parent(tmp_path: Path) -> None:
+    cache = DiskCache(CacheOptions(tmp_path, 1000))
+    ready, go = os.pipe(), os.pipe()
+    with cache._lock("some.lock"):
+        with cache._lock("some.lock", wait=False) as again:
+            assert not again, "held, also against this very thread"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: there are threads
+            child = os.fork()
+        if child == 0:
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+    with cache._lock("some.lock", wait=False) as free:
+        os.write(go[1], b"x")
+        assert free, "the child lives, and closed what it inherited"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for descriptor in (*ready, *go):
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("mode", ["ranges", "shards"])

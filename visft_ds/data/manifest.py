@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -307,14 +307,11 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 
 def _open_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any]:
     """The index after checking its digest, memory-mapped wherever it lies on a disk."""
-    where = f"{store.where}/{name}"
     index = _find_index(store, name, described, split)
     if index is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
         index = _find_index(store, name, described, split)
     if index is None:
-        raise ValueError(f"{where} does not belong to the manifest. {rebuild_hint(split)}")
-    if index.dtype != INDEX_DTYPE:
-        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
+        raise ValueError(f"{store.where}/{name} does not belong to the manifest. {rebuild_hint(split)}")
     return index
 
 
@@ -324,17 +321,27 @@ def _find_index(store: Store, name: str, described: Expected, split: str) -> npt
         file = store.open(name)
     except ValueError as error:
         raise ValueError(f"{error} {rebuild_hint(split)}") from error
+    where = f"{store.where}/{name}"
     if file is None:
         data = store.load(name)
         if hashlib.sha256(data).hexdigest() != described.sha256:
             return None
-        return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+        start, shape = _index_header(io.BytesIO(data), where, split)
+        return np.frombuffer(data, INDEX_DTYPE, offset=start).reshape(shape)
     with file:
         if file_digest(file) != described.sha256:
             return None
-        assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(file, dtype, "r", file.tell(), shape)
+        start, shape = _index_header(file, where, split)
+        return np.memmap(file, INDEX_DTYPE, "r", start, shape)
+
+
+def _index_header(file: BinaryIO, where: str, split: str) -> tuple[int, tuple[int, ...]]:
+    """Where the rows of an index begin, and how many there are. Raises ValueError for other columns."""
+    assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != INDEX_DTYPE:
+        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
+    return file.tell(), shape
 
 
 def _check_sizes(store: Store, shards: Iterable[ShardFile], split: str) -> None:

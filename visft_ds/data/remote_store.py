@@ -104,8 +104,11 @@ class RemoteStore:
             files = {name: self._expected[name] for name, _, _ in known}
             wanted = [[_whole(name, file)] for name, file in files.items() if not process.cache.has(file)]
             process.ahead.will_need(wanted)
-        else:
-            process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
+            return
+        if process.cache is not None:  # what is here already must not wait behind what is not
+            has = process.cache.has_part
+            known = [part for part in known if not has(self._expected[part[0]], part[1], part[2])]
+        process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """See `Store.forget`; True also without copies: bytes may be damaged on their way."""
