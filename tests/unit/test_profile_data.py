@@ -264,7 +264,7 @@ def test_everything_is_compared(
     assert main(["data", "--data", str(data.manifest.root), "--split", "toy", *flags]) == 0
     record = json.loads(file.read_text())
     for name, group in record["groups"].items():
-        assert {numbers["samples"] for numbers in group.values()} == {12}, name
+        assert {numbers["samples"] for numbers in group.values()} <= {12, 8 * 12}, name
         assert all(numbers["cpu_seconds_per_sample"]["median"] > 0 for numbers in group.values())
     assert [goal["factor"] for goal in record["goals"]] == [4, 4, 1.5, 1.5, 1.5, 1.5, 20]
     printed = capsys.readouterr().out

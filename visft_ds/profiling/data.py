@@ -24,7 +24,7 @@ from visft_ds.data.spans import SPANS, Spent, measure_cpu
 from visft_ds.data.workers import WorkerKind
 from visft_ds.monitor.console import Section
 from visft_ds.profiling.data_source import MeasuredSet, facts_rows, our_loader
-from visft_ds.profiling.timing import Spread, cpu_seconds
+from visft_ds.profiling.timing import CpuClock, Spread
 
 FORMAT, VERSION = "visft_ds data", 1
 REST = "rest"
@@ -155,7 +155,7 @@ def _pass(
         name=stream.name,
     )
     sizes = np.sum([data.rows[name] for name in _columns(options.role)], axis=0)
-    before, cpu, wall = loader.spent(), cpu_seconds(), time.perf_counter()
+    before, clock, wall = loader.spent(), CpuClock.start(), time.perf_counter()
     samples = size = 0
     wait = 0.0
     for whole, _ in loader.steps(start, start + count):
@@ -164,7 +164,7 @@ def _pass(
         size += int(sizes[whole.indices].sum())
         if options.step_ms:
             time.sleep(options.step_ms / 1000)
-    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    wall, cpu = time.perf_counter() - wall, clock.seconds()
     after = loader.spent()
     parts = {name: after[name] - before[name] for name in SPANS}
     return _Pass(samples, count, size, cpu, wall, wait, parts)

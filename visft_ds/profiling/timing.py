@@ -185,13 +185,33 @@ class Spread:
         return cls(median, low, high, min(values), max(values), len(values))
 
 
-def cpu_seconds() -> float:
-    """CPU time so far of this process and of all that descend from it, whether they have ended or not.
+@dataclass(frozen=True)
+class CpuClock:
+    """CPU time of this process and of all that descend from it since the clock was started.
 
-    Living ones are counted in ticks of the system's clock, usually 10 ms. Raises RuntimeError where there is no /proc.
+    Living processes are counted in ticks of the system's clock, usually 10 ms. Looking for them takes milliseconds,
+    which are not counted: this process is looked at last at the start, and first at the end.
     """
+
+    living: float
+    own: float
+
+    @classmethod
+    def start(cls) -> CpuClock:
+        """Raises RuntimeError where there is no /proc."""
+        living = _living_seconds()
+        return cls(living, _own_seconds())
+
+    def seconds(self) -> float:
+        """Since the start."""
+        own = _own_seconds()
+        return own - self.own + _living_seconds() - self.living
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, all its threads and its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used) + _living_seconds()
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _living_seconds() -> float:
