@@ -154,7 +154,7 @@ class Processes:
 
     def made(self, parts: Iterable[StepPlan], ahead: int) -> Iterator[Made]:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *self._modules()])
         loader = DataLoader(
             _Parts(self._maker, with_cpu=measures_cpu()),
             batch_size=None,  # items are batches already
@@ -172,6 +172,12 @@ class Processes:
                 yield made
         finally:
             del batches  # its finaliser ends the processes
+
+    def _modules(self) -> list[str]:
+        """Where the functions of the pipelines are defined: the fork server loads them once for all processes."""
+        pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
+        names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
+        return sorted(names - {"__main__", "builtins"})
 
 
 class _Parts(Dataset[Made | Exception]):
