@@ -229,14 +229,16 @@ def test_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_re_encoded_pictures_keep_the_frame_of_their_annotations(tree: Tree, tmp_path: Path) -> None:
-    with Image.open(tree.images / "picture.3.jpg") as image:
-        image.save(tree.images / "picture.3.jpg", "WEBP")
+    for place, kind in ((3, "WEBP"), (4, "PNG")):
+        with Image.open(tree.images / f"picture.{place}.jpg") as image:
+            image.save(tree.images / f"picture.{place}.jpg", kind)
     plain = build(_options(tree, tmp_path / "plain"))
     assert plain.quarantine[0]["reason"] == "unreadable", "WebP is never decoded for training"
     for workers in (1, 2):
         report = build(_options(tree, tmp_path / str(workers), reencode=Reencoding(80, 20)), workers=workers)
     assert _digests(tmp_path / "1") == _digests(tmp_path / "2")
     assert _found(report)["WebP converted"] == 1 and report.quarantine == []
+    assert _found(plain)["PNG named otherwise"] == 1 and "PNG named otherwise" not in _found(report)
     given = json.loads(tree.instances.read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in given["images"]}
     boxes = {one["id"]: one["bbox"] for one in given["annotations"]}
