@@ -229,14 +229,16 @@ def test_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_re_encoded_pictures_keep_the_frame_of_their_annotations(tree: Tree, tmp_path: Path) -> None:
-    with Image.open(tree.images / "picture.3.jpg") as image:
-        image.save(tree.images / "picture.3.jpg", "WEBP")
+    for place, kind in ((3, "WEBP"), (4, "PNG")):
+        with Image.open(tree.images / f"picture.{place}.jpg") as image:
+            image.save(tree.images / f"picture.{place}.jpg", kind)
     plain = build(_options(tree, tmp_path / "plain"))
     assert plain.quarantine[0]["reason"] == "unreadable", "WebP is never decoded for training"
     for workers in (1, 2):
         report = build(_options(tree, tmp_path / str(workers), reencode=Reencoding(80, 20)), workers=workers)
     assert _digests(tmp_path / "1") == _digests(tmp_path / "2")
     assert _found(report)["WebP converted"] == 1 and report.quarantine == []
+    assert _found(plain)["PNG named otherwise"] == 1 and "PNG named otherwise" not in _found(report)
     given = json.loads(tree.instances.read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in given["images"]}
     boxes = {one["id"]: one["bbox"] for one in given["annotations"]}
@@ -256,15 +258,35 @@ def test_re_encoded_pictures_keep_the_frame_of_their_annotations(tree: Tree, tmp
 # ----------------------------------------------------------------------------------------------------- remote places
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files; a path answers "busy" as often as `busy` says."""
+
+    busy: dict[str, int]
+
+    def __init__(self, *args: Any, busy: dict[str, int], **kwargs: Any) -> None:
+        self.busy = busy
+        super().__init__(*args, **kwargs)
+
+    def send_head(self) -> Any:
+        if self.busy.get(self.path, 0) > 0:
+            self.busy[self.path] -= 1
+            self.send_error(503)
+            return None
+        return super().send_head()
+
     def log_message(self, *_: Any) -> None:
         pass
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def busy() -> dict[str, int]:
+    return {}
+
+
+@pytest.fixture
+def web(tmp_path: Path, busy: dict[str, int]) -> Iterator[str]:
     """The address of a server of `tmp_path`."""
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    handler = functools.partial(_Server, directory=str(tmp_path), busy=busy)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -283,6 +305,19 @@ def test_a_data_set_behind_http_gives_the_same_shards(tree: Tree, tmp_path: Path
         build(_options(tree, tmp_path / "x", instances=f"{web}/nothing.json"))
     with pytest.raises(ValueError, match="nothing can be written by HTTP"):
         build(_options(tree, web))
+
+
+def test_a_server_that_is_busy_is_asked_again_and_never_taken_for_missing_files(
+    tree: Tree, tmp_path: Path, web: str, busy: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images left out because a server was down for a moment would be a silent loss."""
+    monkeypatch.setattr("visft_ds.conversion.inputs._FIRST_PAUSE", 0.001)
+    options = _options(tree, tmp_path / "out", images=f"{web}/tree/images")
+    busy["/tree/images/picture.5.jpg"] = 3  # HEAD and GET make one question
+    assert build(options).quarantine == [] and busy["/tree/images/picture.5.jpg"] == 0
+    busy["/tree/images/picture.5.jpg"] = 1000
+    with pytest.raises(RuntimeError, match=r"picture\.5\.jpg cannot be reached: 503"):
+        build(options)
 
 
 @pytest.fixture

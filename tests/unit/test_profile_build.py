@@ -57,11 +57,12 @@ def test_wrong_usage_gets_one_clear_message(arguments: list[str], message: str) 
 
 
 @pytest.mark.slow
-def test_annotations_of_cocos_size_take_a_third_of_the_memory_allowed(tmp_path: Path) -> None:
+def test_annotations_of_cocos_size_take_half_of_the_memory_allowed(tmp_path: Path) -> None:
     """4 GB are allowed; parsed in one piece the file takes more than that."""
     file = tmp_path / "record.json"
     arguments = ["build", "--images", "2", "--repeats", "1", "--annotations", str(COCO_SIZES[1]), "--json", str(file)]
     subprocess.run([sys.executable, str(TOOL), *arguments], check=True, timeout=1200)
     labels = json.loads(file.read_text())["annotations"]
     assert (labels["images"], labels["instances"], labels["captions"]) == COCO_SIZES
-    assert labels["peak_bytes"] < 2.0e9  # 1.3 to 1.6 GB measured, of which the texts of the two files are 0.6
+    # 1.07 GB measured for the reading alone; the rest of this process's peak is what it has loaded besides
+    assert labels["peak_bytes"] < 2.0e9

@@ -61,7 +61,7 @@ def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *
     try:
         extension = "webp" if convert and is_webp(data) else image_format(data)
         if level == "none":
-            return Checked(extension, crc32, findings=tuple(_named_otherwise(extension, image)))
+            return Checked(extension, crc32, findings=tuple(_named_otherwise(extension, image, convert)))
         (height, width), dhash = _decoded(data, extension) if level == "decode" else (_header_size(data), 0)
         mode, orientation = _header(data)
     except ValueError as error:
@@ -71,7 +71,7 @@ def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *
         hint = "; it fits after EXIF rotation: store the picture upright" if rotated else ""
         detail = f"the file has {width} x {height} pixels, the JSON says {image.width} x {image.height}{hint}"
         return Checked(extension, crc32, "size differs", detail)
-    found = list(_named_otherwise(extension, image))
+    found = list(_named_otherwise(extension, image, convert))
     if orientation != 1:
         found.append("EXIF rotation")
     if mode in ("1", "L", "LA"):
@@ -81,10 +81,10 @@ def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *
     return Checked(extension, crc32, findings=tuple(found), dhash=dhash)
 
 
-def _named_otherwise(extension: str, image: SourceImage) -> Iterator[str]:
+def _named_otherwise(extension: str, image: SourceImage, convert: bool) -> Iterator[str]:
     if extension == "webp":
         yield "WebP converted"
-    if extension == "png" and not image.file_name.lower().endswith(".png"):
+    if extension == "png" and not convert and not image.file_name.lower().endswith(".png"):
         yield "PNG named otherwise"
 
 

@@ -6,11 +6,11 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from visft_ds.conversion.remote import is_url, local_path, open_url, readable_errors
 
@@ -19,7 +19,10 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 #: Requests that wait at the same time, where each file must be asked for its size.
 _REQUESTS = 32
 #: A server that is busy for a moment must not end a build of hours.
-_ATTEMPTS, _FIRST_PAUSE = 4, 0.5
+_ATTEMPTS, _FIRST_PAUSE = 4, 0.5  # seconds, then twice as long each time
+_GONE = (404, 410)  # HTTP status
+
+Answer = TypeVar("Answer")
 
 
 def read_file(place: str | Path) -> bytes:
@@ -115,34 +118,50 @@ class _RemoteImages:
 
     def _ask(self, name: str) -> Found | None:
         place = f"{self._root}/{name}"
-        try:
-            with readable_errors(place):
-                found = _found(self._filesystem.info(place))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise RuntimeError(str(error)) from error
-        if found is None:
+        entry = _patiently(place, lambda: self._info(place))
+        found = None if entry is None else _found(entry)
+        if entry is not None and found is None:
             raise ValueError(f"{place}: the server does not state its size, without which no shard can be planned")
         return found
 
+    def _info(self, place: str) -> dict[str, Any] | None:
+        """What the server says about a file; None only if it says that there is none."""
+        try:
+            entry: dict[str, Any] = self._filesystem.info(place)
+        except FileNotFoundError as error:
+            # fsspec says so of any failure; a server that is down must not leave every image out.
+            if error.__cause__ is None or getattr(error.__cause__, "status", None) in _GONE:
+                return None
+            raise OSError(str(error.__cause__) or type(error.__cause__).__name__) from error
+        return entry
+
     def read(self, name: str) -> bytes:
         place = f"{self._root}/{name}"
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                with readable_errors(place):
-                    data: bytes = self._filesystem.cat_file(place)
-                return data
-            except OSError as error:
-                if attempt == _ATTEMPTS or isinstance(error, FileNotFoundError):
-                    raise RuntimeError(str(error)) from error
-                time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
-        raise AssertionError("the last attempt returns or raises")
+        data: bytes = _patiently(place, lambda: self._filesystem.cat_file(place))
+        return data
+
+
+def _patiently(place: str, request: Callable[[], Answer]) -> Answer:
+    """The answer to a request that is made again where it fails for a reason that may pass. Raises RuntimeError."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            with readable_errors(place):
+                return request()
+        except OSError as error:
+            if attempt == _ATTEMPTS or isinstance(error, FileNotFoundError):
+                raise RuntimeError(str(error)) from error
+            time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _found(entry: dict[str, Any]) -> Found | None:
     """What a store says about a file; None if it does not say how large it is."""
     stamp = next(
-        (str(entry[key]) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime") if entry.get(key)), ""
+        (
+            str(entry[key])
+            for key in ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime")
+            if entry.get(key)
+        ),
+        "",
     )
     return None if entry.get("size") is None else Found(int(entry["size"]), stamp)

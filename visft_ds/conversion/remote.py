@@ -50,6 +50,8 @@ def open_url(url: str) -> tuple[Any, str]:
             f"{url} needs a package that is not installed ({error}); pip install 'visft_ds[remote]' brings those for "
             "http, s3, gs and hf"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
     return filesystem, str(path)
 
 

@@ -309,7 +309,9 @@ def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, find
         shown = f": {bbox} in {draft.width} x {draft.height}" if kind.startswith("box") else ""
         findings.add(kind, f"{_where(entry)}{shown}")
     stored = {"id": entry["id"], "bbox": bbox, "category_id": category, "iscrowd": int(crowd), "area": area}
-    return stored if segmentation is None else {**stored, "segmentation": segmentation}
+    if segmentation is not None:
+        stored["segmentation"] = segmentation
+    return stored
 
 
 def _add_captions(
