@@ -140,7 +140,8 @@ def verify(
     totals = _Totals()
     for checked in reading:
         problems += checked.problems
-        problems += [replace(problem, fix=hint) for problem in totals.add(checked)]
+        totals.add(checked)
+    problems += repeated(totals.image_ids)
     if not problems:
         messages = totals.compare(fields)
         problems = [Problem(manifest_path(root, split).name, one, fix=repair_hint(root, split)) for one in messages]
@@ -152,7 +153,7 @@ class _Checked:
 
     def __init__(self, content: ShardContent, problems: list[Problem]) -> None:
         self.name, self.problems = content.name, problems
-        self.image_ids = [row["image_id"] for row in content.rows]
+        self.image_ids = np.array([row["image_id"] for row in content.rows], dtype=np.int64)
         self.counts, self.words, self.categories = content.counts, content.words, content.categories
 
 
@@ -352,26 +353,35 @@ def _compare_row(
     return problems
 
 
+def repeated(image_ids: Mapping[str, npt.NDArray[np.int64]]) -> list[Problem]:
+    """Images that are in more than one shard; `image_ids` are those of each shard by its name."""
+    every = np.concatenate([np.empty(0, dtype=np.int64), *image_ids.values()])
+    ids, counts = np.unique(every, return_counts=True)
+    twice = ids[counts > 1]
+    problems = []
+    for name, own in image_ids.items() if len(twice) else ():
+        keys = tuple(f"{image_id:012d}" for image_id in own[np.isin(own, twice)].tolist())
+        if keys:
+            message = f"{len(keys)} of its samples are twice in the split: {some(keys)}"
+            problems.append(Problem(name, message, keys, fix="Take one of the shards away, or pack them again."))
+    return problems
+
+
 class _Totals:
     """What all shards hold together."""
 
     def __init__(self) -> None:
-        self._shard_of: dict[int, str] = {}
+        self.image_ids: dict[str, npt.NDArray[np.int64]] = {}
         self._counts: Counter[str] = Counter()
         self._words: Counter[str] = Counter()
         self._categories: set[int] = set()
 
-    def add(self, checked: _Checked) -> list[Problem]:
-        """Add a shard; a problem if it has image ids that another one has."""
+    def add(self, checked: _Checked) -> None:
+        """Add a shard."""
+        self.image_ids[checked.name] = checked.image_ids
         self._counts.update(checked.counts)
         self._words.update(checked.words)
         self._categories |= checked.categories
-        again = [one for one in checked.image_ids if self._shard_of.setdefault(one, checked.name) != checked.name]
-        keys = tuple(f"{image_id:012d}" for image_id in again)
-        if not keys:
-            return []
-        message = f"{len(keys)} samples are in {self._shard_of[again[0]]} as well: {some(keys)}"
-        return [Problem(checked.name, message, keys)]
 
     def compare(self, fields: Mapping[str, Any]) -> list[str]:
         """What a manifest counts otherwise."""
