@@ -94,6 +94,7 @@ def test_every_byte_of_a_header_counts(split: Manifest) -> None:
         ({"name": "1.pickle"}, "'1.pickle' is not allowed"),
         ({"name": "__init__.py"}, "'__init__.py' is not allowed"),
         ({"name": "1"}, "'1' is not allowed"),
+        ({"name": "\x1b[2J.jpg"}, r"'\x1b[2J.jpg' is not allowed"),
     ],
 )
 def test_only_plain_images_and_labels_are_allowed(

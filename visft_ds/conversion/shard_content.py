@@ -111,7 +111,7 @@ class _Reading:
         """Take a member."""
         content = self._content
         name = _NAME.fullmatch(found.name.removeprefix("./") if self._plain else found.name)
-        if name is None or name[2].lower() not in ALLOWED:
+        if name is None or name[2].lower() not in ALLOWED or not found.name.isprintable():
             allowed = "a key without dots and folders, then .jpg, .png or .json"
             content.blame(f"member {found.name!r} is not allowed: {allowed}", offset=found.header)
             return
