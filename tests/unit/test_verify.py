@@ -262,6 +262,13 @@ def test_problems_name_key_and_offset_whatever_the_number_of_workers(copy: Path,
     assert seen == sorted(seen) and seen[-1] == sum(shard.bytes for shard in split.shards)
 
 
+def test_shards_are_read_even_where_the_manifest_is_lost(copy: Path) -> None:
+    (copy / "toy.manifest.json").unlink()
+    assert [problem.file for problem in verify(copy, "toy")] == ["toy.manifest.json"]
+    os.truncate(copy / "toy-000001.tar", 3000)
+    assert {problem.file for problem in verify(copy, "toy", workers=2)} == {"toy.manifest.json", "toy-000001.tar"}
+
+
 @pytest.mark.parametrize("file", ["toy-000001.tar", "toy.index.npy", "toy.manifest.json"])
 def test_random_damage_is_always_reported_and_never_a_crash(copy: Path, file: str) -> None:
     path = copy / file

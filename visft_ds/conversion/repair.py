@@ -151,15 +151,19 @@ def repair(
             notes.append("the index is not the lost one: the build hashed the pictures before it re-encoded them")
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
-    changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
-    if not dry_run and changed:
-        output = LocalOutput(root, split)
-        output.open()
-        with exclusive(output.scratch):
-            for path, data in changed.items():
-                output.write(path.name, data)
-    written = tuple(path.name for path in changed)
-    return replace(outcome, written=written, original=proved and not known.unknown, notes=tuple(notes))
+    changed = {path.name: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
+    if changed and not dry_run:
+        _write(root, split, changed)
+    return replace(outcome, written=tuple(changed), original=proved and not known.unknown, notes=tuple(notes))
+
+
+def _write(root: Path, split: str, files: Mapping[str, bytes]) -> None:
+    """Each file at once or not at all, the index first, and never while a build of the split runs."""
+    output = LocalOutput(root, split)
+    output.open()
+    with exclusive(output.scratch):
+        for name, data in files.items():
+            output.write(name, data)
 
 
 def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> _Shard:
