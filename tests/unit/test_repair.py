@@ -230,4 +230,8 @@ def test_what_cannot_be_repaired_at_all(tmp_path: Path, capsys: pytest.CaptureFi
     _foreign(tmp_path / "val-000000.tar", [_sample(1)], tarfile.USTAR_FORMAT)
     shutil.copy(tmp_path / "val-000000.tar", tmp_path / "val-000001.tar")
     problems = repair(tmp_path, "val").problems
-    assert [problem.message for problem in problems] == ["image id 1 is in val-000000.tar as well"]
+    expected = "1 of its samples are twice in the split: 000000000001"
+    assert [(problem.file, problem.message) for problem in problems] == [
+        ("val-000000.tar", expected),
+        ("val-000001.tar", expected),
+    ]

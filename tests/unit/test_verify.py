@@ -94,6 +94,7 @@ def test_every_byte_of_a_header_counts(split: Manifest) -> None:
         ({"name": "1.pickle"}, "'1.pickle' is not allowed"),
         ({"name": "__init__.py"}, "'__init__.py' is not allowed"),
         ({"name": "1"}, "'1' is not allowed"),
+        ({"name": "\x1b[2J.jpg"}, r"'\x1b[2J.jpg' is not allowed"),
     ],
 )
 def test_only_plain_images_and_labels_are_allowed(
@@ -259,6 +260,13 @@ def test_problems_name_key_and_offset_whatever_the_number_of_workers(copy: Path,
         ("toy-000002.tar", (f"{split.index[8]['image_id']:012d}",), 0),
     ]
     assert seen == sorted(seen) and seen[-1] == sum(shard.bytes for shard in split.shards)
+
+
+def test_shards_are_read_even_where_the_manifest_is_lost(copy: Path) -> None:
+    (copy / "toy.manifest.json").unlink()
+    assert [problem.file for problem in verify(copy, "toy")] == ["toy.manifest.json"]
+    os.truncate(copy / "toy-000001.tar", 3000)
+    assert {problem.file for problem in verify(copy, "toy", workers=2)} == {"toy.manifest.json", "toy-000001.tar"}
 
 
 @pytest.mark.parametrize("file", ["toy-000001.tar", "toy.index.npy", "toy.manifest.json"])

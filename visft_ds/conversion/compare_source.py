@@ -221,7 +221,8 @@ def _read_source(
     """Image id -> what the files say. Of two entries with the same id the first that is of use counts."""
     images: dict[int, _Expected] = {}
     described = None if instances is None else load_coco(instances)
-    told = None if captions is None else load_coco(captions)
+    needed = ("images", "annotations") if described is None else ("annotations",)
+    told = None if captions is None else load_coco(captions, needed)
     for entry in (described or told or {"images": []})["images"]:
         size = (entry.get("width"), entry.get("height"))
         named = type(entry.get("id")) is int and entry["id"] >= 0 and isinstance(entry.get("file_name"), str)

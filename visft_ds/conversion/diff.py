@@ -103,16 +103,15 @@ def _differing(first: npt.NDArray[Any], second: npt.NDArray[Any], columns: tuple
 
 
 def _label_changes(first: Manifest, second: Manifest, image_ids: list[int]) -> Iterator[LabelChange]:
-    places = [
-        dict(zip(manifest.index["image_id"].tolist(), range(len(manifest)), strict=True)) if image_ids else {}
-        for manifest in (first, second)
-    ]
+    wanted = np.array(image_ids, dtype=np.int64)
+    places = []
+    for manifest in (first, second):
+        order = np.argsort(manifest.index["image_id"])
+        places.append(order[np.searchsorted(manifest.index["image_id"], wanted, sorter=order)].tolist())
     with ShardReader(first) as one, ShardReader(second) as other:
-        for image_id in image_ids:
-            labels = [
-                parse_label(reader.read(where[image_id], "labels")[1] or b"")
-                for reader, where in zip((one, other), places, strict=True)
-            ]
+        for image_id, before, after in zip(image_ids, *places, strict=True):
+            pairs = ((one, before), (other, after))
+            labels = [parse_label(reader.read(index, "labels")[1] or b"") for reader, index in pairs]
             yield _label_change(image_id, *labels)
 
 

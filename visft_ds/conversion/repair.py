@@ -26,7 +26,7 @@ from visft_ds.conversion.outputs import LocalOutput, exclusive
 from visft_ds.conversion.problem import Problem, some
 from visft_ds.conversion.shard_content import ShardContent
 from visft_ds.conversion.source import SourceImage
-from visft_ds.conversion.verify import OnProgress, left_overs, read_shards
+from visft_ds.conversion.verify import OnProgress, left_overs, read_shards, repeated
 from visft_ds.conversion.witnesses import Rest, Witnesses
 from visft_ds.data.labels import stored_size
 from visft_ds.data.manifest import (
@@ -123,7 +123,8 @@ def repair(
         )
     )
     problems = _gaps(names, split) + ([] if known.good else left_overs(root, split))
-    problems += [problem for shard in shards for problem in shard.problems] + _twice(shards)
+    problems += [problem for shard in shards for problem in shard.problems]
+    problems += repeated({shard.file.name: shard.rows["image_id"] for shard in shards})
     outcome = Repair(split, sum(shard.file.count for shard in shards), len(shards), (), False, (), ())
     if problems:
         # Then all that is lost, also what the old index alone knows of.
@@ -150,15 +151,19 @@ def repair(
             notes.append("the index is not the lost one: the build hashed the pictures before it re-encoded them")
         manifest = _assemble(split, shards, index, rest)
     files = {index_path(root, split): _index_bytes(index), manifest_path(root, split): manifest}
-    changed = {path: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
-    if not dry_run and changed:
-        output = LocalOutput(root, split)
-        output.open()
-        with exclusive(output.scratch):
-            for path, data in changed.items():
-                output.write(path.name, data)
-    written = tuple(path.name for path in changed)
-    return replace(outcome, written=written, original=proved and not known.unknown, notes=tuple(notes))
+    changed = {path.name: data for path, data in files.items() if not path.is_file() or path.read_bytes() != data}
+    if changed and not dry_run:
+        _write(root, split, changed)
+    return replace(outcome, written=tuple(changed), original=proved and not known.unknown, notes=tuple(notes))
+
+
+def _write(root: Path, split: str, files: Mapping[str, bytes]) -> None:
+    """Each file at once or not at all, the index first, and never while a build of the split runs."""
+    output = LocalOutput(root, split)
+    output.open()
+    with exclusive(output.scratch):
+        for name, data in files.items():
+            output.write(name, data)
 
 
 def _finish(content: ShardContent, old: npt.NDArray[Any] | None, split: str) -> _Shard:
@@ -245,20 +250,6 @@ def _gaps(names: Sequence[str], split: str) -> list[Problem]:
     fix = rebuild_hint(split)
     problems = [Problem(name, "missing", fix=fix) for name in missing]
     return problems + [Problem(name, "its number has zeros too many", fix=f"Move {name} away.") for name in strange]
-
-
-def _twice(shards: Sequence[_Shard]) -> list[Problem]:
-    ids = np.concatenate([shard.rows["image_id"] for shard in shards])
-    names = np.repeat([shard.file.name for shard in shards], [len(shard.rows) for shard in shards])
-    values, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    problems = []
-    for image_id, place in zip(values[counts > 1].tolist(), first[counts > 1].tolist(), strict=True):
-        where = names[ids == image_id]
-        fix = "Take one of the two shards away, or pack them again."
-        problems.append(
-            Problem(str(where[-1]), f"image id {image_id} is in {names[place]} as well", (str(image_id),), fix=fix)
-        )
-    return problems
 
 
 def _assemble(split: str, shards: Sequence[_Shard], index: npt.NDArray[Any], rest: Rest) -> bytes:

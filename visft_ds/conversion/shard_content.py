@@ -18,6 +18,7 @@ from visft_ds.data.vocabulary import caption_words
 
 #: Members that are ever read; anything else has no business in a shard.
 ALLOWED = ("jpg", "jpeg", "png", "json")
+_MAX_NAME = 255
 _NAME = re.compile(r"([^./\\\0][^./\\\0]*)\.([^./\\\0]+)")
 #: Image file and label -> difference hash; raises ValueError where the image is damaged.
 Look = Callable[[bytes, Mapping[str, Any]], int]
@@ -111,9 +112,10 @@ class _Reading:
         """Take a member."""
         content = self._content
         name = _NAME.fullmatch(found.name.removeprefix("./") if self._plain else found.name)
-        if name is None or name[2].lower() not in ALLOWED:
+        plain = found.name.isprintable() and len(found.name) <= _MAX_NAME
+        if name is None or name[2].lower() not in ALLOWED or not plain:
             allowed = "a key without dots and folders, then .jpg, .png or .json"
-            content.blame(f"member {found.name!r} is not allowed: {allowed}", offset=found.header)
+            content.blame(f"member {found.name[:_MAX_NAME]!r} is not allowed: {allowed}", offset=found.header)
             return
         key, extension = name[1], name[2].lower()
         content.members[found.offset] = (key, len(found.payload), zlib.crc32(found.payload))

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.conversion.problem import Problem, some
+from visft_ds.conversion.shard_compare import compare_shard
 from visft_ds.conversion.shard_content import Look, Places, ShardContent, read_shard
 from visft_ds.data.manifest import (
     Manifest,
@@ -53,7 +54,6 @@ _SHAPE: Mapping[str, type] = {
 }
 _SHARD: Mapping[str, type] = {"name": str, "count": int, "bytes": int, "sha256": str}
 _CATEGORY: Mapping[str, type] = {"id": int, "coco_id": int, "name": str}
-_LABEL_COLUMNS = ("width", "height", "num_annotations", "num_captions")
 
 
 @dataclass
@@ -114,7 +114,8 @@ def verify(
         fields = read_manifest(root, split)
         check_fields(fields, split)
     except ValueError as error:
-        return [*problems, Problem(manifest_path(root, split).name, str(error), fix=repair_hint(root, split))]
+        problems.append(Problem(manifest_path(root, split).name, str(error), fix=repair_hint(root, split)))
+        return problems + _without_manifest(root, split, decode, workers, on_progress)
     shards = [ShardFile(**shard) for shard in fields["shards"]]
     listed = {shard.name for shard in shards}
     present = {shard.name for shard in shards if (root / shard.name).is_file()}
@@ -133,18 +134,31 @@ def verify(
     by_digest = {shard.sha256: shard.name for shard in shards}
 
     def check(content: ShardContent, expected: npt.NDArray[Any] | None) -> _Checked:
-        found = _compare_shard(content, by_name[content.name], expected, by_digest)
+        found = compare_shard(content, by_name[content.name], expected, by_digest)
         return _Checked(content, [problem if problem.fix else replace(problem, fix=hint) for problem in found])
 
     reading = read_shards(jobs, check, plain=plain, decode=decode, workers=workers, on_progress=on_progress)
     totals = _Totals()
     for checked in reading:
         problems += checked.problems
-        problems += [replace(problem, fix=hint) for problem in totals.add(checked)]
+        totals.add(checked)
+    problems += repeated(totals.image_ids)
     if not problems:
         messages = totals.compare(fields)
         problems = [Problem(manifest_path(root, split).name, one, fix=repair_hint(root, split)) for one in messages]
     return problems
+
+
+def _without_manifest(root: Path, split: str, decode: bool, workers: int, on_progress: OnProgress) -> list[Problem]:
+    """What is wrong with shards by themselves, where nothing says what they should be or who wrote them."""
+
+    def check(content: ShardContent, _: npt.NDArray[Any] | None) -> _Checked:
+        return _Checked(content, [replace(problem, fix=rebuild_hint(split)) for problem in content.problems])
+
+    jobs = [(root / name, None) for name in shard_files(root, split)]
+    checked = list(read_shards(jobs, check, plain=True, decode=decode, workers=workers, on_progress=on_progress))
+    problems = [problem for shard in checked for problem in shard.problems]
+    return problems + repeated({shard.name: shard.image_ids for shard in checked})
 
 
 class _Checked:
@@ -152,7 +166,7 @@ class _Checked:
 
     def __init__(self, content: ShardContent, problems: list[Problem]) -> None:
         self.name, self.problems = content.name, problems
-        self.image_ids = [row["image_id"] for row in content.rows]
+        self.image_ids = np.array([row["image_id"] for row in content.rows], dtype=np.int64)
         self.counts, self.words, self.categories = content.counts, content.words, content.categories
 
 
@@ -270,85 +284,17 @@ def _places(rows: npt.NDArray[Any]) -> Places:
     }
 
 
-def _compare_shard(
-    content: ShardContent, shard: ShardFile, rows: npt.NDArray[Any] | None, by_digest: Mapping[str, str]
-) -> list[Problem]:
-    """What a shard holds against what manifest and index say of it."""
-    problems = list(content.problems)
-    if content.sha256 == shard.sha256:
-        return problems + _compare_rows(content, shard, rows)
-    if content.sha256 in by_digest:
-        message = f"its content is that of {by_digest[content.sha256]}: swapped or copied over"
-        return [
-            Problem(shard.name, message, fix=f"Give it its own content again: {by_digest[content.sha256]} by name.")
-        ]
-    head = [Problem(shard.name, f"sha256 is {content.sha256}, not {shard.sha256} as when it was made")]
-    if content.bytes != shard.bytes:
-        head.append(Problem(shard.name, f"{content.bytes} bytes, not {shard.bytes}"))
-    return head + problems + _compare_rows(content, shard, rows)
-
-
-def _compare_rows(content: ShardContent, shard: ShardFile, rows: npt.NDArray[Any] | None) -> list[Problem]:
-    if rows is None:
-        return []
-    found = {row["image_id"]: row for row in content.rows}
-    problems, elsewhere, cut = [], [], []
-    for row in (dict(zip(rows.dtype.names or (), values, strict=True)) for values in rows.tolist()):
-        key = f"{row['image_id']:012d}"
-        if row["label_offset"] + row["label_size"] > content.bytes:
-            cut.append(key)
-        elif _is_elsewhere(row, key, content):
-            elsewhere.append(key)
-        else:
-            problems += _compare_row(row, key, content, found.get(row["image_id"]))
-    if cut:
-        last = int(rows["label_offset"][-1] + rows["label_size"][-1])
-        message = f"only {content.bytes} bytes of at least {last} are there; {len(cut)} samples are lost: {some(cut)}"
-        problems.append(Problem(shard.name, message, tuple(cut), content.bytes))
-    known = set(rows["image_id"].tolist())
-    strange = [f"{image_id:012d}" for image_id in found if image_id not in known]
-    lost = tuple(key for key in elsewhere if key not in content.blamed)
-    if (lost or strange) and not content.damaged and not cut:
-        same = len(rows) - len(elsewhere)
-        message = (
-            f"a whole shard, but not the one that index and manifest describe ({same} of their {len(rows)} samples are "
-            "where they should be): it was made again, or they are older and belong to another build"
-        )
-        problems.append(Problem(shard.name, message, tuple(dict.fromkeys([*lost, *strange]))))
-    elif lost:
-        problems.append(Problem(shard.name, f"{len(lost)} samples are not where they should be: {some(lost)}", lost))
-    return problems
-
-
-def _is_elsewhere(row: Mapping[str, int], key: str, content: ShardContent) -> bool:
-    members = (content.members.get(row[f"{part}_offset"]) for part in ("image", "label"))
-    sizes = (row["image_size"], row["label_size"])
-    return any(
-        member is None or _names_other(member[0], key) or member[1] != size
-        for member, size in zip(members, sizes, strict=True)
-    )
-
-
-def _names_other(name: str, key: str) -> bool:
-    """Keys of other programs may be anything that is no number."""
-    return name.isdecimal() and name != key and int(name) != int(key)
-
-
-def _compare_row(
-    row: Mapping[str, int], key: str, content: ShardContent, found: Mapping[str, int] | None
-) -> list[Problem]:
+def repeated(image_ids: Mapping[str, npt.NDArray[np.int64]]) -> list[Problem]:
+    """Images that are in more than one shard; `image_ids` are those of each shard by its name."""
+    every = np.concatenate([np.empty(0, dtype=np.int64), *image_ids.values()])
+    ids, counts = np.unique(every, return_counts=True)
+    twice = ids[counts > 1]
     problems = []
-    for part in ("image", "label"):
-        offset = row[f"{part}_offset"]
-        crc32 = content.members[offset][2]
-        if crc32 != row[f"{part}_crc32"]:
-            message = f"{part} of {key} at offset {offset}: crc32 differs ({crc32:08x}, not {row[f'{part}_crc32']:08x})"
-            problems.append(Problem(content.name, message, (key,), offset))
-    columns = [] if found is None or problems else [name for name in _LABEL_COLUMNS if found[name] != row[name]]
-    problems += [
-        Problem(content.name, f"{name} of {key} is {found[name] if found else ''}, the index says {row[name]}", (key,))
-        for name in columns
-    ]
+    for name, own in image_ids.items() if len(twice) else ():
+        keys = tuple(f"{image_id:012d}" for image_id in own[np.isin(own, twice)].tolist())
+        if keys:
+            message = f"{len(keys)} of its samples are twice in the split: {some(keys)}"
+            problems.append(Problem(name, message, keys, fix="Take one of the shards away, or pack them again."))
     return problems
 
 
@@ -356,22 +302,17 @@ class _Totals:
     """What all shards hold together."""
 
     def __init__(self) -> None:
-        self._shard_of: dict[int, str] = {}
+        self.image_ids: dict[str, npt.NDArray[np.int64]] = {}
         self._counts: Counter[str] = Counter()
         self._words: Counter[str] = Counter()
         self._categories: set[int] = set()
 
-    def add(self, checked: _Checked) -> list[Problem]:
-        """Add a shard; a problem if it has image ids that another one has."""
+    def add(self, checked: _Checked) -> None:
+        """Add a shard."""
+        self.image_ids[checked.name] = checked.image_ids
         self._counts.update(checked.counts)
         self._words.update(checked.words)
         self._categories |= checked.categories
-        again = [one for one in checked.image_ids if self._shard_of.setdefault(one, checked.name) != checked.name]
-        keys = tuple(f"{image_id:012d}" for image_id in again)
-        if not keys:
-            return []
-        message = f"{len(keys)} samples are in {self._shard_of[again[0]]} as well: {some(keys)}"
-        return [Problem(checked.name, message, keys)]
 
     def compare(self, fields: Mapping[str, Any]) -> list[str]:
         """What a manifest counts otherwise."""
