@@ -7,7 +7,6 @@ time, is found by the digests and by comparing it with what the shard holds.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 from collections import Counter
@@ -34,8 +33,8 @@ from visft_ds.data.manifest import (
     shard_files,
     shard_name,
 )
+from visft_ds.data.store import file_digest
 
-_CHUNK = 1 << 20
 #: Option of a manifest that `repair` made: a list of what nothing told, WRITER for tars that another program wrote.
 UNKNOWN, WRITER = "unknown", "writer"
 #: What a manifest has, beside what `read_manifest` checks.
@@ -334,8 +333,5 @@ class _Totals:
 
 def file_sha256(path: Path) -> str:
     """Digest of a file in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return file_digest(file)
