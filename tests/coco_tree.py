@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from faster_coco_eval import mask as coco_mask
 
 from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
@@ -58,7 +59,9 @@ def write_tree(folder: Path, count: int = 12) -> Tree:
             corners = [left, top, left + 9, top, left + 9, top + 9]
             annotations.append(_annotation(len(annotations) + 1, image_id, 3 + 5 * number, box, [corners]))
         captions += [{"id": 2 * place + n, "image_id": image_id, "caption": f"Picture {n}, it's red."} for n in (0, 1)]
-    crowd = _annotation(9001, 1000, 3, [1, 1, 8, 9], {"size": [images[0]["height"], images[0]["width"]], "counts": [5]})
+    size = [images[0]["height"], images[0]["width"]]
+    code = coco_mask.frPyObjects({"size": size, "counts": [5, 4, size[0] * size[1] - 9]}, *size)
+    crowd = _annotation(9001, 1000, 3, [1, 1, 8, 9], {"size": size, "counts": code["counts"].decode()})
     annotations.append({**crowd, "iscrowd": 1})
     categories = [{"id": category, "name": f"thing {category}"} for category in (13, 3, 8)]
     tree.instances.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))

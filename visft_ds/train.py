@@ -329,6 +329,7 @@ def _record(
         "images_per_second": images / seconds,
         "data_wait_seconds": run.loader.wait_seconds,
         "data_skipped": float(len(run.loader.skipped)),
+        **{f"data_seconds/{name}": one.wall for name, one in run.loader.spent().items()},
         "skipped": float(report.skipped),
     }
     writer.step(step, values)

@@ -1,22 +1,23 @@
-"""Which images a training step works on, without a GPU and without training: `tools/make_shards.py which`."""
+"""Which images a training step works on, without a GPU and without training: `tools/make_shards.py which`.
+
+The tool's other commands must not wait for torch, so what a run consists of is imported where it is asked for.
+"""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from visft_ds.config import ResolvedConfig, resolve_arguments
-from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.shards import ShardReader
-from visft_ds.run_folder import recorded_config
-from visft_ds.streams import plan_of
-from visft_ds.training_data import open_training_data
+
+if TYPE_CHECKING:
+    from visft_ds.config.schema import VisftConfig
 
 _EPILOG = """three questions:
   which --step N --run runs/stage2-eva_e          the images of a step of that run, here or wherever its shards are
@@ -62,6 +63,9 @@ def which(options: argparse.Namespace) -> int:
         raise ValueError("which needs either --step N (of a run) or --key IMAGE_ID (in DIR --split NAME)")
     if options.key is not None:
         return _print_place(options)
+    from visft_ds.streams import plan_of
+    from visft_ds.training_data import open_training_data
+
     config = _configuration(options)
     sets = open_training_data(config, check_shards=False)
     plan = plan_of(config, sets)
@@ -92,10 +96,13 @@ def which(options: argparse.Namespace) -> int:
 def _configuration(options: argparse.Namespace) -> VisftConfig:
     if options.run_folder is not None and options.rest:
         raise ValueError(f"{options.rest[0]}: with --run, the run folder says everything but --data")
+    from visft_ds.config import resolve_arguments
+    from visft_ds.run_folder import recorded_config
+
     moved = [] if options.data is None else ["--data", options.data]
     if options.run_folder is None:
         return resolve_arguments([*options.rest, *moved])[1].visft
-    recorded: ResolvedConfig = recorded_config(options.run_folder)
+    recorded = recorded_config(options.run_folder)
     if options.data is None:
         return recorded.visft
     data = recorded.visft.data.model_copy(update={"root": options.data})

@@ -161,7 +161,7 @@ def test_more_ranks_than_images(
 
 def test_fewer_samples_than_a_batch(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, command(shards, tmp_path / "run", extra={"visft.shared.batch_size": 64}))
-    assert "12 samples are fewer than one global batch of 64" in message
+    assert "12 samples for it, fewer than one global batch of 64" in message
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

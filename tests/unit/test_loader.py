@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
 from visft_ds.conversion.build import Options, build
+from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, Pipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
@@ -220,7 +222,7 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
     assert "Traceback" not in str(caught.value), "the message is the one a user would see without processes"
     assert _by_sample(got) == {key: value for key, value in reference.items() if key[0] < first}
     spent = loader.spent()["decode"]
-    assert spent.count >= sum(len(batch.indices) for _, batch in got) and spent.cpu > 0
+    assert spent.count >= sum(len(batch.indices) for _, batch in got) and spent.wall > 0
     deadline = time.monotonic() + 5
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -295,6 +297,21 @@ def test_the_stored_annotations_are_a_coco_data_set(reader: ShardReader) -> None
     assert {a["image_id"] for a in content["annotations"]} <= {image["id"] for image in content["images"]}
     assert [category["id"] for category in content["categories"]] == [3, 8, 13]
     assert [image["id"] for image in coco_dataset(reader, [4])["images"]] == [int(reader.row(4)["image_id"])]
+
+
+def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: ShardReader, tmp_path: Path) -> None:
+    manifest = make_split(tmp_path, 18, reencode=Reencoding(90, 20))
+    raws = [(read_raw(reader, index), read_raw(ShardReader(manifest), index)) for index in range(18)]
+    assert all(min(small.image.shape[:2]) == 20 < min(whole.image.shape[:2]) for whole, small in raws)  # type: ignore[union-attr]
+    for whole, small in raws:
+        first, second = (TRAIN.transform(raw, np.random.default_rng(3)) for raw in (whole, small))
+        assert whole.size == small.size and first.size == second.size and first.image is not None
+        assert second.image is not None and first.image.shape == second.image.shape
+        for name, values in first.targets["detection"].items():
+            np.testing.assert_array_equal(values, second.targets["detection"][name])
+    other = replace(manifest, options={**manifest.options, "reencode": None})
+    with pytest.raises(DamagedSample, match=r"not .* as in the index"):
+        read_raw(ShardReader(other), 0)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)

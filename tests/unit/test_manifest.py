@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -82,9 +83,9 @@ def test_a_changed_manifest_is_refused(root: Path) -> None:
 
 def test_another_version_is_refused(root: Path) -> None:
     path = root / "toy.manifest.json"
-    fields = {**json.loads(path.read_text()), "version": 2}
+    fields = {**json.loads(path.read_text()), "version": 1}
     path.write_bytes(orjson.dumps({**fields, "sha256": manifest_digest(fields)}))
-    with pytest.raises(ValueError, match="has version 2; this program reads version 1"):
+    with pytest.raises(ValueError, match=r"has version 1; this program reads version 2\. Build the split again"):
         Manifest.load(root, "toy")
 
 
@@ -95,3 +96,13 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     assert make_split(tmp_path / "d", keep_crowd=False).fingerprint != manifest.fingerprint, "other labels"
     renamed = [replace(category, name="x") for category in manifest.categories]
     assert fingerprint(renamed, manifest.index) != manifest.fingerprint
+
+
+def test_an_index_with_other_columns_is_refused(root: Path) -> None:
+    index, manifest = root / "toy.index.npy", root / "toy.manifest.json"
+    np.save(index, np.zeros(12, dtype=[("shard", "<i4")]))
+    fields = json.loads(manifest.read_text())
+    fields["index"] = {**fields["index"], "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
+    manifest.write_bytes(orjson.dumps({**fields, "sha256": manifest_digest(fields)}))
+    with pytest.raises(ValueError, match=r"toy.index.npy has columns of another version"):
+        Manifest.load(root, "toy")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
 import shutil
-import tarfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,7 +15,8 @@ from pathlib import Path
 import pytest
 from coco_tree import make_split
 
-from visft_ds.conversion.verify import Problem, verify
+from visft_ds.conversion.problem import Problem
+from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 
@@ -58,31 +57,6 @@ def test_labels_hold_everything_as_given(split: Manifest) -> None:
 def test_the_order_of_samples_is_a_permutation(split: Manifest) -> None:
     ids = split.index["image_id"].tolist()
     assert ids != sorted(ids) and sorted(ids) == [1000 + 7 * place for place in range(12)]
-
-
-def test_tars_are_plain_and_reproducible(split: Manifest) -> None:
-    for shard in split.shards:
-        with tarfile.open(split.root / shard.name, "r:") as tar:
-            members = tar.getmembers()
-            assert [m.name for m in members[::2]] == [m.name.replace("json", "jpg") for m in members[1::2]]
-            assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.pax_headers.get("x")) for m in members} == {
-                (0, 0, 0, "", "", None)
-            }
-        assert shard.bytes % 10240 == 0, "other tar programs pad to this"
-
-
-def test_webdataset_opens_the_shards(split: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WDS_SECURE", "1")
-    wds = pytest.importorskip("webdataset")
-    urls = [str(split.root / shard.name) for shard in split.shards]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing its files to the collector
-        samples = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8"))
-        gc.collect()
-    assert [int(sample["__key__"]) for sample in samples] == split.index["image_id"].tolist()
-    for sample, row in zip(samples, split.index, strict=True):
-        assert sample["jpg"].shape == (row["height"], row["width"], 3)
-        assert sample["json"]["image_id"] == row["image_id"]
 
 
 def test_threads_and_forks_may_share_a_reader(split: Manifest) -> None:
@@ -180,7 +154,7 @@ def _neighbour(path: Path) -> None:
         (lambda path: os.truncate(path, path.stat().st_size - 1024), "toy-000001.tar", "bytes, not"),
         (_flip(-1), "toy-000001.tar", "sha256 is"),  # in the padding: no member is hurt
         (_zero_blocks, "toy-000001.tar", "crc32 differs"),
-        (_swap, "toy-000002.tar", "header of the image of .* is damaged"),
+        (_swap, "toy-000002.tar", "content is that of toy-000001.tar: swapped"),
         (Path.unlink, "toy-000001.tar", "missing"),
         (_extra, "toy-000003.tar", "not part of this split"),
         (_edit_manifest, "toy.manifest.json", "changed after it was written"),

@@ -42,6 +42,7 @@ NOT_IDENTITY = (
     "visft.data.skip_damaged",
     "visft.data.cache",
     "visft.data.cache_bytes",
+    "visft.data.cache_mode",
     "visft.heads.path",
     "visft.model.name",
     "visft.model.weights",

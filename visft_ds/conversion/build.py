@@ -4,64 +4,79 @@ Which sample goes into which shard is settled first, from the sizes of the files
 other: any number of workers writes the same bytes, and a build that was killed goes on with the missing ones. A shard
 gets its final name only when it is complete and on disk; the manifest is written last.
 
-Beside the shards, the hidden folder `.NAME.build` keeps one record per finished shard. Threads suffice as workers,
-because reading, decoding and hashing release the interpreter lock, and they share the annotations.
+Beside the shards, the hidden folder `.NAME.build` keeps one record per finished shard.
 """
 
 from __future__ import annotations
 
-import fcntl
-import io
-import threading
-from collections import Counter
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 
+from visft_ds.conversion.check import CHECK_LEVELS, Checked, CheckLevel
+from visft_ds.conversion.duplicates import Duplicate
+from visft_ds.conversion.finish import Comparison, Report, dry_report, write_manifest
+from visft_ds.conversion.inputs import open_images
+from visft_ds.conversion.outputs import Output, exclusive, open_output
+from visft_ds.conversion.reencode import Reencoding
+from visft_ds.conversion.remote import is_url, local_path
+from visft_ds.conversion.scan import duplicates, scan
 from visft_ds.conversion.shard_writer import (
     Planned,
+    Prepared,
+    Treatment,
     finished_shard,
     quarantined,
     sample_bytes,
     tar_bytes,
-    write_atomically,
     write_shard,
 )
-from visft_ds.conversion.source import Source, SourceImage, read_source
-from visft_ds.data.manifest import (
-    INDEX_DTYPE,
-    VERSION,
-    ShardFile,
-    index_path,
-    manifest_bytes,
-    manifest_path,
-    shard_files,
-    shard_name,
-)
-from visft_ds.data.vocabulary import TOKENIZER, caption_words
+from visft_ds.conversion.source import CATEGORY_RULES, Selection, Source, SourceImage, read_source
+from visft_ds.conversion.workers import Progress, Workers
+from visft_ds.data.manifest import VERSION, Manifest, index_path, manifest_path, shard_name, shards_among
+from visft_ds.data.vocabulary import TOKENIZER
+
+#: Of the order of samples. It is part of the random key and independent of the manifest's version.
+_ORDER_VERSION = 1
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+Dedup = Literal["report", "drop", "off"]
+DEDUP: tuple[Dedup, ...] = ("report", "drop", "off")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a build depends on. `seed` None keeps the order of image ids, else the order is a random permutation."""
+    """What a build depends on; every place is a local path or a URL that fsspec knows.
 
-    images: Path
-    instances: Path
-    captions: Path | None
-    out: Path
+    Raises ValueError for values out of range, and for combinations that cannot be.
+    """
+
+    images: Path | str
+    instances: Path | str | None
+    captions: Path | str | None
+    out: Path | str
     split: str
-    max_size: int = 256_000_000
+    max_size: int = 256_000_000  #: bytes of a shard; of the files as they are, where they are re-encoded
     max_count: int | None = None
-    seed: int | None = 0
+    seed: int | None = 0  #: None keeps the order of image ids, else the order is a random permutation
     fail_on_bad: bool = False
     keep_crowd: bool = True
-    limit: int | None = None
+    limit: int | None = None  #: only the first so many images of the order
+    categories: str = "keep"  #: "keep", "coco80" or a file, see `Selection`
+    keep_empty: bool = True
+    ids: Path | str | None = None
+    licenses: tuple[int, ...] | None = None
+    check: CheckLevel = "decode"
+    reencode: Reencoding | None = None
+    dedup: Dedup = "report"
+    against: tuple[str, ...] = ()  #: finished splits, FOLDER/NAME, whose images should not be in this one
 
     def __post_init__(self) -> None:
         if not self.split or not all(c.isalnum() or c in "-_" for c in self.split):
@@ -71,41 +86,54 @@ class Options:
                 raise ValueError(f"{name} {value} is not allowed: give at least 1")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed} is not allowed: give an integer from 0 to 2**63 - 1, or none")
-        if not self.images.is_dir():
+        if self.instances is None and self.captions is None:
+            raise ValueError("there is nothing to learn: give --instances, --captions or both")
+        for name, given, allowed in (("check", self.check, CHECK_LEVELS), ("dedup", self.dedup, DEDUP)):
+            if given not in allowed:
+                raise ValueError(f"--{name} {given} is not allowed; allowed are {', '.join(allowed)}")
+        if self.reencode is not None and self.check != "decode":
+            raise ValueError(f"--reencode decodes every image anyway: leave out --check {self.check}")
+        if self.categories != "keep" and self.instances is None:
+            raise ValueError(f"--categories {self.categories} needs --instances, where categories come from")
+        for place in self.against:
+            if not all(split_place(place)):
+                raise ValueError(f"--against {place!r} is not of the form FOLDER/SPLIT")
+        if not is_url(self.images) and not local_path(self.images).is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 
+    def selection(self) -> Selection:
+        """Which annotations and images are taken."""
+        return Selection(
+            categories=self.categories,
+            keep_crowd=self.keep_crowd,
+            keep_empty=self.keep_empty,
+            ids=self.ids,
+            licenses=self.licenses,
+            reencoding=self.reencode,
+        )
+
     def content(self) -> dict[str, Any]:
-        """What decides about the bytes, apart from the input files; it is stored in the manifest."""
-        names = ("max_size", "max_count", "seed", "keep_crowd", "limit")
-        return {**{name: getattr(self, name) for name in names}, "tokenizer": TOKENIZER}
+        """What decides about the shards, apart from the input files."""
+        return {
+            "max_size": self.max_size,
+            "max_count": self.max_count,
+            "seed": self.seed,
+            "keep_crowd": self.keep_crowd,
+            "keep_empty": self.keep_empty,
+            "limit": self.limit,
+            # of a file, the digest among the sources tells more than its name
+            "categories": self.categories if self.categories in CATEGORY_RULES else "file",
+            "licenses": None if self.licenses is None else sorted(self.licenses),
+            "check": self.check,
+            "reencode": None if self.reencode is None else self.reencode.described(),
+            "drop_duplicates": self.dedup == "drop",
+            "tokenizer": TOKENIZER,
+        }
 
-
-@dataclass
-class Progress:
-    """How far a build is; updated by the workers."""
-
-    images: int = 0
-    bytes: int = 0
-    shards: int = 0
-    kept: int = 0  #: shards that were there already
-    total_images: int = 0
-    total_shards: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a build did, or what it would do (`dry_run`)."""
-
-    split: str
-    out: str
-    dry_run: bool
-    shards: int
-    shards_kept: int
-    bytes: int
-    counts: Mapping[str, int]
-    findings: Sequence[Mapping[str, Any]]
-    quarantine: Sequence[Mapping[str, Any]]
-    fingerprint: str | None
+    def recorded(self, others: Sequence[Manifest]) -> dict[str, Any]:
+        """What the manifest remembers: `content`, and what its findings depend on."""
+        compared = [{"split": other.split, "fingerprint": other.fingerprint} for other in others]
+        return {**self.content(), "dedup": self.dedup, "against": compared}
 
 
 def build(
@@ -128,97 +156,130 @@ def build(
     Raises:
         ValueError: unusable input; another build of this split with other options; another build running.
         KeyboardInterrupt: passed on after the workers have stopped; what is finished is kept.
-        OSError: reading or writing failed; what is finished is kept.
+        OSError: writing failed; what is finished is kept.
+        RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
     """
-    source = read_source(options.instances, options.captions, keep_crowd=options.keep_crowd)
-    quarantine: list[dict[str, Any]] = []
-    samples = _locate(_ordered(source.images, options), options, quarantine)
-    plan = _cut(samples, options)
-    if not plan:
-        raise ValueError(f"no image of {options.instances} is usable in {options.images}; {len(quarantine)} left out")
+    on_progress(Progress())
+    images, output = open_images(options.images), open_output(options.out, options.split)
+    others = [Manifest.load(*split_place(place), check_shards=False) for place in options.against]
+    source = read_source(options.instances, options.captions, options.selection())
+    treatment = Treatment(images, options.check, options.reencode)
+    missing: list[dict[str, Any]] = []
+    samples = _locate(_ordered(source.images, options), options, treatment, missing)
+    if not samples:
+        raise ValueError(f"no image of the data set is usable in {options.images}; {len(missing)} left out")
     if dry_run:
-        return _dry_report(options, source, plan, quarantine)
-    options.out.mkdir(parents=True, exist_ok=True)
-    work = options.out / f".{options.split}.build"
-    work.mkdir(exist_ok=True)
-    with _exclusive(work):
-        _claim(options, source, work, replace=replace)
-        _refuse_strangers(options, len(plan))
-        progress = Progress(total_images=len(samples), total_shards=len(plan))
-        records = _Builder(options, plan, work, progress).run(workers, on_progress)
-        return _finish(options, source, records, quarantine, progress.kept)
+        return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
+    with _clear_errors(options):
+        output.open()
+        with exclusive(output.scratch), Workers(workers, on_progress) as threads:
+            _claim(options, source, output, replace=replace)
+            verdicts: dict[int, Checked] = {}
+            dropped: list[Duplicate] = []
+            if options.dedup == "drop":
+                verdicts = scan(samples, treatment, output, threads)
+                dropped = duplicates(samples, treatment, verdicts)
+                gone = {one.image_id for one in dropped}
+                samples = [sample for sample in samples if sample.image.image_id not in gone]
+            plan = _cut(samples, options)
+            _refuse_strangers(options, output, len(plan))
+            threads.progress.total_images, threads.progress.total_shards = len(samples), len(plan)
+            records = _Builder(options, plan, treatment, output, threads, verdicts).run()
+            quarantine = missing + [bad for record in records for bad in record["quarantine"]]
+            _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
+            by_id = {sample.image.image_id: sample for sample in samples}
+            comparison = Comparison(
+                within=options.dedup == "report",
+                same=lambda one, two: treatment.read(by_id[one]) == treatment.read(by_id[two]),
+                dropped=dropped,
+                others=others,
+            )
+            return write_manifest(
+                output,
+                options.split,
+                options.recorded(others),
+                source,
+                records,
+                quarantine,
+                comparison,
+                out=str(options.out),
+                kept=threads.progress.kept,
+            )
 
 
 class _Builder:
     """Writes the planned shards with a number of threads."""
 
-    def __init__(self, options: Options, plan: Sequence[Sequence[Planned]], work: Path, progress: Progress) -> None:
-        self._options, self._plan, self._work, self._progress = options, plan, work, progress
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+    def __init__(
+        self,
+        options: Options,
+        plan: Sequence[Sequence[Planned]],
+        treatment: Treatment,
+        output: Output,
+        threads: Workers,
+        verdicts: Mapping[int, Checked],
+    ) -> None:
+        self._options, self._plan, self._treatment = options, plan, treatment
+        self._output, self._threads, self._verdicts = output, threads, verdicts
 
-    def run(self, workers: int, on_progress: Callable[[Progress], None]) -> list[dict[str, Any]]:
+    def run(self) -> list[dict[str, Any]]:
         """The records of all shards in order."""
-        pool = ThreadPoolExecutor(workers, "shards")
-        try:
-            futures = [pool.submit(self._shard, number) for number in range(len(self._plan))]
-            pending: set[Future[dict[str, Any]]] = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=0.25, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                on_progress(self._progress)
-            return [future.result() for future in futures]
-        finally:
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.progress.phase = "writing shards"
+        return self._threads.run(self._shard, range(len(self._plan)))
 
     def _shard(self, number: int) -> dict[str, Any]:
-        target = self._options.out / shard_name(self._options.split, number)
-        samples = self._plan[number]
-        labels = [sample.image.label() for sample in samples]
-        record = finished_shard(target, self._work, samples, labels)
+        name, samples = shard_name(self._options.split, number), self._plan[number]
+        record = finished_shard(name, self._output, samples)
         kept = record is not None
         if record is None:
             # From here on the old manifest would describe other shards.
-            manifest_path(self._options.out, self._options.split).unlink(missing_ok=True)
-            record = write_shard(target, self._work, samples, labels, after_image=self._after_image)
-        with self._lock:
-            self._progress.shards += 1
-            self._progress.kept += kept
-            self._progress.images += len(samples) if kept else 0
+            with self._threads.lock:
+                self._output.remove(_manifest_name(self._options))
+            prepared = self._threads.ahead(self._prepare, samples)
+            record = write_shard(name, self._output, samples, prepared, lambda bad: _refuse_bad(self._options, [bad]))
+        with self._threads.lock:
+            progress = self._threads.progress
+            progress.shards += 1
+            progress.kept += kept
+            progress.images += len(samples) if kept else 0
         return record
 
-    def _after_image(self, size: int, bad: dict[str, Any] | None) -> None:
-        if self._stop.is_set():
-            raise RuntimeError("stopped because another shard failed or the build was interrupted")
-        _refuse_bad(self._options, [] if bad is None else [bad])
-        with self._lock:
-            self._progress.images += 1
-            self._progress.bytes += size
+    def _prepare(self, sample: Planned) -> Prepared:
+        prepared = self._treatment.prepare(sample, self._verdicts.get(sample.image.image_id))
+        self._threads.count(prepared.size)
+        return prepared
+
+
+def _manifest_name(options: Options) -> str:
+    return manifest_path(Path(), options.split).name
 
 
 def _ordered(images: Sequence[SourceImage], options: Options) -> list[SourceImage]:
     order = np.arange(len(images))
     if options.seed is not None:
         # Raw words of a bit generator stay the same over numpy's versions; `permutation` may not.
-        key = np.array([options.seed, VERSION], dtype=np.uint64)
+        key = np.array([options.seed, _ORDER_VERSION], dtype=np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(len(images)), kind="stable")
     return [images[place] for place in order[: options.limit].tolist()]
 
 
-def _locate(images: Sequence[SourceImage], options: Options, quarantine: list[dict[str, Any]]) -> list[Planned]:
+def _locate(
+    images: Sequence[SourceImage], options: Options, treatment: Treatment, quarantine: list[dict[str, Any]]
+) -> list[Planned]:
     """Find the files; those that are not there are quarantined."""
-    samples = []
+    safe = []
     for image in images:
-        path = options.images / image.file_name
-        if Path(image.file_name).is_absolute() or ".." in Path(image.file_name).parts:
+        path = PurePath(image.file_name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
             quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
-        elif not path.is_file():
+        else:
+            safe.append(image)
+    samples = []
+    for image, found in zip(safe, treatment.images.find([image.file_name for image in safe]), strict=True):
+        if found is None:
             quarantine.append(quarantined(image, "missing", "no such file in the images folder"))
         else:
-            stat = path.stat()
-            samples.append(Planned(image, path, stat.st_size, stat.st_mtime_ns))
+            samples.append(Planned(image, found.size, found.stamp))
     _refuse_bad(options, quarantine)
     return samples
 
@@ -234,7 +295,7 @@ def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
     shards: list[list[Planned]] = []
     used = 0
     for sample in samples:
-        size = sample_bytes(sample.size, len(sample.image.label()))
+        size = sample_bytes(sample.size, len(sample.image.label))
         full = bool(shards) and len(shards[-1]) == options.max_count
         if not shards or full or tar_bytes(used + size) > options.max_size:
             shards.append([])
@@ -244,17 +305,19 @@ def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
     return shards
 
 
-def _claim(options: Options, source: Source, work: Path, *, replace: bool) -> None:
+def _claim(options: Options, source: Source, output: Output, *, replace: bool) -> None:
     """Bind the output to these options and JSON files, so that two different builds never mix."""
     wanted = {"version": VERSION, **options.content(), "sources": source.files}
-    path = work / "options.json"
-    if not path.is_file() and shard_files(options.out, options.split) and not replace:
+    name = f"{output.work}/options.json"
+    shards = shards_among(output.names(), options.split)
+    data = output.read(name)
+    if data is None and shards and not replace:
         # Copied without their hidden records: nothing tells whether this build would make the same ones.
         raise ValueError(
-            f"{options.out} holds shards of {options.split!r} without the records of their build ({work.name}/). "
+            f"{options.out} holds shards of {options.split!r} without the records of their build ({output.work}/). "
             "Use another --out or --split, or --replace to throw them away."
         )
-    known = orjson.loads(path.read_bytes()) if path.is_file() else {}
+    known = {} if data is None else orjson.loads(data)
     differing = sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name))
     if known and differing and not replace:
         shown = "; ".join(f"{name}: {known.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing)
@@ -263,19 +326,17 @@ def _claim(options: Options, source: Source, work: Path, *, replace: bool) -> No
             "Use another --out or --split, the same options, or --replace to throw it away."
         )
     if differing:
-        shards = [options.out / name for name in shard_files(options.out, options.split)]
-        for old in [*shards, *work.glob("*.json")]:
-            old.unlink()
-        manifest_path(options.out, options.split).unlink(missing_ok=True)
-        index_path(options.out, options.split).unlink(missing_ok=True)
-    for left_over in work.glob("*.tmp"):
+        # The manifest first: what it describes must never be half gone.
+        for old in (_manifest_name(options), index_path(Path(), options.split).name, *shards, *output.work_names()):
+            output.remove(old)
+    for left_over in output.scratch.glob("*.tmp"):
         left_over.unlink()
-    write_atomically(path, orjson.dumps(wanted, option=orjson.OPT_INDENT_2), work)
+    output.write(name, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
 
 
-def _refuse_strangers(options: Options, shards: int) -> None:
+def _refuse_strangers(options: Options, output: Output, shards: int) -> None:
     ours = {shard_name(options.split, number) for number in range(shards)}
-    others = [name for name in shard_files(options.out, options.split) if name not in ours]
+    others = [name for name in shards_among(output.names(), options.split) if name not in ours]
     if others:
         raise ValueError(
             f"{options.out} has {len(others)} shards that this build would not make: {', '.join(others[:3])}. "
@@ -283,105 +344,23 @@ def _refuse_strangers(options: Options, shards: int) -> None:
         )
 
 
-def _finish(
-    options: Options,
-    source: Source,
-    records: Sequence[Mapping[str, Any]],
-    quarantine: list[dict[str, Any]],
-    kept: int,
-) -> Report:
-    """Write index and manifest."""
-    rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
-    quarantine = quarantine + [bad for record in records for bad in record["quarantine"]]
-    _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
-    if not rows:
-        raise ValueError(f"none of the images is usable; for instance {quarantine[0]}")
-    index = np.array(rows, dtype=INDEX_DTYPE)
-    for record in records:
-        source.findings.extend(record["findings"])
-    source.findings.extend(("quarantined", f"{bad['file_name']}: {bad['reason']}") for bad in quarantine)
-    chosen = set(index["image_id"].tolist())
-    images = [image for image in source.images if image.image_id in chosen]
-    counts = {**_counts(images), "quarantined": len(quarantine)}
-    shards = [ShardFile(r["name"], r["count"], r["bytes"], r["sha256"]) for r in records]
-    buffer = io.BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    manifest = manifest_bytes(
-        split=options.split,
-        categories=source.categories,
-        counts=counts,
-        shards=shards,
-        index=index,
-        index_file=buffer.getvalue(),
-        vocabulary=_vocabulary(images),
-        quarantine=quarantine,
-        findings=source.findings.listed(),
-        options=options.content(),
-        sources=source.files,
-    )
-    work = options.out / f".{options.split}.build"
-    write_atomically(index_path(options.out, options.split), buffer.getvalue(), work)
-    write_atomically(manifest_path(options.out, options.split), manifest, work)
-    return Report(
-        split=options.split,
-        out=str(options.out),
-        dry_run=False,
-        shards=len(shards),
-        shards_kept=kept,
-        bytes=sum(shard.bytes for shard in shards),
-        counts=counts,
-        findings=source.findings.listed(),
-        quarantine=quarantine,
-        fingerprint=orjson.loads(manifest)["fingerprint"],
-    )
-
-
-def _dry_report(
-    options: Options, source: Source, plan: Sequence[Sequence[Planned]], quarantine: list[dict[str, Any]]
-) -> Report:
-    source.findings.extend(("quarantined", f"{bad['file_name']}: {bad['reason']}") for bad in quarantine)
-    return Report(
-        split=options.split,
-        out=str(options.out),
-        dry_run=True,
-        shards=len(plan),
-        shards_kept=0,
-        bytes=sum(sample.size + len(sample.image.label()) for shard in plan for sample in shard),
-        counts={**_counts([s.image for shard in plan for s in shard]), "quarantined": len(quarantine)},
-        findings=source.findings.listed(),
-        quarantine=quarantine,
-        fingerprint=None,
-    )
-
-
-def _counts(images: Sequence[SourceImage]) -> dict[str, int]:
-    annotations = [annotation for image in images for annotation in image.annotations]
-    return {
-        "images": len(images),
-        "annotations": len(annotations),
-        "crowds": sum(annotation["iscrowd"] for annotation in annotations),
-        "trainable": sum(image.trainable() for image in images),
-        "captions": sum(len(image.captions) for image in images),
-        "images_without_trainable": sum(image.trainable() == 0 for image in images),
-        "images_without_captions": sum(not image.captions for image in images),
-    }
-
-
-def _vocabulary(images: Sequence[SourceImage]) -> dict[str, int]:
-    return dict(Counter(word for image in images for caption in image.captions for word in caption_words(caption)))
-
-
 @contextmanager
-def _exclusive(work: Path) -> Iterator[None]:
-    """Only one build at a time; the lock ends with the process, however it ends."""
-    with open(work / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another build of this split is running (it holds {work / 'lock'})") from error
+def _clear_errors(options: Options) -> Iterator[None]:
+    """Say what a full or protected disk means for the build."""
+    try:
         yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: cannot write to {options.out}{where}. Nothing that is finished is lost: mend it and "
+            "run the same command again",
+        ) from error
 
 
-def report_dict(report: Report) -> dict[str, Any]:
-    """The report as plain data, for JSON."""
-    return asdict(report)
+def split_place(place: str) -> tuple[str, str]:
+    """("shards", "val") of "shards/val"."""
+    folder, _, split = place.rstrip("/").rpartition("/")
+    return folder, split

@@ -1,82 +1,57 @@
-"""COCO JSON files -> checked records, one per image, with a list of everything that was odd.
+"""COCO JSON files -> one finished label per image, with a list of everything that was odd.
 
 What can be kept is kept as given: crowds and boxes without area belong to the data set, training leaves them out.
 What no reader could use (unknown category, no image, malformed box) is dropped and counted.
+
+The annotations of a large data set are millions of Python objects, ten times the size of their file. So they exist for
+a moment and a part at a time: each becomes JSON text again as soon as it is checked, and what is left of an image is
+its label.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from visft_ds.conversion.categories import CategoryMap, map_categories
+from visft_ds.conversion.findings import Findings
+from visft_ds.conversion.inputs import read_file
+from visft_ds.conversion.json_lists import Parts, read_lists
+from visft_ds.conversion.reencode import Reencoding
+from visft_ds.conversion.remote import short_name
+from visft_ds.conversion.segmentations import stored_segmentation
 from visft_ds.data.manifest import Category
 
-#: Everything that is looked for -> what is done about it.
-FINDINGS: Mapping[str, str] = {
-    "image entry malformed": "left out",
-    "image id twice": "the first entry kept",
-    "annotation malformed": "dropped: its id or category id is no integer",
-    "annotation without image": "dropped",
-    "annotation id twice": "the first kept",
-    "unknown category": "annotation dropped",
-    "box malformed": "annotation dropped",
-    "box without area": "kept in the shard, left out in training",
-    "box beyond the image": "kept as given, cut at the border in training",
-    "area missing": "width x height of the box used",
-    "polygon under three points": "kept as given, of no use as a mask",
-    "instance without mask": "kept",
-    "crowd": "kept in the shard, left out in training, used in evaluation",
-    "crowd dropped": "dropped, as --crowd drop asks",
-    "caption without image": "dropped",
-    "caption empty": "dropped",
-    "image without instances": "kept",
-    "image without captions": "kept",
-    "EXIF rotation": "ignored: the annotations fit the pixels as stored",
-    "grey image": "kept, decoded as RGB",
-    "CMYK image": "kept, decoded as RGB",
-    "PNG named otherwise": "kept, stored as .png",
-    "quarantined": "left out, see the list with reasons",
-}
-_EXAMPLES = 3
 #: COCO's boxes pass the border by rounding; only more than this many pixels is worth a word.
 _BORDER = 1.0
-
-
-class Findings:
-    """Counts of what was found, with the first few examples of each kind."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[str]] = {}
-
-    def add(self, kind: str, example: str) -> None:
-        assert kind in FINDINGS, kind
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(example)
-
-    def extend(self, found: Iterable[Sequence[str]]) -> None:
-        """Add (kind, example) pairs."""
-        for kind, example in found:
-            self.add(kind, example)
-
-    def listed(self) -> list[dict[str, Any]]:
-        """One entry per kind in a fixed order: kind, count, examples, action."""
-        return [
-            {"kind": kind, "count": self._counts[kind], "examples": self._examples[kind], "action": action}
-            for kind, action in FINDINGS.items()
-            if kind in self._counts
-        ]
+#: What a JSON file has for numbers; the parser refuses those that are not finite.
+_NUMBERS = frozenset((int, float))
+#: Rules for categories that are words; anything else is a file.
+CATEGORY_RULES = ("keep", "coco80")
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which annotations and images are taken."""
+
+    categories: str = "keep"  #: "keep", "coco80", or a path or URL of a JSON file, see `categories.map_categories`
+    keep_crowd: bool = True
+    keep_empty: bool = True  #: images with neither annotation nor caption
+    ids: str | Path | None = None  #: a file of image ids or file names, one a line: only these images
+    licenses: tuple[int, ...] | None = None  #: only images with one of these licence ids
+    reencoding: Reencoding | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SourceImage:
     """One image of a COCO data set with all that belongs to it."""
 
@@ -84,30 +59,11 @@ class SourceImage:
     file_name: str
     width: int
     height: int
-    license: Any
-    annotations: list[dict[str, Any]] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-
-    def label(self) -> bytes:
-        """The JSON file of this sample in a shard."""
-        fields: dict[str, Any] = {
-            "image_id": self.image_id,
-            "file_name": self.file_name,
-            "width": self.width,
-            "height": self.height,
-        }
-        if self.license is not None:
-            fields["license"] = self.license
-        return orjson.dumps({**fields, "annotations": self.annotations, "captions": self.captions})
-
-    def trainable(self) -> int:
-        """How many annotations are neither crowd nor without area inside the image."""
-        return sum(not one["iscrowd"] and self.has_area(one["bbox"]) for one in self.annotations)
-
-    def has_area(self, bbox: Sequence[float]) -> bool:
-        """Whether something of a box (x, y, width, height) lies inside the image."""
-        x, y, width, height = bbox
-        return min(x + width, self.width) > max(x, 0) and min(y + height, self.height) > max(y, 0)
+    label: bytes  #: the JSON file of this sample in a shard
+    captions: tuple[str, ...]
+    annotations: int
+    crowds: int
+    trainable: int  #: annotations that are neither crowd nor without area inside the image
 
 
 @dataclass(frozen=True)
@@ -117,158 +73,305 @@ class Source:
     images: list[SourceImage]
     categories: tuple[Category, ...]
     findings: Findings
-    files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256 of each JSON file
+    files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256 of each file that was read
 
 
-def read_source(instances: Path, captions: Path | None, *, keep_crowd: bool = True) -> Source:
-    """Read and check COCO JSON files.
+def read_source(instances: str | Path | None, captions: str | Path | None, selection: Selection) -> Source:
+    """Read and check COCO JSON files; without instances, the images are those of the captions file.
 
     Raises:
-        ValueError: a file is missing, is no JSON or lacks the parts of a COCO file; names the file and the reason.
+        ValueError: a file is missing, is no JSON or lacks the parts of a COCO file; names the file and the reason. A
+            file of ids names images that do not exist. Nothing is left after the selection.
     """
+    assert instances is not None or captions is not None
     findings = Findings()
-    content, entry = _load(instances, ("images", "annotations", "categories"))
-    files = {"instances": entry}
-    categories = _categories(content["categories"], instances)
-    images = _images(content["images"], findings)
-    _add_annotations(content["annotations"], images, {c.coco_id for c in categories}, keep_crowd, findings)
-    if captions is not None:
-        content, files["captions"] = _load(captions, ("annotations",))
-        _add_captions(content["annotations"], images, findings)
-    ordered = [images[image_id] for image_id in sorted(images)]
-    for image in ordered:
-        if not image.annotations:
-            findings.add("image without instances", f"image {image.image_id}")
-        if captions is not None and not image.captions:
-            findings.add("image without captions", f"image {image.image_id}")
-    return Source(ordered, categories, findings, files)
+    files: dict[str, Mapping[str, Any]] = {}
+    table: tuple[Category, ...] = ()
+    with _no_garbage_collection():
+        if instances is not None:
+            lists = _load(instances, "instances", ("images", "annotations", "categories"), files)
+            categories = [entry for part in lists["categories"]() for entry in part]
+            rules = _category_map(categories, selection.categories, instances, files)
+            table = rules.categories
+            drafts = _selected(_images(lists["images"](), findings), selection, files)
+            _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings)
+            del lists  # and with it the text
+        if captions is not None:
+            needed = ("annotations",) if instances is not None else ("images", "annotations")
+            lists = _load(captions, "captions", needed, files)
+            if instances is None:
+                drafts = _selected(_images(lists["images"](), findings), selection, files)
+            _add_captions(lists["annotations"](), drafts, findings)
+            del lists
+        chosen = [draft for draft in map(drafts.get, sorted(drafts)) if draft is not None]
+        if not selection.keep_empty:
+            empty = [draft for draft in chosen if not draft.count and not draft.captions]
+            findings.extend(("empty image dropped", f"image {draft.image_id}") for draft in empty)
+            chosen = [draft for draft in chosen if draft.count or draft.captions]
+        kinds = (instances is not None, captions is not None)
+        images = [_finished(draft, kinds, selection.reencoding, findings) for draft in chosen]
+    if not images:
+        raise ValueError(f"the data set has {len(drafts)} images; none is left by --ids, --license and --empty")
+    return Source(images, table, findings, files)
 
 
-def _load(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What a JSON parser makes has no cycles; looking for some again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    missing = [part for part in needed if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """An image while its annotations come in."""
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    kept: dict[str, Any]  #: more fields of the label
+    license: Any
+    #: JSON, with a comma in front of each annotation but the first: one growing buffer leaves no holes in the memory
+    annotations: bytearray = field(default_factory=bytearray)
+    captions: list[str] = field(default_factory=list)
+    count: int = 0  #: of annotations
+    crowds: int = 0
+    trainable: int = 0
+
+
+def _finished(
+    draft: _Draft, kinds: tuple[bool, bool], reencoding: Reencoding | None, findings: Findings
+) -> SourceImage:
+    """The image with its label; `kinds`: whether there is a file of instances, and one of captions."""
+    if kinds[0] and not draft.count:
+        findings.add("image without instances", f"image {draft.image_id}")
+    if kinds[1] and not draft.captions:
+        findings.add("image without captions", f"image {draft.image_id}")
+    fields: dict[str, Any] = {
+        "image_id": draft.image_id,
+        "file_name": draft.file_name,
+        "width": draft.width,
+        "height": draft.height,
+        **draft.kept,
+    }
+    if reencoding is not None:
+        fields["stored_height"], fields["stored_width"] = reencoding.size(draft.height, draft.width)
+    fields["annotations"] = orjson.Fragment(b"[%b]" % bytes(draft.annotations))
+    image = SourceImage(
+        image_id=draft.image_id,
+        file_name=draft.file_name,
+        width=draft.width,
+        height=draft.height,
+        label=orjson.dumps({**fields, "captions": draft.captions}),
+        captions=tuple(draft.captions),
+        annotations=draft.count,
+        crowds=draft.crowds,
+        trainable=draft.trainable,
+    )
+    draft.annotations = bytearray()
+    return image
+
+
+def _load(
+    place: str | Path, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
+) -> dict[str, Callable[[], Iterator[list[dict[str, Any]]]]]:
+    """The needed lists of a COCO file; each is parsed, and checked to hold objects, as it is read."""
+    data = read_file(place)
+    files[role] = _described(place, data)
+    with _json_errors(place):
+        lists = read_lists(data, needed)
+    missing = [part for part in needed if part not in lists]
     if missing:
-        raise ValueError(f"{path} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}")
-    if not all(isinstance(entry, dict) for part in needed for entry in content[part]):
-        raise ValueError(f"{path} is no COCO file: every entry of {', '.join(needed)} must be an object")
-    return content, {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        raise ValueError(f"{place} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}")
+    return {name: partial(_objects, place, name, parts) for name, parts in lists.items()}
 
 
-def _categories(entries: Sequence[Mapping[str, Any]], path: Path) -> tuple[Category, ...]:
-    names: dict[int, str] = {}
-    for entry in entries:
-        if not _is_int(entry.get("id")) or not isinstance(entry.get("name"), str):
-            raise ValueError(f"{path}: category {entry!r} needs an integer 'id' and a string 'name'")
-        if entry["id"] in names:
-            raise ValueError(f"{path}: two categories have id {entry['id']}; category ids must be unique")
-        names[entry["id"]] = entry["name"]
-    return tuple(Category(place, coco_id, names[coco_id]) for place, coco_id in enumerate(sorted(names)))
+def _objects(place: str | Path, name: str, parts: Callable[[], Parts]) -> Iterator[list[dict[str, Any]]]:
+    with _json_errors(place):
+        for part in parts():
+            if set(map(type, part)) - {dict}:
+                raise ValueError(f"{place} is no COCO file: every entry of {name!r} must be an object")
+            yield part
 
 
-def _images(entries: Sequence[Mapping[str, Any]], findings: Findings) -> dict[int, SourceImage]:
-    images: dict[int, SourceImage] = {}
-    for entry in entries:
+@contextmanager
+def _json_errors(place: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from error
+
+
+def _described(place: str | Path, data: bytes) -> dict[str, Any]:
+    return {"name": short_name(place), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _category_map(
+    entries: Sequence[Mapping[str, Any]], rule: str, instances: str | Path, files: dict[str, Mapping[str, Any]]
+) -> CategoryMap:
+    file = None
+    if rule not in CATEGORY_RULES:
+        file = read_file(rule)
+        files["categories"] = _described(rule, file)
+    return map_categories(entries, rule, file, str(instances))
+
+
+def _images(parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[int, _Draft]:
+    drafts: dict[int, _Draft] = {}
+    for entry in chain.from_iterable(parts):
         image_id, width, height, name = (entry.get(key, -1) for key in ("id", "width", "height", "file_name"))
         numbers = all(map(_is_int, (image_id, width, height))) and image_id >= 0 and width > 0 and height > 0
         if not numbers or not isinstance(name, str):
             findings.add("image entry malformed", f"{entry!r}"[:120])
-        elif image_id in images:
+        elif image_id in drafts:
             findings.add("image id twice", f"image {image_id} ({name})")
         else:
-            images[image_id] = SourceImage(image_id, name, width, height, entry.get("license"))
-    return images
+            # Whoever shows a picture must be able to name its author and licence.
+            kept = {key: entry[key] for key in ("license", "flickr_url") if entry.get(key) is not None}
+            drafts[image_id] = _Draft(image_id, name, width, height, kept, entry.get("license"))
+    return drafts
 
 
 def _add_annotations(
-    entries: Sequence[Mapping[str, Any]],
-    images: Mapping[int, SourceImage],
-    categories: set[int],
+    parts: Iterator[list[dict[str, Any]]],
+    drafts: Mapping[int, _Draft | None],
+    categories: CategoryMap,
     keep_crowd: bool,
     findings: Findings,
 ) -> None:
+    """Check annotations and give each kept one to its image as JSON."""
     seen: set[int] = set()
-    for entry in entries:
-        where = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
-        image = _get(images, entry.get("image_id"))
-        if not _is_int(entry.get("id")) or not _is_int(entry.get("category_id")):
-            findings.add("annotation malformed", where)
-        elif image is None:
-            findings.add("annotation without image", where)
-        elif entry["id"] in seen:
-            findings.add("annotation id twice", where)
-        elif entry["category_id"] not in categories:
-            findings.add("unknown category", f"{where}: category {entry['category_id']}")
+    for entry in chain.from_iterable(parts):
+        draft, known = _get(drafts, entry.get("image_id"))
+        if known and draft is None:
+            continue  # of an image that was not asked for
+        number: Any = entry.get("id")
+        category: Any = entry.get("category_id")
+        reason = ""
+        if not _is_int(number) or not _is_int(category):
+            kind = "annotation malformed"
+        elif draft is None:
+            kind = "annotation without image"
+        elif number in seen:
+            kind = "annotation id twice"
+        elif category not in categories.ids:
+            kind, reason = "unknown category", f": category {category}"
+        elif categories.ids[category] is None:
+            kind, reason = "category dropped", f": category {category}"
         elif not _is_box(entry.get("bbox")):
-            findings.add("box malformed", f"{where}: {entry.get('bbox')!r}")
+            kind, reason = "box malformed", f": {entry.get('bbox')!r}"
         elif entry.get("iscrowd") and not keep_crowd:
-            findings.add("crowd dropped", where)
+            kind = "crowd dropped"
         else:
-            seen.add(entry["id"])
-            image.annotations.append(_checked(entry, image, where, findings))
+            seen.add(number)
+            if draft.count:
+                draft.annotations += b","
+            draft.annotations += orjson.dumps(_checked(entry, draft, categories.ids[category], findings))
+            draft.count += 1
+            continue
+        findings.add(kind, f"{_where(entry)}{reason}")
 
 
-def _checked(entry: Mapping[str, Any], image: SourceImage, where: str, findings: Findings) -> dict[str, Any]:
+def _where(entry: Mapping[str, Any]) -> str:
+    return f"annotation {entry.get('id')} of image {entry.get('image_id')}"
+
+
+def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, findings: Findings) -> dict[str, Any]:
     """The stored form of an annotation that is kept."""
-    x, y, width, height = entry["bbox"]
-    if not image.has_area(entry["bbox"]):
-        findings.add("box without area", f"{where}: {entry['bbox']}")
-    beyond = max(-x, -y, x + width - image.width, y + height - image.height)
-    if beyond > _BORDER:
-        findings.add("box beyond the image", f"{where}: {entry['bbox']} in {image.width} x {image.height}")
-    if "area" not in entry:
-        findings.add("area missing", where)
-    segmentation = entry.get("segmentation")
-    if entry.get("iscrowd"):
-        findings.add("crowd", where)
+    x, y, width, height = bbox = entry["bbox"]
+    crowd = bool(entry.get("iscrowd"))
+    right, bottom = x + width, y + height
+    has_area = min(right, draft.width) > max(x, 0) and min(bottom, draft.height) > max(y, 0)
+    draft.crowds += crowd
+    draft.trainable += has_area and not crowd
+    segmentation, kinds = stored_segmentation(entry.get("segmentation"), draft.height, draft.width)
+    if not has_area:
+        kinds.append("box without area")
+    if max(-x, -y, right - draft.width, bottom - draft.height) > _BORDER:
+        kinds.append("box beyond the image")
+    area = entry.get("area")
+    if not _is_number(area):
+        area = width * height
+        kinds.append("area missing")
+    if crowd:
+        kinds.append("crowd")
     elif not segmentation:
-        findings.add("instance without mask", where)
-    if isinstance(segmentation, list) and not all(map(_is_polygon, segmentation)):
-        findings.add("polygon under three points", where)
-    stored = {
-        "id": entry["id"],
-        "bbox": entry["bbox"],
-        "category_id": entry["category_id"],
-        "iscrowd": int(bool(entry.get("iscrowd"))),
-        "area": entry.get("area", width * height),
-    }
-    return stored if segmentation is None else {**stored, "segmentation": segmentation}
+        kinds.append("instance without mask")
+    if entry.get("ignore"):
+        kinds.append("ignore flag")
+    for kind in kinds:
+        shown = f": {bbox} in {draft.width} x {draft.height}" if kind.startswith("box") else ""
+        findings.add(kind, f"{_where(entry)}{shown}")
+    stored = {"id": entry["id"], "bbox": bbox, "category_id": category, "iscrowd": int(crowd), "area": area}
+    if segmentation is not None:
+        stored["segmentation"] = segmentation
+    return stored
 
 
-def _add_captions(entries: Sequence[Mapping[str, Any]], images: Mapping[int, SourceImage], findings: Findings) -> None:
-    for entry in entries:
-        image, caption = _get(images, entry.get("image_id")), entry.get("caption")
-        where = f"caption {entry.get('id')} of image {entry.get('image_id')}"
-        if image is None:
-            findings.add("caption without image", where)
+def _add_captions(
+    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings
+) -> None:
+    for entry in chain.from_iterable(parts):
+        draft, known = _get(drafts, entry.get("image_id"))
+        caption = entry.get("caption")
+        if draft is None:
+            if known:
+                continue  # of an image that was not asked for
+            findings.add("caption without image", f"caption {entry.get('id')} of image {entry.get('image_id')}")
         elif not isinstance(caption, str) or not caption.strip():
-            findings.add("caption empty", where)
+            findings.add("caption empty", f"caption {entry.get('id')} of image {entry.get('image_id')}")
         else:
-            image.captions.append(caption)
+            draft.captions.append(caption)
 
 
-def _get(images: Mapping[int, SourceImage], image_id: Any) -> SourceImage | None:
-    return images.get(image_id) if _is_int(image_id) else None
+def _selected(
+    drafts: dict[int, _Draft], selection: Selection, files: dict[str, Mapping[str, Any]]
+) -> dict[int, _Draft | None]:
+    """The images that were asked for; of the others only the ids are left, as None."""
+    chosen = list(drafts.values())
+    if selection.ids is not None:
+        data = read_file(selection.ids)
+        files["ids"] = _described(selection.ids, data)
+        chosen = _listed(chosen, data, str(selection.ids))
+    if selection.licenses is not None:
+        chosen = [draft for draft in chosen if draft.license in selection.licenses]
+    return {**dict.fromkeys(drafts), **{draft.image_id: draft for draft in chosen}}
+
+
+def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
+    try:
+        wanted = {line.strip() for line in data.decode("utf-8").splitlines()} - {""}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is no text file: {error}") from error
+    known = {str(draft.image_id) for draft in drafts} | {draft.file_name for draft in drafts}
+    strangers = sorted(wanted - known)
+    if strangers:
+        raise ValueError(
+            f"{where}: {len(strangers)} of {len(wanted)} lines name no image of the data set, for instance "
+            f"{', '.join(map(repr, strangers[:3]))}; give one image id or file name a line"
+        )
+    return [draft for draft in drafts if str(draft.image_id) in wanted or draft.file_name in wanted]
+
+
+def _get(drafts: Mapping[int, _Draft | None], image_id: Any) -> tuple[_Draft | None, bool]:
+    """(the image if it was asked for, whether there is one with this id)."""
+    return (drafts.get(image_id), image_id in drafts) if _is_int(image_id) else (None, False)
 
 
 def _is_int(value: Any) -> bool:
-    """Whether a value is an integer that fits into 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    """Whether a value out of a JSON file is an integer that fits into 64 bits."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
-def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
+def _is_number(value: Any) -> bool:
+    return type(value) in _NUMBERS
 
 
 def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
-    )
+    return isinstance(value, list) and len(value) == 4 and {*map(type, value)} <= _NUMBERS

@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from visft_ds.data.store import Part
 
+#: Hints may be read in another order than they came, but not by more than this: threads work on a few at a time.
+_SLACK = 16
+
 
 def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[list[Part]]:
     """Groups of parts to be fetched by one request each, in the order in which their first parts are needed.
@@ -48,31 +51,35 @@ class Ahead:
         self._pool = ThreadPoolExecutor(threads, "ahead")
         self._lock = threading.Lock()
         self._queue: deque[list[Part]] = deque()
-        self._queued: set[Part] = set()
-        self._held: OrderedDict[Part, Future[bytes | None]] = OrderedDict()
+        self._queued: dict[Part, int] = {}  #: the number of the hint it was in
+        self._held: OrderedDict[Part, tuple[int, Future[bytes | None]]] = OrderedDict()
         self._bytes = 0
+        self._hints = 0  #: how many there were
+        self._reached = 0  #: the last one of which something was taken
         self._closed = False
 
     def will_need(self, groups: Sequence[Sequence[Part]]) -> None:
         """Fetch these groups as soon as there is room; returns at once."""
         with self._lock:
+            self._hints += 1
             for group in groups:
                 new = [part for part in group if part not in self._held and part not in self._queued]
                 if new:
                     self._queue.append(new)
-                    self._queued.update(new)
+                    self._queued.update(dict.fromkeys(new, self._hints))
             self._start()
 
     def take(self, part: Part) -> Future[bytes | None] | None:
         """The bytes of a part that is under way or here, once; None if it is neither."""
         with self._lock:
-            future = self._held.pop(part, None)
-            if future is not None:
+            hint, future = self._held.pop(part, (0, None))
+            if future is None:
+                hint = self._queued.pop(part, 0)  # its reader was faster
+            else:
                 self._bytes -= part[2]
-            elif part in self._queued:
-                # Its reader was faster, or what fills the room is not being read: an abandoned loop leaves such parts.
-                self._queued.discard(part)
-                self._drop_oldest(part[2])
+            if hint > self._reached:
+                self._reached = hint
+                self._drop_abandoned()
             self._start()
             return future
 
@@ -82,7 +89,7 @@ class Ahead:
             self._closed = True
             self._queue.clear()
             self._queued.clear()
-            for future in self._held.values():
+            for _, future in self._held.values():
                 future.cancel()
             self._held.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -91,14 +98,15 @@ class Ahead:
         """Wait for the threads to end."""
         self._pool.shutdown(wait=True)
 
-    def _drop_oldest(self, size: int) -> None:
-        done = [part for part, future in self._held.items() if future.done()]
-        for part in done:
-            if size <= 0:
-                break
-            del self._held[part]
-            self._bytes -= part[2]
-            size -= part[2]
+    def _drop_abandoned(self) -> None:
+        """Give up what was hinted long before what is read now: a loop that was left will never take it."""
+        last = self._reached - _SLACK
+        for part in [part for part, hint in self._queued.items() if hint < last]:
+            del self._queued[part]
+        for part, future in [(part, future) for part, (hint, future) in self._held.items() if hint < last]:
+            if future.done():
+                del self._held[part]
+                self._bytes -= part[2]
 
     def _start(self) -> None:
         """Start the groups for which there is room, in order; the lock is held."""
@@ -108,10 +116,10 @@ class Ahead:
             if self._bytes + size > self._limit and self._held:
                 return
             self._queue.popleft()
-            self._queued.difference_update(group)
+            hints = [self._queued.pop(part) for part in group]
             if group and size <= self._limit:  # a group that never fits is read when it is needed
                 futures: list[Future[bytes | None]] = [Future() for _ in group]
-                self._held.update(zip(group, futures, strict=True))
+                self._held.update(zip(group, zip(hints, futures, strict=True), strict=True))
                 self._bytes += size
                 self._pool.submit(self._run, group, futures)
 

@@ -11,7 +11,8 @@ their final name when they are complete. Removing a copy takes nothing from thos
 counted before bytes are written: a process that dies may leave the number too high (it is counted anew when it
 matters), never too low.
 
-Locks are POSIX record locks: a dead process holds none, and unlike `flock` they do not live on in its forked children.
+Locks are those of `flock`: a dead process holds none, once its forked children have closed what they inherited, which
+they do at once. (POSIX record locks belong to processes: the kernel reports deadlocks between threads that have none.)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from visft_ds.data.store import CacheOptions, Expected, file_digest, pread_all
 
@@ -31,6 +33,9 @@ from visft_ds.data.store import CacheOptions, Expected, file_digest, pread_all
 _SPARE = 10
 #: Seconds between looks at a cache that is full of files on their way.
 _PAUSE = 0.05
+
+#: Lock files that are open in this process.
+_locks: set[int] = set()
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -44,7 +49,6 @@ class DiskCache:
     def __init__(self, options: CacheOptions) -> None:
         self.max_bytes = options.max_bytes
         self._root = options.folder / "visft-cache-1"
-        self._threads: dict[str, threading.Lock] = {}
         self._closed = threading.Event()
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -69,27 +73,20 @@ class DiskCache:
         return data if data is not None else self._read(self._whole(expected), offset, size, expected.bytes)
 
     def read_whole(self, expected: Expected, offset: int, size: int, fetch: Callable[[Path], None], what: str) -> bytes:
-        """A part of a file of which the whole is here afterwards; the rest as in `path`."""
-        data = self._read(self._whole(expected), offset, size, expected.bytes)
-        if data is not None:
-            return data
-        descriptor = self._fetch(expected, fetch, what)  # stays readable, should another process make room just now
-        try:
-            return pread_all(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+        """A part of a file of which the whole is here afterwards; the rest as in `open`."""
+        with self.open(expected, fetch, what) as file:
+            return pread_all(file.fileno(), size, offset)
 
-    def path(self, expected: Expected, fetch: Callable[[Path], None], what: str) -> Path:
+    def open(self, expected: Expected, fetch: Callable[[Path], None], what: str) -> BinaryIO:
         """The whole file; `fetch(path)` writes it where it is not here. Of many processes one fetches, the rest wait.
 
-        `what` says in messages which file it is.
+        `what` says in messages which file it is. It stays readable, should another process make room just now.
 
         Raises:
             ValueError: it is larger than the cache, or not what the manifest says.
         """
-        if self._read(self._whole(expected), 0, 0, expected.bytes) is None:
-            os.close(self._fetch(expected, fetch, what))
-        return self._whole(expected)
+        descriptor = self._open(self._whole(expected), expected.bytes)
+        return os.fdopen(self._fetch(expected, fetch, what) if descriptor is None else descriptor, "rb")
 
     def put(self, expected: Expected, parts: Sequence[tuple[int, bytes]]) -> None:
         """Keep parts, given as (offset, bytes)."""
@@ -118,24 +115,33 @@ class DiskCache:
         return self._root / expected.sha256 / f"{offset}-{size}"
 
     def _read(self, path: Path, offset: int, size: int, whole_size: int) -> bytes | None:
+        descriptor = self._open(path, whole_size)
+        if descriptor is None:
+            return None
+        try:
+            return pread_all(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, path: Path, size: int) -> int | None:
+        """A descriptor of a copy, which is marked as used; None if there is none of that size."""
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        try:
-            if os.fstat(descriptor).st_size != whole_size:
-                return None
-            os.utime(descriptor)  # when it was used last; the access time of files is often not kept
-            return pread_all(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
+        if os.fstat(descriptor).st_size == size:
+            os.utime(descriptor)  # the access time of files is often not kept
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def _fetch(self, expected: Expected, fetch: Callable[[Path], None], what: str) -> int:
         """Fetch a whole file unless another one did meanwhile; returns it opened."""
         final, temporary = self._whole(expected), self._root / f"{expected.sha256}.part"
         with self._lock(f"{expected.sha256}.lock"):
-            if self._read(final, 0, 0, expected.bytes) is not None:
-                return os.open(final, os.O_RDONLY)
+            descriptor = self._open(final, expected.bytes)
+            if descriptor is not None:
+                return descriptor
             temporary.unlink(missing_ok=True)  # of one who died
             with self._room(expected.bytes), _disk_errors(self._root):
                 with open(temporary, "wb") as file:
@@ -143,7 +149,8 @@ class DiskCache:
             try:
                 with _disk_errors(self._root):
                     fetch(temporary)
-                found = Expected(temporary.stat().st_size, file_digest(temporary))
+                with open(temporary, "rb") as file:
+                    found = Expected(os.fstat(file.fileno()).st_size, file_digest(file))
                 if found != expected:
                     raise ValueError(
                         f"{what} has {found.bytes} bytes with sha256 {found.sha256}, not "
@@ -151,7 +158,8 @@ class DiskCache:
                         "after the shards were made. Copy manifest, index and shards there again, together"
                     )
                 descriptor = os.open(temporary, os.O_RDONLY)
-                os.replace(temporary, final)
+                with self._lock("lock"):  # whoever counts sees it under one of the names, and under one only
+                    os.replace(temporary, final)
                 return descriptor
             finally:
                 temporary.unlink(missing_ok=True)
@@ -203,21 +211,27 @@ class DiskCache:
     @contextmanager
     def _lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold a lock against all threads and processes; without `wait`, yields False where another one holds it."""
-        # Record locks belong to processes: threads need one of their own, and may never close the file twice.
-        thread = self._threads.setdefault(name, threading.Lock())
-        if not thread.acquire(blocking=wait):
-            yield False
-            return
+        descriptor = os.open(self._root / name, os.O_RDWR | os.O_CREAT, 0o666)
+        _locks.add(descriptor)
         try:
-            with open(self._root / name, "ab") as file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except (BlockingIOError, PermissionError):
-                    yield False
-                else:
-                    yield True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
         finally:
-            thread.release()
+            _locks.discard(descriptor)
+            os.close(descriptor)
+
+
+def _close_locks_of_parent() -> None:
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_of_parent)
 
 
 def _copies(root: Path) -> Iterator[tuple[int, int, str]]:
@@ -230,7 +244,7 @@ def _copies(root: Path) -> Iterator[tuple[int, int, str]]:
         for file in files:
             try:
                 status = file.stat()
-            except FileNotFoundError:  # just got its final name
+            except FileNotFoundError:  # given up by whoever fetched it
                 continue
             yield status.st_mtime_ns, status.st_size, file.path
 

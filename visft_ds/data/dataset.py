@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from visft_ds.data.decode import decode_image
@@ -56,7 +57,7 @@ def read_raw(
                 image = decode_image(image_file)
         except ValueError as error:
             raise DamagedSample(f"{where} cannot be decoded: {error}") from error
-        if image.shape[:2] != (row["height"], row["width"]):
+        if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
             raise DamagedSample(
                 f"{where} has {image.shape[1]} x {image.shape[0]} pixels, not {row['width']} x {row['height']} as in "
                 "the index"
@@ -74,6 +75,18 @@ def read_raw(
         annotations=annotations if categories is None else translated(annotations, categories),
         captions=label.get("captions", ()),
     )
+
+
+def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bool) -> bool:
+    """Whether a picture has the size of the index, or was scaled down when the shards were made.
+
+    Annotations and index keep the size of the original. Every transform scales, so that a smaller picture only has to
+    have the same shape, but for the rounding of its sides.
+    """
+    (height, width), original = image.shape[:2], (row["height"], row["width"])
+    if (height, width) == original or not reencoded:
+        return (height, width) == original
+    return height <= original[0] and abs(height * original[1] - width * original[0]) <= max(original)
 
 
 def translated(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from visft_ds.data.selection import Selection
 from visft_ds.data.store import CacheOptions, Expected, LocalStore, Store, file_digest, open_store
 
 FORMAT = "visft_ds shards"
-VERSION = 1
+VERSION = 2
 
 #: One row per sample. Offsets and sizes are those of the payloads inside the shard, headers excluded.
 INDEX_DTYPE = np.dtype(
@@ -40,6 +41,7 @@ INDEX_DTYPE = np.dtype(
         ("image_id", "<i8"),
         ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
         ("num_captions", "<i4"),
+        ("dhash", "<u8"),  # difference hash of the decoded picture, for duplicates; 0 where it was not decoded
     ]
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
@@ -155,7 +157,13 @@ class Manifest:
     def selection(self, having: str = "any") -> Selection:
         """The same samples as `select` in a bit for each of the split, or in nothing for "any"."""
         column = _selection_column(having)
-        return Selection.all(len(self.index)) if column is None else Selection.positive(self.index[column])
+        if column is None:
+            return Selection.all(len(self.index))
+        mapped = self.index.base
+        if not isinstance(mapped, mmap.mmap):
+            return Selection.positive(self.index[column])
+        # One column touches every page of the file, and all that was touched counts as memory of this process.
+        return Selection.positive(self.index[column], lambda: mapped.madvise(mmap.MADV_DONTNEED))
 
 
 def _selection_column(having: str) -> str | None:
@@ -187,10 +195,15 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def shard_files(root: Path, split: str) -> list[str]:
-    """Names of all files that look like shards of a split ("val-000000.tar" is one of "val", not of "val-000000")."""
+def shards_among(names: Iterable[str], split: str) -> list[str]:
+    """The names that look like shards of a split ("val-000000.tar" is one of "val", not of "val-000000")."""
     pattern = re.compile(re.escape(split) + r"-\d{6,}\.tar")
-    return sorted(path.name for path in root.iterdir() if pattern.fullmatch(path.name))
+    return sorted(name for name in names if pattern.fullmatch(name))
+
+
+def shard_files(root: Path, split: str) -> list[str]:
+    """Names of all files of a folder that look like shards of a split."""
+    return shards_among((path.name for path in root.iterdir()), split)
 
 
 def splits_in(root: Path) -> list[str]:
@@ -231,7 +244,10 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of {FORMAT}.")
     if fields.get("version") != VERSION:
-        raise ValueError(f"{path} has version {fields.get('version')!r}; this program reads version {VERSION}.")
+        raise ValueError(
+            f"{path} has version {fields.get('version')!r}; this program reads version {VERSION}. Build the split "
+            "again by the same `python tools/make_shards.py build` with --replace."
+        )
     if fields.get("sha256") != manifest_digest(fields):
         raise ValueError(f"{path} was changed after it was written (its digest differs). {rebuild_hint(split)}")
     return fields
@@ -291,30 +307,41 @@ def fingerprint(categories: Sequence[Category], index: npt.NDArray[Any]) -> str:
 
 def _open_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any]:
     """The index after checking its digest, memory-mapped wherever it lies on a disk."""
-    where = f"{store.where}/{name}"
-    found = _find_index(store, name, described, split)
-    if found is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
-        found = _find_index(store, name, described, split)
-    if found is None:
-        raise ValueError(f"{where} does not belong to the manifest. {rebuild_hint(split)}")
-    if isinstance(found, bytes):
-        index = np.lib.format.read_array(io.BytesIO(found), allow_pickle=False)
-    else:
-        index = np.load(found, mmap_mode="r", allow_pickle=False)
-    if index.dtype != INDEX_DTYPE:
-        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
+    index = _find_index(store, name, described, split)
+    if index is None and store.forget(name, 0, described.bytes):  # a copy in a cache may be damaged
+        index = _find_index(store, name, described, split)
+    if index is None:
+        raise ValueError(f"{store.where}/{name} does not belong to the manifest. {rebuild_hint(split)}")
     return index
 
 
-def _find_index(store: Store, name: str, described: Expected, split: str) -> Path | bytes | None:
-    """Where the index is, or all of it; None if it is not the one described."""
-    path = store.local_path(name)
-    if path is None:
+def _find_index(store: Store, name: str, described: Expected, split: str) -> npt.NDArray[Any] | None:
+    """The index; None if it is not the one described."""
+    try:
+        file = store.open(name)
+    except ValueError as error:
+        raise ValueError(f"{error} {rebuild_hint(split)}") from error
+    where = f"{store.where}/{name}"
+    if file is None:
         data = store.load(name)
-        return data if hashlib.sha256(data).hexdigest() == described.sha256 else None
-    if not path.is_file():
-        raise ValueError(f"{path} is missing. {rebuild_hint(split)}")
-    return path if file_digest(path) == described.sha256 else None
+        if hashlib.sha256(data).hexdigest() != described.sha256:
+            return None
+        start, shape = _index_header(io.BytesIO(data), where, split)
+        return np.frombuffer(data, INDEX_DTYPE, offset=start).reshape(shape)
+    with file:
+        if file_digest(file) != described.sha256:
+            return None
+        start, shape = _index_header(file, where, split)
+        return np.memmap(file, INDEX_DTYPE, "r", start, shape)
+
+
+def _index_header(file: BinaryIO, where: str, split: str) -> tuple[int, tuple[int, ...]]:
+    """Where the rows of an index begin, and how many there are. Raises ValueError for other columns."""
+    assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != INDEX_DTYPE:
+        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
+    return file.tell(), shape
 
 
 def _check_sizes(store: Store, shards: Iterable[ShardFile], split: str) -> None:

@@ -13,6 +13,7 @@ import concurrent.futures
 import errno
 import importlib.util
 import logging
+import os
 import pkgutil
 import random
 import re
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import fsspec.asyn
 
 from visft_ds.data.store import REMOTE_PROTOCOLS
 
@@ -59,6 +61,9 @@ _PERMANENT: Mapping[str, tuple[str, ...]] = {
 #: File systems in use. A forked child keeps its parent's alive through this list: to drop them would close sockets and
 #: take them out of an epoll instance that both processes share, and the parent would wait for ever.
 _in_use: list[Any] = []
+
+# fsspec forgets its event loop after a fork, but not the lock around making one, which another thread may have held.
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -127,7 +132,7 @@ class Transport:
         def attempt() -> None:
             file.seek(0)
             filesystem = self._open()
-            self._wait(filesystem, lambda: filesystem._get_file(self.address(name), file), timeout=None)
+            self._wait(filesystem, lambda: filesystem._get_file(self.address(name), file), bounded=False)
 
         self._retry(self.address(name), attempt)
 
@@ -165,7 +170,7 @@ class Transport:
                 raise RuntimeError(f"{what}: reading was stopped, because the store was closed") from error
             except self._failures as error:
                 self._refuse_permanent(what, error)
-                told = f"{type(error).__name__}: {error}".strip(": ")
+                told = _told(error)
                 if number == ATTEMPTS or self._closed.is_set():
                     raise RuntimeError(f"{what}: attempt {number} of {ATTEMPTS} failed too; {told}") from error
                 # Drawn, so that many processes that failed together do not come back together.
@@ -180,10 +185,10 @@ class Transport:
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise ValueError(f"{what}: there is no such file (or it is hidden). Check the URL") from error
         if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"{what}: access was denied ({error}). Check the credentials and rights") from error
+            raise ValueError(f"{what}: access was denied ({_told(error)}). Check credentials and rights") from error
         wrong = isinstance(error, self._permanent) or getattr(error, "errno", None) in _PERMANENT_ERRNO
         if wrong or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUS):
-            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{what}: {_told(error)}") from error
 
     def _range(self, address: str, offset: int, size: int) -> bytes | None:
         """One attempt; None if the server does not give ranges."""
@@ -266,14 +271,14 @@ class Transport:
             return self._filesystem
 
     def _wait(
-        self, filesystem: Any, work: Callable[[], Coroutine[Any, Any, _Answer]], timeout: float | None = TIMEOUT
+        self, filesystem: Any, work: Callable[[], Coroutine[Any, Any, _Answer]], *, bounded: bool = True
     ) -> _Answer:
         """Run a coroutine on fsspec's event loop, which has a thread of its own."""
 
-        async def bounded() -> _Answer:  # makes the coroutine there: one that is cancelled early was never begun
-            return await asyncio.wait_for(work(), timeout)
+        async def run() -> _Answer:  # makes the coroutine there: one that is cancelled early was never begun
+            return await asyncio.wait_for(work(), TIMEOUT if bounded else None)
 
-        future = asyncio.run_coroutine_threadsafe(bounded(), filesystem.loop)
+        future = asyncio.run_coroutine_threadsafe(run(), filesystem.loop)
         with self._lock:
             self._running.add(future)
             if self._closed.is_set():
@@ -322,16 +327,24 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
         return int(total)
 
 
+def _told(error: BaseException) -> str:
+    """A failure in one line. Web servers' errors hold the address they redirected to, which may be a signed one."""
+    if hasattr(error, "request_info"):
+        return f"{type(error).__name__}: {_status(error)} {getattr(error, 'message', '')}".strip()
+    return f"{type(error).__name__}: {error}".strip(": ")
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of any of the packages."""
-    response = getattr(error, "response", None)
-    if isinstance(response, Mapping):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    for holder, attribute in ((error, "status"), (error, "code"), (response, "status_code")):
+    for one in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
+        response = getattr(one, "response", None)
+        if isinstance(response, Mapping):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for holder, attribute in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
         status = getattr(holder, attribute, None)
         if isinstance(status, int):
             return status
-    return None if error.__cause__ is None else _status(error.__cause__)
+    return None
 
 
 def _classes(table: Mapping[str, tuple[str, ...]], protocol: str) -> tuple[type[BaseException], ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from visft_ds.data.ahead import Ahead, coalesce
@@ -104,8 +104,11 @@ class RemoteStore:
             files = {name: self._expected[name] for name, _, _ in known}
             wanted = [[_whole(name, file)] for name, file in files.items() if not process.cache.has(file)]
             process.ahead.will_need(wanted)
-        else:
-            process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
+            return
+        if process.cache is not None:  # what is here already must not wait behind what is not
+            has = process.cache.has_part
+            known = [part for part in known if not has(self._expected[part[0]], part[1], part[2])]
+        process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """See `Store.forget`; True also without copies: bytes may be damaged on their way."""
@@ -114,12 +117,12 @@ class RemoteStore:
             process.cache.drop(expected, offset, size)
         return True
 
-    def local_path(self, name: str) -> Path | None:
-        """See `Store.local_path`."""
+    def open(self, name: str) -> BinaryIO | None:
+        """See `Store.open`; None without a cache."""
         process, expected = self._process(), self._expected.get(name)
         if process.cache is None or expected is None:
             return None
-        return process.cache.path(expected, *process.source(name))
+        return process.cache.open(expected, *process.source(name))
 
     def another(self) -> RemoteStore:
         """See `Store.another`."""
@@ -225,7 +228,7 @@ class _Process:
     def _whole_files(self, group: Sequence[Part]) -> list[None]:
         assert self.cache is not None
         name = group[0][0]
-        self.cache.path(self._expected[name], *self.source(name))
+        self.cache.open(self._expected[name], *self.source(name)).close()
         return [None]
 
 

@@ -25,8 +25,8 @@ class RawSample:
 
     index: int  #: position in the split's index; identifies the sample everywhere
     image_id: int  #: the COCO image id
-    size: tuple[int, int]  #: (height, width) of the stored image
-    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB
+    size: tuple[int, int]  #: (height, width) of the original picture, in whose pixels the annotations are
+    image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB; smaller than `size` where shards were made with --reencode
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
 

@@ -5,6 +5,7 @@ Shape letters: N samples of the split, K samples asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +38,17 @@ class Selection:
         return cls(samples, None, np.array([0, samples], dtype=np.int64))
 
     @classmethod
-    def positive(cls, column: npt.NDArray[np.integer]) -> Selection:
-        """The samples whose value in an index column (N,) is above 0. The column may be memory-mapped."""
+    def positive(cls, column: npt.NDArray[np.integer], release: Callable[[], object] = lambda: None) -> Selection:
+        """The samples whose value in an index column (N,) is above 0.
+
+        `release` is called after each part of the column that was looked at, to give memory back where it is mapped.
+        """
         blocks = -(-len(column) // _BLOCK)
         bits = np.zeros(blocks * _BLOCK_BYTES, dtype=np.uint8)
         for first in range(0, len(column), _CHUNK):
             packed = np.packbits(np.asarray(column[first : first + _CHUNK]) > 0, bitorder="little")
             bits[first // 8 : first // 8 + len(packed)] = packed
+            release()
         counts = np.zeros(blocks + 1, dtype=np.int64)
         for first in range(0, blocks, _CHUNK // _BLOCK):
             part = bits[first * _BLOCK_BYTES : first * _BLOCK_BYTES + _CHUNK // 8].reshape(-1, _BLOCK_BYTES)

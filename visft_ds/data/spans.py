@@ -1,7 +1,7 @@
 """Where the time of a sample goes: named spans of work, measured in each thread and summed on request.
 
-A span costs about a microsecond, so the data path carries them always: the log of a run and `tools/profile.py data`
-read the same numbers.
+A span costs a third of a microsecond, so the data path carries them always: the log of a run and `tools/profile.py
+data` read the same numbers. Processor time costs more to ask for and is measured on request only.
 
     with span("decode"):
         pixels = decode_image(data)
@@ -24,7 +24,7 @@ class Spent:
 
     count: int = 0
     wall: float = 0.0  #: seconds
-    cpu: float = 0.0  #: seconds of the threads that did it
+    cpu: float = 0.0  #: seconds of the processors, 0 unless `measure_cpu` was called before
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.count + other.count, self.wall + other.wall, self.cpu + other.cpu)
@@ -45,6 +45,18 @@ class _Local(threading.local):
 
 
 _local = _Local()
+_with_cpu = False
+
+
+def measure_cpu() -> None:
+    """From now on, measure the processor time of spans too (in this process and in worker processes it starts)."""
+    global _with_cpu
+    _with_cpu = True
+
+
+def measures_cpu() -> bool:
+    """Whether `measure_cpu` was called."""
+    return _with_cpu
 
 
 class span:  # lower case: used like a function
@@ -56,15 +68,18 @@ class span:  # lower case: used like a function
         self._name = name
 
     def __enter__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+        if _with_cpu:
+            self._cpu = time.thread_time()
+        self._wall = time.perf_counter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         entry = _local.table[self._name]
-        entry[2] += time.thread_time() - self._cpu
         entry[1] += time.perf_counter() - self._wall
         entry[0] += 1
+        if _with_cpu:
+            entry[2] += time.thread_time() - self._cpu
 
 
 def spent() -> dict[str, Spent]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Literal, Protocol, get_args
 from urllib.parse import unquote, urlsplit
 
 #: What a cache folder holds: only the bytes that were asked for, or every shard as a whole once it was touched.
@@ -106,8 +106,11 @@ class Store(Protocol):
         """Drop copies of a part that proved to be damaged; False if reading it again would give the same bytes."""
         ...
 
-    def local_path(self, name: str) -> Path | None:
-        """Where a file lies on a local disk, after fetching it if need be; None if it is only to be had by `load`."""
+    def open(self, name: str) -> BinaryIO | None:
+        """A file for memory mapping, fetched to a local disk if need be; None if it is only to be had by `load`.
+
+        It stays readable, should the cache give up its copy. Raises as `read`.
+        """
         ...
 
     def another(self) -> Store:
@@ -202,9 +205,9 @@ class LocalStore:
         """False: there are no copies."""
         return False
 
-    def local_path(self, name: str) -> Path | None:
-        """The file itself."""
-        return self.root / name
+    def open(self, name: str) -> BinaryIO:
+        """See `Store.open`."""
+        return os.fdopen(self._open(name), "rb")
 
     def another(self) -> LocalStore:
         """See `Store.another`."""
@@ -244,11 +247,12 @@ def pread_all(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file in hexadecimal; memory does not grow with the file."""
+def file_digest(file: BinaryIO) -> str:
+    """sha256 of a file from its beginning, in hexadecimal; memory does not grow with the file."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK))
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+    buffer = memoryview(bytearray(_CHUNK))
+    offset = 0
+    while size := os.preadv(file.fileno(), [buffer], offset):
+        digest.update(buffer[:size])
+        offset += size
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from visft_ds.data.batches import BatchMaker, Skipped
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.spans import Spent, spent
+from visft_ds.data.spans import Spent, measure_cpu, measures_cpu, spent
 
 WorkerKind = Literal["threads", "processes"]
 
@@ -154,9 +154,9 @@ class Processes:
 
     def made(self, parts: Iterable[StepPlan], ahead: int) -> Iterator[Made]:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *self._modules()])
         loader = DataLoader(
-            _Parts(self._maker),
+            _Parts(self._maker, with_cpu=measures_cpu()),
             batch_size=None,  # items are batches already
             sampler=parts,
             num_workers=self._number,
@@ -173,14 +173,22 @@ class Processes:
         finally:
             del batches  # its finaliser ends the processes
 
+    def _modules(self) -> list[str]:
+        """Where the functions of the pipelines are defined: the fork server loads them once for all processes."""
+        pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
+        names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
+        return sorted(names - {"__main__", "builtins"})
+
 
 class _Parts(Dataset[Made | Exception]):
     """Micro-batches by their plan, as a worker process makes them."""
 
-    def __init__(self, maker: BatchMaker) -> None:
-        self._maker = maker
+    def __init__(self, maker: BatchMaker, *, with_cpu: bool) -> None:
+        self._maker, self._with_cpu = maker, with_cpu
 
     def __getitem__(self, part: StepPlan) -> Made | Exception:
+        if self._with_cpu:
+            measure_cpu()
         before = spent()
         reader = self._maker.sets[part.dataset].reader
         if reader.manifest.cache is None:  # else the training process fills the cache

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import read_raw
@@ -90,8 +91,11 @@ DRAW: Mapping[str, Callable[[Example], Picture]] = {
 
 
 def _pixels(one: Example) -> Picture:
-    assert one.raw.image is not None
-    return one.raw.image
+    image, (height, width) = one.raw.image, one.raw.size
+    assert image is not None
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height)))  # boxes are drawn in pixels of the original
 
 
 def example_positions(reader: ShardReader, tasks: Sequence[str], count: int, limit: int | None = None) -> list[int]:

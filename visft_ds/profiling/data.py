@@ -20,7 +20,7 @@ import torch.nn.functional
 
 from visft_ds.data.dataset import Pipeline
 from visft_ds.data.shards import ROLES, Role, ShardReader
-from visft_ds.data.spans import SPANS, Spent
+from visft_ds.data.spans import SPANS, Spent, measure_cpu
 from visft_ds.data.workers import WorkerKind
 from visft_ds.monitor.console import Section
 from visft_ds.profiling.data_source import MeasuredSet, facts_rows, our_loader
@@ -143,6 +143,7 @@ def _pass(
     count: int,
 ) -> _Pass:
     """Steps start, start + 1, ..."""
+    measure_cpu()
     loader = our_loader(
         data,
         reader,

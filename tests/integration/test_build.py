@@ -1,0 +1,428 @@
+"""What a build takes, leaves out, compares and re-encodes; where it reads from and writes to."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from coco_tree import Tree, write_tree
+from PIL import Image
+
+from visft_ds.conversion.build import Options, build
+from visft_ds.conversion.build_command import ProgressLine
+from visft_ds.conversion.finish import Report
+from visft_ds.conversion.reencode import Reencoding
+from visft_ds.conversion.verify import verify
+from visft_ds.conversion.workers import Progress
+from visft_ds.data.decode import decode_image
+from visft_ds.data.loader import coco_dataset
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import ShardReader
+
+TOOL = [sys.executable, str(Path(__file__).resolve().parents[2] / "tools/make_shards.py")]
+
+
+def _options(tree: Tree, out: Path | str, **changes: Any) -> Options:
+    given = {"images": tree.images, "instances": tree.instances, "captions": tree.captions, "out": out, "split": "toy"}
+    return Options(**{**given, "max_count": 4, **changes})
+
+
+def _digests(root: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()}
+
+
+def _found(report: Report) -> dict[str, int]:
+    return {finding["kind"]: finding["count"] for finding in report.findings}
+
+
+def _labels(root: Path) -> list[dict[str, Any]]:
+    with ShardReader(Manifest.load(root, "toy")) as reader:
+        return [json.loads(reader.read(index, "labels")[1] or b"") for index in range(len(reader))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return write_tree(tmp_path / "tree")
+
+
+# ---------------------------------------------------------------------------------------------------- what is taken
+
+
+def test_images_are_chosen_by_id_name_licence_and_content(tree: Tree, tmp_path: Path) -> None:
+    chosen = tmp_path / "ids.txt"
+    chosen.write_text("1007\n\npicture.3.jpg\n1077\n")  # the last has neither boxes nor, below, captions
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"][1]["license"] = 5
+        content["images"][1]["flickr_url"] = "http://x/y.jpg"
+
+    tree.edit(change)
+    tree.edit(lambda content: content.update(annotations=content["annotations"][:-2]), "captions")
+    assert build(_options(tree, tmp_path / "a", ids=chosen)).counts["images"] == 3
+    report = build(_options(tree, tmp_path / "b", ids=chosen, keep_empty=False, seed=None))
+    assert [label["image_id"] for label in _labels(tmp_path / "b")] == [1007, 1021]
+    assert _found(report)["empty image dropped"] == 1
+    assert Manifest.load(tmp_path / "b", "toy").sources["ids"]["name"] == "ids.txt"
+    licensed = build(_options(tree, tmp_path / "c", licenses=(5, 6)))
+    (label,) = _labels(tmp_path / "c")
+    assert "crowd" not in _found(licensed), "findings are those of the images that were asked for"
+    assert licensed.counts["images"] == 1 and label["license"] == 5 and label["flickr_url"] == "http://x/y.jpg"
+    with pytest.raises(ValueError, match="has 12 images; none is left by --ids, --license"):
+        build(_options(tree, tmp_path / "d", licenses=(9,)))
+    chosen.write_text("1007\n9999\n")
+    with pytest.raises(ValueError, match="1 of 2 lines name no image of the data set, for instance '9999'"):
+        build(_options(tree, tmp_path / "d", ids=chosen))
+
+
+def test_captions_alone_make_a_data_set(tree: Tree, tmp_path: Path) -> None:
+    report = build(_options(tree, tmp_path / "out", instances=None))
+    manifest = Manifest.load(tmp_path / "out", "toy")
+    assert manifest.categories == () and manifest.counts["captions"] == 24 and manifest.counts["images"] == 12
+    assert _found(report) == {}, "images without instances are no finding where there are none"
+    assert manifest.select("captions").size == 12 and manifest.select("annotations").size == 0
+    with pytest.raises(ValueError, match="give --instances, --captions or both"):
+        _options(tree, tmp_path / "out", instances=None, captions=None)
+
+
+def test_categories_follow_a_file(tree: Tree, tmp_path: Path) -> None:
+    rules = tmp_path / "map.json"
+    rules.write_text(json.dumps({"thing 3": {"id": 5, "name": "joined"}, "8": {"id": 5, "name": "joined"}, "*": None}))
+    report = build(_options(tree, tmp_path / "out", categories=str(rules)))
+    manifest = Manifest.load(tmp_path / "out", "toy")
+    assert [(one.id, one.coco_id, one.name) for one in manifest.categories] == [(0, 5, "joined")]
+    ids = {one["category_id"] for label in _labels(tmp_path / "out") for one in label["annotations"]}
+    assert ids == {5} and _found(report)["category dropped"] == 2
+    assert manifest.sources["categories"]["sha256"] == hashlib.sha256(rules.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=r"does not have COCO's 80 categories: id 1 is None, not 'person'"):
+        build(_options(tree, tmp_path / "out", categories="coco80"))
+
+
+def test_masks_are_stored_so_that_every_reader_can_use_them(tree: Tree, tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        image = content["images"][1]
+        size = [image["height"], image["width"]]
+        for number, code in ((9100, {"size": size, "counts": [7, size[0] * size[1] - 7]}), (9101, {"size": [1, 1]})):
+            added = {**content["annotations"][0], "id": number, "image_id": image["id"], "segmentation": code}
+            content["annotations"].append({**added, "ignore": 1})
+
+    tree.edit(change)
+    found = _found(build(_options(tree, tmp_path / "out")))
+    assert (found["uncompressed run-length code"], found["mask malformed"], found["ignore flag"]) == (1, 1, 2)
+    with ShardReader(Manifest.load(tmp_path / "out", "toy")) as reader:
+        stored = {one["id"]: one for one in coco_dataset(reader)["annotations"]}
+    assert isinstance(stored[9100]["segmentation"]["counts"], str) and "segmentation" not in stored[9101]
+
+
+# ------------------------------------------------------------------------------------------------------- duplicates
+
+
+@pytest.fixture
+def repeated(tree: Tree) -> Tree:
+    """Picture 2 is a copy of picture 5, picture 8 is picture 6 encoded anew; picture 10 is cut off."""
+    files = {place: (tree.images / f"picture.{place}.jpg").read_bytes() for place in range(12)}
+    with Image.open(io.BytesIO(files[6])) as image:
+        anew = io.BytesIO()
+        image.save(anew, "JPEG", quality=95)
+    changes = {2: files[5], 8: anew.getvalue(), 10: files[10][:-50]}
+    for place, data in changes.items():
+        (tree.images / f"picture.{place}.jpg").write_bytes(data)
+
+    def change(content: dict[str, Any]) -> None:
+        for to, source in ((2, 5), (8, 6)):
+            for side in ("width", "height"):
+                content["images"][to][side] = content["images"][source][side]
+
+    tree.edit(change)
+    return tree
+
+
+def test_duplicates_are_reported_or_dropped_the_same_way(repeated: Tree, tmp_path: Path) -> None:
+    report = build(_options(repeated, tmp_path / "a"))
+    assert _found(report)["exact duplicate"] == _found(report)["near duplicate"] == 1 and report.counts["images"] == 11
+    assert [(one["image_id"], one["of"], one["exact"]) for one in report.duplicates] == [
+        (1035, 1014, True),
+        (1056, 1042, False),
+    ]
+    assert build(_options(repeated, tmp_path / "b", dedup="off")).duplicates == []
+    for workers in (1, 3):
+        out = tmp_path / f"drop{workers}"
+        dropped = build(_options(repeated, out, dedup="drop"), workers=workers)
+        assert dropped.duplicates == report.duplicates
+        assert _found(dropped)["exact duplicate dropped"] == _found(dropped)["near duplicate dropped"] == 1
+        assert not {1035, 1056, 1070} & {label["image_id"] for label in _labels(out)} and verify(out, "toy") == []
+        assert _digests(out) == _digests(tmp_path / "drop1")
+    # what was not looked into deeply enough is compared by content alone
+    header = build(_options(repeated, tmp_path / "c", dedup="drop", check="header"))
+    assert [one["image_id"] for one in header.duplicates] == [1035] and header.counts["images"] == 11
+
+
+def test_images_that_another_split_has_are_reported(repeated: Tree, tmp_path: Path) -> None:
+    """The other split may be re-encoded: its files differ, its pictures do not."""
+    ids = tmp_path / "ids"
+    ids.write_text("1014\n1042\n1077\n")
+    small = _options(repeated, tmp_path / "a", ids=ids, reencode=Reencoding(80), split="other")
+    build(small)
+    build(_options(repeated, tmp_path / "b", ids=ids, split="other"))
+    against = tuple(f"{tmp_path / name}/other" for name in "ab")
+    report = build(_options(repeated, tmp_path / "out", dedup="off", against=against))
+    assert _found(report)["also in another split"] == 4, "1014 and its copy, 1042, 1077 in the second"
+    assert _found(report)["like an image of another split"] == 6, "five of them in the first; 1056 in the second"
+    assert {(one["image_id"], one["split"]) for one in report.duplicates} == {
+        (number, "other") for number in (1014, 1035, 1042, 1056, 1077)
+    }
+    before = _digests(tmp_path / "out")
+    again = build(_options(repeated, tmp_path / "out", dedup="off"))
+    assert again.shards_kept == 3 and again.duplicates == [], "shards do not depend on what they are compared with"
+    assert {name for name, digest in _digests(tmp_path / "out").items() if before[name] != digest} == {
+        "toy.manifest.json"
+    }
+    for wrong in ("other", f"{tmp_path}/nowhere/other"):
+        with pytest.raises(ValueError, match=r"not of the form FOLDER/SPLIT|does not exist"):
+            build(_options(repeated, tmp_path / "out", against=(wrong,)))
+
+
+def test_kills_at_any_moment_end_in_the_same_bytes(tmp_path: Path) -> None:
+    """While duplicates are looked for and while shards are written; a line of the notes may be cut off."""
+    tree = write_tree(tmp_path / "tree", 160)
+    (tree.images / "picture.7.jpg").write_bytes((tree.images / "picture.90.jpg").read_bytes())
+    build(_options(tree, tmp_path / "reference", dedup="drop", max_count=2), workers=2)
+    out = tmp_path / "out"
+    command = [*TOOL, "build", *tree.arguments(out), "--max-count", "2", "--dedup", "drop", "--workers", "2", "--quiet"]
+    rng = random.Random(3)
+    notes = out / ".toy.build/scan.jsonl"
+    for notes_wanted, shards_wanted in ((rng.randrange(1, 90), 0), (160, rng.randrange(1, 30)), (160, 50)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 30
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            written = notes.read_bytes().count(b"\n") if notes.exists() else 0
+            if written >= notes_wanted and len(list(out.glob("*.tar"))) >= shards_wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.communicate(timeout=30)
+        final = {name: digest for name, digest in _digests(out).items()}
+        assert final.items() <= _digests(tmp_path / "reference").items()
+        with open(notes, "ab") as file:
+            file.write(b'{"key": [1021, "pict')
+    report = build(_options(tree, out, dedup="drop", max_count=2), workers=2)
+    assert report.shards_kept >= 40 and _digests(out) == _digests(tmp_path / "reference")
+
+
+# ------------------------------------------------------------------------------------------------------ re-encoding
+
+
+def test_re_encoded_pictures_keep_the_frame_of_their_annotations(tree: Tree, tmp_path: Path) -> None:
+    for place, kind in ((3, "WEBP"), (4, "PNG")):
+        with Image.open(tree.images / f"picture.{place}.jpg") as image:
+            image.save(tree.images / f"picture.{place}.jpg", kind)
+    plain = build(_options(tree, tmp_path / "plain"))
+    assert plain.quarantine[0]["reason"] == "unreadable", "WebP is never decoded for training"
+    for workers in (1, 2):
+        report = build(_options(tree, tmp_path / str(workers), reencode=Reencoding(80, 20)), workers=workers)
+    assert _digests(tmp_path / "1") == _digests(tmp_path / "2")
+    assert _found(report)["WebP converted"] == 1 and report.quarantine == []
+    assert _found(plain)["PNG named otherwise"] == 1 and "PNG named otherwise" not in _found(report)
+    given = json.loads(tree.instances.read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in given["images"]}
+    boxes = {one["id"]: one["bbox"] for one in given["annotations"]}
+    manifest = Manifest.load(tmp_path / "1", "toy")
+    assert manifest.options["reencode"]["short_side"] == 20
+    with ShardReader(manifest) as reader:
+        for index, label in enumerate(_labels(tmp_path / "1")):
+            shape = decode_image(reader.read(index, "images")[0] or b"").shape[:2]
+            assert min(shape) == 20 and shape == (label["stored_height"], label["stored_width"])
+            row = reader.row(index)
+            assert sizes[label["image_id"]] == (label["height"], label["width"]) == (row["height"], row["width"])
+            assert all(boxes[one["id"]] == one["bbox"] for one in label["annotations"])
+    with pytest.raises(ValueError, match="leave out --check header"):
+        _options(tree, tmp_path, reencode=Reencoding(80), check="header")
+
+
+# ----------------------------------------------------------------------------------------------------- remote places
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files; a path answers "busy" as often as `busy` says."""
+
+    busy: dict[str, int]
+
+    def __init__(self, *args: Any, busy: dict[str, int], **kwargs: Any) -> None:
+        self.busy = busy
+        super().__init__(*args, **kwargs)
+
+    def send_head(self) -> Any:
+        if self.busy.get(self.path, 0) > 0:
+            self.busy[self.path] -= 1
+            self.send_error(503)
+            return None
+        return super().send_head()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def busy() -> dict[str, int]:
+    return {}
+
+
+@pytest.fixture
+def web(tmp_path: Path, busy: dict[str, int]) -> Iterator[str]:
+    """The address of a server of `tmp_path`."""
+    handler = functools.partial(_Server, directory=str(tmp_path), busy=busy)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_data_set_behind_http_gives_the_same_shards(tree: Tree, tmp_path: Path, web: str) -> None:
+    (tree.images / "picture.4.jpg").unlink()
+    local = build(_options(tree, tmp_path / "local"))
+    places = {"images": f"{web}/tree/images/", "instances": f"{web}/tree/instances.json", "captions": None}
+    places["captions"] = f"{web}/tree/captions.json"
+    remote = build(_options(tree, tmp_path / "remote", **places), workers=2)
+    assert _digests(tmp_path / "remote") == _digests(tmp_path / "local")
+    assert [bad["reason"] for bad in remote.quarantine] == ["missing"] and remote.fingerprint == local.fingerprint
+    with pytest.raises(ValueError, match=r"cannot read http.*nothing.json.*does not exist"):
+        build(_options(tree, tmp_path / "x", instances=f"{web}/nothing.json"))
+    with pytest.raises(ValueError, match="nothing can be written by HTTP"):
+        build(_options(tree, web))
+
+
+def test_a_server_that_is_busy_is_asked_again_and_never_taken_for_missing_files(
+    tree: Tree, tmp_path: Path, web: str, busy: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images left out because a server was down for a moment would be a silent loss."""
+    monkeypatch.setattr("visft_ds.conversion.inputs._FIRST_PAUSE", 0.001)
+    options = _options(tree, tmp_path / "out", images=f"{web}/tree/images")
+    busy["/tree/images/picture.5.jpg"] = 3  # HEAD and GET make one question
+    assert build(options).quarantine == [] and busy["/tree/images/picture.5.jpg"] == 0
+    busy["/tree/images/picture.5.jpg"] = 1000
+    with pytest.raises(RuntimeError, match=r"picture\.5\.jpg cannot be reached: 503"):
+        build(options)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A file system of an S3 server with an empty bucket `data`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    for name, value in zip(names, ("key", "secret", "us-east-1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=False)
+    filesystem.mkdir("data")
+    yield filesystem
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+def test_shards_go_to_an_object_store_and_a_rerun_goes_on_there(
+    tree: Tree, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    build(_options(tree, tmp_path / "local"))
+    bucket.put(str(tree.images) + "/", "data/in/images/", recursive=True)
+    bucket.put(str(tree.instances), "data/in/instances.json")
+    places = {"images": "s3://data/in/images", "instances": "s3://data/in/instances.json"}
+    options = _options(tree, "s3://data/out", **places)
+    report = build(options, workers=2)
+
+    def stored() -> dict[str, str]:
+        bucket.invalidate_cache()
+        names = [name for name in bucket.ls("data/out", detail=False) if not name.endswith(".build")]
+        return {Path(name).name: hashlib.sha256(bucket.cat_file(name)).hexdigest() for name in names}
+
+    assert stored() == _digests(tmp_path / "local") and report.out == "s3://data/out"
+    assert not list(scratch.rglob("*.tar*")), "local copies are gone"
+    bucket.rm("data/out/toy-000001.tar")
+    assert build(options).shards_kept == 2 and stored() == _digests(tmp_path / "local")
+    with pytest.raises(ValueError, match="max_count: 4 there, 3 asked"):
+        build(_options(tree, "s3://data/out", **places, max_count=3))
+    assert build(_options(tree, "s3://data/out", **places, max_count=12), replace=True).shards == 1
+    assert sorted(stored()) == ["toy-000000.tar", "toy.index.npy", "toy.manifest.json"]
+    with pytest.raises(OSError, match="s3://nowhere/out"):
+        build(_options(tree, "s3://nowhere/out", **places))
+
+
+def test_elsewhere_files_get_their_names_when_they_are_complete(tree: Tree, tmp_path: Path) -> None:
+    """Not every protocol makes an upload appear at once; fsspec's memory stands for those that do not."""
+    build(_options(tree, tmp_path / "local"))
+    memory = fsspec.filesystem("memory")
+    try:
+        build(_options(tree, "memory://out"))
+        names = memory.ls("/out", detail=False)
+        files = {name.rpartition("/")[2]: memory.cat_file(name) for name in names if not name.endswith(".build")}
+        assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == _digests(tmp_path / "local")
+        assert not [name for name in memory.find("/out") if name.endswith(".upload")]
+        assert build(_options(tree, "memory://out")).shards_kept == 3
+    finally:
+        memory.rm("/out", recursive=True)
+
+
+def test_a_missing_package_is_named_with_its_extra(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"gs://b/out needs a package.*pip install 'visft_ds\[remote\]'"):
+        build(_options(tree, "gs://b/out"))
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+
+
+def test_progress_is_one_line_every_ten_seconds_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 0.0, 1.0, 9.9, 10.1, 11.0, 20.5])
+    line = ProgressLine(clock=lambda: next(seconds))
+    progress = Progress()
+    for images in (0, 0, 100, 200, 300, 400):
+        if images:
+            progress.phase, progress.total_images, progress.total_shards = "writing shards", 1000, 4
+        progress.images, progress.bytes = images, images * 100_000
+        line(progress)
+    shown = capsys.readouterr().err.splitlines()
+    # the phase began at 9.9 s with 100 images, which do not count for its speed
+    assert shown == [
+        "writing shards: 200/1000 images, 0/4 shards, 500 images/s, 100.0 MB/s, 2 s left",
+        "writing shards: 400/1000 images, 0/4 shards, 28 images/s, 3.8 MB/s, 21 s left",
+    ]
+
+
+def test_a_full_disk_is_one_clear_line(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: cannot write to .*run the same command again"):
+            build(_options(tree, tmp_path / "out"))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [tmp_path / "out/.toy.build/lock"]
+
+
+def test_bits_of_the_hash_survive_the_index(tree: Tree, tmp_path: Path) -> None:
+    """64 bits: the highest does not become a sign or a rounded float."""
+    build(_options(tree, tmp_path / "out"))
+    hashes = Manifest.load(tmp_path / "out", "toy").index["dhash"]
+    assert hashes.dtype == np.uint64 and (hashes >> np.uint64(63)).any() and len(set(hashes.tolist())) == 12

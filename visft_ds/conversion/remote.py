@@ -1,0 +1,67 @@
+"""Places that fsspec knows: which text is a URL, how to reach it, and what its errors are.
+
+Credentials, endpoints and proxies are the business of fsspec and its protocol packages: their own environment variables
+and configuration files hold (https://filesystem-spec.readthedocs.io/en/latest/features.html#configuration).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+#: Exceptions of protocol packages that are no OSError; a package that is not loaded cannot raise them.
+_FOREIGN_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))
+
+
+def is_url(text: str | Path) -> bool:
+    """Whether a text names something that is not a local path; `file://` is local."""
+    found = _URL.match(str(text))
+    return found is not None and found[1].lower() != "file"
+
+
+def local_path(text: str | Path) -> Path:
+    """The path that a text means; `file:///a` is /a."""
+    return Path(str(text).removeprefix("file://")) if str(text).lower().startswith("file://") else Path(text)
+
+
+def short_name(text: str | Path) -> str:
+    """The last part of a path or URL: what is stored, since folders differ from machine to machine."""
+    return str(text).partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it).
+
+    Raises:
+        ValueError: an unknown protocol, or one whose package is not installed.
+    """
+    from fsspec.core import url_to_fs  # loaded only where there is something remote
+
+    try:
+        with readable_errors(url):
+            filesystem, path = url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(
+            f"{url} needs a package that is not installed ({error}); pip install 'visft_ds[remote]' brings those for "
+            "http, s3, gs and hf"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from error
+    return filesystem, str(path)
+
+
+@contextmanager
+def readable_errors(where: str) -> Iterator[None]:
+    """Turn what protocol packages raise into OSError, with the place in its text."""
+    foreign = tuple(getattr(sys.modules[name], kind) for name, kind in _FOREIGN_ERRORS if name in sys.modules)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where} does not exist") from error
+    except (OSError, TimeoutError, *foreign) as error:
+        raise OSError(f"{where} cannot be reached: {str(error) or type(error).__name__}") from error
