@@ -27,6 +27,7 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.data.transforms import DetectionTransform
+from visft_ds.data.workers import choose_workers
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
 TRAIN = Pipeline(DetectionTransform(True, **SIZES), collate_detection)
@@ -227,6 +228,28 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "cores", "processes", "expected"),
+    [
+        ("auto", None, 2, 1, ("threads", 2)),
+        ("auto", None, 2, 8, ("threads", 2)),
+        ("auto", None, 4, 1, ("threads", 3)),
+        ("auto", None, 16, 1, ("processes", 8)),
+        ("auto", None, 96, 8, ("processes", 8)),
+        ("auto", 2, 96, 8, ("threads", 2)),
+        ("auto", 12, 96, 8, ("processes", 12)),
+        ("threads", None, 96, 8, ("threads", 3)),
+        ("processes", None, 2, 1, ("processes", 2)),
+    ],
+)
+def test_workers_suit_the_host(
+    kind: str, number: int | None, cores: int, processes: int, expected: tuple[str, int]
+) -> None:
+    found = choose_workers(kind, number, cores=cores, processes=processes)
+    assert found[:2] == expected
+    assert f"{cores} cores for {processes} process" in found[2] and ("auto" in found[2]) == (kind == "auto")
 
 
 def test_leaving_the_loop_ends_the_threads(reader: ShardReader, plan: Plan) -> None:

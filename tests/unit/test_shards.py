@@ -18,7 +18,7 @@ from coco_tree import make_split
 from visft_ds.conversion.problem import Problem
 from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.shards import ShardReader
+from visft_ds.data.shards import DamagedSample, ShardReader
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,20 @@ def test_a_flipped_byte_is_an_error_that_says_where(copy: Path) -> None:
         assert reader.read(5, "labels")[1] is not None, "the labels are whole"
         with pytest.raises(ValueError, match="sample 12 does not exist: 'toy' has 0 to 11"):
             reader.read(12)
+
+
+def test_many_labels_at_once_are_those_read_one_by_one(copy: Path) -> None:
+    with ShardReader(Manifest.load(copy, "toy")) as reader:
+        order = [7, 0, 11, 0]
+        assert reader.read_labels(order) == [reader.read(index, "labels")[1] for index in order]
+        assert reader.read_labels([]) == []
+        for wrong in ([3, 12], [-1, 3]):
+            with pytest.raises(ValueError, match="does not exist: 'toy' has 0 to 11"):
+                reader.read_labels(wrong)
+        row = reader.row(5)
+        _flip(row["label_offset"] + 9)(copy / "toy-000001.tar")
+        with pytest.raises(DamagedSample, match=rf"key {row['image_id']:012d}\): the label at offset"):
+            reader.read_labels([4, 5])
 
 
 def test_a_shard_cut_after_opening_is_an_error(copy: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from visft_ds.data.decode import decode_image
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
+
+_AT_ONCE = 1024  # labels that are read together
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ def translated(
 def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
     """The stored annotations (crowds included) as an ordinary COCO dictionary, for evaluators."""
     images, annotations = [], []
-    for index in range(len(reader)) if indices is None else indices:
-        label = orjson.loads(reader.read(index, "labels")[1] or b"")
+    for label in _labels(reader, indices):
         images.append({name: label[name] for name in ("file_name", "width", "height")} | {"id": label["image_id"]})
         annotations += [{**annotation, "image_id": label["image_id"]} for annotation in label["annotations"]]
     categories = [{"id": category.coco_id, "name": category.name} for category in reader.manifest.categories]
@@ -111,7 +112,14 @@ def coco_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> d
 def caption_dataset(reader: ShardReader, indices: Sequence[int] | None = None) -> dict[str, Any]:
     """The stored captions in the form of COCO's captions_*.json, for evaluators."""
     annotations = []
-    for index in range(len(reader)) if indices is None else indices:
-        label = orjson.loads(reader.read(index, "labels")[1] or b"")
+    for label in _labels(reader, indices):
         annotations += [{"image_id": label["image_id"], "caption": caption} for caption in label["captions"]]
     return {"annotations": annotations}
+
+
+def _labels(reader: ShardReader, indices: Sequence[int] | None) -> Iterator[Mapping[str, Any]]:
+    wanted = range(len(reader)) if indices is None else indices
+    for first in range(0, len(wanted), _AT_ONCE):
+        part = wanted[first : first + _AT_ONCE]
+        reader.prefetch(part, "labels")
+        yield from map(orjson.loads, reader.read_labels(part))

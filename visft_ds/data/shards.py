@@ -92,6 +92,27 @@ class ShardReader:
         image, label = self._payloads(index, name, ("image", *self._image(row)), ("label", *self._label(row)))
         return image, label
 
+    def read_labels(self, indices: Sequence[int]) -> list[bytes]:
+        """The label JSON of many samples, in half the time that `read` takes for each.
+
+        Raises as `read`.
+        """
+        places = np.asarray(indices, dtype=np.int64)
+        if places.size and not 0 <= places.min() <= places.max() < len(self._rows):
+            self._row(int(places.min() if places.min() < 0 else places.max()))  # says what there is
+        rows = self._rows[places]
+        columns = (rows[name].tolist() for name in ("shard", "label_offset", "label_size", "label_crc32"))
+        shards, offsets, sizes, expected = columns
+        read, names = self._store.read, self._names
+        with span("read"):
+            parts = zip(shards, offsets, sizes, strict=True)
+            found = [read(names[shard], offset, size) for shard, offset, size in parts]
+        with span("crc"):
+            wrong = [place for place, data in enumerate(found) if crc32(data) != expected[place]]
+        for place in wrong:
+            found[place] = self.read(int(places[place]), "labels")[1] or b""  # once more, or says what is wrong
+        return found
+
     def prefetch(self, indices: Sequence[int], role: Role = "both") -> None:
         """Hint that these samples are about to be read, in this order. Returns at once; local files need no hint.
 

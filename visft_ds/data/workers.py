@@ -27,8 +27,9 @@ from visft_ds.data.spans import Spent, measure_cpu, measures_cpu, spent
 
 WorkerKind = Literal["threads", "processes"]
 
-#: More threads than this do not help: by measurement about a fifth of a sample's time holds the interpreter lock.
-MOST_THREADS = 4
+#: More threads than this do not help: up to 43 % of a sample's time may hold the interpreter lock (`tools/profile.py data`
+#: measures it), so little more than two can be busy at once.
+MOST_THREADS = 3
 MOST_PROCESSES = 8
 #: Samples that a thread makes without a pause.
 _RUN = 4

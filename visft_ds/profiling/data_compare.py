@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.shards import Role, ShardReader
+from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import Section
 from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
@@ -132,17 +132,17 @@ def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Pass
         },
         LABELS_PARSED: {
             "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=True)),
-            "ours, shuffled, crc": partial(_parse_labels, reader, whole),
+            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=True),
         },
         LABELS_READ: {
             "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=False)),
-            "ours, shuffled, crc": partial(_read, reader, whole, "labels"),
+            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=False),
         },
         RAW: {
             "webdataset, shards in order": partial(_streamed, partial(plain.raw, urls, 0)),
             "webdataset, shuffled": partial(_streamed, partial(plain.raw, urls, whole)),
             "index and pread, shuffled, no crc": partial(_pread, data),
-            "ours, shuffled, crc": partial(_read, reader, whole, "both"),
+            "ours, shuffled, crc": partial(_read, reader, whole),
         },
     }
 
@@ -151,19 +151,21 @@ def _ours(loader: StepLoader, steps: int) -> int:
     return sum(len(part.indices) for _, batches in loader.steps(0, steps) for part in batches)
 
 
-def _read(reader: ShardReader, count: int, role: Role) -> int:
+def _read(reader: ShardReader, count: int) -> int:
     order = plain.shuffled(count)
     for _ in range(_TURNS):
         for index in order:
-            reader.read(index, role)
+            reader.read(index)
     return _TURNS * count
 
 
-def _parse_labels(reader: ShardReader, count: int) -> int:
+def _read_labels(reader: ShardReader, count: int, batch: int, *, parse: bool) -> int:
     order = plain.shuffled(count)
     for _ in range(_TURNS):
-        for index in order:
-            orjson.loads(reader.read(index, "labels")[1] or b"")
+        for first in range(0, count, batch):
+            for data in reader.read_labels(order[first : first + batch]):
+                if parse:
+                    orjson.loads(data)
     return _TURNS * count
 
 
