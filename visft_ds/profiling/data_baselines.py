@@ -206,7 +206,7 @@ def _naive_transform() -> Any:
 def _naive_sample(sample: WdsSample, *, transform: Any, vocabulary: Vocabulary) -> tuple[Tensor, dict[str, Any]]:
     image: Image.Image = sample["jpg"]
     label: Mapping[str, Any] = sample["json"]
-    size = (image.height, image.width)
+    size = (label["height"], label["width"])  # of the annotations; --reencode may have made the picture smaller
     objects = [annotation for annotation in label["annotations"] if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
     masks = [torch.from_numpy(full_mask(annotation["segmentation"], size)) for annotation in objects]
