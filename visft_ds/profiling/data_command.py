@@ -50,6 +50,7 @@ def add_data_parser(commands: Any) -> None:
     add("--data", type=Path, metavar="FOLDER", help="shards, or a COCO tree")
     add("--split", metavar="NAME", help="of the shards or the tree (train)")
     add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
+    add("--reencode", metavar="Q[:SIDE]", help="with --compare: store pictures so first, as make_shards.py build does")
     add("--images", type=int, metavar="N", help="samples of one measurement (512; 10000 with --start)")
     add("--batch", type=int, default=32, metavar="N", help="samples of a step of the plain sample (%(default)s)")
     add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads that are measured (0 1 2)")
@@ -68,6 +69,8 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if not configured or options.compare or options.start or options.shuffle:
         _check_all_known(rest, options)
     _check_folder(options.json)
+    if options.reencode is not None and not options.compare:
+        raise ValueError("--reencode belongs to --compare")
     if options.shuffle:
         from visft_ds.profiling import data_shuffle as kind
 
@@ -101,7 +104,12 @@ def _profile_compare(options: argparse.Namespace, command: Sequence[str]) -> Non
 
     images = {} if options.images is None else {"images": options.images}
     chosen = CompareOptions(
-        _folder(options), options.split or "train", batch=options.batch, rounds=options.repeats, **images
+        _folder(options),
+        options.split or "train",
+        batch=options.batch,
+        rounds=options.repeats,
+        reencode=options.reencode,
+        **images,
     )
     with _one_thread():
         record = _headed(command, lambda: compare(chosen))

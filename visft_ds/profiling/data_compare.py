@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import Section
@@ -68,6 +69,7 @@ class CompareOptions:
     images: int = 512  #: of a pass, at least
     batch: int = 32
     rounds: int = 5
+    reencode: str | None = None  #: how pictures are stored, as tools/make_shards.py takes it
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "rounds"):
@@ -83,7 +85,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     Raises ValueError where the shards are fewer than the worker processes.
     """
-    with open_set(options.folder, options.split, options.images) as data, ShardReader(data.manifest) as reader:
+    stored = None if options.reencode is None else Reencoding.parse(options.reencode)
+    with open_set(options.folder, options.split, options.images, stored) as data, ShardReader(data.manifest) as reader:
         if data.shards < max(_WORKERS):
             raise ValueError(
                 f"{data.name} has {data.shards} shard: webdataset needs one for each of {max(_WORKERS)} worker "

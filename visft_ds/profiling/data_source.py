@@ -18,6 +18,7 @@ import numpy.typing as npt
 import orjson
 
 from visft_ds.conversion.build import Options, build
+from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.dataset import DataSet, Pipeline
 from visft_ds.data.joint import JointTransform, collate_joint
 from visft_ds.data.loader import StepLoader
@@ -103,7 +104,7 @@ def facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def open_set(folder: Path | None, split: str, images: int) -> Iterator[MeasuredSet]:
+def open_set(folder: Path | None, split: str, images: int, reencode: Reencoding | None = None) -> Iterator[MeasuredSet]:
     """A set by its folder: shards, a COCO tree, or (None) generated pictures.
 
     Args:
@@ -111,11 +112,14 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[MeasuredS
         split: name of the shards; "train" also finds `train2017` of a COCO tree.
         images: how many samples are wanted. A tree or generated pictures are repeated until there are as many; of
             finished shards, the first ones are taken.
+        reencode: how the pictures of a tree, or generated ones, are stored; finished shards are as they are.
 
     Raises:
-        ValueError: the folder holds neither; what is found in it is damaged.
+        ValueError: the folder holds neither; what is found in it is damaged; finished shards and `reencode`.
     """
     if folder is not None and manifest_path(folder, split).is_file():
+        if reencode is not None:
+            raise ValueError(f"--reencode: {folder} holds finished shards; give a COCO tree, or leave it out")
         yield MeasuredSet.of(f"{folder.name}/{split}", Manifest.load(folder, split), images)
         return
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as temporary:
@@ -126,7 +130,10 @@ def open_set(folder: Path | None, split: str, images: int) -> Iterator[MeasuredS
             tree, part, name = work / "coco", "train2017", f"generated {width} x {height}"
         else:
             tree, part, name = folder, _part(folder, split), folder.name
-        yield MeasuredSet.of(name, _pack(tree, part, work, images), images)
+        if reencode is not None:
+            side = "" if reencode.short_side is None else f", short side {reencode.short_side}"
+            name += f", stored as JPEG of quality {reencode.quality}{side}"
+        yield MeasuredSet.of(name, _pack(tree, part, work, images, reencode), images)
 
 
 def _part(folder: Path, split: str) -> str:
@@ -140,7 +147,7 @@ def _part(folder: Path, split: str) -> str:
     )
 
 
-def _pack(tree: Path, part: str, work: Path, images: int) -> Manifest:
+def _pack(tree: Path, part: str, work: Path, images: int, reencode: Reencoding | None) -> Manifest:
     """Shards of a COCO tree below `work`, with every image as often as it takes to have `images` samples."""
     instances, captions = (_read(tree / "annotations" / f"{kind}_{part}.json") for kind in ("instances", "captions"))
     repetitions = max(1, -(-images // len(instances["images"])))
@@ -159,6 +166,7 @@ def _pack(tree: Path, part: str, work: Path, images: int) -> Manifest:
             out=work / "shards",
             split=_SPLIT,
             max_count=_SAMPLES_PER_SHARD,
+            reencode=reencode,
         )
     )
     return Manifest.load(work / "shards", _SPLIT)
