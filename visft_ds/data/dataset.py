@@ -53,16 +53,15 @@ def read_raw(
     image_file, label_file = reader.read(index, role)
     image = None
     if image_file is not None:
-        where = f"{reader.describe(index)}: the image at offset {row['image_offset']}"
         try:
             with span("decode"):
                 image = decode_image(image_file)
         except ValueError as error:
-            raise DamagedSample(f"{where} cannot be decoded: {error}") from error
+            raise DamagedSample(f"{_place(reader, index)} cannot be decoded: {error}") from error
         if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
             raise DamagedSample(
-                f"{where} has {image.shape[1]} x {image.shape[0]} pixels, not {row['width']} x {row['height']} as in "
-                "the index"
+                f"{_place(reader, index)} has {image.shape[1]} x {image.shape[0]} pixels, not {row['width']} x "
+                f"{row['height']} as in the index"
             )
     label: Mapping[str, Any] = {}
     if label_file is not None:
@@ -77,6 +76,10 @@ def read_raw(
         annotations=annotations if categories is None else translated(annotations, categories),
         captions=label.get("captions", ()),
     )
+
+
+def _place(reader: ShardReader, index: int) -> str:
+    return f"{reader.describe(index)}: the image at offset {reader.row(index)['image_offset']}"
 
 
 def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bool) -> bool:
