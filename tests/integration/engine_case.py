@@ -238,7 +238,7 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None) -> dict[str, A
         if folder is not None and step + 1 == SAVED_AT:
             state = gather_state(engine)
             if state is not None:
-                save_checkpoint(folder, step + 1, state, {"case": "tiny"}, keep_last=2)
+                save_checkpoint(folder, step + 1, state, {"case": "tiny"})
             distributed.barrier()
     return {"losses": losses, "norms": norms, "values": gather_parameters(engine)}
 
