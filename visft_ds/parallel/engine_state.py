@@ -247,8 +247,10 @@ def refresh_module(engine: ZeroEngine) -> None:
         for index in range(len(optimizer.fp16_groups)):
             optimizer.fp16_partitioned_groups_flat[index].data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
             optimizer._unflatten_partitioned_parameters(index)
-        if optimizer.persistent_parameters:  # small ones are never released, so nothing would gather them again
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent := optimizer.persistent_parameters:
+            # Small ones stay gathered from step to step, and what is there is not gathered again.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
     elif engine.stage:
         optimizer.update_lp_params()
 
