@@ -6,6 +6,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py sharing --stage 1 --model debug --synthetic
     python tools/profile.py heads
     python tools/profile.py ap
+    python tools/profile.py save
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, 2 wrong usage or something missing,
 3 another rank ended first.
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 
 from visft_ds.launch import _LOST_PEER
 from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
+from visft_ds.profiling.save_command import add_save_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_parser in (add_train_parser, add_sharing_parser, add_heads_parser, add_ap_parser):
+    for add_parser in (add_train_parser, add_sharing_parser, add_heads_parser, add_ap_parser, add_save_parser):
         add_parser(commands)
     return parser
 

@@ -216,7 +216,8 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
     }
 
 
-def _engine(stage: int, name: str, precision: str) -> Any:
+def start_engine(stage: int, name: str, precision: str) -> Any:
+    """An engine of ds_configs over the tiny model; two micro-batches a step."""
     from visft_ds.parallel.engine import ZeroEngine
 
     config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
@@ -236,7 +237,8 @@ def _engine(stage: int, name: str, precision: str) -> Any:
     return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
-def _run(engine: Any, start: int, stop: int, folder: Path | None, average: Any = None) -> dict[str, Any]:
+def run_steps(engine: Any, start: int, stop: int, folder: Path | None, average: Any = None) -> dict[str, Any]:
+    """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.averaging import gather_all
     from visft_ds.parallel.checkpoint import save_checkpoint
@@ -244,7 +246,7 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None, average: Any =
 
     rank, world = distributed.rank(), distributed.world_size()
     micro = GLOBAL_BATCH // (world * engine.accumulation)
-    losses, norms = [], []
+    losses, norms, rates = [], [], []
     for step in range(start, stop):
         whole = global_batch(step)
         starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
@@ -252,6 +254,7 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None, average: Any =
         report = engine.train_step(step, batches, normaliser(engine.module, whole, world * engine.accumulation))
         losses.append(report.losses["loss"])
         norms.append(report.gradient_norm)
+        rates.append(dict(report.learning_rates))
         if average is not None:
             average.update()
         if folder is not None and step + 1 == SAVED_AT:
@@ -259,11 +262,11 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None, average: Any =
             if state is not None:
                 save_checkpoint(folder, step + 1, state, {"case": "tiny"})
             distributed.barrier()
-    found = {"losses": losses, "norms": norms, "values": gather_parameters(engine)}
+    found = {"losses": losses, "norms": norms, "rates": rates, "values": gather_parameters(engine)}
     return found | ({"average": average.gather()} if average is not None else {})
 
 
-def _resume(engine: Any, folder: Path) -> tuple[Any, bool]:
+def resume(engine: Any, folder: Path) -> tuple[Any, bool]:
     """Take up the checkpoint in a folder. Returns the moving average, and whether the engine holds it bit for bit."""
     from visft_ds.parallel.averaging import MovingAverage, gather_all
     from visft_ds.parallel.checkpoint import newest_checkpoint
@@ -317,22 +320,22 @@ def main(out: str, name: str) -> None:
     results: dict[str, Any] = {}
     for stage in (1, 2):
         folder = Path(out).parent / f"{name}-stage{stage}"
-        straight = _engine(stage, name, "fp32")
-        results[f"stage{stage}"] = _run(straight, 0, STEPS, folder, MovingAverage(straight, DECAY))
-        resumed = _engine(stage, name, "fp32")
-        average, exact = _resume(resumed, folder)
-        results[f"stage{stage}-resumed"] = {"exact": exact, **_run(resumed, SAVED_AT, STEPS, None, average)}
+        straight = start_engine(stage, name, "fp32")
+        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, MovingAverage(straight, DECAY))
+        resumed = start_engine(stage, name, "fp32")
+        average, exact = resume(resumed, folder)
+        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
         if stage == 1:
             results["access"] = _read_and_write(resumed, average)
-        results[f"stage{stage}-bf16"] = _run(_engine(stage, name, "bf16"), 0, STEPS, None)
+        results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
     if (plain := Path(out).parent / "plain-stage1").exists():
-        resumed = _engine(1, name, "fp32")
-        _, exact = _resume(resumed, plain)
-        results["stage1-from-plain"] = {"exact": exact, **_run(resumed, SAVED_AT, STEPS, None)}
+        resumed = start_engine(1, name, "fp32")
+        _, exact = resume(resumed, plain)
+        results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
     if name != "zero3_offload":  # the loss scaler is the same as without offload
-        results["stage1-fp16"] = _run(_engine(1, name, "fp16"), 0, STEPS, None)
+        results["stage1-fp16"] = run_steps(start_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None
-    results["stage1-without-remedy"] = _run(_engine(1, name, "fp32"), 0, STEPS, None)
+    results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS, None)
     if distributed.is_main():
         torch.save(results, out)
     distributed.close()

@@ -153,10 +153,14 @@ class Saver:
         Raises:
             OSError: a save failed; its earlier checkpoints are still there.
         """
-        if self._writing is not None and (wait or self._writing.done()):
+        if wait or self.finished_writing():
             self._join()
         reports, self._reports = self._reports, []
         return reports
+
+    def finished_writing(self) -> bool:
+        """Whether nothing is on its way to the disk."""
+        return self._writing is None or self._writing.done()
 
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the outcome of an evaluation into account. Returns whether `step` is the best so far."""
