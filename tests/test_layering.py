@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("evals", "parallel"),
     ("planner", "start_report", "validation", "which"),
+    ("run_state",),
     ("train",),
     ("launch", "profiling"),
     ("doctor",),

@@ -8,6 +8,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py ap
     python tools/profile.py data --data shards
     python tools/profile.py build --workers 2
+    python tools/profile.py save
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, 2 wrong usage or something missing,
 3 another rank ended first.
@@ -21,6 +22,7 @@ from visft_ds.launch import _LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
+from visft_ds.profiling.save_command import add_save_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    parsers = (add_train_parser, add_sharing_parser, add_heads_parser, add_ap_parser, add_data_parser, add_build_parser)
-    for add_parser in parsers:
+    for add_parser in (
+        add_train_parser,
+        add_sharing_parser,
+        add_heads_parser,
+        add_ap_parser,
+        add_data_parser,
+        add_build_parser,
+        add_save_parser,
+    ):
         add_parser(commands)
     return parser
 

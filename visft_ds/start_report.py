@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.plan import Plan
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
@@ -128,6 +128,15 @@ def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
     return Section("batches", [("engine", f"ZeRO-{engine} on {batches.dp} processes"), *equations, *shares])
 
 
+def _kept(run: RunConfig) -> str:
+    kept = [f"the last {run.keep_last}"]
+    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
+    kept += [f"the best by {run.keep_best}"] if run.keep_best else []
+    averages = [f"; moving average with decay {run.ema:g}"] if run.ema else []
+    averages += [f"; mean of the last {run.average_last} exported"] if run.average_last else []
+    return f"kept: {' and '.join(kept)}" + "".join(averages)
+
+
 def _run_section(config: ResolvedConfig, start: int) -> Section:
     schedule, run = config.scheduler, config.visft.run
     steps = config.total_steps
@@ -137,7 +146,7 @@ def _run_section(config: ResolvedConfig, start: int) -> Section:
             ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
             ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
             ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
-            ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, the last {run.keep_last} are kept"),
+            ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, {_kept(run)}"),
             ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
         ],
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +33,11 @@ from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint, save_checkpoint
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
-from visft_ds.parallel.engine_state import gather_state, restore_state
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
+from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
@@ -66,7 +64,7 @@ class Run:
     engine: ZeroEngine
     loader: StepLoader
     validation: Validation | None  #: None: no evaluation during training
-    identity: dict[str, str]  #: what a checkpoint of this run must have been made with
+    state: RunState  #: checkpoints and averages
     categories: Sequence[Category]  #: that the heads know
     vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
@@ -116,26 +114,25 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         vocabulary=vocabulary,
     )
     base_sha256 = _keep_random_base(prepared, config, out)
+    engine = _build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision))
+    of_model = {"precision": precision, "base weights": prepared.base_weights}
+    of_heads = _heads_identity(heads, settings.tasks.enabled())
+    fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
+    state = RunState(config, engine, fingerprints)
     run = Run(
         config=config,
         out=out,
         batches=batches,
-        engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
+        engine=engine,
         loader=loader,
-        validation=Validation(settings, validation, vocabulary, out) if validation else None,
-        identity={
-            "configuration": config.fingerprint(),
-            "precision": precision,
-            "base weights": prepared.base_weights,
-            "heads": _heads_identity(heads, settings.tasks.enabled()),
-            **data,
-        },
+        validation=Validation(settings, validation, vocabulary, out, state.judged) if validation else None,
+        state=state,
         categories=manifest.categories,
         vocabulary=vocabulary,
         base_sha256=base_sha256,
         launched=launched,
     )
-    start = _resume(run, resume)
+    start = state.resume(resume)
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
         section = data_section(settings, sets, loader.plan)
@@ -144,9 +141,11 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     with (
         Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,
         MetricsWriter(out, resume_step=start, enabled=main) as writer,
+        state,
     ):
         try:
             step = _loop(run, start, writer, progress)
+            state.report_saves(writer, progress, wait=True)
         except (ValueError, OSError) as error:
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
@@ -155,6 +154,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         distributed.close()
         if run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
+        state.delete_obsolete()
 
 
 def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
@@ -219,32 +219,10 @@ def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_con
     )
 
 
-def _resume(run: Run, resume: str) -> int:
-    """Go on from the newest whole checkpoint. Returns the number of steps done, 0 for a fresh start."""
-    found, problem = None, None
-    if distributed.is_main() and resume != "no":
-        checkpoint, skipped = newest_checkpoint(run.out / "checkpoints")
-        for line in skipped:
-            print(f"warning: not used: {line}", file=sys.stderr, flush=True)
-        found = str(checkpoint.path) if checkpoint else None
-        if checkpoint is None and (skipped or resume == "must"):
-            problem = f"--resume {resume}: no whole checkpoint in {run.out / 'checkpoints'}"
-            problem += "; move the damaged ones away to start anew" if skipped else "; use --resume auto to start"
-    found, problem = distributed.broadcast_object((found, problem))
-    if problem:
-        raise ValueError(problem)
-    if found is None:
-        return 0
-    checkpoint = open_checkpoint(Path(found))
-    check_identity(checkpoint, run.identity)
-    restore_state(run.engine, checkpoint.load(), checkpoint.step)
-    return checkpoint.step
-
-
 def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
-    stop, saved, step, skipped = StopFlag(launched=run.launched), start, start, 0
+    stop, step, skipped = StopFlag(launched=run.launched), start, 0
     if validation and not start:
         validation.draw(predict, start, writer)
     elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
@@ -256,16 +234,16 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         )
         report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
         step = whole.step + 1
-        _check_finite(run, whole, report, saved)
+        _check_finite(run, whole, report)
+        run.state.follow_step()
         _report_skipped(run, progress, skipped)
         skipped = len(run.loader.skipped)
         now = time.perf_counter()
         _record(run, writer, progress, whole, report, seconds=now - began)
         began = now
         if step == run.total_steps or agreement.stop or step % settings.save_every == 0:
-            _save(run, step)
-            saved = step
-            progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
+            run.state.save(step)
+        run.state.report_saves(writer, progress)
         if validation:
             validation.poll(writer, progress)
             stops = agreement.stop and step < run.total_steps  # then resuming makes up for the evaluation
@@ -341,23 +319,16 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> None:
+def _check_finite(run: Run, whole: StepPlan, report: StepReport) -> None:
     """Stop every rank on the same step when the loss or, in fp32, the gradient is not a number."""
     if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
         return
     names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
     raise FloatingPointError(
-        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
+        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {run.state.saved}. "
         "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
         f"  python tools/make_shards.py which --step {whole.step} --run {run.out}"
     )
-
-
-def _save(run: Run, step: int) -> None:
-    state = gather_state(run.engine)
-    if state is not None:
-        save_checkpoint(run.out / "checkpoints", step, state, run.identity, run.config.visft.run.keep_last)
-    distributed.barrier()
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:
@@ -372,15 +343,18 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
 
 
 def _export(run: Run, step: int) -> None:
-    paths = export_weights(
-        run.engine,
-        run.config,
-        run.out / "export",
-        step=step,
-        categories=run.categories,
-        base_weights=run.identity["base weights"],
-        base_sha256=run.base_sha256,
-        vocabulary=run.vocabulary,
-    )
-    for path in paths:
-        print(f"wrote {path}", flush=True)
+    """What trained, and beside it its averages in folders of their own."""
+    for name, values in {".": {}, **run.state.averages()}.items():
+        paths = export_weights(
+            run.engine,
+            run.config,
+            run.out / "export" / name,
+            step=step,
+            categories=run.categories,
+            base_weights=run.state.identity["base weights"],
+            base_sha256=run.base_sha256,
+            vocabulary=run.vocabulary,
+            instead=values,
+        )
+        for path in paths:
+            print(f"wrote {path}", flush=True)

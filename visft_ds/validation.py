@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from visft_ds.config.schema import VisftConfig
@@ -21,17 +22,33 @@ from visft_ds.training_data import workers_of
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
 
 
-class Validation:
-    """The evaluations of one run, on its validation split."""
+def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
+    """Whether a step of a run is followed by an evaluation; `every` 0: none is."""
+    return every > 0 and (step == total_steps or step % every == 0)
 
-    def __init__(self, config: VisftConfig, manifest: Manifest, vocabulary: Vocabulary | None, out: Path) -> None:
-        self._config, self._vocabulary, self._out = config, vocabulary, out
+
+class Validation:
+    """The evaluations of one run, on its validation split.
+
+    Args:
+        judged: is told the numbers of each evaluation; returns whether this step is the best so far.
+    """
+
+    def __init__(
+        self,
+        config: VisftConfig,
+        manifest: Manifest,
+        vocabulary: Vocabulary | None,
+        out: Path,
+        judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
+    ) -> None:
+        self._config, self._vocabulary, self._out, self._judged = config, vocabulary, out, judged
         self._reader = ShardReader(manifest)
         self._judge = Judge(out / "validation", manifest, config.run.eval_limit)
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether step (of `total_steps`) is followed by an evaluation."""
-        return step == total_steps or step % self._config.run.eval_every == 0
+        return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
 
     def resume(self, step: int) -> bool:
         """Take up what an interrupted run left. Returns whether the evaluation after `step` is still to be done.
@@ -80,13 +97,13 @@ class Validation:
     def poll(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
         """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
-            _record(verdict, writer, progress)
+            _record(verdict, writer, progress, best=self._judged(verdict.step, verdict.metrics))
 
 
-def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress) -> None:
+def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:
     for problem in verdict.problems:
         print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
     if verdict.metrics:
         writer.step(verdict.step, {f"val/{name}": value for name, value in verdict.metrics.items()})
         shown = [f"{name} {verdict.metrics[name]:.3f}" for name in SHOWN if name in verdict.metrics]
-        progress.message(f"step {verdict.step} validation: {'  '.join(shown)}")
+        progress.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
 ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
 STEPS, VOCABULARY = len(ORDER), 12
+#: Of the moving average: reached after the second update, by way of the smaller decays of the first ones.
+DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -179,11 +182,13 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
     A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
     """
     module, groups = build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     parameters = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
     optimizer = torch.optim.AdamW(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
-    losses, norms = [], []
+    average = [p.detach().clone() for p in trained]
+    losses, norms, states = [], [], []
     for step in range(STEPS):
         module.train()
         whole = global_batch(step)
@@ -196,11 +201,23 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-    return {"losses": losses, "norms": norms, "values": values}
+        for held, parameter in zip(average, trained, strict=True):
+            held.lerp_(parameter.detach(), 1 - min(DECAY, (step + 2) / (step + 11)))
+        states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
+        states[-1]["value"] = {n: p.detach().clone() for n, p in named.items()}
+    names = {parameter: name for name, parameter in named.items()}
+    averages = {names[parameter]: held for parameter, held in zip(trained, average, strict=True)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "values": states[-1]["value"],
+        "average": averages,
+        "saved": states[SAVED_AT - 1],
+    }
 
 
-def _engine(stage: int, name: str, precision: str) -> Any:
+def start_engine(stage: int, name: str, precision: str) -> Any:
+    """An engine of ds_configs over the tiny model; two micro-batches a step."""
     from visft_ds.parallel.engine import ZeroEngine
 
     config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
@@ -220,14 +237,16 @@ def _engine(stage: int, name: str, precision: str) -> Any:
     return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
-def _run(engine: Any, start: int, stop: int, folder: Path | None) -> dict[str, Any]:
+def run_steps(engine: Any, start: int, stop: int, folder: Path | None, average: Any = None) -> dict[str, Any]:
+    """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
     from visft_ds.parallel import distributed
+    from visft_ds.parallel.averaging import gather_all
     from visft_ds.parallel.checkpoint import save_checkpoint
-    from visft_ds.parallel.engine_state import gather_parameters, gather_state
+    from visft_ds.parallel.engine_state import gather_parameters
 
     rank, world = distributed.rank(), distributed.world_size()
     micro = GLOBAL_BATCH // (world * engine.accumulation)
-    losses, norms = [], []
+    losses, norms, rates = [], [], []
     for step in range(start, stop):
         whole = global_batch(step)
         starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
@@ -235,36 +254,88 @@ def _run(engine: Any, start: int, stop: int, folder: Path | None) -> dict[str, A
         report = engine.train_step(step, batches, normaliser(engine.module, whole, world * engine.accumulation))
         losses.append(report.losses["loss"])
         norms.append(report.gradient_norm)
+        rates.append(dict(report.learning_rates))
+        if average is not None:
+            average.update()
         if folder is not None and step + 1 == SAVED_AT:
-            state = gather_state(engine)
+            state = gather_all(engine, average)
             if state is not None:
-                save_checkpoint(folder, step + 1, state, {"case": "tiny"}, keep_last=2)
+                save_checkpoint(folder, step + 1, state, {"case": "tiny"})
             distributed.barrier()
-    return {"losses": losses, "norms": norms, "values": gather_parameters(engine)}
+    found = {"losses": losses, "norms": norms, "rates": rates, "values": gather_parameters(engine)}
+    return found | ({"average": average.gather()} if average is not None else {})
+
+
+def resume(engine: Any, folder: Path) -> tuple[Any, bool]:
+    """Take up the checkpoint in a folder. Returns the moving average, and whether the engine holds it bit for bit."""
+    from visft_ds.parallel.averaging import MovingAverage, gather_all
+    from visft_ds.parallel.checkpoint import newest_checkpoint
+    from visft_ds.parallel.engine_state import restore_state
+
+    found, _ = newest_checkpoint(folder)
+    assert found is not None
+    wanted, average = found.load(), MovingAverage(engine, DECAY)
+    restore_state(engine, wanted, found.step)
+    average.restore(wanted.average)
+    held = gather_all(engine, average)
+    if held is None:
+        return average, True
+    pairs = [(held.parameters, wanted.parameters), *((held.moments[key], wanted.moments[key]) for key in MOMENTS)]
+    pairs += [(held.average, wanted.average)] if wanted.average else []
+    same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+    return average, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
+
+
+def _read_and_write(engine: Any, average: Any) -> dict[str, Any]:
+    """What `safe_get` and `safe_set` do to one parameter of each group, and the average in place of the values."""
+    from visft_ds.parallel.engine_state import _gathered, gather_parameters, safe_get, safe_set, trainable
+
+    values, averages = gather_parameters(engine), average.gather()
+    found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": {}}
+    chosen = {next(n for n in trainable(engine) if fnmatchcase(n, group.params)) for group in GROUPS[1]}
+    with average.used():
+        found["average"] = {name: (averages.get(name), _gathered(trainable(engine)[name]).clone()) for name in chosen}
+    for name in sorted(chosen):
+        parameter = trainable(engine)[name]
+        after = _gathered(parameter).clone()  # the average has left
+        before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
+        for what, tensor in before.items():
+            safe_set(engine, name, tensor * 2 + 1, what)
+        got = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
+        found["set"][name] = (values.get(name), after, before, got, _gathered(parameter).clone())
+    return found
 
 
 def main(out: str, name: str) -> None:
-    """One rank: both stages in fp32 and bf16, a resume of each, and stage 1 without the remedy for stale gradients."""
-    from visft_ds.parallel import checkpoint, distributed
+    """One rank: both stages in fp32 and bf16, a resume of each, and stage 1 without the remedy for stale gradients.
+
+    Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
+    """
+    from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
-    from visft_ds.parallel.engine_state import restore_state
+    from visft_ds.parallel.averaging import MovingAverage
 
     torch.set_num_threads(1)
     engine_module.start_process_group()
     results: dict[str, Any] = {}
     for stage in (1, 2):
         folder = Path(out).parent / f"{name}-stage{stage}"
-        results[f"stage{stage}"] = _run(_engine(stage, name, "fp32"), 0, STEPS, folder)
-        resumed = _engine(stage, name, "fp32")
-        found, _ = checkpoint.newest_checkpoint(folder)
-        assert found is not None
-        restore_state(resumed, found.load(), found.step)
-        results[f"stage{stage}-resumed"] = _run(resumed, SAVED_AT, STEPS, None)
-        results[f"stage{stage}-bf16"] = _run(_engine(stage, name, "bf16"), 0, STEPS, None)
+        straight = start_engine(stage, name, "fp32")
+        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, MovingAverage(straight, DECAY))
+        resumed = start_engine(stage, name, "fp32")
+        average, exact = resume(resumed, folder)
+        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
+        if stage == 1:
+            results["access"] = _read_and_write(resumed, average)
+        results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
+    if (plain := Path(out).parent / "plain-stage1").exists():
+        resumed = start_engine(1, name, "fp32")
+        _, exact = resume(resumed, plain)
+        results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
     if name != "zero3_offload":  # the loss scaler is the same as without offload
-        results["stage1-fp16"] = _run(_engine(1, name, "fp16"), 0, STEPS, None)
+        results["stage1-fp16"] = run_steps(start_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None
-    results["stage1-without-remedy"] = _run(_engine(1, name, "fp32"), 0, STEPS, None)
+    results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS, None)
     if distributed.is_main():
         torch.save(results, out)
     distributed.close()

@@ -15,6 +15,8 @@ import torch
 
 from tests.integration.engine_case import CLIP, SAVED_AT, train_plain
 from tests.integration.ranks import run_ranks
+from visft_ds.parallel.checkpoint import save_checkpoint
+from visft_ds.parallel.engine_state import EngineState
 
 #: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided; they run with the slow tests.
 ENGINES = (
@@ -49,9 +51,14 @@ def plain() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plain: dict[str, dict[str, Any]]
+) -> tuple[str, dict[str, Any]]:
     """Everything one engine did."""
     out: Path = tmp_path_factory.mktemp(request.param) / "results.pt"
+    saved = dict(plain["stage1"]["saved"])
+    state = EngineState(saved.pop("value"), saved, updates=SAVED_AT)
+    save_checkpoint(out.parent / "plain-stage1", SAVED_AT, state, {})
     run_ranks(["-m", "tests.integration.engine_case", str(out), request.param])
     return request.param, torch.load(out)
 
@@ -102,6 +109,46 @@ def test_resume_is_the_same_run_bit_for_bit(trained: tuple[str, dict[str, Any]],
     straight, resumed = trained[1][stage], trained[1][f"{stage}-resumed"]
     assert resumed["losses"] == straight["losses"][SAVED_AT:]
     assert all(torch.equal(straight["values"][name], value) for name, value in resumed["values"].items())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_moving_average_is_that_of_one_process(
+    trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str
+) -> None:
+    straight, resumed = trained[1][stage]["average"], trained[1][f"{stage}-resumed"]["average"]
+    assert straight.keys() == plain[stage]["average"].keys()
+    compared = {name: value for name, value in plain[stage]["average"].items() if name != ONLY_ROUNDING}
+    assert max(float((straight[name] - value).abs().max()) for name, value in compared.items()) <= WEIGHTS
+    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+
+
+def test_a_checkpoint_goes_in_and_out_bit_for_bit(trained: tuple[str, dict[str, Any]]) -> None:
+    assert all(trained[1][run]["exact"] for run in ("stage1-resumed", "stage2-resumed", "stage1-from-plain"))
+
+
+def test_goes_on_from_a_checkpoint_of_plain_pytorch(
+    trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]]
+) -> None:
+    """Any engine takes up what any other has left: all of them equal this one."""
+    found = differences(trained[1]["stage1-from-plain"], plain["stage1"])
+    assert found["losses"] <= LOSS
+    assert found["norms"] <= NORM
+    assert found["values"] <= WEIGHTS
+
+
+def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, dict[str, Any]]) -> None:
+    """One parameter of every group: DeepSpeed's own accessors know the moments of the first group only."""
+    access = trained[1]["access"]
+    assert access["names"][0] == access["names"][1]
+    assert {name.split(".")[1] for name in access["set"]} == {"detection", "segmentation", "captioning"}
+    for value, after, before, got, module in access["set"].values():
+        assert torch.equal(before["value"], value) and torch.equal(after, value)
+        assert all(torch.equal(got[what], tensor * 2 + 1) for what, tensor in before.items())
+        assert before["exp_avg_sq"].max() > 0
+        assert torch.equal(module, got["value"])  # what the forward computes with
+    for average, module in access["average"].values():
+        assert torch.equal(module, average)
+    assert any(not torch.equal(average, access["set"][name][0]) for name, (average, _) in access["average"].items())
 
 
 def test_stale_gradients_need_their_remedy(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Rate, Text
+from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -151,7 +151,11 @@ class RunConfig(BaseModel):
     model_config = STRICT
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500
-    keep_last: Positive = 3  #: checkpoints kept
+    keep_last: Positive = 3  #: newest checkpoints kept
+    keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
+    keep_best: Text | None = None  #: and the best one by this validation metric, e.g. "box/AP"; null: none
+    ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
+    average_last: Count = 0  #: export the mean of so many newest checkpoints as well; 0: no
     eval_every: Count = 5000  #: 0: only by tools/evaluate.py
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation

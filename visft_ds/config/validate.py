@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
-from visft_ds.config.schema import Recipe, VisftConfig
+from visft_ds.config.schema import Recipe, RunConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 
 ITEM = "*"  #: stands for a position in a list
@@ -204,6 +204,22 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
     yield from _task_contradictions(visft)
     yield from _data_contradictions(visft)
+    yield from _checkpoint_contradictions(visft.run)
+
+
+def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
+    if run.keep_best is not None and not run.eval_every:
+        yield "visft.run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+    elif run.keep_best is not None and run.eval_every % run.save_every:
+        yield (
+            "visft.run.keep_best",
+            f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
+            f"visft.run.save_every = {run.save_every}",
+        )
+    if run.keep_every % run.save_every:
+        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
+    if run.average_last > run.keep_last:
+        yield "visft.run.average_last", f"more than visft.run.keep_last = {run.keep_last} checkpoints are not kept"
 
 
 def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

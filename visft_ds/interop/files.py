@@ -303,7 +303,23 @@ def write_safetensors(
     safetensors lacks, and where `path` exists and `overwrite` is off.
     """
     path = Path(path)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "visft_ds": __version__, **metadata}}
+    pieces = safetensors_pieces(path, infos, produce, {"visft_ds": __version__, **metadata})
+
+    def write(file: Any) -> None:
+        for piece in pieces:
+            file.write(piece)
+
+    write_atomically(path, write, overwrite=overwrite)
+
+
+def safetensors_pieces(
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor; `path` is named in errors only.
+
+    Raises ValueError for a dtype that safetensors lacks, before anything is produced.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     # Largest element first: then every tensor starts at a multiple of its element size, as readers that map the file
     # need.
     order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
@@ -321,16 +337,17 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     assert sys.byteorder == "little", "safetensors is little-endian"
+    return _pieces(text, order, infos, produce)
 
-    def write(file: Any) -> None:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for name in order:
-            tensor = produce(name).detach().cpu().contiguous()
-            assert TensorInfo.of(tensor) == infos[name], f"{name}: {TensorInfo.of(tensor)} is not {infos[name]}"
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
-    write_atomically(path, write, overwrite=overwrite)
+def _pieces(
+    header: bytes, order: list[str], infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor]
+) -> Iterator[bytes | memoryview]:
+    yield struct.pack("<Q", len(header)) + header
+    for name in order:
+        tensor = produce(name).detach().cpu().contiguous()
+        assert TensorInfo.of(tensor) == infos[name], f"{name}: {TensorInfo.of(tensor)} is not {infos[name]}"
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def save_tensors(

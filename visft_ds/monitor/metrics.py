@@ -51,9 +51,12 @@ class MetricsWriter:
             self._attempt("metrics.jsonl", lambda: truncate_metrics(self.path, resume_step))
             self._attempt("TensorBoard", lambda: self._open_tensorboard(Path(out_dir) / "tensorboard", resume_step))
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
-        self._write({"kind": "step", "step": step, **values})
+    def step(self, step: int, values: Mapping[str, float], *, kind: str = "step") -> None:
+        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1.
+
+        `kind` tells readers of metrics.jsonl what the record is: "save" is one that comes after that of the step.
+        """
+        self._write({"kind": kind, "step": step, **values})
         if self._events is not None:
             numbers = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
             self._attempt("TensorBoard", lambda: self._add_summary(step, numbers))

@@ -6,7 +6,7 @@ divisible by the world size, low-precision copies are not rewritten); each is cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, grad_scaler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+VALUE = "value"
+#: Copies a tensor to the host as fp32, under a name that is the same at every save: "value/<name>", "exp_avg/<name>".
+ToHost = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class EngineState:
     moments: Mapping[str, Mapping[str, Tensor]]  #: "exp_avg" | "exp_avg_sq" -> name -> fp32, on the CPU
     updates: int  #: optimiser updates done; position of Adam's bias correction and of the schedule
     loss_scale: Mapping[str, float] = field(default_factory=dict)  #: dynamic loss scale of fp16 runs
+    average: Mapping[str, Tensor] = field(default_factory=dict)  #: name -> moving average, fp32; empty: none is kept
 
 
 def trainable(engine: ZeroEngine) -> dict[str, nn.Parameter]:
@@ -43,26 +47,68 @@ def trainable(engine: ZeroEngine) -> dict[str, nn.Parameter]:
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def gather_state(engine: ZeroEngine) -> EngineState | None:
-    """Collect the whole training state on the main process; None on the others. Collective, after >= 1 step."""
-    base = _base_optimizer(engine)
-    _relink(engine)
-    parameters: dict[str, Tensor] = {}
-    moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+def to_host(name: str, tensor: Tensor) -> Tensor:
+    """A new copy in host memory."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def gather_state(engine: ZeroEngine, keep: ToHost = to_host) -> EngineState | None:
+    """Collect the whole training state on the main process; None on the others. Collective.
+
+    Args:
+        keep: copies each tensor to the host.
+    """
+    _ensure_moments(engine)
+    found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
-        if engine.stage == 0:
-            tensors = {"value": parameter.detach(), **{key: base.state[parameter][key] for key in MOMENTS}}
-        else:
-            tensors = {"value": safe_get_full_fp32_param(parameter)}
-            tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        if distributed.is_main():  # the copies of the other ranks are dropped at once: one tensor at a time
-            parameters[name] = _to_host(tensors["value"])
-            for key in MOMENTS:
-                moments[key][name] = _to_host(tensors[key])
+        for what, named in found.items():
+            tensor = whole(engine, parameter, what)
+            if distributed.is_main():  # the copies of the other ranks are dropped at once: one tensor at a time
+                named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
         return None
-    updates = engine.deepspeed.global_steps - engine.deepspeed.skipped_steps
-    return EngineState(parameters, moments, updates, _loss_scale(engine))
+    parameters = found.pop(VALUE)
+    return EngineState(parameters, found, updates_done(engine), _loss_scale(engine))
+
+
+def updates_done(engine: ZeroEngine) -> int:
+    """Optimiser updates since the start of training; steps that an overflow made it skip are none."""
+    return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
+
+
+def safe_get(engine: ZeroEngine, name: str, what: str = VALUE) -> Tensor:
+    """The fp32 value or a moment of something that trains, whole, on the host of every rank. Collective.
+
+    Args:
+        name: qualified name, e.g. "backbone.blocks.0.attn.qkv.lora_A".
+        what: "value", "exp_avg" or "exp_avg_sq". Before the first update the moments are zero.
+
+    Raises:
+        ValueError: nothing of that name trains.
+    """
+    parameter = _named(engine, name, what)
+    _ensure_moments(engine)
+    return to_host(name, whole(engine, parameter, what))
+
+
+def safe_set(engine: ZeroEngine, name: str, tensor: Tensor, what: str = VALUE) -> None:
+    """Replace the fp32 value or a moment of something that trains; what the forward computes with follows. Collective.
+
+    Args:
+        name, what: see `safe_get`.
+        tensor: the whole new content, the same on every rank, on any device.
+
+    Raises:
+        ValueError: nothing of that name trains, or another shape.
+    """
+    parameter = _named(engine, name, what)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {shape}, given {tuple(tensor.shape)}")
+    _ensure_moments(engine)
+    set_whole(engine, parameter, tensor, what)
+    if what == VALUE:
+        refresh_module(engine)
 
 
 def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -79,7 +125,7 @@ def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) 
         if value is None:
             value = _gathered(parameter)
         if distributed.is_main():
-            values[name] = _to_host(value)
+            values[name] = to_host(name, value)
     return values
 
 
@@ -100,17 +146,10 @@ def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
         )
     _create_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
-        tensors = {key: state.moments[key][name] for key in MOMENTS}
-        if engine.stage == 0:
-            _restore_dense(engine, parameter, state.parameters[name], tensors, state.updates)
-        elif engine.stage == 3:
-            _restore_partition(parameter, state.parameters[name], tensors)
-        else:
-            device = engine.device if parameter.is_cuda else parameter.device
-            safe_set_full_fp32_param(parameter, state.parameters[name].to(device))
-            for key, value in tensors.items():
-                safe_set_full_optimizer_state(parameter, value.to(device), key)
-    _refresh_module(engine)
+        set_whole(engine, parameter, state.parameters[name], VALUE)
+        for key in MOMENTS:
+            set_whole(engine, parameter, state.moments[key][name], key)
+    refresh_module(engine)
     scheduler = engine.deepspeed.lr_scheduler
     scheduler.last_epoch = state.updates
     for group, base_lr, factor in zip(
@@ -137,56 +176,81 @@ def _relink(engine: ZeroEngine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _flat_parameters(engine: ZeroEngine) -> list[Tensor]:
-    """The flat fp32 partitions the wrapped optimiser really steps."""
+def flat_parameters(engine: ZeroEngine) -> list[Tensor]:
+    """The fp32 tensors of this rank that the optimiser really steps: flat partitions, under ZeRO-0 the parameters."""
     partitions = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
     return partitions or [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
 
 
+def _ensure_moments(engine: ZeroEngine) -> None:
+    """Moments that can be read: before the first update (every step so far may have been skipped) they are zero."""
+    state = _base_optimizer(engine).state
+    if any(MOMENTS[0] not in state[flat] for flat in flat_parameters(engine)):
+        _create_moments(engine, 0)
+    else:
+        _relink(engine)
+
+
 def _create_moments(engine: ZeroEngine, updates: int) -> None:
-    """Adam makes its state in its first step; a resumed run needs it before."""
-    if engine.stage == 0:
-        return
+    """Adam makes its state in its first update; whoever reads or restores it needs it before."""
     base = _base_optimizer(engine)
-    for flat in _flat_parameters(engine):
+    for flat in flat_parameters(engine):
         base.state[flat].update(
             step=torch.tensor(float(updates)), **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}
         )
     _relink(engine)
 
 
-def _restore_dense(
-    engine: ZeroEngine, parameter: nn.Parameter, value: Tensor, moments: Mapping[str, Tensor], updates: int
-) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
-    _base_optimizer(engine).state[parameter] = {
-        "step": torch.tensor(float(updates)),
-        **{key: moment.to(parameter.device) for key, moment in moments.items()},
-    }
+def _named(engine: ZeroEngine, name: str, what: str) -> nn.Parameter:
+    if what not in (VALUE, *MOMENTS):
+        raise ValueError(f"there is no {what!r}; allowed: {', '.join((VALUE, *MOMENTS))}")
+    named = trainable(engine)
+    if name not in named:
+        raise ValueError(f"no parameter {name!r} trains here; there are {', '.join(list(named)[:4])}, ...")
+    return named[name]
 
 
-def _restore_partition(parameter: Any, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-    """ZeRO-3: hand every rank its own padded slice (the full setter hangs when sizes do not divide)."""
-    group = parameter.ds_process_group
-    size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
-
-    def own(whole: Tensor) -> Tensor:
-        flat = whole.flatten()
-        return torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
-
-    safe_set_local_fp32_param(parameter, own(value))
-    for key, moment in moments.items():
-        safe_set_local_optimizer_state(parameter, own(moment), key)
+def whole(engine: ZeroEngine, parameter: nn.Parameter, what: str) -> Tensor:
+    """One fp32 tensor, whole, on this rank's device. Collective."""
+    if engine.stage == 0:
+        moments = _base_optimizer(engine).state[parameter]
+        return parameter.detach() if what == VALUE else moments[what]
+    if what == VALUE:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, what)
 
 
-def _refresh_module(engine: ZeroEngine) -> None:
-    """Rewrite the module's parameters from the fp32 masters, which the setters above leave untouched."""
+@torch.no_grad()
+def set_whole(engine: ZeroEngine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
+    """Write this rank's part of a whole fp32 tensor. What the forward computes with is left as it is."""
+    if engine.stage == 0:
+        (parameter if what == VALUE else _base_optimizer(engine).state[parameter][what]).copy_(tensor)
+    elif engine.stage == 3:  # a padded slice for every rank: the full setter hangs when sizes do not divide
+        group = parameter.ds_process_group
+        size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
+        flat = tensor.flatten()
+        own = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
+        if what == VALUE:
+            safe_set_local_fp32_param(parameter, own)
+        else:
+            safe_set_local_optimizer_state(parameter, own, what)
+    elif what == VALUE:
+        safe_set_full_fp32_param(parameter, tensor)
+    else:
+        safe_set_full_optimizer_state(parameter, tensor, what)
+
+
+def refresh_module(engine: ZeroEngine) -> None:
+    """Rewrite what the forward computes with from the fp32 values, which setting them leaves untouched. Collective."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
         for index in range(len(optimizer.fp16_groups)):
             optimizer.fp16_partitioned_groups_flat[index].data.copy_(optimizer.fp32_partitioned_groups_flat[index].data)
             optimizer._unflatten_partitioned_parameters(index)
+        if persistent := optimizer.persistent_parameters:
+            # Small ones stay gathered from step to step, and what is there is not gathered again.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
     elif engine.stage:
         optimizer.update_lp_params()
 
@@ -203,7 +267,3 @@ def _gathered(parameter: nn.Parameter) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

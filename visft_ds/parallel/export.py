@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,14 @@ def export_weights(
     base_weights: str,
     base_sha256: str,
     vocabulary: Vocabulary | None = None,
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Path]:
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
         base_weights: what the heads were trained on, as stage 2 compares it.
         vocabulary: goes along with heads that work with words.
+        instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     trained = gather_parameters(engine)
@@ -54,6 +57,7 @@ def export_weights(
     backbone = gather_parameters(engine, tuple(whole)) if backbone_trained else {}
     if not distributed.is_main():
         return []
+    trained, backbone = ({**own, **{n: v for n, v in instead.items() if n in own}} for own in (trained, backbone))
     written = []
     lora, tower = config.visft.lora, tower_of(engine.module.backbone)
     if backbone:

@@ -1,0 +1,51 @@
+"""One rank of the checkpoint matrix (see `test_checkpoint_matrix.py`): save under one engine, or resume from all.
+
+RANK=0 WORLD_SIZE=2 ... python -m tests.integration.matrix_case save|resume FOLDER ENGINE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.integration.engine_case import DECAY, SAVED_AT, STEPS, resume, run_steps, start_engine
+
+ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+WORLDS = (1, 2)
+#: Stage and precision of the runs that are saved -> whose checkpoints every engine takes up.
+KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "heads": (1, "fp32", tuple(f"{engine}-{world}" for engine in ENGINES for world in WORLDS)),
+    "lora": (2, "fp32", ("zero1-2", "zero3_offload-1")),
+    "fp16": (1, "fp16", ("zero1-2", "zero3-1")),  # with the state of a loss scaler
+}
+
+
+def main(what: str, folder: Path, engine: str) -> None:
+    """Save or resume; FOLDER/<engine>-<world>-<what>.pt holds what every run gave."""
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.averaging import MovingAverage
+    from visft_ds.parallel.engine import start_process_group
+
+    torch.set_num_threads(1)
+    start_process_group()
+    here = f"{engine}-{distributed.world_size()}"
+    results: dict[str, Any] = {}
+    for kind, (stage, precision, sources) in KINDS.items():
+        if what == "save":
+            made = start_engine(stage, engine, precision)
+            results[kind] = run_steps(made, 0, STEPS, folder / kind / here, MovingAverage(made, DECAY))
+            continue
+        for source in sources:
+            made = start_engine(stage, engine, precision)
+            average, exact = resume(made, folder / kind / source)
+            results[f"{kind} {source}"] = {"exact": exact, **run_steps(made, SAVED_AT, STEPS, None, average)}
+    if distributed.is_main():
+        torch.save(results, folder / f"{here}-{what}.pt")
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
