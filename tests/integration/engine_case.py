@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
 ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
 STEPS, VOCABULARY = len(ORDER), 12
+Order = Sequence[tuple[str, ...]]  #: the tasks of each step
+Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -107,26 +109,27 @@ def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTas
     return module, groups
 
 
-def samples(step: int) -> list[Sample]:
+def samples(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> list[Sample]:
     """Images and labels of a step: a pure function of the step. One image has no object, one no caption."""
+    height, width = size = sides[step % len(sides)]
     rng = np.random.default_rng(100 + step)
     made = []
     for place, objects in enumerate((2, 0, 1, 3)):
         targets = {
             "detection": _boxes(rng, objects),
-            "segmentation": _masks(rng, objects),
+            "segmentation": _masks(rng, objects, size),
             "captioning": _caption(rng, words=(3, 5, 0, 2)[place]),
         }
-        image = torch.from_numpy(rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8))
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         made.append(
             Sample(
                 index=place,
                 image_id=place,
-                original_size=(SIDE, SIDE),
-                size=(SIDE, SIDE),
+                original_size=size,
+                size=size,
                 image=image,
                 random_key=1000 * step + place,
-                targets={task: targets[task] for task in ORDER[step]},
+                targets={task: targets[task] for task in order[step]},
             )
         )
     return made
@@ -137,11 +140,11 @@ def _boxes(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[A
     return {"boxes": boxes.astype(np.float32), "labels": rng.integers(1, 90, objects)}
 
 
-def _masks(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[Any]]:
-    masks = np.zeros((objects, 14, 14), dtype=np.uint8)
+def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Mapping[str, npt.NDArray[Any]]:
+    masks = np.zeros((objects, size[0] // 4, size[1] // 4), dtype=np.uint8)
     for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
         mask[top : top + 6, left : left + 5] = 255
-    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array([SIDE, SIDE])}
+    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array(size)}
 
 
 def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:
@@ -149,14 +152,14 @@ def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[A
     return {"tokens": np.array(tokens, dtype=np.int64), "references": np.array(["words"] * bool(words), dtype=object)}
 
 
-def global_batch(step: int) -> Batch:
+def global_batch(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
     """All images of a step."""
-    return collate_joint(samples(step))
+    return collate_joint(samples(step, order, sides))
 
 
-def part(step: int, start: int, stop: int) -> Batch:
+def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
     """Some images of a step, with their labels; padded captions are as long as its own longest."""
-    return collate_joint(samples(step)[start:stop])
+    return collate_joint(samples(step, order, sides)[start:stop])
 
 
 def normaliser(module: MultiTaskModel, whole: Batch, parts: int) -> Normaliser:
@@ -173,7 +176,9 @@ def factor(step: int) -> float:
     return (step + 1) / (STEPS + 1)
 
 
-def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
+def train_plain(
+    stage: int, precision: str = "fp32", order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)
+) -> dict[str, Any]:
     """One process, one batch, torch alone: what every engine has to equal.
 
     A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
@@ -184,9 +189,9 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(len(order)):
         module.train()
-        whole = global_batch(step)
+        whole = global_batch(step, order, sides)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

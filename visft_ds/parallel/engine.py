@@ -180,6 +180,10 @@ class ZeroEngine:
         self.module.eval()
         return dict(self.deepspeed(batch.to(self.device)))
 
+    def bring_to_main(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a parameter on the main process; every rank has all of them here."""
+        return tensors
+
     def _param_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
         return groups

@@ -50,11 +50,14 @@ def gather_state(engine: ZeroEngine) -> EngineState | None:
     parameters: dict[str, Tensor] = {}
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     for name, parameter in trainable(engine).items():
-        if engine.stage == 0:
+        if parameter.is_meta:
+            tensors = {}
+        elif engine.stage == 0:
             tensors = {"value": parameter.detach(), **{key: base.state[parameter][key] for key in MOMENTS}}
         else:
             tensors = {"value": safe_get_full_fp32_param(parameter)}
             tensors |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        tensors = engine.bring_to_main(name, tensors)
         if distributed.is_main():  # the copies of the other ranks are dropped at once: one tensor at a time
             parameters[name] = _to_host(tensors["value"])
             for key in MOMENTS:
@@ -76,10 +79,11 @@ def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) 
     values: dict[str, Tensor] = {}
     for name, parameter in wanted.items():
         value = safe_get_full_fp32_param(parameter) if engine.stage == 3 and parameter.requires_grad else None
-        if value is None:
+        if value is None and not parameter.is_meta:
             value = _gathered(parameter)
+        tensors = engine.bring_to_main(name, {} if value is None else {"value": value})
         if distributed.is_main():
-            values[name] = _to_host(value)
+            values[name] = _to_host(tensors["value"])
     return values
 
 
@@ -100,6 +104,8 @@ def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
         )
     _create_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
+        if parameter.is_meta:  # another pipeline stage has it
+            continue
         tensors = {key: state.moments[key][name] for key in MOMENTS}
         if engine.stage == 0:
             _restore_dense(engine, parameter, state.parameters[name], tensors, state.updates)

@@ -11,10 +11,11 @@ Letters: M rows (images x tokens), S and Q tokens or queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS
 
 FUSED_ATTENTION, KEPT_SCORES = 5, 4
@@ -54,6 +55,16 @@ def attention(
     return Flops(2 * once, products * once if any(needed) else 0)
 
 
+class Adapters(Protocol):
+    """What the arithmetic must know of low-rank adapters, e.g. `visft.lora`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def targets(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class Tower:
     """What the arithmetic of a backbone depends on."""
@@ -71,16 +82,54 @@ class Tower:
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
 
 
+def tower_from(
+    backbone: EvaViT,
+    lora: Adapters | None,
+    trained: Iterable[str],
+    *,
+    attention_products: int = FUSED_ATTENTION,
+    linear_keeps_late: bool = False,
+) -> Tower:
+    """The arithmetic's view of a backbone.
+
+    Args:
+        lora: of the adapters in it, if any.
+        trained: names of its parameters that train.
+        attention_products, linear_keeps_late: as in `Tower`.
+    """
+    return Tower(
+        width=backbone.width,
+        depth=backbone.depth,
+        hidden=int(backbone.blocks[0].mlp.fc1.out_features),  # type: ignore[union-attr, arg-type]
+        patch_size=backbone.patch_size,
+        post_norm=backbone.post_norm,
+        rank=lora.rank if lora else 0,
+        targets=tuple(lora.targets) if lora else (),
+        checkpoint_every=backbone.checkpoint_every,
+        attention_products=attention_products,
+        linear_keeps_late=linear_keeps_late,
+        trainable=frozenset(trained),
+    )
+
+
 def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
     """Operations of the backbone for `images` images of `patches` patches (`tokens`: with a class token, if any)."""
-    flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
     inner = 3 * tower.patch_size**2
     trains = "patch_embed.proj.weight" in tower.trainable
     total = product(images * patches, inner, tower.width, to_input=False, to_weight=trains)
-    for index in range(tower.depth):
-        block, flows = _block(tower, index, images, tokens, flows)
+    for block in block_flops(tower, images, tokens):
         total += block
     return total
+
+
+def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
+    """Operations of each block for `images` images of `tokens` tokens."""
+    flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
+    blocks = []
+    for index in range(tower.depth):
+        block, flows = _block(tower, index, images, tokens, flows)
+        blocks.append(block)
+    return blocks
 
 
 def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
