@@ -42,7 +42,7 @@ def test_every_combination_resolves(stage: int, engine: str, model: str) -> None
     config = resolve(stage=stage, engine=engine, model=model)
     assert config.visft.stage == stage and config.visft.model.name == model
     assert config.visft.run.out == f"runs/stage{stage}-{model}"
-    assert derive_batches(config, 8).dp == 8
+    assert derive_batches(config, 8).dp == 8 // config.pipeline_stages
     precision = "bf16" if config.visft.model.precision == "auto" else config.visft.model.precision
     assert not {"visft", "optimizer", "scheduler"} & deepspeed_dict(config, 8, precision).keys()
 

@@ -188,21 +188,22 @@ def train_plain(
     optimizer = torch.optim.AdamW(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
-    losses, norms = [], []
+    losses, norms, named = [], [], []
     for step in range(len(order)):
         module.train()
         whole = global_batch(step, order, sides)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = module(whole, normaliser(module, whole, 1))["loss"]
-        loss.backward()
+            parts = module(whole, normaliser(module, whole, 1))
+        parts["loss"].backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
         optimizer.step()
         scheduler.step()
-        losses.append(loss.item())
+        losses.append(parts["loss"].item())
+        named.append({name: value.item() for name, value in parts.items()})
     values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-    return {"losses": losses, "norms": norms, "values": values}
+    return {"losses": losses, "norms": norms, "values": values, "named": named}
 
 
 def _engine(stage: int, name: str, precision: str) -> Any:

@@ -1,8 +1,9 @@
 """The tiny model of `engine_case` under the pipeline engine, stage by stage.
 
-One rank of a pipeline (see `test_pipeline.py`):
-    RANK=0 WORLD_SIZE=2 ... python -m tests.integration.pipeline_case OUT.pt STAGES RUN [RUN ...]
-RUN is stage:precision:order, e.g. 1:fp32:mixed; results of all runs are written by the main process.
+One rank (see `test_pipeline.py`):
+    RANK=0 WORLD_SIZE=2 ... python -m tests.integration.pipeline_case OUT.pt ENGINE RUN [RUN ...]
+ENGINE is pipeline2 or pipeline4 (stages), or one of `engine_case` to go on from checkpoints under. RUN is
+stage:precision:order[:option], e.g. 1:fp32:mixed or 1:fp32:square:from=zero2; the main process writes all results.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,41 +22,50 @@ from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import Normaliser
 
-ORDERS: Mapping[str, case.Order] = {
-    "mixed": case.ORDER,
-    "shared": (case.TASKS,) * 3,
-    **{task: ((task,),) * 3 for task in case.TASKS},
+#: Images change their shape from step to step, except where a run of another engine is to go on.
+SIDES, SQUARE = ((56, 56), (28, 84), (84, 56)), ((case.SIDE, case.SIDE),)
+ORDERS: Mapping[str, tuple[case.Order, case.Sides]] = {
+    "mixed": (case.ORDER, SIDES),
+    "square": (case.ORDER, SQUARE),
+    "shared": ((case.TASKS,) * 3, SIDES),
+    **{task: (((task,),) * 3, SIDES) for task in case.TASKS},
 }
-#: Images change their shape from step to step.
-SIDES = ((56, 56), (28, 84), (84, 56))
 #: The layers are embedding, two blocks and heads.
 BOUNDS = {2: (0, 2, 4), 4: (0, 1, 2, 3, 4)}
 
 
-def build_engine(stage: int, precision: str, stages: int) -> Any:
-    """The pipeline engine over the model that `train_plain` trains."""
+def pipeline_config(stages: int, precision: str, option: str) -> dict[str, Any]:
+    """What DeepSpeed is given."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.pipeline import PipelineEngine
 
-    config = json.loads((CONFIG_ROOT / "engines/pipeline.json").read_text())
-    accumulation = case.GLOBAL_BATCH // (distributed.world_size() // stages)
+    config: dict[str, Any] = json.loads((CONFIG_ROOT / "engines/pipeline.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": case.GLOBAL_BATCH // (distributed.world_size() // stages),
         "gradient_clipping": case.CLIP,
         "steps_per_print": 10**9,
         "pipeline": {"stages": stages},
     }
-    if precision != "fp32":
+    if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if option == "zero0":
+        config["zero_optimization"]["stage"] = 0
+    if option.startswith("offload"):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def build_engine(stage: int, precision: str, stages: int, option: str = "") -> Any:
+    """The pipeline engine over the model that `train_plain` trains."""
+    from visft_ds.parallel.pipeline import PipelineEngine
+
     module, groups = case.build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
-    optimizer_groups = [
-        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
-    ]
+    module.backbone.checkpoint_every = 1 if option == "recompute" else 0
     return PipelineEngine(
         module,
-        optimizer_groups,
-        config,
+        [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups],
+        pipeline_config(stages, precision, option),
         bounds=BOUNDS[stages],
         build_optimizer=torch.optim.AdamW,
         schedule=case.factor,
@@ -62,35 +73,134 @@ def build_engine(stage: int, precision: str, stages: int) -> Any:
     )
 
 
-def fed(engine: Any, step: int, order: case.Order) -> tuple[list[Batch], Normaliser]:
+def fed(engine: Any, step: int, order: case.Order, sides: case.Sides) -> tuple[list[Batch], Normaliser]:
     """What this rank has read of a step: pixels only, labels only, or nothing."""
-    place, role = engine.place, engine.place.role
-    whole = case.global_batch(step, order, SIDES)
-    if role is None:
+    place = engine.place
+    if place.role is None:
         return [], {}
     batches = []
     for index in range(engine.accumulation):
         first = index * place.dp_size + place.dp_rank
-        batch = case.part(step, first, first + 1, order, SIDES)
+        batch = case.part(step, first, first + 1, order, sides)
         empty = torch.zeros((1, 3, 0, 0), dtype=torch.uint8)
-        batches.append(replace(batch, targets={}) if role == "images" else replace(batch, images=empty))
-    return batches, case.normaliser(engine.module, whole, case.GLOBAL_BATCH) if role == "labels" else {}
+        batches.append(replace(batch, targets={}) if place.role == "images" else replace(batch, images=empty))
+    whole = case.global_batch(step, order, sides)
+    normaliser = case.normaliser(engine.module, whole, case.GLOBAL_BATCH) if place.role == "labels" else {}
+    return batches, normaliser
 
 
-def run(engine: Any, order: case.Order, start: int = 0) -> dict[str, Any]:
-    """Train; what `train_plain` returns, on the main process."""
-    from visft_ds.parallel.engine_state import gather_parameters
+def run(engine: Any, order: case.Order, sides: case.Sides, start: int, folder: Path | None) -> dict[str, Any]:
+    """Train; what `train_plain` returns and more, on the main process."""
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.checkpoint import save_checkpoint
+    from visft_ds.parallel.engine_state import gather_parameters, gather_state
 
-    losses, norms = [], []
+    losses, norms, reports = [], [], []
     for step in range(start, len(order)):
-        batches, normaliser = fed(engine, step, order)
+        batches, normaliser = fed(engine, step, order, sides)
         report = engine.train_step(step, batches, normaliser)
+        reports.append(report)
         losses.append(report.losses["loss"])
         norms.append(report.gradient_norm)
-    return {"losses": losses, "norms": norms, "values": gather_parameters(engine)}
+        if folder is not None and step + 1 == case.SAVED_AT:
+            state = gather_state(engine)
+            if state is not None:
+                save_checkpoint(folder, step + 1, state, {"case": "tiny"}, keep_last=2)
+            distributed.barrier()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "values": gather_parameters(engine),
+        "named": [report.losses for report in reports],
+        "rates": [report.learning_rates for report in reports],
+        "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
+        "training": distributed.gather_objects({n for n, m in engine.module.named_modules() if m.training}),
+        "anchors": distributed.gather_objects(
+            [p.detach().clone() for n, p in engine.deepspeed.module.named_parameters() if n.startswith("anchor")]
+        ),
+        "groups": distributed.gather_objects(len(engine.deepspeed.optimizer.param_groups)),
+        "held": distributed.gather_objects({n for n, p in engine.module.named_parameters() if not p.is_meta}),
+    }
 
 
-def main(out: str, stages: int, names: Sequence[str]) -> None:
+def predicted(engine: Any) -> list[Any]:
+    """What each rank was told of images of its own, of different sizes; in evaluation mode. On the main process."""
+    from visft_ds.parallel import distributed
+
+    rank = distributed.rank()
+    outputs = engine.predict(prediction_batch(rank))
+    engine.predict(prediction_batch(rank + 1))
+    return distributed.gather_objects(tensors_of(outputs)) or []
+
+
+def tensors_of(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """ "task/name" -> tensor of each head's output."""
+    return {
+        f"{task}/{name}": value
+        for task, output in outputs.items()
+        for name, value in vars(output).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def prediction_batch(rank: int) -> Batch:
+    """Images without labels; another size on each rank."""
+    return replace(case.global_batch(rank, sides=SIDES), targets={})
+
+
+def other_samples(engine: Any) -> str:
+    """The error of the stage whose labels belong to other samples than the pixels."""
+    order, sides = ORDERS["square"]
+    step = 1 if engine.place.role == "labels" else 0
+    batches, normaliser = fed(engine, step, order, sides)
+    try:
+        engine.train_step(20, batches, normaliser)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
+    """What RUN asks for."""
+    from visft_ds.parallel import checkpoint, pipeline
+    from visft_ds.parallel.engine_state import restore_state
+
+    stage, precision, order_name, *options = name.split(":")
+    option = options[0] if options else ""
+    order, sides = ORDERS[order_name]
+    if option == "offload-stale":
+        pipeline.clear_stale_gradients = lambda optimizer: None
+    if option == "no-anchors":
+        pipeline.stage_groups = lambda stages, groups: [  # type: ignore[assignment]
+            {**group, "params": own}
+            for group in groups
+            if (own := [p for p in group["params"] if any(p is other for other in stages.parameters())])
+        ]
+    if option == "own-backward":
+        pipeline.instructions = lambda stage, first: pipeline.DeepSpeedPipeline._INSTRUCTION_MAP
+    ours = engine_name.startswith("pipeline")
+    engine = (
+        build_engine(int(stage), precision, int(engine_name[8:]), option)
+        if ours
+        else case._engine(int(stage), engine_name, precision)
+    )
+    start = 0
+    if option.startswith("from="):
+        found, _ = checkpoint.newest_checkpoint(folder / f"{option[5:]}-stage{stage}")
+        assert found is not None
+        restore_state(engine, found.load(), found.step)
+        start = found.step
+    save = folder / f"{engine_name}-stage{stage}" if option == "save" else None
+    if not ours:
+        return case._run(engine, start, case.STEPS, save)
+    results = run(engine, order, sides, start, save)
+    if option == "predict":
+        results["predicted"] = predicted(engine)
+        results["other"] = other_samples(engine)
+    return results
+
+
+def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     """One rank of all runs."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
@@ -99,12 +209,15 @@ def main(out: str, stages: int, names: Sequence[str]) -> None:
     start_process_group()
     results = {}
     for name in names:
-        stage, precision, order = name.split(":")
-        results[name] = run(build_engine(int(stage), precision, stages), ORDERS[order])
+        results[name] = one_run(engine_name, name, Path(out).parent)
+        if results[name].get("other"):
+            print(results[name]["other"], flush=True)
     if distributed.is_main():
         torch.save(results, out)
+    if names[-1].endswith(":predict"):  # the stages have parted: nobody would come to a barrier
+        return
     distributed.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -45,7 +45,6 @@ REFUSED: dict[str, str] = {
     "dataloader_drop_last": _DATA,
     "data_efficiency": _DATA,
     "curriculum_learning": f"{_REMOVED}; {_DATA}",
-    "pipeline": _PARALLEL,
     "tensor_parallel": _PARALLEL,
     "expert_parallel": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
@@ -154,11 +153,19 @@ class ZeroOptimization(BaseModel):
     leaf_module: dict[str, Any] | None = None
 
 
+class Pipeline(BaseModel):
+    """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
+
+    model_config = STRICT
+    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
+
+
 class DeepSpeedKeys(BaseModel):
     """Top-level keys that are handed to DeepSpeed as they stand."""
 
     model_config = STRICT
     zero_optimization: ZeroOptimization
+    pipeline: Pipeline | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None

@@ -71,6 +71,11 @@ class ResolvedConfig:
         assert self.scheduler.params.total_num_steps is not None  # resolving filled it in
         return self.scheduler.params.total_num_steps
 
+    @property
+    def pipeline_stages(self) -> int:
+        """Processes that hold one model together; 1 without a pipeline."""
+        return int(self.deepspeed.get("pipeline", {}).get("stages", 1))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""
         ours = Recipe(

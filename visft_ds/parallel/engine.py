@@ -37,15 +37,19 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """What the trainer needs from an engine."""
+    """What the trainer and the checkpoints need from an engine."""
 
     module: MultiTaskModel
     device: torch.device
     accumulation: int
+    stage: int  #: of ZeRO
+    deepspeed: Any  #: the engine inside
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
 
     def predict(self, batch: Batch) -> dict[str, Any]: ...
+
+    def bring_to_main(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine, grad_scaler
+from visft_ds.parallel.engine import Engine, grad_scaler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,12 +38,12 @@ class EngineState:
     loss_scale: Mapping[str, float] = field(default_factory=dict)  #: dynamic loss scale of fp16 runs
 
 
-def trainable(engine: ZeroEngine) -> dict[str, nn.Parameter]:
+def trainable(engine: Engine) -> dict[str, nn.Parameter]:
     """Parameters that train, by qualified name, in the module's order."""
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def gather_state(engine: ZeroEngine) -> EngineState | None:
+def gather_state(engine: Engine) -> EngineState | None:
     """Collect the whole training state on the main process; None on the others. Collective, after >= 1 step."""
     base = _base_optimizer(engine)
     _relink(engine)
@@ -68,7 +68,7 @@ def gather_state(engine: ZeroEngine) -> EngineState | None:
     return EngineState(parameters, moments, updates, _loss_scale(engine))
 
 
-def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def gather_parameters(engine: Engine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Current values of parameters on the main process (empty elsewhere), frozen ones too. Collective.
 
     Args:
@@ -87,7 +87,7 @@ def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) 
     return values
 
 
-def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
+def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     """Put a state back. Every rank passes the same state; `step` counts optimiser steps including skipped ones.
 
     Raises:
@@ -130,12 +130,12 @@ def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
         scaler.load_state_dict(dict(state.loss_scale))
 
 
-def _base_optimizer(engine: ZeroEngine) -> Any:
+def _base_optimizer(engine: Engine) -> Any:
     """The torch optimiser inside DeepSpeed's wrapper (ZeRO-0 has no wrapper)."""
     return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
 
-def _relink(engine: ZeroEngine) -> None:
+def _relink(engine: Engine) -> None:
     """Let the accessors find the moments of every group: DeepSpeed links those of the first group only."""
     optimizer = engine.deepspeed.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -143,13 +143,13 @@ def _relink(engine: ZeroEngine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _flat_parameters(engine: ZeroEngine) -> list[Tensor]:
+def _flat_parameters(engine: Engine) -> list[Tensor]:
     """The flat fp32 partitions the wrapped optimiser really steps."""
     partitions = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
     return partitions or [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
 
 
-def _create_moments(engine: ZeroEngine, updates: int) -> None:
+def _create_moments(engine: Engine, updates: int) -> None:
     """Adam makes its state in its first step; a resumed run needs it before."""
     if engine.stage == 0:
         return
@@ -162,7 +162,7 @@ def _create_moments(engine: ZeroEngine, updates: int) -> None:
 
 
 def _restore_dense(
-    engine: ZeroEngine, parameter: nn.Parameter, value: Tensor, moments: Mapping[str, Tensor], updates: int
+    engine: Engine, parameter: nn.Parameter, value: Tensor, moments: Mapping[str, Tensor], updates: int
 ) -> None:
     with torch.no_grad():
         parameter.copy_(value)
@@ -186,7 +186,7 @@ def _restore_partition(parameter: Any, value: Tensor, moments: Mapping[str, Tens
         safe_set_local_optimizer_state(parameter, own(moment), key)
 
 
-def _refresh_module(engine: ZeroEngine) -> None:
+def _refresh_module(engine: Engine) -> None:
     """Rewrite the module's parameters from the fp32 masters, which the setters above leave untouched."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
@@ -197,7 +197,7 @@ def _refresh_module(engine: ZeroEngine) -> None:
         optimizer.update_lp_params()
 
 
-def _loss_scale(engine: ZeroEngine) -> dict[str, float]:
+def _loss_scale(engine: Engine) -> dict[str, float]:
     scaler = grad_scaler(engine.deepspeed)
     return {} if scaler is None else dict(scaler.state_dict())
 

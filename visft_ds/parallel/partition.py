@@ -5,7 +5,7 @@ Costs are operations (`profiling.flops`), not parameters: a frozen block has non
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visft_ds.config.schema import OptimizerParams, VisftConfig
+from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.roles import role_of_stage
 from visft_ds.data.shards import Role
@@ -77,45 +78,43 @@ class Partition:
         for number, cost in enumerate(self.stage_costs()):
             names = self.names[self.bounds[number] : self.bounds[number + 1]]
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            lines.append((f"stage {number}", f"{span} ({len(names)} layers), {100 * cost / whole:.1f} % of the operations"))
+            share = f"{100 * cost / whole:.1f} % of the operations"
+            lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
         idle = (
-            f"{100 * self.bubble(micro_batches):.0f} % of the time predicted, with {micro_batches} micro-batches to a "
-            "step (smaller visft.tasks.<task>.micro_batch: more of them, less waiting)"
+            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to a "
+            "step; a smaller micro_batch gives more of them, which wait less"
         )
         return [*lines, ("waiting", idle)]
 
 
-def plan_partition(
-    config: VisftConfig,
-    defaults: OptimizerParams,
-    micro: Mapping[str, int],
-    stages: int,
-    vocabulary_size: int = PUBLISHED_VOCABULARY,
-) -> Partition:
+def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: int | None) -> Partition | None:
     """Divide the layers of the configured model such that the slowest stage has as little work as possible.
 
     Args:
-        config: the "visft" block.
-        defaults: of the parameter groups.
-        micro: stream -> images of a micro-batch.
-        stages: how many.
-        vocabulary_size: of the captions.
+        batches: with the number of stages and the images of a micro-batch.
+        vocabulary_size: of the captions; None: that of the published heads.
+
+    Returns:
+        None for a run without a pipeline.
 
     Raises:
         ValueError: more stages than layers, or groups that match nothing.
     """
-    module, _ = plan_model(config, defaults, vocabulary_size)
+    if batches.stages == 1:
+        return None
+    visft, stages = config.visft, batches.stages
+    module, _ = plan_model(visft, config.optimizer.params, vocabulary_size or PUBLISHED_VOCABULARY)
     names = ("embedding", *(f"blocks.{index}" for index in range(module.backbone.depth)), "heads")
     if stages > len(names):
         raise ValueError(
-            f"pipeline.stages = {stages}: {config.model.name} has {len(names)} layers (embedding, "
+            f"pipeline.stages = {stages}: {visft.model.name} has {len(names)} layers (embedding, "
             f"{module.backbone.depth} blocks, heads); give at most {len(names)}"
         )
-    streams = config.streams()
+    streams = visft.streams()
     whole = sum(stream.share for stream in streams.values())
     costs = [0.0] * len(names)
     for name, stream in streams.items():
-        for index, cost in enumerate(_stream_costs(module, config, stream, micro[name])):
+        for index, cost in enumerate(_stream_costs(module, visft, stream, batches.micro[name])):
             costs[index] += cost * stream.share / whole
     return Partition(names, tuple(costs), divide(costs, stages))
 
@@ -198,7 +197,7 @@ def _head_flops(module: MultiTaskModel, task: str, images: int, side: int, *, fl
     ends = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
     with FlopCounterMode(display=False) as backward:
         if ends:
-            torch.stack(ends).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(ends).sum().backward()
     return Flops(forward.get_total_flops(), backward.get_total_flops())
 
 

@@ -35,7 +35,7 @@ _ANCHOR_SIZE = 64
 CHECK_EVERY = 20
 
 
-class StagesModule(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
+class StagesModule(PipelineModule):
     """DeepSpeed's module over the layers of a model, divided where it is told.
 
     Args:
@@ -203,7 +203,9 @@ class PipelineEngine:
         wanted = _exchange(batch, ranks, group)
         outputs: list[dict[str, Any]] = []
         self._run(
-            lambda fed: self.deepspeed.eval_batch(fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks)),
+            lambda fed: self.deepspeed.eval_batch(
+                fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks)
+            ),
             wanted,
             None,
             lambda predicted, received, _: outputs.append(to_host(predicted)),

@@ -1,7 +1,7 @@
 """A prepared model as the list of layers that a pipeline divides: the same modules, no second definition.
 
-Between layers travel two tensors: the tokens (B, N, D) float32, and an untouched checksum (1,) int64 of the samples they
-belong to. Labels never travel: the last layer is handed its batch.
+Between layers travel two tensors: the tokens (B, N, D) float32, and an untouched checksum (1,) int64 of the samples
+they belong to. Labels never travel: the last layer is handed its batch.
 Letters: B images, H W pixels, N tokens, D width.
 """
 
@@ -82,8 +82,8 @@ class HeadsLayer(nn.Module):
         expected = grid[0] * grid[1] + (model.backbone.cls_token is not None)
         if tokens.shape[:2] != (len(batch.sizes), expected):
             raise RuntimeError(
-                f"the last pipeline stage received {tuple(tokens.shape[:2])} tokens for labels of images "
-                f"{size[0]} x {size[1]}, which have {(len(batch.sizes), expected)}: the stages do not follow the same plan"
+                f"the last pipeline stage received tokens {tuple(tokens.shape[:2])} and labels of images {size[0]} x "
+                f"{size[1]}, which have {(len(batch.sizes), expected)}: the stages do not follow the same plan"
             )
         batch = batch.to(tokens.device)
         features = model.backbone.feature_map(self.norm(tokens), grid).float()
