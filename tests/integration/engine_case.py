@@ -177,9 +177,9 @@ def factor(step: int) -> float:
 
 
 def train_plain(
-    stage: int, precision: str = "fp32", order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)
+    stage: int, precision: str = "fp32", order: Order = ORDER, sides: Sides = ((SIDE, SIDE),), parts: int = 1
 ) -> dict[str, Any]:
-    """One process, one batch, torch alone: what every engine has to equal.
+    """One process, one batch (or `parts` of it, one after another), torch alone: what every engine has to equal.
 
     A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
     """
@@ -194,14 +194,18 @@ def train_plain(
         whole = global_batch(step, order, sides)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            parts = module(whole, normaliser(module, whole, 1))
-        parts["loss"].backward()
+        sums: dict[str, float] = {}
+        for start in range(0, GLOBAL_BATCH, GLOBAL_BATCH // parts):
+            batch = whole if parts == 1 else part(step, start, start + GLOBAL_BATCH // parts, order, sides)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                found = module(batch, normaliser(module, whole, parts))
+            (found["loss"] / parts).backward()
+            sums = {name: sums.get(name, 0.0) + value.item() / parts for name, value in found.items()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
         optimizer.step()
         scheduler.step()
-        losses.append(parts["loss"].item())
-        named.append({name: value.item() for name, value in parts.items()})
+        losses.append(sums["loss"])
+        named.append(sums)
     values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     return {"losses": losses, "norms": norms, "values": values, "named": named}
 

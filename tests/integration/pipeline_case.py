@@ -177,13 +177,18 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
             if (own := [p for p in group["params"] if any(p is other for other in stages.parameters())])
         ]
     if option == "own-backward":
-        pipeline.instructions = lambda stage, first: pipeline.DeepSpeedPipeline._INSTRUCTION_MAP
+        names = ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")
+        theirs = {one: how for one, how in pipeline.DeepSpeedPipeline._INSTRUCTION_MAP.items() if one.__name__ in names}
+        ours_with_labels = pipeline.instructions
+        pipeline.instructions = lambda stage, first: {**ours_with_labels(stage, first), **theirs}
     ours = engine_name.startswith("pipeline")
     engine = (
         build_engine(int(stage), precision, int(engine_name[8:]), option)
         if ours
         else case._engine(int(stage), engine_name, precision)
     )
+    if option == "zero0":
+        engine.deepspeed.get_global_grad_norm = lambda: 0.0  # it has none
     start = 0
     if option.startswith("from="):
         found, _ = checkpoint.newest_checkpoint(folder / f"{option[5:]}-stage{stage}")

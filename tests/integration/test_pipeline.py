@@ -1,8 +1,8 @@
 """The pipeline engine equals one plain PyTorch process on the global batch, predicts the same and resumes elsewhere.
 
-Two stages with two micro-batches and more against one batch of four; images of another shape in each step; ragged labels
-of three tasks that reach the heads on the last stage only. Stage 1 leaves all stages but the last without anything
-to train, stage 2 freezes the heads, and with four stages each holds a single layer, of which some are frozen.
+Two stages with two micro-batches and more against one batch of four; images of another shape in each step; ragged
+labels of three tasks that reach the heads on the last stage only. Stage 1 leaves all stages but the last without
+anything to train, stage 2 freezes the heads, and with four stages each holds a single layer, of which some are frozen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from tests.integration import engine_case as case
 from tests.integration.pipeline_case import ORDERS, prediction_batch, tensors_of
 from tests.integration.ranks import finish, run_ranks, start_ranks
-from tests.integration.test_engines import BF16_LOSS, BF16_NORM, BF16_WEIGHTS, LOSS, NORM, WEIGHTS, differences
+from tests.integration.test_engines import BF16_LOSS, BF16_NORM, LOSS, NORM, WEIGHTS, differences
 
 STAGES, TASK_ORDERS = (1, 2), ("shared", *case.TASKS)
 FAST = ("2:fp32:mixed", "1:fp32:mixed:predict")
@@ -37,15 +37,15 @@ SHAPES = (
 
 
 @cache
-def plain(stage: int, precision: str, order: str) -> dict[str, Any]:
+def plain(stage: int, precision: str, order: str, parts: int) -> dict[str, Any]:
     """The reference run of one process."""
-    return case.train_plain(stage, precision, *ORDERS[order])
+    return case.train_plain(stage, precision, *ORDERS[order], parts)
 
 
-def reference(name: str) -> dict[str, Any]:
+def reference(name: str, parts: int = 1) -> dict[str, Any]:
     """What a run has to equal."""
     stage, precision, order = name.split(":")[:3]
-    return plain(int(stage), precision, order)
+    return plain(int(stage), precision, order, parts)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -70,12 +70,18 @@ def test_equals_one_process(trained: dict[str, dict[str, Any]]) -> None:
 
 
 def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
-    """The bounds are those of the ZeRO engines, whose micro-batches round gradients as often."""
+    """In bf16 it matters which images are multiplied together, so the process takes them one by one as the stages do.
+
+    Every product is then rounded alike and what is left is the order of fp32 sums: the bounds of fp32 hold. With the
+    whole batch at once, losses and norms stay within what the ZeRO engines are allowed.
+    """
     for name, run in runs(trained, "bf16").items():
-        found = differences(run, reference(name))
-        assert found["losses"] <= BF16_LOSS, name
-        assert found["norms"] <= BF16_NORM, name
-        assert found["values"] <= BF16_WEIGHTS, name
+        found = differences(run, reference(name, case.GLOBAL_BATCH))
+        assert found["losses"] <= LOSS, name
+        assert found["norms"] <= NORM, name
+        assert found["values"] <= WEIGHTS, name
+        whole = differences(run, reference(name))
+        assert whole["losses"] <= BF16_LOSS and whole["norms"] <= BF16_NORM, name
 
 
 def test_every_rank_reports_every_loss_by_name(trained: dict[str, dict[str, Any]]) -> None:
@@ -106,8 +112,8 @@ def test_every_stage_has_every_group_and_anchors_do_not_move(trained: dict[str, 
     for name, run in runs(trained, "fp32").items():
         groups = len(case.GROUPS[int(name[0])])
         assert set(run["groups"]) == {groups}, name
-        alone = 0 if name.startswith("2:") and len(run["anchors"]) == 2 else groups  # else the first stage is frozen
-        assert len(run["anchors"][0]) == alone, name
+        trains = {name for name in run["held"][0] if ".lora_" in name}  # what the first stage holds
+        assert len(run["anchors"][0]) == (0 if trains else groups), name
         assert not any(anchor.any() for anchors in run["anchors"] for anchor in anchors), name
 
 
@@ -150,7 +156,7 @@ def test_faults_of_deepspeed_need_their_remedies(option: str, tmp_path: Path) ->
     ranks = start_ranks(["-m", "tests.integration.pipeline_case", str(out), "pipeline2", name])
     codes, printed = finish(ranks, timeout=120)
     if option == "no-anchors":  # a stage without anything to train
-        assert codes[0] and "list index out of range" in printed[0]
+        assert codes[0] and "optimizer got an empty parameter list" in printed[0]
     elif option == "own-backward":  # gradients are sent to a stage that has no use for them
         assert any(codes) and "does not require grad" in "".join(printed)
     else:
@@ -171,7 +177,8 @@ def test_a_checkpoint_goes_from_any_engine_to_any_other(tmp_path: Path) -> None:
         names = [f"{stage}:fp32:square:save" for stage in STAGES]
         run_ranks(["-m", "tests.integration.pipeline_case", out, engine, *names], world)
     for engine, world in [*engines.items(), ("pipeline2", 4)]:
-        names = [f"{stage}:fp32:square:from={source}" for stage in STAGES for source in engines]
+        sources = [source for source in engines if "pipeline" in engine + source]
+        names = [f"{stage}:fp32:square:from={source}" for stage in STAGES for source in sources]
         run_ranks(["-m", "tests.integration.pipeline_case", out, engine, *names], world)
         for name, run in torch.load(out).items():
             found = differences(run, reference(name))

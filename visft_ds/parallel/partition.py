@@ -81,8 +81,8 @@ class Partition:
             share = f"{100 * cost / whole:.1f} % of the operations"
             lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
         idle = (
-            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to a "
-            "step; a smaller micro_batch gives more of them, which wait less"
+            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
+            "a step; a smaller micro_batch gives more of them, which wait less"
         )
         return [*lines, ("waiting", idle)]
 
