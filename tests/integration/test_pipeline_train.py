@@ -43,6 +43,13 @@ def records(out: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
     return losses, {k: v for line in lines for k, v in line.items() if k.startswith("val/")}
 
 
+def told(out: Path) -> tuple[list[tuple[int, float]], list[str]]:
+    """What the evaluation was told: (image, score) of every box in order of the scores, and all captions."""
+    folder = out / "validation" / f"step_{STEPS:08d}"
+    boxes, captions = (json.loads((folder / f"{t}_results.json").read_text()) for t in ("detection", "captioning"))
+    return sorted((box["image_id"], box["score"]) for box in boxes), [caption["caption"] for caption in captions]
+
+
 @pytest.fixture(scope="module")
 def zero(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero") / "stage1"
@@ -62,6 +69,10 @@ def test_the_same_run_as_under_zero(shards: Path, zero: Path, tmp_path: Path, st
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # eight steps of Adam on rounding
     assert judged.keys() == expected.keys() and "val/box/AP" in judged and "val/caption/CIDEr-D" in judged
     assert judged == pytest.approx(expected, abs=1e-3)  # ranks of near ties may change places
+    (boxes, captions), (true_boxes, true_captions) = told(out), told(zero)
+    assert [image for image, _ in boxes] == [image for image, _ in true_boxes] and len(boxes) > 100
+    assert [score for _, score in boxes] == pytest.approx([score for _, score in true_boxes], rel=1e-4)
+    assert captions == true_captions and len(captions) == 12
     parameters, reference = trained(out), trained(zero)
     assert parameters.keys() == reference.keys()
     for task in TASKS:
