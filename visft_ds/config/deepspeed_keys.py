@@ -20,7 +20,7 @@ _PRECISION = (
 )
 _BATCH = "state visft.tasks.<task>.batch_size; derived values are printed at start"
 _CHECKPOINT = "checkpoints are written by visft_ds, independent of world size and ZeRO stage; see visft.run.save_every"
-_PARALLEL = "one data-parallel group is what the engine trains with; remove it"
+_PARALLEL = "processes are divided over data (ZeRO) and layers (--engine pipeline) only; remove it"
 _DATA = "order, mixture and augmentation of the data are functions of visft.seed and the step; see visft.data"
 _REMOVED = f"removed from DeepSpeed {DEEPSPEED_VERSION} (https://github.com/deepspeedai/DeepSpeed/issues/8489)"
 
