@@ -138,7 +138,7 @@ def prepare_model(
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     if stage.uses_lora and config.lora is not None:
         notes.append(f"LoRA changes the features (relative change {_check_effect(backbone):.1e} when B is perturbed)")
-    backbone.checkpoint_every = config.model.checkpoint_every
+    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     return PreparedModel(module, groups, base_weights, tuple(notes))
 
 
@@ -163,7 +163,7 @@ def plan_model(
         backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
         module = _build_module(config, backbone, vocabulary_size)
         _adapt(config, backbone)
-    backbone.checkpoint_every = config.model.checkpoint_every
+    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
     return module, groups

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.monitor.console import Section, print_plan
@@ -45,7 +45,7 @@ def print_start(
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(attention_backend(device, dtype))),
-                ("recompute", f"every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"),
+                ("recompute", _recompute(model)),
             ],
         ),
         _groups_section(prepared.groups),
@@ -56,6 +56,11 @@ def print_start(
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
+
+
+def _recompute(model: ModelConfig) -> str:
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}[model.recompute]
+    return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
 def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan) -> Section:

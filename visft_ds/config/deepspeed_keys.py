@@ -38,7 +38,8 @@ REFUSED: dict[str, str] = {
     "torch_autocast": _PRECISION,
     "data_types": _PRECISION,
     "amp": f"{_REMOVED}; {_PRECISION}",
-    "activation_checkpointing": "state visft.model.checkpoint_every: every k-th block is recomputed, 0 for none",
+    "activation_checkpointing": "state visft.model.checkpoint_every: every k-th block is recomputed, 0 for none; and "
+    "visft.model.recompute: what of it",
     "checkpoint": _CHECKPOINT,
     "datastates_ckpt": _CHECKPOINT,
     "nebula": f"{_REMOVED}; {_CHECKPOINT}",

@@ -46,6 +46,7 @@ NOT_IDENTITY = (
     "visft.model.name",
     "visft.model.weights",
     "visft.model.checkpoint_every",
+    "visft.model.recompute",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",

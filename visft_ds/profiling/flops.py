@@ -77,6 +77,7 @@ class Tower:
     rank: int = 0  #: of the adapters; 0: none
     targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
     checkpoint_every: int = 0
+    recompute: str = "block"  #: one of models.eva_vit.RECOMPUTE
     attention_products: int = FUSED_ATTENTION
     linear_keeps_late: bool = False  #: DeepSpeed's linear layer (ZeRO-3) notes what it keeps after its product
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
@@ -106,6 +107,7 @@ def tower_from(
         rank=lora.rank if lora else 0,
         targets=tuple(lora.targets) if lora else (),
         checkpoint_every=backbone.checkpoint_every,
+        recompute=backbone.recompute,
         attention_products=attention_products,
         linear_keeps_late=linear_keeps_late,
         trainable=frozenset(trained),
@@ -135,25 +137,39 @@ def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
 def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
     """One block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
-    total = last = Flops()
+    total, inside, costs = Flops(), False, dict[str, Flops]()
     for branch, layers in (("1", ("attn.qkv", "attention", "attn.proj")), ("2", ("mlp.fc1", "mlp.fc2"))):
         inside = flows or (not tower.post_norm and _any(tower, (f"{start}norm{branch}.",)))
         for layer in layers:
             if layer == "attention":
                 inside = inside or _any(tower, (f"{start}attn.q_bias", f"{start}attn.v_bias"))
-                last = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
+                cost = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
             else:
-                last = _linear(tower, start, layer, rows, inside)
+                cost = _linear(tower, start, layer, rows, inside)
                 inside = inside or _any(tower, (f"{start}{layer}.",))
-            total += last
+            costs[layer] = cost
+            total += cost
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
     if tower.trainable and tower.checkpoint_every and index % tower.checkpoint_every == 0:
-        # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
-        # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is.
-        plain_end = not (tower.post_norm or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",)))
-        again = total.forward - (last.forward if plain_end else 0)
-        total += Flops(recompute=again if flows else 0)
+        again = _again(tower, start, costs)
+        total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows
+
+
+def _again(tower: Tower, start: str, costs: Mapping[str, Flops]) -> int:
+    """Operations of the second forward of a block, or of what of it is recomputed."""
+    chosen = {layer: cost.forward for layer, cost in costs.items()}
+    if tower.recompute == "mlp":
+        chosen = {layer: cost for layer, cost in chosen.items() if layer.startswith("mlp.")}
+    elif tower.recompute == "all_but_attention" and tower.attention_products == FUSED_ATTENTION:
+        chosen["attention"] = 0  # plain products are not kept
+    # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
+    # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is. The norm behind
+    # an MLP that is recomputed alone has kept what it needs.
+    normed = tower.post_norm and tower.recompute != "mlp"
+    if not (normed or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",))):
+        chosen["mlp.fc2"] = 0
+    return sum(chosen.values())
 
 
 def _linear(tower: Tower, start: str, layer: str, rows: int, flows: bool) -> Flops:
