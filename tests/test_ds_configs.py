@@ -42,7 +42,7 @@ def test_every_combination_resolves(stage: int, engine: str, model: str) -> None
     config = resolve(stage=stage, engine=engine, model=model)
     assert config.visft.stage == stage and config.visft.model.name == model
     assert config.visft.run.out == f"runs/stage{stage}-{model}"
-    assert derive_batches(config, 8).dp == 8
+    assert derive_batches(config, 8).dp == 8 // config.pipeline_stages
     precision = "bf16" if config.visft.model.precision == "auto" else config.visft.model.precision
     assert not {"visft", "optimizer", "scheduler"} & deepspeed_dict(config, 8, precision).keys()
 
@@ -188,8 +188,9 @@ def test_deepspeed_accepts_every_engine(engine: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = resolve(stage=2, model="debug", engine=engine, settings=["gradient_clipping=0.25"])
-    parsed = DeepSpeedConfig(deepspeed_dict(config, 1, "fp32"))
-    assert parsed.zero_optimization_stage == int(engine[4]) and parsed.gradient_clipping == 0.25
+    parsed = DeepSpeedConfig(deepspeed_dict(config, config.pipeline_stages, "fp32"))  # one data-parallel process
+    stage = 1 if engine == "pipeline" else int(engine[4])
+    assert parsed.zero_optimization_stage == stage and parsed.gradient_clipping == 0.25
     assert parsed.train_batch_size == config.visft.tasks.enabled()["detection"].batch_size
     assert (parsed.zero_config.offload_optimizer is not None) == engine.endswith("offload")
 

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("conversion", "models", "tasks"),
-    ("training_data",),
+    ("profiling.flops", "training_data"),
     ("interop", "multitask", "run_folder", "streams"),
     ("stages",),
     ("evals", "parallel"),

@@ -99,13 +99,19 @@ class MultiTaskModel(nn.Module):
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) in float32 and their valid mask (B, h, w) bool."""
-        pixels = normalise_pixels(batch.images, batch.sizes)
-        # A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
-        short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
-        pixels = F.pad(pixels, (0, short[1], 0, short[0]))
+        pixels = self.pixels(batch.images, batch.sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features: Tensor = self.backbone(pixels).float()
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+
+    def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """What the backbone is fed: `normalise_pixels`, and never less than one patch.
+
+        A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
+        """
+        pixels = normalise_pixels(images, sizes)
+        short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
+        return F.pad(pixels, (0, short[1], 0, short[0]))
 
     def forward(self, batch: Batch, normaliser: Normaliser | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions when no normaliser is given.
@@ -121,6 +127,12 @@ class MultiTaskModel(nn.Module):
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """
         features, valid = self.features(batch)
+        return self.outputs(features, valid, batch, normaliser)
+
+    def outputs(
+        self, features: Tensor, valid: Tensor, batch: Batch, normaliser: Normaliser | None = None
+    ) -> dict[str, Any]:
+        """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
         # Heads and losses stay in float32 whatever the backbone computes in.
         with torch.autocast(features.device.type, enabled=False):
             if normaliser is None:

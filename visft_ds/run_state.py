@@ -16,7 +16,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.parallel import distributed
 from visft_ds.parallel.averaging import MovingAverage, average_last, gather_all
 from visft_ds.parallel.checkpoint import check_identity, newest_checkpoint, open_checkpoint
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.engine_state import restore_state
 from visft_ds.parallel.saving import Retention, Saver, recorded_scores
 from visft_ds.validation import evaluation_is_due
@@ -34,7 +34,7 @@ class RunState:
         identity: what a checkpoint of this run must have been made with.
     """
 
-    def __init__(self, config: ResolvedConfig, engine: ZeroEngine, identity: Mapping[str, str]) -> None:
+    def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str]) -> None:
         run = config.visft.run
         self.identity = dict(identity)
         self._out, self._engine, self._average_last = Path(run.out or ""), engine, run.average_last

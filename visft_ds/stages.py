@@ -138,14 +138,21 @@ def prepare_model(
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     if stage.uses_lora and config.lora is not None:
         notes.append(f"LoRA changes the features (relative change {_check_effect(backbone):.1e} when B is perturbed)")
-    backbone.checkpoint_every = config.model.checkpoint_every
+    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     return PreparedModel(module, groups, base_weights, tuple(notes))
 
 
 def plan_groups(
     config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
 ) -> tuple[TrainedGroup, ...]:
-    """What would train, from shapes alone: the model is built on the meta device, no file is read.
+    """What would train, see `plan_model`."""
+    return plan_model(config, defaults, vocabulary_size)[1]
+
+
+def plan_model(
+    config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
+) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
+    """The model on the meta device and what would train, from shapes alone: no file is read.
 
     `vocabulary_size` is that of the published captioning heads unless the data's own is known.
 
@@ -156,9 +163,10 @@ def plan_groups(
         backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
         module = _build_module(config, backbone, vocabulary_size)
         _adapt(config, backbone)
+    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
-    return groups
+    return module, groups
 
 
 def trains_backbone(config: VisftConfig) -> bool:

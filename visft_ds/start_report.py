@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.config.schema import RunConfig, VisftConfig
+from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.plan import Plan
+from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
+from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.stages import PUBLISHED_VOCABULARY, STAGES, PreparedModel, TrainedGroup, plan_groups
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
@@ -23,6 +25,7 @@ def print_start(
     prepared: PreparedModel,
     batches: Batches,
     data: Section,
+    partition: Partition | None,
     *,
     precision: str,
     device: torch.device,
@@ -42,16 +45,22 @@ def print_start(
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(attention_backend(device, dtype))),
-                ("recompute", f"every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"),
+                ("recompute", _recompute(model)),
             ],
         ),
         _groups_section(prepared.groups),
         _batch_section(config, batches),
+        *_pipeline_sections(partition, batches),
         data,
         Section("checks passed", [("-", note) for note in prepared.notes]),
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
+
+
+def _recompute(model: ModelConfig) -> str:
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}[model.recompute]
+    return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
 def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan) -> Section:
@@ -84,10 +93,15 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None
             captions give no vocabulary.
     """
     print(json.dumps(config.to_dict(), indent=2))
+    # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
+    batches = derive_batches(config, max(world_size, config.pipeline_stages))
+    vocabulary = known_vocabulary(config.visft)
+    partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     sections = [
         Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
-        _planned_groups(config),
-        _batch_section(config, derive_batches(config, world_size)),
+        _planned_groups(config, vocabulary),
+        _batch_section(config, batches),
+        *_pipeline_sections(partition, batches),
         _run_section(config, 0),
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
@@ -99,9 +113,8 @@ def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({STAGES[config.visft.stage].name}), {config.visft.model.name}"
 
 
-def _planned_groups(config: ResolvedConfig) -> Section:
+def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:
     """What would train; says where a number rests on a vocabulary that is not there yet."""
-    vocabulary = known_vocabulary(config.visft)
     size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
     groups = plan_groups(config.visft, config.optimizer.params, size)
     with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)
@@ -124,8 +137,16 @@ def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
         for stream in streams
     ]
     equations = [("batch", line) for line in batches.equations()]
-    engine = config.deepspeed["zero_optimization"]["stage"]
-    return Section("batches", [("engine", f"ZeRO-{engine} on {batches.dp} processes"), *equations, *shares])
+    zero = config.deepspeed["zero_optimization"]["stage"]
+    engine = f"ZeRO-{zero} on {batches.dp} processes"
+    if batches.stages > 1:
+        engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
+    return Section("batches", [("engine", engine), *equations, *shares])
+
+
+def _pipeline_sections(partition: Partition | None, batches: Batches) -> list[Section]:
+    """Who does what in a pipeline; nothing without one."""
+    return [Section("pipeline", partition.rows(batches.accumulation))] if partition else []
 
 
 def _kept(run: RunConfig) -> str:

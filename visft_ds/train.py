@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import StepPlan
+from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
@@ -33,9 +33,11 @@ from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
+from visft_ds.parallel.build import build_engine
+from visft_ds.parallel.engine import Engine, StepReport, start_process_group
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
+from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -61,8 +63,8 @@ class Run:
     config: ResolvedConfig
     out: Path
     batches: Batches
-    engine: ZeroEngine
-    loader: StepLoader
+    engine: Engine
+    loader: StepLoader | IdleLoader
     validation: Validation | None  #: None: no evaluation during training
     state: RunState  #: checkpoints and averages
     categories: Sequence[Category]  #: that the heads know
@@ -95,6 +97,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     open_run_folder(out, config, resume)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
+    for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
+    partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
 
     launched = "RANK" in os.environ
     start_process_group()
@@ -114,7 +118,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         vocabulary=vocabulary,
     )
     base_sha256 = _keep_random_base(prepared, config, out)
-    engine = _build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision))
+    engine = build_engine(config, prepared, for_deepspeed, partition)
     of_model = {"precision": precision, "base weights": prepared.base_weights}
     of_heads = _heads_identity(heads, settings.tasks.enabled())
     fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
@@ -136,11 +140,17 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
         section = data_section(settings, sets, loader.plan)
-        print_start(config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start)
-    main = distributed.is_main()
+        why = f"{precision} ({why})"
+        print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
+    _loop_and_export(run, start)
+
+
+def _loop_and_export(run: Run, start: int) -> None:
+    """What follows once everything stands."""
+    state, main = run.state, distributed.is_main()
     with (
-        Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,
-        MetricsWriter(out, resume_step=start, enabled=main) as writer,
+        Progress(run.total_steps, start=start, log_every=run.config.visft.run.log_every, enabled=main) as progress,
+        MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
         state,
     ):
         try:
@@ -183,39 +193,23 @@ def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
 
 def _build_loader(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
-) -> StepLoader:
+) -> StepLoader | IdleLoader:
     kind, number, _ = workers_of(settings.data)
+    place = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
+    if place.role is None:
+        return IdleLoader(plan_of(settings, sets))
     return StepLoader(
         {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
         plan_of(settings, sets),
         pipelines_of(settings, sets, vocabulary),
-        dp_rank=distributed.rank(),
-        dp_size=batches.dp,
+        dp_rank=place.dp_rank,
+        dp_size=place.dp_size,
         accumulation=batches.accumulation,
+        role=place.role,
         workers=kind,
         num_workers=number,
         prefetch_steps=settings.data.prefetch_steps,
         skip_damaged=settings.data.skip_damaged,
-    )
-
-
-def _build_engine(config: ResolvedConfig, prepared: PreparedModel, deepspeed_config: dict[str, Any]) -> ZeroEngine:
-    optimizer, scheduler = config.optimizer.params, config.scheduler
-    return ZeroEngine(
-        prepared.module,
-        prepared.optimizer_groups(),
-        deepspeed_config,
-        build_optimizer=lambda groups: torch.optim.AdamW(
-            groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        ),
-        schedule=Schedule(
-            scheduler.type,
-            scheduler.params.warmup_num_steps,
-            config.total_steps,
-            scheduler.params.warmup_min_ratio,
-            scheduler.params.cos_min_ratio,
-        ),
-        seed=config.visft.seed,
     )
 
 

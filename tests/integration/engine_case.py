@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning
 STEPS, VOCABULARY = len(ORDER), 12
 #: Of the moving average: reached after the second update, by way of the smaller decays of the first ones.
 DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
+Order = Sequence[tuple[str, ...]]  #: the tasks of each step
+Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
+Feed = Callable[[Any, int], tuple[list[Batch], Normaliser]]  #: (engine, step) -> what a rank is given
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -110,26 +113,27 @@ def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTas
     return module, groups
 
 
-def samples(step: int) -> list[Sample]:
+def samples(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> list[Sample]:
     """Images and labels of a step: a pure function of the step. One image has no object, one no caption."""
+    height, width = size = sides[step % len(sides)]
     rng = np.random.default_rng(100 + step)
     made = []
     for place, objects in enumerate((2, 0, 1, 3)):
         targets = {
             "detection": _boxes(rng, objects),
-            "segmentation": _masks(rng, objects),
+            "segmentation": _masks(rng, objects, size),
             "captioning": _caption(rng, words=(3, 5, 0, 2)[place]),
         }
-        image = torch.from_numpy(rng.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8))
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         made.append(
             Sample(
                 index=place,
                 image_id=place,
-                original_size=(SIDE, SIDE),
-                size=(SIDE, SIDE),
+                original_size=size,
+                size=size,
                 image=image,
                 random_key=1000 * step + place,
-                targets={task: targets[task] for task in ORDER[step]},
+                targets={task: targets[task] for task in order[step]},
             )
         )
     return made
@@ -140,11 +144,11 @@ def _boxes(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[A
     return {"boxes": boxes.astype(np.float32), "labels": rng.integers(1, 90, objects)}
 
 
-def _masks(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[Any]]:
-    masks = np.zeros((objects, 14, 14), dtype=np.uint8)
+def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Mapping[str, npt.NDArray[Any]]:
+    masks = np.zeros((objects, size[0] // 4, size[1] // 4), dtype=np.uint8)
     for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
         mask[top : top + 6, left : left + 5] = 255
-    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array([SIDE, SIDE])}
+    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array(size)}
 
 
 def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:
@@ -152,14 +156,14 @@ def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[A
     return {"tokens": np.array(tokens, dtype=np.int64), "references": np.array(["words"] * bool(words), dtype=object)}
 
 
-def global_batch(step: int) -> Batch:
+def global_batch(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
     """All images of a step."""
-    return collate_joint(samples(step))
+    return collate_joint(samples(step, order, sides))
 
 
-def part(step: int, start: int, stop: int) -> Batch:
+def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
     """Some images of a step, with their labels; padded captions are as long as its own longest."""
-    return collate_joint(samples(step)[start:stop])
+    return collate_joint(samples(step, order, sides)[start:stop])
 
 
 def normaliser(module: MultiTaskModel, whole: Batch, parts: int) -> Normaliser:
@@ -176,8 +180,10 @@ def factor(step: int) -> float:
     return (step + 1) / (STEPS + 1)
 
 
-def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
-    """One process, one batch, torch alone: what every engine has to equal.
+def train_plain(
+    stage: int, precision: str = "fp32", order: Order = ORDER, sides: Sides = ((SIDE, SIDE),), parts: int = 1
+) -> dict[str, Any]:
+    """One process, one batch (or `parts` of it, one after another), torch alone: what every engine has to equal.
 
     A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
     """
@@ -188,19 +194,24 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     trained = [p for g in groups for p in g.parameters]
     average = [p.detach().clone() for p in trained]
-    losses, norms, states = [], [], []
-    for step in range(STEPS):
+    losses, norms, states, sums_of = [], [], [], []
+    for step in range(len(order)):
         module.train()
-        whole = global_batch(step)
+        whole = global_batch(step, order, sides)
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = module(whole, normaliser(module, whole, 1))["loss"]
-        loss.backward()
+        sums: dict[str, float] = {}
+        for start in range(0, GLOBAL_BATCH, GLOBAL_BATCH // parts):
+            batch = whole if parts == 1 else part(step, start, start + GLOBAL_BATCH // parts, order, sides)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                found = module(batch, normaliser(module, whole, parts))
+            (found["loss"] / parts).backward()
+            sums = {name: sums.get(name, 0.0) + value.item() / parts for name, value in found.items()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
         optimizer.step()
         scheduler.step()
-        losses.append(loss.item())
+        losses.append(sums["loss"])
+        sums_of.append(sums)
         for held, parameter in zip(average, trained, strict=True):
             held.lerp_(parameter.detach(), 1 - min(DECAY, (step + 2) / (step + 11)))
         states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
@@ -210,6 +221,7 @@ def train_plain(stage: int, precision: str = "fp32") -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
+        "named": sums_of,
         "values": states[-1]["value"],
         "average": averages,
         "saved": states[SAVED_AT - 1],
@@ -237,24 +249,29 @@ def start_engine(stage: int, name: str, precision: str) -> Any:
     return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
-def run_steps(engine: Any, start: int, stop: int, folder: Path | None, average: Any = None) -> dict[str, Any]:
+def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
+    """This rank's share of a step, and what its losses are divided by."""
+    from visft_ds.parallel import distributed
+
+    rank, world = distributed.rank(), distributed.world_size()
+    micro = GLOBAL_BATCH // (world * engine.accumulation)
+    starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
+    batches = [part(step, first, first + micro) for first in starts]
+    return batches, normaliser(engine.module, global_batch(step), world * engine.accumulation)
+
+
+def run_steps(
+    engine: Any, start: int, stop: int, folder: Path | None, average: Any = None, feed: Feed = fed
+) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
     from visft_ds.parallel import distributed
     from visft_ds.parallel.averaging import gather_all
     from visft_ds.parallel.checkpoint import save_checkpoint
     from visft_ds.parallel.engine_state import gather_parameters
 
-    rank, world = distributed.rank(), distributed.world_size()
-    micro = GLOBAL_BATCH // (world * engine.accumulation)
-    losses, norms, rates = [], [], []
+    reports = []
     for step in range(start, stop):
-        whole = global_batch(step)
-        starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
-        batches = [part(step, first, first + micro) for first in starts]
-        report = engine.train_step(step, batches, normaliser(engine.module, whole, world * engine.accumulation))
-        losses.append(report.losses["loss"])
-        norms.append(report.gradient_norm)
-        rates.append(dict(report.learning_rates))
+        reports.append(engine.train_step(step, *feed(engine, step)))
         if average is not None:
             average.update()
         if folder is not None and step + 1 == SAVED_AT:
@@ -262,7 +279,14 @@ def run_steps(engine: Any, start: int, stop: int, folder: Path | None, average: 
             if state is not None:
                 save_checkpoint(folder, step + 1, state, {"case": "tiny"})
             distributed.barrier()
-    found = {"losses": losses, "norms": norms, "rates": rates, "values": gather_parameters(engine)}
+    found = {
+        "losses": [report.losses["loss"] for report in reports],
+        "norms": [report.gradient_norm for report in reports],
+        "named": [report.losses for report in reports],
+        "rates": [dict(report.learning_rates) for report in reports],
+        "values": gather_parameters(engine),
+        "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
+    }
     return found | ({"average": average.gather()} if average is not None else {})
 
 
@@ -286,23 +310,27 @@ def resume(engine: Any, folder: Path) -> tuple[Any, bool]:
     return average, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
-def _read_and_write(engine: Any, average: Any) -> dict[str, Any]:
-    """What `safe_get` and `safe_set` do to one parameter of each group, and the average in place of the values."""
-    from visft_ds.parallel.engine_state import _gathered, gather_parameters, safe_get, safe_set, trainable
+def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
+    """What `safe_get` and `safe_set` do to two parameters of each group, and the average in place of the values."""
+    from visft_ds.parallel.engine_state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
+
+    def in_module(name: str) -> torch.Tensor | None:
+        parameter = trainable(engine)[name]
+        return on_main(engine, name, None if parameter.is_meta else _gathered(parameter).clone())
 
     values, averages = gather_parameters(engine), average.gather()
     found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": {}}
-    chosen = {next(n for n in trainable(engine) if fnmatchcase(n, group.params)) for group in GROUPS[1]}
+    names = [[n for n in trainable(engine) if fnmatchcase(n, group.params)] for group in GROUPS[stage]]
+    chosen = sorted({name for one in names for name in (one[0], one[-1])})
     with average.used():
-        found["average"] = {name: (averages.get(name), _gathered(trainable(engine)[name]).clone()) for name in chosen}
-    for name in sorted(chosen):
-        parameter = trainable(engine)[name]
-        after = _gathered(parameter).clone()  # the average has left
+        found["average"] = {name: (averages.get(name), in_module(name)) for name in chosen}
+    for name in chosen:
+        after = in_module(name)  # the average has left
         before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
         for what, tensor in before.items():
             safe_set(engine, name, tensor * 2 + 1, what)
         got = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
-        found["set"][name] = (values.get(name), after, before, got, _gathered(parameter).clone())
+        found["set"][name] = (values.get(name), after, before, got, in_module(name))
     return found
 
 
@@ -326,7 +354,7 @@ def main(out: str, name: str) -> None:
         average, exact = resume(resumed, folder)
         results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
         if stage == 1:
-            results["access"] = _read_and_write(resumed, average)
+            results["access"] = read_and_write(resumed, average, stage)
         results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
     if (plain := Path(out).parent / "plain-stage1").exists():
         resumed = start_engine(1, name, "fp32")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from visft_ds.models.eva_vit import PRESETS, EvaViT, build_backbone
+from visft_ds.models.eva_vit import PRESETS, RECOMPUTE, EvaViT, build_backbone
 
 TINY = {"width": 32, "depth": 3, "num_heads": 4, "image_size": 56}
 
@@ -140,6 +142,40 @@ def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor, e
     backbone.eval()
     _gradients(backbone, images)
     assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recompute: str, post_norm: bool) -> None:
+    """Modules run twice where they are recomputed; the attention kernel does not where its result is kept."""
+    backbone = build_backbone("debug", **TINY, post_norm=post_norm).train()
+    plain = _gradients(backbone, images)
+    kernels = _KernelCount()
+    calls = {"attn": 0, "mlp": 0}
+    for name in calls:
+        for block in backbone.blocks:
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+            )
+    backbone.checkpoint_every, backbone.recompute = 1, recompute
+    with kernels:
+        found = _gradients(backbone, images)
+    depth = len(backbone.blocks)
+    assert calls == {"attn": depth if recompute == "mlp" else 2 * depth, "mlp": 2 * depth}
+    assert kernels.attention == (2 * depth if recompute == "block" else depth)
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+class _KernelCount(TorchDispatchMode):
+    """Counts forward attention kernels that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attention += func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("post_norm", [False, True])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.lora import (
     TARGETS,
     LoRALinear,
@@ -204,14 +204,14 @@ def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images:
 def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
     backbone = _adapted(targets=EVERYTHING).train()
     found = []
-    for every in (0, 1):
-        backbone.checkpoint_every = every
+    for every, recompute in ((0, "block"), *((1, recompute) for recompute in RECOMPUTE)):
+        backbone.checkpoint_every, backbone.recompute = every, recompute
         backbone.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             backbone(images).square().mean().backward()
         found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
-    assert len(found[0]) == len(found[1]) == len(list(backbone.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert {len(one) for one in found} == {len(list(backbone.parameters()))}
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_effect_is_measured_and_leaves_no_trace(images: Tensor) -> None:

@@ -86,28 +86,34 @@ def tower_of(backbone: EvaViT, **options: Any) -> Tower:
         patch_size=backbone.patch_size,
         post_norm=backbone.post_norm,
         checkpoint_every=backbone.checkpoint_every,
+        recompute=backbone.recompute,
         trainable=frozenset(name for name, p in backbone.named_parameters() if p.requires_grad),
         **options,
     )
 
 
 @pytest.mark.parametrize(
-    ("targets", "trained", "post_norm", "every"),
+    ("targets", "trained", "post_norm", "every", "recompute"),
     [
-        (("q", "v"), "", False, 0),
-        (("q", "v"), "", True, 1),
-        (("q", "v"), "", False, 1),  # recomputation ends before the last layer
-        (("fc2",), "", False, 1),  # and here it does not
-        (("k", "proj", "fc1"), "", False, 2),
-        (("fc1",), "", True, 0),  # the first block's attention needs no gradient
-        ((), "blocks.1.mlp.fc1.weight", False, 0),
-        ((), "norm2", False, 0),
-        ((), "norm1", True, 0),
-        ((), "", False, 0),  # all of it trains
+        (("q", "v"), "", False, 0, "block"),
+        (("q", "v"), "", True, 1, "block"),
+        (("q", "v"), "", False, 1, "block"),  # recomputation ends before the last layer
+        (("fc2",), "", False, 1, "block"),  # and here it does not
+        (("k", "proj", "fc1"), "", False, 2, "block"),
+        (("fc1",), "", True, 0, "block"),  # the first block's attention needs no gradient
+        ((), "blocks.1.mlp.fc1.weight", False, 0, "block"),
+        ((), "norm2", False, 0, "block"),
+        ((), "norm1", True, 0, "block"),
+        ((), "", False, 0, "block"),  # all of it trains
+        (("q", "v"), "", False, 1, "mlp"),
+        (("q", "v"), "", True, 2, "mlp"),  # the norm behind the MLP has kept its result
+        (("fc2",), "", False, 1, "mlp"),
+        (("q", "v"), "", True, 1, "all_but_attention"),
+        (("fc1",), "", False, 1, "all_but_attention"),
     ],
 )
 def test_a_backbone_step_costs_what_the_formula_says(
-    targets: tuple[str, ...], trained: str, post_norm: bool, every: int
+    targets: tuple[str, ...], trained: str, post_norm: bool, every: int, recompute: str
 ) -> None:
     """To the last operation: both count the same products."""
     backbone = build_backbone("debug", width=16, depth=2, num_heads=2, image_size=56, post_norm=post_norm)
@@ -117,7 +123,7 @@ def test_a_backbone_step_costs_what_the_formula_says(
     for name, parameter in backbone.named_parameters():
         if trained and trained in name:
             parameter.requires_grad_(True)
-    backbone.checkpoint_every = every
+    backbone.checkpoint_every, backbone.recompute = every, recompute
     meter = FlopMeter()
     with meter.counting():
         meter.start("forward")

@@ -11,6 +11,7 @@ from typing import Any
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.validate import FP16_PIPELINE
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,17 @@ class Batches:
     A stream is a task, or the one that all tasks share.
     """
 
-    dp: int  #: data-parallel processes
+    dp: int  #: data-parallel processes, or pipelines side by side
     accumulation: int  #: micro-steps of one optimiser step, the same for all streams
     micro: Mapping[str, int]  #: stream -> images of one process and micro-step
     batch_size: Mapping[str, int]  #: stream -> images of one optimiser step over all processes
+    stages: int = 1  #: of each pipeline
 
     def equations(self) -> list[str]:
         """One line for each stream."""
+        parts = _parts(self.stages)
         return [
-            f"{task}: {total} images = {self.dp} processes x {self.accumulation} accumulation x {self.micro[task]}"
+            f"{task}: {total} images = {self.dp} {parts} x {self.accumulation} accumulation x {self.micro[task]}"
             for task, total in self.batch_size.items()
         ]
 
@@ -41,29 +44,39 @@ def derive_batches(config: ResolvedConfig, world_size: int) -> Batches:
     """
     if world_size < 1:
         raise ValueError(f"{world_size} processes: must be at least 1")
+    stages = config.pipeline_stages
+    if world_size % stages:
+        near = [str(n) for n in (world_size // stages * stages, (world_size // stages + 1) * stages) if n]
+        raise ValueError(
+            f"pipeline.stages = {stages} on {world_size} processes: no whole number of pipelines; use "
+            f"{' or '.join(near)} processes (deepspeed --num_gpus N), or other stages (--set pipeline.stages=N)"
+        )
+    dp = world_size // stages
     streams = config.visft.streams()
-    uneven = [_uneven(stream, world_size) for stream in streams.values() if stream.batch_size % world_size]
+    uneven = [_uneven(stream, dp, stages) for stream in streams.values() if stream.batch_size % dp]
     if uneven:
         raise ValueError("\n".join(uneven))
-    shares = {name: stream.batch_size // world_size for name, stream in streams.items()}
+    shares = {name: stream.batch_size // dp for name, stream in streams.items()}
     common = math.gcd(*shares.values())
     for accumulation in (a for a in range(1, common + 1) if common % a == 0):
         if all(share // accumulation <= streams[name].micro_batch for name, share in shares.items()):
             return Batches(
-                dp=world_size,
+                dp=dp,
                 accumulation=accumulation,
                 micro={name: share // accumulation for name, share in shares.items()},
                 batch_size={name: stream.batch_size for name, stream in streams.items()},
+                stages=stages,
             )
     # Accumulation is one number for all tasks, so the largest possible one is their common divisor.
     lines = [
-        f"no accumulation suits every task on {world_size} processes (batch_size = processes x accumulation x micro):"
+        f"no accumulation suits every task on {dp} {_parts(stages)} "
+        f"(batch_size = {_parts(stages).split()[0]} x accumulation x micro):"
     ]
     for name, stream in streams.items():
         smallest = shares[name] // common
         verdict = "" if smallest <= stream.micro_batch else f"; state {_key(stream)}.micro_batch = {smallest} or more"
         lines.append(
-            f"  {name}: {stream.batch_size} = {world_size} x {common} x {smallest}, "
+            f"  {name}: {stream.batch_size} = {dp} x {common} x {smallest}, "
             f"micro_batch <= {stream.micro_batch}{verdict}"
         )
     hint = "  or choose batch sizes whose shares have a larger common divisor"
@@ -74,18 +87,23 @@ def _key(stream: Stream) -> str:
     return "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"
 
 
-def _uneven(stream: Stream, world_size: int) -> str:
-    total = stream.batch_size
-    below, above = total // world_size * world_size, (total // world_size + 1) * world_size
+def _parts(stages: int) -> str:
+    return "processes" if stages == 1 else f"pipelines of {stages} processes"
+
+
+def _uneven(stream: Stream, dp: int, stages: int) -> str:
+    total, parts = stream.batch_size, _parts(stages)
+    below, above = total // dp * dp, (total // dp + 1) * dp
     sizes = " or ".join(str(size) for size in (below, above) if size)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
-    near = sorted(sorted(divisors, key=lambda n: abs(n - world_size))[:4])
-    reason = "more processes than images" if world_size > total else "the share of a process would not be whole"
+    near = sorted(sorted(divisors, key=lambda n: abs(n - dp))[:4])
+    one = "process" if stages == 1 else "pipeline"
+    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {one} would not be whole"
     return (
-        f"{_key(stream)}.batch_size = {total} on {world_size} processes: {reason} "
-        f"(batch_size = processes x accumulation x micro, micro <= {stream.micro_batch}). "
-        f"With {world_size} processes use batch_size {sizes}; with batch_size {total} use "
-        f"{', '.join(str(n) for n in near)} processes (deepspeed --num_gpus N)"
+        f"{_key(stream)}.batch_size = {total} on {dp} {parts}: {reason} "
+        f"(batch_size = {parts.split()[0]} x accumulation x micro, micro <= {stream.micro_batch}). "
+        f"With {dp} {parts} use batch_size {sizes}; with batch_size {total} use "
+        f"{', '.join(str(n * stages) for n in near)} processes (deepspeed --num_gpus N)"
     )
 
 
@@ -99,8 +117,13 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
         config: the resolved configuration.
         world_size: number of processes.
         precision: what visft.model.precision means on this hardware; never "auto".
+
+    Raises:
+        ValueError: as `derive_batches`, or fp16 with a pipeline.
     """
     assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
+    if config.pipeline_stages > 1 and precision == "fp16":
+        raise ValueError(f"visft.model.precision auto: {FP16_PIPELINE}")
     batches = derive_batches(config, world_size)
     # DeepSpeed knows one batch; where tasks differ it is told the largest. It only checks and reports with it.
     micro = max(batches.micro.values())

@@ -20,7 +20,7 @@ _PRECISION = (
 )
 _BATCH = "state visft.tasks.<task>.batch_size; derived values are printed at start"
 _CHECKPOINT = "checkpoints are written by visft_ds, independent of world size and ZeRO stage; see visft.run.save_every"
-_PARALLEL = "one data-parallel group is what the engine trains with; remove it"
+_PARALLEL = "processes are divided over data (ZeRO) and layers (--engine pipeline) only; remove it"
 _DATA = "order, mixture and augmentation of the data are functions of visft.seed and the step; see visft.data"
 _REMOVED = f"removed from DeepSpeed {DEEPSPEED_VERSION} (https://github.com/deepspeedai/DeepSpeed/issues/8489)"
 
@@ -38,14 +38,14 @@ REFUSED: dict[str, str] = {
     "torch_autocast": _PRECISION,
     "data_types": _PRECISION,
     "amp": f"{_REMOVED}; {_PRECISION}",
-    "activation_checkpointing": "state visft.model.checkpoint_every: every k-th block is recomputed, 0 for none",
+    "activation_checkpointing": "state visft.model.checkpoint_every: every k-th block is recomputed, 0 for none; and "
+    "visft.model.recompute: what of it",
     "checkpoint": _CHECKPOINT,
     "datastates_ckpt": _CHECKPOINT,
     "nebula": f"{_REMOVED}; {_CHECKPOINT}",
     "dataloader_drop_last": _DATA,
     "data_efficiency": _DATA,
     "curriculum_learning": f"{_REMOVED}; {_DATA}",
-    "pipeline": _PARALLEL,
     "tensor_parallel": _PARALLEL,
     "expert_parallel": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
@@ -154,11 +154,19 @@ class ZeroOptimization(BaseModel):
     leaf_module: dict[str, Any] | None = None
 
 
+class Pipeline(BaseModel):
+    """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
+
+    model_config = STRICT
+    stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
+
+
 class DeepSpeedKeys(BaseModel):
     """Top-level keys that are handed to DeepSpeed as they stand."""
 
     model_config = STRICT
     zero_optimization: ZeroOptimization
+    pipeline: Pipeline | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None

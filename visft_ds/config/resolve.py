@@ -47,6 +47,7 @@ NOT_IDENTITY = (
     "visft.model.name",
     "visft.model.weights",
     "visft.model.checkpoint_every",
+    "visft.model.recompute",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",
@@ -71,6 +72,11 @@ class ResolvedConfig:
         """Length of the run in optimiser steps."""
         assert self.scheduler.params.total_num_steps is not None  # resolving filled it in
         return self.scheduler.params.total_num_steps
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Processes that hold one model together; 1 without a pipeline."""
+        return int(self.deepspeed.get("pipeline", {}).get("stages", 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, defaults included; given back with --deepspeed_config it resolves to the same."""

@@ -15,6 +15,10 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.schema import Recipe, RunConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 
+FP16_PIPELINE = (
+    "fp16 is not possible with a pipeline: every stage would lower its loss scale by itself, and the gradients of one "
+    "would no longer fit those of another; use bf16 or fp32, or --engine zero1"
+)
 ITEM = "*"  #: stands for a position in a list
 
 
@@ -81,6 +85,8 @@ def validate(tree: Tree) -> Recipe:
         errors += _contradictions(recipe)
     if keys is not None:
         errors += _engine_contradictions(keys)
+    if recipe is not None and keys is not None and keys.pipeline is not None:
+        errors += _pipeline_contradictions(recipe.visft, keys)
     if errors or recipe is None:
         raise ValueError(_render(errors, tree))
     return recipe
@@ -310,3 +316,28 @@ def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
             "zero_force_ds_cpu_optimizer",
             "must be false with offload_optimizer: DeepSpeed would ask for its own CPU optimizer, which it compiles",
         )
+
+
+def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
+    zero = keys.zero_optimization
+    if zero.stage != 1:
+        yield (
+            "zero_optimization.stage",
+            "must be 1 with a pipeline: DeepSpeed refuses 2 and 3, and with 0 it clips by the gradient of one stage",
+        )
+    if zero.overlap_comm:
+        yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"
+    if visft.model.precision == "fp16":
+        yield "visft.model.precision", FP16_PIPELINE
+    if visft.data.skip_damaged:
+        yield (
+            "visft.data.skip_damaged",
+            "must be 0 with a pipeline: its stages read pixels and labels apart and would not skip the same samples",
+        )
+    for name in ("tensorboard", "wandb", "csv_monitor", "comet"):
+        if getattr(keys, name) is not None:
+            yield (
+                name,
+                "remove it with a pipeline: in an evaluation DeepSpeed would wait for processes that do not write; "
+                "metrics.jsonl and TensorBoard files are written all the same",
+            )

@@ -8,12 +8,16 @@ are.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from visft_ds.data.batches import Skipped
+from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import Role
+from visft_ds.data.spans import Spent
 
 
 def role_of_stage(stage: int, stages: int) -> Role | None:
@@ -27,6 +31,24 @@ def role_of_stage(stage: int, stages: int) -> Role | None:
     if stages == 1:
         return "both"
     return {0: "images", stages - 1: "labels"}.get(stage)  # type: ignore[return-value]
+
+
+class IdleLoader:
+    """Stands where a `StepLoader` stands, in a pipeline stage that reads nothing: it knows the steps all the same."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.wait_seconds = 0.0
+        self.skipped: list[Skipped] = []
+
+    def steps(self, start: int, stop: int) -> Iterator[tuple[StepPlan, list[Batch]]]:
+        """Steps start, ..., stop - 1, without batches."""
+        for step in range(start, stop):
+            yield self.plan.step(step), []
+
+    def spent(self) -> Mapping[str, Spent]:
+        """Nothing: see `StepLoader.spent`."""
+        return {}
 
 
 def sample_checksum(batch: Batch) -> Tensor:

@@ -14,11 +14,12 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings
 from visft_ds.ops import autocast_dtype
@@ -44,6 +45,22 @@ PRESETS = {
 }
 
 
+#: What of a block is computed again in the backward pass: all of it; the MLP, whose hidden activations are the widest;
+#: or all but the attention kernel, whose cost alone grows with the square of the tokens (its result is kept instead).
+RECOMPUTE = ("block", "mlp", "all_but_attention")
+_ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def _recomputed(module: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
+    """The module, computed again in the backward pass. No dropout in a block, so no random state is put back."""
+    return partial(checkpoint, module, use_reentrant=False, preserve_rng_state=False, **options)
+
+
 class Block(nn.Module):
     """One transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
 
@@ -64,13 +81,18 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, device=device, dtype=dtype)
         self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D) in the dtype of the residual stream."""
+    def forward(self, x: Tensor, *, recompute_mlp: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D) in the dtype of the residual stream.
+
+        Args:
+            recompute_mlp: compute the MLP again in the backward pass instead of keeping its hidden activations.
+        """
+        mlp: Callable[[Tensor], Tensor] = _recomputed(self.mlp) if recompute_mlp else self.mlp
         if self.post_norm:
             x = x + self.norm1(self.attn(x))
-            return x + self.norm2(self.mlp(x))
+            return x + self.norm2(mlp(x))
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + mlp(self.norm2(x))
 
 
 class EvaViT(nn.Module):
@@ -82,6 +104,7 @@ class EvaViT(nn.Module):
 
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
+        recompute: what of these blocks, see RECOMPUTE.
     """
 
     def __init__(
@@ -107,6 +130,7 @@ class EvaViT(nn.Module):
         self.image_size = image_size
         self.post_norm = post_norm
         self.checkpoint_every = 0
+        self.recompute = "block"
         side = image_size // patch_size
         self.cls_token: nn.Parameter | None = None
         if class_token:
@@ -152,13 +176,16 @@ class EvaViT(nn.Module):
 
     def run_block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
         """One block, recomputed in the backward pass if `checkpoint_every` says so."""
-        recompute = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
-        if recompute and self.training and torch.is_grad_enabled():
-            # No dropout in a block, so there is no random state to put back.
-            out: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = block(x)
-        return out
+        chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
+        how: Callable[[Tensor], Tensor] = block
+        if chosen and self.training and torch.is_grad_enabled():
+            if self.recompute == "mlp":
+                how = partial(block, recompute_mlp=True)
+            elif self.recompute == "all_but_attention":
+                how = _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _ATTENTION_KERNELS))
+            else:
+                how = _recomputed(block)
+        return how(x)
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visft_ds.parallel import distributed
 from visft_ds.parallel.checkpoint import newest_checkpoints
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.engine_state import (
     VALUE,
     EngineState,
     ToHost,
     flat_parameters,
     gather_state,
+    on_main,
     refresh_module,
     set_whole,
     to_host,
@@ -44,7 +44,7 @@ class MovingAverage:
         decay: share of the old average in the new one, 0 to 1 (excluded); 0.999 looks back about 1,000 updates.
     """
 
-    def __init__(self, engine: ZeroEngine, decay: float) -> None:
+    def __init__(self, engine: Engine, decay: float) -> None:
         self.decay = decay
         self._engine = engine
         self._values = [flat.detach().clone() for flat in flat_parameters(engine)]
@@ -64,8 +64,8 @@ class MovingAverage:
         found: dict[str, Tensor] = {}
         with self._in_place():
             for name, parameter in trainable(self._engine).items():
-                tensor = whole(self._engine, parameter, VALUE)
-                if distributed.is_main():
+                tensor = on_main(self._engine, name, whole(self._engine, parameter, VALUE))
+                if tensor is not None:
                     found[name] = keep(f"average/{name}", tensor)
         return found
 
@@ -103,7 +103,7 @@ class MovingAverage:
             average.copy_(held)
 
 
-def gather_all(engine: ZeroEngine, average: MovingAverage | None, keep: ToHost = to_host) -> EngineState | None:
+def gather_all(engine: Engine, average: MovingAverage | None, keep: ToHost = to_host) -> EngineState | None:
     """`gather_state` with the moving average in it, where there is one."""
     state = gather_state(engine, keep)
     values = average.gather(keep) if average else {}

@@ -80,15 +80,17 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
 
 
-def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean of a dict of 0-d tensors over all ranks in one all-reduce and one copy to the host."""
+def mean_over_ranks(values: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Mean of a dict of 0-d tensors over all ranks (of a group) in one all-reduce and one copy to the host."""
     if not values:
         return {}
     keys = sorted(values)
     vector = torch.stack([values[key].detach().float() for key in keys])
+    count = 1
     if dist.is_initialized():
-        dist.all_reduce(vector)
-    return dict(zip(keys, (vector / world_size()).tolist(), strict=True))
+        dist.all_reduce(vector, group=group)
+        count = dist.get_world_size(group)
+    return dict(zip(keys, (vector / count).tolist(), strict=True))
 
 
 def gather_objects(value: Any) -> list[Any] | None:
@@ -100,12 +102,12 @@ def gather_objects(value: Any) -> list[Any] | None:
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
-    """The main process's `value` on every rank."""
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The `value` of one rank, of the main process unless another is named, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
 
 

@@ -37,15 +37,19 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """What the trainer needs from an engine."""
+    """What the trainer and the checkpoints need from an engine."""
 
     module: MultiTaskModel
     device: torch.device
     accumulation: int
+    stage: int  #: of ZeRO
+    deepspeed: Any  #: the engine inside
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
 
     def predict(self, batch: Batch) -> dict[str, Any]: ...
+
+    def holder(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,10 @@ class ZeroEngine:
         """Every head's output for a batch, in evaluation mode. Under ZeRO-3 all ranks must call it together."""
         self.module.eval()
         return dict(self.deepspeed(batch.to(self.device)))
+
+    def holder(self, name: str) -> int:
+        """The rank that speaks for a parameter: the main process, like every other one, can gather all of them."""
+        return 0
 
     def _param_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups

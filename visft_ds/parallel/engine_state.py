@@ -23,7 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine, grad_scaler
+from visft_ds.parallel.engine import Engine, grad_scaler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VALUE = "value"
@@ -42,7 +42,7 @@ class EngineState:
     average: Mapping[str, Tensor] = field(default_factory=dict)  #: name -> moving average, fp32; empty: none is kept
 
 
-def trainable(engine: ZeroEngine) -> dict[str, nn.Parameter]:
+def trainable(engine: Engine) -> dict[str, nn.Parameter]:
     """Parameters that train, by qualified name, in the module's order."""
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
@@ -52,7 +52,7 @@ def to_host(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def gather_state(engine: ZeroEngine, keep: ToHost = to_host) -> EngineState | None:
+def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     """Collect the whole training state on the main process; None on the others. Collective.
 
     Args:
@@ -62,8 +62,8 @@ def gather_state(engine: ZeroEngine, keep: ToHost = to_host) -> EngineState | No
     found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
         for what, named in found.items():
-            tensor = whole(engine, parameter, what)
-            if distributed.is_main():  # the copies of the other ranks are dropped at once: one tensor at a time
+            tensor = on_main(engine, name, whole(engine, parameter, what))
+            if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
         return None
@@ -71,12 +71,12 @@ def gather_state(engine: ZeroEngine, keep: ToHost = to_host) -> EngineState | No
     return EngineState(parameters, found, updates_done(engine), _loss_scale(engine))
 
 
-def updates_done(engine: ZeroEngine) -> int:
+def updates_done(engine: Engine) -> int:
     """Optimiser updates since the start of training; steps that an overflow made it skip are none."""
     return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
 
 
-def safe_get(engine: ZeroEngine, name: str, what: str = VALUE) -> Tensor:
+def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
     """The fp32 value or a moment of something that trains, whole, on the host of every rank. Collective.
 
     Args:
@@ -88,10 +88,13 @@ def safe_get(engine: ZeroEngine, name: str, what: str = VALUE) -> Tensor:
     """
     parameter = _named(engine, name, what)
     _ensure_moments(engine)
-    return to_host(name, whole(engine, parameter, what))
+    held = whole(engine, parameter, what)
+    tensor = None if held is None else to_host(name, held)
+    found: Tensor = distributed.broadcast_object(tensor, engine.holder(name))
+    return found
 
 
-def safe_set(engine: ZeroEngine, name: str, tensor: Tensor, what: str = VALUE) -> None:
+def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> None:
     """Replace the fp32 value or a moment of something that trains; what the forward computes with follows. Collective.
 
     Args:
@@ -111,7 +114,7 @@ def safe_set(engine: ZeroEngine, name: str, tensor: Tensor, what: str = VALUE) -
         refresh_module(engine)
 
 
-def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def gather_parameters(engine: Engine, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Current values of parameters on the main process (empty elsewhere), frozen ones too. Collective.
 
     Args:
@@ -122,14 +125,15 @@ def gather_parameters(engine: ZeroEngine, names: tuple[str, ...] | None = None) 
     values: dict[str, Tensor] = {}
     for name, parameter in wanted.items():
         value = safe_get_full_fp32_param(parameter) if engine.stage == 3 and parameter.requires_grad else None
-        if value is None:
+        if value is None and not parameter.is_meta:
             value = _gathered(parameter)
-        if distributed.is_main():
+        value = on_main(engine, name, value)
+        if value is not None:
             values[name] = to_host(name, value)
     return values
 
 
-def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
+def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     """Put a state back. Every rank passes the same state; `step` counts optimiser steps including skipped ones.
 
     Raises:
@@ -163,12 +167,12 @@ def restore_state(engine: ZeroEngine, state: EngineState, step: int) -> None:
         scaler.load_state_dict(dict(state.loss_scale))
 
 
-def _base_optimizer(engine: ZeroEngine) -> Any:
+def _base_optimizer(engine: Engine) -> Any:
     """The torch optimiser inside DeepSpeed's wrapper (ZeRO-0 has no wrapper)."""
     return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
 
-def _relink(engine: ZeroEngine) -> None:
+def _relink(engine: Engine) -> None:
     """Let the accessors find the moments of every group: DeepSpeed links those of the first group only."""
     optimizer = engine.deepspeed.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -176,13 +180,13 @@ def _relink(engine: ZeroEngine) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def flat_parameters(engine: ZeroEngine) -> list[Tensor]:
+def flat_parameters(engine: Engine) -> list[Tensor]:
     """The fp32 tensors of this rank that the optimiser really steps: flat partitions, under ZeRO-0 the parameters."""
     partitions = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
     return partitions or [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
 
 
-def _ensure_moments(engine: ZeroEngine) -> None:
+def _ensure_moments(engine: Engine) -> None:
     """Moments that can be read: before the first update (every step so far may have been skipped) they are zero."""
     state = _base_optimizer(engine).state
     if any(MOMENTS[0] not in state[flat] for flat in flat_parameters(engine)):
@@ -191,7 +195,7 @@ def _ensure_moments(engine: ZeroEngine) -> None:
         _relink(engine)
 
 
-def _create_moments(engine: ZeroEngine, updates: int) -> None:
+def _create_moments(engine: Engine, updates: int) -> None:
     """Adam makes its state in its first update; whoever reads or restores it needs it before."""
     base = _base_optimizer(engine)
     for flat in flat_parameters(engine):
@@ -201,7 +205,7 @@ def _create_moments(engine: ZeroEngine, updates: int) -> None:
     _relink(engine)
 
 
-def _named(engine: ZeroEngine, name: str, what: str) -> nn.Parameter:
+def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
     if what not in (VALUE, *MOMENTS):
         raise ValueError(f"there is no {what!r}; allowed: {', '.join((VALUE, *MOMENTS))}")
     named = trainable(engine)
@@ -210,8 +214,10 @@ def _named(engine: ZeroEngine, name: str, what: str) -> nn.Parameter:
     return named[name]
 
 
-def whole(engine: ZeroEngine, parameter: nn.Parameter, what: str) -> Tensor:
-    """One fp32 tensor, whole, on this rank's device. Collective."""
+def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
+    """One fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
+    if parameter.is_meta:
+        return None
     if engine.stage == 0:
         moments = _base_optimizer(engine).state[parameter]
         return parameter.detach() if what == VALUE else moments[what]
@@ -220,9 +226,29 @@ def whole(engine: ZeroEngine, parameter: nn.Parameter, what: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, what)
 
 
+def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
+    """A tensor of a parameter on the main process, from the rank that speaks for it; None elsewhere. Collective.
+
+    Args:
+        held: the whole tensor, of the parameter's shape and dtype; None where another pipeline stage holds it.
+    """
+    source = engine.holder(name)
+    if distributed.rank() == source != 0:
+        assert held is not None
+        dist.send(held.detach().contiguous(), dst=0)
+    if not distributed.is_main() or source == 0:
+        return held if distributed.is_main() else None
+    like = engine.module.get_parameter(name)
+    received = torch.empty(like.shape, dtype=like.dtype, device=engine.device)
+    dist.recv(received, src=source)
+    return received
+
+
 @torch.no_grad()
-def set_whole(engine: ZeroEngine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
+def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
     """Write this rank's part of a whole fp32 tensor. What the forward computes with is left as it is."""
+    if parameter.is_meta:  # another pipeline stage holds it
+        return
     if engine.stage == 0:
         (parameter if what == VALUE else _base_optimizer(engine).state[parameter][what]).copy_(tensor)
     elif engine.stage == 3:  # a padded slice for every rank: the full setter hangs when sizes do not divide
@@ -240,7 +266,7 @@ def set_whole(engine: ZeroEngine, parameter: Any, tensor: Tensor, what: str = VA
         safe_set_full_optimizer_state(parameter, tensor, what)
 
 
-def refresh_module(engine: ZeroEngine) -> None:
+def refresh_module(engine: Engine) -> None:
     """Rewrite what the forward computes with from the fp32 values, which setting them leaves untouched. Collective."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
@@ -255,7 +281,7 @@ def refresh_module(engine: ZeroEngine) -> None:
         optimizer.update_lp_params()
 
 
-def _loss_scale(engine: ZeroEngine) -> dict[str, float]:
+def _loss_scale(engine: Engine) -> dict[str, float]:
     scaler = grad_scaler(engine.deepspeed)
     return {} if scaler is None else dict(scaler.state_dict())
 

@@ -25,14 +25,14 @@ from visft_ds.interop.layouts import Tower, base_parameters, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.engine_state import gather_parameters
 from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
 
 
 def export_weights(
-    engine: ZeroEngine,
+    engine: Engine,
     config: ResolvedConfig,
     folder: Path,
     *,
@@ -91,7 +91,7 @@ def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, path: Path) -> Path
 def _head_info(
     task: str,
     config: ResolvedConfig,
-    engine: ZeroEngine,
+    engine: Engine,
     extra: Mapping[str, Any],
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,

@@ -11,10 +11,11 @@ Letters: M rows (images x tokens), S and Q tokens or queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import TARGETS
 
 FUSED_ATTENTION, KEPT_SCORES = 5, 4
@@ -54,6 +55,16 @@ def attention(
     return Flops(2 * once, products * once if any(needed) else 0)
 
 
+class Adapters(Protocol):
+    """What the arithmetic must know of low-rank adapters, e.g. `visft.lora`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def targets(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class Tower:
     """What the arithmetic of a backbone depends on."""
@@ -66,45 +77,99 @@ class Tower:
     rank: int = 0  #: of the adapters; 0: none
     targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
     checkpoint_every: int = 0
+    recompute: str = "block"  #: one of models.eva_vit.RECOMPUTE
     attention_products: int = FUSED_ATTENTION
     linear_keeps_late: bool = False  #: DeepSpeed's linear layer (ZeRO-3) notes what it keeps after its product
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
 
 
+def tower_from(
+    backbone: EvaViT,
+    lora: Adapters | None,
+    trained: Iterable[str],
+    *,
+    attention_products: int = FUSED_ATTENTION,
+    linear_keeps_late: bool = False,
+) -> Tower:
+    """The arithmetic's view of a backbone.
+
+    Args:
+        lora: of the adapters in it, if any.
+        trained: names of its parameters that train.
+        attention_products, linear_keeps_late: as in `Tower`.
+    """
+    return Tower(
+        width=backbone.width,
+        depth=backbone.depth,
+        hidden=int(backbone.blocks[0].mlp.fc1.out_features),  # type: ignore[union-attr, arg-type]
+        patch_size=backbone.patch_size,
+        post_norm=backbone.post_norm,
+        rank=lora.rank if lora else 0,
+        targets=tuple(lora.targets) if lora else (),
+        checkpoint_every=backbone.checkpoint_every,
+        recompute=backbone.recompute,
+        attention_products=attention_products,
+        linear_keeps_late=linear_keeps_late,
+        trainable=frozenset(trained),
+    )
+
+
 def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
     """Operations of the backbone for `images` images of `patches` patches (`tokens`: with a class token, if any)."""
-    flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
     inner = 3 * tower.patch_size**2
     trains = "patch_embed.proj.weight" in tower.trainable
     total = product(images * patches, inner, tower.width, to_input=False, to_weight=trains)
-    for index in range(tower.depth):
-        block, flows = _block(tower, index, images, tokens, flows)
+    for block in block_flops(tower, images, tokens):
         total += block
     return total
+
+
+def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
+    """Operations of each block for `images` images of `tokens` tokens."""
+    flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
+    blocks = []
+    for index in range(tower.depth):
+        block, flows = _block(tower, index, images, tokens, flows)
+        blocks.append(block)
+    return blocks
 
 
 def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
     """One block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
-    total = last = Flops()
+    total, inside, costs = Flops(), False, dict[str, Flops]()
     for branch, layers in (("1", ("attn.qkv", "attention", "attn.proj")), ("2", ("mlp.fc1", "mlp.fc2"))):
         inside = flows or (not tower.post_norm and _any(tower, (f"{start}norm{branch}.",)))
         for layer in layers:
             if layer == "attention":
                 inside = inside or _any(tower, (f"{start}attn.q_bias", f"{start}attn.v_bias"))
-                last = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
+                cost = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
             else:
-                last = _linear(tower, start, layer, rows, inside)
+                cost = _linear(tower, start, layer, rows, inside)
                 inside = inside or _any(tower, (f"{start}{layer}.",))
-            total += last
+            costs[layer] = cost
+            total += cost
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
     if tower.trainable and tower.checkpoint_every and index % tower.checkpoint_every == 0:
-        # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
-        # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is.
-        plain_end = not (tower.post_norm or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",)))
-        again = total.forward - (last.forward if plain_end else 0)
-        total += Flops(recompute=again if flows else 0)
+        again = _again(tower, start, costs)
+        total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows
+
+
+def _again(tower: Tower, start: str, costs: Mapping[str, Flops]) -> int:
+    """Operations of the second forward of a block, or of what of it is recomputed."""
+    chosen = {layer: cost.forward for layer, cost in costs.items()}
+    if tower.recompute == "mlp":
+        chosen = {layer: cost for layer, cost in chosen.items() if layer.startswith("mlp.")}
+    elif tower.recompute == "all_but_attention" and tower.attention_products == FUSED_ATTENTION:
+        chosen["attention"] = 0  # plain products are not kept
+    # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
+    # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is. The norm behind
+    # an MLP that is recomputed alone has kept what it needs.
+    normed = tower.post_norm and tower.recompute != "mlp"
+    if not (normed or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",))):
+        chosen["mlp.fc2"] = 0
+    return sum(chosen.values())
 
 
 def _linear(tower: Tower, start: str, layer: str, rows: int, flows: bool) -> Flops:

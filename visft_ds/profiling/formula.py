@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops.attention import attention_backend
-from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, Tower, tower_flops
+from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, tower_flops, tower_from
 from visft_ds.profiling.hardware import DTYPES
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
@@ -56,26 +55,16 @@ def _backbone(session: Session, batch: Batch) -> Flops:
     lora = config.lora if config.stage == 2 else None
     fused = attention_backend(session.engine.device, DTYPES[session.precision])[0] != "reference"
     trained = (name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
-    tower = Tower(
-        width=backbone.width,
-        depth=backbone.depth,
-        hidden=_hidden(backbone.blocks[0]),
-        patch_size=backbone.patch_size,
-        post_norm=backbone.post_norm,
-        rank=lora.rank if lora else 0,
-        targets=lora.targets if lora else (),
-        checkpoint_every=backbone.checkpoint_every,
+    tower = tower_from(
+        backbone,
+        lora,
+        trained if module.train_backbone else (),
         attention_products=FUSED_ATTENTION if fused else KEPT_SCORES,
         linear_keeps_late=session.engine.stage == 3
         and bool(session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)),
-        trainable=frozenset(trained if module.train_backbone else ()),
     )
     patches = _patches(session, batch)
     return tower_flops(tower, len(batch.images), patches + (backbone.cls_token is not None), patches)
-
-
-def _hidden(block: Any) -> int:
-    return int(block.mlp.fc1.out_features)
 
 
 def _head(session: Session, task: str, batch: Batch) -> Flops | None:

@@ -26,11 +26,12 @@ from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.parallel import distributed
+from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
-from visft_ds.train import Run, _build_engine, _counts, _normaliser
+from visft_ds.train import Run, _counts, _normaliser
 from visft_ds.training_data import workers_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -101,6 +102,11 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     Raises:
         ValueError: what a user can mend; a model that cannot fit before anything is allocated.
     """
+    if config.pipeline_stages > 1:
+        raise ValueError(
+            "pipeline: a step is measured by part on one process, and a stage has only some of the parts; give another "
+            "--engine (launchers/train.py --dry-run predicts what each stage does)"
+        )
     notes: tuple[str, ...] = ()
     if synthetic:
         config, notes = without_missing_weights(config)
@@ -117,7 +123,8 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         prepared = prepare_model(
             settings, config.optimizer.params, precision=precision, heads_from=heads, vocabulary=vocabulary
         )
-        engine = _build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision))
+        engine = build_engine(config, prepared, deepspeed_dict(config, distributed.world_size(), precision))
+        assert isinstance(engine, ZeroEngine)
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 

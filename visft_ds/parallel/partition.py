@@ -1,0 +1,209 @@
+"""Which stage of a pipeline does what: places of ranks, what each layer costs, and where the layers are divided.
+
+Costs are operations (`profiling.flops`), not parameters: a frozen block has none that train and is most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.roles import role_of_stage
+from visft_ds.data.shards import Role
+from visft_ds.multitask import MultiTaskModel
+from visft_ds.profiling.flops import Flops, block_flops, product, tower_from
+from visft_ds.stages import PUBLISHED_VOCABULARY, plan_model
+
+#: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
+_CAPTION_IDS = 13
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands: which stage of which of the pipelines that train side by side."""
+
+    stage: int
+    stages: int
+    dp_rank: int
+    dp_size: int
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
+        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        assert world_size % stages == 0, (world_size, stages)
+        dp_size = world_size // stages
+        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
+
+    @property
+    def role(self) -> Role | None:
+        """What this rank reads; None: nothing."""
+        return role_of_stage(self.stage, self.stages)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Layers divided over stages."""
+
+    names: tuple[str, ...]  #: of the layers, in order
+    costs: tuple[float, ...]  #: of each layer, operations of an average micro-batch, forward and backward
+    bounds: tuple[int, ...]  #: first layer of each stage, and the number of layers
+
+    def stage_costs(self) -> list[float]:
+        """Operations of each stage for an average micro-batch."""
+        return [sum(self.costs[start:stop]) for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    def bubble(self, micro_batches: int) -> float:
+        """Predicted share of the time in which a stage waits, on average over the stages, in [0, 1).
+
+        One micro-batch follows another as fast as the slowest stage allows, after the first went through all of them.
+        With equal stages this is (stages - 1) / (micro_batches + stages - 1). Communication is not in it.
+        """
+        stages = self.stage_costs()
+        busy = micro_batches * sum(stages)
+        return 1 - busy / (len(stages) * ((micro_batches - 1) * max(stages) + sum(stages)))
+
+    def rows(self, micro_batches: int) -> list[tuple[str, str]]:
+        """One line for each stage, and what waits."""
+        whole = sum(self.costs)
+        lines = []
+        for number, cost in enumerate(self.stage_costs()):
+            names = self.names[self.bounds[number] : self.bounds[number + 1]]
+            span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            share = f"{100 * cost / whole:.1f} % of the operations"
+            lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
+        idle = (
+            f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
+            "a step; a smaller micro_batch gives more of them, which wait less"
+        )
+        return [*lines, ("waiting", idle)]
+
+
+def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: int | None) -> Partition | None:
+    """Divide the layers of the configured model such that the slowest stage has as little work as possible.
+
+    Args:
+        batches: with the number of stages and the images of a micro-batch.
+        vocabulary_size: of the captions; None: that of the published heads.
+
+    Returns:
+        None for a run without a pipeline.
+
+    Raises:
+        ValueError: more stages than layers, or groups that match nothing.
+    """
+    if batches.stages == 1:
+        return None
+    visft, stages = config.visft, batches.stages
+    module, _ = plan_model(visft, config.optimizer.params, vocabulary_size or PUBLISHED_VOCABULARY)
+    names = ("embedding", *(f"blocks.{index}" for index in range(module.backbone.depth)), "heads")
+    if stages > len(names):
+        raise ValueError(
+            f"pipeline.stages = {stages}: {visft.model.name} has {len(names)} layers (embedding, "
+            f"{module.backbone.depth} blocks, heads); give at most {len(names)}"
+        )
+    streams = visft.streams()
+    whole = sum(stream.share for stream in streams.values())
+    costs = [0.0] * len(names)
+    for name, stream in streams.items():
+        for index, cost in enumerate(_stream_costs(module, visft, stream, batches.micro[name])):
+            costs[index] += cost * stream.share / whole
+    return Partition(names, tuple(costs), divide(costs, stages))
+
+
+def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Bounds of `stages` runs of layers, none empty: the most expensive run is as cheap as possible.
+
+    Among divisions that are equal in this the most even one (least sum of squares) is taken.
+    """
+    count, sums = len(costs), [0.0, *accumulate(costs)]
+
+    @cache
+    def cheapest(start: int, parts: int) -> float:
+        if parts == 1:
+            return sums[count] - sums[start]
+        stops = range(start + 1, count - parts + 2)
+        return min(max(sums[stop] - sums[start], cheapest(stop, parts - 1)) for stop in stops)
+
+    limit = cheapest(0, stages) * (1 + 1e-9)
+
+    @cache
+    def evenest(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
+        if parts == 1:
+            last = sums[count] - sums[start]
+            return (last**2 if last <= limit else float("inf")), (start, count)
+        options = []
+        for stop in range(start + 1, count - parts + 2):
+            own = sums[stop] - sums[start]
+            if own <= limit:
+                rest, bounds = evenest(stop, parts - 1)
+                options.append((own**2 + rest, (start, *bounds)))
+        return min(options, default=(float("inf"), ()))
+
+    return evenest(0, stages)[1]
+
+
+def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, images: int) -> list[float]:
+    """Operations of each layer for one micro-batch of the largest images of a stream."""
+    backbone = module.backbone
+    side = _largest_side(stream) // backbone.patch_size or 1
+    patches = side * side
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    tower = tower_from(backbone, config.lora if config.stage == 2 else None, trained)
+    inner = 3 * backbone.patch_size**2
+    embedding = product(
+        images * patches,
+        inner,
+        backbone.width,
+        to_input=False,
+        to_weight="patch_embed.proj.weight" in tower.trainable,
+    )
+    blocks = block_flops(tower, images, patches + (backbone.cls_token is not None))
+    heads = sum((_head_flops(module, task, images, side, flows=bool(trained)) for task in stream.tasks), Flops())
+    return [float(cost.all) for cost in (embedding, *blocks, heads)]
+
+
+def _largest_side(stream: Stream) -> int:
+    """Pixels to a side of the largest square among a stream's training images."""
+    image = stream.image
+    return int(image.get("fixed_size") or image.get("size") or image["max_long"])
+
+
+def _head_flops(module: MultiTaskModel, task: str, images: int, side: int, *, flows: bool) -> Flops:
+    """What torch counts in a head's forward and backward, on shapes alone; criteria are not in it.
+
+    Args:
+        module: on the meta device.
+        side: of the feature map, in patches.
+        flows: the features need a gradient.
+    """
+    features = torch.empty(images, module.backbone.width, side, side, device="meta", requires_grad=flows)
+    valid = torch.empty(images, side, side, dtype=torch.bool, device="meta")
+    inputs: dict[str, Tensor] = {}
+    if task == "captioning":
+        inputs["captions"] = torch.empty(images, _CAPTION_IDS, dtype=torch.int64, device="meta")
+        inputs["lengths"] = torch.empty(images, dtype=torch.int64, device="meta")
+    head: nn.Module = module.heads[task]
+    with FlopCounterMode(display=False) as forward:
+        output = head(features, valid, **inputs)
+    ends = [tensor.sum() for tensor in _tensors(output) if tensor.requires_grad]
+    with FlopCounterMode(display=False) as backward:
+        if ends:
+            torch.stack(ends).sum().backward()
+    return Flops(forward.get_total_flops(), backward.get_total_flops())
+
+
+def _tensors(output: object) -> list[Tensor]:
+    """Tensors of a head's output: a dataclass, its fields, and what those hold."""
+    if isinstance(output, Tensor):
+        return [output]
+    inner = output if isinstance(output, tuple) else vars(output).values() if hasattr(output, "__dict__") else ()
+    return [tensor for one in inner for tensor in _tensors(one)]

@@ -1,0 +1,338 @@
+"""The pipeline engine: the prepared model divided over stages, `deepspeed.pipe` x ZeRO-1 data parallel.
+
+DeepSpeed 0.19.8 goes wrong with frozen stages, several parameter groups, several losses and modes of frozen parts;
+each remedy stands beside the fault it cures. What it is used with privately (`_INSTRUCTION_MAP`, `pipe_buffers`) is why
+`start_process_group` refuses releases that were not tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
+from torch import Tensor, nn
+
+from visft_ds.data.roles import check_same_samples, sample_checksum
+from visft_ds.data.samples import Batch
+from visft_ds.multitask import MultiTaskModel, Normaliser
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import StepReport, clear_stale_gradients
+from visft_ds.parallel.partition import Place
+from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers, release
+
+#: Values of an anchor: at least one for each data-parallel rank that ZeRO-1 divides it over.
+_ANCHOR_SIZE = 64
+#: Steps between two comparisons of samples; comparing makes the host wait for the device.
+CHECK_EVERY = 20
+
+
+class StagesModule(PipelineModule):
+    """DeepSpeed's module over the layers of a model, divided where it is told.
+
+    Args:
+        model: the prepared model; this process keeps the layers of its stage on its device.
+        bounds: first layer of each stage, and the number of layers.
+    """
+
+    def __init__(self, model: MultiTaskModel, bounds: Sequence[int]) -> None:
+        self._model = (model,)  # a tuple: the model is not part of the module, only the layers of this stage are
+        self._bounds = list(bounds)
+        layers = pipeline_layers(model)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers and seeds
+            super().__init__(
+                [layer for _, layer in layers],
+                num_stages=len(bounds) - 1,
+                loss_fn=_loss_of,
+                dynamic_shape=True,  # images change their size from step to step
+            )
+        for index, (_, layer) in enumerate(layers):
+            if not self._local_start <= index < self._local_stop:
+                release(model, layer)
+
+    def _partition_layers(self, method: str = "given") -> None:
+        # DeepSpeed's own "parameters" counts what trains: with frozen blocks one stage would get nearly all of them.
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
+
+    def train(self, mode: bool = True) -> StagesModule:
+        """DeepSpeed sets every layer to training mode; frozen heads and backbones stay in evaluation mode."""
+        super().train(mode)
+        self._model[0].train(mode)
+        return self
+
+    @property
+    def heads(self) -> HeadsLayer | None:
+        """The layer with the heads; None where another stage has it."""
+        last = self.forward_funcs[-1]
+        return last if isinstance(last, HeadsLayer) else None
+
+
+def _loss_of(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
+    """The scalar DeepSpeed goes backward from. The heads ran inside the module; predictions have no loss."""
+    loss = outputs.get("loss")
+    return loss if isinstance(loss, Tensor) else torch.zeros(())
+
+
+class PipelineEngine:
+    """Stages x ZeRO-1 over the layers of a prepared model.
+
+    In a step the first stage takes batches with pixels, the last one batches with labels, and those between none. Every
+    stage holds the module's names and shapes; parameters of other stages are on the meta device.
+
+    Args:
+        module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
+        groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
+        config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
+        bounds: first layer of each stage, and the number of layers.
+        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        schedule: learning-rate factor of each step.
+        seed: with the step and the rank it decides every random number (dropout) of a step.
+    """
+
+    def __init__(
+        self,
+        module: MultiTaskModel,
+        groups: list[dict[str, Any]],
+        config: dict[str, Any],
+        *,
+        bounds: Sequence[int],
+        build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.seed = seed
+        self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._owners = _owners(module, bounds)
+        self._stages = StagesModule(module, bounds)
+        self.group_names = [group["name"] for group in groups]
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=self._stages,
+            model_parameters=stage_groups(self._stages, groups),
+            config=config,
+            optimizer=build_optimizer,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            dist_init_required=False,
+        )
+        assert not self.deepspeed.using_bf16_optimizer, "it wipes gradients of the heads; precision comes by autocast"
+        self.device = torch.device(self.deepspeed.device)
+        self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
+        self.stage: int = self.deepspeed.zero_optimization_stage()
+        #: The first stage with something to train: no gradient flows into it or into those before.
+        first_trained = min(self._owners[name] for name in trained)
+        # An attribute of the object hides the table of its class: no other engine is changed.
+        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained)
+        self._steps_here = 0
+
+    def holder(self, name: str) -> int:
+        """The rank that speaks for a parameter: the first one of the stage that holds it."""
+        return self._owners[name] * self.place.dp_size
+
+    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
+        """One optimiser step over this pipeline's micro-batches (as many as `accumulation`, none in the middle).
+
+        Args:
+            normaliser: as the last stage has counted it; other stages do not look at it.
+
+        Raises:
+            RuntimeError: labels and pixels of different samples.
+        """
+        expected = self.accumulation if self.place.role else 0
+        assert len(batches) == expected, (len(batches), expected)
+        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
+        clear_stale_gradients(self.deepspeed.optimizer)
+        rates = {
+            name: group["lr"]
+            for name, group in zip(self.group_names, self.deepspeed.optimizer.param_groups, strict=True)
+        }
+        sums: dict[str, Tensor] = {}
+        every = 1 if self._steps_here == 0 else CHECK_EVERY
+
+        def note(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
+            check_same_samples(step, received, batch, every)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
+
+        self._run(self.deepspeed.train_batch, batches, normaliser, note)
+        self._steps_here += 1
+        return StepReport(
+            losses=self._share_losses(sums),
+            gradient_norm=float(self.deepspeed.get_global_grad_norm()),
+            learning_rates=rates,
+            skipped=False,
+        )
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> dict[str, Any]:
+        """Every head's output for this rank's batch, on the CPU, in evaluation mode. All ranks call it together.
+
+        Every rank has images of its own: those of one pipeline go through it one after another, and each output returns
+        to where its images came from.
+        """
+        group = self.deepspeed.grid.get_pipe_parallel_group()
+        ranks = self.deepspeed.grid.pp_group
+        wanted = _exchange(batch, ranks, group)
+        outputs: list[dict[str, Any]] = []
+        self._run(
+            lambda fed: self.deepspeed.eval_batch(
+                fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks)
+            ),
+            wanted,
+            None,
+            lambda predicted, received, _: outputs.append(to_host(predicted)),
+        )
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, outputs or None, src=ranks[-1], group=group)
+        return dict(own[0])
+
+    def _run(
+        self,
+        start: Callable[[Iterator[Any]], Any],
+        batches: Sequence[Batch],
+        normaliser: Normaliser | None,
+        note: Callable[[Any, Tensor, Batch], None],
+    ) -> None:
+        """Send micro-batches through the stages; `note` sees each output on the last one."""
+        heads = self._stages.heads
+        self.deepspeed.module.loss_fn = _loss_of
+        if heads is not None:
+            heads.normaliser = normaliser
+
+            def loss(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
+                assert heads is not None and heads.received is not None
+                note(outputs, heads.received, batch)
+                return _loss_of(outputs, batch)
+
+            self.deepspeed.module.loss_fn = loss
+        start(_fed(batches, first=self.place.stage == 0))
+
+    def _share_losses(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the pipelines, which the last stages know, on every rank."""
+        losses: dict[str, float] = {}
+        if self._stages.heads is not None:
+            losses = distributed.mean_over_ranks(sums, self.deepspeed.grid.get_data_parallel_group())
+        losses = distributed.broadcast_object(losses, source=(self.place.stages - 1) * self.place.dp_size)
+        return losses
+
+
+def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The part of each optimiser group that this stage holds; an anchor where it holds nothing of it.
+
+    ZeRO-1 runs collectives for each group, so stages with different numbers of groups would wait for each other for
+    ever, and a stage without any fails at start. An anchor is a parameter that nothing uses: it stays 0.
+    """
+    here = {id(parameter) for parameter in stages.parameters()}
+    divided = []
+    for number, group in enumerate(groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in here]
+        if not own:
+            device = next(stages.parameters()).device
+            anchor = nn.Parameter(torch.zeros(_ANCHOR_SIZE, device=device))
+            anchor.ds_pipe_replicated = False  # type: ignore[attr-defined]  # DeepSpeed asks when it adds norms up
+            stages.register_parameter(f"anchor{number}", anchor)
+            own = [anchor]
+        divided.append({**group, "params": own})
+    return divided
+
+
+def _owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
+    """Parameter -> the stage that holds it."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    owners = {}
+    for index, (_, layer) in enumerate(pipeline_layers(module)):
+        stage = sum(index >= start for start in bounds[1:-1])
+        owners.update({names[id(parameter)]: stage for parameter in layer.parameters()})
+    assert owners.keys() == set(names.values()), names.keys() - owners.keys()
+    return owners
+
+
+def instructions(stage: int, first_trained: int) -> dict[Any, Callable[..., None]]:
+    """DeepSpeed's table of instructions for a stage, with these differences.
+
+    The last stage hands the heads their batch before their forward. Where nothing in front trains, tokens are received
+    without a gradient and none is sent; a stage with nothing to train in it or in front has no backward at all.
+    DeepSpeed wants a gradient of every tensor that travels, and fails where there is none.
+    """
+
+    def receive_tokens(engine: Any, buffer_id: int) -> None:
+        DeepSpeedPipeline._exec_recv_activations(engine, buffer_id)
+        if stage <= first_trained:
+            engine.pipe_buffers["inputs"][buffer_id][0].requires_grad_(False)
+
+    def send_gradient(engine: Any, buffer_id: int) -> None:
+        if stage <= first_trained:
+            engine.pipe_buffers["inputs"][buffer_id] = None
+        else:
+            DeepSpeedPipeline._exec_send_grads(engine, buffer_id)
+
+    def receive_gradient(engine: Any, buffer_id: int) -> None:
+        if stage >= first_trained:
+            DeepSpeedPipeline._exec_recv_grads(engine, buffer_id)
+
+    def backward(engine: Any, buffer_id: int) -> None:
+        if stage >= first_trained:
+            DeepSpeedPipeline._exec_backward_pass(engine, buffer_id)
+        else:
+            engine.pipe_buffers["outputs"][buffer_id] = engine.pipe_buffers["output_tensors"][buffer_id] = None
+
+    def forward(engine: Any, buffer_id: int) -> None:
+        heads = engine.module.heads
+        if heads is not None:
+            heads.batch = engine.pipe_buffers["labels"][buffer_id]
+        DeepSpeedPipeline._exec_forward_pass(engine, buffer_id)
+
+    return {
+        **DeepSpeedPipeline._INSTRUCTION_MAP,
+        schedule.RecvActivation: receive_tokens,
+        schedule.SendGrad: send_gradient,
+        schedule.RecvGrad: receive_gradient,
+        schedule.BackwardPass: backward,
+        schedule.ForwardPass: forward,
+    }
+
+
+def _fed(batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
+    """(pixels, labels) as DeepSpeed takes them from an iterator; each stage that reads has one half."""
+    for batch in batches:
+        yield ((batch.images, batch.sizes, sample_checksum(batch)), None) if first else ((), batch)
+
+
+def _exchange(batch: Batch, ranks: Sequence[int], group: Any) -> list[Batch]:
+    """The batches of all ranks of a pipeline: with pixels on the first one, without targets anywhere."""
+    bare = replace(batch, targets={task: _Asked() for task in batch.tasks})
+    blind = replace(bare, images=batch.images[..., :0, :0])
+    here = dist.get_rank()
+    gathered: list[Any] | None = [None] * len(ranks) if here == ranks[0] else None
+    dist.gather_object(bare, gathered, dst=ranks[0], group=group)
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, blind, group=group)
+    return list(gathered if gathered is not None else everyone)
+
+
+class _Asked:
+    """Stands for the targets of a task that is to be predicted."""
+
+    def to(self, device: torch.device) -> _Asked:
+        """Itself: there is nothing in it."""
+        return self
+
+
+def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of heads (dataclasses of tensors) on the CPU, without those of earlier layers: only losses need them."""
+    tensors = {
+        task: {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+        for task, output in outputs.items()
+    }
+    earlier = {task: {"aux": ()} if hasattr(output, "aux") else {} for task, output in outputs.items()}
+    return {task: replace(output, **tensors[task], **earlier[task]) for task, output in outputs.items()}
