@@ -8,14 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
+from visft_ds.parallel.faults import StopFlag
 
 #: What gloo and NCCL say to a rank whose peer is gone.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can
-    mend, 3 where another rank ended first, 4 when training diverged."""
+    """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), 2 for
+    what the user can mend, 3 where another rank ended first, 4 when training diverged."""
+    stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        train(config, resume=arguments.resume, command=[sys.argv[0], *argv])
+        return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -48,4 +50,3 @@ def main(argv: Sequence[str]) -> int:
         # The rank that failed tells why; the traceback of one that only waited for it would bury that.
         print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
         return 3
-    return 0

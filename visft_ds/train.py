@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import sys
 import time
@@ -70,7 +69,7 @@ class Run:
     categories: Sequence[Category]  #: that the heads know
     vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
-    launched: bool  #: by a launcher, whose end must not go unnoticed
+    stop: StopFlag  #: asks for an end after the step
 
     @property
     def total_steps(self) -> int:
@@ -78,8 +77,10 @@ class Run:
         return self.config.total_steps
 
 
-def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> None:
+def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: StopFlag) -> int:
     """Build in order: data, run folder, process group, model, engine, loader; then run the loop and export.
+
+    Returns the exit code: 0, or `visft.run.requeue_code` where a signal asked for the job to be queued again.
 
     Raises:
         ValueError: what a user can mend; before any model is allocated wherever that can be known.
@@ -98,7 +99,6 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
 
-    launched = "RANK" in os.environ
     start_process_group()
     data = {
         "data set": data_identity(sets),
@@ -133,7 +133,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         categories=manifest.categories,
         vocabulary=vocabulary,
         base_sha256=base_sha256,
-        launched=launched,
+        stop=stop,
     )
     start = _resume(run, resume)
     if distributed.is_main():
@@ -152,9 +152,13 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
             raise
         if step >= run.total_steps:
             _export(run, step)
+        requeue = step < run.total_steps and distributed.any_rank(stop.requeue, run.engine.device)
         distributed.close()
-        if run.validation:  # after closing: the other ranks need not wait for the last numbers
+        if run.validation and step < run.total_steps:
+            run.validation.abandon()
+        elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
+    return settings.run.requeue_code if requeue else 0
 
 
 def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
@@ -244,7 +248,8 @@ def _resume(run: Run, resume: str) -> int:
 def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
-    stop, saved, step, skipped = StopFlag(launched=run.launched), start, start, 0
+    stop, saved, step, skipped = run.stop, start, start, 0
+    stop.listen()
     if validation and not start:
         validation.draw(predict, start, writer)
     elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):

@@ -82,6 +82,10 @@ class Validation:
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
             _record(verdict, writer, progress)
 
+    def abandon(self) -> None:
+        """Leave what is being measured to the run that goes on from here."""
+        self._judge.abandon()
+
 
 def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress) -> None:
     for problem in verdict.problems:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.coco_tree import write_tree
-from tests.integration.ranks import REPOSITORY, finish, free_port, run_ranks, start_ranks
+from tests.integration.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
 from tests.integration.tiny import TINY
 from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
@@ -57,17 +56,6 @@ def steps_recorded(out: Path) -> list[int]:
     """Steps in metrics.jsonl, in order."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["step"] for record in records if record["kind"] == "step"]
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    """Read a process's output up to a line that contains `text`."""
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +102,8 @@ def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, 
     """Stage 2 learns from the heads of stage 1, under the launcher; adapter and base stand side by side afterwards."""
     out = tmp_path / "stage2"
     extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
-    deepspeed = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     done = subprocess.run(
-        [*deepspeed, "launchers/train.py", *command(shards, out, stage=2, extra=extra)],
+        deepspeed(["launchers/train.py", *command(shards, out, stage=2, extra=extra)]),
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -17,6 +17,7 @@ from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Rat
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 TaskName = Literal["detection", "segmentation", "captioning"]
 
@@ -155,6 +156,7 @@ class RunConfig(BaseModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 
 class VisftConfig(BaseModel):

@@ -90,6 +90,14 @@ class Judge:
         done, self._failed = done + self._failed, []
         return done
 
+    def abandon(self) -> None:
+        """End what is being measured; `again` takes it up in the next run."""
+        self._waiting.clear()
+        if self._working is not None:
+            self._working[1].kill()
+            self._working[1].wait()
+            self._working = None
+
     def _place(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 

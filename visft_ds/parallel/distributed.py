@@ -80,6 +80,14 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on some rank; the same answer on every rank."""
+    vector = torch.tensor([float(flag)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    return bool(vector.item())
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean of a dict of 0-d tensors over all ranks in one all-reduce and one copy to the host."""
     if not values:
