@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
-from visft_ds.parallel.faults import StopFlag
-
-#: What gloo and NCCL say to a rank whose peer is gone.
-_LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+from visft_ds.parallel.faults import LOST_PEER, LostRank, StopFlag
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 4
     except RuntimeError as error:
-        if not _LOST_PEER.search(str(error)):
+        if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
             raise
         # The rank that failed tells why; the traceback of one that only waited for it would bury that.
-        print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
+        told = str(error) if isinstance(error, LostRank) else "another rank ended first"
+        print(f"[rank {rank}] stopped: {told}", file=sys.stderr, flush=True)
         return 3

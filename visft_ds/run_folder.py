@@ -31,7 +31,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
     record = out / "run.json"
     if not record.is_file():
         found = ", ".join(sorted(path.name for path in out.iterdir())[:_SHOWN])
-        if {path.name for path in out.iterdir()} <= {"export", "metrics.jsonl", "tensorboard"}:
+        if {path.name for path in out.iterdir()} <= {"export", "heartbeats", "metrics.jsonl", "tensorboard"}:
             return  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({found}); choose another --out")
     if resume == "no":

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from visft_ds.config import (
     deepspeed_dict,
     derive_batches,
 )
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category, Manifest
@@ -38,6 +39,7 @@ from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_pro
 from visft_ds.parallel.engine_state import gather_state, restore_state
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
+from visft_ds.parallel.watchdog import Watchdog
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
@@ -70,6 +72,7 @@ class Run:
     vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
     stop: StopFlag  #: asks for an end after the step
+    watchdog: Watchdog
 
     @property
     def total_steps(self) -> int:
@@ -100,50 +103,59 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     precision, why = choose_precision(settings.model.precision, device)
 
     start_process_group()
-    data = {
-        "data set": data_identity(sets),
-        "order of samples": loader.plan.describe(),
-        "vocabulary": vocabulary.fingerprint if vocabulary else "none",
-    }
-    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
-    heads = Path(settings.heads.path) if settings.heads.path else None
-    prepared = prepare_model(
-        settings,
-        config.optimizer.params,
-        precision=precision,
-        heads_from=heads,
-        categories=manifest.categories,
-        vocabulary=vocabulary,
-    )
-    base_sha256 = _keep_random_base(prepared, config, out)
-    run = Run(
-        config=config,
-        out=out,
-        batches=batches,
-        engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
-        loader=loader,
-        validation=Validation(settings, validation, vocabulary, out) if validation else None,
-        identity={
-            "configuration": config.fingerprint(),
-            "precision": precision,
-            "base weights": prepared.base_weights,
-            "heads": _heads_identity(heads, settings.tasks.enabled()),
-            **data,
-        },
-        categories=manifest.categories,
-        vocabulary=vocabulary,
-        base_sha256=base_sha256,
-        stop=stop,
-    )
-    start = _resume(run, resume)
-    if distributed.is_main():
-        RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
-        section = data_section(settings, sets, loader.plan)
-        print_start(config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start)
-    main = distributed.is_main()
+    with _watchdog(out, settings.run) as watchdog:
+        data = {
+            "data set": data_identity(sets),
+            "order of samples": loader.plan.describe(),
+            "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+        }
+        distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
+        heads = Path(settings.heads.path) if settings.heads.path else None
+        prepared = prepare_model(
+            settings,
+            config.optimizer.params,
+            precision=precision,
+            heads_from=heads,
+            categories=manifest.categories,
+            vocabulary=vocabulary,
+        )
+        base_sha256 = _keep_random_base(prepared, config, out)
+        run = Run(
+            config=config,
+            out=out,
+            batches=batches,
+            engine=_build_engine(config, prepared, deepspeed_dict(config, batches.dp, precision)),
+            loader=loader,
+            validation=Validation(settings, validation, vocabulary, out) if validation else None,
+            identity={
+                "configuration": config.fingerprint(),
+                "precision": precision,
+                "base weights": prepared.base_weights,
+                "heads": _heads_identity(heads, settings.tasks.enabled()),
+                **data,
+            },
+            categories=manifest.categories,
+            vocabulary=vocabulary,
+            base_sha256=base_sha256,
+            stop=stop,
+            watchdog=watchdog,
+        )
+        start = _resume(run, resume)
+        if distributed.is_main():
+            RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
+            section = data_section(settings, sets, loader.plan)
+            print_start(
+                config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start
+            )
+        return _loop_and_export(run, start)
+
+
+def _loop_and_export(run: Run, start: int) -> int:
+    """What follows once everything stands. Returns the exit code."""
+    settings, main = run.config.visft.run, distributed.is_main()
     with (
-        Progress(run.total_steps, start=start, log_every=settings.run.log_every, enabled=main) as progress,
-        MetricsWriter(out, resume_step=start, enabled=main) as writer,
+        Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
+        MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
     ):
         try:
             step = _loop(run, start, writer, progress)
@@ -151,14 +163,27 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
         if step >= run.total_steps:
+            run.watchdog.begin("exporting", timed=False)
             _export(run, step)
-        requeue = step < run.total_steps and distributed.any_rank(stop.requeue, run.engine.device)
+        requeue = step < run.total_steps and distributed.any_rank(run.stop.requeue, run.engine.device)
         distributed.close()
+        run.watchdog.leave()
         if run.validation and step < run.total_steps:
             run.validation.abandon()
         elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
-    return settings.run.requeue_code if requeue else 0
+    return settings.requeue_code if requeue else 0
+
+
+def _watchdog(out: Path, settings: RunConfig) -> Watchdog:
+    return Watchdog(
+        out,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        start=distributed.broadcast_object(uuid.uuid4().hex),
+        heartbeat_timeout=settings.heartbeat_timeout,
+        step_timeout=settings.step_timeout,
+    )
 
 
 def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
@@ -248,17 +273,21 @@ def _resume(run: Run, resume: str) -> int:
 def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
-    stop, saved, step, skipped = run.stop, start, start, 0
+    stop, begin, saved, step, skipped = run.stop, run.watchdog.begin, start, start, 0
     stop.listen()
+    begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
     elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
         validation.evaluate(predict, start, writer, progress)  # the run ended between saving this step and judging it
     began = time.perf_counter()
+    begin(f"step {start + 1}: reading")
     for whole, batches in run.loader.steps(start, run.total_steps):
+        begin(f"step {whole.step + 1} ({whole.task}): agreeing on it")
         agreement = distributed.agree_on_step(
             f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
         )
+        begin(f"step {whole.step + 1} ({whole.task}): forward, backward, update")
         report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
         step = whole.step + 1
         _check_finite(run, whole, report, saved)
@@ -268,6 +297,7 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         _record(run, writer, progress, whole, report, seconds=now - began)
         began = now
         if step == run.total_steps or agreement.stop or step % settings.save_every == 0:
+            begin(f"step {step}: saving")
             _save(run, step)
             saved = step
             progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
@@ -275,12 +305,14 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             validation.poll(writer, progress)
             stops = agreement.stop and step < run.total_steps  # then resuming makes up for the evaluation
             if validation.is_due(step, run.total_steps) and not stops:
+                begin(f"evaluating after step {step}", timed=False)
                 validation.evaluate(predict, step, writer, progress)
         if agreement.stop:
             progress.message(
                 f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
             )
             break
+        begin(f"step {step + 1}: reading")
     return step
 
 

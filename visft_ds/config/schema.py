@@ -156,6 +156,8 @@ class RunConfig(BaseModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    heartbeat_timeout: Above = 60.0  #: seconds without a sign of life after which a rank counts as lost
+    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 

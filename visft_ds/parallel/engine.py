@@ -92,6 +92,9 @@ def start_process_group() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", _free_port())
+    os.environ.setdefault(
+        "TORCH_FR_BUFFER_SIZE", "64"
+    )  # torch's flight recorder: the watchdog names the last collective
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)

@@ -1,13 +1,23 @@
-"""Stopping cleanly: signals and a lost launcher become one flag that all ranks read at the step boundary."""
+"""Stopping cleanly: signals and a lost launcher become one flag that all ranks read at the step boundary.
+
+Imports nothing heavy, so that what it offers is there before torch is.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: What gloo and NCCL say to a rank whose peer is gone.
+LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+
+
+class LostRank(RuntimeError):
+    """Another rank died or ended with an error; this one cannot go on."""
 
 
 class StopFlag:
