@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evals", "parallel"),
     ("planner", "start_report", "validation", "which"),
     ("train",),
-    ("launch", "profiling"),
+    ("launch", "profiling", "supervisor"),
     ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.

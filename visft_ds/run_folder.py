@@ -59,3 +59,9 @@ def recorded_config(out: Path) -> ResolvedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{out} holds no readable run record: {record}: {error}") from error
     return resolve_values(values, str(record))
+
+
+def newest_step(out: Path) -> int:
+    """Step of the newest checkpoint of the run in `out` by its name, which it gets when it is whole; 0 without any."""
+    names = [path.name[5:] for path in (out / "checkpoints").glob("step_*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)

@@ -39,6 +39,7 @@ from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_pro
 from visft_ds.parallel.engine_state import gather_state, restore_state
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
+from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.watchdog import Watchdog
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -167,7 +168,7 @@ def _loop_and_export(run: Run, start: int) -> int:
             _export(run, step)
         requeue = step < run.total_steps and distributed.any_rank(run.stop.requeue, run.engine.device)
         distributed.close()
-        run.watchdog.leave()
+        run.watchdog.leave("done" if step >= run.total_steps else stopped_because(run.stop.reason))
         if run.validation and step < run.total_steps:
             run.validation.abandon()
         elif run.validation:  # after closing: the other ranks need not wait for the last numbers

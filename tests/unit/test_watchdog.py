@@ -6,9 +6,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from visft_ds.parallel.watchdog import Beat, Peers, process_state
+from visft_ds.parallel.heartbeat import Beat, process_state, started
+from visft_ds.parallel.watchdog import Peers
 
 ELSEWHERE = "another machine"  # nothing is known of processes there
 PATIENCE, STEP = 10.0, 60.0
@@ -77,8 +77,7 @@ def test_a_rank_that_ended_in_good_order_is_waited_for_no_longer_than_a_lost_one
 
 def test_a_process_of_this_machine_that_is_gone_is_missed_at_the_second_look() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    born = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    here = Beat("s", 1, socket.gethostname(), process.pid, born)
+    here = Beat("s", 1, socket.gethostname(), process.pid, started(process.pid))
     assert process_state(here) in ("running", "waiting for a device")
     assert process_state(replace(here, born="1")) == "gone"  # its number was given to another process
     assert process_state(replace(here, host=ELSEWHERE)) == ""

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -26,33 +26,14 @@ from types import TracebackType
 from torch._C import _distributed_c10d
 
 from visft_ds.parallel.faults import LOST_PEER, LostRank
+from visft_ds.parallel.heartbeat import FOLDER, Beat, process_state, read_beats, started
 
-FOLDER = "heartbeats"
 EXIT_CODE = 3  #: of a rank that stops because of another one
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2
 #: What a rank says that ends because of another one.
 _FOLLOWED = "another rank ended first"
 _LONGEST_BEAT = 5.0  #: seconds between two heartbeats, at most
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank says of itself."""
-
-    start: str  #: which start of the run it belongs to; files of earlier starts stay behind
-    rank: int
-    host: str
-    pid: int
-    born: str  #: when the process started, by its kernel: process ids come again
-    count: int = 0  #: grows while the process lives
-    position: int = 0  #: grows with every part of a step, equally on all ranks
-    doing: str = "starting"
-    ended: str = ""  #: why it left in good order
-
-    def where(self) -> str:
-        """Rank, process and what it was last seen doing."""
-        return f"rank {self.rank} (process {self.pid} on {self.host}, last seen: {self.doing})"
 
 
 @dataclass
@@ -161,7 +142,7 @@ class Watchdog:
         self._folder, self._world = folder / FOLDER, world
         self._interval = min(_LONGEST_BEAT, heartbeat_timeout / 5)
         pid = os.getpid()
-        self._beat = Beat(start, rank, socket.gethostname(), pid, _born(pid))
+        self._beat = Beat(start, rank, socket.gethostname(), pid, started(pid))
         self._timed = False
         self._peers = Peers(world, rank, heartbeat_timeout, step_timeout, time.monotonic())
         self._lock, self._leave = threading.Lock(), threading.Event()
@@ -189,6 +170,8 @@ class Watchdog:
     ) -> None:
         if self._leave.is_set():
             return
+        if error is None:
+            return self.leave("done")
         self._leave.set()
         self._thread.join()
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
@@ -199,11 +182,13 @@ class Watchdog:
                 told += "\n  stack:\n" + "".join(traceback.format_tb(trace))
             raise LostRank(told) from error
         lines = str(error).splitlines()
-        self._end("done" if error is None else f"{type(error).__name__}: {lines[0] if lines else ''}")
+        self._end(f"{type(error).__name__}: {lines[0] if lines else ''}")
 
-    def leave(self) -> None:
+    def leave(self, why: str) -> None:
         """Stop watching: from here on this process needs no other."""
-        self.__exit__(None, None, None)
+        self._leave.set()
+        self._thread.join()
+        self._end(why)
 
     def _end(self, why: str) -> None:
         with self._lock:
@@ -272,28 +257,6 @@ class Watchdog:
         return {beat.rank: beat for beat in read_beats(self._folder) if beat.start == self._beat.start}
 
 
-def read_beats(folder: Path) -> Iterator[Beat]:
-    """All heartbeats in a folder, also those of earlier starts; files that cannot be read now are left out."""
-    for path in sorted(folder.glob("rank_*.json")):
-        try:
-            yield Beat(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            continue
-
-
-def process_state(beat: Beat) -> str:
-    """The state of a rank's process in words, "gone" where there is no such process, "" on another machine."""
-    if beat.host != socket.gethostname():
-        return ""
-    try:
-        fields = Path(f"/proc/{beat.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return "gone"
-    if fields[19] != beat.born or fields[0] in "ZX":
-        return "gone"
-    return {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device"}.get(fields[0], "running")
-
-
 def last_collective() -> str:
     """What torch's flight recorder has of this process's last collective."""
     dump = _distributed_c10d._dump_fr_trace_json(True, False)  # type: ignore[attr-defined]
@@ -313,7 +276,3 @@ def _ask_for_stacks(beat: Beat) -> None:
         os.kill(beat.pid, STACKS)
         os.kill(beat.pid, signal.SIGCONT)
         time.sleep(0.5)  # it writes to the same stream
-
-
-def _born(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
