@@ -11,8 +11,8 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import deepspeed
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
+from visft_ds.parallel.refusal import lower_loss_scale, step_without_update
 
 #: The engine and the checkpoints use private names of exactly these releases.
 TESTED_DEEPSPEED = ("0.19.8",)
@@ -34,6 +35,8 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
+    refused: Literal["", "loss", "gradient"] = ""  #: why no rank has made an update; overflows of fp16 are no reason
+    faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
 
 
 class Engine(Protocol):
@@ -107,6 +110,11 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the random numbers (dropout) of a step: a pure function, so that a resumed run draws the same."""
+    return ((seed * 1_000_003 + step) * 4_099 + rank) % (1 << 63)
+
+
 class ZeroEngine:
     """ZeRO stages 0-3, with or without offload, over a plain module.
 
@@ -117,6 +125,9 @@ class ZeroEngine:
         build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
+
+    `accept` decides, from the mean loss of the global batch, whether a step may change the weights. It has to answer
+    alike on every rank. Nothing that is not finite may pass.
     """
 
     def __init__(
@@ -143,12 +154,12 @@ class ZeroEngine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
+        self.accept: Callable[[float], bool] = math.isfinite
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
         """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
-        # A pure function of seed, step and rank: a resumed run draws the same dropout masks.
-        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
+        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         self.module.train()
         clear_stale_gradients(self.deepspeed.optimizer)
         rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
@@ -158,24 +169,46 @@ class ZeroEngine:
             # DeepSpeed clips gradients that are still multiplied by the loss scale, so the bound has to be as well.
             self.deepspeed.optimizer.clip_grad = self.deepspeed.gradient_clipping() * scale
         sums: dict[str, Tensor] = {}
-        norm: float | None = None
-        for batch in batches:
+        self.module.faults = []
+        for number, batch in enumerate(batches, 1):
             losses = self.deepspeed(batch.to(self.device), normaliser)
             self.deepspeed.backward(losses["loss"])
-            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._dense_gradient_norm()  # ZeRO-0 keeps no norm
-            self.deepspeed.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
-        if norm is None:
-            norm = float(self.deepspeed.get_global_grad_norm())
-        skipped = scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers the scale
-        return StepReport(
-            losses=distributed.mean_over_ranks(sums),
-            gradient_norm=norm / scale,
-            learning_rates=rates,
-            skipped=skipped,
-        )
+            if number < len(batches):
+                self.deepspeed.step()
+        loss = distributed.mean_over_ranks({"loss": sums["loss"]})["loss"]
+        refused, norm = self._update(loss, scaler)
+        skipped = not refused and scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers it
+        faults: dict[int, Sequence[str]] = {}
+        if refused:
+            own = [*self.module.faults, *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite())]
+            everyone = distributed.broadcast_object(distributed.gather_objects(own))
+            faults = {rank: found for rank, found in enumerate(everyone) if found}
+        # Ranks with a fault do not have all the losses.
+        means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
+        return StepReport(means, norm / scale, rates, skipped, refused, faults)
+
+    def _update(
+        self, loss: float, scaler: torch.amp.GradScaler | None
+    ) -> tuple[Literal["", "loss", "gradient"], float]:
+        """The update, unless the loss or the gradient speaks against it; the same on every rank.
+
+        Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
+        """
+        accepted = self.accept(loss)
+        norm = self._dense_gradient_norm() if self.stage == 0 else math.inf
+        if not accepted or (self.stage == 0 and scaler is None and not math.isfinite(norm)):
+            step_without_update(self.deepspeed, self.stage)
+            return "gradient" if accepted else "loss", norm
+        self.deepspeed.step()
+        if self.stage == 0:  # which keeps no norm
+            return "", norm
+        if scaler is not None:
+            lower_loss_scale(self.deepspeed.optimizer, scaler)
+        elif self.deepspeed.optimizer.overflow:
+            return "gradient", math.inf
+        return "", float(self.deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:

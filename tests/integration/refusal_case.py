@@ -1,0 +1,91 @@
+"""One rank of a run in which rank 1 alone meets a number that is none: what is left must be the run without that step.
+
+RANK=0 WORLD_SIZE=2 ... python -m tests.integration.refusal_case OUT.json ENGINE PRECISION...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.integration.engine_case import GLOBAL_BATCH, ORDER, _engine, global_batch, normaliser, part
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import StepReport, grad_scaler, start_process_group
+from visft_ds.parallel.engine_state import gather_parameters
+
+#: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and refused in the others.
+STEPS, BAD = (0, 1, 2, 3), 2
+MODES = ("loss", "fault", "gradient")
+
+
+class Disturbed:
+    """A criterion that goes wrong on rank 1 as `mode` says."""
+
+    def __init__(self, criterion: Any, mode: str) -> None:
+        self.weights, self.count = criterion.weights, criterion.count
+        self._criterion, self._mode = criterion, mode
+
+    def __call__(self, *arguments: Any) -> Mapping[str, Tensor]:
+        parts = dict(self._criterion(*arguments))
+        if distributed.rank() != 1:
+            return parts
+        if self._mode == "fault":
+            raise FloatingPointError("the matching cost 'ce' of image_id 7 is nan")
+        name = next(iter(self.weights))
+        if self._mode == "loss":
+            return {**parts, name: parts[name] * torch.nan}
+        return {**parts, name: parts[name] + (parts[name] * 0).sqrt()}  # the root of 0: finite, its gradient is not
+
+
+def run(engine: Any, mode: str) -> tuple[dict[str, Tensor], list[StepReport]]:
+    rank, world = distributed.rank(), distributed.world_size()
+    micro = GLOBAL_BATCH // (world * engine.accumulation)
+    reports = []
+    for step in STEPS:
+        if step == BAD and not mode:
+            continue
+        criteria = dict(engine.module.criteria)
+        if step == BAD:
+            for task in ORDER[BAD]:
+                engine.module.criteria[task] = Disturbed(criteria[task], mode)
+        starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
+        batches = [part(step, first, first + micro) for first in starts]
+        whole = global_batch(step)
+        reports.append(engine.train_step(step, batches, normaliser(engine.module, whole, world * engine.accumulation)))
+        engine.module.criteria.update(criteria)
+    return gather_parameters(engine), reports
+
+
+def main(out: str, name: str, *precisions: str) -> None:
+    torch.set_num_threads(1)
+    start_process_group()
+    results: dict[str, Any] = {}
+    for precision in precisions:
+        reference, _ = run(_engine(1, name, precision), "")
+        for mode in MODES:
+            engine = _engine(1, name, precision)
+            values, reports = run(engine, mode)
+            report = reports[STEPS.index(BAD)]
+            scaler = grad_scaler(engine.deepspeed)
+            everyone = distributed.gather_objects([report.refused, report.skipped, report.faults])
+            if distributed.is_main():
+                results[f"{precision}-{mode}"] = {
+                    "everyone": everyone,
+                    "equal": [torch.equal(values[key], value) for key, value in reference.items()],
+                    "refused": [one.refused for one in reports],
+                    "skipped_steps": engine.deepspeed.skipped_steps,
+                    "scale": scaler and scaler.get_scale(),
+                }
+    if distributed.is_main():
+        Path(out).write_text(json.dumps(results))
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Making no update: DeepSpeed's own way of passing over a step, taken on every rank whatever the precision.
+
+DeepSpeed 0.19.8 passes over a step by itself where the norm of the gradient is not finite, but not under ZeRO-0, where
+the weights become NaN, and never because of a loss. Under fp16 autocast and ZeRO 1-3 it then forgets to lower the loss
+scale, so that every later step overflows as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def step_without_update(engine: Any, stage: int) -> None:
+    """What `engine.step()` does at the end of an optimiser step, without an update; gradients are dropped. Collective.
+
+    Weights, moments, schedule and loss scale stay as they are; the step counts as a skipped one.
+
+    Args:
+        engine: of DeepSpeed, after the backward pass of the last micro-batch.
+        stage: of ZeRO.
+    """
+    if stage == 0:
+        engine.zero_grad()
+        engine.micro_steps += 1
+        engine.global_steps += 1
+        engine.skipped_steps += 1
+        engine.global_samples += engine.train_batch_size()
+        return
+    optimizer = engine.optimizer
+
+    def overflow(*_: Any, **__: Any) -> bool:
+        optimizer.overflow = True
+        return True
+
+    # The names under which the optimisers look for an overflow; an attribute of the object goes before its class's.
+    if stage == 3:
+        optimizer._overflow_check_and_loss_scale_update = overflow
+    else:
+        checks = optimizer.check_grad_overflow
+        optimizer.check_grad_overflow, optimizer.check_overflow = True, overflow
+    try:
+        engine.step()
+    finally:
+        if stage == 3:
+            del optimizer._overflow_check_and_loss_scale_update
+        else:
+            optimizer.check_grad_overflow = checks
+            del optimizer.check_overflow
+
+
+def lower_loss_scale(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
+    """After an overflow that DeepSpeed's optimiser passed over without telling the scaler."""
+    if optimizer.overflow:
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
