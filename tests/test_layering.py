@@ -23,11 +23,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conversion", "models", "tasks"),
     ("training_data",),
     ("interop", "multitask", "run_folder", "streams"),
+    ("bundle",),
     ("stages",),
     ("evals", "parallel"),
-    ("planner", "start_report", "validation", "which"),
+    ("guard", "planner", "start_report", "validation", "which"),
     ("train",),
-    ("launch", "profiling", "supervisor"),
+    ("launch", "profiling", "replay", "supervisor"),
     ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except FloatingPointError as error:
         # Training diverged. Where a matcher sees it first, that may be on one rank only.
-        print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not getattr(error, "of_all_ranks", False):
+            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 4
     except RuntimeError as error:
         if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from visft_ds.bundle import bundle_path
 from visft_ds.config import (
     Batches,
     ResolvedConfig,
@@ -23,11 +23,12 @@ from visft_ds.config import (
 from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.manifest import Category
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.guard import StepGuard, capture, resumed_guard
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.monitor.console import Progress, StepLine
@@ -47,15 +48,12 @@ from visft_ds.start_report import data_section, print_start
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.training_data import (
     TrainingSet,
-    cache_of,
     captioned,
-    check_labels,
-    check_samples,
     data_identity,
     open_training_data,
     workers_of,
 )
-from visft_ds.validation import Validation
+from visft_ds.validation import Validation, open_validation
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
-    validation = _open_validation(settings, manifest)
+    validation = open_validation(settings, manifest)
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
@@ -187,25 +185,6 @@ def _watchdog(out: Path, settings: RunConfig) -> Watchdog:
     )
 
 
-def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
-    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
-    data = config.data
-    if not config.run.eval_every:
-        return None
-    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
-    check_samples(config.tasks.enabled(), validation)
-    check_labels(validation, config)
-    names = {category.coco_id: category.name for category in training.categories}
-    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
-    if other:
-        raise ValueError(
-            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
-            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
-            "same categories"
-        )
-    return validation
-
-
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
     """What a checkpoint remembers of the heads that its run was given."""
     return " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here"
@@ -276,6 +255,8 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
     stop, begin, saved, step, skipped = run.stop, run.watchdog.begin, start, start, 0
     stop.listen()
+    guard = resumed_guard(settings, run.out, run.loader.plan, start)
+    run.engine.accept = guard.accept
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
@@ -289,9 +270,14 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
         )
         begin(f"step {whole.step + 1} ({whole.task}): forward, backward, update")
-        report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
+        normaliser = _normaliser(run, agreement.counts)
+        guard.expect(whole.task)
+        report = run.engine.train_step(whole.step, batches, normaliser)
         step = whole.step + 1
-        _check_finite(run, whole, report, saved)
+        if said := _judge(run, guard, whole, batches, normaliser, report):
+            writer.event(step, "bad step" if guard.bad else "loss leaps", details=said)
+            guard.check(said, saved)
+            progress.message(said)
         _report_skipped(run, progress, skipped)
         skipped = len(run.loader.skipped)
         now = time.perf_counter()
@@ -368,6 +354,7 @@ def _record(
         "data_wait_seconds": run.loader.wait_seconds,
         "data_skipped": float(len(run.loader.skipped)),
         "skipped": float(report.skipped),
+        "refused": float(bool(report.refused)),
     }
     writer.step(step, values)
 
@@ -378,16 +365,24 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def _check_finite(run: Run, whole: StepPlan, report: StepReport, saved: int) -> None:
-    """Stop every rank on the same step when the loss or, in fp32, the gradient is not a number."""
-    if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
-        return
-    names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
-    raise FloatingPointError(
-        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {saved}. "
-        "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
-        f"  python tools/make_shards.py which --step {whole.step} --run {run.out}"
-    )
+def _judge(
+    run: Run, guard: StepGuard, whole: StepPlan, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+) -> str:
+    """What to say of a step; one that went wrong leaves a bundle."""
+    said = guard.judge(whole, report)
+    if guard.bad:
+        said += "\n  to find where it begins: " + capture(
+            run.engine,
+            bundle_path(run.out, whole.step + 1),
+            whole,
+            batches,
+            normaliser,
+            report,
+            plan=run.loader.plan,
+            config=run.config,
+            identity=run.identity,
+        )
+    return said
 
 
 def _save(run: Run, step: int) -> None:

@@ -15,10 +15,29 @@ from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
-from visft_ds.training_data import workers_of
+from visft_ds.training_data import cache_of, check_labels, check_samples, workers_of
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+
+
+def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
+    data = config.data
+    if not config.run.eval_every:
+        return None
+    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    check_samples(config.tasks.enabled(), validation)
+    check_labels(validation, config)
+    names = {category.coco_id: category.name for category in training.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
+    if other:
+        raise ValueError(
+            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
+            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
+            "same categories"
+        )
+    return validation
 
 
 class Validation:
