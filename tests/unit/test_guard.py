@@ -107,7 +107,16 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
         losses[step] = math.nan
     options = settings(skip_spikes=2, skip_bad_steps=5)
     straight = play(StepGuard(options), losses)
-    assert [step for step, (updated, _) in enumerate(straight) if not updated] == [110, 111, 113, 130, 131, 150, 180, 181]
+    assert [step for step, (updated, _) in enumerate(straight) if not updated] == [
+        110,
+        111,
+        113,
+        130,
+        131,
+        150,
+        180,
+        181,
+    ]
     records = tmp_path / "metrics.jsonl"
     with records.open("w") as file:
         for step, loss in enumerate(losses):

@@ -21,7 +21,7 @@ from torch import Tensor
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.refusal import lower_loss_scale, step_without_update
+from visft_ds.parallel.refusal import step_without_update
 
 #: The engine and the checkpoints use private names of exactly these releases.
 TESTED_DEEPSPEED = ("0.19.8",)
@@ -95,9 +95,8 @@ def start_process_group() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", _free_port())
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "64"
-    )  # torch's flight recorder: the watchdog names the last collective
+    # Torch's flight recorder, from which the watchdog names the last collective.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
     deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
@@ -197,18 +196,21 @@ class ZeroEngine:
         Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
         """
         accepted = self.accept(loss)
-        norm = self._dense_gradient_norm() if self.stage == 0 else math.inf
-        if not accepted or (self.stage == 0 and scaler is None and not math.isfinite(norm)):
+        norm = self._dense_gradient_norm() if self.stage == 0 else math.inf  # ZeRO-0 keeps no norm
+        if not accepted or (self.stage == 0 and not math.isfinite(norm)):
             step_without_update(self.deepspeed, self.stage)
-            return "gradient" if accepted else "loss", norm
-        self.deepspeed.step()
-        if self.stage == 0:  # which keeps no norm
+        else:
+            self.deepspeed.step()
+        if not accepted:
+            return "loss", norm
+        if self.stage:
+            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+        if math.isfinite(norm):
             return "", norm
-        if scaler is not None:
-            lower_loss_scale(self.deepspeed.optimizer, scaler)
-        elif self.deepspeed.optimizer.overflow:
-            return "gradient", math.inf
-        return "", float(self.deepspeed.get_global_grad_norm())
+        if scaler is None:
+            return "gradient", norm
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())  # DeepSpeed passes over without telling it
+        return "", norm
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:

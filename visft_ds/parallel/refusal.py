@@ -1,15 +1,13 @@
 """Making no update: DeepSpeed's own way of passing over a step, taken on every rank whatever the precision.
 
 DeepSpeed 0.19.8 passes over a step by itself where the norm of the gradient is not finite, but not under ZeRO-0, where
-the weights become NaN, and never because of a loss. Under fp16 autocast and ZeRO 1-3 it then forgets to lower the loss
-scale, so that every later step overflows as well.
+the weights become NaN, and never because of a loss. Under fp16 autocast it then forgets to lower the loss scale (ZeRO
+1-3), so that every later step overflows as well, or moves the schedule on (ZeRO-0).
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 
 def step_without_update(engine: Any, stage: int) -> None:
@@ -48,9 +46,3 @@ def step_without_update(engine: Any, stage: int) -> None:
         else:
             optimizer.check_grad_overflow = checks
             del optimizer.check_overflow
-
-
-def lower_loss_scale(optimizer: Any, scaler: torch.amp.GradScaler) -> None:
-    """After an overflow that DeepSpeed's optimiser passed over without telling the scaler."""
-    if optimizer.overflow:
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
