@@ -18,13 +18,14 @@ PACKAGE = "visft_ds"
 
 #: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("parallel.faults",),
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("conversion", "models", "tasks"),
     ("training_data",),
     ("interop", "multitask", "run_folder", "streams"),
-    ("bundle",),
-    ("stages",),
+    ("bundle", "run_lock"),
+    ("machine", "stages"),
     ("evals", "parallel"),
     ("guard", "planner", "start_report", "validation", "which"),
     ("train",),

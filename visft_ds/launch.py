@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
-from visft_ds.parallel.faults import LOST_PEER, LostRank, StopFlag
+from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,6 +41,10 @@ def main(argv: Sequence[str]) -> int:
         if rank == 0 or not getattr(error, "of_all_ranks", False):
             print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 4
+    except RanksDiffer as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except RuntimeError as error:
         if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from visft_ds.config import (
     deepspeed_dict,
     derive_batches,
 )
-from visft_ds.config.schema import RunConfig, VisftConfig
+from visft_ds.config.schema import VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category
@@ -31,6 +30,7 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, resumed_guard
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
@@ -41,7 +41,7 @@ from visft_ds.parallel.engine_state import gather_state, restore_state
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
 from visft_ds.parallel.heartbeat import stopped_because
-from visft_ds.parallel.watchdog import Watchdog
+from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
@@ -98,17 +98,18 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     loader = _build_loader(settings, sets, vocabulary, batches)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
+    check_shared_memory(config, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
 
     start_process_group()
-    with _watchdog(out, settings.run) as watchdog:
+    with locked_for_all_ranks(out), watch(out, settings.run.heartbeat_timeout, settings.run.step_timeout) as watchdog:
         data = {
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
             "vocabulary": vocabulary.fingerprint if vocabulary else "none",
         }
-        distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
         heads = Path(settings.heads.path) if settings.heads.path else None
         prepared = prepare_model(
             settings,
@@ -118,6 +119,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             categories=manifest.categories,
             vocabulary=vocabulary,
         )
+        check_space(out, sum(group.count for group in prepared.groups), settings.run.keep_last)
         base_sha256 = _keep_random_base(prepared, config, out)
         run = Run(
             config=config,
@@ -172,17 +174,6 @@ def _loop_and_export(run: Run, start: int) -> int:
         elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
     return settings.requeue_code if requeue else 0
-
-
-def _watchdog(out: Path, settings: RunConfig) -> Watchdog:
-    return Watchdog(
-        out,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        start=distributed.broadcast_object(uuid.uuid4().hex),
-        heartbeat_timeout=settings.heartbeat_timeout,
-        step_timeout=settings.step_timeout,
-    )
 
 
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import deepspeed
+import psutil
 import torch
 from torch import Tensor
+from torch.distributed import DistNetworkError
 
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
@@ -80,6 +82,7 @@ def start_process_group() -> None:
 
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
+        ValueError: the port on which the processes meet is in use.
     """
     if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
         "VISFT_ALLOW_UNTESTED_DEEPSPEED"
@@ -99,7 +102,25 @@ def start_process_group() -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
-    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(
+            f"port {port}, on which the processes meet, is in use{_holder(int(port))}: give another one, "
+            "deepspeed --master_port N (or MASTER_PORT)"
+        ) from error
+
+
+def _holder(port: int) -> str:
+    """Who listens on a port of this machine, as far as the system tells."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            name = " ".join(psutil.Process(connection.pid).cmdline())
+            return f" by process {connection.pid} ({name[:80]})"
+    return ""
 
 
 def _free_port() -> str:

@@ -16,6 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
 
+class RanksDiffer(RuntimeError):
+    """Ranks that ought to have or do the same do not; every rank knows and stops."""
+
+
 class LostRank(RuntimeError):
     """Another rank died or ended with an error; this one cannot go on."""
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from types import TracebackType
 
 from torch._C import _distributed_c10d
 
+from visft_ds.parallel import distributed
 from visft_ds.parallel.faults import LOST_PEER, LostRank
 from visft_ds.parallel.heartbeat import FOLDER, Beat, process_state, read_beats, started
 
@@ -255,6 +257,18 @@ class Watchdog:
 
     def _read(self) -> dict[int, Beat]:
         return {beat.rank: beat for beat in read_beats(self._folder) if beat.start == self._beat.start}
+
+
+def watch(folder: Path, heartbeat_timeout: float, step_timeout: float) -> Watchdog:
+    """The watchdog of this process over all ranks of its group. Collective."""
+    return Watchdog(
+        folder,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        start=distributed.broadcast_object(uuid.uuid4().hex),
+        heartbeat_timeout=heartbeat_timeout,
+        step_timeout=step_timeout,
+    )
 
 
 def last_collective() -> str:
