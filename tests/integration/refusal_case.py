@@ -18,6 +18,7 @@ from tests.integration.engine_case import GLOBAL_BATCH, ORDER, _engine, global_b
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, grad_scaler, start_process_group
 from visft_ds.parallel.engine_state import gather_parameters
+from visft_ds.parallel.faults import RanksDiffer
 
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and refused in the others.
 STEPS, BAD = (0, 1, 2, 3), 2
@@ -62,13 +63,25 @@ def run(engine: Any, mode: str) -> tuple[dict[str, Tensor], list[StepReport]]:
     return gather_parameters(engine), reports
 
 
-def main(out: str, name: str, *precisions: str) -> None:
+def disagree() -> str:
+    """What a rank hears where the next step is another one on each; a step before is the same and goes through."""
+    device = torch.device("cpu")
+    assert distributed.agree_on_step("step 0 detection", {}, distributed.rank() == 1, device).stop
+    assert distributed.any_rank(distributed.rank() == 1, device) and not distributed.any_rank(False, device)
+    try:
+        distributed.agree_on_step(f"step 1 {('detection', 'captioning')[distributed.rank()]}", {}, False, device)
+    except RanksDiffer as error:
+        return str(error)
+    return ""
+
+
+def main(out: str, name: str, precisions: str, modes: str) -> None:
     torch.set_num_threads(1)
     start_process_group()
-    results: dict[str, Any] = {}
-    for precision in precisions:
+    results: dict[str, Any] = {"disagree": distributed.gather_objects(disagree())}
+    for precision in precisions.split(","):
         reference, _ = run(_engine(1, name, precision), "")
-        for mode in MODES:
+        for mode in modes.split(","):
             engine = _engine(1, name, precision)
             values, reports = run(engine, mode)
             report = reports[STEPS.index(BAD)]

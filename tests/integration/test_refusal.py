@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,43 @@ SCALE = 65536.0  #: with which fp16 begins
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
 
-def check(results: dict[str, Any], precision: str) -> None:
-    for mode in MODES:
-        found = results[f"{precision}-{mode}"]
-        assert found["everyone"][0] == found["everyone"][1]  # all ranks know the same
-        assert all(found["equal"]) and found["equal"], mode  # bit for bit the run without this step
-        assert found["skipped_steps"] == 1
-        refused, skipped, faults = found["everyone"][0]
-        if mode == "gradient" and precision == "fp16":
-            # Any overflow of fp16 looks like this; it lowers the scale and is no reason for an alarm.
-            assert (refused, skipped, found["scale"]) == ("", True, SCALE / 2)
-            continue
-        assert found["refused"] == ["", "", "gradient" if mode == "gradient" else "loss", ""]
-        assert found["scale"] in (None, SCALE)
-        assert not skipped
-        if mode == "fault":
-            assert list(faults) == ["1"] and "image_id 7" in faults["1"][0]
-        if mode == "loss":
-            assert list(faults) == ["1"] and any("captioning/" in text and "nan" in text for text in faults["1"])
+def results_of(folder: Path, engine: str, precisions: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
+    out = folder / "out.json"
+    run_ranks(["-m", "tests.integration.refusal_case", str(out), engine, ",".join(precisions), ",".join(modes)])
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
-def test_nobody_makes_an_update(tmp_path: Path) -> None:
-    run_ranks(["-m", "tests.integration.refusal_case", str(tmp_path / "out.json"), "zero2", "fp32"])
-    check(json.loads((tmp_path / "out.json").read_text()), "fp32")
+def check(found: dict[str, Any], precision: str, mode: str) -> None:
+    assert found["everyone"][0] == found["everyone"][1]  # all ranks know the same
+    assert all(found["equal"]) and found["equal"], (precision, mode)  # bit for bit the run without this step
+    assert found["skipped_steps"] == 1
+    refused, skipped, faults = found["everyone"][0]
+    if mode == "gradient" and precision == "fp16":
+        # Any overflow of fp16 looks like this; it lowers the scale and is no reason for an alarm.
+        assert (refused, skipped, found["scale"]) == ("", True, SCALE / 2)
+        return
+    assert found["refused"] == ["", "", "gradient" if mode == "gradient" else "loss", ""]
+    assert found["scale"] in (None, SCALE)
+    assert not skipped
+    if mode == "fault":
+        assert list(faults) == ["1"] and "image_id 7" in faults["1"][0]
+    if mode == "loss":
+        assert list(faults) == ["1"] and any("captioning/" in text and "nan" in text for text in faults["1"])
+
+
+def test_nobody_makes_an_update_and_ranks_that_differ_are_named(tmp_path: Path) -> None:
+    results = results_of(tmp_path, "zero2", ["fp32"], ["fault"])
+    check(results["fp32-fault"], "fp32", "fault")
+    expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"
+    assert len(results["disagree"]) == 2 and all(expected in said for said in results["disagree"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nobody_makes_an_update_in_any_precision(engine: str, tmp_path: Path) -> None:
     precisions = ("fp32", "bf16") if engine == "zero3_offload" else ("fp32", "bf16", "fp16")
-    run_ranks(["-m", "tests.integration.refusal_case", str(tmp_path / "out.json"), engine, *precisions])
+    results = results_of(tmp_path, engine, precisions, MODES)
     for precision in precisions:
-        check(json.loads((tmp_path / "out.json").read_text()), precision)
+        for mode in MODES:
+            check(results[f"{precision}-{mode}"], precision, mode)

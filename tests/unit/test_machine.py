@@ -34,7 +34,10 @@ def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     many = ["visft.data.workers=processes", "visft.data.num_workers=8", "visft.shared.image.fixed_size=1024"]
     wide = config(*many)
-    with pytest.raises(ValueError, match=r"has 64 MB free; 11 batches of 1 processes may need \d+ MB.*workers=threads"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 64 MB free; 13 batches for each training process of this machine may need \d+ MB.*workers=threads",
+    ):
         check_shared_memory(wide, derive_batches(wide, 1), tmp_path)
     for fine in (config(*many[:2]), config("visft.data.workers=threads", *many[1:])):
         check_shared_memory(fine, derive_batches(fine, 1), tmp_path)
