@@ -35,6 +35,8 @@ TASKS = ("detection", "segmentation", "captioning")
 #: Who learns in each step.
 ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
 STEPS, VOCABULARY = len(ORDER), 12
+#: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
+REFUSING = "zero2"
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -261,6 +263,11 @@ def main(out: str, name: str) -> None:
         restore_state(resumed, found.load(), found.step)
         results[f"stage{stage}-resumed"] = _run(resumed, SAVED_AT, STEPS, None)
         results[f"stage{stage}-bf16"] = _run(_engine(stage, name, "bf16"), 0, STEPS, None)
+    if name == REFUSING:
+        from tests.integration.refusal_case import disagree, refusals
+
+        results["refusals"] = refusals(name, ["fp32"], ["fault"])
+        results["disagree"] = distributed.gather_objects(disagree())
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         results["stage1-fp16"] = _run(_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None

@@ -5,10 +5,8 @@ RANK=0 WORLD_SIZE=2 ... python -m tests.integration.refusal_case OUT.json ENGINE
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,18 +73,17 @@ def disagree() -> str:
     return ""
 
 
-def main(out: str, name: str, precisions: str, modes: str) -> None:
-    torch.set_num_threads(1)
-    start_process_group()
-    results: dict[str, Any] = {"disagree": distributed.gather_objects(disagree())}
-    for precision in precisions.split(","):
+def refusals(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
+    """What the main process knows of all cases; nothing elsewhere. Collective."""
+    results: dict[str, Any] = {}
+    for precision in precisions:
         reference, _ = run(_engine(1, name, precision), "")
-        for mode in modes.split(","):
+        for mode in modes:
             engine = _engine(1, name, precision)
             values, reports = run(engine, mode)
             report = reports[STEPS.index(BAD)]
             scaler = grad_scaler(engine.deepspeed)
-            everyone = distributed.gather_objects([report.refused, report.skipped, report.faults])
+            everyone = distributed.gather_objects([report.refused, report.skipped, dict(report.faults)])
             if distributed.is_main():
                 results[f"{precision}-{mode}"] = {
                     "everyone": everyone,
@@ -95,8 +92,15 @@ def main(out: str, name: str, precisions: str, modes: str) -> None:
                     "skipped_steps": engine.deepspeed.skipped_steps,
                     "scale": scaler and scaler.get_scale(),
                 }
+    return results
+
+
+def main(out: str, name: str, precisions: str) -> None:
+    torch.set_num_threads(1)
+    start_process_group()
+    results = refusals(name, precisions.split(","), MODES)
     if distributed.is_main():
-        Path(out).write_text(json.dumps(results))
+        torch.save(results, out)
     distributed.close()
 
 
