@@ -47,6 +47,8 @@ class Engine(Protocol):
     module: MultiTaskModel
     device: torch.device
     accumulation: int
+    seed: int
+    accept: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
 

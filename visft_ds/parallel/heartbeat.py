@@ -53,8 +53,8 @@ def asked_to_stop(folder: Path) -> bool:
 
 
 def process_state(beat: Beat) -> str:
-    """The state of a rank's process in words, "gone" where there is no such process, "" on another machine."""
-    if beat.host != socket.gethostname():
+    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    if beat.host != socket.gethostname() or not Path("/proc/self/stat").exists():
         return ""
     try:
         fields = Path(f"/proc/{beat.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -66,5 +66,8 @@ def process_state(beat: Beat) -> str:
 
 
 def started(pid: int) -> str:
-    """When a process was started, as its kernel counts: process ids come again."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    """When a process was started, as its kernel counts: process ids come again. "" where /proc does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""

@@ -199,13 +199,18 @@ class Watchdog:
             self._write()
 
     def _watch(self) -> None:
+        warned = False
         while not self._leave.wait(self._interval):
             with self._lock:
                 timed = self._timed
             try:
                 self._write()
             except OSError as error:
-                print(f"warning: no heartbeat written: {error}", file=sys.stderr, flush=True)
+                # Nobody's heartbeats get there then, and a full disk alone must not end a run: do not judge.
+                if not warned:
+                    print(f"warning: no heartbeat is being written: {error}", file=sys.stderr, flush=True)
+                warned = True
+                continue
             problem, blamed = self._peers.look(self._read(), time.monotonic(), timed=timed)
             if problem and not self._leave.is_set():
                 self._report(problem, blamed)
