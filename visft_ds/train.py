@@ -251,8 +251,9 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
-    elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
-        validation.evaluate(predict, start, writer, progress)  # the run ended between saving this step and judging it
+    missed = validation and start and validation.resume(start) and validation.is_due(start, run.total_steps)
+    if validation and missed and not validation.evaluate(predict, start, writer, progress, stop):
+        return start  # the run had ended between saving this step and judging it, and is asked to end again
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for whole, batches in run.loader.steps(start, run.total_steps):
@@ -279,13 +280,16 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             _save(run, step)
             saved = step
             progress.message(f"saved step {step} in {run.out / 'checkpoints'}")
+        stopping = agreement.stop
         if validation:
             validation.poll(writer, progress)
-            stops = agreement.stop and step < run.total_steps  # then resuming makes up for the evaluation
-            if validation.is_due(step, run.total_steps) and not stops:
+            # Resuming makes up for an evaluation that is left out, or not finished: the step is saved.
+            if validation.is_due(step, run.total_steps) and not (stopping and step < run.total_steps):
                 begin(f"evaluating after step {step}", timed=False)
-                validation.evaluate(predict, step, writer, progress)
-        if agreement.stop:
+                stopping = not validation.evaluate(predict, step, writer, progress, stop) or stopping
+                if stopping and saved < step:
+                    _save(run, step)
+        if stopping:
             progress.message(
                 f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
             )

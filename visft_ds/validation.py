@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.examples import draw_examples
@@ -15,6 +18,7 @@ from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
+from visft_ds.parallel.faults import StopFlag
 from visft_ds.training_data import cache_of, check_labels, check_samples, workers_of
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
@@ -65,21 +69,29 @@ class Validation:
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
 
-    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress) -> None:
-        """Predict the split. Collective; the numbers come later, see `poll`."""
+    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress, stop: StopFlag) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`.
+
+        Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
+        that goes on from this very step makes up for it.
+        """
         config = self._config
-        collected = collect(
-            predict,
-            self._reader,
-            config.streams(),
-            self._vocabulary,
-            limit=config.run.eval_limit,
-            threads=workers_of(config.data)[1],
-        )
+        try:
+            collected = collect(
+                _unless_asked(predict, stop),
+                self._reader,
+                config.streams(),
+                self._vocabulary,
+                limit=config.run.eval_limit,
+                threads=workers_of(config.data)[1],
+            )
+        except _AskedError:
+            return False
         if collected is not None:
             self._judge.start(step, collected)
             self.poll(writer, progress)
         self.draw(predict, step, writer)
+        return True
 
     def draw(self, predict: Predict, step: int, writer: MetricsWriter) -> None:
         """Pictures of the fixed images, after `step`. Collective."""
@@ -104,6 +116,21 @@ class Validation:
     def abandon(self) -> None:
         """Leave what is being measured to the run that goes on from here."""
         self._judge.abandon()
+
+
+class _AskedError(Exception):
+    """Some rank was asked to stop."""
+
+
+def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
+    """`predict`, which all ranks call equally often, until one of them is asked to stop."""
+
+    def predict_or_stop(batch: Batch) -> Mapping[str, Any]:
+        if distributed.any_rank(bool(stop), distributed.local_device()):
+            raise _AskedError
+        return predict(batch)
+
+    return predict_or_stop
 
 
 def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress) -> None:
