@@ -37,7 +37,8 @@ class Past:
 
     task: str
     loss: float
-    refused: bool
+    refused: bool  #: no update was made
+    finite: bool = True  #: loss and gradient were
 
 
 def robust_score(past: Iterable[float], loss: float) -> float:
@@ -67,7 +68,7 @@ class StepGuard:
             self.expect(one.task)
             if one.refused:
                 self.accept(one.loss)  # for its score
-            self._note(one.loss, refused=one.refused)
+            self._note(one)
 
     def expect(self, task: str) -> None:
         """Say which task the next step trains."""
@@ -85,7 +86,8 @@ class StepGuard:
     def judge(self, whole: StepPlan, report: StepReport) -> str:
         """Take note of a finished step. Returns what to say of it, "" for nothing."""
         loss = report.losses["loss"]
-        leaps = math.isfinite(loss) and self._leaps()
+        now = Past(whole.task, loss, bool(report.refused), is_finite(report))
+        leaps = now.finite and self._leaps()
         known = self._known()
         where = f"step {whole.step + 1} ({whole.task})"
         said = ""
@@ -95,7 +97,7 @@ class StepGuard:
                 f"{where}: loss {loss:.4g} leaps: {self.score:.1f} robust standard deviations above the median "
                 f"{statistics.median(known):.4g} of the last {len(known)}; {done}"
             )
-        self._note(loss, refused=bool(report.refused))
+        self._note(now)
         if report.refused and not leaps:
             what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
             found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
@@ -129,12 +131,16 @@ class StepGuard:
     def _leaps(self) -> bool:
         return self._settings.spike_threshold is not None and self.score > self._settings.spike_threshold
 
-    def _note(self, loss: float, *, refused: bool) -> None:
-        leaps = math.isfinite(loss) and self._leaps()
-        self.bad = self.bad + 1 if refused and not leaps else 0
-        self._spikes = self._spikes + 1 if refused and leaps else 0
-        if not refused:
-            self._known().append(loss)
+    def _note(self, step: Past) -> None:
+        self.bad = self.bad + 1 if step.refused and not step.finite else 0
+        self._spikes = self._spikes + 1 if step.refused and step.finite else 0
+        if not step.refused:
+            self._known().append(step.loss)
+
+
+def is_finite(report: StepReport) -> bool:
+    """Whether loss and gradient of a step were numbers; overflows of fp16 do not count."""
+    return math.isfinite(report.losses["loss"]) and report.refused != "gradient"
 
 
 def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> StepGuard:
@@ -146,8 +152,8 @@ def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> Ste
 def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
     for record in read_metrics(path) if path.is_file() else ():
         if record.get("kind") == "step" and record["step"] <= start and "loss/loss" in record:
-            refused = bool(record.get("refused", 0.0))
-            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused)
+            refused, finite = bool(record.get("refused", 0.0)), not record.get("not_finite", 0.0)
+            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused, finite)
 
 
 def capture(

@@ -27,7 +27,7 @@ from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.guard import StepGuard, capture, resumed_guard
+from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
@@ -350,6 +350,7 @@ def _record(
         "data_skipped": float(len(run.loader.skipped)),
         "skipped": float(report.skipped),
         "refused": float(bool(report.refused)),
+        "not_finite": float(not is_finite(report)),
     }
     writer.step(step, values)
 

@@ -98,6 +98,16 @@ def test_bad_steps_stop_a_run_only_in_a_row() -> None:
         strict.check(said[-1][1], saved=0)
 
 
+def test_a_gradient_that_is_no_number_is_bad_even_where_the_loss_leaps() -> None:
+    guard = StepGuard(settings(skip_bad_steps=3))
+    play(guard, normal_losses(120))
+    whole = PLAN.step(120)
+    guard.expect(whole.task)
+    assert guard.accept(1e4)
+    said = guard.judge(whole, StepReport({"loss": 1e4}, math.inf, {}, False, "gradient"))
+    assert guard.bad == 1 and "the gradient is not finite, no update was made on any rank" in said
+
+
 def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
     """The same decisions from the records of a run, cut anywhere, also within a row of refusals."""
     losses = normal_losses(220)
@@ -122,6 +132,7 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
         for step, loss in enumerate(losses):
             value: float | str = loss if math.isfinite(loss) else str(loss)
             line = {"kind": "step", "step": step + 1, "loss/loss": value, "refused": float(not straight[step][0])}
+            line["not_finite"] = float(not math.isfinite(loss))
             file.write(json.dumps(line) + "\n")
     for cut in (1, 111, 112, 131, 132, 151, 170, 181):
         resumed = play(resumed_guard(options, tmp_path, PLAN, cut), losses[cut:], cut)
