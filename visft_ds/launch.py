@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
-        if rank == 0 or getattr(error, "of_one_rank", False):
+        # All ranks of a machine run into the same mistake; one message is enough. One that only this rank sees says so.
+        first_here = os.environ.get("LOCAL_RANK", str(rank)) == "0"
+        if rank == 0 or first_here or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
     except FloatingPointError as error:
