@@ -40,6 +40,37 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(victim: int, shards: Pat
     assert "most recent call first" in outputs[0]
 
 
+#: launchers/train.py, of which rank 1 does not come back from its fourth step.
+NEVER_BACK = """
+import sys, time
+from visft_ds.launch import main
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import ZeroEngine
+original = ZeroEngine.train_step
+def train_step(engine, step, *rest):
+    if step == 3 and distributed.rank() == 1:
+        time.sleep(600)
+    return original(engine, step, *rest)
+ZeroEngine.train_step = train_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_makes_no_progress_stops_all_of_four_with_their_stacks(shards: Path, tmp_path: Path) -> None:
+    """It lives and gives its heartbeat; what tells is that nobody gets on."""
+    extra = {**LONG, "visft.run.heartbeat_timeout": 10.0, "visft.run.step_timeout": 15.0}
+    processes = start_ranks(["-c", NEVER_BACK, *command(shards, tmp_path / "run", extra=extra)], 4)
+    codes, outputs = finish(processes, 200)
+    assert codes == [3] * 4, outputs
+    for rank, said in enumerate(outputs):
+        assert f"[rank {rank}] stopped: no progress for 1" in said
+        assert f"behind the others: rank 1 (process {processes[1].pid} on " in said
+        assert "last seen: step 4 (shared): forward, backward, update), " in said
+        assert "most recent call first" in said
+    assert 'File "<string>", line 9 in train_step' in outputs[1]
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_same_command_goes_on(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -52,6 +52,12 @@ def test_no_progress_blames_those_that_are_behind_and_spares_what_may_take_long(
     assert "no progress for 61 s; behind the others: rank 1 (process 101" in problem
     assert [one.rank for one in blamed] == [1]
     judge = peers()
+    for now in range(1, 62):
+        beats = {rank: replace(beat(rank, now, 7), collectives=40 - (rank == 2)) for rank in range(3)}
+        judge.look(beats, now, timed=True)
+    problem, _ = judge.look({rank: replace(one, count=99) for rank, one in beats.items()}, 63.0, timed=True)
+    assert "behind the others: rank 2" in problem and "39 collectives begun" in problem
+    judge = peers()
     for now in range(1, 200):
         assert judge.look({rank: beat(rank, now, 7) for rank in range(3)}, now, timed=False) == ("", [])
     for now in range(200, 260):  # the count begins with what is bound in time

@@ -26,6 +26,7 @@ class Beat:
     count: int = 0  #: grows while the process lives
     position: int = 0  #: grows with every part of a step, equally on all ranks
     doing: str = "starting"
+    collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
     ended: str = ""  #: why it left in good order
 
     def where(self) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch._C import _distributed_c10d
 
@@ -85,8 +86,8 @@ class Peers:
             seen = self._seen[rank]
             if rank == self._own and (seen.beat is None or beat.position != seen.beat.position):
                 self._moved = now
-            if seen.beat is None or beat.count != seen.beat.count or beat.ended:
-                seen.alive = now if not (seen.beat and seen.beat.ended) else seen.alive
+            if seen.beat is None or beat.count != seen.beat.count:
+                seen.alive = now
             seen.beat = beat
         return self._lost(now) or self._hanging(now) or ("", [])
 
@@ -116,11 +117,12 @@ class Peers:
         still = now - self._moved
         if not self._step_timeout or not self._timed or still <= self._step_timeout:
             return None
-        positions = {beat.position for beat in self.beats.values()}
-        behind = [beat for beat in self.beats.values() if beat.position == min(positions)]
-        if len(positions) == 1:
+        # Within a part of a step, whoever has begun fewer collectives is where the others are not.
+        places = {rank: (beat.position, beat.collectives) for rank, beat in self.beats.items()}
+        behind = [beat for rank, beat in self.beats.items() if places[rank] == min(places.values())]
+        if len(set(places.values())) == 1:
             return f"no progress for {still:.0f} s; all ranks are at the same point: {behind[0].doing}", []
-        names = ", ".join(beat.where() for beat in behind)
+        names = ", ".join(f"{beat.where()}, {beat.collectives} collectives begun" for beat in behind)
         return f"no progress for {still:.0f} s; behind the others: {names}", behind
 
 
@@ -141,7 +143,7 @@ class Watchdog:
     def __init__(
         self, folder: Path, *, rank: int, world: int, start: str, heartbeat_timeout: float, step_timeout: float
     ) -> None:
-        self._folder, self._world = folder / FOLDER, world
+        self._folder = folder / FOLDER
         self._interval = min(_LONGEST_BEAT, heartbeat_timeout / 5)
         pid = os.getpid()
         self._beat = Beat(start, rank, socket.gethostname(), pid, started(pid))
@@ -177,10 +179,10 @@ class Watchdog:
         self._leave.set()
         self._thread.join()
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            told, killed = self._who_is_gone()
+            told, silent = self._who_is_gone()
             self._end(_FOLLOWED)
             told += f"\n  here: {self._beat.doing}; {last_collective()}"
-            if killed:  # one that ended in good order has said why; a killed one has left nothing but this
+            if silent:  # one that ended in good order has said why; else there is nothing but this
                 told += "\n  stack:\n" + "".join(traceback.format_tb(trace))
             raise LostRank(told) from error
         lines = str(error).splitlines()
@@ -214,6 +216,8 @@ class Watchdog:
             problem, blamed = self._peers.look(self._read(), time.monotonic(), timed=timed)
             if problem and not self._leave.is_set():
                 self._report(problem, blamed)
+                # The others find the same at their next look; an end before that would hide from them why.
+                time.sleep(1.5 * self._interval)
                 os._exit(EXIT_CODE)
 
     def _report(self, problem: str, blamed: list[Beat]) -> None:
@@ -235,10 +239,7 @@ class Watchdog:
         return beat.host == self._beat.host and self._beat.rank == min(others, default=-1)
 
     def _who_is_gone(self) -> tuple[str, bool]:
-        """Which rank ended, after an error of the backend that does not say, and whether it was killed.
-
-        Waits for its last words.
-        """
+        """Which rank ended, after an error of the backend that does not say, and whether it left without a word."""
         deadline = time.monotonic() + 2 * self._interval
         while time.monotonic() < deadline:
             found = [beat for rank, beat in self._read().items() if rank != self._beat.rank]
@@ -249,11 +250,13 @@ class Watchdog:
             if gone:
                 return f"another rank ended first: {', '.join(gone)} was killed, or out of memory", True
             time.sleep(0.02)
-        return "another rank ended first", False
+        return "another rank ended first", True
 
     def _write(self) -> None:
         with self._lock:
-            self._beat = replace(self._beat, count=self._beat.count + 1)
+            begun = _collectives()
+            number = begun[-1]["record_id"] + 1 if begun else 0
+            self._beat = replace(self._beat, count=self._beat.count + 1, collectives=number)
             text = json.dumps(asdict(self._beat))
         path = self._folder / f"rank_{self._beat.rank:05d}.json"
         temporary = path.with_suffix(f".{threading.get_ident()}.tmp")
@@ -278,14 +281,20 @@ def watch(folder: Path, heartbeat_timeout: float, step_timeout: float) -> Watchd
 
 def last_collective() -> str:
     """What torch's flight recorder has of this process's last collective."""
-    dump = _distributed_c10d._dump_fr_trace_json(True, False)  # type: ignore[attr-defined]
-    entries = json.loads(dump).get("entries", [])
-    if not entries:
+    begun = _collectives()
+    if not begun:
         return "no collective recorded"
-    last = entries[-1]
+    last = begun[-1]
     sizes = f" of {last['input_sizes'][0]}" if last["input_sizes"] else ""
     state = "" if last["state"] == "scheduled" else f", {last['state']}"
     return f"last collective: number {last['record_id'] + 1}, {last['profiling_name']}{sizes}{state}"
+
+
+def _collectives() -> list[dict[str, Any]]:
+    """The newest entries of the flight recorder; none where this torch does not have that (private) name."""
+    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
+    entries: list[dict[str, Any]] = json.loads(dump(True, False)).get("entries", []) if dump else []
+    return entries
 
 
 def _ask_for_stacks(beat: Beat) -> None:
