@@ -170,7 +170,7 @@ def _loop_and_export(run: Run, start: int) -> int:
         distributed.close()
         run.watchdog.leave("done" if step >= run.total_steps else stopped_because(run.stop.reason))
         if run.validation and step < run.total_steps:
-            run.validation.abandon()
+            run.validation.leave(writer, progress)
         elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
     return settings.requeue_code if requeue else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from visft_ds.training_data import cache_of, check_labels, check_samples, worker
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+#: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
+_PATIENCE = 15.0
 
 
 def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
@@ -113,8 +116,12 @@ class Validation:
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
             _record(verdict, writer, progress)
 
-    def abandon(self) -> None:
-        """Leave what is being measured to the run that goes on from here."""
+    def leave(self, writer: MetricsWriter, progress: Progress) -> None:
+        """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._judge.busy and time.monotonic() < deadline:
+            self.poll(writer, progress)
+            time.sleep(0.1)
         self._judge.abandon()
 
 

@@ -90,6 +90,11 @@ class Judge:
         done, self._failed = done + self._failed, []
         return done
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being measured, as far as `verdicts` knows."""
+        return self._working is not None
+
     def abandon(self) -> None:
         """End what is being measured; `again` takes it up in the next run."""
         self._waiting.clear()
