@@ -111,7 +111,7 @@ class Command:
         command: a launcher and launchers/train.py with its arguments, or that alone.
 
     Raises:
-        ValueError: a command without launchers/train.py, arguments that are wrong, or numactl that is missing.
+        ValueError: a command without launchers/train.py or that does not exist, wrong arguments, or numactl missing.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -124,6 +124,8 @@ class Command:
         if arguments.resume == "no":
             raise ValueError("--resume no: a restart has to go on from a checkpoint; leave it out")
         check_core_binding(command)
+        if shutil.which(command[0]) is None:
+            raise ValueError(f"{command[0]}: no such command; is its environment active?")
         self.command = list(command)
         self.out, self.total_steps = Path(config.visft.run.out or ""), config.total_steps
         self.requeue_code = config.visft.run.requeue_code

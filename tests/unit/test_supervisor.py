@@ -89,6 +89,7 @@ def test_a_stop_that_was_asked_for_ends_it() -> None:
             ["deepspeed", "--bind_cores_to_rank", "launchers/train.py", "--stage", "1", "--model", "debug"],
             "needs numactl, which is not installed",
         ),
+        (["nowhere", "launchers/train.py", "--stage", "1", "--model", "debug"], "nowhere: no such command"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused_before_it_starts(
