@@ -18,17 +18,19 @@ PACKAGE = "visft_ds"
 
 #: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("parallel.faults",),
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("conversion", "models", "tasks"),
     ("profiling.flops", "training_data"),
     ("interop", "multitask", "run_folder", "streams"),
-    ("stages",),
+    ("bundle", "run_lock"),
+    ("machine", "stages"),
     ("evals", "parallel"),
-    ("planner", "start_report", "validation", "which"),
+    ("guard", "planner", "start_report", "validation", "which"),
     ("run_state",),
     ("train",),
-    ("launch", "profiling"),
+    ("launch", "profiling", "replay", "supervisor"),
     ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.

@@ -67,6 +67,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
             lambda _: check_python(),
             lambda _: check_packages(),
             lambda _: check_optional(),
+            lambda _: check_numactl(),
             lambda _: check_device(),
             lambda _: check_lora(),
             check_memory,
@@ -140,6 +141,13 @@ def check_optional() -> Iterator[Finding]:
         version = _version(name)
         text = version or f"not installed, optional ({use}): {install}"
         yield Finding(OK, name, text)
+
+
+def check_numactl() -> Iterator[Finding]:
+    """The tool with which DeepSpeed's launcher binds processes to cores, if it is asked to."""
+    where = shutil.which("numactl")
+    absent = "not installed, optional (deepspeed --bind_cores_to_rank): apt install numactl"
+    yield Finding(OK, "numactl", where or absent)
 
 
 def _version(name: str) -> str | None:

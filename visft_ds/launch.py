@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
-
-#: What gloo and NCCL say to a rank whose peer is gone.
-_LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can
-    mend, 3 where another rank ended first, 4 when training diverged."""
+    """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), 2 for
+    what the user can mend, 3 where another rank ended first, 4 when training diverged."""
+    stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
@@ -30,22 +28,28 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        train(config, resume=arguments.resume, command=[sys.argv[0], *argv])
+        return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
-        if rank == 0 or getattr(error, "of_one_rank", False):
+        # All ranks of a machine run into the same mistake; one message is enough. One that only this rank sees says so.
+        first_here = os.environ.get("LOCAL_RANK", str(rank)) == "0"
+        if rank == 0 or first_here or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
     except FloatingPointError as error:
         # Training diverged. Where a matcher sees it first, that may be on one rank only.
-        print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not getattr(error, "of_all_ranks", False):
+            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return 4
+    except RanksDiffer as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except RuntimeError as error:
-        if not _LOST_PEER.search(str(error)):
+        if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
             raise
         # The rank that failed tells why; the traceback of one that only waited for it would bury that.
-        print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
+        told = str(error) if isinstance(error, LostRank) else "another rank ended first"
+        print(f"[rank {rank}] stopped: {told}", file=sys.stderr, flush=True)
         return 3
-    return 0

@@ -6,8 +6,8 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -77,6 +77,9 @@ class MultiTaskModel(nn.Module):
         tasks: task name -> head and criterion.
         train_backbone: False in stage 1, where the backbone runs without a graph.
         heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
+
+    `faults` is None as long as a loss that cannot be computed (a matching cost that is no number) is an error. With a
+    list, its message goes there and the loss is NaN, so that all ranks can finish the backward pass together.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class MultiTaskModel(nn.Module):
         self.decoding = {name: task.decoding for name, task in tasks.items()}
         self.train_backbone = train_backbone
         self.heads_active = heads_active
+        self.faults: list[str] | None = None
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -142,7 +146,14 @@ class MultiTaskModel(nn.Module):
             for task in batch.tasks:
                 criterion, targets = self.criteria[task], batch.targets[task]
                 output = self.heads[task](features, valid, **targets.head_inputs())
-                parts = criterion(output, targets, normaliser[task], batch.image_ids)
+                try:
+                    parts = criterion(output, targets, normaliser[task], batch.image_ids)
+                except FloatingPointError as error:
+                    if self.faults is None:
+                        raise
+                    self.faults.append(f"{task}: {error}")
+                    losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
+                    continue
                 losses[task] = sum_weighted(parts, criterion.weights)
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
@@ -152,6 +163,16 @@ class MultiTaskModel(nn.Module):
         return {
             f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
         }
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
+    for value in (getattr(output, entry.name) for entry in fields(output)):
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Tensor):
+                yield from [one] * one.requires_grad
+            elif is_dataclass(one):
+                yield from _tensors(one)
 
 
 def sum_weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -10,6 +10,7 @@ from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
+LOCK_FILE = "run.lock"
 _SHOWN = 8  # names or differences in a message
 
 
@@ -31,7 +32,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
     record = out / "run.json"
     if not record.is_file():
         found = ", ".join(sorted(path.name for path in out.iterdir())[:_SHOWN])
-        if {path.name for path in out.iterdir()} <= {"export", "metrics.jsonl", "tensorboard"}:
+        if {path.name for path in out.iterdir()} <= {"export", "heartbeats", "metrics.jsonl", LOCK_FILE, "tensorboard"}:
             return  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({found}); choose another --out")
     if resume == "no":
@@ -59,3 +60,9 @@ def recorded_config(out: Path) -> ResolvedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{out} holds no readable run record: {record}: {error}") from error
     return resolve_values(values, str(record))
+
+
+def newest_step(out: Path) -> int:
+    """Step of the newest checkpoint of the run in `out` by its name, which it gets when it is whole; 0 without any."""
+    names = [path.name[5:] for path in (out / "checkpoints").glob("step_*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from visft_ds.bundle import bundle_path
 from visft_ds.config import (
     Batches,
     ResolvedConfig,
@@ -21,14 +20,16 @@ from visft_ds.config import (
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.manifest import Category
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
@@ -37,7 +38,9 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, StepReport, start_process_group
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
+from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
+from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -45,15 +48,12 @@ from visft_ds.start_report import data_section, print_start
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.training_data import (
     TrainingSet,
-    cache_of,
     captioned,
-    check_labels,
-    check_samples,
     data_identity,
     open_training_data,
     workers_of,
 )
-from visft_ds.validation import Validation
+from visft_ds.validation import Validation, open_validation
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Run:
     categories: Sequence[Category]  #: that the heads know
     vocabulary: Vocabulary | None  #: None: no task works with words
     base_sha256: str
-    launched: bool  #: by a launcher, whose end must not go unnoticed
+    stop: StopFlag  #: asks for an end after the step
+    watchdog: Watchdog
 
     @property
     def total_steps(self) -> int:
@@ -78,8 +79,10 @@ class Run:
         return self.config.total_steps
 
 
-def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> None:
+def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: StopFlag) -> int:
     """Build in order: data, run folder, process group, model, engine, loader; then run the loop and export.
+
+    Returns the exit code: 0, or `visft.run.requeue_code` where a signal asked for the job to be queued again.
 
     Raises:
         ValueError: what a user can mend; before any model is allocated wherever that can be known.
@@ -89,101 +92,95 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
-    validation = _open_validation(settings, manifest)
+    validation = open_validation(settings, manifest)
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
+    check_shared_memory(config, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
 
-    launched = "RANK" in os.environ
     start_process_group()
-    data = {
-        "data set": data_identity(sets),
-        "order of samples": loader.plan.describe(),
-        "vocabulary": vocabulary.fingerprint if vocabulary else "none",
-    }
-    distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), **data})
-    heads = Path(settings.heads.path) if settings.heads.path else None
-    prepared = prepare_model(
-        settings,
-        config.optimizer.params,
-        precision=precision,
-        heads_from=heads,
-        categories=manifest.categories,
-        vocabulary=vocabulary,
-    )
-    base_sha256 = _keep_random_base(prepared, config, out)
-    engine = build_engine(config, prepared, for_deepspeed, partition)
-    of_model = {"precision": precision, "base weights": prepared.base_weights}
-    of_heads = _heads_identity(heads, settings.tasks.enabled())
-    fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
-    state = RunState(config, engine, fingerprints)
-    run = Run(
-        config=config,
-        out=out,
-        batches=batches,
-        engine=engine,
-        loader=loader,
-        validation=Validation(settings, validation, vocabulary, out, state.judged) if validation else None,
-        state=state,
-        categories=manifest.categories,
-        vocabulary=vocabulary,
-        base_sha256=base_sha256,
-        launched=launched,
-    )
-    start = state.resume(resume)
-    if distributed.is_main():
-        RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
-        section = data_section(settings, sets, loader.plan)
-        why = f"{precision} ({why})"
-        print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
-    _loop_and_export(run, start)
-
-
-def _loop_and_export(run: Run, start: int) -> None:
-    """What follows once everything stands."""
-    state, main = run.state, distributed.is_main()
     with (
-        Progress(run.total_steps, start=start, log_every=run.config.visft.run.log_every, enabled=main) as progress,
+        locked_for_all_ranks(out),
+        watch(out, settings.run.heartbeat_timeout, settings.run.step_timeout, alike=batches.stages == 1) as watchdog,
+    ):
+        data = {
+            "data set": data_identity(sets),
+            "order of samples": loader.plan.describe(),
+            "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+        }
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
+        heads = Path(settings.heads.path) if settings.heads.path else None
+        prepared = prepare_model(
+            settings,
+            config.optimizer.params,
+            precision=precision,
+            heads_from=heads,
+            categories=manifest.categories,
+            vocabulary=vocabulary,
+        )
+        check_space(out, sum(group.count for group in prepared.groups), settings.run)
+        base_sha256 = _keep_random_base(prepared, config, out)
+        engine = build_engine(config, prepared, for_deepspeed, partition)
+        of_model = {"precision": precision, "base weights": prepared.base_weights}
+        of_heads = _heads_identity(heads, settings.tasks.enabled())
+        fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
+        state = RunState(config, engine, fingerprints)
+        run = Run(
+            config=config,
+            out=out,
+            batches=batches,
+            engine=engine,
+            loader=loader,
+            validation=Validation(settings, validation, vocabulary, out, state.judged) if validation else None,
+            state=state,
+            categories=manifest.categories,
+            vocabulary=vocabulary,
+            base_sha256=base_sha256,
+            stop=stop,
+            watchdog=watchdog,
+        )
+        start = state.resume(resume)
+        if distributed.is_main():
+            RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
+            section = data_section(settings, sets, loader.plan)
+            why = f"{precision} ({why})"
+            print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
+        return _loop_and_export(run, start)
+
+
+def _loop_and_export(run: Run, start: int) -> int:
+    """What follows once everything stands. Returns the exit code."""
+    settings, state, main = run.config.visft.run, run.state, distributed.is_main()
+    with (
+        Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
         MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
         state,
     ):
         try:
             step = _loop(run, start, writer, progress)
+            run.watchdog.begin("writing the last checkpoint", timed=False)
             state.report_saves(writer, progress, wait=True)
         except (ValueError, OSError) as error:
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
         if step >= run.total_steps:
+            run.watchdog.begin("exporting", timed=False)
             _export(run, step)
+        requeue = step < run.total_steps and distributed.any_rank(run.stop.requeue, run.engine.device)
         distributed.close()
-        if run.validation:  # after closing: the other ranks need not wait for the last numbers
+        run.watchdog.leave("done" if step >= run.total_steps else stopped_because(run.stop.reason))
+        if run.validation and step < run.total_steps:
+            run.validation.leave(writer, progress)
+        elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
         state.delete_obsolete()
-
-
-def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
-    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
-    data = config.data
-    if not config.run.eval_every:
-        return None
-    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
-    check_samples(config.tasks.enabled(), validation)
-    check_labels(validation, config)
-    names = {category.coco_id: category.name for category in training.categories}
-    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
-    if other:
-        raise ValueError(
-            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
-            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
-            "same categories"
-        )
-    return validation
+    return settings.requeue_code if requeue else 0
 
 
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
@@ -216,38 +213,59 @@ def _build_loader(
 def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> int:
     """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
     settings, validation, predict = run.config.visft.run, run.validation, run.engine.predict
-    stop, step, skipped = StopFlag(launched=run.launched), start, 0
+    stop, begin, saved, step, skipped = run.stop, run.watchdog.begin, start, start, 0
+    stop.listen()
+    guard = resumed_guard(settings, run.out, run.loader.plan, start)
+    run.engine.accept = guard.accept
+    begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
-    elif validation and validation.resume(start) and validation.is_due(start, run.total_steps):
-        validation.evaluate(predict, start, writer, progress)  # the run ended between saving this step and judging it
+    missed = validation and start and validation.resume(start) and validation.is_due(start, run.total_steps)
+    if validation and missed and not validation.evaluate(predict, start, writer, progress, stop):
+        return start  # the run had ended between saving this step and judging it, and is asked to end again
     began = time.perf_counter()
+    begin(f"step {start + 1}: reading")
     for whole, batches in run.loader.steps(start, run.total_steps):
+        begin(f"step {whole.step + 1} ({whole.task}): agreeing on it")
         agreement = distributed.agree_on_step(
             f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
         )
-        report = run.engine.train_step(whole.step, batches, _normaliser(run, agreement.counts))
+        begin(f"step {whole.step + 1} ({whole.task}): forward, backward, update")
+        normaliser = _normaliser(run, agreement.counts)
+        guard.expect(whole.task)
+        report = run.engine.train_step(whole.step, batches, normaliser)
         step = whole.step + 1
-        _check_finite(run, whole, report)
         run.state.follow_step()
+        if said := _judge(run, guard, whole, batches, normaliser, report):
+            writer.event(step, "bad step" if guard.bad else "loss leaps", details=said)
+            run.state.report_saves(writer, progress, wait=True)  # the last good checkpoint may be on its way
+            guard.check(said, run.state.saved)
+            progress.message(said)
         _report_skipped(run, progress, skipped)
         skipped = len(run.loader.skipped)
         now = time.perf_counter()
         _record(run, writer, progress, whole, report, seconds=now - began)
         began = now
         if step == run.total_steps or agreement.stop or step % settings.save_every == 0:
+            begin(f"step {step}: saving")
             run.state.save(step)
+            saved = step
         run.state.report_saves(writer, progress)
+        stopping = agreement.stop
         if validation:
             validation.poll(writer, progress)
-            stops = agreement.stop and step < run.total_steps  # then resuming makes up for the evaluation
-            if validation.is_due(step, run.total_steps) and not stops:
-                validation.evaluate(predict, step, writer, progress)
-        if agreement.stop:
+            # Resuming makes up for an evaluation that is left out, or not finished: the step is saved.
+            if validation.is_due(step, run.total_steps) and not (stopping and step < run.total_steps):
+                begin(f"evaluating after step {step}", timed=False)
+                stopping = not validation.evaluate(predict, step, writer, progress, stop) or stopping
+                if stopping and saved < step:
+                    run.state.save(step)
+        if stopping:
             progress.message(
                 f"stopped after step {step} ({stop.reason or 'asked by another rank'}); the same command goes on"
             )
             break
+        begin(f"step {step + 1}: reading")
     return step
 
 
@@ -303,6 +321,8 @@ def _record(
         "data_skipped": float(len(run.loader.skipped)),
         **{f"data_seconds/{name}": one.wall for name, one in run.loader.spent().items()},
         "skipped": float(report.skipped),
+        "refused": float(bool(report.refused)),
+        "not_finite": float(not is_finite(report)),
     }
     writer.step(step, values)
 
@@ -313,16 +333,25 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
-def _check_finite(run: Run, whole: StepPlan, report: StepReport) -> None:
-    """Stop every rank on the same step when the loss or, in fp32, the gradient is not a number."""
-    if math.isfinite(report.losses["loss"]) and (report.skipped or math.isfinite(report.gradient_norm)):
-        return
-    names = ", ".join(name for name, value in report.losses.items() if not math.isfinite(value)) or "the gradient norm"
-    raise FloatingPointError(
-        f"step {whole.step + 1} ({whole.task}): {names} is not finite. Nothing was saved since step {run.state.saved}. "
-        "A smaller learning rate or a longer warm-up usually helps. The images of this step:\n"
-        f"  python tools/make_shards.py which --step {whole.step} --run {run.out}"
-    )
+def _judge(
+    run: Run, guard: StepGuard, whole: StepPlan, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+) -> str:
+    """What to say of a step; one that went wrong leaves a bundle."""
+    said = guard.judge(whole, report)
+    if guard.bad:
+        said += "\n  to find where it begins: " + capture(
+            run.engine,
+            bundle_path(run.out, whole.step + 1),
+            whole,
+            batches,
+            normaliser,
+            report,
+            plan=run.loader.plan,
+            config=run.config,
+            identity=run.state.identity,
+            stages=run.batches.stages,
+        )
+    return said
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:

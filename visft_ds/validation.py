@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.examples import draw_examples
@@ -16,10 +19,32 @@ from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
-from visft_ds.training_data import workers_of
+from visft_ds.parallel.faults import StopFlag
+from visft_ds.training_data import cache_of, check_labels, check_samples, workers_of
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+#: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
+_PATIENCE = 15.0
+
+
+def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
+    data = config.data
+    if not config.run.eval_every:
+        return None
+    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    check_samples(config.tasks.enabled(), validation)
+    check_labels(validation, config)
+    names = {category.coco_id: category.name for category in training.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
+    if other:
+        raise ValueError(
+            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
+            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
+            "same categories"
+        )
+    return validation
 
 
 def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
@@ -63,21 +88,29 @@ class Validation:
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
 
-    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress) -> None:
-        """Predict the split. Collective; the numbers come later, see `poll`."""
+    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress, stop: StopFlag) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`.
+
+        Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
+        that goes on from this very step makes up for it.
+        """
         config = self._config
-        collected = collect(
-            predict,
-            self._reader,
-            config.streams(),
-            self._vocabulary,
-            limit=config.run.eval_limit,
-            threads=workers_of(config.data)[1],
-        )
+        try:
+            collected = collect(
+                _unless_asked(predict, stop),
+                self._reader,
+                config.streams(),
+                self._vocabulary,
+                limit=config.run.eval_limit,
+                threads=workers_of(config.data)[1],
+            )
+        except _AskedError:
+            return False
         if collected is not None:
             self._judge.start(step, collected)
             self.poll(writer, progress)
         self.draw(predict, step, writer)
+        return True
 
     def draw(self, predict: Predict, step: int, writer: MetricsWriter) -> None:
         """Pictures of the fixed images, after `step`. Collective."""
@@ -98,6 +131,29 @@ class Validation:
         """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
             _record(verdict, writer, progress, best=self._judged(verdict.step, verdict.metrics))
+
+    def leave(self, writer: MetricsWriter, progress: Progress) -> None:
+        """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._judge.busy and time.monotonic() < deadline:
+            self.poll(writer, progress)
+            time.sleep(0.1)
+        self._judge.abandon()
+
+
+class _AskedError(Exception):
+    """Some rank was asked to stop."""
+
+
+def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
+    """`predict`, which all ranks call equally often, until one of them is asked to stop."""
+
+    def predict_or_stop(batch: Batch) -> Mapping[str, Any]:
+        if distributed.any_rank(bool(stop), distributed.local_device()):
+            raise _AskedError
+        return predict(batch)
+
+    return predict_or_stop
 
 
 def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:

@@ -41,6 +41,8 @@ DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
 Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
 Feed = Callable[[Any, int], tuple[list[Batch], Normaliser]]  #: (engine, step) -> what a rank is given
+#: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
+REFUSING = "zero2"
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -360,6 +362,11 @@ def main(out: str, name: str) -> None:
         resumed = start_engine(1, name, "fp32")
         _, exact = resume(resumed, plain)
         results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
+    if name == REFUSING:
+        from tests.integration.refusal_case import disagree, refusals
+
+        results["refusals"] = refusals(name, ["fp32"], ["fault"])
+        results["disagree"] = distributed.gather_objects(disagree())
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         results["stage1-fp16"] = run_steps(start_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None

@@ -173,7 +173,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
         names = ("RecvActivation", "SendGrad", "RecvGrad", "BackwardPass")
         theirs = {one: how for one, how in pipeline.DeepSpeedPipeline._INSTRUCTION_MAP.items() if one.__name__ in names}
         ours_with_labels = pipeline.instructions
-        pipeline.instructions = lambda stage, first: {**ours_with_labels(stage, first), **theirs}
+        pipeline.instructions = lambda *arguments: {**ours_with_labels(*arguments), **theirs}
     stages = int(engine_name[8:])
     engine = build_engine(int(stage), precision, stages, option)
     if option == "zero0":

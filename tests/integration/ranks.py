@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -50,6 +52,42 @@ def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> 
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], outputs
+
+
+def deepspeed(arguments: Sequence[str], world: int = 2) -> list[str]:
+    """The `deepspeed` command that runs a script of this repository on ranks of this machine."""
+    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
+    return [*start, "--master_port", str(free_port()), *arguments]
+
+
+def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a command in a session of its own; output and errors come through one pipe."""
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read a process's output up to a line that contains `text`; returns the lines."""
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
+
+
+def below(pid: int, program: str) -> list[psutil.Process]:
+    """Processes under `pid` that run a program of this name, in the order of their ranks."""
+    found = [p for p in psutil.Process(pid).children(recursive=True) if program in p.cmdline()]
+    return sorted(found, key=lambda process: int(process.environ().get("RANK", "-1")))
 
 
 def run_ranks(arguments: Sequence[str], world: int = 2) -> list[str]:

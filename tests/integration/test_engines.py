@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.engine_case import CLIP, SAVED_AT, train_plain
+from tests.integration.engine_case import CLIP, REFUSING, SAVED_AT, train_plain
 from tests.integration.ranks import run_ranks
+from tests.integration.test_refusal import check as check_refusal
 from visft_ds.parallel.checkpoint import save_checkpoint
 from visft_ds.parallel.engine_state import EngineState
 
@@ -167,6 +168,15 @@ def test_stale_gradients_need_their_remedy(
         assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
     else:
         assert found["values"] <= WEIGHTS
+
+
+def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace(trained: tuple[str, dict[str, Any]]) -> None:
+    name, results = trained
+    if name != REFUSING:
+        pytest.skip(f"{name}: in test_refusal.py, for every kind of fault and precision")
+    check_refusal(results["refusals"]["fp32-fault"], "fp32", "fault")
+    expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"
+    assert len(results["disagree"]) == 2 and all(expected in said for said in results["disagree"])
 
 
 def test_the_reference_clips(plain: dict[str, dict[str, Any]]) -> None:

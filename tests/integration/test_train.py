@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.coco_tree import write_tree
-from tests.integration.ranks import REPOSITORY, finish, free_port, run_ranks, start_ranks
+from tests.integration.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
 from tests.integration.tiny import TINY
 from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
+from visft_ds.replay import main as replay
 from visft_ds.tasks import TASKS
 
 STEPS = 8
@@ -57,17 +58,6 @@ def steps_recorded(out: Path) -> list[int]:
     """Steps in metrics.jsonl, in order."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["step"] for record in records if record["kind"] == "step"]
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    """Read a process's output up to a line that contains `text`."""
-    assert process.stdout is not None
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +104,8 @@ def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, 
     """Stage 2 learns from the heads of stage 1, under the launcher; adapter and base stand side by side afterwards."""
     out = tmp_path / "stage2"
     extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
-    deepspeed = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     done = subprocess.run(
-        [*deepspeed, "launchers/train.py", *command(shards, out, stage=2, extra=extra)],
+        deepspeed(["launchers/train.py", *command(shards, out, stage=2, extra=extra)]),
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -231,15 +212,23 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path
     assert sum("val/box/AP50" in line for line in records.read_text().splitlines()) == 1
 
 
-def test_a_diverged_run_names_the_images_and_keeps_what_was_saved(shards: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_stops_all_ranks_and_can_be_replayed(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No rank updates; step, task and checkpoint are named, and the bundle shows where it begins."""
     out = tmp_path / "run"
     extra = {"optimizer.params.lr": 1e30, "visft.run.save_every": 1}
     codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=extra)]), 60)
-    # The matcher names term and image on the rank that sees it; the other one may find its peer gone.
-    assert set(codes) <= {3, 4}, outputs
-    assert 4 in codes
-    assert "is not finite" in "".join(outputs)
-    assert "image_id" in "".join(outputs)
+    assert codes == [4, 4], outputs
     assert "Traceback" not in "".join(outputs)
+    (bundle,) = (out / "bundles").iterdir()
+    step = int(bundle.name[5:])
+    assert f"step {step} (" in outputs[0] and "no update was made on any rank" in outputs[0]
+    assert f"the last good checkpoint is that of step {step - 1}" in outputs[0]
+    assert f"python tools/replay.py {bundle}" in outputs[0]
+    assert "error" not in outputs[1]
     for folder in (out / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())
+    assert not [path for path in bundle.iterdir() if path.suffix not in (".json", ".safetensors")]
+    assert replay([str(bundle)]) == 1
+    assert re.search(r"rank \d, micro-batch 0 \(images \[\d+\]\): it begins with the ", capsys.readouterr().out)

@@ -26,12 +26,14 @@ from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals import judge as judging
 from visft_ds.evals.judge import Judge
 from visft_ds.evals.stored import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.parallel.faults import StopFlag
 from visft_ds.stages import prepare_model
 from visft_ds.streams import vocabulary_of
 from visft_ds.tasks import TASKS
@@ -261,12 +263,30 @@ def test_predictions_that_are_not_finite(
     validation, printed = parts.validation(tmp_path), io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
         progress = Progress(4, stream=printed)
-        validation.evaluate(lambda batch: module(batch), 2, writer, progress)
+        stop = StopFlag(launched=False)
+        assert validation.evaluate(lambda batch: module(batch), 2, writer, progress, stop)
         validation.poll(writer, progress, wait=True)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: the evaluation of step 2 failed: detection: the score of a result for image_id")
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
     assert "mask/AP" in printed.getvalue() and "box/AP" not in printed.getvalue()
+
+
+def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
+    """It leaves no results: the run that goes on from this step evaluates it as a whole."""
+    validation, stop, seen = parts.validation(tmp_path), StopFlag(launched=False), []
+    prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
+    module = prepared.module.eval()
+
+    def predict(batch: Batch) -> dict[str, Any]:
+        seen.append(batch)
+        stop.reason = "signal SIGTERM"
+        return dict(module(batch))
+
+    with MetricsWriter(tmp_path) as writer, torch.no_grad():
+        finished = validation.evaluate(predict, 2, writer, Progress(4, stream=io.StringIO()), stop)
+    assert (finished, len(seen)) == (False, 1)
+    assert not (tmp_path / "validation").exists()
 
 
 def test_a_judge_that_cannot_work(

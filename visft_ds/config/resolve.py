@@ -91,7 +91,7 @@ class ResolvedConfig:
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of everything that must be equal to resume a run (all but `NOT_IDENTITY`)."""
         values = self.to_dict()
-        flat = _flatten({key: values[key] for key in Recipe.model_fields})
+        flat = flatten({key: values[key] for key in Recipe.model_fields})
         return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
 
     def fingerprint(self) -> str:
@@ -99,13 +99,14 @@ class ResolvedConfig:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is nested in objects and lists."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if pairs is None:
         yield prefix[:-1], value
     else:
         for key, nested in pairs:
-            yield from _flatten(nested, f"{prefix}{key}.")
+            yield from flatten(nested, f"{prefix}{key}.")
 
 
 def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Pro
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 TaskName = Literal["detection", "segmentation", "captioning"]
 
@@ -161,6 +162,13 @@ class RunConfig(BaseModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
+    spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
+    spike_window: Positive = 100  #: losses of the same task to compare with
+    skip_spikes: Count = 0  #: leaps of the loss in a row that are refused an update; 0: they are only reported
+    heartbeat_timeout: Above = 60.0  #: seconds without a sign of life after which a rank counts as lost
+    step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
+    requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 
 class VisftConfig(BaseModel):

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Literal, Protocol
 
 from torch.utils.data import DataLoader, Dataset
@@ -156,6 +157,7 @@ class Processes:
     def made(self, parts: Iterable[StepPlan], ahead: int) -> Iterator[Made]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *self._modules()])
+        _start_fork_server()
         loader = DataLoader(
             _Parts(self._maker, with_cpu=measures_cpu()),
             batch_size=None,  # items are batches already
@@ -204,6 +206,21 @@ class _Parts(Dataset[Made | Exception]):
 def _start_worker(number: int) -> None:
     # Ctrl-C reaches the whole process group; the training process decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _start_fork_server() -> None:
+    """Start the server whose children the workers will be, deaf to the signals that ask a training process to stop.
+
+    Launchers and schedulers send them to every process below them. Without its workers a training process could not
+    finish its step. A mask is inherited, and nothing that arrives here meanwhile is lost.
+    """
+    # First, because starting it unblocks signals that this thread has blocked.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def usable_cores() -> int:

@@ -90,6 +90,19 @@ class Judge:
         done, self._failed = done + self._failed, []
         return done
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being measured, as far as `verdicts` knows."""
+        return self._working is not None
+
+    def abandon(self) -> None:
+        """End what is being measured; `again` takes it up in the next run."""
+        self._waiting.clear()
+        if self._working is not None:
+            self._working[1].kill()
+            self._working[1].wait()
+            self._working = None
+
     def _place(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 

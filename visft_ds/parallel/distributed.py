@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from visft_ds.parallel.faults import RanksDiffer
+
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
+_SHOWN = 8  # differences in a message
 
 
 def rank() -> int:
@@ -64,7 +67,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
 
     Raises:
-        RuntimeError: on every rank, when the ranks are not about to do the same.
+        RanksDiffer: on every rank, when the ranks are not about to do the same.
     """
     if len(counts) > _COUNT_SLOTS:
         raise RuntimeError(f"{len(counts)} counts do not fit the {_COUNT_SLOTS} slots of the step's all-reduce")
@@ -76,8 +79,17 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
         dist.all_reduce(vector)
     stops, tokens, squares, *sums = vector.tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
-        raise RuntimeError(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
+        assert_same_on_all_ranks({"what the next step is": what})
+        raise RanksDiffer(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
     return StepAgreement(dict(zip(keys, sums[: len(keys)], strict=True)), stops > 0)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on some rank; the same answer on every rank."""
+    vector = torch.tensor([float(flag)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    return bool(vector.item())
 
 
 def mean_over_ranks(values: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -118,7 +130,7 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         named: what must agree, e.g. {"configuration": fingerprint, "data set": fingerprint}.
 
     Raises:
-        RuntimeError: on every rank, naming what differs and the value of each rank.
+        RanksDiffer: on every rank, naming what differs and the value of each rank.
     """
     if not dist.is_initialized():
         return
@@ -130,7 +142,8 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
             f"  {name}: " + ", ".join(f"rank {r} has {(other or {}).get(name)}" for r, other in enumerate(everyone))
             for name in differing
         ]
-        raise RuntimeError("the ranks do not agree on\n" + "\n".join(lines))
+        more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise RanksDiffer("the ranks do not agree on\n" + "\n".join(lines[:_SHOWN]) + more)
 
 
 def close() -> None:

@@ -11,16 +11,19 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import deepspeed
+import psutil
 import torch
 from torch import Tensor
+from torch.distributed import DistNetworkError
 
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
+from visft_ds.parallel.refusal import step_without_update
 
 #: The engine and the checkpoints use private names of exactly these releases.
 TESTED_DEEPSPEED = ("0.19.8",)
@@ -34,6 +37,8 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
+    refused: Literal["", "loss", "gradient"] = ""  #: why no rank has made an update; overflows of fp16 are no reason
+    faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
 
 
 class Engine(Protocol):
@@ -43,7 +48,9 @@ class Engine(Protocol):
     device: torch.device
     accumulation: int
     stage: int  #: of ZeRO
+    seed: int
     deepspeed: Any  #: the engine inside
+    accept: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
 
@@ -81,6 +88,7 @@ def start_process_group() -> None:
 
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
+        ValueError: the port on which the processes meet is in use.
     """
     if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
         "VISFT_ALLOW_UNTESTED_DEEPSPEED"
@@ -96,9 +104,29 @@ def start_process_group() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", _free_port())
+    # Torch's flight recorder, from which the watchdog names the last collective.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
-    deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ValueError(
+            f"port {port}, on which the processes meet, is in use{_holder(int(port))}: give another one, "
+            "deepspeed --master_port N (or MASTER_PORT)"
+        ) from error
+
+
+def _holder(port: int) -> str:
+    """Who listens on a port of this machine, as far as the system tells."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            name = " ".join(psutil.Process(connection.pid).cmdline())
+            return f" by process {connection.pid} ({name[:80]})"
+    return ""
 
 
 def _free_port() -> str:
@@ -106,6 +134,22 @@ def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the random numbers (dropout) of a step: a pure function, so that a resumed run draws the same."""
+    return ((seed * 1_000_003 + step) * 4_099 + rank) % (1 << 63)
+
+
+def faults_of_all(module: MultiTaskModel, sums: Mapping[str, Tensor]) -> dict[int, Sequence[str]]:
+    """What each rank has found in a step that was refused, on all of them. Collective.
+
+    Args:
+        sums: this rank's losses.
+    """
+    own = [*(module.faults or ()), *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite())]
+    everyone = distributed.broadcast_object(distributed.gather_objects(own))
+    return {rank: found for rank, found in enumerate(everyone) if found}
 
 
 class ZeroEngine:
@@ -118,6 +162,9 @@ class ZeroEngine:
         build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
+
+    `accept` decides, from the mean loss of the global batch, whether a step may change the weights. It has to answer
+    alike on every rank. Nothing that is not finite may pass.
     """
 
     def __init__(
@@ -144,12 +191,12 @@ class ZeroEngine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
+        self.accept: Callable[[float], bool] = math.isfinite
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
         """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
-        # A pure function of seed, step and rank: a resumed run draws the same dropout masks.
-        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
+        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         self.module.train()
         clear_stale_gradients(self.deepspeed.optimizer)
         rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
@@ -159,24 +206,45 @@ class ZeroEngine:
             # DeepSpeed clips gradients that are still multiplied by the loss scale, so the bound has to be as well.
             self.deepspeed.optimizer.clip_grad = self.deepspeed.gradient_clipping() * scale
         sums: dict[str, Tensor] = {}
-        norm: float | None = None
-        for batch in batches:
+        self.module.faults = []
+        for number, batch in enumerate(batches, 1):
             losses = self.deepspeed(batch.to(self.device), normaliser)
             self.deepspeed.backward(losses["loss"])
-            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._dense_gradient_norm()  # ZeRO-0 keeps no norm
-            self.deepspeed.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
-        if norm is None:
-            norm = float(self.deepspeed.get_global_grad_norm())
-        skipped = scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers the scale
-        return StepReport(
-            losses=distributed.mean_over_ranks(sums),
-            gradient_norm=norm / scale,
-            learning_rates=rates,
-            skipped=skipped,
-        )
+            if number < len(batches):
+                self.deepspeed.step()
+        loss = distributed.mean_over_ranks({"loss": sums["loss"]})["loss"]
+        refused, norm = self._update(loss, scaler)
+        skipped = not refused and scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers it
+        faults = faults_of_all(self.module, sums) if refused else {}
+        # Ranks with a fault do not have all the losses.
+        means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
+        return StepReport(means, norm / scale, rates, skipped, refused, faults)
+
+    def _update(
+        self, loss: float, scaler: torch.amp.GradScaler | None
+    ) -> tuple[Literal["", "loss", "gradient"], float]:
+        """The update, unless the loss or the gradient speaks against it; the same on every rank.
+
+        Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
+        """
+        accepted = self.accept(loss)
+        norm = self._dense_gradient_norm() if self.stage == 0 else math.inf  # ZeRO-0 keeps no norm
+        if not accepted or (self.stage == 0 and not math.isfinite(norm)):
+            step_without_update(self.deepspeed, self.stage, self.deepspeed.step)
+        else:
+            self.deepspeed.step()
+        if not accepted:
+            return "loss", norm
+        if self.stage:
+            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+        if math.isfinite(norm):
+            return "", norm
+        if scaler is None:
+            return "gradient", norm
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())  # DeepSpeed passes over without telling it
+        return "", norm
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -25,9 +27,10 @@ from visft_ds.data.roles import check_same_samples, sample_checksum
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import StepReport, clear_stale_gradients
+from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, step_seed
 from visft_ds.parallel.partition import Place
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers, release
+from visft_ds.parallel.refusal import step_without_update
 
 #: Values of an anchor: at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64
@@ -97,6 +100,8 @@ class PipelineEngine:
         build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
+
+    `accept` decides as in `ZeroEngine`: every stage is told the mean loss of the global batch before the update.
     """
 
     def __init__(
@@ -132,8 +137,12 @@ class PipelineEngine:
         #: The first stage with something to train: no gradient flows into it or into those before.
         first_trained = min(self._owners[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
-        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained)
+        self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._update)
+        self.accept: Callable[[float], bool] = math.isfinite
         self._steps_here = 0
+        self._sums: dict[str, Tensor] = {}  # of the micro-batches of a step, where the losses are
+        self._losses: dict[str, float] = {}
+        self._accepted = True
 
     def holder(self, name: str) -> int:
         """The rank that speaks for a parameter: the first one of the stage that holds it."""
@@ -150,14 +159,14 @@ class PipelineEngine:
         """
         expected = self.accumulation if self.place.role else 0
         assert len(batches) == expected, (len(batches), expected)
-        torch.manual_seed(((self.seed * 1_000_003 + step) * 4_099 + distributed.rank()) % (1 << 63))
+        torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         clear_stale_gradients(self.deepspeed.optimizer)
         rates = {
             name: group["lr"]
             for name, group in zip(self.group_names, self.deepspeed.optimizer.param_groups, strict=True)
         }
-        sums: dict[str, Tensor] = {}
-        every = 1 if self._steps_here == 0 else CHECK_EVERY
+        self.module.faults, self._sums = [], {}
+        sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
 
         def note(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
             check_same_samples(step, received, batch, every)
@@ -166,12 +175,23 @@ class PipelineEngine:
 
         self._run(self.deepspeed.train_batch, batches, normaliser, note)
         self._steps_here += 1
-        return StepReport(
-            losses=self._share_losses(sums),
-            gradient_norm=float(self.deepspeed.get_global_grad_norm()),
-            learning_rates=rates,
-            skipped=False,
-        )
+        norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+        refused: Literal["", "loss", "gradient"] = "" if math.isfinite(norm) else "gradient"
+        if not self._accepted:
+            refused = "loss"
+        losses = {"loss": self._losses["loss"]} if refused else self._losses
+        faults = faults_of_all(self.module, sums) if refused else {}
+        return StepReport(losses, norm, rates, skipped=False, refused=refused, faults=faults)
+
+    def _update(self, engine: Any) -> None:
+        """What ends a step in every stage: the update, unless the loss speaks against it."""
+        self._losses = self._share_losses()
+        self._accepted = self.accept(self._losses["loss"])
+        step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
+        if self._accepted:
+            step()
+        else:
+            step_without_update(engine, self.stage, step)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
@@ -217,11 +237,14 @@ class PipelineEngine:
             self.deepspeed.module.loss_fn = loss
         start(_fed(batches, first=self.place.stage == 0))
 
-    def _share_losses(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over the pipelines, which the last stages know, on every rank."""
+    def _share_losses(self) -> dict[str, float]:
+        """Means over the pipelines, which the last stages know, on every rank; "loss" alone where it is not finite."""
         losses: dict[str, float] = {}
         if self._stages.heads is not None:
-            losses = distributed.mean_over_ranks(sums, self.deepspeed.grid.get_data_parallel_group())
+            group = self.deepspeed.grid.get_data_parallel_group()
+            losses = distributed.mean_over_ranks({"loss": self._sums["loss"]}, group)
+            if math.isfinite(losses["loss"]):  # ranks with a fault do not have all the losses
+                losses = {**distributed.mean_over_ranks(self._sums, group), **losses}
         losses = distributed.broadcast_object(losses, source=(self.place.stages - 1) * self.place.dp_size)
         return losses
 
@@ -257,12 +280,13 @@ def _owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
     return owners
 
 
-def instructions(stage: int, first_trained: int) -> dict[Any, Callable[..., None]]:
+def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) -> dict[Any, Callable[..., None]]:
     """DeepSpeed's table of instructions for a stage, with these differences.
 
     The last stage hands the heads their batch before their forward. Where nothing in front trains, tokens are received
     without a gradient and none is sent; a stage with nothing to train in it or in front has no backward at all.
-    DeepSpeed wants a gradient of every tensor that travels, and fails where there is none.
+    DeepSpeed wants a gradient of every tensor that travels, and fails where there is none. `update` takes the place of
+    the optimiser's step.
     """
 
     def receive_tokens(engine: Any, buffer_id: int) -> None:
@@ -299,6 +323,7 @@ def instructions(stage: int, first_trained: int) -> dict[Any, Callable[..., None
         schedule.RecvGrad: receive_gradient,
         schedule.BackwardPass: backward,
         schedule.ForwardPass: forward,
+        schedule.OptimizerStep: update,
     }
 
 

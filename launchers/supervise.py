@@ -1,0 +1,11 @@
+"""Start a run again after it was lost: `python launchers/supervise.py --max-restarts 5 -- deepspeed ...`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as launchers/train.py
+
+from visft_ds.supervisor import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""A bad step and a leap of the loss in a real run of two ranks, passed over, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.ranks import finish, run_ranks, start_ranks
+from tests.integration.test_train import command, shards, steps_recorded, trained
+from visft_ds.replay import main as replay
+
+__all__ = ["shards"]  # a fixture
+
+BAD, LEAP, STEPS = 3, 25, 30
+EXTRA = {
+    "scheduler.params.total_num_steps": STEPS,
+    "visft.run.save_every": 1,
+    "visft.run.keep_last": 100,
+    "visft.run.skip_bad_steps": 1,
+    "visft.run.skip_spikes": 1,
+}
+
+
+@pytest.mark.slow
+def test_they_are_passed_over_and_a_resumed_run_does_the_same(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["-m", "tests.integration.bad_step_case", str(BAD), str(LEAP), *command(shards, out, extra=EXTRA)]
+    said = run_ranks(arguments)[0]
+    assert f"step {BAD + 1} (shared): the loss is nan, no update was made on any rank" in said
+    assert "rank 1: loss is nan" in said and "rank 0:" not in said
+    assert f"step {LEAP + 1} (shared): loss" in said and "no update was made" in said.split("leaps: ")[1]
+    assert steps_recorded(out) == list(range(1, STEPS + 1))
+    for refused in (BAD, LEAP):
+        before, after = trained(out, refused), trained(out, refused + 1)
+        assert all(torch.equal(before[name], value) for name, value in after.items())
+    expected = trained(out, STEPS)
+
+    # Healthy numbers come up again: what disturbed them is not in the bundle, as with a faulty machine.
+    bundle = out / "bundles" / f"step_{BAD + 1:08d}"
+    assert json.loads((bundle / "bundle.json").read_text())["kept"] == [1]
+    assert replay([str(bundle)]) == 0
+    assert "faulty hardware?" in capsys.readouterr().out
+
+    for step in range(LEAP, STEPS + 1):  # as if the run had been killed one step before the leap
+        for file in (out / "checkpoints" / f"step_{step:08d}").iterdir():
+            file.unlink()
+        (out / "checkpoints" / f"step_{step:08d}").rmdir()
+    said = run_ranks(arguments)[0]
+    assert f"from step {LEAP - 1}" in said and "leaps: " in said
+    assert all(torch.equal(value, expected[name]) for name, value in trained(out, STEPS).items())
+
+
+@pytest.mark.slow
+def test_one_more_than_allowed_stops_all_ranks(shards: Path, tmp_path: Path) -> None:
+    extra = {**EXTRA, "visft.run.skip_bad_steps": 0}
+    arguments = ["-m", "tests.integration.bad_step_case", str(BAD), str(LEAP)]
+    codes, outputs = finish(start_ranks([*arguments, *command(shards, tmp_path / "run", extra=extra)]), 120)
+    assert codes == [4, 4], outputs
+    assert f"the last good checkpoint is that of step {BAD}" in outputs[0]
+    assert "Traceback" not in "".join(outputs)

@@ -1,0 +1,139 @@
+"""Losses that are no numbers, or leap, against the last ones of the same task."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from visft_ds.config.schema import RunConfig
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.selection import Selection
+from visft_ds.guard import StepGuard, resumed_guard, robust_score
+from visft_ds.parallel.engine import StepReport
+
+PLAN = Plan(
+    {
+        "detection": TaskPlan({"train": SetPlan(Selection.all(8))}, 4, 0.75),
+        "captioning": TaskPlan({"train": SetPlan(Selection.all(8))}, 4, 0.25),
+    },
+    seed=3,
+)
+LEVELS = {"detection": 20.0, "captioning": 3.0}
+
+
+def settings(**values: Any) -> RunConfig:
+    return RunConfig(**{"spike_threshold": 10.0, "spike_window": 30, **values})
+
+
+def normal_losses(count: int) -> list[float]:
+    """Losses around the level of each step's task; a function of the step alone."""
+    return [LEVELS[PLAN.task_of(step)] + random.Random(step).gauss(0, 0.5) for step in range(count)]
+
+
+def play(guard: StepGuard, losses: Sequence[float], start: int = 0) -> list[tuple[bool, str]]:
+    """What the guard says of each step: (updated, text)."""
+    said = []
+    for step, loss in enumerate(losses, start):
+        whole = PLAN.step(step)
+        guard.expect(whole.task)
+        accepted = guard.accept(loss)
+        refused: Literal["", "loss"] = "" if accepted else "loss"
+        report = StepReport({"loss": loss}, 1.0, {}, False, refused, {1: ["detection/ce is nan"]} if refused else {})
+        said.append((accepted, guard.judge(whole, report)))
+    return said
+
+
+def test_the_score_is_in_standard_deviations_and_not_moved_by_leaps() -> None:
+    draw = random.Random(0)
+    past = [draw.gauss(5.0, 0.2) for _ in range(400)]
+    assert robust_score(past, 6.0) == pytest.approx(5.0, abs=0.6)  # 400 draws know a deviation to about 5 percent
+    assert robust_score([*past, *[1e6] * 20], 6.0) == pytest.approx(5.0, abs=1.0)
+    assert robust_score([5.0] * 30, 5.0) == 0.0
+    assert robust_score([5.0] * 30, 5.1) > 10
+
+
+def test_a_leap_is_reported_against_its_own_task_and_the_update_is_made() -> None:
+    losses = normal_losses(160)
+    leap = next(step for step in range(150, 160) if PLAN.task_of(step) == "captioning")
+    losses[leap] = 20.0  # an ordinary loss of detection
+    said = play(StepGuard(settings()), losses)
+    assert all(updated for updated, _ in said)
+    assert [step for step, (_, text) in enumerate(said) if text] == [leap]
+    assert said[leap][1].startswith(f"step {leap + 1} (captioning): loss 20 leaps: ")
+    assert "the update was made all the same" in said[leap][1]
+    assert not any(text for _, text in play(StepGuard(settings(spike_threshold=None)), losses))
+
+
+def test_leaps_are_refused_as_often_as_allowed_and_leave_no_trace() -> None:
+    losses = normal_losses(120)
+    said = play(StepGuard(settings(skip_spikes=2)), [*losses, 500.0, 500.0, 500.0, LEVELS[PLAN.task_of(123)]])
+    assert [updated for updated, _ in said[-4:]] == [False, False, True, True]
+    assert "no update was made" in said[120][1]
+
+
+def test_the_first_losses_of_a_task_are_never_leaps() -> None:
+    said = play(StepGuard(settings(skip_spikes=5)), [1000.0 * (step % 7) for step in range(19)])
+    assert all(updated and not text for updated, text in said)
+
+
+def test_bad_steps_stop_a_run_only_in_a_row() -> None:
+    guard = StepGuard(settings(skip_bad_steps=2))
+    for losses in ([math.nan, math.inf], [5.0, -math.inf, math.nan]):
+        said = play(guard, losses)
+        guard.check(said[-1][1], saved=500)
+    assert [updated for updated, _ in said] == [True, False, False]
+    assert "no update was made on any rank" in said[-1][1] and "rank 1: detection/ce is nan" in said[-1][1]
+    said = play(guard, [math.nan])
+    with pytest.raises(FloatingPointError, match=r"(?s)after 2 others in a row.*checkpoint is that of step 500"):
+        guard.check(said[-1][1], saved=500)
+    strict = StepGuard(settings())
+    said = play(strict, [math.nan])
+    with pytest.raises(FloatingPointError, match="nothing was saved yet"):
+        strict.check(said[-1][1], saved=0)
+
+
+def test_a_gradient_that_is_no_number_is_bad_even_where_the_loss_leaps() -> None:
+    guard = StepGuard(settings(skip_bad_steps=3))
+    play(guard, normal_losses(120))
+    whole = PLAN.step(120)
+    guard.expect(whole.task)
+    assert guard.accept(1e4)
+    said = guard.judge(whole, StepReport({"loss": 1e4}, math.inf, {}, False, "gradient"))
+    assert guard.bad == 1 and "the gradient is not finite, no update was made on any rank" in said
+
+
+def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """The same decisions from the records of a run, cut anywhere, also within a row of refusals."""
+    losses = normal_losses(220)
+    for step in (110, 111, 112, 113, 150, 180, 181):
+        losses[step] = 400.0
+    for step in (130, 131):
+        losses[step] = math.nan
+    options = settings(skip_spikes=2, skip_bad_steps=5)
+    straight = play(StepGuard(options), losses)
+    assert [step for step, (updated, _) in enumerate(straight) if not updated] == [
+        110,
+        111,
+        113,
+        130,
+        131,
+        150,
+        180,
+        181,
+    ]
+    records = tmp_path / "metrics.jsonl"
+    with records.open("w") as file:
+        for step, loss in enumerate(losses):
+            value: float | str = loss if math.isfinite(loss) else str(loss)
+            line = {"kind": "step", "step": step + 1, "loss/loss": value, "refused": float(not straight[step][0])}
+            line["not_finite"] = float(not math.isfinite(loss))
+            file.write(json.dumps(line) + "\n")
+    for cut in (1, 111, 112, 131, 132, 151, 170, 181):
+        resumed = play(resumed_guard(options, tmp_path, PLAN, cut), losses[cut:], cut)
+        assert resumed == straight[cut:], cut

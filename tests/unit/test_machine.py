@@ -1,0 +1,56 @@
+"""What is compared between ranks, and room in shared memory and on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from visft_ds.machine import check_shared_memory, check_space, rank_facts
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def config(*settings: str) -> ResolvedConfig:
+    return resolve(stage=1, model="debug", settings=settings)
+
+
+def test_every_setting_counts_and_so_does_the_code() -> None:
+    ours, theirs = rank_facts(config()), rank_facts(config("visft.run.save_every=7", "visft.seed=4"))
+    assert {key for key in ours if ours[key] != theirs[key]} == {"visft.run.save_every", "visft.seed"}
+    assert len(ours["code of visft_ds"]) == 16
+    assert {"version of torch", "version of deepspeed"} <= ours.keys()
+    other = rank_facts(resolve(stage=1, model="debug", engine="zero3"))
+    assert "zero_optimization.stage" in {key for key in ours if ours[key] != other.get(key)}
+
+
+def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64_000_000))
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    many = ["visft.data.workers=processes", "visft.data.num_workers=8", "visft.shared.image.fixed_size=1024"]
+    wide = config(*many)
+    with pytest.raises(
+        ValueError,
+        match=r"has 64 MB free; 13 batches for each training process of this machine may need \d+ MB.*workers=threads",
+    ):
+        check_shared_memory(wide, derive_batches(wide, 1), tmp_path)
+    for fine in (config(*many[:2]), config("visft.data.workers=threads", *many[1:])):
+        check_shared_memory(fine, derive_batches(fine, 1), tmp_path)
+
+
+def test_room_for_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """29 million values of LoRA take 0.35 GB, four times while the oldest of three is replaced; an average is extra."""
+    run, average = config().visft.run, config("visft.run.ema=0.9").visft.run
+    assert run.keep_last == 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1_300_000_000))
+    with pytest.raises(ValueError, match=r"1\.30 GB are free, checkpoints need 1\.41 GB more"):
+        check_space(tmp_path, 29_360_128, run)
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    check_space(tmp_path, 29_360_128, run)
+    with pytest.raises(ValueError, match=r"checkpoints need 1\.41 GB more"):
+        check_space(tmp_path, 29_360_128, average)

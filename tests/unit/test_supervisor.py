@@ -1,0 +1,109 @@
+"""When a lost run is started again, and when it is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from visft_ds.run_folder import newest_step
+from visft_ds.supervisor import GAVE_UP, Attempt, main, supervise
+
+
+class Script:
+    """Attempts that end as written; notes what it was asked to wait."""
+
+    def __init__(self, *attempts: Attempt, asked_after: int | None = None) -> None:
+        self._left: Iterator[Attempt] = iter(attempts)
+        self._asked_after = asked_after
+        self.started, self.waited = 0, []
+
+    def run(self) -> Attempt:
+        self.started += 1
+        return next(self._left)
+
+    def sleep(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        return len(self.waited) == self._asked_after
+
+    def supervise(self, max_restarts: int = 5, saved: int = 0) -> int:
+        return supervise(self.run, saved=saved, max_restarts=max_restarts, backoff=10.0, sleep=self.sleep)
+
+
+def lost(step: int, code: int = 3) -> Attempt:
+    return Attempt(code, 60.0, step, finished=False)
+
+
+DONE = Attempt(0, 60.0, 1000, finished=True)
+
+
+def test_a_lost_run_is_started_again_until_it_is_done() -> None:
+    script = Script(lost(100), lost(200, -9), DONE)
+    assert script.supervise() == 0
+    assert (script.started, script.waited) == (3, [10.0, 10.0])
+
+
+def test_the_wait_grows_while_nothing_new_is_saved() -> None:
+    script = Script(lost(100), lost(100), lost(300), DONE)
+    assert script.supervise(saved=100) == 0
+    assert script.waited == [20.0, 40.0, 10.0]
+
+
+def test_no_progress_is_given_up_with_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(*[lost(500, -11)] * 9)
+    assert script.supervise(max_restarts=8) == GAVE_UP
+    assert script.started == 4  # one that saved step 500, three that saved nothing after it
+    said = capsys.readouterr().err
+    assert "3 attempts in a row ended before they saved anything after step 500" in said
+    assert "attempt 4: signal SIGSEGV after 60 s, newest saved step 500" in said
+
+
+def test_the_number_of_restarts_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(*[lost(step) for step in range(100, 900, 100)])
+    assert script.supervise(max_restarts=2) == GAVE_UP
+    assert script.started == 3
+    assert "2 restarts were allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [2, 4, 130])
+def test_what_a_restart_would_only_repeat_is_not_repeated(code: int) -> None:
+    script = Script(lost(100, code))
+    assert (script.supervise(), script.started) == (code, 1)
+
+
+def test_a_stop_that_was_asked_for_ends_it() -> None:
+    assert Script(Attempt(85, 60.0, 100, finished=True)).supervise() == 85
+    script = Script(lost(100), asked_after=1)  # a signal while waiting
+    assert (script.supervise(), script.started) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "give a command that runs launchers/train.py"),
+        (["deepspeed", "other.py"], "give a command that runs launchers/train.py"),
+        (["deepspeed", "launchers/train.py", "--stage", "3"], "--stage 3"),
+        (["python", "launchers/train.py", "--stage", "1", "--model", "debug", "--resume", "no"], "leave it out"),
+        (
+            ["deepspeed", "--bind_cores_to_rank", "launchers/train.py", "--stage", "1", "--model", "debug"],
+            "needs numactl, which is not installed",
+        ),
+        (["nowhere", "launchers/train.py", "--stage", "1", "--model", "debug"], "nowhere: no such command"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused_before_it_starts(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["--", *command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == 0
+    for name in ("step_00000100", "step_00000020", "step_00000300.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 100

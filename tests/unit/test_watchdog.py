@@ -1,0 +1,94 @@
+"""Which rank is lost or hangs, judged by heartbeats and a clock that the tests turn."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+from visft_ds.parallel.heartbeat import Beat, process_state, started
+from visft_ds.parallel.watchdog import Peers
+
+ELSEWHERE = "another machine"  # nothing is known of processes there
+PATIENCE, STEP = 10.0, 60.0
+
+
+def beat(rank: int, count: int, position: int = 0, **fields: str) -> Beat:
+    return Beat("s", rank, ELSEWHERE, 100 + rank, "1", count, position, **{"doing": f"step {position}", **fields})
+
+
+def peers(world: int = 3) -> Peers:
+    return Peers(world, 0, PATIENCE, STEP, now=0.0)
+
+
+def test_a_rank_without_a_sign_of_life_is_named_in_time() -> None:
+    judge, now = peers(), 0.0
+    while now < 30:
+        now += 1
+        alive = {rank: beat(rank, int(now), int(now)) for rank in range(3)}
+        alive[2] = beat(2, min(int(now), 5), 5)  # as found in the last file it wrote
+        problem, blamed = judge.look(alive, now, timed=True)
+        if problem:
+            break
+    assert PATIENCE < now - 5 <= PATIENCE + 1
+    assert "rank 2 (process 102 on another machine, last seen: step 5)" in problem
+    assert [one.rank for one in blamed] == [2]
+
+
+def test_a_rank_that_never_came_is_named() -> None:
+    judge = peers()
+    for now in range(1, 11):
+        assert judge.look({0: beat(0, now), 1: beat(1, now)}, now, timed=False)[0] == ""
+    assert "rank 2 has never given a sign of life" in judge.look({0: beat(0, 11), 1: beat(1, 11)}, 11.0, timed=False)[0]
+
+
+def test_no_progress_blames_those_that_are_behind_and_spares_what_may_take_long() -> None:
+    judge = peers()
+    for now in range(1, 61):
+        stuck = {0: beat(0, now, 7), 1: beat(1, now, 6), 2: beat(2, now, 7)}
+        assert judge.look(stuck, now, timed=True) == ("", [])
+    problem, blamed = judge.look({0: beat(0, 62, 7), 1: beat(1, 62, 6), 2: beat(2, 62, 7)}, 62.0, timed=True)
+    assert "no progress for 61 s; behind the others: rank 1 (process 101" in problem
+    assert [one.rank for one in blamed] == [1]
+    judge = peers()
+    for now in range(1, 62):
+        beats = {rank: replace(beat(rank, now, 7), collectives=40 - (rank == 2)) for rank in range(3)}
+        judge.look(beats, now, timed=True)
+    problem, _ = judge.look({rank: replace(one, count=99) for rank, one in beats.items()}, 63.0, timed=True)
+    assert "behind the others: rank 2" in problem and "39 collectives begun" in problem
+    judge = peers()
+    for now in range(1, 200):
+        assert judge.look({rank: beat(rank, now, 7) for rank in range(3)}, now, timed=False) == ("", [])
+    for now in range(200, 260):  # the count begins with what is bound in time
+        assert judge.look({rank: beat(rank, now, 7) for rank in range(3)}, now, timed=True) == ("", [])
+
+
+def test_a_job_that_was_suspended_as_a_whole_goes_on() -> None:
+    judge = peers()
+    for now in range(1, 5):
+        judge.look({rank: beat(rank, now, 1) for rank in range(3)}, now, timed=True)
+    # Nobody looked for an hour; the first rank to run again sees everyone as they were.
+    assert judge.look({rank: beat(rank, 4, 1) for rank in range(3)}, 3605.0, timed=True) == ("", [])
+    assert judge.look({rank: beat(rank, 5, 2) for rank in range(3)}, 3606.0, timed=True) == ("", [])
+
+
+def test_a_rank_that_ended_in_good_order_is_waited_for_no_longer_than_a_lost_one() -> None:
+    judge, ended = peers(2), beat(1, 4, 1, ended="ValueError: no such file")
+    for now in range(1, 11):
+        assert judge.look({0: beat(0, now), 1: ended}, now, timed=True) == ("", [])
+    problem, _ = judge.look({0: beat(0, 12), 1: ended}, 12.0, timed=True)
+    assert "has ended: ValueError: no such file" in problem
+
+
+def test_a_process_of_this_machine_that_is_gone_is_missed_at_the_second_look() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = Beat("s", 1, socket.gethostname(), process.pid, started(process.pid))
+    assert process_state(here) in ("running", "waiting for a device")
+    assert process_state(replace(here, born="1")) == "gone"  # its number was given to another process
+    assert process_state(replace(here, host=ELSEWHERE)) == ""
+    process.kill()
+    process.communicate()
+    judge = peers(2)
+    assert judge.look({0: beat(0, 1), 1: here}, 1.0, timed=True) == ("", [])
+    assert "is gone: killed, or out of memory" in judge.look({0: beat(0, 2), 1: here}, 2.0, timed=True)[0]

@@ -1,0 +1,74 @@
+"""What a rank says of itself while it lives, as a file for the others. Light: no tensor library.
+
+<run>/heartbeats/rank_00000.json
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = "heartbeats"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    start: str  #: which start of the run it belongs to; files of earlier starts stay behind
+    rank: int
+    host: str
+    pid: int
+    born: str  #: when the process started, by its kernel: process ids come again
+    count: int = 0  #: grows while the process lives
+    position: int = 0  #: grows with every part of a step, equally on all ranks
+    doing: str = "starting"
+    collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
+    ended: str = ""  #: why it left in good order
+
+    def where(self) -> str:
+        """Rank, process and what it was last seen doing."""
+        return f"rank {self.rank} (process {self.pid} on {self.host}, last seen: {self.doing})"
+
+
+def read_beats(folder: Path) -> Iterator[Beat]:
+    """All heartbeats in a folder, also those of earlier starts; files that cannot be read now are left out."""
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            yield Beat(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+
+
+def stopped_because(reason: str) -> str:
+    """`Beat.ended` of a rank that stopped as it was asked to; `reason` is empty where another rank was asked."""
+    return f"stopped: {reason or 'asked by another rank'}"
+
+
+def asked_to_stop(folder: Path) -> bool:
+    """Whether the ranks of the last start ended because somebody sent one of them a signal."""
+    return any(beat.ended.startswith("stopped: signal") for beat in read_beats(folder))
+
+
+def process_state(beat: Beat) -> str:
+    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    if beat.host != socket.gethostname() or not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        fields = Path(f"/proc/{beat.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return "gone"
+    if fields[19] != beat.born or fields[0] in "ZX":
+        return "gone"
+    return {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device"}.get(fields[0], "running")
+
+
+def started(pid: int) -> str:
+    """When a process was started, as its kernel counts: process ids come again. "" where /proc does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""
