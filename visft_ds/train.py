@@ -95,12 +95,12 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
-    out = Path(settings.run.out or "")
-    open_run_folder(out, config, resume)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
+    out = Path(settings.run.out or "")
+    open_run_folder(out, config, resume)
 
     launched = "RANK" in os.environ
     start_process_group()
@@ -141,7 +141,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     )
     start = _resume(run, resume)
     if distributed.is_main():
-        RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
+        RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
         section = data_section(settings, sets, loader.plan)
         why = f"{precision} ({why})"
         print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
