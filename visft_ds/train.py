@@ -96,13 +96,13 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
-    out = Path(settings.run.out or "")
-    open_run_folder(out, config, resume)
-    check_shared_memory(config, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
+    out = Path(settings.run.out or "")
+    open_run_folder(out, config, resume)
+    check_shared_memory(config, batches)
 
     start_process_group()
     with (
@@ -147,7 +147,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         )
         start = state.resume(resume)
         if distributed.is_main():
-            RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
+            RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan)
             why = f"{precision} ({why})"
             print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)

@@ -29,17 +29,16 @@ from tests.integration.test_engines import (
     differences,
 )
 
-STAGES, TASK_ORDERS = (1, 2), ("shared", *case.TASKS)
-FAST = ("2:fp32:mixed:resume", "1:fp32:mixed:predict")
-REST = [
-    *(f"{stage}:fp32:{order}" for stage in STAGES for order in TASK_ORDERS),
-    *(f"{stage}:bf16:{order}" for stage in STAGES for order in ("mixed", *TASK_ORDERS)),
+STAGES = (1, 2)
+FAST = ["2:fp32:mixed:resume", "1:fp32:mixed:predict"]
+WHOLE = [
+    *(f"{stage}:{precision}:{order}" for stage in STAGES for precision in ("fp32", "bf16") for order in ORDERS),
     "2:fp32:mixed:recompute",
+    *FAST,
 ]
-WHOLE = [*REST, *FAST]
 SHAPES = (
     pytest.param(("pipeline2", 2, FAST), id="2x1"),
-    pytest.param(("pipeline2", 2, REST), id="2x1-rest", marks=pytest.mark.slow),
+    pytest.param(("pipeline2", 2, WHOLE), id="2x1-whole", marks=pytest.mark.slow),
     pytest.param(("pipeline2", 4, WHOLE), id="2x2", marks=pytest.mark.slow),
     pytest.param(("pipeline4", 4, WHOLE), id="4x1", marks=pytest.mark.slow),
 )

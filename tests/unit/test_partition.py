@@ -22,7 +22,7 @@ COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0]
 
 
 def planned(stage: int = 2, stages: int = 4, model: str = "debug", **settings: Any) -> Partition:
-    values = {"pipeline.stages": stages, **settings}
+    values = {"pipeline.stages": stages, "visft.tasks": "detection", **settings}  # counting in heads takes its time
     config = resolve(
         stage=stage, engine="pipeline", model=model, settings=[f"{key}={value}" for key, value in values.items()]
     )
