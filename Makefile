@@ -11,7 +11,7 @@ help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
 	@echo "make demo COCO=FOLDER   the same on an ordinary COCO tree (train2017/ val2017/ annotations/)"
 	@echo "make test               style, types and the fast test suite"
-	@echo "make test-parallel      every engine against one process: all shapes, tasks and precisions (minutes)"
+	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make clean              remove the environment and the demo folder"
 
@@ -34,7 +34,8 @@ test: lint
 test-parallel: install
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/integration/test_engines.py \
 		tests/integration/test_pipeline.py tests/integration/test_pipeline_train.py \
-		tests/integration/test_checkpoint_matrix.py
+		tests/integration/test_checkpoint_matrix.py tests/integration/test_checkpoints.py tests/unit/test_checkpoint_faults.py \
+		tests/integration/test_refusal.py
 
 demo: install
 	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")

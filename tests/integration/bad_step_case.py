@@ -12,13 +12,19 @@ from typing import Any
 from visft_ds.launch import main
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.pipeline import PipelineEngine
 
 
 def disturb(bad: int, leap: int) -> None:
     """From now on engines scale the loss of two steps, which count from 0."""
-    original = ZeroEngine.train_step
+    for kind in (ZeroEngine, PipelineEngine):
+        _disturb(kind, bad, leap)
 
-    def train_step(engine: ZeroEngine, step: int, batches: Sequence[Any], normaliser: Any) -> Any:
+
+def _disturb(kind: Any, bad: int, leap: int) -> None:
+    original = kind.train_step
+
+    def train_step(engine: Any, step: int, batches: Sequence[Any], normaliser: Any) -> Any:
         factor = float("nan") if step == bad and distributed.rank() == 1 else 1e6 if step == leap else 1.0
         weights = {task: dict(criterion.weights) for task, criterion in engine.module.criteria.items()}
         for criterion in engine.module.criteria.values():
@@ -29,7 +35,7 @@ def disturb(bad: int, leap: int) -> None:
             for task, criterion in engine.module.criteria.items():
                 criterion.weights.update(weights[task])
 
-    ZeroEngine.train_step = train_step  # type: ignore[method-assign]
+    kind.train_step = train_step
 
 
 if __name__ == "__main__":

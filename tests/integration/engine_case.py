@@ -292,24 +292,25 @@ def run_steps(
     return found | ({"average": average.gather()} if average is not None else {})
 
 
-def resume(engine: Any, folder: Path) -> tuple[Any, bool]:
-    """Take up the checkpoint in a folder. Returns the moving average, and whether the engine holds it bit for bit."""
+def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, bool]:
+    """Take up the checkpoint in a folder. Returns its moving average, and whether the engine holds it bit for bit."""
     from visft_ds.parallel.averaging import MovingAverage, gather_all
     from visft_ds.parallel.checkpoint import newest_checkpoint
     from visft_ds.parallel.engine_state import restore_state
 
     found, _ = newest_checkpoint(folder)
     assert found is not None
-    wanted, average = found.load(), MovingAverage(engine, DECAY)
+    wanted, moving = found.load(), MovingAverage(engine, DECAY) if average else None
     restore_state(engine, wanted, found.step)
-    average.restore(wanted.average)
-    held = gather_all(engine, average)
+    if moving is not None:
+        moving.restore(wanted.average)
+    held = gather_all(engine, moving)
     if held is None:
-        return average, True
+        return moving, True
     pairs = [(held.parameters, wanted.parameters), *((held.moments[key], wanted.moments[key]) for key in MOMENTS)]
-    pairs += [(held.average, wanted.average)] if wanted.average else []
+    pairs += [(held.average, wanted.average)] if average else []
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
-    return average, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
+    return moving, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
 
 
 def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
@@ -348,19 +349,21 @@ def main(out: str, name: str) -> None:
     torch.set_num_threads(1)
     engine_module.start_process_group()
     results: dict[str, Any] = {}
+    averaging = name != "zero2"  # keeps its values and moments as zero1 does
     for stage in (1, 2):
         folder = Path(out).parent / f"{name}-stage{stage}"
         straight = start_engine(stage, name, "fp32")
-        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, MovingAverage(straight, DECAY))
+        average = MovingAverage(straight, DECAY) if averaging else None
+        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, average)
         resumed = start_engine(stage, name, "fp32")
-        average, exact = resume(resumed, folder)
+        average, exact = resume(resumed, folder, average=averaging)
         results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
-        if stage == 1:
+        if stage == 1 and averaging:
             results["access"] = read_and_write(resumed, average, stage)
         results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
     if (plain := Path(out).parent / "plain-stage1").exists():
         resumed = start_engine(1, name, "fp32")
-        _, exact = resume(resumed, plain)
+        _, exact = resume(resumed, plain, average=False)
         results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
     if name == REFUSING:
         from tests.integration.refusal_case import disagree, refusals

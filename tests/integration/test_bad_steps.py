@@ -56,10 +56,16 @@ def test_they_are_passed_over_and_a_resumed_run_does_the_same(
 
 
 @pytest.mark.slow
-def test_one_more_than_allowed_stops_all_ranks(shards: Path, tmp_path: Path) -> None:
-    extra = {**EXTRA, "visft.run.skip_bad_steps": 0}
-    arguments = ["-m", "tests.integration.bad_step_case", str(BAD), str(LEAP)]
-    codes, outputs = finish(start_ranks([*arguments, *command(shards, tmp_path / "run", extra=extra)]), 120)
+@pytest.mark.parametrize("engine", [(), ("--engine=pipeline", "--set=pipeline.stages=2")], ids=("zero1", "pipeline"))
+def test_one_more_than_allowed_stops_all_ranks(
+    engine: tuple[str, ...], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a pipeline the pixels are on rank 0 and the labels on rank 1; the bundle has both."""
+    out, extra = tmp_path / "run", {**EXTRA, "visft.run.skip_bad_steps": 0}
+    arguments = ["-m", "tests.integration.bad_step_case", str(BAD), str(LEAP), *engine]
+    codes, outputs = finish(start_ranks([*arguments, *command(shards, out, extra=extra)]), 120)
     assert codes == [4, 4], outputs
     assert f"the last good checkpoint is that of step {BAD}" in outputs[0]
     assert "Traceback" not in "".join(outputs)
+    assert replay([str(out / "bundles" / f"step_{BAD + 1:08d}")]) == 0
+    assert "rank 1 had: loss is nan" in (said := capsys.readouterr().out) and "everything is finite" in said

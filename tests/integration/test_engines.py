@@ -27,6 +27,8 @@ ENGINES = (
     "zero3",
     pytest.param("zero3_offload", marks=pytest.mark.slow),
 )
+#: The engine that also takes up a checkpoint it did not write.
+FROM_PLAIN = "zero3"
 #: A few units in the last place of fp32 (1.2e-7): the engines add the same numbers in another order.
 LOSS, NORM = 5e-7, 3e-6
 #: Adam divides by the root of the second moment, which magnifies the rounding of tiny gradients: biases of keys, and of
@@ -57,9 +59,10 @@ def trained(
 ) -> tuple[str, dict[str, Any]]:
     """Everything one engine did."""
     out: Path = tmp_path_factory.mktemp(request.param) / "results.pt"
-    saved = dict(plain["stage1"]["saved"])
-    state = EngineState(saved.pop("value"), saved, updates=SAVED_AT)
-    save_checkpoint(out.parent / "plain-stage1", SAVED_AT, state, {})
+    if request.param == FROM_PLAIN:
+        saved = dict(plain["stage1"]["saved"])
+        state = EngineState(saved.pop("value"), saved, updates=SAVED_AT)
+        save_checkpoint(out.parent / "plain-stage1", SAVED_AT, state, {})
     run_ranks(["-m", "tests.integration.engine_case", str(out), request.param])
     return request.param, torch.load(out)
 
@@ -116,6 +119,8 @@ def test_resume_is_the_same_run_bit_for_bit(trained: tuple[str, dict[str, Any]],
 def test_the_moving_average_is_that_of_one_process(
     trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str
 ) -> None:
+    if trained[0] == "zero2":
+        pytest.skip("zero2 keeps its values and moments as zero1 does, which is tested")
     straight, resumed = trained[1][stage]["average"], trained[1][f"{stage}-resumed"]["average"]
     assert straight.keys() == plain[stage]["average"].keys()
     compared = {name: value for name, value in plain[stage]["average"].items() if name != ONLY_ROUNDING}
@@ -124,13 +129,16 @@ def test_the_moving_average_is_that_of_one_process(
 
 
 def test_a_checkpoint_goes_in_and_out_bit_for_bit(trained: tuple[str, dict[str, Any]]) -> None:
-    assert all(trained[1][run]["exact"] for run in ("stage1-resumed", "stage2-resumed", "stage1-from-plain"))
+    exact = {run: result["exact"] for run, result in trained[1].items() if "exact" in result}
+    assert {"stage1-resumed", "stage2-resumed"} <= exact.keys() and all(exact.values()), exact
 
 
 def test_goes_on_from_a_checkpoint_of_plain_pytorch(
     trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]]
 ) -> None:
-    """Any engine takes up what any other has left: all of them equal this one."""
+    """Any engine takes up what any other has left: the matrix of all pairs is in `test_checkpoint_matrix.py`."""
+    if trained[0] != FROM_PLAIN:
+        pytest.skip(f"{trained[0]} takes up foreign checkpoints in the slow matrix of all pairs")
     found = differences(trained[1]["stage1-from-plain"], plain["stage1"])
     assert found["losses"] <= LOSS
     assert found["norms"] <= NORM
@@ -139,6 +147,8 @@ def test_goes_on_from_a_checkpoint_of_plain_pytorch(
 
 def test_values_and_moments_can_be_read_and_written_by_name(trained: tuple[str, dict[str, Any]]) -> None:
     """Parameters of every group: DeepSpeed's own accessors know the moments of the first group only."""
+    if trained[0] == "zero2":
+        pytest.skip("zero2 keeps its values and moments as zero1 does, which is tested")
     access = trained[1]["access"]
     assert {name.split(".")[1] for name in access["set"]} == {"detection", "segmentation", "captioning"}
     check_access(access)

@@ -23,8 +23,7 @@ def add_save_parser(commands: Any) -> None:
         commands,
         "save",
         help="how long training stands still for a checkpoint, written by a thread and written at once",
-        description="Save the same state both ways in turn: the time for which training stands still, and what a "
-        "write takes from what is computed beside it.",
+        description="Save the same state both ways in turn: for how long training stands still, what the thread takes.",
         epilog=_EPILOG,
     )
     parser.add_argument("--parameters", type=float, default=29.4e6, metavar="N", help="that train (%(default)g)")

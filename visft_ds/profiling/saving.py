@@ -32,8 +32,6 @@ from visft_ds.profiling.timing import Spread, synchronize
 FORMAT, VERSION = "visft_ds save profile", 1
 #: Rows and columns of one made-up tensor: A of a LoRA of rank 64 on q and v of EVA-ViT-E.
 _SHAPE = (128, 1792)
-#: Rows and columns of the matrices that are multiplied beside a write, in place of training.
-_BESIDE = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,14 @@ class SaveOptions:
     engine: str = "zero1"  #: file of ds_configs/engines
     repeats: int = 10  #: saves of each kind
     folder: Path | None = None  #: where to write; None: the system's folder for temporary files
+
+
+@dataclass(frozen=True)
+class Times:
+    """One duration, in seconds."""
+
+    wall: float
+    cpu: float  #: of the thread that did it: what a busy machine does not change
 
 
 def measure_saves(options: SaveOptions) -> dict[str, Any] | None:
@@ -58,23 +64,19 @@ def measure_saves(options: SaveOptions) -> dict[str, Any] | None:
         raise ValueError(f"--folder {options.folder}: no such folder")
     start_process_group()
     engine = _engine(options)
-    seconds: dict[str, list[float]] = {name: [] for name in ("synchronous", "beside", "write")}
-    rates: dict[str, list[float]] = {"alone": [], "during a write": []}
+    times: dict[str, list[Times]] = {name: [] for name in ("synchronous", "beside", "write")}
     with tempfile.TemporaryDirectory(dir=options.folder) as place, Saver(Path(place) / "b", {}, Retention(1)) as saver:
         for turn in range(options.repeats + 1):
-            waited = _timed(engine, partial(_save_here, engine, Path(place) / "a", turn))
-            alone = _rate(engine.device, lambda began: time.perf_counter() - began < 0.5)
+            at_once = _timed(engine, partial(_save_here, engine, Path(place) / "a", turn))
+            process, thread = time.process_time(), time.thread_time()
             held = _timed(engine, partial(saver.save, turn, partial(gather_state, engine)))
-            during = _rate(engine.device, lambda began: not saver.finished_writing())
             reports = saver.finished(wait=True)
-            distributed.barrier()
+            process, thread = time.process_time() - process, time.thread_time() - thread
             if turn and reports:  # the first turn warms up
-                seconds["synchronous"].append(waited)
-                seconds["beside"].append(held)
-                seconds["write"].append(reports[0].write_seconds)
-                rates["alone"].append(alone)
-                rates["during a write"].append(during)
-    record = _record(options, engine, seconds, rates) if distributed.is_main() else None
+                times["synchronous"].append(at_once)
+                times["beside"].append(held)
+                times["write"].append(Times(reports[0].write_seconds, process - thread))
+    record = _record(options, engine, times) if distributed.is_main() else None
     distributed.close()
     return record
 
@@ -105,30 +107,16 @@ def _save_here(engine: ZeroEngine, folder: Path, step: int) -> None:
     distributed.barrier()
 
 
-def _timed(engine: ZeroEngine, action: Callable[[], None]) -> float:
+def _timed(engine: ZeroEngine, action: Callable[[], None]) -> Times:
     synchronize(engine.device)
     distributed.barrier()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.thread_time()
     action()
-    return time.perf_counter() - began
+    return Times(time.perf_counter() - began, time.thread_time() - cpu)
 
 
-def _rate(device: torch.device, goes_on: Callable[[float], bool]) -> float:
-    """Matrix products a second for as long as `goes_on`, at least one."""
-    matrix = torch.randn(_BESIDE, _BESIDE, device=device)
-    began, done = time.perf_counter(), 0
-    while not done or goes_on(began):
-        matrix @ matrix
-        synchronize(device)
-        done += 1
-    return done / (time.perf_counter() - began)
-
-
-def _record(
-    options: SaveOptions, engine: ZeroEngine, seconds: Mapping[str, list[float]], rates: Mapping[str, list[float]]
-) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(seconds["synchronous"], seconds["beside"], strict=True)]
-    slower = [a / b for a, b in zip(rates["alone"], rates["during a write"], strict=True)]
+def _record(options: SaveOptions, engine: ZeroEngine, times: Mapping[str, list[Times]]) -> dict[str, Any]:
+    pairs = list(zip(times["synchronous"], times["beside"], strict=True))
     numel = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
     return {
         "format": FORMAT,
@@ -139,9 +127,10 @@ def _record(
         "ranks": distributed.world_size(),
         "parameters": numel,
         "bytes": 3 * 4 * numel,
-        "seconds": {name: asdict(Spread.of(values)) for name, values in seconds.items()},
-        "ratio": asdict(Spread.of(ratios)),
-        "slower_during_a_write": asdict(Spread.of(slower)),
+        "seconds": {name: asdict(Spread.of([one.wall for one in values])) for name, values in times.items()},
+        "cpu_seconds": {name: asdict(Spread.of([one.cpu for one in values])) for name, values in times.items()},
+        "ratio": asdict(Spread.of([first.wall / second.wall for first, second in pairs])),
+        "cpu_ratio": asdict(Spread.of([first.cpu / second.cpu for first, second in pairs])),
     }
 
 
@@ -160,13 +149,13 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         "beside": "training stands still, written by a thread",
         "write": "the thread writes",
     }
-    rows = [(text, *_cells(record["seconds"][name], 1e3, ".0f")) for name, text in names.items()]
-    ratios = [
-        ("written at once / by a thread", *_cells(record["ratio"], 1, ".1f")),
-        ("a matrix product during a write / alone", *_cells(record["slower_during_a_write"], 1, ".2f")),
+    head = ("", "median", "quartiles", "n")
+    sections = [
+        Section(title, [(text, *_cells(record[key][name], 1e3, ".0f")) for name, text in names.items()], head)
+        for key, title in (("seconds", "milliseconds"), ("cpu_seconds", "milliseconds of a processor"))
     ]
-    head = ("median", "quartiles", "n")
-    return [Section("milliseconds", rows, ("", *head)), Section("ratios, pair by pair", ratios, ("", *head))]
+    ratios = [("time", *_cells(record["ratio"], 1, ".1f")), ("of a processor", *_cells(record["cpu_ratio"], 1, ".1f"))]
+    return [*sections, Section("standing still: written at once / by a thread, pair by pair", ratios, head)]
 
 
 def _cells(spread: Mapping[str, Any], factor: float, form: str) -> tuple[str, str, str]:
