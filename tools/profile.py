@@ -18,7 +18,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from visft_ds.launch import _LOST_PEER
+from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        if not _LOST_PEER.search(str(error)):
+        if not LOST_PEER.search(str(error)):
             raise
         print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
         return 3

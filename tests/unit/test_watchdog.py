@@ -57,6 +57,11 @@ def test_no_progress_blames_those_that_are_behind_and_spares_what_may_take_long(
         judge.look(beats, now, timed=True)
     problem, _ = judge.look({rank: replace(one, count=99) for rank, one in beats.items()}, 63.0, timed=True)
     assert "behind the others: rank 2" in problem and "39 collectives begun" in problem
+    judge = Peers(3, 0, PATIENCE, STEP, now=0.0, alike=False)  # stages of a pipeline, which begin different ones
+    for now in range(1, 62):
+        judge.look({rank: replace(one, count=now) for rank, one in beats.items()}, now, timed=True)
+    problem, blamed = judge.look({rank: replace(one, count=99) for rank, one in beats.items()}, 63.0, timed=True)
+    assert "all ranks are at the same point: step 7" in problem and blamed == []
     judge = peers()
     for now in range(1, 200):
         assert judge.look({rank: beat(rank, now, 7) for rank in range(3)}, now, timed=False) == ("", [])
