@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
+from visft_ds.data.store import StoreFailed
 
 #: What gloo and NCCL say to a rank whose peer is gone.
 _LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can
-    mend, 3 where another rank ended first, 4 when training diverged."""
+    """Run the command. Returns the exit code: 0 done or stopped cleanly, 2 for what the user can mend (a server of the
+    data that does not answer counts as such), 3 where another rank ended first, 4 when training diverged."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         train(config, resume=arguments.resume, command=[sys.argv[0], *argv])
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StoreFailed) as error:
         # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
         if rank == 0 or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)

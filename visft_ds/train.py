@@ -27,6 +27,7 @@ from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
+from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
@@ -147,7 +148,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     ):
         try:
             step = _loop(run, start, writer, progress)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StoreFailed) as error:
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
         if step >= run.total_steps:

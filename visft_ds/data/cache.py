@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from visft_ds.data.store import CacheOptions, Expected, file_digest, pread_all
+from visft_ds.data.store import CacheOptions, Expected, StoreFailed, file_digest, pread_all
 
 #: Where copies must go, a tenth of the room goes with them, so that the folder is not searched for each new one.
 _SPARE = 10
@@ -266,5 +266,5 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise RuntimeError(f"cannot write to the cache in {folder}: {error}; free some room") from error
+            raise StoreFailed(f"cannot write to the cache in {folder}: {error}; free some room") from error
         raise

@@ -40,6 +40,10 @@ _AGAIN = "Make the split again by the same `tools/make_shards.py build`, or copy
 Part = tuple[str, int, int]
 
 
+class StoreFailed(RuntimeError):
+    """A server, a network or the disk of a cache that failed again and again."""
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """A folder for copies of remote files, shared by all processes of a host.
