@@ -282,10 +282,14 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
 
 def _report_skipped(run: Run, progress: Progress, known: int) -> None:
     for one in run.loader.skipped[known:]:
-        progress.message(
+        told = (
             f"step {one.step + 1}: sample {one.index} of {one.dataset} replaced by {one.instead} "
             f"({len(run.loader.skipped)} so far on rank {distributed.rank()}): {one.reason}"
         )
+        if distributed.is_main():
+            progress.message(told)
+        else:  # each rank sees the damage of its own samples
+            print(told, file=sys.stderr, flush=True)
 
 
 def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:

@@ -161,6 +161,11 @@ def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict
     table = {category.coco_id: category.name for category in first.categories}
     own = {category.coco_id: category.name for category in manifest.categories}
     where = f"data set {one.name} ({manifest.root}/{manifest.split})"
+    if not table:
+        raise ValueError(
+            f"{first.root}/{first.split} has no categories for {where}: make the set whose categories are those of the "
+            "heads ROOT/TRAIN (visft.data.root and train), and the other one an entry of visft.data.sets"
+        )
     if one.categories is None:
         other = [(number, name) for number, name in own.items() if table.get(number) != name]
         if other:

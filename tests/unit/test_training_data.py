@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = write_tree(folder / "words", 12)
     tree.edit(lambda content: content.update(annotations=[]))
     build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "words"))
+    build(Options(tree.images, None, tree.captions, folder / "shards", "bare"))
     (folder / "map.json").write_text(json.dumps(TO_COCO))
     return folder
 
@@ -168,6 +169,10 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
         open_training_data(config_of(folder, sets=[{**objects, "categories": str(folder / "map.json")}]))
     with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):
         open_training_data(config_of(folder, sets=[{**objects, "tasks": ["captioning"]}]))
+    with pytest.raises(ValueError, match=r"has no categories for data set objects.*make the set whose categories"):
+        open_training_data(
+            config_of(folder, "visft.data.train=bare", sets=[{**objects, "name": "objects", "tasks": ["detection"]}])
+        )
     with pytest.raises(ValueError, match="another training set is called train"):
         config_of(folder, sets=[{**objects, "name": "train"}])
     with pytest.raises(ValueError, match="captioning does not train in this run"):

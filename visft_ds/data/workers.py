@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from visft_ds.data.batches import BatchMaker, Skipped
@@ -164,6 +165,7 @@ class Processes:
             prefetch_factor=math.ceil((ahead + 1) / self._number),
             worker_init_fn=_start_worker,
             multiprocessing_context=context,
+            generator=torch.Generator(),  # else it would draw from the global one, which dropout draws from too
         )
         batches = iter(loader)
         try:
