@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_pro
 from visft_ds.parallel.engine_state import gather_state, restore_state
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
-from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
+from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
@@ -52,6 +52,7 @@ from visft_ds.training_data import (
     check_samples,
     data_identity,
     open_training_data,
+    shuffle_of,
     workers_of,
 )
 from visft_ds.validation import Validation
@@ -87,6 +88,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         FloatingPointError: a loss that is not finite.
         RuntimeError: ranks that differ.
     """
+    out = Path(config.visft.run.out or "")
+    config, why_shuffled = settle_shuffle(config, out)
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
@@ -94,7 +97,6 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
     loader = _build_loader(settings, sets, vocabulary, batches)
-    out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
@@ -139,7 +141,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
     start = _resume(run, resume)
     if distributed.is_main():
         RunRecord(config.to_dict(), batches.dp, list(command)).write(out)
-        section = data_section(settings, sets, loader.plan)
+        section = data_section(settings, sets, loader.plan, why_shuffled)
         print_start(config, prepared, batches, section, precision=f"{precision} ({why})", device=device, start=start)
     main = distributed.is_main()
     with (
@@ -156,6 +158,18 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         distributed.close()
         if run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
+
+
+def settle_shuffle(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, str]:
+    """The configuration with its order decided, and why: "auto" means the same as when the run began, wherever its
+    shards are now."""
+    data = config.visft.data
+    recorded = recorded_config(out).visft.data.shuffle if (out / "run.json").is_file() else "auto"
+    kind, why = shuffle_of(data)
+    if data.shuffle == "auto" and recorded != "auto":
+        kind, why = recorded, "as the run began"
+    visft = config.visft.model_copy(update={"data": data.model_copy(update={"shuffle": kind})})
+    return replace(config, visft=visft), why
 
 
 def _open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:

@@ -281,6 +281,21 @@ def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
         assert len(served.gets()) == before + 3, "all of them had been read ahead at once"
 
 
+@pytest.mark.parametrize("mode", ["ranges", "shards"])
+def test_what_another_process_has_read_makes_room_for_hints(served: Served, tmp_path: Path, mode: CacheMode) -> None:
+    """A training process whose workers read from the cache hints, and takes nothing itself."""
+    biggest = max(shard.bytes for shard in Manifest.load(served.url, "toy", check_shards=False).shards)
+    cache = CacheOptions(tmp_path / "cache", 2 * biggest, mode)
+    with ShardReader(Manifest.load(served.url, "toy", cache=cache)) as reader:
+        for turn in range(60):
+            first = 3 * (turn % 4)
+            reader.prefetch(range(first, first + 3))
+            reader.passed(range(first, first + 3))
+        ahead = reader._store._process().ahead  # type: ignore[attr-defined]
+        _wait_until(lambda: not ahead._queue)
+        assert not ahead._held and not ahead._queued and ahead._bytes == 0
+
+
 def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():

@@ -17,6 +17,7 @@ from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.train import settle_shuffle
 from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of
 
 #: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
@@ -177,6 +178,20 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
         config_of(folder, sets=[{**objects, "name": "train"}])
     with pytest.raises(ValueError, match="captioning does not train in this run"):
         config_of(folder, "visft.tasks=detection", sets=[{**objects, "tasks": ["captioning"]}])
+
+
+def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
+    """Else a run whose shards are copied from a server to a disk would go on in another order, or not at all."""
+    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco"])
+    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards"])
+    assert settle_shuffle(local, tmp_path)[1] == "auto: local shards"
+    begun, why = settle_shuffle(remote, tmp_path)
+    assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
+    (tmp_path / "run.json").write_text(json.dumps({"config": begun.to_dict()}))
+    moved, why = settle_shuffle(local, tmp_path)
+    assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")
+    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full"])
+    assert settle_shuffle(full, tmp_path)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
 
 
 def test_remote_shards_are_read_in_windows() -> None:

@@ -81,11 +81,10 @@ class StepLoader:
         self._budget = skip_damaged
         maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
-        self._hints = any(
-            isinstance(one.reader.manifest.root, str)
-            and (workers == "threads" or one.reader.manifest.cache is not None)
-            for one in sets.values()
-        )
+        # What this process fetches ahead helps worker processes only through a cache on the disk.
+        remote = [one.reader.manifest for one in sets.values() if isinstance(one.reader.manifest.root, str)]
+        self._read_elsewhere = workers == "processes" and num_workers > 0
+        self._hints = any(not self._read_elsewhere or manifest.cache is not None for manifest in remote)
         self._workers: Workers = Caller(maker)
         if num_workers:
             self._workers = (Threads if workers == "threads" else Processes)(maker, num_workers)
@@ -111,7 +110,10 @@ class StepLoader:
                     self._note(one.skipped, one.elsewhere)
                     batches.append(one.batch)
                 self.wait_seconds = time.perf_counter() - began
-                yield wholes.pop(step), batches
+                whole = wholes.pop(step)
+                if self._hints and self._read_elsewhere:
+                    self._reader(whole).passed(self._own(whole), self._role)
+                yield whole, batches
                 step += 1
         finally:
             made.close()  # type: ignore[attr-defined]  # a generator
@@ -131,13 +133,17 @@ class StepLoader:
                 whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
                 planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
                 if self._hints:
-                    self._hint(planned[-1])
+                    self._reader(whole).prefetch(self._own(whole), self._role)
             yield from planned.popleft()
             step += 1
 
-    def _hint(self, parts: list[StepPlan]) -> None:
-        reader = self._sets[parts[0].dataset].reader
-        reader.prefetch([index for part in parts for index in part.indices.tolist()], self._role)
+    def _reader(self, whole: StepPlan) -> ShardReader:
+        return self._sets[whole.dataset].reader
+
+    def _own(self, whole: StepPlan) -> list[int]:
+        """This rank's samples of a step."""
+        parts = self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation)
+        return [index for part in parts for index in part.indices.tolist()]
 
     def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
         self.skipped += skipped

@@ -110,6 +110,14 @@ class RemoteStore:
             known = [part for part in known if not has(self._expected[part[0]], part[1], part[2])]
         process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
 
+    def passed(self, parts: Sequence[Part]) -> None:
+        """See `Store.passed`."""
+        process = self._process()
+        if process.cache is not None and process.options.mode == "shards":
+            parts = [_whole(name, self._expected[name]) for name in {name for name, _, _ in parts}]
+        for part in parts:
+            process.ahead.take(part)
+
     def forget(self, name: str, offset: int, size: int) -> bool:
         """See `Store.forget`; True also without copies: bytes may be damaged on their way."""
         process, expected = self._process(), self._expected.get(name)

@@ -106,6 +106,10 @@ class Store(Protocol):
         """Hint that these parts are about to be read, in this order. Returns at once."""
         ...
 
+    def passed(self, parts: Sequence[Part]) -> None:
+        """Say that these parts, hinted here, were read by another process from the cache: they make room for others."""
+        ...
+
     def forget(self, name: str, offset: int, size: int) -> bool:
         """Drop copies of a part that proved to be damaged; False if reading it again would give the same bytes."""
         ...
@@ -204,6 +208,9 @@ class LocalStore:
 
     def will_need(self, parts: Sequence[Part]) -> None:
         """Nothing: reading from a disk ahead of the threads that do it already gains nothing."""
+
+    def passed(self, parts: Sequence[Part]) -> None:
+        """Nothing was read ahead."""
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """False: there are no copies."""
