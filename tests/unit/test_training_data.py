@@ -143,6 +143,7 @@ def test_content_and_map_are_part_of_a_runs_identity(folder: Path, tmp_path: Pat
         ({**TO_COCO, "cars": 3}, "no category 'cars' in the set"),
         ({**TO_COCO, "car": 99}, "no id 99 in"),
         ({"car": 3, "*": 1}, '"\\*" may only be null'),
+        ({"*": None}, "leaves all its categories out"),
         ({"car": "3", "*": None}, "name -> id or null"),
         ([], "name -> id or null"),
         (None, "no readable map"),
@@ -168,6 +169,8 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
         open_training_data(config_of(folder, sets=[{**objects, "tasks": ["detection"]}]))
     with pytest.raises(ValueError, match=r"12 of its \d+ objects have no mask|\d+ of its \d+ objects have no mask"):
         open_training_data(config_of(folder, sets=[{**objects, "categories": str(folder / "map.json")}]))
+    with pytest.raises(ValueError, match=r"have no mask.*leave segmentation out of visft\.tasks"):
+        open_training_data(config_of(folder, "visft.data.train=objects", "visft.tasks=detection,segmentation", sets=[]))
     with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):
         open_training_data(config_of(folder, sets=[{**objects, "tasks": ["captioning"]}]))
     with pytest.raises(ValueError, match=r"has no categories for data set objects.*make the set whose categories"):

@@ -16,8 +16,8 @@ _SLACK = 16
 def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[list[Part]]:
     """Groups of parts to be fetched by one request each, in the order in which their first parts are needed.
 
-    Parts of one file go together if at most `max_gap` bytes that nobody asked for lie between them and the request
-    stays within `max_bytes`. A part that is given twice appears once.
+    Parts of one file go together if the bytes that nobody asked for between them are at most `max_gap`, or no more than
+    the next part itself, and the request stays within `max_bytes`. A part that is given twice appears once.
     """
     turn = {part: place for place, part in reversed(list(enumerate(parts)))}
     groups: list[list[Part]] = []
@@ -25,7 +25,7 @@ def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[lis
     for part in sorted(turn):
         name, offset, size = part
         last = groups[-1] if groups else None
-        near = last is not None and last[0][0] == name and offset - end <= max_gap
+        near = last is not None and last[0][0] == name and offset - end <= max(max_gap, size)
         if last is not None and near and max(end, offset + size) - last[0][1] <= max_bytes:
             last.append(part)
             end = max(end, offset + size)

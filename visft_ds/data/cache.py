@@ -147,11 +147,16 @@ class DiskCache:
                 with open(temporary, "wb") as file:
                     file.truncate(expected.bytes)  # whoever counts the folder sees all of what is to come
             try:
-                with _disk_errors(self._root):
-                    fetch(temporary)
-                with open(temporary, "rb") as file:
-                    found = Expected(os.fstat(file.fileno()).st_size, file_digest(file))
-                if found != expected:
+                found = None
+                for _ in range(2):  # a copy may be damaged on its way
+                    with _disk_errors(self._root):
+                        fetch(temporary)
+                    with open(temporary, "rb") as file:
+                        found = Expected(os.fstat(file.fileno()).st_size, file_digest(file))
+                    if found == expected:
+                        break
+                else:
+                    assert found is not None
                     raise ValueError(
                         f"{what} has {found.bytes} bytes with sha256 {found.sha256}, not "
                         f"{expected.bytes} with {expected.sha256} as the manifest says: it was changed or badly copied "

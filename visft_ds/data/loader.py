@@ -127,13 +127,18 @@ class StepLoader:
         planned = deque[list[StepPlan]]()
         step = start
         while stop is None or step < stop:
-            while not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES):
-                if stop is not None and step + len(planned) >= stop:
-                    break
-                whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
-                planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
+            if not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES // 2):
+                coming: dict[str, list[int]] = {}
+                while stop is None or step + len(planned) < stop:
+                    whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
+                    planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
+                    coming.setdefault(whole.dataset, []).extend(self._own(whole))
+                    if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
+                        break
                 if self._hints:
-                    self._reader(whole).prefetch(self._own(whole), self._role)
+                    # all at once: only what is hinted together can be fetched together
+                    for dataset, indices in coming.items():
+                        self._sets[dataset].reader.prefetch(indices, self._role)
             yield from planned.popleft()
             step += 1
 

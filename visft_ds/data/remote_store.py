@@ -20,7 +20,7 @@ from visft_ds.data.remote import Transport, check_installed
 from visft_ds.data.store import CacheOptions, Expected, Part
 
 #: Bytes read ahead into memory where there is no cache folder.
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 256 << 20
 #: The largest request. Whole shards come in pieces of this size, so that a failure costs no more than one of them.
 REQUEST_BYTES = 16 << 20
 #: Unwanted bytes between two parts that are fetched along rather than paid for by a second request.
