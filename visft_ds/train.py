@@ -153,6 +153,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str]) -> Non
         except (ValueError, OSError, StoreFailed) as error:
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
+        finally:
+            run.loader.close()  # what is read ahead must not hold up the end
         if step >= run.total_steps:
             _export(run, step)
         distributed.close()

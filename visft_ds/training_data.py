@@ -17,7 +17,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Shuffle
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.store import CacheOptions
-from visft_ds.data.workers import WorkerKind, choose_workers, usable_cores
+from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 
@@ -90,7 +90,17 @@ def shuffle_of(data: DataConfig) -> tuple[Shuffle, str]:
 
 def workers_of(data: DataConfig) -> tuple[WorkerKind, int, str]:
     """(kind, number, why) of the data workers of this process."""
-    return choose_workers(data.workers, data.num_workers, cores=usable_cores(), processes=distributed.processes_here())
+    cores, processes = usable_cores(), distributed.processes_here()
+    remote = any(is_url(root) for root in (data.root, *(one.root for one in data.sets)))
+    if data.workers == "auto" and remote and data.cache is None:
+        kind, number, _ = choose_workers("threads", data.num_workers, cores=cores, processes=processes)
+        return kind, number, "auto: remote shards without a cache; only threads share what was read ahead"
+    return choose_workers(data.workers, data.num_workers, cores=cores, processes=processes)
+
+
+def evaluation_threads(data: DataConfig) -> int:
+    """How many threads decode in evaluation."""
+    return min(workers_of(data)[1], MOST_THREADS)
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:

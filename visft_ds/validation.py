@@ -15,7 +15,7 @@ from visft_ds.evals.runner import Predict, collect
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
-from visft_ds.training_data import workers_of
+from visft_ds.training_data import evaluation_threads
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
@@ -55,7 +55,7 @@ class Validation:
             config.streams(),
             self._vocabulary,
             limit=config.run.eval_limit,
-            threads=workers_of(config.data)[1],
+            threads=evaluation_threads(config.data),
         )
         if collected is not None:
             self._judge.start(step, collected)

@@ -18,7 +18,7 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.train import settle_shuffle
-from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of
+from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of, workers_of
 
 #: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
 OTHER = {0: "sneakers", 7: "car", 200: "person"}
@@ -201,3 +201,13 @@ def test_remote_shards_are_read_in_windows() -> None:
     assert shuffle_of(DataConfig()) == ("full", "auto: local shards")
     assert shuffle_of(DataConfig(root="s3://bucket/coco"))[0] == "windowed"
     assert shuffle_of(DataConfig(root="s3://bucket/coco", shuffle="full")) == ("full", "as configured")
+
+
+def test_remote_shards_without_a_cache_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes could share what is read ahead through a cache only, and would ask for sample after sample."""
+    monkeypatch.setattr("visft_ds.training_data.usable_cores", lambda: 64)
+    kinds = [
+        workers_of(DataConfig(root=root, cache=cache))[0]
+        for root, cache in (("shards", None), ("s3://bucket/coco", None), ("s3://bucket/coco", "cache"))
+    ]
+    assert kinds == ["processes", "threads", "processes"]

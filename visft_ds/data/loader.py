@@ -118,6 +118,11 @@ class StepLoader:
         finally:
             made.close()  # type: ignore[attr-defined]  # a generator
 
+    def close(self) -> None:
+        """End all reading ahead, and close the shards. A later step opens them again."""
+        for one in self._sets.values():
+            one.reader.close()
+
     def spent(self) -> dict[str, Spent]:
         """What reading and making samples has cost so far, in this process and in those that work for it."""
         return {name: here + self._elsewhere.get(name, Spent()) for name, here in spent().items()}
