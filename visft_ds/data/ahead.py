@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from visft_ds.data.store import Part
 
-#: Hints may be read in another order than they came, but not by more than this: threads work on a few at a time.
-_SLACK = 16
+#: Hints may be read in another order than they came, but not by more than this: threads work on a few steps at a time.
+_SLACK = 2
 
 
 def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[list[Part]]:
