@@ -28,6 +28,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
+from visft_ds.data.store import CacheOptions, StoreFailed
 from visft_ds.evals.captions import TOKENIZER
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -51,6 +52,7 @@ from visft_ds.run_folder import recorded_config
 from visft_ds.stages import choose_precision
 from visft_ds.streams import read_vocabulary
 from visft_ds.tasks import TASKS, Results
+from visft_ds.training_data import cache_of
 
 DEFAULT_BATCH = 8  # without a run that tells
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
@@ -64,7 +66,8 @@ class Job:
     streams: Mapping[str, Stream]
     decoding: Mapping[str, Mapping[str, Any]]  #: task -> what its head is also called with
     vocabulary: Path | None  #: word map of a head that brings no words along
-    shards: Path | None  #: None: make them from a COCO tree
+    shards: str | None  #: folder or URL; None: make them from a COCO tree
+    cache: CacheOptions | None  #: of remote shards
     split: str
     out: Path
     precision: str
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = _job(given)
         _refuse_filled(job.out)
         precision, why = choose_precision(job.precision, distributed.local_device())
-        manifest = Manifest.load(job.shards, job.split) if job.shards else None
+        manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
         model = load_model(
             job.files,
             job.tasks,
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
             decoding=job.decoding,
         )
-    except ValueError as error:  # every rank runs into the same
+    except (ValueError, StoreFailed) as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
     try:
         if distributed.world_size() > 1:
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root))
             _check_truth(job.tasks, ready, given.limit)
             problems = _evaluate(job, given, model, ready, f"{precision} ({why})")
-    except (ValueError, OSError) as error:  # may have happened on this rank alone
+    except (ValueError, OSError, StoreFailed) as error:  # may have happened on this rank alone
         return _complain(error, rank)
     for problem in problems:
         _complain(ValueError(problem), rank)
@@ -148,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
     model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
     data = parser.add_argument_group("data: by default the run's")
-    data.add_argument("--data", type=Path, metavar="DIR", help="shards made by tools/make_shards.py")
+    data.add_argument("--data", metavar="DIR|URL", help="shards made by tools/make_shards.py")
     data.add_argument("--coco", type=Path, metavar="DIR", help="a COCO tree, packed on the fly, or shards")
     data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
@@ -172,7 +175,7 @@ def _job(given: argparse.Namespace) -> Job:
         raise ValueError("--data and --coco both say where the images are: give one of them")
     coco = given.coco
     if coco is not None and splits_in(coco) and not (coco / "annotations").is_dir():  # --coco takes shards as well
-        given.data, coco = coco, None
+        given.data, coco = str(coco), None
     if given.run:
         visft = recorded_config(given.run).visft
         streams = _chosen(
@@ -191,7 +194,7 @@ def _job(given: argparse.Namespace) -> Job:
             adapter=_adapter(given),
             use_adapter=given.adapter != "none",
         )
-        shards, split, precision = Path(visft.data.root), visft.data.val, visft.model.precision
+        shards, split, precision = visft.data.root, visft.data.val, visft.model.precision
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
@@ -209,6 +212,7 @@ def _job(given: argparse.Namespace) -> Job:
         decoding=_decoding(visft if given.run else None, given.beam_size),
         vocabulary=given.vocabulary or (_recorded_words(visft) if given.run else None),
         shards=None if coco else given.data or shards,
+        cache=cache_of(visft.data) if given.run else None,
         split=split,
         out=given.out or given.run / f"evaluation-{split}",
         precision=given.precision or precision,

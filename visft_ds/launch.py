@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
+from visft_ds.data.store import StoreFailed
 from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), 2 for
-    what the user can mend, 3 where another rank ended first, 4 when training diverged."""
+    what the user can mend (a server of the data that does not answer counts as such), 3 where another rank ended first,
+    4 when training diverged."""
     stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StoreFailed) as error:
         # All ranks of a machine run into the same mistake; one message is enough. One that only this rank sees says so.
         first_here = os.environ.get("LOCAL_RANK", str(rank)) == "0"
         if rank == 0 or first_here or getattr(error, "of_one_rank", False):

@@ -17,7 +17,7 @@ from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.stages import PUBLISHED_VOCABULARY, STAGES, PreparedModel, TrainedGroup, plan_groups
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
-from visft_ds.training_data import TrainingSet, shuffle_of, workers_of
+from visft_ds.training_data import TrainingSet, workers_of
 
 
 def print_start(
@@ -63,7 +63,7 @@ def _recompute(model: ModelConfig) -> str:
     return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
-def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan) -> Section:
+def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str) -> Section:
     """What is read, in which order, by whom."""
     rows = []
     for name, one in sets.items():
@@ -77,7 +77,7 @@ def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Pla
         rows.append((f"epoch, {task}", ", ".join(epochs)))
     kind, number, why = workers_of(config.data)
     rows += [
-        ("order", f"{plan.shuffle} shuffle ({shuffle_of(config.data)[1]})"),
+        ("order", f"{plan.shuffle} shuffle ({why_shuffled})"),
         ("workers", f"{number} {kind} ({why})"),
     ]
     if config.data.skip_damaged:

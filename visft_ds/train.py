@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from visft_ds.data.plan import StepPlan
 from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
+from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
 from visft_ds.interop.files import sha256_file
@@ -41,7 +43,7 @@ from visft_ds.parallel.faults import StopFlag
 from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.watchdog import Watchdog, watch
-from visft_ds.run_folder import BACKBONE_FILE, open_run_folder
+from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
@@ -51,6 +53,7 @@ from visft_ds.training_data import (
     captioned,
     data_identity,
     open_training_data,
+    shuffle_of,
     workers_of,
 )
 from visft_ds.validation import Validation, open_validation
@@ -89,6 +92,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         FloatingPointError: a loss that is not finite.
         RuntimeError: ranks that differ.
     """
+    out = Path(config.visft.run.out or "")
+    config, why_shuffled = settle_shuffle(config, out)
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
@@ -100,7 +105,6 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     precision, why = choose_precision(settings.model.precision, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
-    out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
     check_shared_memory(config, batches)
 
@@ -148,7 +152,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         start = state.resume(resume)
         if distributed.is_main():
             RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
-            section = data_section(settings, sets, loader.plan)
+            section = data_section(settings, sets, loader.plan, why_shuffled)
             why = f"{precision} ({why})"
             print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
         return _loop_and_export(run, start)
@@ -166,9 +170,11 @@ def _loop_and_export(run: Run, start: int) -> int:
             step = _loop(run, start, writer, progress)
             run.watchdog.begin("writing the last checkpoint", timed=False)
             state.report_saves(writer, progress, wait=True)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StoreFailed) as error:
             error.of_one_rank = True  # type: ignore[union-attr]  # a damaged sample is seen by the rank that reads it
             raise
+        finally:
+            run.loader.close()  # what is read ahead must not hold up the end
         if step >= run.total_steps:
             run.watchdog.begin("exporting", timed=False)
             _export(run, step)
@@ -181,6 +187,18 @@ def _loop_and_export(run: Run, start: int) -> int:
             run.validation.poll(writer, progress, wait=True)
         state.delete_obsolete()
     return settings.requeue_code if requeue else 0
+
+
+def settle_shuffle(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, str]:
+    """The configuration with its order decided, and why: "auto" means the same as when the run began, wherever its
+    shards are now."""
+    data = config.visft.data
+    recorded = recorded_config(out).visft.data.shuffle if (out / "run.json").is_file() else "auto"
+    kind, why = shuffle_of(data)
+    if data.shuffle == "auto" and recorded != "auto":
+        kind, why = recorded, "as the run began"
+    visft = config.visft.model_copy(update={"data": data.model_copy(update={"shuffle": kind})})
+    return replace(config, visft=visft), why
 
 
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
@@ -271,10 +289,14 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
 
 def _report_skipped(run: Run, progress: Progress, known: int) -> None:
     for one in run.loader.skipped[known:]:
-        progress.message(
+        told = (
             f"step {one.step + 1}: sample {one.index} of {one.dataset} replaced by {one.instead} "
             f"({len(run.loader.skipped)} so far on rank {distributed.rank()}): {one.reason}"
         )
+        if distributed.is_main():
+            progress.message(told)
+        else:  # each rank sees the damage of its own samples
+            print(told, file=sys.stderr, flush=True)
 
 
 def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:

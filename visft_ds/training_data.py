@@ -17,7 +17,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Shuffle
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.store import CacheOptions
-from visft_ds.data.workers import WorkerKind, choose_workers, usable_cores
+from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
 
@@ -50,11 +50,12 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
     others = [Manifest.load(one.root, one.split, check_shards=check_shards, cache=cache) for one in data.sets]
     sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
     check_samples(sets[data.train].tasks, first)
+    _check_masks(first, sets[data.train].tasks, "leave segmentation out of visft.tasks")
     for one, manifest in zip(data.sets, others, strict=True):
         tasks = tuple(task for task in enabled if task in one.tasks) if one.tasks else _taught(manifest, enabled)
         check_samples(tasks, manifest)
         if one.tasks is None:
-            _check_masks(one, manifest, tasks)
+            _check_masks(manifest, tasks, f"state visft.data.sets.N.tasks of {one.name}, without it or with it")
         categories = _categories(one, manifest, first) if needs_categories(tasks) else None
         sets[one.name] = TrainingSet(manifest, tasks, one.weight, categories)
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
@@ -89,7 +90,17 @@ def shuffle_of(data: DataConfig) -> tuple[Shuffle, str]:
 
 def workers_of(data: DataConfig) -> tuple[WorkerKind, int, str]:
     """(kind, number, why) of the data workers of this process."""
-    return choose_workers(data.workers, data.num_workers, cores=usable_cores(), processes=distributed.processes_here())
+    cores, processes = usable_cores(), distributed.processes_here()
+    remote = any(is_url(root) for root in (data.root, *(one.root for one in data.sets)))
+    if data.workers == "auto" and remote and data.cache is None:
+        kind, number, _ = choose_workers("threads", data.num_workers, cores=cores, processes=processes)
+        return kind, number, "auto: remote shards without a cache; only threads share what was read ahead"
+    return choose_workers(data.workers, data.num_workers, cores=cores, processes=processes)
+
+
+def evaluation_threads(data: DataConfig) -> int:
+    """How many threads decode in evaluation."""
+    return min(workers_of(data)[1], MOST_THREADS)
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:
@@ -146,13 +157,13 @@ def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for task in enabled if TASKS[task].labels in manifest.labels)
 
 
-def _check_masks(one: DataSetConfig, manifest: Manifest, tasks: Sequence[str]) -> None:
+def _check_masks(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
     """Objects without masks are background to segmentation: a set of boxes alone would teach that nothing is there."""
     without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
     if "segmentation" in tasks and 2 * without > manifest.counts["annotations"]:
         raise ValueError(
-            f"data set {one.name}: {without} of its {manifest.counts['annotations']} objects have no mask. "
-            "Segmentation would take them for background: state visft.data.sets.N.tasks, without it or with it"
+            f"{manifest.root}/{manifest.split}: {without} of its {manifest.counts['annotations']} objects have no "
+            f"mask. Segmentation would take them for background: {remedy}"
         )
 
 
@@ -161,6 +172,11 @@ def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict
     table = {category.coco_id: category.name for category in first.categories}
     own = {category.coco_id: category.name for category in manifest.categories}
     where = f"data set {one.name} ({manifest.root}/{manifest.split})"
+    if not table:
+        raise ValueError(
+            f"{first.root}/{first.split} has no categories for {where}: make the set whose categories are those of the "
+            "heads ROOT/TRAIN (visft.data.root and train), and the other one an entry of visft.data.sets"
+        )
     if one.categories is None:
         other = [(number, name) for number, name in own.items() if table.get(number) != name]
         if other:
@@ -184,7 +200,10 @@ def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict
             f'"*" may only be null, not {rest!r}' * (rest not in ("absent", None)),
         ]
         raise ValueError(f"{where}: {one.categories}: {'; '.join(problem for problem in problems if problem)}")
-    return {number: given.get(name) for number, name in own.items()}
+    mapped = {number: given.get(name) for number, name in own.items()}
+    if all(target is None for target in mapped.values()):
+        raise ValueError(f"{where}: {one.categories} leaves all its categories out: nothing would be learnt from it")
+    return mapped
 
 
 def _read_map(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.faults import StopFlag
-from visft_ds.training_data import cache_of, check_labels, check_samples, workers_of
+from visft_ds.training_data import cache_of, check_labels, check_samples, evaluation_threads
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
@@ -102,7 +102,7 @@ class Validation:
                 config.streams(),
                 self._vocabulary,
                 limit=config.run.eval_limit,
-                threads=workers_of(config.data)[1],
+                threads=evaluation_threads(config.data),
             )
         except _AskedError:
             return False

@@ -72,6 +72,7 @@ def which(options: argparse.Namespace) -> int:
     whole = plan.step(options.step)
     parts = {"all": whole}
     if options.dp_size is not None:
+        plan.check_split(options.dp_size, options.accumulation)
         parts = {
             f"rank {rank} micro-batch {micro}": part
             for rank in range(options.dp_size)

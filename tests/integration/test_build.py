@@ -30,8 +30,8 @@ from visft_ds.conversion.finish import Report
 from visft_ds.conversion.reencode import Reencoding
 from visft_ds.conversion.verify import verify
 from visft_ds.conversion.workers import Progress
+from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.decode import decode_image
-from visft_ds.data.loader import coco_dataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 

@@ -214,12 +214,15 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
     got = []
     with ShardReader(_damage(reader, tmp_path, [hurt])) as damaged:
         loader = loader_of(damaged, plan, workers="processes", num_workers=2, accumulation=2, prefetch_steps=1)
+        torch.manual_seed(0)
+        untouched = torch.get_rng_state()
         loop = loader.steps(0, 6)
         for _ in range(first):
             whole, batches = next(loop)
             got += [(whole, batch) for batch in batches]
         with pytest.raises(DamagedSample, match=r"key \d{12}\): the image at offset") as caught:
             next(loop)
+    assert torch.equal(torch.get_rng_state(), untouched), "dropout would differ from a run with threads"
     assert "Traceback" not in str(caught.value), "the message is the one a user would see without processes"
     assert _by_sample(got) == {key: value for key, value in reference.items() if key[0] < first}
     spent = loader.spent()["decode"]

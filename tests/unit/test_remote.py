@@ -20,9 +20,14 @@ from shard_server import Served, serve
 
 from visft_ds.data import remote, remote_store, store
 from visft_ds.data.ahead import coalesce
+from visft_ds.data.collate import collate_detection
+from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import ROLES, Role, ShardReader
 from visft_ds.data.store import CacheMode, CacheOptions, open_store
+from visft_ds.data.transforms import DetectionTransform
 
 Sample = tuple[bytes | None, bytes | None]
 
@@ -281,6 +286,35 @@ def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
         assert len(served.gets()) == before + 3, "all of them had been read ahead at once"
 
 
+@pytest.mark.parametrize(("ranks", "requests"), [(1, 3), (2, 6)])
+def test_the_loader_fetches_neighbours_of_many_steps_together(served: Served, ranks: int, requests: int) -> None:
+    """A hint of one small batch after another would ask for nearly every sample by itself."""
+    pipeline = Pipeline(DetectionTransform(True, fixed_size=32), collate_detection)
+    with _open(served) as reader:
+        plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
+        for rank in range(ranks):
+            sets, pipelines = {"toy": DataSet(reader)}, {"detection": {"toy": pipeline}}
+            loader = StepLoader(sets, plan, pipelines, dp_rank=rank, dp_size=ranks)
+            assert len(list(loader.steps(0, 6))) == 6
+    # 12 samples in 3 shards; two ranks share every batch, so that neighbours may belong to the other one
+    assert len(served.gets()) <= requests
+
+
+@pytest.mark.parametrize("mode", ["ranges", "shards"])
+def test_what_another_process_has_read_makes_room_for_hints(served: Served, tmp_path: Path, mode: CacheMode) -> None:
+    """A training process whose workers read from the cache hints, and takes nothing itself."""
+    biggest = max(shard.bytes for shard in Manifest.load(served.url, "toy", check_shards=False).shards)
+    cache = CacheOptions(tmp_path / "cache", 2 * biggest, mode)
+    with ShardReader(Manifest.load(served.url, "toy", cache=cache)) as reader:
+        for turn in range(60):
+            first = 3 * (turn % 4)
+            reader.prefetch(range(first, first + 3))
+            reader.passed(range(first, first + 3))
+        ahead = reader._store._process().ahead  # type: ignore[attr-defined]
+        _wait_until(lambda: not ahead._queue)
+        assert not ahead._held and not ahead._queued and ahead._bytes == 0
+
+
 def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -290,7 +324,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 def test_requests_at_the_same_time_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MAX_REQUESTS", 3)
-    monkeypatch.setattr(remote_store, "MAX_GAP", 0)
+    monkeypatch.setattr(remote_store, "REQUEST_BYTES", 1)  # every sample by itself
     served.delay = 0.02
     with _open(served) as reader:
         reader.prefetch(range(12))

@@ -17,7 +17,8 @@ from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
-from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of
+from visft_ds.train import settle_shuffle
+from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of, workers_of
 
 #: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
 OTHER = {0: "sneakers", 7: "car", 200: "person"}
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = write_tree(folder / "words", 12)
     tree.edit(lambda content: content.update(annotations=[]))
     build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "words"))
+    build(Options(tree.images, None, tree.captions, folder / "shards", "bare"))
     (folder / "map.json").write_text(json.dumps(TO_COCO))
     return folder
 
@@ -141,6 +143,7 @@ def test_content_and_map_are_part_of_a_runs_identity(folder: Path, tmp_path: Pat
         ({**TO_COCO, "cars": 3}, "no category 'cars' in the set"),
         ({**TO_COCO, "car": 99}, "no id 99 in"),
         ({"car": 3, "*": 1}, '"\\*" may only be null'),
+        ({"*": None}, "leaves all its categories out"),
         ({"car": "3", "*": None}, "name -> id or null"),
         ([], "name -> id or null"),
         (None, "no readable map"),
@@ -166,15 +169,45 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
         open_training_data(config_of(folder, sets=[{**objects, "tasks": ["detection"]}]))
     with pytest.raises(ValueError, match=r"12 of its \d+ objects have no mask|\d+ of its \d+ objects have no mask"):
         open_training_data(config_of(folder, sets=[{**objects, "categories": str(folder / "map.json")}]))
+    with pytest.raises(ValueError, match=r"have no mask.*leave segmentation out of visft\.tasks"):
+        open_training_data(config_of(folder, "visft.data.train=objects", "visft.tasks=detection,segmentation", sets=[]))
     with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):
         open_training_data(config_of(folder, sets=[{**objects, "tasks": ["captioning"]}]))
+    with pytest.raises(ValueError, match=r"has no categories for data set objects.*make the set whose categories"):
+        open_training_data(
+            config_of(folder, "visft.data.train=bare", sets=[{**objects, "name": "objects", "tasks": ["detection"]}])
+        )
     with pytest.raises(ValueError, match="another training set is called train"):
         config_of(folder, sets=[{**objects, "name": "train"}])
     with pytest.raises(ValueError, match="captioning does not train in this run"):
         config_of(folder, "visft.tasks=detection", sets=[{**objects, "tasks": ["captioning"]}])
 
 
+def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
+    """Else a run whose shards are copied from a server to a disk would go on in another order, or not at all."""
+    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco"])
+    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards"])
+    assert settle_shuffle(local, tmp_path)[1] == "auto: local shards"
+    begun, why = settle_shuffle(remote, tmp_path)
+    assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
+    (tmp_path / "run.json").write_text(json.dumps({"config": begun.to_dict()}))
+    moved, why = settle_shuffle(local, tmp_path)
+    assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")
+    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full"])
+    assert settle_shuffle(full, tmp_path)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
+
+
 def test_remote_shards_are_read_in_windows() -> None:
     assert shuffle_of(DataConfig()) == ("full", "auto: local shards")
     assert shuffle_of(DataConfig(root="s3://bucket/coco"))[0] == "windowed"
     assert shuffle_of(DataConfig(root="s3://bucket/coco", shuffle="full")) == ("full", "as configured")
+
+
+def test_remote_shards_without_a_cache_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes could share what is read ahead through a cache only, and would ask for sample after sample."""
+    monkeypatch.setattr("visft_ds.training_data.usable_cores", lambda: 64)
+    kinds = [
+        workers_of(DataConfig(root=root, cache=cache))[0]
+        for root, cache in (("shards", None), ("s3://bucket/coco", None), ("s3://bucket/coco", "cache"))
+    ]
+    assert kinds == ["processes", "threads", "processes"]

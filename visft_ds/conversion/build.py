@@ -317,8 +317,10 @@ def _claim(options: Options, source: Source, output: Output, *, replace: bool) -
             f"{options.out} holds shards of {options.split!r} without the records of their build ({output.work}/). "
             "Use another --out or --split, or --replace to throw them away."
         )
-    known = {} if data is None else orjson.loads(data)
-    differing = sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name))
+    known = _known_options(data)
+    if data is not None and not known and not replace:
+        raise ValueError(f"{options.out}/{name} is damaged: give --replace to throw the split away and make it anew")
+    differing = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
     if known and differing and not replace:
         shown = "; ".join(f"{name}: {known.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing)
         raise ValueError(
@@ -332,6 +334,15 @@ def _claim(options: Options, source: Source, output: Output, *, replace: bool) -
     for left_over in output.scratch.glob("*.tmp"):
         left_over.unlink()
     output.write(name, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
+
+
+def _known_options(data: bytes | None) -> dict[str, Any]:
+    """The options of an earlier build; empty if there was none or its record is damaged."""
+    try:
+        content = orjson.loads(data or b"{}")
+    except orjson.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _refuse_strangers(options: Options, output: Output, shards: int) -> None:

@@ -134,10 +134,16 @@ def finished_shard(name: str, output: Output, samples: Sequence[Planned]) -> dic
     data = output.read(_record_name(name, output))
     if data is None:
         return None
-    record: dict[str, Any] = orjson.loads(data)
-    if record["key"] != _shard_key(samples):
+    try:
+        record: dict[str, Any] = orjson.loads(data)
+        fits = record["key"] == _shard_key(samples)
+        return record if fits and output.holds(name, record["bytes"], record["sha256"]) else None
+    except (
+        orjson.JSONDecodeError,
+        KeyError,
+        TypeError,
+    ):  # damaged: it vouches for nothing
         return None
-    return record if output.holds(name, record["bytes"], record["sha256"]) else None
 
 
 def sample_bytes(image_size: int, label_size: int) -> int:

@@ -9,15 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from visft_ds.data.store import Part
 
-#: Hints may be read in another order than they came, but not by more than this: threads work on a few at a time.
-_SLACK = 16
+#: Hints may be read in another order than they came, but not by more than this: threads work on a few steps at a time.
+_SLACK = 2
 
 
 def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[list[Part]]:
     """Groups of parts to be fetched by one request each, in the order in which their first parts are needed.
 
-    Parts of one file go together if at most `max_gap` bytes that nobody asked for lie between them and the request
-    stays within `max_bytes`. A part that is given twice appears once.
+    Parts of one file go together if the bytes that nobody asked for between them are at most `max_gap`, or no more than
+    the next part itself, and the request stays within `max_bytes`. A part that is given twice appears once.
     """
     turn = {part: place for place, part in reversed(list(enumerate(parts)))}
     groups: list[list[Part]] = []
@@ -25,7 +25,7 @@ def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[lis
     for part in sorted(turn):
         name, offset, size = part
         last = groups[-1] if groups else None
-        near = last is not None and last[0][0] == name and offset - end <= max_gap
+        near = last is not None and last[0][0] == name and offset - end <= max(max_gap, size)
         if last is not None and near and max(end, offset + size) - last[0][1] <= max_bytes:
             last.append(part)
             end = max(end, offset + size)
@@ -48,7 +48,7 @@ class Ahead:
         self, limit: int, fetch: Callable[[Sequence[Part]], Sequence[bytes] | Sequence[None]], threads: int
     ) -> None:
         self._limit, self._fetch = limit, fetch
-        self._pool = ThreadPoolExecutor(threads, "ahead")
+        self._pool, self._idle = ThreadPoolExecutor(threads, "ahead"), threads
         self._lock = threading.Lock()
         self._queue: deque[list[Part]] = deque()
         self._queued: dict[Part, int] = {}  #: the number of the hint it was in
@@ -110,7 +110,8 @@ class Ahead:
 
     def _start(self) -> None:
         """Start the groups for which there is room, in order; the lock is held."""
-        while self._queue and not self._closed:
+        # No more than can run: at the end of the program a pool works off everything it was given.
+        while self._queue and not self._closed and self._idle:
             group = [part for part in self._queue[0] if part in self._queued]
             size = sum(part[2] for part in group)
             if self._bytes + size > self._limit and self._held:
@@ -121,6 +122,7 @@ class Ahead:
                 futures: list[Future[bytes | None]] = [Future() for _ in group]
                 self._held.update(zip(group, zip(hints, futures, strict=True), strict=True))
                 self._bytes += size
+                self._idle -= 1
                 self._pool.submit(self._run, group, futures)
 
     def _run(self, group: list[Part], futures: list[Future[bytes | None]]) -> None:
@@ -131,8 +133,12 @@ class Ahead:
                 for future in futures:
                     if not future.cancelled():
                         future.set_exception(error)  # raised where the part is read, if it is
+                self._idle += 1
+                self._start()
             raise
         with self._lock:
             for future, data in zip(futures, results, strict=True):
                 if not future.cancelled():
                     future.set_result(data)
+            self._idle += 1
+            self._start()

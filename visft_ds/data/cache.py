@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from visft_ds.data.store import CacheOptions, Expected, file_digest, pread_all
+from visft_ds.data.store import CacheOptions, Expected, StoreFailed, file_digest, pread_all
 
 #: Where copies must go, a tenth of the room goes with them, so that the folder is not searched for each new one.
 _SPARE = 10
@@ -147,11 +147,16 @@ class DiskCache:
                 with open(temporary, "wb") as file:
                     file.truncate(expected.bytes)  # whoever counts the folder sees all of what is to come
             try:
-                with _disk_errors(self._root):
-                    fetch(temporary)
-                with open(temporary, "rb") as file:
-                    found = Expected(os.fstat(file.fileno()).st_size, file_digest(file))
-                if found != expected:
+                found = None
+                for _ in range(2):  # a copy may be damaged on its way
+                    with _disk_errors(self._root):
+                        fetch(temporary)
+                    with open(temporary, "rb") as file:
+                        found = Expected(os.fstat(file.fileno()).st_size, file_digest(file))
+                    if found == expected:
+                        break
+                else:
+                    assert found is not None
                     raise ValueError(
                         f"{what} has {found.bytes} bytes with sha256 {found.sha256}, not "
                         f"{expected.bytes} with {expected.sha256} as the manifest says: it was changed or badly copied "
@@ -266,5 +271,5 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise RuntimeError(f"cannot write to the cache in {folder}: {error}; free some room") from error
+            raise StoreFailed(f"cannot write to the cache in {folder}: {error}; free some room") from error
         raise

@@ -81,11 +81,10 @@ class StepLoader:
         self._budget = skip_damaged
         maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
-        self._hints = any(
-            isinstance(one.reader.manifest.root, str)
-            and (workers == "threads" or one.reader.manifest.cache is not None)
-            for one in sets.values()
-        )
+        # What this process fetches ahead helps worker processes only through a cache on the disk.
+        remote = [one.reader.manifest for one in sets.values() if isinstance(one.reader.manifest.root, str)]
+        self._read_elsewhere = workers == "processes" and num_workers > 0
+        self._hints = any(not self._read_elsewhere or manifest.cache is not None for manifest in remote)
         self._workers: Workers = Caller(maker)
         if num_workers:
             self._workers = (Threads if workers == "threads" else Processes)(maker, num_workers)
@@ -111,10 +110,18 @@ class StepLoader:
                     self._note(one.skipped, one.elsewhere)
                     batches.append(one.batch)
                 self.wait_seconds = time.perf_counter() - began
-                yield wholes.pop(step), batches
+                whole = wholes.pop(step)
+                if self._hints and self._read_elsewhere:
+                    self._reader(whole).passed(self._own(whole), self._role)
+                yield whole, batches
                 step += 1
         finally:
             made.close()  # type: ignore[attr-defined]  # a generator
+
+    def close(self) -> None:
+        """End all reading ahead, and close the shards. A later step opens them again."""
+        for one in self._sets.values():
+            one.reader.close()
 
     def spent(self) -> dict[str, Spent]:
         """What reading and making samples has cost so far, in this process and in those that work for it."""
@@ -125,19 +132,28 @@ class StepLoader:
         planned = deque[list[StepPlan]]()
         step = start
         while stop is None or step < stop:
-            while not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES):
-                if stop is not None and step + len(planned) >= stop:
-                    break
-                whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
-                planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
+            if not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES // 2):
+                coming: dict[str, list[int]] = {}
+                while stop is None or step + len(planned) < stop:
+                    whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
+                    planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
+                    coming.setdefault(whole.dataset, []).extend(self._own(whole))
+                    if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
+                        break
                 if self._hints:
-                    self._hint(planned[-1])
+                    # all at once: only what is hinted together can be fetched together
+                    for dataset, indices in coming.items():
+                        self._sets[dataset].reader.prefetch(indices, self._role)
             yield from planned.popleft()
             step += 1
 
-    def _hint(self, parts: list[StepPlan]) -> None:
-        reader = self._sets[parts[0].dataset].reader
-        reader.prefetch([index for part in parts for index in part.indices.tolist()], self._role)
+    def _reader(self, whole: StepPlan) -> ShardReader:
+        return self._sets[whole.dataset].reader
+
+    def _own(self, whole: StepPlan) -> list[int]:
+        """This rank's samples of a step."""
+        parts = self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation)
+        return [index for part in parts for index in part.indices.tolist()]
 
     def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
         self.skipped += skipped

@@ -158,6 +158,8 @@ class Plan:
         places = np.arange(turn * plan.batch_size, (turn + 1) * plan.batch_size)
         key = mix_int(self.seed, _number(task), _number(dataset), epoch)
         indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
+        if self.shuffle == "windowed":
+            indices = np.sort(indices)  # so that each rank's part is near: which rank computes what changes no result
         return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, mix_int(key, 1)))
 
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 import fsspec.asyn
 
-from visft_ds.data.store import REMOTE_PROTOCOLS
+from visft_ds.data.store import REMOTE_PROTOCOLS, StoreFailed
 
 #: Attempts at a request in all, and the longest wait before the second of them in seconds; it doubles each time.
 ATTEMPTS = 5
@@ -172,7 +172,7 @@ class Transport:
                 self._refuse_permanent(what, error)
                 told = _told(error)
                 if number == ATTEMPTS or self._closed.is_set():
-                    raise RuntimeError(f"{what}: attempt {number} of {ATTEMPTS} failed too; {told}") from error
+                    raise StoreFailed(f"{what}: attempt {number} of {ATTEMPTS} failed too; {told}") from error
                 # Drawn, so that many processes that failed together do not come back together.
                 wait = random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (number - 1)
                 _log.warning("%s: %s; attempt %d of %d follows in %.2f s", what, told, number + 1, ATTEMPTS, wait)

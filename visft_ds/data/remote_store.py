@@ -20,7 +20,7 @@ from visft_ds.data.remote import Transport, check_installed
 from visft_ds.data.store import CacheOptions, Expected, Part
 
 #: Bytes read ahead into memory where there is no cache folder.
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 256 << 20
 #: The largest request. Whole shards come in pieces of this size, so that a failure costs no more than one of them.
 REQUEST_BYTES = 16 << 20
 #: Unwanted bytes between two parts that are fetched along rather than paid for by a second request.
@@ -109,6 +109,14 @@ class RemoteStore:
             has = process.cache.has_part
             known = [part for part in known if not has(self._expected[part[0]], part[1], part[2])]
         process.ahead.will_need(coalesce(known, max_gap=MAX_GAP, max_bytes=process.group_bytes))
+
+    def passed(self, parts: Sequence[Part]) -> None:
+        """See `Store.passed`."""
+        process = self._process()
+        if process.cache is not None and process.options.mode == "shards":
+            parts = [_whole(name, self._expected[name]) for name in {name for name, _, _ in parts}]
+        for part in parts:
+            process.ahead.take(part)
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """See `Store.forget`; True also without copies: bytes may be damaged on their way."""

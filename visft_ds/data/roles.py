@@ -46,6 +46,9 @@ class IdleLoader:
         for step in range(start, stop):
             yield self.plan.step(step), []
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def spent(self) -> Mapping[str, Spent]:
         """Nothing: see `StepLoader.spent`."""
         return {}

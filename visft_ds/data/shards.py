@@ -122,6 +122,14 @@ class ShardReader:
         Raises ValueError for a position that does not exist and for an unknown role.
         """
         _check_role(role)
+        self._store.will_need(self._parts(indices, role))
+
+    def passed(self, indices: Sequence[int], role: Role = "both") -> None:
+        """Say that these samples, hinted by this reader, were read in another process: their room is free for hints."""
+        _check_role(role)
+        self._store.passed(self._parts(indices, role))
+
+    def _parts(self, indices: Sequence[int], role: Role) -> list[Part]:
         parts: list[Part] = []
         for index in indices:
             row = self._row(index)
@@ -132,7 +140,7 @@ class ShardReader:
             else:
                 offset, size, _ = image if role == "images" else label
                 parts.append((name, offset, size))
-        self._store.will_need(parts)
+        return parts
 
     def _row(self, index: int) -> tuple[int, ...]:
         if not 0 <= index < len(self._rows):

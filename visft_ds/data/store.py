@@ -40,6 +40,10 @@ _AGAIN = "Make the split again by the same `tools/make_shards.py build`, or copy
 Part = tuple[str, int, int]
 
 
+class StoreFailed(RuntimeError):
+    """A server, a network or the disk of a cache that failed again and again."""
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """A folder for copies of remote files, shared by all processes of a host.
@@ -100,6 +104,10 @@ class Store(Protocol):
 
     def will_need(self, parts: Sequence[Part]) -> None:
         """Hint that these parts are about to be read, in this order. Returns at once."""
+        ...
+
+    def passed(self, parts: Sequence[Part]) -> None:
+        """Say that these parts, hinted here, were read by another process from the cache: they make room for others."""
         ...
 
     def forget(self, name: str, offset: int, size: int) -> bool:
@@ -200,6 +208,9 @@ class LocalStore:
 
     def will_need(self, parts: Sequence[Part]) -> None:
         """Nothing: reading from a disk ahead of the threads that do it already gains nothing."""
+
+    def passed(self, parts: Sequence[Part]) -> None:
+        """Nothing was read ahead."""
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """False: there are no copies."""

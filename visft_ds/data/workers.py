@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Literal, Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from visft_ds.data.batches import BatchMaker, Skipped
@@ -166,6 +167,7 @@ class Processes:
             prefetch_factor=math.ceil((ahead + 1) / self._number),
             worker_init_fn=_start_worker,
             multiprocessing_context=context,
+            generator=torch.Generator(),  # else it would draw from the global one, which dropout draws from too
         )
         batches = iter(loader)
         try:
