@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
@@ -231,6 +236,40 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not multiprocessing.active_children()
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_loader import DataSet, Manifest, Plan, ShardReader, loader_of, one
+
+if __name__ == "__main__":
+    reader = ShardReader(Manifest.load(Path(sys.argv[1]), "toy"))
+    loader = loader_of(reader, Plan({"detection": one(18, 4)}, 0), workers="processes", num_workers=2)
+    loop = loader.steps(0)
+    next(loop)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_no_workers(reader: ShardReader, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))}
+    command = [sys.executable, str(script), str(reader.manifest.root)]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        deadline = time.monotonic() + 20
+        while left := [p.pid for p in psutil.process_iter() if _session(p.pid) == process.pid]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
 from typing import Literal, Protocol
 
 import torch
@@ -208,6 +209,16 @@ class _Parts(Dataset[Made | Exception]):
 def _start_worker(number: int) -> None:
     # Ctrl-C reaches the whole process group; the training process decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when its training process has ended, however that was: torch looks at the parent, which is the
+    fork server here, and the fork server lives as long as its workers."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _start_fork_server() -> None:
