@@ -18,8 +18,6 @@ from visft_ds.config import (
     deepspeed_dict,
     derive_batches,
     identity_differences,
-    missing_inputs,
-    render_missing,
     resolve,
     resolve_arguments,
     schema,
@@ -323,75 +321,6 @@ def test_presets_and_overrides_match_the_backbone() -> None:
 
     assert set(get_args(schema.ModelConfig.model_fields["preset"].annotation)) == set(PRESETS)
     assert set(schema.BackboneOverrides.model_fields) == {field.name for field in fields(EvaViTConfig)}
-
-
-# Preflight
-
-
-def test_missing_inputs_on_one_screen() -> None:
-    missing = missing_inputs(
-        resolve(
-            stage=2,
-            settings=[
-                "visft.data.root=nowhere",
-                "visft.model.weights=nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
-                "visft.heads.path=nowhere",
-            ],
-        )
-    )
-    text = render_missing(missing)
-    lines = text.splitlines()
-    assert len(missing) == 4 and len(lines) <= 24 and max(map(len, lines)) <= 110
-    for part in (
-        "nowhere/train.manifest.json",
-        "nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
-        "hf download QuanSun/EVA-CLIP",
-        "deepspeed --num_gpus 8 launchers/train.py --stage 1 --model eva_e",
-    ):
-        assert part in text
-
-
-def test_commands_of_the_preflight_use_flags_that_exist() -> None:
-    root = Path(__file__).parents[2]
-    shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command.split()
-    assert shards[:3] == ["python", "tools/make_shards.py", "build"] and (root / shards[1]).is_file()
-    flags = (root / "visft_ds/conversion/build_command.py").read_text()
-    assert all(f'"{word}"' in flags for word in shards if word.startswith("--"))
-    heads = missing_inputs(resolve(stage=2, settings=["visft.heads.path=nowhere", "visft.data.root=nowhere"]))[
-        -1
-    ].command.split()
-    assert resolve_arguments(heads[heads.index("launchers/train.py") + 1 :])[1].visft.stage == 1
-
-
-def test_nothing_is_missing_where_everything_is(tmp_path: Path) -> None:
-    for name in ("train.manifest.json", "detection.safetensors", "segmentation.safetensors", "captioning.safetensors"):
-        (tmp_path / name).touch()
-    config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=0")
-    assert missing_inputs(config) == []
-    config = debug(f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}", "visft.run.eval_every=1")
-    assert [item.path for item in missing_inputs(config)] == [str(tmp_path / "val.manifest.json")]
-
-
-def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
-    (tmp_path / "train.manifest.json").touch()
-    (tmp_path / "eva_e_segment_heads.ckpt").touch()  # a published file serves as well
-    settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}")
-    (missing,) = missing_inputs(debug(*settings, "visft.tasks=segmentation,detection"))
-    assert missing.what.startswith("heads of stage 1: detection (")
-    # The command must not train heads that nobody asked for.
-    assert missing.command.endswith("--set visft.tasks=detection,segmentation")
-    assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
-
-
-def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
-    (tmp_path / "train.manifest.json").touch()
-    words = tmp_path / "words.json"
-    settings = (f"visft.data.root={tmp_path}", f"visft.tasks.captioning.vocabulary.file={words}")
-    (missing,) = missing_inputs(debug(*settings, stage=1))
-    assert missing.path == str(words) and "visft.tasks.captioning.vocabulary.file=null" in missing.command
-    assert missing_inputs(debug(*settings, "visft.tasks=detection", stage=1)) == []
-    words.touch()
-    assert missing_inputs(debug(*settings, stage=1)) == []
 
 
 # Command line
