@@ -6,7 +6,6 @@ hands out one tensor at a time, so a 10 GB file is never in memory twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visft_ds import __version__
+from visft_ds.data.store import file_digest
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Names under which training scripts nest the weights beside optimizer state and counters.
@@ -242,12 +242,9 @@ def _looks_like(path: Path) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, lower-case hexadecimal, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
+    """sha256 of a file's bytes, lower-case hexadecimal."""
     with Path(path).open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return file_digest(file)
 
 
 def refuse_existing(path: Path) -> None:
