@@ -60,7 +60,7 @@ def steps_recorded(out: Path) -> list[int]:
     return [record["step"] for record in records if record["kind"] == "step"]
 
 
-#: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, now and then).
+#: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, sometimes).
 TRAIN_AND_LOOK = """
 import sys
 import torch.distributed
