@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tests.integration.tiny import TINY
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches, resolve
@@ -77,6 +78,51 @@ def started(engine: str) -> dict[str, Any]:
             placement = placement_for(for_deepspeed, plan_partition(config, batches, WORDS.size))
             results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, placement))
     return results
+
+
+def exported(engine_name: str, folder: Path) -> dict[str, Any]:
+    """What a tower of which one block trained is exported as, and how many tensors were gathered at once. Collective.
+
+    One value is replaced, as those of an average are.
+    """
+    from visft_ds.parallel import distributed, export
+    from visft_ds.parallel.build import build_engine
+    from visft_ds.parallel.placement import placement_for
+
+    groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
+    config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
+    for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
+    engine = build_engine(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
+    replaced = "backbone.blocks.1.mlp.fc1.weight"
+    expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
+    expected[replaced] = expected[replaced] + 1
+    sizes = []
+
+    def gather(engine: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        sizes.append(sum(name.startswith("backbone.") for name in names))
+        return original(engine, names)
+
+    original, export.gather_parameters = export.gather_parameters, gather  # type: ignore[assignment]
+    try:
+        instead = {replaced: expected[replaced]} if distributed.is_main() else {}
+        files = export.export_weights(
+            engine,
+            config,
+            folder,
+            step=0,
+            categories=(),
+            base_weights="",
+            base_sha256="",
+            vocabulary=WORDS,
+            instead=instead,
+        )
+    finally:
+        export.gather_parameters = original
+    if not files:
+        return {}
+    written = load_file(files[0])
+    wrong = [n for n, value in expected.items() if not torch.equal(written[n.removeprefix("backbone.")], value)]
+    return {"differing": wrong, "files": len(files), "gathered": max(sizes)}
 
 
 def anonymous() -> int:
