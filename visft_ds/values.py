@@ -123,7 +123,7 @@ def fill_model(
     """Give every parameter that this process holds its value, in the module's order.
 
     Of the backbone one tensor exists at a time. Heads without a file draw from one generator, one head after the other,
-    so of these one head does (the largest has a third of the values of EVA-ViT-E's largest block).
+    so of these one head does (at most 14 million values, half of EVA-ViT-E's largest tensor).
 
     Args:
         module: on the meta device, each parameter of the dtype it is to have.

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.tiny import TINY
-from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
+from visft_ds.config.schema import Precision
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.stages import PreparedModel, prepare_model
 from visft_ds.values import HOST, Placement
@@ -37,11 +38,15 @@ def configured(engine: str, extra: Mapping[str, Any], stage: int = 2) -> Resolve
 
 def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
     """The model of a configuration."""
-    precision = config.visft.model.precision
-    assert precision != "auto"
     return prepare_model(
-        config.visft, config.optimizer.params, precision=precision, vocabulary=WORDS, placement=placement
+        config.visft, config.optimizer.params, precision=precision_of(config), vocabulary=WORDS, placement=placement
     )
+
+
+def precision_of(config: ResolvedConfig) -> Precision:
+    """That of a configuration which says it."""
+    assert config.visft.model.precision != "auto"
+    return config.visft.model.precision
 
 
 def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
@@ -74,7 +79,7 @@ def started(engine: str) -> dict[str, Any]:
         for precision in ("fp32", "bf16"):
             config = configured(engine, {"visft.model.precision": precision}, stage)
             batches = derive_batches(config, distributed.world_size())
-            for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
+            for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision_of(config))
             placement = placement_for(for_deepspeed, plan_partition(config, batches, WORDS.size))
             results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, placement))
     return results
@@ -169,21 +174,22 @@ def main(out: str, engine: str, settings: str) -> None:
     from visft_ds.parallel import distributed
     from visft_ds.parallel.build import build_engine
     from visft_ds.parallel.engine import start_process_group
-    from visft_ds.parallel.partition import plan_partition
+    from visft_ds.parallel.partition import Partition, plan_partition
     from visft_ds.parallel.placement import placement_for
 
     torch.set_num_threads(1)
     start_process_group()
     world = distributed.world_size()
 
-    def parts(extra: Mapping[str, Any]) -> tuple[ResolvedConfig, dict[str, Any], Any, Batches]:
+    def parts(extra: Mapping[str, Any]) -> tuple[ResolvedConfig, dict[str, Any], Partition | None]:
         config = configured(engine, extra)
         batches = derive_batches(config, world)
-        return config, deepspeed_dict(config, world, "fp32"), plan_partition(config, batches, WORDS.size), batches
+        for_deepspeed = deepspeed_dict(config, world, precision_of(config))
+        return config, for_deepspeed, plan_partition(config, batches, WORDS.size)
 
-    config, for_deepspeed, partition, _ = parts({"visft.model.precision": "fp32"})
+    config, for_deepspeed, partition = parts({"visft.model.precision": "fp32"})
     build_engine(config, prepare(config, placement_for(for_deepspeed, partition)), for_deepspeed, partition)
-    config, for_deepspeed, partition, _ = parts(json.loads(settings))
+    config, for_deepspeed, partition = parts(json.loads(settings))
     sizes: dict[str, int] = {}
     began = time.monotonic()
     with peak(sizes, "model"):
