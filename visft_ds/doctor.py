@@ -227,7 +227,7 @@ def check_lora() -> Iterator[Finding]:
 def check_memory(plan: Plan) -> Iterator[Finding]:
     """Weights of the models in 16 bit against the memory of the host and of the GPUs.
 
-    Every process builds the whole model on the host before it goes to its GPU.
+    With GPUs, the host has one tensor of the model at a time.
     """
     import torch
 
@@ -236,17 +236,16 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0)
-    available, processes = host_memory_available(), max(1, gpus)
+    available = host_memory_available()
     hint = "" if gpus else "; fp32, the default on a CPU, takes twice what 16 bit takes below"
     yield Finding(OK, "host memory", f"{available / _GIB:.1f} GiB available{hint}")
     for name in MODELS:
         weights = 2 * sum(p.numel() for p in build_backbone(name, device="meta", seed=None).parameters())
-        copies = f" x {processes} processes" if processes > 1 else ""
         size = f"{weights / _GIB:.1f} GiB" if weights > _GIB else f"{weights / 2**20:.1f} MiB"
-        text = f"weights of {size} in 16 bit{copies}"
+        text = f"weights of {size} in 16 bit"
         wanted = PROBLEM if plan.model == name else WARNING
-        if weights * processes > available:
-            yield Finding(wanted, name, f"{text}: more than the host has", "Fewer processes, or more memory")
+        if not gpus and weights > available:
+            yield Finding(wanted, name, f"{text}: more than the host has", "More memory, or more hosts")
         elif gpus and weights > smallest:
             yield Finding(wanted, name, f"{text}: more than a GPU has", "--engine zero3 divides them over GPUs")
         else:

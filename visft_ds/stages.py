@@ -8,7 +8,7 @@ of the configuration; a stage only says what must be among it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,8 @@ from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, Visft
 from visft_ds.config.task_schema import CaptioningTask
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import HeadInfo, check_categories, find_head, load_head_weights, read_head_info
+from visft_ds.interop.head_info import HeadFile, HeadInfo
+from visft_ds.interop.heads import check_categories, find_head, open_head, read_head_info
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
@@ -30,6 +29,7 @@ from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
+from visft_ds.values import HOST, BaseWeights, Placement, fill_model, is_small, open_base
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
@@ -80,8 +80,13 @@ class PreparedModel:
 
     module: MultiTaskModel
     groups: tuple[TrainedGroup, ...]
-    base_weights: str  #: sha256 of the file, or the recipe of the random weights
+    base: BaseWeights
     notes: tuple[str, ...] = field(default_factory=tuple)  #: checks passed, one line each
+
+    @property
+    def base_weights(self) -> str:
+        """sha256 of the file, or the recipe of the random weights."""
+        return self.base.identity
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The groups as torch optimisers take them."""
@@ -99,8 +104,11 @@ def prepare_model(
     heads_from: Path | None = None,
     categories: Sequence[Category] = (),
     vocabulary: Vocabulary | None = None,
+    placement: Placement = HOST,
 ) -> PreparedModel:
-    """Build -> load base weights -> freeze all -> adapt -> load heads -> apply groups -> check -> checkpointing.
+    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effect.
+
+    Nothing is allocated before everything that shapes and descriptions tell has been checked.
 
     Args:
         config: the "visft" block.
@@ -109,6 +117,7 @@ def prepare_model(
         heads_from: folder of stage-1 heads; None starts them at random.
         categories: of the data set; heads that know them by other ids are refused.
         vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
+        placement: what this process holds, and where.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -116,30 +125,27 @@ def prepare_model(
     """
     stage = STAGES[config.stage]
     storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    backbone, base_weights, notes = _build_backbone(config, storage)
-    module = _build_module(config, backbone, vocabulary.size if vocabulary else None)
-    module.requires_grad_(False)
-    _adapt(config, backbone)
+    words = vocabulary.size if vocabulary else None
+    module, planned = plan_model(config, defaults, words, storage)
+    base = open_base(config.model, module.backbone, storage)
+    notes = [base.note]
+    heads: dict[str, HeadFile] = {}
     if heads_from is not None:
         files = {task: find_head(heads_from, task) for task in module.heads}
         infos = {task: read_head_info(path, task) for task, path in files.items()}
         check_categories(infos, categories, "the training data")
         check_vocabulary(infos, vocabulary, "the training data")
-        notes += _check_heads(infos, config, base_weights)
-        for task, path in files.items():
-            load_head_weights(module.heads[task], path, task)
+        notes += _check_heads(infos, config, base.identity)
+        heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
-    groups = apply_groups(module, config.param_groups, defaults)
-    _check_stage(module, stage, uses_lora=config.lora is not None)
-    for group in groups:
-        for parameter in group.parameters:
-            parameter.data = parameter.data.float()
+    fill_model(module, config, base, heads, words, placement)
+    named = dict(module.named_parameters())
+    groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     if stage.uses_lora and config.lora is not None:
-        notes.append(f"LoRA changes the features (relative change {_check_effect(backbone):.1e} when B is perturbed)")
-    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
-    return PreparedModel(module, groups, base_weights, tuple(notes))
+        notes += _check_effect(module.backbone, placement)
+    return PreparedModel(module, groups, base, tuple(notes))
 
 
 def plan_groups(
@@ -150,22 +156,33 @@ def plan_groups(
 
 
 def plan_model(
-    config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
+    config: VisftConfig,
+    defaults: OptimizerParams,
+    vocabulary_size: int | None = PUBLISHED_VOCABULARY,
+    storage: torch.dtype = torch.float32,
 ) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The model on the meta device and what would train, from shapes alone: no file is read.
 
-    `vocabulary_size` is that of the published captioning heads unless the data's own is known.
+    Args:
+        vocabulary_size: that of the published captioning heads unless the data's own is known.
+        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
 
     Raises:
         ValueError: as `prepare_model`, as far as shapes tell.
     """
-    with torch.device("meta"):
-        backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
-        module = _build_module(config, backbone, vocabulary_size)
-        _adapt(config, backbone)
-    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    model = config.model
+    backbone = build_backbone(model.preset, device="meta", dtype=storage, seed=None, **model.backbone_options())
+    for name, parameter in backbone.named_parameters():
+        if is_small(name, parameter.shape):
+            parameter.data = parameter.data.float()
+    module = _build_module(config, backbone, vocabulary_size)
+    if STAGES[config.stage].uses_lora and config.lora is not None:
+        inject_lora(backbone, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    backbone.checkpoint_every, backbone.recompute = model.checkpoint_every, model.recompute
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    for parameter in (parameter for group in groups for parameter in group.parameters):
+        parameter.data = parameter.data.float()
     return module, groups
 
 
@@ -225,41 +242,16 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
     return cast(Precision, requested), "as configured"
 
 
-def _build_backbone(config: VisftConfig, storage: torch.dtype) -> tuple[EvaViT, str, list[str]]:
-    """The frozen backbone: matrices in `storage`, the few small tensors in fp32 (norms and position embeddings)."""
-    model = config.model
-    seed = model.weights_seed if model.weights is None else None
-    backbone = build_backbone(model.preset, dtype=storage, seed=seed, **model.backbone_options())
-    for name, parameter in backbone.named_parameters():
-        if parameter.ndim < 2 or name in ("pos_embed", "cls_token"):
-            parameter.data = parameter.data.float()
-    if model.weights is None:
-        recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}"
-        return backbone, recipe, [f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}"]
-    report = load_backbone(backbone, Path(model.weights))
-    digest = sha256_file(Path(model.weights))
-    return backbone, digest, [f"base weights: {report.summary()}"]
-
-
 def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:
-    # Heads start from the seed alone, so that every rank and every engine builds the same ones.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        tasks = {
-            name: TaskModule(
-                TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size),
-                TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump()),
-                task.decoding.model_dump() if isinstance(task, CaptioningTask) else {},
-            )
-            for name, task in config.tasks.enabled().items()
-        }
+    """Backbone, heads on the meta device, and criteria."""
+    tasks = {}
+    for name, task in config.tasks.enabled().items():
+        with torch.device("meta"):
+            head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
+        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
+        decoding = task.decoding.model_dump() if isinstance(task, CaptioningTask) else {}
+        tasks[name] = TaskModule(head, criterion, decoding)
     return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
-
-
-def _adapt(config: VisftConfig, backbone: EvaViT) -> None:
-    if STAGES[config.stage].uses_lora and config.lora is not None:
-        lora = config.lora
-        inject_lora(backbone, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weights: str) -> list[str]:
@@ -302,17 +294,23 @@ def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> Non
         )
 
 
-def _check_effect(backbone: EvaViT) -> float:
-    """Adapters that the forward bypasses would train nothing, silently; refuse them at start."""
-    side = 2 * backbone.patch_size
-    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    # One image of four patches: cheap even for the largest tower.
-    effect = has_effect(backbone, images)
+def _check_effect(backbone: EvaViT, placement: Placement) -> list[str]:
+    """Adapters that the forward bypasses would train nothing, silently; refuse them at start.
+
+    Looks at the blocks that this process holds, one after the other as in the tower; returns a note if there are any.
+    """
+    blocks = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
+    if not blocks:
+        return []
+    # Five tokens: cheap even for the largest tower.
+    tokens = torch.randn(1, 5, backbone.width, generator=torch.Generator().manual_seed(0))
+    with placement.whole(blocks):
+        effect = has_effect(blocks, tokens.to(next(blocks.parameters()).device))
     if not effect > SMALLEST_EFFECT:
         raise ValueError(
             f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"
         )
-    return effect
+    return [f"LoRA changes the features (relative change {effect:.1e} when B is perturbed)"]
 
 
 def _prefixes(named: Iterable[str]) -> list[str]:

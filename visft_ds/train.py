@@ -32,6 +32,7 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.interop.layouts import tower_of
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
@@ -43,6 +44,7 @@ from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
 from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
+from visft_ds.parallel.placement import placement_for
 from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
@@ -128,6 +130,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             heads_from=heads,
             categories=manifest.categories,
             vocabulary=vocabulary,
+            placement=placement_for(for_deepspeed, partition),
         )
         features = features_of(settings, sets, prepared.base_weights, precision, device.type)
         if features is not None:
@@ -394,7 +397,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
         return prepared.base_weights
     path = out / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
-        save_base(prepared.module.backbone, path.parent)
+        save_base(prepared.base, tower_of(prepared.module.backbone), path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

@@ -233,6 +233,7 @@ def train_plain(
 def start_engine(stage: int, name: str, precision: str) -> Any:
     """An engine of ds_configs over the tiny model; two micro-batches a step."""
     from visft_ds.parallel.engine import ZeroEngine
+    from visft_ds.parallel.placement import placement_for
 
     config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
@@ -248,6 +249,9 @@ def start_engine(stage: int, name: str, precision: str) -> Any:
     optimizer_groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
     ]
+    placement = placement_for(config, None)
+    for parameter in module.parameters():
+        placement.place(parameter)
     return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
@@ -342,6 +346,7 @@ def main(out: str, name: str) -> None:
 
     Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
     """
+    from tests.integration import start_case
     from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
     from visft_ds.parallel.averaging import MovingAverage
@@ -365,6 +370,9 @@ def main(out: str, name: str) -> None:
         resumed = start_engine(1, name, "fp32")
         _, exact = resume(resumed, plain, average=False)
         results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
+    if name.startswith("zero3"):
+        results["start"] = start_case.started(name)
+        results["export"] = start_case.exported(name, Path(out).parent)
     if name == REFUSING:
         from tests.integration.refusal_case import disagree, refusals
 

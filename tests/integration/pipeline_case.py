@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tests.integration import engine_case as case
+from tests.integration.start_case import started
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import Normaliser
@@ -183,6 +184,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     results = run(engine, order, sides, saved, average)
     if saved is not None:
         results |= gone_on(int(stage), stages, saved, order, sides)
+        results["start"] = started("pipeline")
     if option == "predict":
         results["predicted"] = predicted(engine)
         results["other"] = other_samples(engine)

@@ -133,6 +133,12 @@ def test_a_stage_holds_its_own_layers_only(trained: dict[str, dict[str, Any]]) -
         assert "backbone.pos_embed" in stages[0] and "backbone.norm.weight" in stages[-1], name
 
 
+def test_a_stage_starts_with_the_values_of_its_layers(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in trained.items():
+        if name.endswith("resume"):
+            assert len(run["start"]) == 4 and not any(any(ranks) for ranks in run["start"].values()), run["start"]
+
+
 def test_predictions_return_to_where_the_images_were(trained: dict[str, dict[str, Any]]) -> None:
     """Every rank has images of its own, of another size; a step after training must not be in training mode."""
     for name, run in trained.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
-from visft_ds.interop.heads import HeadInfo, head_file, load_head_weights, read_head_info, save_head_files
+from visft_ds.interop.heads import HeadInfo, head_file, open_head, read_head_info, save_head_files
 from visft_ds.interop.layouts import LAYOUTS, Tower, base_parameters, find_layout, tower_in, tower_names, tower_of
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, merge_lora
@@ -215,16 +215,18 @@ def test_heads_keep_weights_buffers_and_how_they_were_built(tmp_path: Path) -> N
     paths = save_head_files(heads, tmp_path, infos)
     assert paths == [head_file(tmp_path, task) for task in heads]
     target = _head()
-    info = load_head_weights(target, paths[0], "detection")
+    found = open_head(target, paths[0], "detection")
+    found.load_into(target)
+    info = found.info
     wanted = heads["detection"].state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in target.state_dict().items())
     assert read_head_info(paths[0]) == info
     assert (info.in_channels, info.options, info.extra) == (8, {"queries": 5}, {"step": 7})
     assert list(info.categories) == [{"id": 1, "name": "cat"}]
     with pytest.raises(ValueError, match="holds a detection head; a captioning head"):
-        load_head_weights(target, paths[0], "captioning")
+        open_head(target, paths[0], "captioning")
     with pytest.raises(ValueError, match=r"built with in_channels=6.*\n.*0\.weight \(4, 6\) in the file, \(4, 8\)"):
-        load_head_weights(target, paths[1], "captioning")
+        open_head(target, paths[1], "captioning")
     with pytest.raises(ValueError, match="not overwritten"):
         save_head_files(heads, tmp_path, infos)
     assert load_file(paths[0])["1.running_var"].shape == (4,)
@@ -233,6 +235,6 @@ def test_heads_keep_weights_buffers_and_how_they_were_built(tmp_path: Path) -> N
 def test_a_file_that_is_no_head(tmp_path: Path) -> None:
     save_backbone(_tiny(1), tmp_path / "detection.safetensors")
     with pytest.raises(ValueError, match="no head written by visft_ds"):
-        load_head_weights(_head(), head_file(tmp_path, "detection"), "detection")
+        open_head(_head(), head_file(tmp_path, "detection"), "detection")
     with pytest.raises(ValueError, match="must name the same tasks"):
         save_head_files({"detection": _head()}, tmp_path / "x", {})

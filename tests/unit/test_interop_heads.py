@@ -18,7 +18,7 @@ from visft_ds.interop.heads import (
     HeadInfo,
     find_head,
     head_file,
-    load_head_weights,
+    open_head,
     read_head_info,
     save_head_files,
 )
@@ -93,7 +93,8 @@ def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) ->
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
     info = read_head_info(path)
     assert info == HeadInfo(task, WIDTH, OPTIONS[task], [], {}) == read_head_info(path, task)
-    assert load_head_weights(_head(task), path, task) == info
+    opened = open_head(_head(task).to("meta"), path, task)
+    assert opened.info == info and all(torch.equal(opened.read(name, v.dtype), v) for name, v in wanted.items())
     with pytest.raises(ValueError, match="not overwritten"):
         save_heads(head, path, format="safetensors")
     save_heads(head, path, format="safetensors", overwrite=True)
@@ -166,7 +167,7 @@ def test_values_that_are_not_finite_are_listed_and_nothing_is_copied(tmp_path: P
     head = _head("captioning")
     before = {name: value.clone() for name, value in head.state_dict().items()}
     with pytest.raises(ValueError, match=r"(?s)Not finite \(2\): (embedding.weight, init_h.bias|init_h.bias, embed)"):
-        load_head_weights(head, head_file(tmp_path, "captioning"), "captioning")
+        open_head(head, head_file(tmp_path, "captioning"), "captioning").load_into(head)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 

@@ -398,3 +398,13 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
     assert named in str(caught.value)
     monkeypatch.setattr(session, "host_memory_available", lambda: 32 * 2**30)
     session.check_fits(config, "fp32", CPU)
+
+
+def test_what_is_divided_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 no process has all weights at any time; otherwise each of them has."""
+    monkeypatch.setattr(session, "host_memory_available", lambda: 16 * 2**30)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    session.check_fits(resolve(stage=2, model="eva_e", engine="zero3"), "bf16", CPU)
+    with pytest.raises(ValueError, match=r"weights of 4 processes on this machine 3\d\.\d.*--engine zero3"):
+        session.check_fits(resolve(stage=2, model="eva_e", engine="zero1"), "bf16", CPU)

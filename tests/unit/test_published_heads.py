@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import TensorInfo, WeightFile
 from visft_ds.interop.head_info import build_empty
-from visft_ds.interop.heads import find_head, load_head_weights, read_head_info
+from visft_ds.interop.heads import find_head, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, read_published_head, sort_names
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_named(
     head = HEADS[task](WIDTH, **OPTIONS[task])
     before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_head_weights(head, path, task)
+        open_head(head, path, task).load_into(head)
     assert all(torch.equal(tensor, before[key]) for key, tensor in head.state_dict().items())
 
 
@@ -307,7 +307,9 @@ def test_a_file_without_the_head_says_what_it_has(folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize("task", TASKS)
 def test_weights_go_into_a_head_at_hand(folder: Path, states: dict[str, dict[str, Tensor]], task: str) -> None:
     head = HEADS[task](WIDTH, **OPTIONS[task]).double()
-    info = load_head_weights(head, folder / FILES[task], task)
+    opened = open_head(head, folder / FILES[task], task)
+    opened.load_into(head)
+    info = opened.info
     assert all(torch.equal(t, states[task][theirs(task, name)].double()) for name, t in head.state_dict().items())
     # No tensor tells the number of attention heads, nor, without it, of sampling points.
     told = {name: value for name, value in OPTIONS[task].items() if name != "num_points"}
@@ -320,10 +322,10 @@ def test_a_head_of_other_sizes_takes_nothing(folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"built with in_channels=12, num_classes=5, num_queries=7.*\n.*\(7, 24\) in th"
     ):
-        load_head_weights(head, folder / FILES["detection"], "detection")
+        open_head(head, folder / FILES["detection"], "detection")
     head = DetectionHead(WIDTH, **{**OPTIONS["detection"], "encoder_layers": 1})
     with pytest.raises(ValueError, match=r"Unexpected \(12\): visft_heads.transformer.encoder.layers.1"):
-        load_head_weights(head, folder / FILES["detection"], "detection")
+        open_head(head, folder / FILES["detection"], "detection")
 
 
 def test_info_of_a_file_that_does_not_tell_its_task(folder: Path, tmp_path: Path) -> None:

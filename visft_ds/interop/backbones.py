@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ class LoadReport:
     parameters: int
     dtypes: dict[str, int]
     merged: bool
+    mapped: bool  #: False: the file is of a kind that can only be read whole
     ignored: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sha256: str | None = None
 
@@ -51,6 +52,8 @@ class LoadReport:
         )
         if self.merged:
             text += "; LoRA already merged in"
+        if not self.mapped:
+            text += "; READ WHOLE by every process (written by torch before 1.6): save it again to save host memory"
         for reason, names in self.ignored.items():
             text += f"; ignored {len(names)} ({reason})"
         return text
@@ -67,6 +70,29 @@ def load_backbone(backbone: EvaViT, path: str | Path, *, with_sha256: bool = Fal
     """
     if any(layer.merged for layer in lora_layers(backbone).values()):
         raise ValueError("the backbone has its adapter merged in: call unmerge_lora before loading weights")
+    opened = open_backbone(backbone, path)
+    copy_tensors(opened.file, opened.sources, base_parameters(backbone))
+    return replace(opened.report, sha256=sha256_file(path) if with_sha256 else None)
+
+
+@dataclass(frozen=True)
+class BackboneFile:
+    """A weight file that fits a tower, of which nothing but names and shapes has been read."""
+
+    file: WeightFile
+    sources: Mapping[str, str]  #: our name -> name in the file
+    report: LoadReport
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor by our name, see `read_tensor`."""
+        return read_tensor(self.file, self.sources[name], dtype)
+
+
+def open_backbone(backbone: EvaViT, path: str | Path) -> BackboneFile:
+    """Open a weight file for a tower on any device, the meta device too.
+
+    Raises ValueError as `load_backbone` does for names, shapes and quantised weights; values are not looked at.
+    """
     file = open_weights(path)
     layout = find_layout(file)
     targets = base_parameters(backbone)
@@ -74,18 +100,19 @@ def load_backbone(backbone: EvaViT, path: str | Path, *, with_sha256: bool = Fal
         file, layout, {name: tuple(value.shape) for name, value in targets.items()}, tower_of(backbone)
     )
     sources = {name: layout.prefix + name for name in targets}
-    copy_tensors(file, sources, targets)
+    _check_kinds(file, sources, targets)
     dtypes = Counter(str(file.dtype(source)).removeprefix("torch.") for source in sources.values())
-    return LoadReport(
+    report = LoadReport(
         path=file.path,
         layout=layout.name,
         tensors=len(targets),
         parameters=sum(value.numel() for value in targets.values()),
         dtypes=dict(dtypes),
         merged=is_merged(file),
+        mapped=file.mapped,
         ignored=ignored,
-        sha256=sha256_file(path) if with_sha256 else None,
     )
+    return BackboneFile(file, sources, report)
 
 
 def is_merged(file: WeightFile) -> bool:
@@ -165,12 +192,8 @@ def copy_tensors(file: WeightFile, sources: Mapping[str, str], targets: Mapping[
     Raises ValueError, before the first copy, for targets without storage and for quantised (integer) weights; and for
     values that are not finite after the cast.
     """
+    _check_kinds(file, sources, targets)
     for name, target in targets.items():
-        if file.dtype(sources[name]).is_floating_point != target.is_floating_point():
-            raise ValueError(
-                f"{file.path}: {sources[name]} is {file.dtype(sources[name])}, the model needs {target.dtype}: "
-                f"quantised weights cannot be read, take the file with floating-point weights"
-            )
         if target.is_meta:
             raise ValueError(
                 f"{name} is on the meta device and cannot receive weights: call .to_empty(device=...) on the model "
@@ -180,10 +203,35 @@ def copy_tensors(file: WeightFile, sources: Mapping[str, str], targets: Mapping[
         for name, target in targets.items():
             value = file.get(sources[name])
             target.copy_(value)
-            # A sum in fp32 is one pass without a temporary; inf and NaN both survive it.
-            if target.is_floating_point() and not torch.isfinite(target.sum(dtype=torch.float32)):
-                cause = "NaN or infinity" if not torch.isfinite(value).all() else f"values too large for {target.dtype}"
-                raise ValueError(f"{file.path}: {sources[name]} holds {cause}")
+            _check_finite(file, sources[name], value, target)
+
+
+def read_tensor(file: WeightFile, source: str, dtype: torch.dtype) -> Tensor:
+    """One tensor of a file in memory of its own, cast to `dtype`; `copy_tensors` for a target that does not exist yet.
+
+    Raises ValueError for values that are not finite after the cast.
+    """
+    value = file.get(source)
+    result = value.to(dtype, copy=True)
+    _check_finite(file, source, value, result)
+    return result
+
+
+def _check_kinds(file: WeightFile, sources: Mapping[str, str], targets: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        if file.dtype(sources[name]).is_floating_point != target.is_floating_point():
+            raise ValueError(
+                f"{file.path}: {sources[name]} is {file.dtype(sources[name])}, the model needs {target.dtype}: "
+                f"quantised weights cannot be read, take the file with floating-point weights"
+            )
+
+
+def _check_finite(file: WeightFile, source: str, value: Tensor, result: Tensor) -> None:
+    """Refuse what became of `value` by a cast where it is not finite."""
+    # A sum in fp32 is one pass without a temporary; inf and NaN both survive it.
+    if result.is_floating_point() and not torch.isfinite(result.sum(dtype=torch.float32)):
+        cause = "NaN or infinity" if not torch.isfinite(value).all() else f"values too large for {result.dtype}"
+        raise ValueError(f"{file.path}: {source} holds {cause}")
 
 
 def save_backbone(

@@ -78,15 +78,23 @@ class TensorInfo:
 class WeightFile:
     """Names, shapes and dtypes of an open weight file; `get` reads one tensor (CPU, in the file's dtype).
 
-    `metadata` holds the str -> str header of a safetensors file and is empty for pickled files.
+    `metadata` holds the str -> str header of a safetensors file and is empty for pickled files. `mapped` is False for
+    the old pickled files that cannot be mapped into memory: all of their tensors are in memory from the start.
     """
 
     def __init__(
-        self, path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+        *,
+        mapped: bool = True,
     ) -> None:
         self.path = path
         self.infos = dict(infos)
         self.metadata = dict(metadata)
+        self.mapped = mapped
         self._read = read
 
     def get(self, name: str) -> Tensor:
@@ -175,7 +183,7 @@ def load_pickled(path: Path) -> Any:
     if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is damaged or only a part of the file (no directory). {_looks_like(path)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP_MAGIC))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
@@ -187,6 +195,11 @@ def load_pickled(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or only a part of the file ({first_line}). {_looks_like(path)}") from error
 
 
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
 def _open_pickled(path: Path) -> WeightFile:
     tensors = _unwrap(load_pickled(path), path)
     foreign = {name: value for name, value in tensors.items() if not isinstance(value, Tensor)}
@@ -196,7 +209,7 @@ def _open_pickled(path: Path) -> WeightFile:
         raise ValueError(f"{path}: expected name -> tensor, but these entries are no tensors: {shown}")
     renamed = _without_module_prefix(list(tensors))
     infos = {new: TensorInfo.of(tensors[old]) for new, old in renamed.items()}
-    return WeightFile(path, infos, lambda name: tensors[renamed[name]], {})
+    return WeightFile(path, infos, lambda name: tensors[renamed[name]], {}, mapped=_is_zip(path))
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Any]:
@@ -317,10 +330,7 @@ def safetensors_pieces(
     Raises ValueError for a dtype that safetensors lacks, before anything is produced.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    # Largest element first: then every tensor starts at a multiple of its element size, as readers that map the file
-    # need.
-    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
-    end = 0
+    order, end = file_order(infos), 0
     for name in order:
         info = infos[name]
         if info.dtype not in _DTYPE_NAMES:
@@ -335,6 +345,13 @@ def safetensors_pieces(
     text += b" " * (-len(text) % 8)
     assert sys.byteorder == "little", "safetensors is little-endian"
     return _pieces(text, order, infos, produce)
+
+
+def file_order(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Names in the order in which `write_safetensors` asks for them."""
+    # Largest element first: then every tensor starts at a multiple of its element size, as readers that map the file
+    # need.
+    return sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
 
 
 def _pieces(

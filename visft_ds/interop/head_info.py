@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from visft_ds.interop.backbones import copy_tensors
+from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
 
@@ -188,9 +188,17 @@ class HeadFile:
         Raises ValueError that lists all parameters that are missing, unexpected or of another shape; else all that are
         not finite; else all second names that hold something else.
         """
+        self.check(head)
+        copy_tensors(self.file, self.sources, {name: head.state_dict()[name] for name in self.sources})
+
+    def check(self, head: nn.Module) -> None:
+        """Refuse a file that does not fit a head, which may be on the meta device; raises ValueError as `load_into`."""
         self._check_names(head)
         self._check_values()
-        copy_tensors(self.file, self.sources, {name: head.state_dict()[name] for name in self.sources})
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor by our name, in memory of its own, cast to `dtype`; see `read_tensor`."""
+        return read_tensor(self.file, self.sources[name], dtype)
 
     def _check_names(self, head: nn.Module) -> None:
         targets = {name: tuple(value.shape) for name, value in head.state_dict().items()}

@@ -33,8 +33,8 @@ __all__ = [
     "check_categories",
     "find_head",
     "head_file",
-    "load_head_weights",
     "load_heads",
+    "open_head",
     "read_head_info",
     "save_head_files",
     "save_heads",
@@ -189,17 +189,18 @@ def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
     return _open(path, named or next(iter(tasks), "detection"), assume=True).info
 
 
-def load_head_weights(head: nn.Module, path: str | Path, task: str) -> HeadInfo:
-    """Copy a saved head, ours or a published one, into `head`: same task, same names, same shapes; cast to its dtype.
+def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:
+    """Open a saved head, ours or a published one, that fits `head`: same task, same names, same shapes.
 
-    Returns how the head was built. For a published file that is what its tensors tell: options say nothing of attention
-    heads and sampling points, labelling is "published", categories are unknown and empty, extra {"format": "visft"}.
+    Its tensors can be read one by one, or all be loaded into a head; `head` itself may be on the meta device. For a
+    published file, `info` is what its tensors tell: options say nothing of attention heads and sampling points,
+    labelling is "published", categories are unknown and empty, extra {"format": "visft"}.
 
-    Raises ValueError that lists every difference (see `load_heads`). Nothing is copied unless everything fits.
+    Raises ValueError that lists every difference and every value that is not finite (see `load_heads`).
     """
     found = _open(path, task, assume=False)
-    found.load_into(head)
-    return found.info
+    found.check(head)
+    return found
 
 
 def _open(path: str | Path, task: str, *, assume: bool) -> HeadFile:

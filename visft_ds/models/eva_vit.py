@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -252,26 +252,33 @@ def build_backbone(
 
 @torch.no_grad()
 def _fill(backbone: EvaViT, seed: int) -> None:
-    """EVA's random weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
+    for name, parameter in backbone.named_parameters():
+        parameter.copy_(random_weight(name, parameter.shape, seed))
+
+
+def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """One of EVA's random weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
     Positions are fixed sines instead, see `sine_positions`. EVA's truncation lies 100 standard deviations out and is
     left out here: it costs twenty times the drawing.
+
+    Args:
+        name: of the parameter in an `EvaViT`.
+
+    Returns:
+        fp32 on the CPU, so that every device and dtype gets the same numbers.
     """
-    for name, parameter in backbone.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name:
-            parameter.fill_(1.0)
-        elif name == "pos_embed":
-            parameter[0, 0] = 0.0
-            parameter[0, 1:].copy_(sine_positions(math.isqrt(parameter.shape[1] - 1), parameter.shape[2]))
-        else:
-            std = 0.02
-            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-                std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
-            # Drawn on the CPU in fp32, so that every device and dtype gets the same numbers.
-            draw = torch.empty(parameter.shape).normal_(0.0, std, generator=generator_for(seed, name))
-            parameter.copy_(draw)
+    if name.endswith("bias"):
+        return torch.zeros(tuple(shape))
+    if "norm" in name:
+        return torch.ones(tuple(shape))
+    if name == "pos_embed":
+        sines = sine_positions(math.isqrt(shape[1] - 1), shape[2])
+        return torch.nn.functional.pad(sines, (0, 0, 1, 0)).unsqueeze(0)
+    std = 0.02
+    if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+        std /= (2.0 * (int(name.split(".")[1]) + 1)) ** 0.5
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator_for(seed, name))
 
 
 def sine_positions(side: int, width: int) -> Tensor:

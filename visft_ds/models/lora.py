@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,21 @@ class LoRALinear(nn.Module):
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        # kaiming_uniform_(a=sqrt(5)) over fan_in = in_features, as loralib initialises A; drawn on the CPU, so that
-        # every device starts alike.
-        bound = 1.0 / math.sqrt(base.in_features)
-        draw = torch.empty(len(slices) * rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(draw.to(device=base.weight.device, dtype=dtype))
-        height = sum(hi - lo for lo, hi in slices)
-        self.lora_B = nn.Parameter(torch.zeros(height, rank, device=base.weight.device, dtype=dtype))
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(len(slices) * rank, base.in_features, **like))
+        if not base.weight.is_meta:
+            self.lora_A.data.copy_(self.random_a(generator))
+        self.lora_B = nn.Parameter(torch.zeros(sum(hi - lo for lo, hi in slices), rank, **like))
         self._original: Tensor | None = None
+
+    def random_a(self, generator: torch.Generator | None = None) -> Tensor:
+        """What A starts from, fp32 on the CPU, so that every device starts alike.
+
+        kaiming_uniform_(a=sqrt(5)) over fan_in = in_features, as loralib initialises it.
+        """
+        bound = 1.0 / math.sqrt(self.in_features)
+        draw = torch.empty(len(self.slices) * self.rank, self.in_features, device="cpu")
+        return draw.uniform_(-bound, bound, generator=generator)
 
     @property
     def merged(self) -> bool:
@@ -195,6 +203,16 @@ def inject_lora(
         setattr(backbone.get_submodule(parent), child, adapted.train(layer.training))
 
 
+def random_adapter(backbone: nn.Module, name: str, seed: int) -> Tensor:
+    """What `inject_lora` with this seed puts into the parameter `name` ("...lora_A", "...lora_B"): fp32, on the CPU.
+
+    For a backbone on the meta device, which `inject_lora` gives shapes only.
+    """
+    path, _, kind = name.rpartition(".")
+    layer = lora_layers(backbone)[path]
+    return layer.random_a(generator_for(seed, path)) if kind == "lora_A" else torch.zeros(layer.lora_B.shape)
+
+
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by qualified name, in order of the blocks."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
@@ -251,14 +269,15 @@ def unmerge_lora(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def has_effect(backbone: nn.Module, images: Tensor) -> float:
+def has_effect(module: nn.Module, inputs: Tensor) -> float:
     """How much the output changes when every lora_B is disturbed, to find adapters that the forward goes around.
 
-    Call it before an engine partitions the parameters. Every lora_B holds its old values again afterwards.
+    A lora_B is disturbed only while its layer runs, and holds its old values again afterwards: a module whose
+    parameters are gathered for the forward of their own module can be judged, too.
 
     Args:
-        backbone: a model with unmerged adapters, images -> tensor.
-        images: (B, 3, H, W) on the model's device.
+        module: with unmerged adapters, tensor -> tensor.
+        inputs: on the module's device; images (B, 3, H, W) for a backbone.
 
     Returns:
         |changed - plain| / |plain| (Frobenius norms); 0.0 as soon as one adapted layer is not run at all.
@@ -266,29 +285,34 @@ def has_effect(backbone: nn.Module, images: Tensor) -> float:
     Raises:
         ValueError: no adapters, or merged ones.
     """
-    layers = _require_lora(backbone)
+    layers = _require_lora(module)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged and have no effect of their own; unmerge first")
+    names, saved = {layer: name for name, layer in layers.items()}, dict[LoRALinear, Tensor]()
+
+    def disturb(layer: LoRALinear, _: Any) -> None:
+        saved[layer] = layer.lora_B.clone()
+        noise = torch.randn(layer.lora_B.shape, generator=generator_for(0, names[layer]))
+        # With A and the scale the layer's output changes by about half its input's size: large enough to see
+        # through 16-bit rounding and through a softmax that is nearly uniform (k alone).
+        layer.lora_B.add_(noise.to(layer.lora_B) / (layer.scale * math.sqrt(layer.rank)))
+
+    def restore(layer: LoRALinear, *_: Any) -> None:
+        layer.lora_B.copy_(saved.pop(layer))
+
     reached: set[LoRALinear] = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in layers.values()]
-    try:
-        plain: Tensor = backbone(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.callback(layer.register_forward_hook(lambda layer, *_: reached.add(layer)).remove)
+        plain: Tensor = module(inputs)
     if len(reached) < len(layers):
         return 0.0
-    saved = {layer: layer.lora_B.clone() for layer in layers.values()}
-    try:
-        for name, layer in layers.items():
-            noise = torch.randn(layer.lora_B.shape, generator=generator_for(0, name))
-            # With A and the scale the layer's output changes by about half its input's size: large enough to see
-            # through 16-bit rounding and through a softmax that is nearly uniform (k alone).
-            layer.lora_B.add_(noise.to(layer.lora_B) / (layer.scale * math.sqrt(layer.rank)))
-        changed: Tensor = backbone(images)
-    finally:
-        for layer, values in saved.items():
-            layer.lora_B.copy_(values)
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.callback(layer.register_forward_pre_hook(disturb).remove)
+            # Ahead of a hook that takes gathered values away, and also where the layer fails.
+            hooks.callback(layer.register_forward_hook(restore, prepend=True, always_call=True).remove)
+        changed: Tensor = module(inputs)
     return float((changed - plain).double().norm() / plain.double().norm())
 
 

@@ -1,34 +1,35 @@
 """What leaves a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
 Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter as a PEFT folder. A backbone that was trained
-itself is written whole, beside its base. (Random base weights are
+itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
 written at the start of the run.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter, canonical_targets
-from visft_ds.interop.files import save_tensors, sha256_file
+from visft_ds.interop.files import TensorInfo, file_order, sha256_file, write_safetensors
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import Tower, base_parameters, is_lora, tower_of
+from visft_ds.interop.layouts import Tower, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.engine_state import gather_parameters
-from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
+from visft_ds.parallel.engine_state import gather_parameters, trainable
+from visft_ds.run_folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
+from visft_ds.values import BaseWeights
 
 
 def export_weights(
@@ -51,18 +52,19 @@ def export_weights(
         instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
-    trained = gather_parameters(engine)
-    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
-    backbone_trained = any(name in trained for name in whole)
-    backbone = gather_parameters(engine, tuple(whole)) if backbone_trained else {}
-    if not distributed.is_main():
-        return []
-    trained, backbone = ({**own, **{n: v for n, v in instead.items() if n in own}} for own in (trained, backbone))
     written = []
     lora, tower = config.visft.lora, tower_of(engine.module.backbone)
-    if backbone:
-        written.append(_save_tower(_below(backbone, "backbone."), tower, folder / TRAINED_BACKBONE_FILE))
+    names = trainable(engine)
+    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
+    if names.keys() & set(whole):
+        written.append(_export_tower(engine, whole, tower, folder / TRAINED_BACKBONE_FILE, instead))
+    # Heads and adapters: small.
+    trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
+    if not distributed.is_main():
+        return []
+    if written:
         base_sha256 = sha256_file(written[0])
+    trained.update({name: value for name, value in instead.items() if name in trained})
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
@@ -77,15 +79,42 @@ def export_weights(
     return written
 
 
-def save_base(backbone: EvaViT, folder: Path) -> Path:
-    """Write the base weights of a backbone, without the adapters in it, to `folder`/backbone.safetensors."""
-    tensors = {name: parameter.detach() for name, parameter in base_parameters(backbone).items()}
-    return _save_tower(tensors, tower_of(backbone), folder / BACKBONE_FILE)
+def save_base(base: BaseWeights, tower: Tower, path: Path) -> None:
+    """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
+
+    So they need not be gathered from whoever holds them.
+    """
+    _write_tower(path, base.infos, base.read, tower)
 
 
-def _save_tower(tensors: Mapping[str, Tensor], tower: Tower, path: Path) -> Path:
-    save_tensors(path, tensors, {"tower": tower.to_json(), "lora_merged": "false"}, overwrite=True)
+def _export_tower(
+    engine: Engine, names: Sequence[str], tower: Tower, path: Path, instead: Mapping[str, Tensor]
+) -> Path:
+    """Gather and write a tower one tensor at a time. Collective; the main process writes.
+
+    Args:
+        names: qualified, of all of its parameters.
+        instead: see `export_weights`.
+    """
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
+
+    def gather(name: str) -> Tensor:
+        qualified = f"backbone.{name}"
+        found = gather_parameters(engine, (qualified,))
+        return {**found, **instead}[qualified]
+
+    if distributed.is_main():
+        _write_tower(path, infos, gather, tower)
+    else:
+        for name in file_order(infos):
+            gather_parameters(engine, (f"backbone.{name}",))
     return path
+
+
+def _write_tower(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], tower: Tower) -> None:
+    told = {"tower": tower.to_json(), "lora_merged": "false"}
+    write_safetensors(path, infos, produce, told, overwrite=True)
 
 
 def _head_info(

@@ -29,7 +29,7 @@ from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, step_seed
 from visft_ds.parallel.partition import Place
-from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers, release
+from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
 from visft_ds.parallel.refusal import step_without_update
 
 #: Values of an anchor: at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -119,7 +119,7 @@ class PipelineEngine:
         self.seed = seed
         self.place = Place.of_rank(distributed.rank(), distributed.world_size(), len(bounds) - 1)
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._owners = _owners(module, bounds)
+        self._owners = owners(module, bounds)
         self._stages = StagesModule(module, bounds)
         self.group_names = [group["name"] for group in groups]
         self.deepspeed, *_ = deepspeed.initialize(
@@ -267,17 +267,6 @@ def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list
             own = [anchor]
         divided.append({**group, "params": own})
     return divided
-
-
-def _owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
-    """Parameter -> the stage that holds it."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    owners = {}
-    for index, (_, layer) in enumerate(pipeline_layers(module)):
-        stage = sum(index >= start for start in bounds[1:-1])
-        owners.update({names[id(parameter)]: stage for parameter in layer.parameters()})
-    assert owners.keys() == set(names.values()), names.keys() - owners.keys()
-    return owners
 
 
 def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) -> dict[Any, Callable[..., None]]:

@@ -7,6 +7,7 @@ Letters: B images, H W pixels, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,8 +103,19 @@ def pipeline_layers(model: MultiTaskModel) -> list[tuple[str, nn.Module]]:
     return [("embedding", EmbeddingLayer(model)), *blocks, ("heads", HeadsLayer(model))]
 
 
+def owners(module: MultiTaskModel, bounds: Sequence[int]) -> dict[str, int]:
+    """Parameter -> the stage that holds it."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {}
+    for index, (_, layer) in enumerate(pipeline_layers(module)):
+        stage = sum(index >= start for start in bounds[1:-1])
+        found.update({names[id(parameter)]: stage for parameter in layer.parameters()})
+    assert found.keys() == set(names.values()), set(names.values()) - found.keys()
+    return found
+
+
 def release(model: MultiTaskModel, layer: nn.Module) -> None:
-    """Free what a layer of another stage holds; names and shapes stay in the model, on the meta device."""
+    """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta device."""
     layer.to("meta")
     if isinstance(layer, EmbeddingLayer):  # parameters of the backbone itself, which the line above does not reach
         model.backbone.pos_embed, model.backbone.cls_token = layer.pos_embed, layer.cls_token

@@ -28,6 +28,7 @@ from visft_ds.models.eva_vit import build_backbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
+from visft_ds.parallel.placement import placement_for
 from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
@@ -120,10 +121,16 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
         vocabulary = vocabulary_of(settings, manifest)
+        for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
         prepared = prepare_model(
-            settings, config.optimizer.params, precision=precision, heads_from=heads, vocabulary=vocabulary
+            settings,
+            config.optimizer.params,
+            precision=precision,
+            heads_from=heads,
+            vocabulary=vocabulary,
+            placement=placement_for(for_deepspeed, None),
         )
-        engine = build_engine(config, prepared, deepspeed_dict(config, distributed.world_size(), precision))
+        engine = build_engine(config, prepared, for_deepspeed)
         assert isinstance(engine, ZeroEngine)
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
@@ -176,19 +183,24 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     trained, frozen = _parameter_counts(config)
     here = distributed.processes_here()
     weights = frozen * _STORAGE_BYTES[precision] + trained * 4
-    stage, ranks = int(config.deepspeed["zero_optimization"]["stage"]), distributed.world_size()
+    zero, ranks = config.deepspeed["zero_optimization"], distributed.world_size()
+    stage = int(zero["stage"])
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
-    # Every process builds the whole model in host memory before an engine moves or divides it.
-    on_host = {f"weights of {here} processes on this machine": weights * here}
-    if device.type == "cpu":
-        on_host["gradients and optimizer state"] = training * here
+    if stage == 3:
+        weights, training = weights // ranks, training // ranks
     name, help_ = config.visft.model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
-    host = host_memory_available()
-    _require(name, on_host, host, "of host memory available", FILLED[device.type], f"{help_}, fewer processes")
+    # Values go straight to where an engine wants them: beside GPUs, a host has one tensor, and what is offloaded.
+    on_host = {}
+    if device.type == "cpu" or "offload_param" in zero:
+        on_host[f"weights of {here} processes on this machine"] = weights * here
+    if device.type == "cpu" or "offload_optimizer" in zero:
+        on_host["gradients and optimizer state"] = training * here
+    on_hosts = f"{help_}, {'more machines' if stage == 3 else 'fewer processes, --engine zero3'}"
+    _require(name, on_host, host_memory_available(), "of host memory available", FILLED[device.type], on_hosts)
     if device.type == "cuda":
         on_gpu = {
-            "weights": weights if stage < 3 else weights // ranks,
-            "gradients and optimizer state": training if stage < 3 else training // ranks,
+            "weights": 0 if "offload_param" in zero else weights,
+            "gradients and optimizer state": 0 if "offload_optimizer" in zero else training,
         }
         total = torch.cuda.get_device_properties(device).total_memory
         help_ += ", --engine zero3 on more GPUs"
