@@ -28,6 +28,7 @@ from tests.integration.test_engines import (
     check_access,
     differences,
 )
+from tests.integration.test_refusal import check as check_refusal
 
 STAGES = (1, 2)
 FAST = ["2:fp32:mixed:resume", "1:fp32:mixed:predict"]
@@ -37,7 +38,7 @@ WHOLE = [
     *FAST,
 ]
 SHAPES = (
-    pytest.param(("pipeline2", 2, FAST), id="2x1"),
+    pytest.param(("pipeline2", 2, ["refusals", *FAST]), id="2x1"),
     pytest.param(("pipeline2", 2, WHOLE), id="2x1-whole", marks=pytest.mark.slow),
     pytest.param(("pipeline2", 4, WHOLE), id="2x2", marks=pytest.mark.slow),
     pytest.param(("pipeline4", 4, WHOLE), id="4x1", marks=pytest.mark.slow),
@@ -184,6 +185,12 @@ def test_labels_of_other_samples_are_found(trained: dict[str, dict[str, Any]]) -
     printed = trained["printed"]
     if any(name.endswith("predict") for name in trained):
         assert "step 20: the last pipeline stage has labels of other samples than the pixels" in printed[-1]
+
+
+def test_no_stage_makes_an_update_after_a_loss_that_is_no_number(trained: dict[str, dict[str, Any]]) -> None:
+    """Only the last stage knows the loss; `test_refusal.py` has gradients, matching costs and bf16 too."""
+    if "refusals" in trained:
+        check_refusal(trained["refusals"]["fp32-loss"], "fp32", "loss")
 
 
 @pytest.mark.slow
