@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, open_weights, save_tensors, sha256_file, write_safetensors
+from visft_ds.interop.files import (
+    TensorInfo,
+    open_weights,
+    remove_unfinished,
+    save_tensors,
+    sha256_file,
+    write_safetensors,
+)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -166,3 +175,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(OSError, match="No space"):
         write_safetensors(path, infos, produce, {}, overwrite=True)
     assert sha256_file(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
+
+
+#: Writes a file and is killed in the middle of it.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from visft_ds.interop.files import write_atomically
+write_atomically(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL), overwrite=True)
+"""
+
+
+def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
+    whole = tmp_path / "export" / "adapter" / "w.safetensors"
+    save_tensors(whole, {"a": torch.ones(3)}, {})
+    subprocess.run([sys.executable, "-c", KILLED, str(whole)], check=False)
+    assert len(os.listdir(whole.parent)) == 2
+    remove_unfinished(tmp_path / "export")
+    assert os.listdir(whole.parent) == ["w.safetensors"]

@@ -153,7 +153,7 @@ def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_bytes(orjson.dumps(fields))
     temporary.replace(path)
 
