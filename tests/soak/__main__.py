@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.soak.soak import Plan, Report, soak
+from tests.soak.trial import SoakFailed
 
 
 def main() -> int:
@@ -38,6 +39,9 @@ def main() -> int:
         parser.error(f"--out {out} is not empty")
     try:
         report = soak(out, Plan(options.seed, options.gap, options.minutes, options.steps))
+    except SoakFailed as error:  # before anything was disturbed
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         if options.out is None:
             shutil.rmtree(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.coco_tree import write_tree
-from tests.integration.ranks import deepspeed, run_ranks
+from tests.integration.ranks import REPOSITORY, deepspeed
 from tests.integration.tiny import TINY
 from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
@@ -86,8 +87,7 @@ def soak(out: Path, plan: Plan) -> Report:
     began = time.monotonic()
     report = Report(plan.seed, plan.gap)
     shards = _make_shards(out)
-    extra = {**TINY, "scheduler.params.total_num_steps": 2, "scheduler.params.warmup_num_steps": 1}
-    run_ranks(["launchers/train.py", *_arguments(1, shards, out / "heads", extra)], 1)
+    _train_heads(shards, out / "heads")
     run = partial(_command, shards, out / "heads" / "export")
     steps = plan.steps or _fitting(out / "pilot", run, plan, time.monotonic() - began)
     report.total_steps = steps
@@ -157,6 +157,15 @@ def _make_shards(out: Path) -> Path:
     tree = write_tree(out / "coco", 24)
     build(Options(tree.images, tree.instances, tree.captions, out / "shards", "train", max_count=8))
     return out / "shards"
+
+
+def _train_heads(shards: Path, out: Path) -> None:
+    """Two steps of stage 1, by one process without any launcher."""
+    settings = {**TINY, "scheduler.params.total_num_steps": 2, "scheduler.params.warmup_num_steps": 1}
+    command = [sys.executable, "launchers/train.py", *_arguments(1, shards, out, settings)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SoakFailed(f"stage 1 ended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
 def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object]) -> list[str]:

@@ -28,6 +28,7 @@ from typing import Any
 from torch._C import _distributed_c10d
 
 from visft_ds.parallel import distributed
+from visft_ds.parallel.disk import explained
 from visft_ds.parallel.faults import LOST_CODE, LOST_PEER, LostRank
 from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats, started
 
@@ -175,8 +176,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         faulthandler.register(STACKS, all_threads=True, chain=False)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write()
+        with explained("heartbeats", self._folder, "The same command goes on"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write()
         self._thread.start()
         return self
 
