@@ -43,6 +43,7 @@ class Injury:
     disk: Path | None
     says: list[str] = field(default_factory=list)  #: texts, besides those of the kind, that the output must contain
     note: str = ""  #: for the report
+    restarts: int = 1  #: that the supervisor makes for it, where it makes any
     mend: Callable[[], None] = _nothing  #: before the run is started again
 
     def do(self) -> None:
@@ -89,6 +90,7 @@ class Injury:
         assert second is not None
         self.note = f"after {10 * self.fault.draw:.1f} s, {'before' if not self.trial.step else 'in'} its steps"
         second.kill()
+        self.restarts = 2
 
     def _starting(self) -> psutil.Process | None:
         try:

@@ -134,7 +134,8 @@ def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
     restarts = trial.restarts
     injury.do()
     if kind.code is None:
-        trial.wait_for(lambda: trial.restarts > restarts or trial.ended, f"a restart after {kind.name}")
+        restarts += injury.restarts
+        trial.wait_for(lambda: trial.restarts >= restarts or trial.ended, f"a restart after {kind.name}")
     else:
         code = trial.wait_for_end()
         if code != kind.code:

@@ -99,7 +99,7 @@ class Trial:
                 return
             if time.monotonic() > until:
                 raise SoakFailed(f"{what}: not within {seconds:.0f} s. The last lines:\n" + self.tail())
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has made a step.
