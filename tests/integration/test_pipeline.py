@@ -177,8 +177,8 @@ def test_values_and_moments_can_be_read_and_written_whichever_stage_holds_them(
         if not name.endswith("resume"):
             continue
         check_access(run["access"])
-        here = {key in run["held"][0] for key in run["access"]["set"]}
-        assert here == {True, False}, name  # the first stage holds some of them
+        holders = {tuple(key in held for held in run["held"]) for key in run["access"]["set"]}
+        assert len(holders) > 1, name  # no stage holds all of them
 
 
 def test_labels_of_other_samples_are_found(trained: dict[str, dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +98,7 @@ def _left_behind(run: Path) -> Iterator[str]:
         if path.suffix in (".tmp", ".old") or ".tmp-" in path.name:
             yield f"left behind: {path.relative_to(run)}"
     try:
-        with locked(run, patience=0), contextlib.nullcontext():
+        with locked(run, patience=0):
             pass
     except ValueError as error:
         yield str(error)

@@ -23,7 +23,7 @@ from tests.soak.trial import SoakFailed, Trial, supervised
 from visft_ds.conversion.build import Options, build
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 
-SAVE_EVERY, EVAL_EVERY = 25, 200
+SAVE_EVERY, EVAL_EVERY = 10, 100
 #: Steps at the end without a fault, so that the same checkpoints are left: as many as are kept, and some.
 CALM = 4 * SAVE_EVERY
 PILOT_STEPS = 60  #: of the run that measures how long a step and a start take
@@ -201,13 +201,14 @@ def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
 
 def _fitting(out: Path, run: partial[list[str]], plan: Plan, spent: float) -> int:
     """Steps of a run that is made twice, once disturbed, in what is left of `plan.minutes`."""
+    began = time.time()
     seconds = _undisturbed(out, run, PILOT_STEPS)
     times = [record["time"] for record in read_metrics(out / METRICS_FILE) if "loss/loss" in record]
-    step = (times[-1] - times[0]) / (len(times) - 1)
-    start = seconds - PILOT_STEPS * step
-    left = 60 * plan.minutes - spent - seconds
-    # A fault costs a start, and waiting until it is noticed.
-    steps = (left - 2 * start) / (2 * step + 1.5 * start / plan.gap)
+    step, start = (times[-1] - times[0]) / (len(times) - 1), times[0] - began
+    around = seconds - PILOT_STEPS * step  # start and end of a run
+    left = 60 * plan.minutes - spent - seconds - 2 * around
+    fault = 1.5 * start  # a start, and what it takes to be noticed
+    steps = (left + fault * CALM / plan.gap) / (2 * step + fault / plan.gap)
     return max(CALM + 2 * plan.gap, round(steps / SAVE_EVERY) * SAVE_EVERY)
 
 
