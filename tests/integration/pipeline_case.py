@@ -200,7 +200,7 @@ def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     results = {}
     for name in names:
         if name == "refusals":
-            results[name] = refusals(engine_name, ["fp32"], ["loss"])
+            results[name] = refusals(engine_name, ["fp32"], ["loss", "leap"])
             continue
         results[name] = one_run(engine_name, name, Path(out).parent)
         if results[name].get("other"):
