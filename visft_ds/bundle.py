@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
@@ -26,6 +26,7 @@ from visft_ds.data.features import StoredFeatures, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import SegmentationTargets
+from visft_ds.interop.files import save_tensors
 from visft_ds.monitor.metrics import versions
 from visft_ds.multitask import Normaliser
 
@@ -101,8 +102,7 @@ def write_part(path: Path, part: RankPart) -> bool:
     if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST:
         return False
     path.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, _rank_file(path, part.rank), metadata={"texts": json.dumps(texts)})
+    save_tensors(_rank_file(path, part.rank), tensors, {"texts": json.dumps(texts)}, overwrite=True)
     return True
 
 
@@ -127,7 +127,7 @@ def write_record(
     """
     path.mkdir(parents=True, exist_ok=True)
     if sum(tensor.nbytes for tensor in parameters.values()) <= LARGEST:
-        save_file(dict(parameters), path / PARAMETERS)
+        save_tensors(path / PARAMETERS, parameters, {}, overwrite=True)
     record = {
         "format": FORMAT,
         "version": VERSION,

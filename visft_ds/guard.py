@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from visft_ds.bundle import RankPart, clear, write_part, write_record
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import RunConfig
@@ -187,7 +185,7 @@ def capture(
         seed = step_seed(engine.seed, whole.step, rank)
         try:
             kept = write_part(path, RankPart(rank, seed, tuple(batches), normaliser))
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             problem = f"rank {rank}: {error}"
     parameters = gather_parameters(engine)
     ids = [int(number) for batch in batches for number in batch.image_ids]
@@ -210,7 +208,7 @@ def capture(
                 stages=stages,
                 **facts,
             )
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             problems.append(str(error))
         said = f"python tools/replay.py {path}"
         if problems:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
 from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
+from visft_ds.parallel.heartbeat import exit_code
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), 2 for
-    what the user can mend (a server of the data that does not answer counts as such), 3 where another rank ended first,
-    4 when training diverged."""
+    """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), else
+    as `exit_code`; 3 where another rank was killed or hangs."""
     stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -31,27 +31,27 @@ def main(argv: Sequence[str]) -> int:
         from visft_ds.train import train
 
         return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:
         # All ranks of a machine run into the same mistake; one message is enough. One that only this rank sees says so.
         first_here = os.environ.get("LOCAL_RANK", str(rank)) == "0"
         if rank == 0 or first_here or getattr(error, "of_one_rank", False):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exit_code(error)
     except FloatingPointError as error:
         # Training diverged. Where a matcher sees it first, that may be on one rank only.
         if rank == 0 or not getattr(error, "of_all_ranks", False):
             print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
-        return 4
+        return exit_code(error)
     except RanksDiffer as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exit_code(error)
     except RuntimeError as error:
         if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
             raise
         # The rank that failed tells why; the traceback of one that only waited for it would bury that.
-        told = str(error) if isinstance(error, LostRank) else "another rank ended first"
-        print(f"[rank {rank}] stopped: {told}", file=sys.stderr, flush=True)
-        return 3
+        lost = error if isinstance(error, LostRank) else LostRank("another rank ended first")
+        print(f"[rank {rank}] stopped: {lost}", file=sys.stderr, flush=True)
+        return exit_code(lost)

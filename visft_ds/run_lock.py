@@ -36,14 +36,21 @@ def locked(out: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it") from error
+        raise _unwritable(out, error) from error
     try:
         _lock(descriptor, out, patience)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except OSError as error:
+            raise _unwritable(out, error) from error
         yield
     finally:
         os.close(descriptor)
+
+
+def _unwritable(out: Path, error: OSError) -> ValueError:
+    return ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it")
 
 
 def _lock(descriptor: int, out: Path, patience: float) -> None:

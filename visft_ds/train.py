@@ -30,7 +30,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
-from visft_ds.interop.files import sha256_file
+from visft_ds.interop.files import remove_unfinished, sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import tower_of
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
@@ -39,6 +39,7 @@ from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
+from visft_ds.parallel.disk import explained
 from visft_ds.parallel.engine import Engine, StepReport, start_process_group
 from visft_ds.parallel.export import export_weights, save_base
 from visft_ds.parallel.faults import StopFlag
@@ -158,7 +159,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         )
         start = state.resume(resume)
         if distributed.is_main():
-            RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
+            with explained("the record of the run", out, "Nothing else was changed"):
+                RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan, why_shuffled, features)
             why = f"{precision} ({why})"
             print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
@@ -397,24 +399,29 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
         return prepared.base_weights
     path = out / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
-        save_base(prepared.base, tower_of(prepared.module.backbone), path)
+        with explained("the base weights", path.parent, "The same command goes on"):
+            save_base(prepared.base, tower_of(prepared.module.backbone), path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 
 
 def _export(run: Run, step: int) -> None:
     """What trained, and beside it its averages in folders of their own."""
-    for name, values in {".": {}, **run.state.averages()}.items():
-        paths = export_weights(
-            run.engine,
-            run.config,
-            run.out / "export" / name,
-            step=step,
-            categories=run.categories,
-            base_weights=run.state.identity["base weights"],
-            base_sha256=run.base_sha256,
-            vocabulary=run.vocabulary,
-            instead=values,
-        )
-        for path in paths:
-            print(f"wrote {path}", flush=True)
+    folder = run.out / "export"
+    with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
+        if distributed.is_main():
+            remove_unfinished(folder)
+        for name, values in {".": {}, **run.state.averages()}.items():
+            paths = export_weights(
+                run.engine,
+                run.config,
+                folder / name,
+                step=step,
+                categories=run.categories,
+                base_weights=run.state.identity["base weights"],
+                base_sha256=run.base_sha256,
+                vocabulary=run.vocabulary,
+                instead=values,
+            )
+            for path in paths:
+                print(f"wrote {path}", flush=True)

@@ -3,7 +3,7 @@
 One rank (see `test_pipeline.py`):
     RANK=0 WORLD_SIZE=2 ... python -m tests.integration.pipeline_case OUT.pt ENGINE RUN [RUN ...]
 ENGINE is pipeline2 or pipeline4 (stages). RUN is stage:precision:order[:option], e.g. 1:fp32:mixed or
-2:fp32:mixed:resume; the main process writes all results.
+2:fp32:mixed:resume; or "refusals", what `refusal_case` finds. The main process writes all results.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
 
 def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     """One rank of all runs."""
+    from tests.integration.refusal_case import refusals
     from visft_ds.parallel import distributed
     from visft_ds.parallel.engine import start_process_group
 
@@ -200,6 +201,9 @@ def main(out: str, engine_name: str, names: Sequence[str]) -> None:
     start_process_group()
     results = {}
     for name in names:
+        if name == "refusals":
+            results[name] = refusals(engine_name, ["fp32"], ["loss", "leap"])
+            continue
         results[name] = one_run(engine_name, name, Path(out).parent)
         if results[name].get("other"):
             print(results[name]["other"], flush=True)

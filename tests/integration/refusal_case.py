@@ -21,7 +21,8 @@ from visft_ds.parallel.faults import RanksDiffer
 
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and refused in the others.
 STEPS, BAD = (0, 1, 2, 3), 2
-MODES = ("loss", "fault", "gradient")
+#: "leap" is a finite loss that is refused all the same: DeepSpeed would not pass over its gradient by itself.
+MODES = ("loss", "fault", "gradient", "leap")
 
 
 class Disturbed:
@@ -48,12 +49,15 @@ def run(engine: Any, feed: Feed, mode: str) -> tuple[dict[str, Tensor], list[Ste
     for step in STEPS:
         if step == BAD and not mode:
             continue
-        criteria = dict(engine.module.criteria)
-        if step == BAD:
+        criteria, accept = dict(engine.module.criteria), engine.accept
+        if step == BAD and mode == "leap":
+            engine.accept = lambda loss: False
+        elif step == BAD:
             for task in ORDER[BAD]:
                 engine.module.criteria[task] = Disturbed(criteria[task], mode)
         reports.append(engine.train_step(step, *feed(engine, step)))
         engine.module.criteria.update(criteria)
+        engine.accept = accept
     return gather_parameters(engine), reports
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from coco_tree import write_tree
@@ -378,3 +379,29 @@ def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, mo
     assert parts.validation(tmp_path).resume(2) is False
     (tmp_path / METRICS_FILE).unlink()
     assert parts.validation(tmp_path).resume(2) is True
+
+
+def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) -> None:
+    """However that ends: the run that goes on measures the same step, and writes into the same folder."""
+    place = tmp_path / "validation/step_00000002"
+    place.mkdir(parents=True)
+    (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
+    os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.evals.judge import Judge\n"
+        "from visft_ds.data.manifest import Manifest\n"
+        "judge = Judge(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
+        "judge.again(4, set())\ntime.sleep(600)\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code, str(place.parent), str(parts.manifest.root)])
+    try:
+        until = time.monotonic() + PROMPT
+        found: list[psutil.Process] = []
+        while not found and time.monotonic() < until:
+            found = psutil.Process(training.pid).children()
+            time.sleep(0.05)
+        (judge,) = found
+    finally:
+        training.kill()
+        training.wait()
+    assert psutil.wait_procs([judge], timeout=PROMPT)[1] == []

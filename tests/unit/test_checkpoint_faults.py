@@ -24,6 +24,7 @@ from visft_ds.parallel.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from visft_ds.parallel.disk import explained
 
 FILES = ("parameters.safetensors", "moments.safetensors", "average.safetensors", "state.json")
 
@@ -92,6 +93,12 @@ def test_messages_say_what_helps(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, 8, state(9), {})
     with FaultyDisk(0, errno.EROFS).installed(), pytest.raises(OSError, match="make the folder writable"):
         save_checkpoint(tmp_path, 8, state(9), {})
+    # What is no checkpoint: the system's own words name neither the file nor the remedy.
+    with (
+        pytest.raises(OSError, match=r"^the export cannot be written to .*: No space .* MB free\); make room\. Later$"),
+        explained("the export", tmp_path, "Later"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("name", FILES)

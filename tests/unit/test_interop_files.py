@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, open_weights, save_tensors, sha256_file, write_safetensors
+from visft_ds.interop.files import (
+    TensorInfo,
+    open_weights,
+    remove_unfinished,
+    save_tensors,
+    sha256_file,
+    write_atomically,
+    write_safetensors,
+)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -166,3 +175,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(OSError, match="No space"):
         write_safetensors(path, infos, produce, {}, overwrite=True)
     assert sha256_file(path) == before and os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
+    whole = tmp_path / "export" / "adapter" / "w.safetensors"
+    # As of another process, which was killed meanwhile: its number is another one.
+    write_atomically(whole, lambda file: shutil.copy(file.name, f"{file.name}0"))
+    assert len(os.listdir(whole.parent)) == 2
+    remove_unfinished(tmp_path / "export")
+    assert os.listdir(whole.parent) == ["w.safetensors"]

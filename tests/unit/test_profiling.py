@@ -387,6 +387,12 @@ def test_a_full_memory_is_an_error_and_not_the_end_of_the_process(monkeypatch: p
     assert torch.empty(2**28).numel() == 2**28  # the bound is gone (and nothing is touched)
 
 
+def test_a_pipeline_is_refused_with_what_to_do_instead() -> None:
+    config = resolve(stage=1, model="debug", engine="pipeline", settings=["pipeline.stages=2"])
+    with pytest.raises(ValueError, match="another --engine"), session.open_session(config, synthetic=True):
+        raise AssertionError("it has a session")
+
+
 @pytest.mark.parametrize(("stage", "named"), [(1, "fewer processes"), (2, "visft.model.precision=bf16")])
 def test_a_model_that_cannot_fit_is_refused_before_it_is_built(
     stage: int, named: str, monkeypatch: pytest.MonkeyPatch

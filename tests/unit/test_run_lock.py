@@ -52,6 +52,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             raise AssertionError
 
 
+def test_a_disk_without_room_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ValueError, match=r"cannot be written: No space left.*another --out"), locked(tmp_path):
+        raise AssertionError
+
+
 def test_a_file_system_without_locks_is_said_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
-from visft_ds.parallel.heartbeat import Beat, process_state, started
-from visft_ds.parallel.watchdog import Peers
+import pytest
+
+from visft_ds.data.shards import DamagedSample
+from visft_ds.parallel.faults import LostRank
+from visft_ds.parallel.heartbeat import Beat, exit_code, process_state, started
+from visft_ds.parallel.watchdog import Peers, Watchdog
 
 ELSEWHERE = "another machine"  # nothing is known of processes there
 PATIENCE, STEP = 10.0, 60.0
@@ -97,3 +103,29 @@ def test_a_process_of_this_machine_that_is_gone_is_missed_at_the_second_look() -
     judge = peers(2)
     assert judge.look({0: beat(0, 1), 1: here}, 1.0, timed=True) == ("", [])
     assert "is gone: killed, or out of memory" in judge.look({0: beat(0, 2), 1: here}, 2.0, timed=True)[0]
+
+
+@pytest.mark.parametrize(("first", "code"), [(DamagedSample("crc32"), 2), (FloatingPointError("nan"), 4), (None, 3)])
+def test_who_follows_ends_with_the_code_of_who_ended_first(first: Exception | None, code: int, tmp_path: Path) -> None:
+    """A launcher reports the code that it finds first; by that of a mere follower a supervisor would start again what
+    somebody has to mend."""
+
+    def watchdog(rank: int) -> Watchdog:
+        return Watchdog(tmp_path, rank=rank, world=2, start="s", heartbeat_timeout=1.0, step_timeout=0.0)
+
+    if first is not None:
+        with pytest.raises(type(first)), watchdog(1):
+            raise first
+    with pytest.raises(LostRank, match="another rank ended first") as caught, watchdog(0):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+    assert exit_code(caught.value) == code
+    beats = [json.loads(path.read_text()) for path in sorted((tmp_path / "heartbeats").glob("rank_*.json"))]
+    assert [one["code"] for one in beats] == [code] * (1 + (first is not None))
+
+
+def test_a_heartbeat_that_a_kill_cut_off_is_not_left_for_good(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "heartbeats" / "rank_00000.tmp").write_text("{")
+    with Watchdog(tmp_path, rank=0, world=1, start="s", heartbeat_timeout=60.0, step_timeout=0.0):
+        pass
+    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank_00000.json"]

@@ -1,6 +1,7 @@
 """Measuring in a process of its own: training goes on while average precision is computed.
 
-As a command: `python -m visft_ds.evals.judge FOLDER SHARDS` measures what `Judge.start` wrote into FOLDER.
+As a command: `python -m visft_ds.evals.judge FOLDER SHARDS PARENT` measures what `Judge.start` wrote into FOLDER, while
+the process PARENT lives.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,7 +141,7 @@ class Judge:
 
 def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "visft_ds.evals.judge", str(place), str(shards)],
+        [sys.executable, "-m", "visft_ds.evals.judge", str(place), str(shards), str(os.getpid())],
         cwd=_CODE,  # `-m` looks there first: the training may have been started in another copy of the code
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -150,7 +153,7 @@ def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_bytes(orjson.dumps(fields))
     temporary.replace(path)
 
@@ -183,5 +186,14 @@ def main(folder: Path, shards: Path | str) -> int:
     return 0
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the training has ended, however that was: the next start of the run measures the same step
+    and writes into the same folder."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
     sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

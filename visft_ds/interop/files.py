@@ -293,6 +293,12 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, overwrite: boo
         os.close(folder)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` left anywhere below `folder` in a process that was killed meanwhile."""
+    for path in folder.rglob(".*.tmp-*"):
+        path.unlink()
+
+
 def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
     """Write UTF-8 text atomically (see `write_atomically`)."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")), overwrite=overwrite)

@@ -5,11 +5,12 @@ Each change goes through one function of `os`: a test can end the process, fill 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +66,29 @@ def remove_folder(path: Path, waste: Path) -> None:
     shutil.rmtree(waste)
 
 
+@contextlib.contextmanager
+def explained(what: str, folder: Path, then: str) -> Iterator[None]:
+    """Say in one line why something could not be written into a folder.
+
+    Args:
+        what: subject of the sentence.
+        then: another sentence: where things stand, what to do.
+
+    Raises:
+        OSError: in place of one that names neither file nor remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what} cannot be written to {folder}: {reason(error, folder, 0)}. {then}") from error
+
+
 def reason(error: OSError, folder: Path, needed: int) -> str:
-    """Why writing into a folder failed and what helps, in one line; `needed` bytes were to be written."""
+    """Why writing into a folder failed and what helps, in one line; `needed` bytes were to be written, 0: not known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        return f"{error.strerror} ({needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free); make room"
+        wanted = f"{needed / 1e6:,.1f} MB needed, " if needed else ""
+        return f"{error.strerror} ({wanted}{free / 1e6:,.1f} MB free); make room"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{error.strerror}; make the folder writable"
     return f"{error.strerror or error}"

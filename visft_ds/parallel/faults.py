@@ -20,8 +20,20 @@ class RanksDiffer(RuntimeError):
     """Ranks that ought to have or do the same do not; every rank knows and stops."""
 
 
+#: Exit code of a rank that stops because another one was killed or hangs.
+LOST_CODE = 3
+
+
 class LostRank(RuntimeError):
-    """Another rank died or ended with an error; this one cannot go on."""
+    """Another rank died or ended with an error; this one cannot go on.
+
+    Args:
+        code: exit code of the other one, where it left one.
+    """
+
+    def __init__(self, told: str, code: int = LOST_CODE) -> None:
+        super().__init__(told)
+        self.code = code
 
 
 class StopFlag:

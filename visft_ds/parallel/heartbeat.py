@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from visft_ds.data.store import StoreFailed
+from visft_ds.parallel.faults import LostRank, RanksDiffer
+
 FOLDER = "heartbeats"
 
 
@@ -28,6 +31,7 @@ class Beat:
     doing: str = "starting"
     collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
     ended: str = ""  #: why it left in good order
+    code: int = 0  #: its exit code, where that was an error
 
     def where(self) -> str:
         """Rank, process and what it was last seen doing."""
@@ -46,6 +50,21 @@ def read_beats(folder: Path) -> Iterator[Beat]:
 def stopped_because(reason: str) -> str:
     """`Beat.ended` of a rank that stopped as it was asked to; `reason` is empty where another rank was asked."""
     return f"stopped: {reason or 'asked by another rank'}"
+
+
+def exit_code(error: BaseException) -> int:
+    """What a rank ends with: 2 for what the user can mend (a server of the data that does not answer counts as such),
+    4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
+
+    Launchers report the first code that they find, in the order of ranks: who follows must not hide the reason.
+    """
+    if isinstance(error, LostRank):
+        return error.code
+    if isinstance(error, FloatingPointError):
+        return 4
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
 
 
 def asked_to_stop(folder: Path) -> bool:

@@ -28,10 +28,10 @@ from typing import Any
 from torch._C import _distributed_c10d
 
 from visft_ds.parallel import distributed
-from visft_ds.parallel.faults import LOST_PEER, LostRank
-from visft_ds.parallel.heartbeat import FOLDER, Beat, process_state, read_beats, started
+from visft_ds.parallel.disk import explained
+from visft_ds.parallel.faults import LOST_CODE, LOST_PEER, LostRank
+from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats, started
 
-EXIT_CODE = 3  #: of a rank that stops because of another one
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2
 #: What a rank says that ends because of another one.
@@ -134,7 +134,7 @@ class Watchdog:
     """Gives this rank's heartbeat and watches the others'; a context manager around everything that ranks do together.
 
     Where a rank dies or hangs, the process prints what it knows and the stacks of its threads, and ends with
-    `EXIT_CODE`: its main thread is inside a collective and could not be asked. An error by which the main thread
+    `LOST_CODE`: its main thread is inside a collective and could not be asked. An error by which the main thread
     itself learns of a lost peer becomes a `LostRank` that names it.
 
     Args:
@@ -161,7 +161,7 @@ class Watchdog:
         self._beat = Beat(start, rank, socket.gethostname(), pid, started(pid))
         self._timed = False
         self._peers = Peers(world, rank, heartbeat_timeout, step_timeout, time.monotonic(), alike=alike)
-        self._lock, self._leave = threading.Lock(), threading.Event()
+        self._lock, self._file, self._leave = threading.Lock(), threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begin(self, doing: str, *, timed: bool = True) -> None:
@@ -176,8 +176,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         faulthandler.register(STACKS, all_threads=True, chain=False)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write()
+        with explained("heartbeats", self._folder, "The same command goes on"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write()
         self._thread.start()
         return self
 
@@ -191,14 +192,14 @@ class Watchdog:
         self._leave.set()
         self._thread.join()
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            told, silent = self._who_is_gone()
-            self._end(_FOLLOWED)
+            told, code = self._who_is_gone()
+            self._end(_FOLLOWED, code)
             told += f"\n  here: {self._beat.doing}; {last_collective()}"
-            if silent:  # one that ended in good order has said why; else there is nothing but this
+            if code == LOST_CODE:  # one that ended in good order has said why; else there is nothing but this
                 told += "\n  stack:\n" + "".join(traceback.format_tb(trace))
-            raise LostRank(told) from error
+            raise LostRank(told, code) from error
         lines = str(error).splitlines()
-        self._end(f"{type(error).__name__}: {lines[0] if lines else ''}")
+        self._end(f"{type(error).__name__}: {lines[0] if lines else ''}", exit_code(error) if error else 0)
 
     def leave(self, why: str) -> None:
         """Stop watching: from here on this process needs no other."""
@@ -206,9 +207,9 @@ class Watchdog:
         self._thread.join()
         self._end(why)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, code: int = 0) -> None:
         with self._lock:
-            self._beat = replace(self._beat, ended=why)
+            self._beat = replace(self._beat, ended=why, code=code)
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
             self._write()
 
@@ -230,7 +231,7 @@ class Watchdog:
                 self._report(problem, blamed)
                 # The others find the same at their next look; an end before that would hide from them why.
                 time.sleep(1.5 * self._interval)
-                os._exit(EXIT_CODE)
+                os._exit(LOST_CODE)
 
     def _report(self, problem: str, blamed: list[Beat]) -> None:
         here = self._beat
@@ -240,7 +241,7 @@ class Watchdog:
         ]
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self._end(_FOLLOWED)
+        self._end(_FOLLOWED, LOST_CODE)
         for beat in blamed:
             if beat.rank != here.rank and self._speaks_for(beat) and process_state(beat) not in ("", "gone"):
                 _ask_for_stacks(beat)
@@ -250,19 +251,19 @@ class Watchdog:
         others = [b.rank for b in self._peers.beats.values() if b.host == beat.host and b.rank != beat.rank]
         return beat.host == self._beat.host and self._beat.rank == min(others, default=-1)
 
-    def _who_is_gone(self) -> tuple[str, bool]:
-        """Which rank ended, after an error of the backend that does not say, and whether it left without a word."""
+    def _who_is_gone(self) -> tuple[str, int]:
+        """Which rank ended, after an error of the backend that does not say, and its exit code if it left one."""
         deadline = time.monotonic() + 2 * self._interval
         while time.monotonic() < deadline:
             found = [beat for rank, beat in self._read().items() if rank != self._beat.rank]
             for beat in found:
                 if beat.ended not in ("", _FOLLOWED):
-                    return f"another rank ended first: {beat.where()}: {beat.ended}", False
+                    return f"another rank ended first: {beat.where()}: {beat.ended}", beat.code or LOST_CODE
             gone = [beat.where() for beat in found if process_state(beat) == "gone" and not beat.ended]
             if gone:
-                return f"another rank ended first: {', '.join(gone)} was killed, or out of memory", True
+                return f"another rank ended first: {', '.join(gone)} was killed, or out of memory", LOST_CODE
             time.sleep(0.02)
-        return "another rank ended first", True
+        return "another rank ended first", LOST_CODE
 
     def _write(self) -> None:
         with self._lock:
@@ -271,9 +272,10 @@ class Watchdog:
             self._beat = replace(self._beat, count=self._beat.count + 1, collectives=number)
             text = json.dumps(asdict(self._beat))
         path = self._folder / f"rank_{self._beat.rank:05d}.json"
-        temporary = path.with_suffix(f".{threading.get_ident()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary = path.with_suffix(".tmp")  # one name: what a killed process leaves is written over
+        with self._file:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
 
     def _read(self) -> dict[int, Beat]:
         return {beat.rank: beat for beat in read_beats(self._folder) if beat.start == self._beat.start}

@@ -1,0 +1,216 @@
+"""The soak from beginning to end: data, an undisturbed run, the same run disturbed, and what both left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tests.coco_tree import write_tree
+from tests.integration.ranks import REPOSITORY, deepspeed
+from tests.integration.tiny import TINY
+from tests.soak.compare import differences
+from tests.soak.injury import Injury, small_disk
+from tests.soak.schedule import Fault, schedule
+from tests.soak.trial import SoakFailed, Trial, supervised
+from visft_ds.conversion.build import Options, build
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+
+SAVE_EVERY, EVAL_EVERY = 10, 100
+#: Steps at the end without a fault, so that the same checkpoints are left: as many as are kept, and some.
+CALM = 4 * SAVE_EVERY
+PILOT_STEPS = 60  #: of the run that measures how long a step and a start take
+SETTINGS = {
+    **TINY,
+    "visft.lora.rank": 8,
+    "visft.run.save_every": SAVE_EVERY,
+    "visft.run.log_every": 1,
+    "visft.run.ema": 0.99,
+    "visft.run.keep_best": "box/AP50",
+    "visft.run.eval_every": EVAL_EVERY,
+    "visft.run.heartbeat_timeout": 10.0,
+    "visft.data.val": "train",
+    "scheduler.params.warmup_num_steps": 5,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, and how bad."""
+
+    seed: int
+    gap: int  #: steps between two faults, in the mean
+    minutes: float
+    steps: int | None = None  #: of the run; None: as many as fit into `minutes`
+
+
+@dataclass(frozen=True)
+class Survived:
+    """One fault and what came of it."""
+
+    kind: str
+    scheduled: int  #: step at which it was to come
+    step: int  #: last step that was seen before it came
+    at: float  #: seconds since the disturbed run began
+    restarted_by: str
+    lost: int  #: steps that are made again
+    seconds: float  #: until the next step was made
+    note: str
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    seed: int
+    gap: int
+    total_steps: int = 0
+    minutes: float = 0.0
+    reference_seconds: float = 0.0
+    seconds: float = 0.0
+    faults: list[Survived] = field(default_factory=list)
+    restarts: int = 0
+    starts: int = 0
+    lost: list[int] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def soak(out: Path, plan: Plan) -> Report:
+    """Run everything below `out`; the report says what is different. Its last lines are printed while it runs."""
+    began = time.monotonic()
+    report = Report(plan.seed, plan.gap)
+    shards = _make_shards(out)
+    _train_heads(shards, out / "heads")
+    run = partial(_command, shards, out / "heads" / "export")
+    steps = plan.steps or _fitting(out / "pilot", run, plan, time.monotonic() - began)
+    report.total_steps = steps
+    faults = schedule(plan.seed, gap=plan.gap, last=steps - CALM)
+    _tell(f"{steps} steps, {len(faults)} faults")
+    report.reference_seconds = _undisturbed(out / "reference", run, steps)
+    _tell(f"undisturbed: {report.reference_seconds:.0f} s")
+    began_disturbed = time.monotonic()
+    with small_disk(out / "disk") as disk:
+        folder = (disk or out) / "run"
+        command = partial(_supervised_command, run, folder, steps)
+        with Trial(command, folder, out / "disturbed.log") as trial:
+            try:
+                _disturb(trial, faults, shards, disk, report.faults)
+                report.differences = differences(out / "reference", folder, steps)
+            except SoakFailed as error:
+                report.differences = [str(error)]
+        report.restarts, report.starts, report.lost = trial.restarts, trial.starts, trial.lost
+        if disk:
+            shutil.copytree(folder, out / "run")
+    report.seconds = time.monotonic() - began_disturbed
+    report.minutes = (time.monotonic() - began) / 60
+    return report
+
+
+def _disturb(trial: Trial, faults: Sequence[Fault], shards: Path, disk: Path | None, done: list[Survived]) -> None:
+    """One fault after the other, then the end of the run."""
+    trial.start()
+    began = time.monotonic()
+    for fault in faults:
+        trial.wait_for_step(fault.step)
+        survived = _survive(trial, Injury(trial, fault, shards, disk), time.monotonic() - began)
+        done.append(survived)
+        _tell(f"{survived.at:.0f} s, step {survived.step}: {survived.kind}: lost {survived.lost}; {survived.note}")
+    trial.wait_for(lambda: trial.ended, "the end of the run", seconds=1800)
+    if code := trial.wait_for_end():
+        raise SoakFailed(f"the run ended with {code}. The last lines:\n{trial.tail()}")
+
+
+def _survive(trial: Trial, injury: Injury, at: float) -> Survived:
+    fault, kind = injury.fault, injury.fault.kind
+    before, step, starts, known = len(trial.lines), trial.step, trial.starts, len(trial.lost)
+    injured = time.monotonic()
+    restarts = trial.restarts
+    injury.do()
+    if kind.code is None:
+        restarts += injury.restarts
+        trial.wait_for(lambda: trial.restarts >= restarts or trial.ended, f"a restart after {kind.name}")
+    else:
+        code = trial.wait_for_end()
+        if code != kind.code:
+            raise SoakFailed(f"{kind.name}: ended with {code}, expected {kind.code}. The last lines:\n{trial.tail()}")
+        injury.mend()
+        trial.start()
+    trial.wait_for_step(1)
+    said = "\n".join(trial.lines[before:])
+    for pattern in (kind.says, *map(re.escape, injury.says)):
+        if not re.search(pattern, said):
+            raise SoakFailed(f"{kind.name}: {pattern!r} was never said:\n{said}")
+    lost = sum(trial.lost[known:])
+    if kind.lossless and lost:
+        raise SoakFailed(f"{kind.name}: {lost} steps were lost:\n{said}")
+    by = "hand" if trial.starts > starts else "supervisor"
+    return Survived(kind.name, fault.step, step, at, by, lost, time.monotonic() - injured, injury.note)
+
+
+def _make_shards(out: Path) -> Path:
+    tree = write_tree(out / "coco", 24)
+    build(Options(tree.images, tree.instances, tree.captions, out / "shards", "train", max_count=8))
+    return out / "shards"
+
+
+def _train_heads(shards: Path, out: Path) -> None:
+    """Two steps of stage 1, by one process without any launcher."""
+    settings = {**TINY, "scheduler.params.total_num_steps": 2, "scheduler.params.warmup_num_steps": 1}
+    command = [sys.executable, "launchers/train.py", *_arguments(1, shards, out, settings)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SoakFailed(f"stage 1 ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+def _arguments(stage: int, shards: Path, out: Path, settings: dict[str, object]) -> list[str]:
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *sets]
+
+
+def _command(shards: Path, heads: Path, out: Path, steps: int) -> list[str]:
+    """Stage 2 on two processes of this machine."""
+    settings = {**SETTINGS, "visft.heads.path": str(heads), "scheduler.params.total_num_steps": steps}
+    return deepspeed(["launchers/train.py", *_arguments(2, shards, out, settings)])
+
+
+def _supervised_command(run: partial[list[str]], out: Path, steps: int) -> list[str]:
+    return supervised(run(out, steps))
+
+
+def _undisturbed(out: Path, run: partial[list[str]], steps: int) -> float:
+    """Seconds that the run takes if it is left alone.
+
+    Raises:
+        SoakFailed: it does not get through.
+    """
+    began = time.monotonic()
+    with Trial(lambda: run(out, steps), out, out.with_suffix(".log")) as trial:
+        trial.start()
+        trial.wait_for(lambda: trial.ended, "the end of the undisturbed run", seconds=3600)
+        if code := trial.wait_for_end():
+            raise SoakFailed(f"the undisturbed run ended with {code}. The last lines:\n{trial.tail()}")
+    return time.monotonic() - began
+
+
+def _fitting(out: Path, run: partial[list[str]], plan: Plan, spent: float) -> int:
+    """Steps of a run that is made twice, once disturbed, in what is left of `plan.minutes`."""
+    began = time.time()
+    seconds = _undisturbed(out, run, PILOT_STEPS)
+    times = [record["time"] for record in read_metrics(out / METRICS_FILE) if "loss/loss" in record]
+    step, start = (times[-1] - times[0]) / (len(times) - 1), times[0] - began
+    around = seconds - PILOT_STEPS * step  # start and end of a run
+    left = 60 * plan.minutes - spent - seconds - 2 * around
+    fault = 1.5 * start  # a start, and what it takes to be noticed
+    steps = (left + fault * CALM / plan.gap) / (2 * step + fault / plan.gap)
+    return max(CALM + 2 * plan.gap, round(steps / SAVE_EVERY) * SAVE_EVERY)
+
+
+def _tell(text: str) -> None:
+    print(f"[soak] {text}", file=sys.stderr, flush=True)
