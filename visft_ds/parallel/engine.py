@@ -38,9 +38,9 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
-    loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
     refused: Literal["", "loss", "gradient"] = ""  #: why no rank has made an update; overflows of fp16 are no reason
     faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
+    loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 
 class Engine(Protocol):
@@ -221,7 +221,7 @@ class ZeroEngine:
         # Ranks with a fault do not have all the losses.
         means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
         used = scale if self.loss_scale.dynamic else None
-        return StepReport(means, norm / scale, rates, skipped, used, refused, faults)
+        return StepReport(means, norm / scale, rates, skipped, refused, faults, used)
 
     def _update(self, loss: float) -> tuple[Literal["", "loss", "gradient"], float]:
         """The update, unless the loss or the gradient speaks against it; the same on every rank.

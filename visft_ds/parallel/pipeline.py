@@ -185,7 +185,7 @@ class PipelineEngine:
         losses = {"loss": self._losses["loss"]} if refused else self._losses
         faults = faults_of_all(self.module, sums) if refused else {}
         skipped, used = not refused and not math.isfinite(norm), scale if self.loss_scale.dynamic else None
-        return StepReport(losses, norm / scale, rates, skipped, used, refused, faults)
+        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used)
 
     def _update(self, engine: Any) -> None:
         """What ends a step in every stage: the update, unless the loss speaks against it."""
