@@ -39,6 +39,8 @@ def deepspeed(number: int, address: str, port: str, folder: Path) -> list[str]:
     return [*start, "--node_rank", str(number), "--master_addr", address, "--master_port", port]
 
 
+#: Seconds that torchrun may wait for the one of another host, which was told to end, before it ends.
+LONGEST = 400
 LAUNCHERS: dict[str, tuple[Launch, str]] = {
     "torchrun": (torchrun, "torch.distributed.run"),
     "deepspeed": (deepspeed, "deepspeed.launcher.launch"),
@@ -93,7 +95,7 @@ def test_the_same_run_as_on_one_host_and_a_signal_to_one_launcher_stops_both(
         ]
 
     whole = tmp_path / "whole"
-    codes, outputs = finish(start(command(shards, whole)), 400)
+    codes, outputs = finish(start(command(shards, whole)), LONGEST)
     assert codes == [0, 0], outputs
     assert equal(whole, straight)
     assert {beat.rank: beat.host for beat in read_beats(whole / FOLDER)} == {
@@ -103,12 +105,15 @@ def test_the_same_run_as_on_one_host_and_a_signal_to_one_launcher_stops_both(
 
     processes = start(command(shards, out, extra={"visft.run.save_every": 100}))
     lines = wait_for(processes[0], "step 2/")
+    ranks = [one for host in processes for one in pythons(host) if "RANK" in one.environ()]
     (target,) = [one for one in pythons(processes[1]) if program in one.cmdline()]
     target.send_signal(signal.SIGTERM)
-    codes, outputs = finish(processes, 120)
-    said = "".join(lines) + outputs[0]
-    assert "stopped after step" in said, outputs
-    assert codes[0] == 0 and codes[1] != 0, outputs  # launchers that are told to end do not say that all is well
+    said = "".join(lines + wait_for(processes[0], "stopped after step"))
+    _, alive = psutil.wait_procs(ranks, 60)
+    assert len(ranks) == 2 and not alive, said
+    (code,), outputs = finish([processes[1]], 60)
+    assert code != 0, outputs  # a launcher that is told to end does not say that all is well
+    finish([processes[0]], LONGEST)
     saved = len(steps_recorded(out))
     assert 2 <= saved < STEPS and (out / "checkpoints" / f"step_{saved:08d}").is_dir()
 
