@@ -121,6 +121,21 @@ def test_the_same_run_as_on_one_host_and_a_signal_to_one_launcher_stops_both(
     assert equal(out, straight)
 
 
+def test_names_that_lead_nowhere_are_said_to(hosts: tuple[Host, Host], shards: Path, tmp_path: Path) -> None:
+    """Without being told the interface, gloo binds to what the host's own name means: nothing here."""
+    port, processes = str(free_port()), []
+    for rank, host in enumerate(hosts):
+        place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "DEEPSPEED_TIMEOUT": "1"}
+        meeting = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": port}
+        arguments = [sys.executable, "launchers/train.py", *command(shards, tmp_path / "run")]
+        processes.append(host.start(["env", "-u", "GLOO_SOCKET_IFNAME", *arguments], **place, **meeting))
+    codes, outputs = finish(processes, 240)
+    assert codes == [2, 2], outputs
+    for said in outputs:
+        assert f"have met at {hosts[0].address} and then could not reach each other" in said, said
+        assert "set GLOO_SOCKET_IFNAME" in said and "Traceback" not in said, said
+
+
 def test_a_rank_that_dies_on_another_host_is_named_with_its_host(
     hosts: tuple[Host, Host], shards: Path, tmp_path: Path
 ) -> None:

@@ -91,7 +91,7 @@ def start_process_group() -> None:
 
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
-        ValueError: the port on which the processes meet is in use.
+        ValueError: the port on which the processes meet is in use, or they cannot reach each other.
     """
     if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
         "VISFT_ALLOW_UNTESTED_DEEPSPEED"
@@ -120,6 +120,14 @@ def start_process_group() -> None:
         raise ValueError(
             f"port {port}, on which the processes meet, is in use{_holder(int(port))}: give another one, "
             "deepspeed --master_port N (or MASTER_PORT)"
+        ) from error
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise ValueError(
+            f"the processes have met at {os.environ['MASTER_ADDR']} and then could not reach each other ({error}): "
+            "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
+            "the network interface between them (docs/multi-node.md)"
         ) from error
 
 

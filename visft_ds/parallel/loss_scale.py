@@ -53,7 +53,7 @@ class LossScale:
         state["_growth_tracker"] = 0 if overflow else state["_growth_tracker"] + 1
         if overflow:
             state["scale"] *= state["backoff_factor"]
-        elif state["_growth_tracker"] == state["growth_interval"]:
+        elif state["_growth_tracker"] >= state["growth_interval"]:
             state.update(scale=state["scale"] * state["growth_factor"], _growth_tracker=0)
         self.restore(state)
 
