@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conversion", "models", "tasks"),
     ("profiling.flops", "training_data"),
     ("interop", "multitask", "run_folder", "streams"),
-    ("bundle", "run_lock", "values"),
+    ("bundle", "examine", "run_lock", "values"),
     ("machine", "stages"),
     ("evals", "parallel"),
     ("guard", "planner", "start_report", "validation", "which"),

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from visft_ds.bundle import RankPart, clear, write_part, write_record
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
+from visft_ds.examine import not_finite, watched
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.multitask import Normaliser
 from visft_ds.parallel import distributed
@@ -25,6 +28,10 @@ from visft_ds.parallel.engine_state import gather_parameters
 FEWEST = 20
 #: The median distance of a normal distribution from its median, in standard deviations.
 _MEDIAN_DEVIATION = 0.6745
+#: Overflows whose loss scales are told when it has collapsed: from the first one at 65,536 down to 1.
+_FALLS = 17
+#: Modules and ranks that are named then.
+_SHOWN = 3
 #: A task whose losses hardly differ: deviations below this share of the median do not count.
 _FLAT = 1e-3
 
@@ -37,6 +44,7 @@ class Past:
     loss: float
     refused: bool  #: no update was made
     finite: bool = True  #: loss and gradient were
+    overflow: tuple[int, float] | None = None  #: step and loss scale where the gradient overflowed in fp16
 
 
 def robust_score(past: Iterable[float], loss: float) -> float:
@@ -54,7 +62,7 @@ class StepGuard:
     """Accepts or refuses the step that is expected; `accept` is what an engine asks before its update.
 
     Args:
-        settings: `skip_bad_steps`, `skip_spikes`, `spike_threshold`, `spike_window`.
+        settings: `skip_bad_steps`, `skip_spikes`, `spike_threshold`, `spike_window`, `min_loss_scale`.
         past: what went before, the oldest first.
     """
 
@@ -62,6 +70,8 @@ class StepGuard:
         self._settings = settings
         self._losses: dict[str, deque[float]] = {}
         self._task, self.score, self._spikes, self.bad = "", 0.0, 0, 0
+        self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
+        self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
         for one in past:
             self.expect(one.task)
             if one.refused:
@@ -84,7 +94,8 @@ class StepGuard:
     def judge(self, whole: StepPlan, report: StepReport) -> str:
         """Take note of a finished step. Returns what to say of it, "" for nothing."""
         loss = report.losses["loss"]
-        now = Past(whole.task, loss, bool(report.refused), is_finite(report))
+        overflow = (whole.step + 1, report.loss_scale or 1.0) if report.skipped else None
+        now = Past(whole.task, loss, bool(report.refused), is_finite(report), overflow)
         leaps = now.finite and self._leaps()
         known = self._known()
         where = f"step {whole.step + 1} ({whole.task})"
@@ -100,7 +111,19 @@ class StepGuard:
             what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
             found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
             said = f"{where}: {what}, no update was made on any rank{found}"
+        if overflow is not None and overflow[1] <= self._settings.min_loss_scale:
+            self.collapsed = True
+            falls = ", ".join(f"{scale:g} (step {step})" for step, scale in self._falls)
+            said = (
+                f"{where}: the gradient overflows in fp16 at a loss scale of {overflow[1]:g}, which may not fall below "
+                f"{self._settings.min_loss_scale:g} (visft.run.min_loss_scale); it overflowed at {falls}"
+            )
         return said
+
+    @property
+    def event(self) -> str:
+        """What kind of thing the last step was, if there is anything to say of it."""
+        return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
 
     def check(self, said: str, saved: int) -> None:
         """Stop where more steps in a row went wrong than may be skipped.
@@ -113,13 +136,16 @@ class StepGuard:
             FloatingPointError: on every rank.
         """
         allowed = self._settings.skip_bad_steps
-        if self.bad <= allowed:
+        if self.bad <= allowed and not self.collapsed:
             return
-        after = f" after {allowed} others in a row (visft.run.skip_bad_steps)" if allowed else ""
+        after = f" after {allowed} others in a row (visft.run.skip_bad_steps)" if self.bad and allowed else ""
         good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
-        error = FloatingPointError(
-            f"{said}\nstopped{after}; {good}. A smaller learning rate or a longer warm-up usually helps"
-        )
+        advice = "A smaller learning rate or a longer warm-up usually helps"
+        if self.collapsed:
+            advice = (
+                "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
+            )
+        error = FloatingPointError(f"{said}\nstopped{after}; {good}. {advice}")
         error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
         raise error
 
@@ -132,6 +158,8 @@ class StepGuard:
     def _note(self, step: Past) -> None:
         self.bad = self.bad + 1 if step.refused and not step.finite else 0
         self._spikes = self._spikes + 1 if step.refused and step.finite else 0
+        if step.overflow is not None:
+            self._falls.append(step.overflow)
         if not step.refused:
             self._known().append(step.loss)
 
@@ -151,7 +179,35 @@ def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
     for record in read_metrics(path) if path.is_file() else ():
         if record.get("kind") == "step" and record["step"] <= start and "loss/loss" in record:
             refused, finite = bool(record.get("refused", 0.0)), not record.get("not_finite", 0.0)
-            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused, finite)
+            overflow = (record["step"], float(record.get("loss_scale", 1.0))) if record.get("skipped") else None
+            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused, finite, overflow)
+
+
+def find_overflow(
+    engine: Engine, step: int, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+) -> str:
+    """Make a step whose gradient has overflowed once more, without an update, and say where it does. Collective.
+
+    Through the engine, at the loss scale of then, so that every rank and every pipeline stage sees what it saw. The run
+    is to stop: what the engine counts as done is not right afterwards.
+
+    Returns:
+        For each rank the first modules and parameters, in the order of the backward pass; the same on every rank.
+    """
+    found: dict[str, str] = {}
+
+    def note(what: str, tensor: Tensor) -> None:
+        if what not in found and (one := not_finite(what, tensor)) is not None:
+            found[what] = one.text()
+
+    engine.accept = lambda loss: False
+    engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})
+    with watched(engine.module, note):
+        engine.train_step(step, batches, normaliser)
+    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(list(found.values())[:_SHOWN]))
+    lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
+    more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
+    return "".join(lines[:_SHOWN] + more) or "\n  made again, nothing overflows: faulty hardware?"
 
 
 def capture(
@@ -202,7 +258,8 @@ def capture(
                 image_ids=[ids for ids, _, _ in everyone],
                 kept=[number for number, (_, kept, _) in enumerate(everyone) if kept],
                 parameters=parameters,
-                refused=report.refused,
+                refused=report.refused or "overflow",
+                loss_scale=report.loss_scale,
                 faults={str(number): list(texts) for number, texts in report.faults.items()},
                 world_size=distributed.world_size(),
                 stages=stages,

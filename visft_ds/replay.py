@@ -1,116 +1,24 @@
-"""Running the step of a bundle again to find where the first number that is none comes from: `tools/replay.py`.
-
-Shape letters: B images of a micro-batch.
-"""
+"""Running the step of a bundle again to find where the first number that is none comes from: `tools/replay.py`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from visft_ds.bundle import Bundle, RankPart, open_bundle
 from visft_ds.config import ResolvedConfig, resolve_values
 from visft_ds.data.features import FeatureCache
-from visft_ds.data.samples import Batch
-from visft_ds.multitask import MultiTaskModel, Normaliser
+from visft_ds.examine import Found, examine_batch
+from visft_ds.multitask import MultiTaskModel
 from visft_ds.stages import prepare_model
 from visft_ds.streams import vocabulary_of
 from visft_ds.training_data import captioned, open_training_data
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Found:
-    """A tensor with numbers that are none."""
-
-    what: str  #: e.g. "output of heads.detection.decoder.layers.0"
-    count: int  #: how many
-    of: int
-    images: tuple[int, ...]  #: ids of the images whose rows they are in; empty where the rows are not images
-
-    def text(self) -> str:
-        """One line."""
-        where = f", images {', '.join(map(str, self.images))}" if self.images else ""
-        return f"{self.what}: {self.count} of {self.of} values are not finite{where}"
-
-
-def examine_batch(module: MultiTaskModel, batch: Batch, normaliser: Normaliser, autocast: str) -> list[Found]:
-    """Forward and backward of a micro-batch. What is not finite, in the order in which it came to be.
-
-    Parameters and targets come first, then outputs of modules, losses, and gradients of outputs from the loss down.
-    """
-    found: list[Found] = []
-
-    def note(what: str, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
-            return
-        bad = ~tensor.detach().isfinite()
-        images: tuple[int, ...] = ()
-        if tensor.ndim > 1 and tensor.shape[0] == len(batch.image_ids):
-            images = tuple(batch.image_ids[bad.flatten(1).any(1).cpu()].tolist())
-        found.append(Found(what, int(bad.sum()), bad.numel(), images))
-
-    for name, parameter in module.named_parameters():
-        note(f"parameter {name}", parameter)
-    for task, targets in batch.targets.items():
-        for tensor in tensors_of(targets):
-            note(f"targets of {task}", tensor)
-    hooks = [
-        child.register_forward_hook(_hook(name, note))
-        for name, child in module.named_modules()
-        if name and _runs(child)
-    ]
-    module.faults = []
-    device = batch.images.device.type
-    try:
-        with torch.autocast(device, _AUTOCAST.get(autocast, torch.bfloat16), enabled=autocast in _AUTOCAST):
-            losses = module(batch, normaliser)
-        found += [Found(f"criterion: {text}", 1, 1, ()) for text in module.faults]
-        for name, value in losses.items():
-            note(f"loss {name}", value)
-        if losses["loss"].requires_grad:
-            losses["loss"].backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None:
-            note(f"gradient of parameter {name}", parameter.grad)
-    return found
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors in a module's output, or in targets."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (tensor for one in value.values() for tensor in tensors_of(one))
-    elif isinstance(value, tuple | list):
-        yield from (tensor for one in value for tensor in tensors_of(one))
-    elif is_dataclass(value):
-        yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
-
-
-def _runs(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
-
-
-def _hook(name: str, note: Callable[[str, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        for tensor in tensors_of(output):
-            note(f"output of {name}", tensor)
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: note(f"gradient of the output of {name}", gradient))
-
-    return hook
 
 
 def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) -> tuple[MultiTaskModel, str, list[str]]:
@@ -148,14 +56,16 @@ def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) ->
     return prepared.module.to(device), precision, notes
 
 
-def replay_part(module: MultiTaskModel, part: RankPart, precision: str, device: torch.device) -> Iterator[list[Found]]:
-    """Every micro-batch of a rank, with the random numbers it had."""
+def replay_part(
+    module: MultiTaskModel, part: RankPart, precision: str, device: torch.device, loss_scale: float
+) -> Iterator[list[Found]]:
+    """Every micro-batch of a rank, with the random numbers and, in fp16, the loss scale it had."""
     module.train()
     torch.manual_seed(part.seed)
     normaliser = {task: {name: v.to(device) for name, v in counts.items()} for task, counts in part.normaliser.items()}
     for batch in part.batches:
         module.zero_grad(set_to_none=True)
-        yield examine_batch(module, batch.to(device), normaliser, precision)
+        yield examine_batch(module, batch.to(device), normaliser, precision, loss_scale / len(part.batches))
 
 
 def replay(path: Path, settings: Sequence[str], limit: int) -> int:
@@ -183,7 +93,7 @@ def replay(path: Path, settings: Sequence[str], limit: int) -> int:
         print(f"  note: {note}")
     bad = False
     for part in parts:
-        for number, found in enumerate(replay_part(module, part, precision, device)):
+        for number, found in enumerate(replay_part(module, part, precision, device, record.get("loss_scale") or 1.0)):
             name = f"rank {part.rank}, micro-batch {number} (images {part.batches[number].image_ids.tolist()})"
             if not found:
                 print(f"{name}: everything is finite")

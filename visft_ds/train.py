@@ -29,7 +29,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.guard import StepGuard, capture, is_finite, resumed_guard
+from visft_ds.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
 from visft_ds.interop.files import remove_unfinished, sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import tower_of
@@ -272,7 +272,7 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         step = whole.step + 1
         run.state.follow_step()
         if said := _judge(run, guard, whole, batches, normaliser, report):
-            writer.event(step, "bad step" if guard.bad else "loss leaps", details=said)
+            writer.event(step, guard.event, details=said)
             run.state.report_saves(writer, progress, wait=True)  # the last good checkpoint may be on its way
             guard.check(said, run.state.saved)
             progress.message(said)
@@ -353,6 +353,8 @@ def _record(
     )
     values = {f"loss/{name}": value for name, value in report.losses.items()}
     values |= {f"lr/{name}": value for name, value in report.learning_rates.items()}
+    if report.loss_scale is not None:
+        values["loss_scale"] = report.loss_scale
     values |= {
         "gradient_norm": report.gradient_norm,
         "images_per_second": images / seconds,
@@ -377,7 +379,7 @@ def _judge(
 ) -> str:
     """What to say of a step; one that went wrong leaves a bundle."""
     said = guard.judge(whole, report)
-    if guard.bad:
+    if guard.bad or guard.collapsed:
         said += "\n  to find where it begins: " + capture(
             run.engine,
             bundle_path(run.out, whole.step + 1),
@@ -390,6 +392,8 @@ def _judge(
             identity=run.state.identity,
             stages=run.batches.stages,
         )
+    if guard.collapsed:
+        said += find_overflow(run.engine, whole.step, batches, normaliser, report)
     return said
 
 

@@ -6,7 +6,7 @@ RANK=0 WORLD_SIZE=2 ... python -m tests.integration.bad_step_case BAD LEAP ARGUM
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from visft_ds.launch import main
@@ -15,20 +15,19 @@ from visft_ds.parallel.engine import ZeroEngine
 from visft_ds.parallel.pipeline import PipelineEngine
 
 
-def disturb(bad: int, leap: int) -> None:
-    """From now on engines scale the loss of two steps, which count from 0."""
+def disturb(factor: Callable[[int], float]) -> None:
+    """From now on engines multiply the loss of a step, which counts from 0, by `factor` of it."""
     for kind in (ZeroEngine, PipelineEngine):
-        _disturb(kind, bad, leap)
+        _disturb(kind, factor)
 
 
-def _disturb(kind: Any, bad: int, leap: int) -> None:
+def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
     original = kind.train_step
 
     def train_step(engine: Any, step: int, batches: Sequence[Any], normaliser: Any) -> Any:
-        factor = float("nan") if step == bad and distributed.rank() == 1 else 1e6 if step == leap else 1.0
         weights = {task: dict(criterion.weights) for task, criterion in engine.module.criteria.items()}
         for criterion in engine.module.criteria.values():
-            criterion.weights.update({name: factor * weight for name, weight in criterion.weights.items()})
+            criterion.weights.update({name: factor(step) * weight for name, weight in criterion.weights.items()})
         try:
             return original(engine, step, batches, normaliser)
         finally:
@@ -39,5 +38,6 @@ def _disturb(kind: Any, bad: int, leap: int) -> None:
 
 
 if __name__ == "__main__":
-    disturb(int(sys.argv[1]), int(sys.argv[2]))
+    bad, leap = int(sys.argv[1]), int(sys.argv[2])
+    disturb(lambda step: float("nan") if step == bad and distributed.rank() == 1 else 1e6 if step == leap else 1.0)
     sys.exit(main(sys.argv[3:]))

@@ -43,6 +43,8 @@ Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after 
 Feed = Callable[[Any, int], tuple[list[Batch], Normaliser]]  #: (engine, step) -> what a rank is given
 #: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
 REFUSING = "zero2"
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
+SCALE = 65536.0  #: with which fp16 begins
 GROUPS = {
     1: [
         ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
@@ -189,7 +191,8 @@ def train_plain(
 
     A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
     """
-    module, groups = build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
+    module, groups = build(stage, storage=STORAGE[precision])
+    scale = SCALE if precision == "fp16" else 1.0
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     parameters = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
     optimizer = torch.optim.AdamW(parameters)
@@ -205,10 +208,12 @@ def train_plain(
         sums: dict[str, float] = {}
         for start in range(0, GLOBAL_BATCH, GLOBAL_BATCH // parts):
             batch = whole if parts == 1 else part(step, start, start + GLOBAL_BATCH // parts, order, sides)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", STORAGE[precision], enabled=precision != "fp32"):
                 found = module(batch, normaliser(module, whole, parts))
-            (found["loss"] / parts).backward()
+            (found["loss"] / parts * scale).backward()
             sums = {name: sums.get(name, 0.0) + value.item() / parts for name, value in found.items()}
+        for parameter in trained:
+            parameter.grad /= scale
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
         optimizer.step()
         scheduler.step()
@@ -230,11 +235,19 @@ def train_plain(
     }
 
 
+def forget_autocast() -> None:
+    """DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16."""
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
 def start_engine(stage: int, name: str, precision: str) -> Any:
     """An engine of ds_configs over the tiny model; two micro-batches a step."""
     from visft_ds.parallel.engine import ZeroEngine
     from visft_ds.parallel.placement import placement_for
 
+    forget_autocast()
     config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
@@ -245,7 +258,7 @@ def start_engine(stage: int, name: str, precision: str) -> Any:
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    module, groups = build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
+    module, groups = build(stage, storage=STORAGE[precision])
     optimizer_groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
     ]
@@ -291,6 +304,8 @@ def run_steps(
         "named": [report.losses for report in reports],
         "rates": [dict(report.learning_rates) for report in reports],
         "values": gather_parameters(engine),
+        "skipped": [report.skipped for report in reports],
+        "scales": distributed.gather_objects([*(report.loss_scale for report in reports), engine.loss_scale.value]),
         "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
     }
     return found | ({"average": average.gather()} if average is not None else {})
@@ -379,7 +394,9 @@ def main(out: str, name: str) -> None:
         results["refusals"] = refusals(name, ["fp32"], ["fault"])
         results["disagree"] = distributed.gather_objects(disagree())
     if name != "zero3_offload":  # the loss scaler is the same as without offload
-        results["stage1-fp16"] = run_steps(start_engine(1, name, "fp16"), 0, STEPS, None)
+        growing = start_engine(1, name, "fp16")
+        growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})
+        results["stage1-fp16"] = run_steps(growing, 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None
     results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS, None)
     if distributed.is_main():

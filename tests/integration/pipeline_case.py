@@ -48,8 +48,9 @@ def pipeline_config(stages: int, precision: str, option: str) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "pipeline": {"stages": stages},
     }
-    if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     if option == "zero0":
         config["zero_optimization"]["stage"] = 0
     if option.startswith("offload"):
@@ -62,7 +63,8 @@ def build_engine(stage: int, precision: str, stages: int, option: str = "") -> A
     """The pipeline engine over the model that `train_plain` trains."""
     from visft_ds.parallel.pipeline import PipelineEngine
 
-    module, groups = case.build(stage, storage=torch.bfloat16 if precision == "bf16" else torch.float32)
+    case.forget_autocast()
+    module, groups = case.build(stage, storage=case.STORAGE[precision])
     module.backbone.checkpoint_every = 1 if option == "recompute" else 0
     return PipelineEngine(
         module,
@@ -109,9 +111,11 @@ def run(
     }
 
 
-def gone_on(stage: int, stages: int, folder: Path, order: case.Order, sides: case.Sides) -> dict[str, Any]:
+def gone_on(
+    stage: int, precision: str, stages: int, folder: Path, order: case.Order, sides: case.Sides
+) -> dict[str, Any]:
     """The run from its checkpoint on, in another engine, and what can be read and written there by name."""
-    engine = build_engine(stage, "fp32", stages)
+    engine = build_engine(stage, precision, stages)
     average, exact = case.resume(engine, folder)
     resumed = run(engine, order, sides, None, average, case.SAVED_AT)
     return {"resumed": {"exact": exact, **resumed}, "access": case.read_and_write(engine, average, stage)}
@@ -154,6 +158,34 @@ def other_samples(engine: Any) -> str:
     return ""
 
 
+def overflowing(engine: Any) -> dict[str, Any]:
+    """One step in which a gradient overflows on the first stage alone, between two healthy ones."""
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.engine_state import gather_state
+
+    def state() -> dict[str, Any]:
+        held = gather_state(engine)
+        return {} if held is None else {**vars(held), "moments": dict(held.moments)}
+
+    order, sides = ORDERS["square"]
+    engine.train_step(0, *fed(engine, 0, order, sides))
+    before = state()
+    own = [p for n, p in engine.module.named_parameters() if n.startswith("backbone.blocks.0.") and p.requires_grad]
+    hooks = [p.register_hook(lambda gradient: gradient * torch.inf) for p in own if not p.is_meta]
+    report = engine.train_step(1, *fed(engine, 1, order, sides))
+    for hook in hooks:
+        hook.remove()
+    after = state()
+    engine.train_step(2, *fed(engine, 2, order, sides))
+    return {
+        "hooked": distributed.gather_objects(len(hooks)),
+        "reports": distributed.gather_objects((report.skipped, report.refused, report.gradient_norm)),
+        "scales": distributed.gather_objects(engine.loss_scale.value),
+        "skipped_steps": distributed.gather_objects(engine.deepspeed.skipped_steps),
+        "states": (before, after),
+    }
+
+
 def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     """What RUN asks for."""
     from visft_ds.parallel import pipeline
@@ -177,13 +209,17 @@ def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
         pipeline.instructions = lambda *arguments: {**ours_with_labels(*arguments), **theirs}
     stages = int(engine_name[8:])
     engine = build_engine(int(stage), precision, stages, option)
+    if option.startswith("overflow"):
+        if option == "overflow-alone":  # each stage judges by its own part of the gradient
+            engine.deepspeed.optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        return overflowing(engine)
     if option == "zero0":
         engine.deepspeed.get_global_grad_norm = lambda: 0.0  # it has none
     saved = folder / f"{engine_name}-stage{stage}" if option == "resume" else None
     average = MovingAverage(engine, case.DECAY)
     results = run(engine, order, sides, saved, average)
     if saved is not None:
-        results |= gone_on(int(stage), stages, saved, order, sides)
+        results |= gone_on(int(stage), precision, stages, saved, order, sides)
         results["start"] = started("pipeline")
     if option == "predict":
         results["predicted"] = predicted(engine)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.integration.engine_case import ORDER, Feed
 from tests.integration.matrix_case import start
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import StepReport, grad_scaler, start_process_group
+from visft_ds.parallel.engine import StepReport, start_process_group
 from visft_ds.parallel.engine_state import gather_parameters
 from visft_ds.parallel.faults import RanksDiffer
 
@@ -82,7 +82,7 @@ def refusals(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict
             engine, feed = start(name, 1, precision)
             values, reports = run(engine, feed, mode)
             report = reports[STEPS.index(BAD)]
-            scaler = grad_scaler(engine.deepspeed)
+            scales = distributed.gather_objects(engine.loss_scale.value if engine.loss_scale.dynamic else None)
             everyone = distributed.gather_objects([report.refused, report.skipped, dict(report.faults)])
             if distributed.is_main():
                 results[f"{precision}-{mode}"] = {
@@ -90,7 +90,7 @@ def refusals(name: str, precisions: Sequence[str], modes: Sequence[str]) -> dict
                     "equal": [torch.equal(values[key], value) for key, value in reference.items()],
                     "refused": [one.refused for one in reports],
                     "skipped_steps": engine.deepspeed.skipped_steps,
-                    "scale": scaler and scaler.get_scale(),
+                    "scales": scales,
                 }
     return results
 

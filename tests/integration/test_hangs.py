@@ -90,3 +90,29 @@ def test_a_killed_rank_is_named_and_the_same_command_goes_on(shards: Path, tmp_p
     codes, outputs = finish(processes, timeout=60)
     assert codes == [0, 0], outputs
     assert re.search(r"from step [1-9]", "".join(lines) + outputs[0])
+
+
+#: launchers/train.py, whose disk is full from the first checkpoint on.
+FULL = """
+import errno, sys
+from pathlib import Path
+from visft_ds.launch import main
+from visft_ds.parallel import saving
+def full(*arguments, **named):
+    raise OSError(errno.ENOSPC, "No space left on device")
+def save(*arguments):
+    Path.write_text = full
+    full()
+saving.save_checkpoint = save
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_disk_is_full_tells_the_others(shards: Path, tmp_path: Path) -> None:
+    """Its last heartbeat cannot be written as a new file either."""
+    codes, outputs = finish(start_ranks(["-c", FULL, *command(shards, tmp_path / "run", extra=LONG)]), 240)
+    assert codes == [2, 3], outputs
+    told = r"another rank ended first: rank 0 \(process \d+ on .*\): OSError: \[Errno 28\] No space left on device"
+    assert re.search(told, outputs[1]), outputs[1]
+    assert "Traceback" not in "".join(outputs)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.integration.ranks import below, deepspeed, start_command, wait_for
+from tests.integration.ranks import REPOSITORY, below, deepspeed, start_command, wait_for
 from tests.integration.test_train import command, shards
 from visft_ds.parallel.faults import StopFlag
 
@@ -97,3 +99,36 @@ def test_a_launcher_that_ended_before_the_first_step_is_missed(monkeypatch: pyte
     assert not stop
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert stop and stop.reason == "the launcher is gone"
+
+
+#: A rank that says whether it is an orphan before and after a line comes in.
+RANK = """
+from visft_ds.parallel.faults import StopFlag
+stop = StopFlag(launched=True)
+print(bool(stop))
+input()
+print(bool(stop))
+"""
+#: A launcher of one rank.
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torchrun"])
+def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
+    """`nohup torchrun ... &` goes on when its shell ends; the `deepspeed` command is that of the run."""
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
+    shell = subprocess.Popen(
+        [sys.executable, "-c", f"{start}; import time; time.sleep(60)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert shell.stdin is not None and shell.stdout is not None
+    assert shell.stdout.readline() == "False\n"
+    shell.kill()
+    shell.wait()
+    shell.stdin.write("\n")
+    shell.stdin.close()
+    assert shell.stdout.readline() == f"{name.startswith('deepspeed')}\n"
+    shell.stdout.close()

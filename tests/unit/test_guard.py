@@ -137,3 +137,45 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
     for cut in (1, 111, 112, 131, 132, 151, 170, 181):
         resumed = play(resumed_guard(options, tmp_path, PLAN, cut), losses[cut:], cut)
         assert resumed == straight[cut:], cut
+
+
+def overflows(guard: StepGuard, steps: int, scale: float, start: int = 0) -> list[str]:
+    """What the guard says of steps whose gradient overflows, each at half the loss scale of the one before."""
+    said = []
+    for step in range(start, start + steps):
+        whole = PLAN.step(step)
+        guard.expect(whole.task)
+        assert guard.accept(5.0)
+        said.append(
+            guard.judge(whole, StepReport({"loss": 5.0}, math.inf, {}, True, loss_scale=scale / 2 ** (step - start)))
+        )
+        guard.check(said[-1], saved=12)
+    return said
+
+
+def test_a_loss_scale_may_fall_as_far_as_allowed() -> None:
+    guard = StepGuard(settings())
+    assert overflows(guard, 14, 65536.0) == [""] * 14  # down to 8: it has begun far too high, as always
+    play(guard, normal_losses(4))
+    with pytest.raises(FloatingPointError) as stopped:
+        overflows(guard, 3, 4.0, start=18)
+    told = str(stopped.value)
+    assert told.startswith(f"step 21 ({PLAN.task_of(20)}): the gradient overflows in fp16 at a loss scale of 1, ")
+    assert "65536 (step 1), 32768 (step 2), " in told and "4 (step 19), 2 (step 20), 1 (step 21)" in told
+    assert "the last good checkpoint is that of step 12" in told and "visft.model.precision" in told
+    with pytest.raises(FloatingPointError, match="may not fall below 1024"):
+        overflows(StepGuard(settings(min_loss_scale=1024.0)), 7, 65536.0)
+    assert overflows(StepGuard(settings(min_loss_scale=0.0)), 40, 65536.0) == [""] * 40
+
+
+def test_a_resumed_run_remembers_where_its_loss_scale_fell(tmp_path: Path) -> None:
+    """Steps that stay as they are belong to it as well."""
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(6):
+            line = {"kind": "step", "step": step + 1, "loss/loss": 5.0, "loss_scale": 16.0 / 2 ** min(step, 3)}
+            file.write(json.dumps({**line, "skipped": float(step < 3)}) + "\n")
+    guard = resumed_guard(settings(), tmp_path, PLAN, 5)
+    with pytest.raises(
+        FloatingPointError, match=r"overflowed at 16 \(step 1\), 8 \(step 2\), 4 \(step 3\), 2 \(step 6\)"
+    ):
+        overflows(guard, 2, 2.0, start=5)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tests.integration.engine_case import TASKS, build, global_batch, normaliser
 from visft_ds.bundle import RECORD, TARGETS, Bundle, RankPart, open_bundle, write_part
+from visft_ds.examine import Found, examine_batch
 from visft_ds.multitask import MultiTaskModel
-from visft_ds.replay import Found, examine_batch, main
+from visft_ds.replay import main
 
 STEP_OF_ALL = 3  #: in which all three tasks learn
 IMAGE = 2  #: the id of the image that goes wrong, also its place in the batch
@@ -70,6 +71,18 @@ def test_a_gradient_is_found_where_it_begins(case: tuple[MultiTaskModel, Any, An
     found = examine((module, batch, divisors))
     assert found[0].what == "gradient of the output of heads.captioning"
     assert found[0].images == (IMAGE,)
+
+
+def test_a_gradient_that_overflows_in_fp16_is_found_at_the_loss_scale_of_the_run() -> None:
+    """Adapters of a backbone that computes in fp16, whose largest number is 65,504; the heads compute in fp32."""
+    module, _ = build(2, storage=torch.float16)
+    batch = global_batch(0)
+    module.train()
+    divisors = normaliser(module, batch, 1)
+    assert examine_batch(module, batch, divisors, "fp16", 1.0) == []
+    found = examine_batch(module, batch, divisors, "fp16", 2.0**40)
+    assert found[0].what.startswith("gradient of the output of backbone.blocks.1.")
+    assert any(one.what.startswith("gradient of parameter backbone.blocks.0.attn.qkv.lora_") for one in found)
 
 
 def test_a_bundle_gives_back_what_a_rank_worked_on(case: tuple[MultiTaskModel, Any, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from visft_ds.data.shards import DamagedSample
 from visft_ds.parallel.faults import LostRank
-from visft_ds.parallel.heartbeat import Beat, exit_code, process_state, started
+from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, machine, process_state, read_beats, started
 from visft_ds.parallel.watchdog import Peers, Watchdog
 
 ELSEWHERE = "another machine"  # nothing is known of processes there
@@ -94,10 +95,9 @@ def test_a_rank_that_ended_in_good_order_is_waited_for_no_longer_than_a_lost_one
 
 def test_a_process_of_this_machine_that_is_gone_is_missed_at_the_second_look() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    here = Beat("s", 1, socket.gethostname(), process.pid, started(process.pid))
+    here = Beat("s", 1, socket.gethostname(), process.pid, started(process.pid), machine=machine())
     assert process_state(here) in ("running", "waiting for a device")
     assert process_state(replace(here, born="1")) == "gone"  # its number was given to another process
-    assert process_state(replace(here, host=ELSEWHERE)) == ""
     process.kill()
     process.communicate()
     judge = peers(2)
@@ -129,3 +129,31 @@ def test_a_heartbeat_that_a_kill_cut_off_is_not_left_for_good(tmp_path: Path) ->
     with Watchdog(tmp_path, rank=0, world=1, start="s", heartbeat_timeout=60.0, step_timeout=0.0):
         pass
     assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank_00000.json"]
+
+
+def test_a_process_id_of_another_machine_of_the_same_name_tells_nothing() -> None:
+    """Containers on the network of their machine share its name and not its process ids."""
+    here = Beat("s", 1, socket.gethostname(), 4_000_000_000, "1", machine=machine())
+    assert machine() and process_state(here) == "gone"
+    assert process_state(replace(here, machine=machine() + "1")) == ""
+    assert process_state(replace(here, machine="")) == ""
+
+
+def test_a_full_disk_does_not_hide_why_a_rank_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be made then; the one that is there is written over."""
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def ending() -> None:
+        with Watchdog(tmp_path, rank=0, world=1, start="s", heartbeat_timeout=60.0, step_timeout=0.0) as watchdog:
+            watchdog.begin("a part of a step with a name that is longer than why it ends: " + "x" * 300)
+            watchdog._write()
+            monkeypatch.setattr(Path, "write_text", full)
+            watchdog.begin("saving")
+            full()
+
+    with pytest.raises(OSError, match="No space left"):
+        ending()
+    (beat,) = read_beats(tmp_path / FOLDER)
+    assert (beat.doing, beat.ended) == ("saving", "OSError: [Errno 28] No space left on device")

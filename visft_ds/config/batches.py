@@ -11,7 +11,6 @@ from typing import Any
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED, Stream
-from visft_ds.config.validate import FP16_PIPELINE
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,9 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
         precision: what visft.model.precision means on this hardware; never "auto".
 
     Raises:
-        ValueError: as `derive_batches`, or fp16 with a pipeline.
+        ValueError: as `derive_batches`.
     """
     assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
-    if config.pipeline_stages > 1 and precision == "fp16":
-        raise ValueError(f"visft.model.precision auto: {FP16_PIPELINE}")
     batches = derive_batches(config, world_size)
     # DeepSpeed knows one batch; where tasks differ it is told the largest. It only checks and reports with it.
     micro = max(batches.micro.values())

@@ -172,6 +172,7 @@ class RunConfig(BaseModel):
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
+    min_loss_scale: Rate = 1.0  #: fp16: an overflow at this loss scale or below stops the run; 0: never
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
     skip_spikes: Count = 0  #: leaps of the loss in a row that are refused an update; 0: they are only reported

@@ -15,10 +15,6 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.schema import Recipe, RunConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 
-FP16_PIPELINE = (
-    "fp16 is not possible with a pipeline: every stage would lower its loss scale by itself, and the gradients of one "
-    "would no longer fit those of another; use bf16 or fp32, or --engine zero1"
-)
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
     "would wait for: use --engine zero0, zero1 or zero2"
@@ -346,8 +342,6 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
         )
     if zero.overlap_comm:
         yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"
-    if visft.model.precision == "fp16":
-        yield "visft.model.precision", FP16_PIPELINE
     if visft.data.skip_damaged:
         yield (
             "visft.data.skip_damaged",

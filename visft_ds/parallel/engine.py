@@ -23,6 +23,7 @@ from torch.distributed import DistNetworkError
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
+from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
 
 #: The engine and the checkpoints use private names of exactly these releases.
@@ -39,6 +40,7 @@ class StepReport:
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
     refused: Literal["", "loss", "gradient"] = ""  #: why no rank has made an update; overflows of fp16 are no reason
     faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
+    loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 
 class Engine(Protocol):
@@ -50,6 +52,7 @@ class Engine(Protocol):
     stage: int  #: of ZeRO
     seed: int
     deepspeed: Any  #: the engine inside
+    loss_scale: LossScale
     accept: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
@@ -88,7 +91,7 @@ def start_process_group() -> None:
 
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
-        ValueError: the port on which the processes meet is in use.
+        ValueError: the port on which the processes meet is in use, or they cannot reach each other.
     """
     if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
         "VISFT_ALLOW_UNTESTED_DEEPSPEED"
@@ -117,6 +120,14 @@ def start_process_group() -> None:
         raise ValueError(
             f"port {port}, on which the processes meet, is in use{_holder(int(port))}: give another one, "
             "deepspeed --master_port N (or MASTER_PORT)"
+        ) from error
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise ValueError(
+            f"the processes have met at {os.environ['MASTER_ADDR']} and then could not reach each other ({error}): "
+            "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
+            "the network interface between them (docs/multi-node.md)"
         ) from error
 
 
@@ -191,6 +202,7 @@ class ZeroEngine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
+        self.loss_scale = LossScale(self.deepspeed)
         self.accept: Callable[[float], bool] = math.isfinite
 
     def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
@@ -200,11 +212,7 @@ class ZeroEngine:
         self.module.train()
         clear_stale_gradients(self.deepspeed.optimizer)
         rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
-        scaler = grad_scaler(self.deepspeed)
-        scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        if self.stage and scaler is not None:
-            # DeepSpeed clips gradients that are still multiplied by the loss scale, so the bound has to be as well.
-            self.deepspeed.optimizer.clip_grad = self.deepspeed.gradient_clipping() * scale
+        scale = self.loss_scale.value
         sums: dict[str, Tensor] = {}
         self.module.faults = []
         for number, batch in enumerate(batches, 1):
@@ -215,16 +223,15 @@ class ZeroEngine:
             if number < len(batches):
                 self.deepspeed.step()
         loss = distributed.mean_over_ranks({"loss": sums["loss"]})["loss"]
-        refused, norm = self._update(loss, scaler)
-        skipped = not refused and scaler is not None and float(scaler.get_scale()) < scale  # an overflow lowers it
+        refused, norm = self._update(loss)
+        skipped = not refused and not math.isfinite(norm)
         faults = faults_of_all(self.module, sums) if refused else {}
         # Ranks with a fault do not have all the losses.
         means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
-        return StepReport(means, norm / scale, rates, skipped, refused, faults)
+        used = scale if self.loss_scale.dynamic else None
+        return StepReport(means, norm / scale, rates, skipped, refused, faults, used)
 
-    def _update(
-        self, loss: float, scaler: torch.amp.GradScaler | None
-    ) -> tuple[Literal["", "loss", "gradient"], float]:
+    def _update(self, loss: float) -> tuple[Literal["", "loss", "gradient"], float]:
         """The update, unless the loss or the gradient speaks against it; the same on every rank.
 
         Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
@@ -239,12 +246,7 @@ class ZeroEngine:
             return "loss", norm
         if self.stage:
             norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
-        if math.isfinite(norm):
-            return "", norm
-        if scaler is None:
-            return "gradient", norm
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())  # DeepSpeed passes over without telling it
-        return "", norm
+        return judge_gradient(norm, self.loss_scale), norm
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
@@ -265,10 +267,10 @@ class ZeroEngine:
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def grad_scaler(engine: Any) -> torch.amp.GradScaler | None:
-    """The loss scaler of an fp16 run, wherever DeepSpeed keeps it; None in fp32 and bf16."""
-    scaler: torch.amp.GradScaler | None = getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-    return engine.torch_autocast_z0_gradscaler if scaler is None else scaler
+def judge_gradient(norm: float, loss_scale: LossScale) -> Literal["", "gradient"]:
+    """Whether a step fails for its gradient, of this norm on every rank; in fp16 an overflow only moves the scale."""
+    loss_scale.move(overflow=not math.isfinite(norm))
+    return "" if loss_scale.dynamic or math.isfinite(norm) else "gradient"
 
 
 def clear_stale_gradients(optimizer: Any) -> None:

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine, grad_scaler
+from visft_ds.parallel.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VALUE = "value"
@@ -68,7 +68,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     if not distributed.is_main():
         return None
     parameters = found.pop(VALUE)
-    return EngineState(parameters, found, updates_done(engine), _loss_scale(engine))
+    return EngineState(parameters, found, updates_done(engine), engine.loss_scale.state())
 
 
 def updates_done(engine: Engine) -> int:
@@ -162,9 +162,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         group["lr"] = base_lr * factor(state.updates)
     engine.deepspeed.global_steps = step
     engine.deepspeed.skipped_steps = step - state.updates
-    scaler = grad_scaler(engine.deepspeed)
-    if scaler is not None and state.loss_scale:
-        scaler.load_state_dict(dict(state.loss_scale))
+    engine.loss_scale.restore(state.loss_scale)
 
 
 def _base_optimizer(engine: Engine) -> Any:
@@ -279,11 +277,6 @@ def refresh_module(engine: Engine) -> None:
             persistent[0].all_gather(persistent)
     elif engine.stage:
         optimizer.update_lp_params()
-
-
-def _loss_scale(engine: Engine) -> dict[str, float]:
-    scaler = grad_scaler(engine.deepspeed)
-    return {} if scaler is None else dict(scaler.state_dict())
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: The program between the `deepspeed` command and the ranks of a machine.
+_LAUNCHER = "deepspeed.launcher.launch"
 #: What gloo and NCCL say to a rank whose peer is gone.
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
@@ -40,8 +42,9 @@ class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher above this process is gone.
 
     The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans.
-    So every rank also watches its parent and grandparent. The ranks agree on stopping in the all-reduce that each step
-    makes anyway: all stop after the same step and save the same step.
+    So every rank also watches its parent and, if that is DeepSpeed's launcher, its grandparent. (Above torchrun or a
+    task of SLURM are shells and daemons, which may end before the run.) The ranks agree on stopping in the all-reduce
+    that each step makes anyway: all stop after the same step and save the same step.
 
     SIGUSR1 is what schedulers send some time before they end a job: it also asks for the job to be queued again.
 
@@ -56,7 +59,7 @@ class StopFlag:
         self.requeue = False  #: the job is to be queued again
         # Without a launcher (nohup, a shell that ends) there is nobody to miss.
         self._launcher = os.getppid() if launched else 0
-        self._runner = _parent(self._launcher)
+        self._runner = _parent(self._launcher) if _LAUNCHER in _command(self._launcher) else 0
 
     def listen(self) -> None:
         """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet."""
@@ -70,13 +73,22 @@ class StopFlag:
         self.requeue = self.requeue or number == signal.SIGUSR1
 
     def __bool__(self) -> bool:
-        if (
-            not self.reason
-            and self._launcher
-            and (os.getppid() != self._launcher or _parent(self._launcher) != self._runner)
-        ):
+        if not self.reason and self._launcher and self._is_orphan():
             self.reason = "the launcher is gone"
         return bool(self.reason)
+
+    def _is_orphan(self) -> bool:
+        if os.getppid() != self._launcher:
+            return True
+        return self._runner != 0 and _parent(self._launcher) != self._runner
+
+
+def _command(pid: int) -> list[str]:
+    """Words of a process's command; none where /proc does not tell."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def _parent(pid: int) -> int:

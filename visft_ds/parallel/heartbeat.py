@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-import socket
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from visft_ds.data.store import StoreFailed
@@ -32,6 +33,7 @@ class Beat:
     collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
     ended: str = ""  #: why it left in good order
     code: int = 0  #: its exit code, where that was an error
+    machine: str = ""  #: where its process id means this process, see `machine`; "" where that is not known
 
     def where(self) -> str:
         """Rank, process and what it was last seen doing."""
@@ -74,7 +76,7 @@ def asked_to_stop(folder: Path) -> bool:
 
 def process_state(beat: Beat) -> str:
     """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
-    if beat.host != socket.gethostname() or not Path("/proc/self/stat").exists():
+    if not beat.machine or beat.machine != machine():
         return ""
     try:
         fields = Path(f"/proc/{beat.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -83,6 +85,19 @@ def process_state(beat: Beat) -> str:
     if fields[19] != beat.born or fields[0] in "ZX":
         return "gone"
     return {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device"}.get(fields[0], "running")
+
+
+@cache
+def machine() -> str:
+    """The running kernel and the process ids this process sees of it; "" where /proc does not tell.
+
+    Containers of one machine that share its network have one host name and process ids of their own; machines made from
+    one image may share a name as well. A rank of another one must not count as gone because nobody here has its id.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def started(pid: int) -> str:

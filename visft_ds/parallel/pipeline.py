@@ -27,7 +27,8 @@ from visft_ds.data.roles import check_same_samples, sample_checksum
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, step_seed
+from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, judge_gradient, step_seed
+from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.partition import Place
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
 from visft_ds.parallel.refusal import step_without_update
@@ -134,6 +135,7 @@ class PipelineEngine:
         self.device = torch.device(self.deepspeed.device)
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
+        self.loss_scale = LossScale(self.deepspeed)
         #: The first stage with something to train: no gradient flows into it or into those before.
         first_trained = min(self._owners[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
@@ -165,6 +167,7 @@ class PipelineEngine:
             name: group["lr"]
             for name, group in zip(self.group_names, self.deepspeed.optimizer.param_groups, strict=True)
         }
+        scale = self.loss_scale.value
         self.module.faults, self._sums = [], {}
         sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
 
@@ -176,16 +179,19 @@ class PipelineEngine:
         self._run(self.deepspeed.train_batch, batches, normaliser, note)
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
-        refused: Literal["", "loss", "gradient"] = "" if math.isfinite(norm) else "gradient"
-        if not self._accepted:
-            refused = "loss"
+        refused: Literal["", "loss", "gradient"] = "loss"
+        if self._accepted:
+            refused = judge_gradient(norm, self.loss_scale)
         losses = {"loss": self._losses["loss"]} if refused else self._losses
         faults = faults_of_all(self.module, sums) if refused else {}
-        return StepReport(losses, norm, rates, skipped=False, refused=refused, faults=faults)
+        skipped, used = not refused and not math.isfinite(norm), scale if self.loss_scale.dynamic else None
+        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used)
 
     def _update(self, engine: Any) -> None:
         """What ends a step in every stage: the update, unless the loss speaks against it."""
-        self._losses = self._share_losses()
+        self._losses, scale = self._share_losses()
+        # It multiplied the gradients that came from the last stage; no stage may divide by another one.
+        assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
         self._accepted = self.accept(self._losses["loss"])
         step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
         if self._accepted:
@@ -237,16 +243,22 @@ class PipelineEngine:
             self.deepspeed.module.loss_fn = loss
         start(_fed(batches, first=self.place.stage == 0))
 
-    def _share_losses(self) -> dict[str, float]:
-        """Means over the pipelines, which the last stages know, on every rank; "loss" alone where it is not finite."""
+    def _share_losses(self) -> tuple[dict[str, float], float]:
+        """What the last stages know, on every rank: means over the pipelines, and the scale of the loss.
+
+        There is "loss" alone where it is not finite.
+        """
         losses: dict[str, float] = {}
         if self._stages.heads is not None:
             group = self.deepspeed.grid.get_data_parallel_group()
             losses = distributed.mean_over_ranks({"loss": self._sums["loss"]}, group)
             if math.isfinite(losses["loss"]):  # ranks with a fault do not have all the losses
                 losses = {**distributed.mean_over_ranks(self._sums, group), **losses}
-        losses = distributed.broadcast_object(losses, source=(self.place.stages - 1) * self.place.dp_size)
-        return losses
+        known = losses, self.loss_scale.value
+        shared: tuple[dict[str, float], float] = distributed.broadcast_object(
+            known, source=(self.place.stages - 1) * self.place.dp_size
+        )
+        return shared
 
 
 def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from torch._C import _distributed_c10d
 from visft_ds.parallel import distributed
 from visft_ds.parallel.disk import explained
 from visft_ds.parallel.faults import LOST_CODE, LOST_PEER, LostRank
-from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats, started
+from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, machine, process_state, read_beats, started
 
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2
@@ -158,7 +158,7 @@ class Watchdog:
         self._folder = folder / FOLDER
         self._interval = min(_LONGEST_BEAT, heartbeat_timeout / 5)
         pid = os.getpid()
-        self._beat = Beat(start, rank, socket.gethostname(), pid, started(pid))
+        self._beat = Beat(start, rank, socket.gethostname(), pid, started(pid), machine=machine())
         self._timed = False
         self._peers = Peers(world, rank, heartbeat_timeout, step_timeout, time.monotonic(), alike=alike)
         self._lock, self._file, self._leave = threading.Lock(), threading.Lock(), threading.Event()
@@ -210,8 +210,11 @@ class Watchdog:
     def _end(self, why: str, code: int = 0) -> None:
         with self._lock:
             self._beat = replace(self._beat, ended=why, code=code)
-        with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
+        try:
             self._write()
+        except OSError:  # a full disk is what a run may end of: the others must hear of it
+            with contextlib.suppress(OSError):
+                self._write_over()
 
     def _watch(self) -> None:
         warned = False
@@ -248,8 +251,8 @@ class Watchdog:
 
     def _speaks_for(self, beat: Beat) -> bool:
         """Whether this is the one rank of a machine that asks a hanging one there for its stacks."""
-        others = [b.rank for b in self._peers.beats.values() if b.host == beat.host and b.rank != beat.rank]
-        return beat.host == self._beat.host and self._beat.rank == min(others, default=-1)
+        others = [b.rank for b in self._peers.beats.values() if b.machine == beat.machine and b.rank != beat.rank]
+        return beat.machine == self._beat.machine and self._beat.rank == min(others, default=-1)
 
     def _who_is_gone(self) -> tuple[str, int]:
         """Which rank ended, after an error of the backend that does not say, and its exit code if it left one."""
@@ -271,11 +274,21 @@ class Watchdog:
             number = begun[-1]["record_id"] + 1 if begun else 0
             self._beat = replace(self._beat, count=self._beat.count + 1, collectives=number)
             text = json.dumps(asdict(self._beat))
-        path = self._folder / f"rank_{self._beat.rank:05d}.json"
+        path = self._path()
         temporary = path.with_suffix(".tmp")  # one name: what a killed process leaves is written over
         with self._file:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
+
+    def _write_over(self) -> None:
+        """Write into the file that is there, which needs no room on the disk as long as it stays within its block."""
+        path = self._path()
+        text = json.dumps(asdict(self._beat)).ljust(path.stat().st_size)  # nothing of the old text may be left
+        with path.open("r+", encoding="utf-8") as file:
+            file.write(text)
+
+    def _path(self) -> Path:
+        return self._folder / f"rank_{self._beat.rank:05d}.json"
 
     def _read(self) -> dict[int, Beat]:
         return {beat.rank: beat for beat in read_beats(self._folder) if beat.start == self._beat.start}
