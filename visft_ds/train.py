@@ -43,6 +43,7 @@ from visft_ds.parallel.faults import StopFlag
 from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.watchdog import Watchdog, watch
+from visft_ds.planner import settle_recompute
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -103,6 +104,14 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     loader = _build_loader(settings, sets, vocabulary, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
+    config, why_recomputed = settle_recompute(
+        config,
+        out,
+        distributed.world_size(),
+        precision=precision,
+        vocabulary_size=vocabulary.size if vocabulary else None,
+    )
+    settings = config.visft
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     open_run_folder(out, config, resume)
@@ -117,6 +126,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
             "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+            "recomputing": f"{settings.model.recompute}, every {settings.model.checkpoint_every}",
         }
         distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
         heads = Path(settings.heads.path) if settings.heads.path else None
@@ -154,7 +164,17 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan, why_shuffled)
             why = f"{precision} ({why})"
-            print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
+            print_start(
+                config,
+                prepared,
+                batches,
+                section,
+                partition,
+                precision=why,
+                recomputed=why_recomputed,
+                device=device,
+                start=start,
+            )
         return _loop_and_export(run, start)
 
 

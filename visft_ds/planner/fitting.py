@@ -16,10 +16,8 @@ from visft_ds.planner.memory import MemoryPlan, plan_memory
 POLICIES = (
     (0, "block"),
     (4, "mlp"),
-    (3, "mlp"),
     (2, "mlp"),
     (1, "mlp"),
-    (2, "block"),
     (1, "all_but_attention"),
     (1, "block"),
 )
