@@ -37,7 +37,7 @@ def print_start(
     partition: Partition | None,
     *,
     precision: str,
-    recomputed: str,
+    recompute: str,
     device: torch.device,
     start: int,
 ) -> None:
@@ -55,7 +55,7 @@ def print_start(
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(attention_backend(device, dtype))),
-                ("recompute", f"{_recompute(model)} ({recomputed})"),
+                ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
         _groups_section(prepared.groups),

@@ -95,6 +95,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     """
     out = Path(config.visft.run.out or "")
     config, why_shuffled = settle_shuffle(config, out)
+    config, how = settle_recompute(config, out)
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
@@ -104,14 +105,6 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     loader = _build_loader(settings, sets, vocabulary, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
-    config, why_recomputed = settle_recompute(
-        config,
-        out,
-        distributed.world_size(),
-        precision=precision,
-        vocabulary_size=vocabulary.size if vocabulary else None,
-    )
-    settings = config.visft
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     open_run_folder(out, config, resume)
@@ -165,15 +158,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             section = data_section(settings, sets, loader.plan, why_shuffled)
             why = f"{precision} ({why})"
             print_start(
-                config,
-                prepared,
-                batches,
-                section,
-                partition,
-                precision=why,
-                recomputed=why_recomputed,
-                device=device,
-                start=start,
+                config, prepared, batches, section, partition, precision=why, recompute=how, device=device, start=start
             )
         return _loop_and_export(run, start)
 

@@ -199,7 +199,7 @@ def test_recomputing_is_chosen_to_just_fit_and_kept_by_a_run_that_goes_on(tmp_pa
 
     def settle(limit: int) -> ResolvedConfig:
         limited = changed(config, [f"visft.model.memory_limit={limit}"])
-        return settle_recompute(limited, tmp_path, 1, precision="fp32", vocabulary_size=None)[0]
+        return settle_recompute(limited, tmp_path)[0]
 
     assert settle(most).visft.model.checkpoint_every == 0
     chosen = settle(least)
