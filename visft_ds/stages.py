@@ -141,8 +141,6 @@ def prepare_model(
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
-    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     if stage.uses_lora and config.lora is not None:
         notes += _check_effect(module.backbone, placement)
     return PreparedModel(module, groups, base, tuple(notes))
@@ -178,11 +176,11 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if STAGES[config.stage].uses_lora and config.lora is not None:
         inject_lora(backbone, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
-    backbone.checkpoint_every, backbone.recompute = model.checkpoint_every, model.recompute
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
+    _set_modes(module, config, groups)
     return module, groups
 
 
@@ -240,6 +238,13 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
         )
     assert requested in ("fp32", "bf16", "fp16")  # the schema allows nothing else
     return cast(Precision, requested), "as configured"
+
+
+def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[TrainedGroup]) -> None:
+    """What runs with a graph and with dropout, and what is computed again in the backward pass."""
+    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
 
 
 def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:

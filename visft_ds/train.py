@@ -47,6 +47,7 @@ from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.placement import placement_for
 from visft_ds.parallel.watchdog import Watchdog, watch
+from visft_ds.planner import settle_recompute
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -98,6 +99,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     """
     out = Path(config.visft.run.out or "")
     config, why_shuffled = settle_shuffle(config, out)
+    config, how = settle_recompute(config, out)
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
@@ -121,6 +123,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
             "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+            "recomputing": f"{settings.model.recompute}, every {settings.model.checkpoint_every}",
         }
         distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
         heads = Path(settings.heads.path) if settings.heads.path else None
@@ -163,7 +166,9 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
                 RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan, why_shuffled, features)
             why = f"{precision} ({why})"
-            print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
+            print_start(
+                config, prepared, batches, section, partition, precision=why, recompute=how, device=device, start=start
+            )
         return _loop_and_export(run, start)
 
 

@@ -49,6 +49,8 @@ NOT_IDENTITY = (
     "visft.model.weights",
     "visft.model.checkpoint_every",
     "visft.model.recompute",
+    "visft.model.fit_memory",
+    "visft.model.memory_limit",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",
@@ -216,6 +218,24 @@ def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
     return _typed(merge([(origin, values)]))
+
+
+def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
+    """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    values = config.to_dict()
+    if engine is not None:
+        for name in available("engines"):
+            for key in load_json(_layer_file("engines", "--engine", name)):
+                values.pop(key, None)
+        values |= load_json(_layer_file("engines", "--engine", engine))
+    tree = merge([("the configuration", values)])
+    for text in settings:
+        assign(tree, *parse_assignment(text), "--set")
+    return _typed(tree)
 
 
 def _merge_layers(stage: int, engine: str, model: str) -> Tree:

@@ -1,0 +1,131 @@
+"""What to change so that a configuration fits: concrete settings, each predicted to fit, the fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from visft_ds.config import ResolvedConfig, changed, derive_batches
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import SHARED
+from visft_ds.planner.memory import MemoryPlan, plan_stream, run_of
+from visft_ds.planner.step import Run, rehearse
+
+#: (checkpoint_every, recompute), from the one that costs least time to the one that keeps least.
+POLICIES = (
+    (0, "block"),
+    (4, "mlp"),
+    (2, "mlp"),
+    (1, "mlp"),
+    (1, "all_but_attention"),
+    (1, "block"),
+)
+#: A step that gathers or sends weights and tokens, over one that does not: assumed, it depends on the links.
+_DIVIDED = 1.1
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One way to fit."""
+
+    settings: tuple[str, ...]  #: flags of launchers/train.py, e.g. "--set visft.model.checkpoint_every=1"
+    memory: MemoryPlan
+    relative_time: float  #: of a step, by its operations; 1.0: as now
+
+
+def policy_settings(every: int, recompute: str) -> tuple[str, ...]:
+    """Assignments that choose a policy of activation checkpointing."""
+    return (f"visft.model.checkpoint_every={every}", *((f"visft.model.recompute={recompute}",) * (every > 0)))
+
+
+def fitting_settings(
+    config: ResolvedConfig,
+    world_size: int,
+    capacity: int,
+    *,
+    precision: Precision,
+    vocabulary_size: int | None = None,
+    device: torch.device | None = None,
+) -> list[Suggestion]:
+    """At most three changes after which the fullest rank holds no more than `capacity` bytes; best first.
+
+    Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
+    """
+
+    def run(of: ResolvedConfig) -> Run:
+        return run_of(of, world_size, precision, vocabulary_size, device)
+
+    now = run(config)
+    # What fits the largest kind of step usually fits the others, so that it is asked first.
+    streams = config.visft.streams()
+    names = sorted(streams, key=lambda name: plan_stream(now, streams[name]).total, reverse=True)
+    found = []
+    for kind in (_recomputing(config), _fewer_images(config, world_size), _engines(config, world_size)):
+        for flags, candidate, factor in kind:
+            try:
+                derive_batches(candidate, world_size)
+            except ValueError:
+                continue  # its batches do not divide that way
+            changed_run, plans = run(candidate), list[MemoryPlan]()
+            for name in names:
+                plans.append(plan_stream(changed_run, candidate.visft.streams()[name]))
+                if plans[-1].total > capacity:
+                    break
+            else:
+                time = factor * (operations(changed_run) / operations(now) if factor == 1 else 1)
+                found.append(Suggestion(flags, max(plans, key=lambda memory: memory.total), time))
+                break
+    return sorted(found, key=lambda suggestion: suggestion.relative_time)[:3]
+
+
+def operations(run: Run) -> float:
+    """Of one rank's mean step, forward and backward."""
+    streams = run.config.visft.streams().values()
+    whole = sum(stream.share for stream in streams)
+    return sum(
+        stream.share / whole * run.batches.accumulation * count * work.operations
+        for stream in streams
+        for work, count in rehearse(run, stream).work.items()
+    )
+
+
+Candidates = Iterator[tuple[tuple[str, ...], ResolvedConfig, float]]
+
+
+def _flags(settings: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"--set {setting}" for setting in settings)
+
+
+def _recomputing(config: ResolvedConfig) -> Candidates:
+    model = config.visft.model
+    for every, recompute in POLICIES:
+        if every and (every, recompute) != (model.checkpoint_every, model.recompute):
+            settings = policy_settings(every, recompute)
+            yield _flags(settings), changed(config, settings), 1.0
+
+
+def _fewer_images(config: ResolvedConfig, world_size: int) -> Candidates:
+    now = derive_batches(config, world_size).micro
+    halvings = 1
+    while any(count >> halvings for count in now.values()):
+        settings = tuple(
+            f"{'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.micro_batch={max(1, count >> halvings)}"
+            for name, count in now.items()
+            if count > 1
+        )
+        yield _flags(settings), changed(config, settings), 1.0
+        halvings += 1
+
+
+def _engines(config: ResolvedConfig, world_size: int) -> Candidates:
+    if config.pipeline_stages > 1:
+        return
+    if world_size > 1 and config.deepspeed["zero_optimization"]["stage"] < 3:
+        yield ("--engine zero3",), changed(config, engine="zero3"), _DIVIDED
+    for stages in (2, 4, 8):
+        if world_size % stages == 0 and config.visft.model.precision != "fp16":
+            settings = (f"pipeline.stages={stages}",)
+            flags = ("--engine pipeline", *_flags(settings))
+            yield flags, changed(config, settings, engine="pipeline"), _DIVIDED
