@@ -23,11 +23,12 @@ from visft_ds.data.captions import CaptionTargets
 from visft_ds.data.masks import grid_size
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.host_memory import memory_bounded
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.multitask import sum_weighted
 from visft_ds.ops.deform_attn import deform_attn
-from visft_ds.profiling.hardware import describe, memory_bounded
+from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.memory import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger, step_watched
 from visft_ds.profiling.sampling import measure_sampling, sampling_section
 from visft_ds.profiling.session import REPOSITORY
