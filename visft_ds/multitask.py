@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import EvaViT
+from visft_ds.ops import no_autocast
 from visft_ds.tasks import Criterion
 
 #: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
@@ -138,7 +139,7 @@ class MultiTaskModel(nn.Module):
     ) -> dict[str, Any]:
         """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
         # Heads and losses stay in float32 whatever the backbone computes in.
-        with torch.autocast(features.device.type, enabled=False):
+        with no_autocast(features.device):
             if normaliser is None:
                 wanted = batch.tasks or tuple(self.heads)
                 return {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}

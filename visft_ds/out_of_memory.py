@@ -86,8 +86,7 @@ class MemoryWatch:
 
     def planned(self) -> Section:
         """The peak of the largest stream by part, as it is computed."""
-        plan = self._plan(None)
-        return Section("peak of a rank as planned", [*plan.rows(), ("all", gib(plan.total))])
+        return Section("peak of a rank as planned", self._plan(None).rows())
 
     def _measured(self) -> str:
         """What was counted here."""
@@ -120,8 +119,8 @@ class MemoryWatch:
         ]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [
-            f"  planned peak of a rank: {gib(plan.total)}",
-            *(f"    {name}: {size}" for name, size in plan.rows()),
+            "  peak of a rank as planned:",
+            *(f"    {name:<12}{size}" for name, size in plan.rows()),
             f"  {what} {gib(room)}{', each by itself:' if fits else '; more processes or a smaller --model may help'}",
             *fits,
         ]

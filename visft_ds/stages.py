@@ -134,11 +134,9 @@ def prepare_model(
     for group in groups:
         for parameter in group.parameters:
             parameter.data = parameter.data.float()
-    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
-    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    _set_modes(module, config, groups)
     if stage.uses_lora and config.lora is not None:
         notes.append(f"LoRA changes the features (relative change {_check_effect(backbone):.1e} when B is perturbed)")
-    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     return PreparedModel(module, groups, base_weights, tuple(notes))
 
 
@@ -163,9 +161,9 @@ def plan_model(
         backbone = build_backbone(config.model.preset, device="meta", seed=None, **config.model.backbone_options())
         module = _build_module(config, backbone, vocabulary_size)
         _adapt(config, backbone)
-    backbone.checkpoint_every, backbone.recompute = config.model.checkpoint_every, config.model.recompute
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    _set_modes(module, config, groups)
     return module, groups
 
 
@@ -239,6 +237,13 @@ def _build_backbone(config: VisftConfig, storage: torch.dtype) -> tuple[EvaViT, 
     report = load_backbone(backbone, Path(model.weights))
     digest = sha256_file(Path(model.weights))
     return backbone, digest, [f"base weights: {report.summary()}"]
+
+
+def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[TrainedGroup]) -> None:
+    """What runs with a graph and with dropout, and what is computed again in the backward pass."""
+    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
 
 
 def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:

@@ -13,7 +13,7 @@ from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from tools.profile import main
 from visft_ds.conversion.build import Options, build
-from visft_ds.profiling.memory import KINDS
+from visft_ds.profiling.ledger import KINDS
 from visft_ds.profiling.report import FORMAT, VERSION, make_sections, make_title
 from visft_ds.profiling.timing import MATCHER, PARTS
 

@@ -21,7 +21,7 @@ from visft_ds.profiling import hardware, session
 from visft_ds.profiling.communication import covered
 from visft_ds.profiling.counting import FlopMeter
 from visft_ds.profiling.flops import KEPT_SCORES, Flops, Tower, detection_flops, tower_flops
-from visft_ds.profiling.memory import (
+from visft_ds.profiling.ledger import (
     ACTIVATIONS,
     BUCKETS,
     GATHERED,
@@ -31,8 +31,8 @@ from visft_ds.profiling.memory import (
     TRANSIENT,
     Ledger,
     saved_tensors_counted,
-    step_watched,
 )
+from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.timing import (
     BACKBONE,
     CRITERION,

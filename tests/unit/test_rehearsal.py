@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.coco_tree import write_tree
-from visft_ds.config import derive_batches, resolve
+from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.conversion.build import Options, build
 from visft_ds.data.joint import JointTransform
@@ -72,9 +72,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def opened(shards: Path, *sets: str) -> tuple[VisftConfig, dict[str, TrainingSet], Vocabulary | None, Any]:
-    settings = [f"visft.data.root={shards}", "visft.tasks.captioning.vocabulary.min_count=1", *sets]
-    config = resolve(stage=2, model="debug", sets=settings)
+def opened(shards: Path) -> tuple[VisftConfig, dict[str, TrainingSet], Vocabulary | None, Batches]:
+    """Stage 2 of the debug model on four ranks."""
+    config = resolve(stage=2, model="debug", settings=[f"visft.data.root={shards}"])
     data = open_training_data(config.visft)
     vocabulary = vocabulary_of(config.visft, *(one.manifest for one in data.values()))
     return config.visft, data, vocabulary, derive_batches(config, 4)
@@ -88,12 +88,16 @@ def test_the_pictures_with_most_objects_come_together(shards: Path) -> None:
     for task, (one, pipeline) in found.items():
         assert len(one.sizes) == batches.micro[task] == 8
         assert one.objects == tuple(counts[:8]) and counts[0] > counts[7]
-        batch = pipeline.collate([]) if False else one.batch(pipeline, vocabulary, "both")
+        batch = one.batch(pipeline, vocabulary, "both")
         assert batch.tasks == (task,) and batch.images.shape == (8, 3, *one.frame)
     labels = {task: one.batch(pipeline, vocabulary, "labels") for task, (one, pipeline) in found.items()}
     assert labels["detection"].targets["detection"].counts.tolist() == list(counts[:8])
     masks = labels["segmentation"].targets["segmentation"]
-    assert masks.counts.tolist() == list(counts[:8]) and masks.masks.shape[1:] == (28, 28) and bool((masks.masks == 255).all())
+    assert (
+        masks.counts.tolist() == list(counts[:8])
+        and masks.masks.shape[1:] == (28, 28)
+        and bool((masks.masks == 255).all())
+    )
     assert labels["captioning"].targets["captioning"].lengths.tolist() == [52] * 8
     assert "8 images of 112 x 112" in found["detection"][0].describe()
     assert f"{sum(counts[:8])} objects" in found["detection"][0].describe()

@@ -8,13 +8,14 @@ disk. command_line: the flags.
 from visft_ds.config.batches import Batches, deepspeed_dict, derive_batches
 from visft_ds.config.command_line import build_parser, resolve_arguments
 from visft_ds.config.preflight import Missing, missing_inputs, render_missing
-from visft_ds.config.resolve import ResolvedConfig, identity_differences, resolve, resolve_values
+from visft_ds.config.resolve import ResolvedConfig, changed, identity_differences, resolve, resolve_values
 
 __all__ = [
     "Batches",
     "Missing",
     "ResolvedConfig",
     "build_parser",
+    "changed",
     "deepspeed_dict",
     "derive_batches",
     "identity_differences",

@@ -217,6 +217,24 @@ def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     return _typed(merge([(origin, values)]))
 
 
+def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
+    """The same configuration with other values ("dotted.key=value"), or under another engine of ds_configs/engines.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    values = config.to_dict()
+    if engine is not None:
+        for name in available("engines"):
+            for key in load_json(_layer_file("engines", "--engine", name)):
+                values.pop(key, None)
+        values |= load_json(_layer_file("engines", "--engine", engine))
+    tree = merge([("the configuration", values)])
+    for text in settings:
+        assign(tree, *parse_assignment(text), "--set")
+    return _typed(tree)
+
+
 def _merge_layers(stage: int, engine: str, model: str) -> Tree:
     files = [
         CONFIG_ROOT / f"stage{stage}.json",

@@ -5,13 +5,42 @@ The plain PyTorch version of an op is its specification; a faster one is tested 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 
+#: The device that tensors on the meta device stand for, and what autocast computes in there; see `rehearsing_on`.
+_REHEARSED: ContextVar[tuple[torch.device, torch.dtype | None] | None] = ContextVar("rehearsed", default=None)
+
+
+@contextmanager
+def rehearsing_on(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
+    """Inside, the meta device stands for another one: ops choose and autocast computes as they would there.
+
+    Args:
+        device: which need not exist on this machine.
+        autocast: the dtype of torch.autocast; None: it is off.
+    """
+    token = _REHEARSED.set((device, autocast))
+    try:
+        yield
+    finally:
+        _REHEARSED.reset(token)
+
+
+def placed(device: torch.device) -> torch.device:
+    """The device itself, or what the meta device stands for."""
+    rehearsed = _REHEARSED.get()
+    return rehearsed[0] if rehearsed and device.type == "meta" else device
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype `torch.autocast` computes in on this device right now; None where it is off (always on meta)."""
+    """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta alone."""
+    rehearsed = _REHEARSED.get()
+    if rehearsed and device.type == "meta":
+        return rehearsed[1]
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -26,5 +55,8 @@ def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast off inside, for code that casts by hand; nothing on devices without autocast (meta)."""
+    """Autocast off inside, for code that casts by hand; nothing on devices without autocast (meta alone)."""
+    rehearsed = _REHEARSED.get()
+    if rehearsed and device.type == "meta":
+        return rehearsing_on(rehearsed[0], None)
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visft_ds.ops import placed
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v per head, by the backend `attention_backend` names.
@@ -21,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, heads, N, head_dim).
     """
-    name, _ = attention_backend(q.device, q.dtype)
+    name, _ = attention_backend(placed(q.device), q.dtype)
     return attention_reference(q, k, v) if name == "reference" else F.scaled_dot_product_attention(q, k, v)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import matmul_dtype, no_autocast
+from visft_ds.ops import matmul_dtype, no_autocast, placed
 
 Slices = tuple[tuple[int, int], ...]
 
@@ -55,7 +55,7 @@ def lora_linear(
     _check_shapes(weight, lora_a, lora_b, slices)
     dtype = matmul_dtype(weight)
     if backend == "auto":
-        backend, _ = choose_backend(weight.device, dtype)
+        backend, _ = choose_backend(placed(weight.device), dtype)
     elif backend not in BACKENDS:
         raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
     # x is cast out here: a 16-bit copy is cheaper to keep for the backward pass than the fp32 residual stream.

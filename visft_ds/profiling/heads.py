@@ -29,7 +29,8 @@ from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.multitask import sum_weighted
 from visft_ds.ops.deform_attn import deform_attn
 from visft_ds.profiling.hardware import describe
-from visft_ds.profiling.memory import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger, step_watched
+from visft_ds.profiling.ledger import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger
+from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.sampling import measure_sampling, sampling_section
 from visft_ds.profiling.session import REPOSITORY
 from visft_ds.profiling.timing import BACKWARD, CRITERION, HEAD, MATCHER, Spread, Stopwatch, matchers

@@ -25,7 +25,8 @@ from visft_ds.profiling.counting import FlopMeter
 from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
 from visft_ds.profiling.hardware import reference_rate
-from visft_ds.profiling.memory import Ledger, note_gradients, note_residents, step_watched
+from visft_ds.profiling.ledger import Ledger
+from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, StreamRun, make_step
 from visft_ds.profiling.timing import (
     BACKWARD,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from visft_ds.monitor.console import Section
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
-from visft_ds.profiling.memory import ACTIVATIONS, OTHER, Ledger, step_watched
+from visft_ds.profiling.ledger import ACTIVATIONS, OTHER, Ledger
+from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.timing import BACKWARD, Spread, Stopwatch
 
 OURS, NEIGHBOURS, TRANSFORMERS = "ops/deform_attn.py", "four neighbours", "transformers"

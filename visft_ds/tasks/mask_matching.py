@@ -19,7 +19,7 @@ from torch import Tensor
 
 from visft_ds.data.segmentation import SegmentationTargets
 from visft_ds.tasks.mask_points import sample
-from visft_ds.tasks.matching import Matches, assign, at_least_float32, check_labels, raise_not_finite
+from visft_ds.tasks.matching import Matches, assign, at_least_float32, check_labels, raise_not_finite, shapes_of_matches
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def match_masks(
     known = labels.clamp(0, logits.shape[-1] - 1)  # one out of range is reported below, and must not crash the device
     terms = _cost_terms(logits, masks, targets, known, counts, points)
     cost = costs.ce * terms["ce"] + costs.bce * terms["bce"] + costs.dice * terms["dice"]
+    if cost.is_meta:
+        return shapes_of_matches(cost, int(counts.clip(max=logits.shape[2]).sum()))
     host = torch.cat((labels.to(cost.dtype), cost.flatten())).cpu().numpy()  # labels are far below 2**24: exact
     owner = np.repeat(np.arange(len(counts)), counts)
     labels_host = host[: len(labels)].astype(np.int64)

@@ -68,6 +68,8 @@ def match(
     labels = targets.labels.clamp(0, num_classes - 1)
     terms = _cost_terms(logits, boxes, targets.boxes, labels, owner)
     cost = costs.ce * terms["ce"] + costs.l1 * terms["l1"] + costs.giou * terms["giou"]
+    if cost.is_meta:
+        return shapes_of_matches(cost, num_objects)
     counts_host, labels_host, cost_host = _to_host(targets, cost)
     assert len(counts_host) == logits.shape[1] and counts_host.sum() == num_objects, "targets are packed wrongly"
     owner_host = np.repeat(np.arange(len(counts_host)), counts_host)
@@ -76,6 +78,11 @@ def match(
         _raise_not_finite(terms, targets, owner_host, image_ids)
     pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device)
     return Matches(*pairs)
+
+
+def shapes_of_matches(cost: Tensor, count: int) -> Matches:
+    """Pairs of `count` objects in each layer, of shapes without numbers: for costs (L, N, Q) on the meta device."""
+    return Matches(*(torch.empty(4, len(cost) * count, dtype=torch.int64, device=cost.device)))
 
 
 def _cost_terms(logits: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, owner: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,191 @@
+"""A training step without numbers: the model's own code on the meta device, as if it were another device.
+
+Everything is what the real step makes, in its order: the same modules, criteria, matchers up to the assignment, and
+autograd. So what lives at its peak is known to the byte before anything is allocated. The kernel of an attention is the
+one that torch chooses on the device that is stood for.
+Letters: B images, H W pixels, N objects packed over the batch, T ids of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.captions import CaptionTargets
+from visft_ds.data.masks import grid_size
+from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.segmentation import SegmentationTargets
+from visft_ds.multitask import MultiTaskModel
+from visft_ds.ops import rehearsing_on
+
+META = torch.device("meta")
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a micro-batch holds besides pixels. The defaults are more than all but a few of COCO's images have."""
+
+    objects: int = 30  #: in every image; COCO's mean is 7.3
+    caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
+    size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
+
+
+def largest_side(image: Mapping[str, Any]) -> int:
+    """Pixels to a side of the largest square among a stream's training images."""
+    return int(image.get("fixed_size") or image.get("size") or image["max_long"])
+
+
+def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
+    """A micro-batch of a stream on the meta device; what criteria read on the host is there, as zeros."""
+    side = largest_side(stream.image)
+    height, width = content.size or (side, side)
+    whole = torch.ones(images, 2)
+    counts, ids = torch.full((images,), content.objects), torch.arange(images)
+    boxes = torch.zeros(images * content.objects, 4)
+    labels = torch.zeros(images * content.objects, dtype=torch.int64)
+    targets: dict[str, Any] = {}
+    for task in stream.tasks:
+        if task == "detection":
+            targets[task] = DetectionTargets(boxes, labels, counts)
+        elif task == "segmentation":
+            cells = grid_size((height, width), int(stream.image["mask_stride"]))
+            masks = torch.empty(images * content.objects, *cells, dtype=torch.uint8, device=META)
+            targets[task] = SegmentationTargets(masks, labels, whole, whole, counts, ids)
+        else:
+            assert task == "captioning", task
+            tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
+            targets[task] = CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
+    pixels = torch.empty(images, 3, height, width, dtype=torch.uint8, device=META)
+    sizes = torch.tensor([[height, width]] * images)
+    return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)
+
+
+def store_as(module: MultiTaskModel, precision: Precision) -> None:
+    """Give a model on the meta device the dtypes that `stages.prepare_model` gives: frozen matrices in 16 bit."""
+    for name, parameter in module.backbone.named_parameters():
+        matrix = parameter.ndim > 1 and name not in ("pos_embed", "cls_token")
+        if matrix and not parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[precision])
+
+
+@contextmanager
+def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[None]:
+    """What runs inside on the meta device does as on `device` under DeepSpeed.
+
+    Args:
+        device: which need not exist here.
+        precision: of the run.
+        linear_keeps_input: DeepSpeed's linear layer, which replaces torch's under ZeRO-3.
+    """
+    autocast = None if precision == "fp32" else DTYPES[precision]
+    with rehearsing_on(device, autocast), _Shapes(), _kernels(device, linear_keeps_input=linear_keeps_input):
+        yield
+
+
+def normaliser_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
+    """The names that the criteria divide by, as 0-d tensors on the meta device. The batch is still on the host."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in module.count(batch):
+        task, _, count = name.partition("/")
+        found.setdefault(task, {})[count] = torch.empty((), device=META)
+    return found
+
+
+@contextmanager
+def _kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterator[None]:
+    """Choose kernels for tensors on the meta device as torch chooses them on another one.
+
+    Functions are replaced, as DeepSpeed replaces them, since torch's function modes are off while a backward pass
+    computes a forward again.
+    """
+    attend, multiply = F.scaled_dot_product_attention, F.linear
+    chosen = _attention_on_gpu if device.type == "cuda" else _attention_on_cpu
+
+    def attention(query: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return chosen(query, *rest, **named) if query.is_meta else attend(query, *rest, **named)
+
+    def linear(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        out: Tensor = _KeepingLinear.apply(x, *rest, **named) if x.is_meta else multiply(x, *rest, **named)
+        return out
+
+    F.scaled_dot_product_attention = attention
+    F.linear = linear if linear_keeps_input else multiply  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.linear = attend, multiply
+
+
+class _Shapes(TorchDispatchMode):
+    """Results of operators whose own shape functions compute on shapes for tens of milliseconds."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func is torch.ops.aten.grid_sampler_2d.default:
+                maps, grid = args[:2]
+                return maps.new_empty(*maps.shape[:2], *grid.shape[1:3])
+            if func is torch.ops.aten.grid_sampler_2d_backward.default:
+                _, maps, grid = args[:3]
+                to_maps, to_grid = args[6]
+                return torch.empty_like(maps) if to_maps else None, torch.empty_like(grid) if to_grid else None
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """The fused kernel, which knows no dropout; else plain products."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch makes a bias of it
+    if dropout_p:
+        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p)[0]
+        return out
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out = fused(query, key, value, attn_mask=attn_mask)[0]
+    return out
+
+
+def _attention_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Flash attention in 16 bit without a mask; else the memory-efficient kernel."""
+    if attn_mask is None and query.dtype != torch.float32:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+        return out
+    if attn_mask is not None:  # a bias of every head and query, whose rows are aligned
+        batch, heads, queries = query.shape[:3]
+        bias = query.new_zeros(batch, 1, queries, -(-key.shape[2] // 16) * 16)
+        attn_mask = bias[..., : key.shape[2]].expand(batch, heads, queries, key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    out = efficient(query, key, value, attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p)[0]
+    return out
+
+
+class _KeepingLinear(torch.autograd.Function):
+    """A linear layer that keeps its input whether or not its weight trains (deepspeed/runtime/zero/linear.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        out = x.matmul(weight.t())
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        to_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+        to_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return to_input, to_weight, rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
