@@ -424,9 +424,8 @@ def _memory_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("peak of a step", memory["peak"], "all tensors at one moment: " + _by_kind(memory["at_peak"])),
     ]
     if memory["allocator_peak"] is not None:
-        rows.append(
-            ("allocator's peak", memory["allocator_peak"], "torch.cuda.max_memory_allocated, the other heads too")
-        )
+        text = "torch.cuda.max_memory_allocated, the other heads too"
+        rows.append(("allocator's peak", memory["allocator_peak"], text))
     return [(name, f"{size / _MIB:9.2f}", text) for name, size, text in rows]
 
 
