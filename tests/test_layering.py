@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("conversion", "models", "tasks"),
-    ("profiling.flops", "profiling.ledger", "training_data"),
+    ("profiling.counting", "profiling.flops", "profiling.hardware", "profiling.ledger", "training_data"),
     ("interop", "multitask", "run_folder", "streams"),
     ("bundle", "run_lock"),
     ("machine", "stages"),

@@ -1,38 +1,24 @@
 """The memory of a configuration before anything is allocated: bytes by part on the fullest rank.
 
-The model's own step is rehearsed on the meta device (`rehearsal`), a part of its blocks stands for all of them, and
-what the engine holds is added (`zero`). Libraries' workspaces, the CUDA context and fragmentation are not in it.
+The model's own step is rehearsed on the meta device (`rehearsal`), and what the engine holds is added (`zero`).
+Libraries' workspaces, the CUDA context and fragmentation are not in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
 
-from visft_ds.config import Batches, ResolvedConfig, derive_batches
-from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config import ResolvedConfig, derive_batches
+from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
-from visft_ds.multitask import MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.planner.rehearsal import META, Content, blank_batch, normaliser_of, rehearsing, store_as
-from visft_ds.planner.zero import Groups, Zero, gradients_reduced
-from visft_ds.profiling.ledger import (
-    ACTIVATIONS,
-    BUCKETS,
-    FROZEN,
-    GRADIENTS,
-    OTHER,
-    TRANSIENT,
-    Allocations,
-    Ledger,
-    saved_tensors_counted,
-)
-from visft_ds.stages import PUBLISHED_VOCABULARY, plan_model
-
-#: Periods of blocks in the two rehearsals that stand for a deeper model.
-_PERIODS = (2, 3)
+from visft_ds.planner.rehearsal import Content
+from visft_ds.planner.step import Rehearsed, Run, rehearse
+from visft_ds.profiling.ledger import ACTIVATIONS, BUCKETS, GRADIENTS, TRANSIENT
+from visft_ds.stages import PUBLISHED_VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -81,107 +67,36 @@ def plan_memory(
     Raises:
         ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
     """
-    batches = derive_batches(config, world_size)
+    run = Run(
+        config=config,
+        batches=derive_batches(config, world_size),
+        precision=precision,
+        vocabulary_size=vocabulary_size or PUBLISHED_VOCABULARY,
+        device=device or distributed.local_device(),
+        content=content or Content(),
+    )
     streams = config.visft.streams()
     if task is not None and task not in streams:
         raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
-    chosen = streams if task is None else {task: streams[task]}
-    situation = _Situation(
-        config,
-        batches,
-        precision,
-        vocabulary_size or PUBLISHED_VOCABULARY,
-        device or distributed.local_device(),
-        content or Content(),
-    )
-    return max((situation.plan(stream) for stream in chosen.values()), key=lambda plan: plan.total)
+    chosen = streams.values() if task is None else [streams[task]]
+    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
 
 
-@dataclass(frozen=True)
-class _Situation:
-    """Everything but the stream that a plan depends on."""
+def plan_stream(run: Run, stream: Stream) -> MemoryPlan:
+    """The fullest moment of one kind of step."""
+    stages = range(run.batches.stages) if run.batches.stages > 1 else [None]
+    plans = [plan for stage in stages for plan in _plans(rehearse(run, stream, stage))]
+    return max(plans, key=lambda plan: plan.total)
 
-    config: ResolvedConfig
-    batches: Batches
-    precision: Precision
-    vocabulary_size: int
-    device: torch.device
-    content: Content
 
-    def plan(self, stream: Stream) -> MemoryPlan:
-        """The plan of one stream."""
-        module, groups = self._model(self.config.visft)
-        zero = Zero.of(self.config.deepspeed, self.batches.dp, self.batches.accumulation, self.device)
-        parameters = list(module.parameters())
-        standing = {
-            "weights": zero.weights(parameters),
-            "optimizer": zero.optimizer(groups),
-            "gathered": 0,
-        }
-        moments = [
-            {
-                "activations": peak[ACTIVATIONS],
-                "transient": peak[TRANSIENT] + peak[OTHER],
-                "gradients": peak[GRADIENTS] + zero.standing_gradients(groups),
-                "buckets": peak[BUCKETS] + zero.standing_buckets(),
-            }
-            for peak in [self._deep(stream, zero)]
-        ]
-        gradients, temporary = zero.update(groups, self.device)
-        moments.append(
-            {
-                "activations": 0,
-                "transient": temporary,
-                "gradients": gradients,
-                "buckets": zero.standing_buckets(),
-            }
+def _plans(found: Rehearsed) -> Iterator[MemoryPlan]:
+    for moment in found.moments:
+        yield MemoryPlan(
+            weights=found.weights,
+            gradients=moment[GRADIENTS],
+            optimizer=found.optimizer,
+            buckets=moment[BUCKETS],
+            gathered=found.gathered,
+            activations=moment[ACTIVATIONS],
+            transient=moment[TRANSIENT],
         )
-        return MemoryPlan(**standing, **max(moments, key=lambda moment: sum(moment.values())))
-
-    def _model(self, visft: VisftConfig) -> tuple[MultiTaskModel, Groups]:
-        module, groups = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
-        store_as(module, self.precision)
-        module.train()
-        return module, [group.parameters for group in groups]
-
-    def _deep(self, stream: Stream, zero: Zero) -> dict[str, int]:
-        """The peak of forward and backward of the whole depth, from two shallow models where blocks are alike."""
-        visft = self.config.visft
-        module, _ = self._model(visft)
-        depth, period = module.backbone.depth, max(1, visft.model.checkpoint_every)
-        few, more = (depth % period + count * period for count in _PERIODS)
-        if depth <= more or len({_trained(block) for block in module.backbone.blocks}) > 1:
-            return self._rehearse(visft, stream, zero)
-        first, second = (self._rehearse(_with_depth(visft, count), stream, zero) for count in (few, more))
-        steps = (depth - few) // period
-        return {kind: first[kind] + (second[kind] - first[kind]) * steps for kind in first}
-
-    def _rehearse(self, visft: VisftConfig, stream: Stream, zero: Zero) -> dict[str, int]:
-        """Bytes by kind at the peak of one micro-batch's forward and backward; weights are not counted."""
-        module, groups = self._model(visft)
-        batch = blank_batch(stream, self.batches.micro[stream.name], self.content)
-        normaliser = normaliser_of(module, batch)
-        batch = batch.to(META)
-        ledger = Ledger(META.type)
-        ledger.add_all(module.parameters(), FROZEN)
-        held = [batch.images, *(t for targets in batch.targets.values() for t in vars(targets).values())]
-        ledger.add_all((t for t in held if isinstance(t, Tensor)), OTHER)
-        ledger.forget_peaks()
-        with (
-            rehearsing(self.device, self.precision, linear_keeps_input=zero.linear_keeps_input),
-            gradients_reduced(ledger, module, groups, zero),
-            saved_tensors_counted(ledger, module),
-            Allocations(ledger),
-        ):
-            losses = module(batch, normaliser)
-            torch.autograd.backward(losses["loss"])
-        return {kind: ledger.at_peak[kind] for kind in (ACTIVATIONS, TRANSIENT, OTHER, GRADIENTS, BUCKETS)}
-
-
-def _trained(block: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, parameter in block.named_parameters() if parameter.requires_grad)
-
-
-def _with_depth(visft: VisftConfig, depth: int) -> VisftConfig:
-    overrides = visft.model.overrides.model_copy(update={"depth": depth})
-    return visft.model_copy(update={"model": visft.model.model_copy(update={"overrides": overrides})})

@@ -8,10 +8,12 @@ Letters: B images, H W pixels, N objects packed over the batch, T ids of a capti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import SegmentationTargets
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.ops import rehearsing_on
+from visft_ds.planner.work import Total, Work, work_of
 
 META = torch.device("meta")
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,8 +82,8 @@ def store_as(module: MultiTaskModel, precision: Precision) -> None:
 
 
 @contextmanager
-def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[None]:
-    """What runs inside on the meta device does as on `device` under DeepSpeed.
+def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[Tracer]:
+    """What runs inside on the meta device does as on `device` under DeepSpeed; gives the sum of its work.
 
     Args:
         device: which need not exist here.
@@ -88,8 +91,12 @@ def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input
         linear_keeps_input: DeepSpeed's linear layer, which replaces torch's under ZeRO-3.
     """
     autocast = None if precision == "fp32" else DTYPES[precision]
-    with rehearsing_on(device, autocast), _Shapes(), _kernels(device, linear_keeps_input=linear_keeps_input):
-        yield
+    with (
+        rehearsing_on(device, autocast),
+        Tracer() as tracer,
+        _kernels(device, linear_keeps_input=linear_keeps_input),
+    ):
+        yield tracer
 
 
 def normaliser_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
@@ -126,21 +133,101 @@ def _kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterator[None
         F.scaled_dot_product_attention, F.linear = attend, multiply
 
 
-class _Shapes(TorchDispatchMode):
-    """Results of operators whose own shape functions compute on shapes for tens of milliseconds."""
+class Tracer(TorchDispatchMode):
+    """Sums up the work of operators on the meta device, and remembers the shapes of what functional ones return.
+
+    Torch works most shapes out in Python, slowly; they depend on the arguments' shapes, strides and dtypes, and on the
+    plain arguments alone.
+
+    Attributes:
+        work: of every operator so far.
+    """
+
+    known: ClassVar[dict[Any, tuple[_Result, Work | None]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: Total = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].is_meta:
-            if func is torch.ops.aten.grid_sampler_2d.default:
-                maps, grid = args[:2]
-                return maps.new_empty(*maps.shape[:2], *grid.shape[1:3])
-            if func is torch.ops.aten.grid_sampler_2d_backward.default:
-                _, maps, grid = args[:3]
-                to_maps, to_grid = args[6]
-                return torch.empty_like(maps) if to_maps else None, torch.empty_like(grid) if to_grid else None
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        key = None
+        if _is_functional(func):
+            key = (func, _signature(args), _signature(tuple(kwargs.items())))
+            found = self.known.get(key)
+            if found is not None:
+                self._count(found[1])
+                return found[0].make()
+        result = _sampled_shapes(func, args) if func in _SAMPLERS else func(*args, **kwargs)
+        work = work_of(func, args, kwargs, result)
+        self._count(work)
+        if key is not None and (shapes := _Result.of(result)) is not None:
+            self.known[key] = shapes, work
+        return result
+
+    def _count(self, work: Work | None) -> None:
+        if work is not None:
+            self.work[work] += 1
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Shapes, strides and dtypes of what an operator returns."""
+
+    tensors: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]
+    single: bool
+
+    @classmethod
+    def of(cls, result: Any) -> _Result | None:
+        """None where a result is more than its shape."""
+        single = isinstance(result, Tensor)
+        found = (result,) if single else result
+        if not isinstance(found, tuple) or not all(one is None or _is_on_meta(one) for one in found):
+            return None
+        shapes = [None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in found]
+        return cls(tuple(shapes), single)
+
+    def make(self) -> Any:
+        """New tensors like those."""
+        made = [
+            None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
+        ]
+        return made[0] if self.single else tuple(made)
+
+
+def _is_on_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+@cache
+def _is_functional(func: Any) -> bool:
+    """Whether an operator changes nothing and returns nothing that looks into its arguments."""
+    schema = func._schema
+    return not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
+
+
+def _signature(value: Any) -> Any:
+    """What is equal for arguments that give equal shapes; unequal to all else for tensors that hold numbers."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(one) for one in value)
+    return type(value), value
+
+
+_SAMPLERS = (torch.ops.aten.grid_sampler_2d.default, torch.ops.aten.grid_sampler_2d_backward.default)
+
+
+def _sampled_shapes(func: Any, args: Sequence[Any]) -> Any:
+    """What sampling a map returns. Torch computes these shapes through dozens of operators."""
+    if func is torch.ops.aten.grid_sampler_2d.default:
+        maps, grid = args[:2]
+        return maps.new_empty(*maps.shape[:2], *grid.shape[1:3])
+    _, maps, grid = args[:3]
+    to_maps, to_grid = args[6]
+    return torch.empty_like(maps) if to_maps else None, torch.empty_like(grid) if to_grid else None
 
 
 def _attention_on_cpu(

@@ -5,7 +5,7 @@ Followed from deepspeed/runtime/zero/{stage_1_and_2,stage3,partitioned_param_coo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +38,18 @@ class Zero:
     linear_keeps_input: bool  #: ZeRO-3: DeepSpeed's own linear layer
     optimizer_here: bool  #: on the device, not offloaded
     weights_here: bool
+    pipeline: bool  #: gradients are reduced after a whole step
 
     @classmethod
-    def of(cls, deepspeed: Mapping[str, Any], ranks: int, accumulation: int, device: torch.device) -> Zero:
+    def of(
+        cls,
+        deepspeed: Mapping[str, Any],
+        ranks: int,
+        accumulation: int,
+        device: torch.device,
+        *,
+        pipeline: bool = False,
+    ) -> Zero:
         """From the keys of a DeepSpeed configuration; on a CPU nothing is offloaded to elsewhere."""
         zero = deepspeed["zero_optimization"]
         stage = int(zero["stage"])
@@ -62,6 +71,7 @@ class Zero:
             linear_keeps_input=stage == 3 and bool(zero.get("memory_efficient_linear", True)),
             optimizer_here=here("offload_optimizer"),
             weights_here=here("offload_param"),
+            pipeline=pipeline,
         )
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> int:
@@ -98,17 +108,40 @@ class Zero:
         """Bytes of buckets that stay from step to step."""
         return _FP32 * self.reduce_bucket if self.stage == 3 else 0
 
-    def update(self, groups: Groups, device: torch.device) -> tuple[int, int]:
-        """Bytes of gradients and of temporary tensors at the fullest moment of the optimiser's update."""
-        shares = self.shares(groups)
-        if not self.optimizer_here:
-            return 0, 0
+    def update(self, groups: Groups, device: torch.device) -> dict[str, int]:
+        """Bytes by kind at the fullest moment of the optimiser's update."""
+        shares, whole = self.shares(groups), sum(p.numel() for group in groups for p in group)
+        if not self.optimizer_here or not shares:
+            return {}
         # AdamW goes tensor by tensor on a CPU, with two temporaries; on a GPU through all of a call, with one.
         temporary = 2 * max(shares) if device.type == "cpu" else max(shares)
         if self.stage == 0:
-            return _FP32 * sum(shares), _FP32 * (temporary if device.type == "cpu" else sum(shares))
+            return {GRADIENTS: _FP32 * sum(shares), TRANSIENT: _FP32 * (temporary if device.type == "cpu" else whole)}
         # The gradients of the group that is stepped are copied into one flat tensor first.
-        return _FP32 * (sum(shares) + max(shares)), _FP32 * temporary
+        return {GRADIENTS: _FP32 * (sum(shares) + max(shares)), TRANSIENT: _FP32 * temporary}
+
+    def gathered(self, parameters: Sequence[nn.Parameter], used_again: Callable[[nn.Parameter], bool]) -> int:
+        """ZeRO-3: bytes of whole weights when the forward ends, where they are most.
+
+        A weight stays whole if its next use, in the backward pass, comes within `max_reuse` elements; up to `prefetch`
+        elements are gathered ahead. This is DeepSpeed's plan once it has seen a step like this one.
+
+        Args:
+            parameters: in the order of the forward.
+            used_again: whether the backward pass needs it.
+        """
+        left, ahead, total = self.max_reuse / 2, self.prefetch, 0  # there and back again
+        for parameter in reversed(parameters):
+            if parameter.numel() <= self.persist_below or not used_again(parameter):
+                continue
+            if left > 0:
+                left -= parameter.numel()
+            elif ahead > 0:
+                ahead -= parameter.numel()
+            else:
+                break
+            total += parameter.numel() * parameter.element_size()
+        return total
 
 
 @contextmanager
@@ -124,7 +157,7 @@ def gradients_reduced(ledger: Ledger, module: nn.Module, groups: Groups, zero: Z
 
     def arrived(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        if zero.stage in (1, 2) and not buckets:
+        if zero.stage in (1, 2) and not zero.pipeline and not buckets:
             buckets.extend(note(zero.reduce_bucket, BUCKETS) for _ in range(zero.bucket_count))
         if zero.stage < 2:
             ledger.add(parameter.grad, GRADIENTS, instead_of=(TRANSIENT, ACTIVATIONS))

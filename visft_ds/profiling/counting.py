@@ -29,7 +29,7 @@ _attention._get_raw = True  # type: ignore[attr-defined]  # the counter then pas
 _attention_backward._get_raw = True  # type: ignore[attr-defined]
 
 #: What torch 2.13 does not count, without a word: the fused attention kernel of CPUs, and products added in place.
-_NOT_COUNTED_BY_TORCH = {
+NOT_COUNTED_BY_TORCH = {
     torch.ops.aten.addmm_: _product_added,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -41,7 +41,7 @@ class FlopMeter:
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
-        self._counter = FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH)
+        self._counter = FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH)
         self._began: dict[str, int] = {}
 
     def start(self, part: str) -> None:

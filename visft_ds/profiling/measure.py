@@ -77,7 +77,8 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
     run = session.of_stream(stream)
     device = run.engine.device
     reference = reference_rate(device, session.precision)
-    total = lengths.warmup + 2 * lengths.steps + 2
+    # Behind the counted step as much is read ahead as in training.
+    total = lengths.warmup + 2 * lengths.steps + 2 + session.config.visft.data.prefetch_steps
     steps = run.loader.steps(0, total)
     with out_of_memory_explained(run, stream):
         first = [_timed_step(session, run, steps) for _ in range(lengths.warmup)]
@@ -102,6 +103,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             "micro": run.batches.micro[stream],
             "accumulation": run.batches.accumulation,
             "shapes": counted.pop("shapes"),
+            "content": counted.pop("content"),
         },
         "steps": {"measured": len(plain), "warmup": len(first), "skipped": sum(s.skipped for s in (*plain, *hooked))},
         "losses": [step.losses["loss"] for step in (*first, *plain)][:2],
@@ -154,11 +156,24 @@ def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, A
     whole_formula = formula.total
     return {
         "shapes": [list(batch.images.shape) for batch in batches],
+        "content": _content(batches),
         "memory": {"at_peak": ledger.at_peak, "highest": ledger.highest},
         "counted": {**meter.parts, "total": meter.total},
         "formula": formula.by_part(),
         "ratio": meter.total / whole_formula.all if whole_formula else None,
     }
+
+
+def _content(batches: Sequence[Batch]) -> dict[str, float]:
+    """What the fullest micro-batch holds besides pixels: objects to an image, ids of the longest caption."""
+    found: dict[str, float] = {}
+    for batch in batches:
+        for targets in batch.targets.values():
+            if hasattr(targets, "counts"):
+                found["objects"] = max(found.get("objects", 0), float(targets.counts.float().mean()))
+            if hasattr(targets, "tokens"):
+                found["caption_ids"] = max(found.get("caption_ids", 0), targets.tokens.shape[1])
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""Hardware that need not be there: how much memory it has, and what it does in a second.
+
+Peaks in arithmetic are those of `profiling.hardware`. What an ordinary program reaches of them is stated here, once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from visft_ds.config.schema import Precision
+from visft_ds.planner.work import Kind, Total
+from visft_ds.profiling.hardware import find_peak
+
+#: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
+#: TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88 and 112.
+PRODUCT_SHARE, ATTENTION_SHARE = 0.80, 0.42
+#: Of the memory's bandwidth, kernels that only move bytes reach this much; sampling at scattered places a quarter.
+BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
+#: Of a link's bandwidth in one direction, large collectives reach this much.
+LINK_SHARE = 0.75
+#: Seconds from one kernel to the next, however small: the host's Python and the launch.
+CALL_SECONDS = 5e-6
+#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
+MEMORY_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU; rates per second, sizes in bytes."""
+
+    name: str
+    memory: int
+    bandwidth: float  #: of its memory
+    link: float  #: to a GPU of the same machine, one direction
+    tflops: Mapping[Precision, float]  #: dense peaks in TFLOP/s; a precision that is not there is not in hardware
+
+    def precision(self) -> Precision:
+        """What visft.model.precision "auto" means on it."""
+        return "bf16" if "bf16" in self.tflops else "fp16"
+
+
+def _gpu(name: str, driver: str, gigabytes: int, bandwidth: float, link: float) -> Gpu:
+    peak = find_peak(driver)
+    assert peak is not None, driver
+    rates: dict[Precision, float | None] = {"bf16": peak.bf16, "fp16": peak.fp16, "fp32": peak.fp32}
+    found = {precision: rate for precision, rate in rates.items() if rate is not None}
+    return Gpu(name, gigabytes * 2**30, bandwidth * 1e9, link * 1e9, found)
+
+
+#: Memory in GiB and bandwidths in GB/s from the makers' data sheets (see `profiling.hardware.PEAKS`). Links: NVLink 2,
+#: 3 and 4 with 150, 300 and 450 GB/s in each direction; PCIe 4 x16 with 32.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("V100-16GB", "Tesla V100-SXM2-16GB", 16, 900, 150),
+        _gpu("V100-32GB", "Tesla V100-SXM2-32GB", 32, 900, 150),
+        _gpu("A100-40GB", "NVIDIA A100-SXM4-40GB", 40, 1555, 300),
+        _gpu("A100-80GB", "NVIDIA A100-SXM4-80GB", 80, 2039, 300),
+        _gpu("H100-80GB", "NVIDIA H100 80GB HBM3", 80, 3350, 450),
+        _gpu("H200-141GB", "NVIDIA H200", 141, 4800, 450),
+        _gpu("L40S-48GB", "NVIDIA L40S", 48, 864, 32),
+        _gpu("4090-24GB", "NVIDIA GeForce RTX 4090", 24, 1008, 32),
+        _gpu("3090-24GB", "NVIDIA GeForce RTX 3090", 24, 936, 32),
+    )
+}
+_PER_NODE = 8
+_NETWORK = 25e9  #: bytes a second of a machine's network (200 Gbit/s), shared by its GPUs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind."""
+
+    count: int
+    gpu: Gpu
+    network: float = _NETWORK  #: bytes a second into and out of a machine of `per_node` GPUs
+    per_node: int = _PER_NODE
+
+    @property
+    def link(self) -> float:
+        """Bytes a second that a GPU exchanges with its neighbours: over the network where there are more machines."""
+        if self.count <= self.per_node:
+            return self.gpu.link
+        return min(self.gpu.link, self.network / self.per_node)
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.gpu.name}"
+
+
+def parse_cluster(text: str) -> Cluster:
+    """`8xA100-80GB`, `1xH100` (where there is one size of memory), or a JSON file.
+
+    Raises:
+        ValueError: another form, an unknown name (with the nearest one), a file that lacks something.
+    """
+    if Path(text).suffix == ".json":
+        return _from_file(Path(text))
+    found = re.fullmatch(r"(\d+)x(.+)", text)
+    if found is None or int(found[1]) < 1:
+        raise ValueError(f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or give a JSON file")
+    return Cluster(int(found[1]), _find(found[2], text))
+
+
+def _find(name: str, text: str) -> Gpu:
+    wanted = name.upper().replace("RTX", "").strip(" -_")
+    close = [gpu for key, gpu in GPUS.items() if wanted in (key.upper(), key.upper().rpartition("-")[0])]
+    if len(close) == 1:
+        return close[0]
+    if close:
+        raise ValueError(f"--cluster {text}: which one? There are {', '.join(gpu.name for gpu in close)}")
+    near = difflib.get_close_matches(wanted, [key.upper() for key in GPUS], n=1, cutoff=0.4)
+    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}?" if near else ""
+    raise ValueError(
+        f"--cluster {text}: {name} is not known{hint} There are {', '.join(GPUS)}; describe another one in a JSON file"
+    )
+
+
+_FILE_KEYS = ("count", "name", "memory_gib", "bandwidth_gb_s", "link_gb_s", "tflops")
+
+
+def _from_file(path: Path) -> Cluster:
+    """A cluster out of a file: keys `_FILE_KEYS`, and network_gb_s and per_node where there are several machines."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--cluster {path}: cannot be read as JSON: {error}") from error
+    optional = ("network_gb_s", "per_node")
+    if not isinstance(values, dict) or set(values) - {*optional} != set(_FILE_KEYS):
+        raise ValueError(
+            f"--cluster {path}: needs exactly the keys {', '.join(_FILE_KEYS)} (and, where wanted, "
+            f"{', '.join(optional)})"
+        )
+    tflops = values["tflops"]
+    numbers = [values[key] for key in (*_FILE_KEYS, *optional) if key in values and key not in ("name", "tflops")]
+    wrong = not isinstance(tflops, dict) or "fp32" not in tflops or set(tflops) - {"fp32", "bf16", "fp16"}
+    if wrong or not all(isinstance(number, (int, float)) and number > 0 for number in (*numbers, *tflops.values())):
+        raise ValueError(
+            f"--cluster {path}: all numbers must be above 0, and tflops an object such as "
+            '{"fp32": 19.5, "fp16": 312, "bf16": 312}'
+        )
+    gpu = Gpu(
+        str(values["name"]),
+        int(values["memory_gib"] * 2**30),
+        values["bandwidth_gb_s"] * 1e9,
+        values["link_gb_s"] * 1e9,
+        tflops,
+    )
+    network = values.get("network_gb_s", _NETWORK / 1e9) * 1e9
+    return Cluster(int(values["count"]), gpu, network, int(values.get("per_node", _PER_NODE)))
+
+
+_PRECISION: Mapping[torch.dtype, Precision] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reaches, per second."""
+
+    product: Mapping[Precision, float]  #: operations of matrix products
+    attention: Mapping[Precision, float]  #: operations of fused attention
+    bandwidth: Mapping[Literal["curve", "sampling", "plain"], float]  #: bytes that an operator reads and writes
+    call: float  #: seconds from one operator to the next, at least
+
+    def seconds(self, work: Total) -> float:
+        """Every operator takes as long as its arithmetic, its bytes or its call, whichever is most."""
+        return sum(count * self._of(*what) for what, count in work.items())
+
+    def _of(self, kind: Kind, dtype: torch.dtype, operations: int, size: int) -> float:
+        precision = _PRECISION.get(dtype, "fp32")
+        if kind == "product" or kind == "attention":
+            rate = (self.product if kind == "product" else self.attention)[precision]
+            return max(operations / rate, size / self.bandwidth["plain"], self.call)
+        return max(size / self.bandwidth[kind], self.call)
+
+
+def rates_of(gpu: Gpu) -> Rates:
+    """By the shares stated above."""
+    plain = BANDWIDTH_SHARE * gpu.bandwidth
+    rate = {precision: tflops * 1e12 for precision, tflops in gpu.tflops.items()}
+    return Rates(
+        product={precision: PRODUCT_SHARE * peak for precision, peak in rate.items()},
+        attention={precision: ATTENTION_SHARE * peak for precision, peak in rate.items()},
+        bandwidth={"plain": plain, "curve": plain, "sampling": SAMPLING_SHARE * gpu.bandwidth},
+        call=CALL_SECONDS,
+    )
