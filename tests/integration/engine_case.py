@@ -370,6 +370,9 @@ def main(out: str, name: str) -> None:
 
         results["refusals"] = refusals(name, ["fp32"], ["fault"])
         results["disagree"] = distributed.gather_objects(disagree())
+        from tests.integration.unchanged_case import compared
+
+        results["unchanged"] = compared(name, "fp32", 1)
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         results["stage1-fp16"] = run_steps(start_engine(1, name, "fp16"), 0, STEPS, None)
     engine_module.clear_stale_gradients = lambda optimizer: None

@@ -6,6 +6,7 @@ RANK=0 WORLD_SIZE=2 ... python -m tests.integration.unchanged_case OUT.pt ENGINE
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,35 +18,42 @@ from visft_ds.parallel.engine import grad_scaler, start_process_group
 from visft_ds.parallel.engine_state import gather_parameters, gather_state, updates_done
 from visft_ds.parallel.unchanged import unchanged
 
-#: Before these steps all others are made without a trace; at 0 there are no moments yet.
+#: Before these steps others are made without a trace; at 0 there are no moments yet.
 BEFORE = (0, 4)
+#: One of each task, and one of all.
+MADE = (0, 1, 2, 3)
 
 
 def trained(engine: Any, feed: Feed, before: tuple[int, ...]) -> dict[str, Any]:
     """Train; what the main process knows of every step and of the end."""
-    reports, states, updates = [], [], []
+    reports, seen, updates = [], [], []
     for step in range(STEPS):
         if step in before:
             torch.manual_seed(step)
             with unchanged(engine):
-                states.append(list(engine.train_step(n, *feed(engine, n)).refused for n in range(STEPS)))
+                made = [engine.train_step(one, *feed(engine, one)) for one in MADE]
+            found = torch.rand(4)
+            torch.manual_seed(step)
+            seen.append(([bool(one.refused) or one.skipped for one in made], torch.equal(found, torch.rand(4))))
             updates.append(updates_done(engine))
-            states.append(torch.equal(torch.rand(4), torch.manual_seed(step) and torch.rand(4)))
-        reports.append(engine.train_step(step, *feed(engine, step)))
-    scaler = grad_scaler(engine.deepspeed)
+        reports.append(asdict(engine.train_step(step, *feed(engine, step))))
+    scaler, state = grad_scaler(engine.deepspeed), gather_state(engine)
     return {
         "reports": distributed.gather_objects(reports),
-        "state": gather_state(engine),
-        "parameters": gather_parameters(engine),
-        "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps, updates),
+        "values": gather_parameters(engine),
+        "moments": state and dict(state.moments),
+        "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps, engine.deepspeed.global_samples),
         "scaler": scaler and scaler.state_dict(),
-        "seen": states,
+        "between": (seen, updates),
     }
 
 
 def compared(name: str, precision: str, stage: int) -> dict[str, Any]:
     """A run without and one with such steps. Collective."""
-    return {str(len(before)): trained(*start(name, stage, precision), before) for before in ((), BEFORE)}
+    return {
+        "without": trained(*start(name, stage, precision), ()),
+        "with": trained(*start(name, stage, precision), BEFORE),
+    }
 
 
 def main(out: str, name: str, precisions: str) -> None:

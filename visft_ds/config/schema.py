@@ -162,7 +162,7 @@ class RunConfig(BaseModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
-    rehearsal: bool = True  #: before the first step, try the largest shapes of every task: out of memory comes at once
+    rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
