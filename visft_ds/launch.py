@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
 from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
+
+#: Seconds by which a rank outlives one that has explained its end. DeepSpeed's launcher looks once a second and ends
+#: with the code of the first rank that it finds ended, which decides whether a supervisor starts the run again.
+_SEEN_FIRST = 1.5
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,4 +59,6 @@ def main(argv: Sequence[str]) -> int:
         # The rank that failed tells why; the traceback of one that only waited for it would bury that.
         told = str(error) if isinstance(error, LostRank) else "another rank ended first"
         print(f"[rank {rank}] stopped: {told}", file=sys.stderr, flush=True)
+        if isinstance(error, LostRank) and error.explained:
+            time.sleep(_SEEN_FIRST)
         return 3

@@ -21,7 +21,16 @@ class RanksDiffer(RuntimeError):
 
 
 class LostRank(RuntimeError):
-    """Another rank died or ended with an error; this one cannot go on."""
+    """Another rank died or ended with an error; this one cannot go on.
+
+    Args:
+        told: what happened, as far as this rank knows.
+        explained: the other one has said itself why it ended.
+    """
+
+    def __init__(self, told: str, *, explained: bool) -> None:
+        super().__init__(told)
+        self.explained = explained
 
 
 class StopFlag:

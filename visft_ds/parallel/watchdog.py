@@ -196,7 +196,7 @@ class Watchdog:
             told += f"\n  here: {self._beat.doing}; {last_collective()}"
             if silent:  # one that ended in good order has said why; else there is nothing but this
                 told += "\n  stack:\n" + "".join(traceback.format_tb(trace))
-            raise LostRank(told) from error
+            raise LostRank(told, explained=not silent) from error
         lines = str(error).splitlines()
         self._end(f"{type(error).__name__}: {lines[0] if lines else ''}")
 
