@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.ranks import REPOSITORY, finish, start_ranks
+from tests.integration.ranks import REPOSITORY, deepspeed, finish, start_command, start_ranks
 from tests.integration.test_train import command, shards
 
 __all__ = ["shards"]  # a fixture
@@ -97,6 +97,7 @@ import torch
 from visft_ds.launch import main
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine
+sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # the launcher puts it first
 original, left = ZeroEngine.train_step, [int(sys.argv[1])]
 def train_step(engine, step, *rest):
     left[0] -= 1
@@ -111,7 +112,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.parametrize(("at", "where"), [(1, "the rehearsal of shared"), (4, r"step 3 \(shared\)")])
 def test_one_rank_without_room_is_named_by_the_other(at: int, where: str, shards: Path, tmp_path: Path) -> None:
     arguments = command(shards, tmp_path / "run", extra={"visft.run.rehearsal": True})
-    codes, outputs = finish(start_ranks(["-c", NO_ROOM, str(at), *arguments]))
+    codes, outputs = finish(start_ranks(["-c", NO_ROOM, str(at), *arguments]), timeout=600)
     assert codes == [3, 2], outputs
     assert re.search(rf"^\[rank 1\] error: out of memory in {where}: 1 image of 56 x 56", outputs[1], re.M)
     assert ("did not foresee this" in outputs[1]) == (at > 1)
@@ -122,3 +123,14 @@ def test_one_rank_without_room_is_named_by_the_other(at: int, where: str, shards
         re.M,
     )
     assert not any("Traceback" in output for output in outputs)
+
+
+def test_the_launcher_ends_with_the_code_of_the_rank_without_room(shards: Path, tmp_path: Path) -> None:
+    """Its code decides whether a supervisor starts the run again: with 3 it would, and run into the same."""
+    script = tmp_path / "no_room.py"
+    script.write_text(NO_ROOM)
+    arguments = command(shards, tmp_path / "run", extra={"visft.run.rehearsal": True})
+    process = start_command(deepspeed([str(script), "1", *arguments]))
+    (code,), (output,) = finish([process], timeout=600)
+    assert "[rank 0] stopped: another rank ended first" in output, output
+    assert code == 2, output
