@@ -18,7 +18,7 @@ PACKAGE = "visft_ds"
 
 #: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("parallel.faults",),
+    ("host_memory", "parallel.faults"),
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),
     ("conversion", "models", "tasks"),
@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("machine", "stages"),
     ("evals", "parallel"),
     ("guard", "planner", "validation", "which"),
-    ("run_state", "start_report"),
+    ("out_of_memory", "run_state", "start_report"),
+    ("rehearsal",),
     ("train",),
     ("launch", "profiling", "replay", "supervisor"),
     ("doctor",),

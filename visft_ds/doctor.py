@@ -231,8 +231,8 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     """
     import torch
 
+    from visft_ds.host_memory import host_memory_available
     from visft_ds.models.eva_vit import build_backbone
-    from visft_ds.profiling.hardware import host_memory_available
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0)

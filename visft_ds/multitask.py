@@ -6,7 +6,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -217,3 +217,26 @@ def sum_weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
     """Weighted sum of the named losses; names without a weight are for the log only."""
     terms = [weight * losses[name] for name, weight in weights.items()]
     return torch.stack(terms).sum()
+
+
+def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """This rank's counts of a step, from its labels: sums of `MultiTaskModel.count` over its micro-batches."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, value in module.count(batch).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def normaliser_of(counts: Mapping[str, float], parts: int, device: torch.device) -> Normaliser:
+    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
+
+    Args:
+        counts: summed over ranks.
+        parts: data-parallel ranks times micro-batches.
+    """
+    result: dict[str, dict[str, Tensor]] = {}
+    for name, total in counts.items():
+        task, _, count = name.partition("/")
+        result.setdefault(task, {})[count] = torch.tensor(max(total, 1.0) / parts, device=device)
+    return result

@@ -35,7 +35,7 @@ def pipelines_of(
 ) -> dict[str, dict[str, Pipeline]]:
     """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
     return {
-        stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in _parts(stream, sets).items()}
+        stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}
         for stream in config.streams().values()
     }
 
@@ -50,7 +50,7 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         stream.name: TaskPlan(
             {
                 name: SetPlan(sets[name].manifest.selection(selection_of(part)), sets[name].weight)
-                for name, part in _parts(stream, sets).items()
+                for name, part in parts_of(stream, sets).items()
             },
             stream.batch_size,
             stream.share,
@@ -86,7 +86,7 @@ def features_of(
     return FeatureCache(root, identity, config.features.storage)
 
 
-def _parts(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
+def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
     """Data set -> the stream as far as the set has labels for it; without sets that have none."""
     taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
     return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}

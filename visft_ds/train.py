@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from visft_ds.bundle import bundle_path
 from visft_ds.config import (
@@ -30,13 +28,15 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
+from visft_ds.host_memory import peak_memory
 from visft_ds.interop.files import remove_unfinished, sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import tower_of
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
-from visft_ds.multitask import Normaliser
+from visft_ds.multitask import Normaliser, counts_of, normaliser_of
+from visft_ds.out_of_memory import MemoryWatch, largest_shape
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.disk import explained
@@ -48,6 +48,7 @@ from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.placement import placement_for
 from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.planner import settle_recompute
+from visft_ds.rehearsal import rehearse
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
@@ -80,6 +81,7 @@ class Run:
     base_sha256: str
     stop: StopFlag  #: asks for an end after the step
     watchdog: Watchdog
+    memory: MemoryWatch  #: explains a step that does not fit
 
     @property
     def total_steps(self) -> int:
@@ -159,6 +161,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             base_sha256=base_sha256,
             stop=stop,
             watchdog=watchdog,
+            memory=MemoryWatch(config, engine.device, precision, vocabulary.size if vocabulary else None),
         )
         start = state.resume(resume)
         if distributed.is_main():
@@ -169,6 +172,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             print_start(
                 config, prepared, batches, section, partition, precision=why, recompute=how, device=device, start=start
             )
+        if settings.run.rehearsal and start < run.total_steps:
+            rehearse(config, engine, batches, sets, vocabulary, watchdog=watchdog, memory=run.memory)
         return _loop_and_export(run, start)
 
 
@@ -268,12 +273,13 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
     for whole, batches in run.loader.steps(start, run.total_steps):
         begin(f"step {whole.step + 1} ({whole.task}): agreeing on it")
         agreement = distributed.agree_on_step(
-            f"step {whole.step} {whole.task}", _counts(run, batches), bool(stop), run.engine.device
+            f"step {whole.step} {whole.task}", counts_of(run.engine.module, batches), bool(stop), run.engine.device
         )
         begin(f"step {whole.step + 1} ({whole.task}): forward, backward, update")
-        normaliser = _normaliser(run, agreement.counts)
+        normaliser = normaliser_of(agreement.counts, run.batches.dp * run.batches.accumulation, run.engine.device)
         guard.expect(whole.task)
-        report = run.engine.train_step(whole.step, batches, normaliser)
+        with run.memory.watched(f"step {whole.step + 1} ({whole.task})", whole.task, partial(largest_shape, batches)):
+            report = run.engine.train_step(whole.step, batches, normaliser)
         step = whole.step + 1
         run.state.follow_step()
         if said := _judge(run, guard, whole, batches, normaliser, report):
@@ -321,25 +327,6 @@ def _report_skipped(run: Run, progress: Progress, known: int) -> None:
             print(told, file=sys.stderr, flush=True)
 
 
-def _counts(run: Run, batches: Sequence[Batch]) -> dict[str, float]:
-    """This rank's counts of a step, from its labels."""
-    sums: dict[str, float] = {}
-    for batch in batches:
-        for name, value in run.engine.module.count(batch).items():
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
-
-
-def _normaliser(run: Run, counts: Mapping[str, float]) -> Normaliser:
-    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch."""
-    parts = run.batches.dp * run.batches.accumulation
-    result: dict[str, dict[str, torch.Tensor]] = {}
-    for name, total in counts.items():
-        task, _, count = name.partition("/")
-        result.setdefault(task, {})[count] = torch.tensor(max(total, 1.0) / parts, device=run.engine.device)
-    return result
-
-
 def _record(
     run: Run, writer: MetricsWriter, progress: Progress, whole: StepPlan, report: StepReport, *, seconds: float
 ) -> None:
@@ -353,7 +340,7 @@ def _record(
             images=images,
             seconds=seconds,
             wait_seconds=run.loader.wait_seconds,
-            peak_memory=_peak_memory(run.engine.device),
+            peak_memory=peak_memory(run.engine.device),
         )
     )
     values = {f"loss/{name}": value for name, value in report.losses.items()}
@@ -371,12 +358,6 @@ def _record(
         "not_finite": float(not is_finite(report)),
     }
     writer.step(step, values)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
 def _judge(

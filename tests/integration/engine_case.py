@@ -393,6 +393,9 @@ def main(out: str, name: str) -> None:
 
         results["refusals"] = refusals(name, ["fp32"], ["fault"])
         results["disagree"] = distributed.gather_objects(disagree())
+        from tests.integration.unchanged_case import compared
+
+        results["unchanged"] = compared(name, "fp32", 1)
     if name != "zero3_offload":  # the loss scaler is the same as without offload
         growing = start_engine(1, name, "fp16")
         growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})

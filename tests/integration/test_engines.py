@@ -24,6 +24,7 @@ from tests.integration.engine_case import (
 )
 from tests.integration.ranks import run_ranks
 from tests.integration.test_refusal import check as check_refusal
+from tests.integration.test_unchanged import check as check_unchanged
 from visft_ds.parallel.checkpoint import save_checkpoint
 from visft_ds.parallel.engine_state import EngineState
 
@@ -222,6 +223,13 @@ def test_a_fault_on_one_rank_is_known_to_all_and_leaves_no_trace(trained: tuple[
     check_refusal(results["refusals"]["fp32-fault"], "fp32", "fault")
     expected = "what the next step is: rank 0 has step 1 detection, rank 1 has step 1 captioning"
     assert len(results["disagree"]) == 2 and all(expected in said for said in results["disagree"])
+
+
+def test_steps_without_a_trace(trained: tuple[str, dict[str, Any]]) -> None:
+    name, results = trained
+    if name != REFUSING:
+        pytest.skip(f"{name}: in test_unchanged.py, in every precision")
+    check_unchanged(results["unchanged"])
 
 
 def test_the_reference_clips(plain: dict[str, dict[str, Any]]) -> None:

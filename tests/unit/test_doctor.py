@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from tools.doctor import main
-from visft_ds import doctor
+from visft_ds import doctor, host_memory
 from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Plan
-from visft_ds.profiling import hardware
 
 
 def statuses(findings: Iterator[Finding]) -> dict[str, str]:
@@ -47,7 +46,7 @@ def test_locks_of_killed_builds_are_found_wherever_torch_puts_them(tmp_path: Pat
 
 
 def test_a_model_that_does_not_fit_is_a_problem_only_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "host_memory_available", lambda: 4 * 2**30)  # between EVA-G and EVA-E
+    monkeypatch.setattr(host_memory, "host_memory_available", lambda: 4 * 2**30)  # between EVA-G and EVA-E
     assert statuses(doctor.check_memory(Plan())) == {"host memory": OK, "debug": OK, "eva_g": OK, "eva_e": WARNING}
     assert statuses(doctor.check_memory(Plan(model="eva_e")))["eva_e"] == PROBLEM
     assert statuses(doctor.check_memory(Plan(model="eva_g")))["eva_g"] == OK

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from visft_ds import host_memory
 from visft_ds.config import resolve
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.models.eva_vit import EvaViT, build_backbone
@@ -381,8 +382,8 @@ def test_a_cpu_is_compared_with_a_rate_that_is_called_measured() -> None:
 
 
 def test_a_full_memory_is_an_error_and_not_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "host_memory_available", lambda: 64 * 2**20)
-    with hardware.memory_bounded(CPU, 1), pytest.raises(RuntimeError, match="can't allocate memory"):
+    monkeypatch.setattr(host_memory, "host_memory_available", lambda: 64 * 2**20)
+    with host_memory.memory_bounded(CPU, 1), pytest.raises(RuntimeError, match="can't allocate memory"):
         torch.empty(2**30)
     assert torch.empty(2**28).numel() == 2**28  # the bound is gone (and nothing is touched)
 

@@ -173,6 +173,7 @@ class RunConfig(BaseModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     min_loss_scale: Rate = 1.0  #: fp16: an overflow at this loss scale or below stops the run; 0: never
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look

@@ -19,7 +19,7 @@ from torch import Tensor
 from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.spans import span
-from visft_ds.data.transforms import Resize, apply_to_image
+from visft_ds.data.transforms import Resize, Size, apply_to_image
 from visft_ds.data.vocabulary import Vocabulary, caption_words
 
 #: Which caption of an image a head learns from: one drawn anew each time, always the first one, or always the one that
@@ -94,6 +94,10 @@ class CaptionTransform:
             random_key=0,
             targets={"captioning": targets},
         )
+
+    def extremes(self, size: Size) -> set[Size]:
+        """The one size that every image gets."""
+        return {(self.size, self.size)}
 
 
 def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from visft_ds.data.decode import decode_image
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
+from visft_ds.data.transforms import Size
 
 _AT_ONCE = 1024  # labels that are read together
 
@@ -30,11 +31,21 @@ class DataSet:
     categories: Mapping[int, int | None] | None = None
 
 
+class Transform(Protocol):
+    """What makes a sample with targets of a raw one."""
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample: ...
+
+    def extremes(self, size: Size) -> set[Size]:
+        """Sizes that training can give an image of `size`, (height, width): the highest, the widest, the largest."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """What turns the raw samples of a task into a batch."""
 
-    transform: Callable[[RawSample, np.random.Generator], Sample]
+    transform: Transform
     collate: Callable[[list[Sample]], Batch]
 
 

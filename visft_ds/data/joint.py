@@ -107,16 +107,21 @@ class JointTransform:
             size=final_size(raw.size, ops),
             image=None if raw.image is None else apply_to_image(raw.image, ops),
             random_key=0,
-            targets=self._targets(raw, ops, generator),
+            targets=self.targets(raw, ops, generator),
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
         """What happens to an image of `size`, in order."""
         return [*self.sides.mirror(self.train, generator), self.sides.scale(size, self.train, generator)]
 
-    def _targets(
+    def extremes(self, size: Size) -> set[Size]:
+        """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
+        return {self.sides.largest(size)}
+
+    def targets(
         self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
     ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
+        """Labels of each task for the image after `ops`."""
         targets: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
         if "detection" in self.tasks:
             with span("boxes"):

@@ -11,7 +11,7 @@ import hashlib
 import io
 import mmap
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -153,6 +153,14 @@ class Manifest:
         if column is None:
             return np.arange(len(self.index), dtype=np.int64)
         return np.flatnonzero(self.index[column] > 0).astype(np.int64)
+
+    def parts(self, rows: int = 1 << 20) -> Iterator[npt.NDArray[Any]]:
+        """The index, some rows at a time. What was looked at no longer counts as memory of this process."""
+        mapped = self.index.base
+        for first in range(0, len(self.index), rows):
+            yield self.index[first : first + rows]
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def selection(self, having: str = "any") -> Selection:
         """The same samples as `select` in a bit for each of the split, or in nothing for "any"."""

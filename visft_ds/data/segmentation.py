@@ -156,6 +156,11 @@ class SegmentationTransform:
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
         return [*ops, Resize(height, width), Pad(*padded), Crop(top, left, self.size, self.size)]
 
+    def extremes(self, size: Size) -> set[Size]:
+        """The one size that training gives every image, including the extension."""
+        side = self.fixed_size or self.size
+        return {(side, side)}
+
 
 def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:
     """The size with the given short side and the same shape; a smaller one if the long side would pass `max_long`.

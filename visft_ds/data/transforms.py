@@ -9,6 +9,7 @@ Shape letters: H W pixels, n boxes of one image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,12 @@ class ShortSides:
             return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
         return Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))
 
+    def largest(self, size: Size) -> Size:
+        """What training makes of an image of `size` at most."""
+        if self.fixed_size is not None:
+            return (self.fixed_size, self.fixed_size)
+        return short_side_size(size, max(self.short_sides), self.max_long)
+
 
 class DetectionTransform:
     """Augmentation and targets of detection, as in the DETR recipe with a cap for a plain ViT.
@@ -238,6 +245,22 @@ class DetectionTransform:
             ops += [Resize(*first), Crop(top, left, height, width)]
             size = (height, width)
         return [*ops, self.sides.scale(size, self.train, generator)]
+
+    def extremes(self, size: Size) -> set[Size]:
+        """Sizes that training can give an image of `size`, among them the highest, the widest and the largest."""
+        found = {self.sides.largest(size)}
+        if self.sides.fixed_size is not None:
+            return found
+        # The narrowest crops become the longest images, those of this shape the images of most pixels.
+        shape = self.sides.max_long / max(self.sides.short_sides)
+        for first in {short_side_size(size, short_side, None) for short_side in self.crop_short_sides}:
+            heights, widths = ([min(end, side) for end in self.crop_range] for side in first)
+            crops = set(itertools.product(heights, widths))
+            for wanted in (shape, 1 / shape):
+                crops |= {(h, min(max(round(h * wanted), widths[0]), widths[1])) for h in heights}
+                crops |= {(min(max(round(w / wanted), heights[0]), heights[1]), w) for w in widths}
+            found |= {self.sides.largest(crop) for crop in crops}
+        return found
 
 
 def detection_targets(

@@ -58,7 +58,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     Args:
         keep: copies each tensor to the host.
     """
-    _ensure_moments(engine)
+    ensure_moments(engine)
     found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
         for what, named in found.items():
@@ -87,7 +87,7 @@ def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
         ValueError: nothing of that name trains.
     """
     parameter = _named(engine, name, what)
-    _ensure_moments(engine)
+    ensure_moments(engine)
     held = whole(engine, parameter, what)
     tensor = None if held is None else to_host(name, held)
     found: Tensor = distributed.broadcast_object(tensor, engine.holder(name))
@@ -108,7 +108,7 @@ def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> No
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {shape}, given {tuple(tensor.shape)}")
-    _ensure_moments(engine)
+    ensure_moments(engine)
     set_whole(engine, parameter, tensor, what)
     if what == VALUE:
         refresh_module(engine)
@@ -165,7 +165,7 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
     engine.loss_scale.restore(state.loss_scale)
 
 
-def _base_optimizer(engine: Engine) -> Any:
+def base_optimizer(engine: Engine) -> Any:
     """The torch optimiser inside DeepSpeed's wrapper (ZeRO-0 has no wrapper)."""
     return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
 
@@ -181,12 +181,12 @@ def _relink(engine: Engine) -> None:
 def flat_parameters(engine: Engine) -> list[Tensor]:
     """The fp32 tensors of this rank that the optimiser really steps: flat partitions, under ZeRO-0 the parameters."""
     partitions = getattr(engine.deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
-    return partitions or [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
+    return partitions or [p for group in base_optimizer(engine).param_groups for p in group["params"]]
 
 
-def _ensure_moments(engine: Engine) -> None:
+def ensure_moments(engine: Engine) -> None:
     """Moments that can be read: before the first update (every step so far may have been skipped) they are zero."""
-    state = _base_optimizer(engine).state
+    state = base_optimizer(engine).state
     if any(MOMENTS[0] not in state[flat] for flat in flat_parameters(engine)):
         _create_moments(engine, 0)
     else:
@@ -195,7 +195,7 @@ def _ensure_moments(engine: Engine) -> None:
 
 def _create_moments(engine: Engine, updates: int) -> None:
     """Adam makes its state in its first update; whoever reads or restores it needs it before."""
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
     for flat in flat_parameters(engine):
         base.state[flat].update(
             step=torch.tensor(float(updates)), **{key: torch.zeros_like(flat.detach()) for key in MOMENTS}
@@ -217,7 +217,7 @@ def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
     if parameter.is_meta:
         return None
     if engine.stage == 0:
-        moments = _base_optimizer(engine).state[parameter]
+        moments = base_optimizer(engine).state[parameter]
         return parameter.detach() if what == VALUE else moments[what]
     if what == VALUE:
         return safe_get_full_fp32_param(parameter)
@@ -248,7 +248,7 @@ def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE)
     if parameter.is_meta:  # another pipeline stage holds it
         return
     if engine.stage == 0:
-        (parameter if what == VALUE else _base_optimizer(engine).state[parameter][what]).copy_(tensor)
+        (parameter if what == VALUE else base_optimizer(engine).state[parameter][what]).copy_(tensor)
     elif engine.stage == 3:  # a padded slice for every rank: the full setter hangs when sizes do not divide
         group = parameter.ds_process_group
         size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,6 @@ import torch
 
 from visft_ds.config.schema import Precision
 
-#: Control groups of version 2 and 1: folder, limit, use, and the entry of memory.stat for cached files.
-_CONTROL_GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,13 +108,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def process_peak(device: torch.device) -> int:
-    """Bytes at this process's peak: of the allocator on a GPU, of all its memory (libraries too) on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-
-
 def _tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest" and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -135,45 +120,3 @@ def _processor() -> str:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def host_memory_available() -> int:
-    """Bytes that this process may still take: what the kernel calls available, or less where a control group says so.
-
-    Raises:
-        RuntimeError: a system without /proc/meminfo.
-    """
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError as error:
-        raise RuntimeError(f"the available memory is not known: {error}") from error
-    available = int(re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo, re.M)[0]) * 1024
-    for folder, limit, used, cache in _CONTROL_GROUPS:
-        files = [Path(folder) / name for name in (limit, used, "memory.stat")]
-        if all(file.is_file() for file in files):
-            most, now, statistics = (file.read_text(encoding="utf-8") for file in files)
-            if most.strip().isdecimal():  # else "max": no limit
-                # Files that were read once count as used until somebody needs the room.
-                idle = re.findall(rf"^{cache} (\d+)", statistics, re.M)
-                available = min(available, int(most) - int(now) + int(idle[0] if idle else 0))
-    return max(available, 0)
-
-
-@contextmanager
-def memory_bounded(device: torch.device, processes: int) -> Iterator[None]:
-    """On a CPU, let allocations fail when this process's share of the free memory is used up.
-
-    Without a bound the kernel lets them succeed and kills the process when the pages are used. On a GPU: nothing.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-    bound = pages * os.sysconf("SC_PAGE_SIZE") + int(0.9 * host_memory_available()) // processes
-    known = [limit for limit in (bound, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

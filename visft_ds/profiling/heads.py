@@ -23,11 +23,12 @@ from visft_ds.data.captions import CaptionTargets
 from visft_ds.data.masks import grid_size
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.host_memory import memory_bounded
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.multitask import sum_weighted
 from visft_ds.ops.deform_attn import deform_attn
-from visft_ds.profiling.hardware import describe, memory_bounded
+from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.ledger import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.sampling import measure_sampling, sampling_section
@@ -423,9 +424,8 @@ def _memory_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("peak of a step", memory["peak"], "all tensors at one moment: " + _by_kind(memory["at_peak"])),
     ]
     if memory["allocator_peak"] is not None:
-        rows.append(
-            ("allocator's peak", memory["allocator_peak"], "torch.cuda.max_memory_allocated, the other heads too")
-        )
+        text = "torch.cuda.max_memory_allocated, the other heads too"
+        rows.append(("allocator's peak", memory["allocator_peak"], text))
     return [(name, f"{size / _MIB:9.2f}", text) for name, size, text in rows]
 
 

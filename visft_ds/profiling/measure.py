@@ -18,12 +18,13 @@ import torch
 from visft_ds.config.task_schema import SHARED
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
+from visft_ds.host_memory import peak_memory
 from visft_ds.parallel import distributed
 from visft_ds.profiling.communication import measure_communication
 from visft_ds.profiling.counting import FlopMeter
 from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
-from visft_ds.profiling.hardware import process_peak, reference_rate
+from visft_ds.profiling.hardware import reference_rate
 from visft_ds.profiling.ledger import Ledger
 from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, StreamRun, make_step
@@ -89,7 +90,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             plain.append(_timed_step(session, run, steps))
             with metered(run.engine, watch):
                 hooked.append(_timed_step(session, run, steps, watch))
-        peak = process_peak(device)
+        peak = peak_memory(device)
         communication = None
         if distributed.world_size() > 1:
             found = measure_communication(lambda: _timed_step(session, run, steps), device)

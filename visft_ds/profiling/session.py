@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -24,15 +23,15 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.host_memory import host_memory_available, memory_bounded
 from visft_ds.models.eva_vit import build_backbone
+from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
-from visft_ds.profiling.hardware import host_memory_available, memory_bounded
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
-from visft_ds.train import Run, _counts, _normaliser
 from visft_ds.training_data import workers_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -144,11 +143,11 @@ def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
 
 def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
     """What the training loop does with the batches of a step, up to the record."""
-    whole = cast(Run, run)  # as far as these two look into it
     agreement = distributed.agree_on_step(
-        f"step {step} {batches[0].tasks}", _counts(whole, batches), False, run.engine.device
+        f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
     )
-    return run.engine.train_step(step, batches, _normaliser(whole, agreement.counts))
+    parts = run.batches.dp * run.batches.accumulation
+    return run.engine.train_step(step, batches, normaliser_of(agreement.counts, parts, run.engine.device))
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:

@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from torch import Tensor, nn
 
 from visft_ds.data.captions import CaptionTransform, collate_captioning
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.dataset import Transform
+from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.segmentation import SegmentationTransform, collate_segmentation
 from visft_ds.data.transforms import DetectionTransform
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.tasks import captioning, detection, segmentation
 
 Results = list[dict[str, Any]]  #: COCO results format
-Transform = Callable[[RawSample, np.random.Generator], Sample]
 
 
 class Criterion(Protocol):

@@ -1,0 +1,71 @@
+"""Memory of this machine and process: what is free, what is taken, and a bound instead of a death without a word."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+#: Control groups of version 2 and 1: folder, limit, use, and the entry of memory.stat for cached files.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_STATUS = Path("/proc/self/status")
+#: Limits of a process, and the line of its status that counts towards each.
+_LIMITS = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at this process's peak: of the allocator on a GPU, of all its memory (libraries too) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+
+
+def memory_in_use() -> dict[int, int]:
+    """Bytes that count towards RLIMIT_AS and RLIMIT_DATA of this process; nothing where there is no /proc."""
+    if not _STATUS.is_file():
+        return {}
+    status = _STATUS.read_text(encoding="utf-8")
+    return {limit: int(re.findall(rf"^{name}:\s+(\d+) kB", status, re.M)[0]) * 1024 for limit, name in _LIMITS.items()}
+
+
+def host_memory_available() -> int:
+    """Bytes that are free: what the kernel calls available, or less where a control group says so."""
+    available = int(psutil.virtual_memory().available)
+    for folder, limit, used, cache in _CONTROL_GROUPS:
+        files = [Path(folder) / name for name in (limit, used, "memory.stat")]
+        if all(file.is_file() for file in files):
+            most, now, statistics = (file.read_text(encoding="utf-8") for file in files)
+            if most.strip().isdecimal():  # else "max": no limit
+                # Files that were read once count as used until somebody needs the room.
+                idle = re.findall(rf"^{cache} (\d+)", statistics, re.M)
+                available = min(available, int(most) - int(now) + int(idle[0] if idle else 0))
+    return max(available, 0)
+
+
+@contextmanager
+def memory_bounded(device: torch.device, processes: int) -> Iterator[None]:
+    """On a CPU, let allocations fail when this process's share of the free memory is used up.
+
+    Without a bound the kernel lets them succeed and kills the process when the pages are used. On a GPU, or where there
+    is no /proc: nothing.
+    """
+    used = memory_in_use()
+    if device.type != "cpu" or not used:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = used[resource.RLIMIT_AS] + int(0.9 * host_memory_available()) // processes
+    known = [limit for limit in (bound, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

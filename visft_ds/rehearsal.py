@@ -1,0 +1,188 @@
+"""Before the first step: the largest micro-batches of every stream, through the real engine, without a trace.
+
+Images differ in size and in what is in them, so that a step that needs more memory than all before may come after days.
+Here it comes first. What is made up are pixels and labels; everything else is what training does.
+Letters: B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.dataset import Pipeline
+from visft_ds.data.joint import JointTransform
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.shards import Role
+from visft_ds.data.transforms import Size
+from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.host_memory import memory_bounded, peak_memory
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.multitask import counts_of, normaliser_of
+from visft_ds.out_of_memory import MemoryWatch, gib, shape_text
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine
+from visft_ds.parallel.partition import Place
+from visft_ds.parallel.unchanged import unchanged
+from visft_ds.parallel.watchdog import Watchdog
+from visft_ds.streams import parts_of, pipelines_of
+from visft_ds.training_data import TrainingSet, needs_categories
+
+_WORD = "a"
+#: What the transform of a stream says of its labels' sizes.
+_LABEL_OPTIONS = ("mask_stride", "max_words")
+
+
+@dataclass(frozen=True)
+class Largest:
+    """A micro-batch than which a run meets none that needs more memory.
+
+    The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
+    batch is padded to the height of the one and the width of the other. Captions have `max_words` words.
+    """
+
+    stream: Stream  #: with the tasks only that the data set teaches
+    sizes: tuple[Size, ...]  #: (height, width) of each image
+    objects: tuple[int, ...]  #: in each image
+    category: int  #: of all of them, a raw id of the data
+
+    @property
+    def frame(self) -> Size:
+        """(height, width) of the padded batch."""
+        return max(height for height, _ in self.sizes), max(width for _, width in self.sizes)
+
+    def describe(self) -> str:
+        """Its shapes for a message."""
+        tasks = self.stream.tasks
+        objects = sum(self.objects) if needs_categories(tasks) else None
+        ids = self.stream.image["max_words"] + 2 if "max_words" in self.stream.image else None
+        return shape_text(len(self.sizes), self.frame, objects, ids)
+
+    def covers(self, other: Largest) -> bool:
+        """Whether it needs no less memory than another one."""
+        sides = zip((*self.frame, sum(self.objects)), (*other.frame, sum(other.objects)), strict=True)
+        return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
+
+    def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
+        """It, as far as a process that reads with this role has it."""
+        options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
+        labelling = JointTransform(True, self.stream.tasks, vocabulary=vocabulary, caption_choice="first", **options)
+        caption = " ".join([_WORD] * labelling.max_words)
+        samples = []
+        for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
+            raw = RawSample(number, number, size, None, [_object(size, self.category)] * objects, [caption])
+            samples.append(
+                Sample(
+                    index=number,
+                    image_id=number,
+                    original_size=size,
+                    size=size,
+                    image=None if role == "labels" else torch.zeros((3, *size), dtype=torch.uint8),
+                    random_key=number,
+                    targets={} if role == "images" else labelling.targets(raw, (), generator(number)),
+                )
+            )
+        return pipeline.collate(samples)
+
+
+def largest_batches(
+    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
+) -> list[tuple[Largest, Pipeline]]:
+    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch: one
+    lies, one stands."""
+    found: list[tuple[Largest, Pipeline]] = []
+    pipelines = pipelines_of(settings, sets, vocabulary)
+    for name, stream in settings.streams().items():
+        own: list[tuple[Largest, Pipeline]] = []
+        for dataset, part in parts_of(stream, sets).items():
+            manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
+            category = next((one.coco_id for one in manifest.categories), 0)
+            objects = _most_objects(manifest, batches.micro[name])
+            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
+            for sizes in _gathered(extremes, batches.micro[name]):
+                largest = Largest(part, sizes, objects, category)
+                if not any(other.covers(largest) for other, _ in own):
+                    own = [(other, made) for other, made in own if not largest.covers(other)]
+                    own.append((largest, pipeline))
+        found += own
+    return found
+
+
+def rehearse(
+    config: ResolvedConfig,
+    engine: Engine,
+    batches: Batches,
+    sets: Mapping[str, TrainingSet],
+    vocabulary: Vocabulary | None,
+    *,
+    watchdog: Watchdog,
+    memory: MemoryWatch,
+) -> None:
+    """Make a step of the largest micro-batches of every stream that leaves no trace, and print its cost. Collective.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    device, rows = engine.device, []
+    with unchanged(engine), memory_bounded(device, distributed.processes_here()):
+        for largest, pipeline in largest_batches(config.visft, sets, vocabulary, batches):
+            name, shape = largest.stream.name, largest.describe()
+            watchdog.begin(f"rehearsal of {name}")
+            began = time.perf_counter()
+            with memory.watched(f"the rehearsal of {name}", name, largest.describe):
+                micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
+                own = counts_of(engine.module, micro)
+                agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
+                engine.train_step(0, micro, normaliser_of(agreement.counts, batches.dp * batches.accumulation, device))
+            rows.append((name, shape, f"{time.perf_counter() - began:.1f} s", gib(peak_memory(device))))
+    memory.rehearsed = True
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if distributed.is_main():
+        columns = ("stream", "largest micro-batch", "took", "peak")
+        print_plan("rehearsal, of which nothing is kept", [Section("steps", rows, columns), memory.planned()])
+
+
+def _object(size: Size, category: int) -> Mapping[str, Any]:
+    """An annotation that fills the picture."""
+    height, width = size
+    outline = [0, 0, width, 0, width, height, 0, height]
+    return {"bbox": [0, 0, width, height], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
+
+
+def _sizes(manifest: Manifest) -> Iterator[Size]:
+    """(height, width) of all pictures of a split, each once."""
+    found: set[int] = set()
+    for rows in manifest.parts():
+        found.update(np.unique(rows["height"].astype(np.int64) << 32 | rows["width"]).tolist())
+    return (divmod(one, 1 << 32) for one in sorted(found))
+
+
+def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
+    """How many objects those `count` pictures have that have most."""
+    most = np.zeros(count, dtype=np.int64)
+    for rows in manifest.parts():
+        most = np.sort(np.concatenate([most, rows["num_annotations"]]))[-count:]
+    return tuple(most[::-1].tolist())
+
+
+def _gathered(extremes: Iterable[Size], count: int) -> list[tuple[Size, ...]]:
+    """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
+    one, or one batch with the highest and the widest."""
+    known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
+    if count == 1:
+        lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
+        return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
+    highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
+    return [(highest, widest, *[known[0]] * (count - 2))]
