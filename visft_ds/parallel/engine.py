@@ -23,6 +23,7 @@ from torch.distributed import DistNetworkError
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
+from visft_ds.parallel.faults import LostRank
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
 
@@ -92,6 +93,7 @@ def start_process_group() -> None:
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
         ValueError: the port on which the processes meet is in use, or they cannot reach each other.
+        LostRank: another rank has found such a thing and ended.
     """
     if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
         "VISFT_ALLOW_UNTESTED_DEEPSPEED"
@@ -114,6 +116,8 @@ def start_process_group() -> None:
     try:
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
     except DistNetworkError as error:
+        if "Connection was likely closed" in str(error):
+            raise LostRank(f"another rank ended while the processes met at {os.environ['MASTER_ADDR']}") from error
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ["MASTER_PORT"]
