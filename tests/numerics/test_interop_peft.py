@@ -184,8 +184,8 @@ def test_incomplete_and_foreign_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not overwritten"):
         _export(_adapted(), tmp_path)
     tensors = load_file(folder / WEIGHTS)
-    save_file({name.replace("attn.qkv", "attn.q_proj"): value for name, value in tensors.items()}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="not an adapter for the blocks of timm's fused EVA"):
+    save_file({name.replace("attn.qkv", "attn.w_proj"): value for name, value in tensors.items()}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="not an adapter for the blocks of timm's EVA"):
         read_peft_adapter(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match="holds no adapter"):

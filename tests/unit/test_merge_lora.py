@@ -18,8 +18,10 @@ from visft_ds.interop.adapters import LoraAdapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.layouts import Tower, tower_of
-from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, resolve_tower, scaled, verify_merge
+from visft_ds.interop.merge import merge_into_file, read_adapter, scaled
 from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.towers import resolve_tower
+from visft_ds.interop.verify import merge_tolerance, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora

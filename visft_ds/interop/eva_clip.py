@@ -5,22 +5,22 @@ Names: https://github.com/baaivision/EVA/tree/master/EVA-CLIP (EVA02_CLIP_E_psz1
 
 from __future__ import annotations
 
-from visft_ds.interop.files import WeightFile
+from visft_ds.interop.files import Entry, WeightFile
 from visft_ds.interop.layouts import LAYOUTS, Layout
 
 LAYOUT = LAYOUTS["eva_clip"]
 
 
-def export_names(file: WeightFile, layout: Layout) -> dict[str, str]:
-    """Name in an EVA-CLIP file -> name in `file`, which has the given layout.
+def export_entries(file: WeightFile, layout: Layout, target: Layout = LAYOUT) -> dict[str, Entry]:
+    """Name in an EVA-CLIP file (or another `target` with its text side) -> what it is made of in `file`.
 
-    The whole tower (class token and CLIP projection where the file has them) and what belongs to the text side. What no
-    EVA-CLIP file has (heads, a language model) is left out.
+    The whole tower of `file`, which has the given layout (class token and CLIP projection where it has them), and what
+    belongs to the text side. What no EVA-CLIP file has (heads, a language model) is left out.
     """
-    names: dict[str, str] = {}
+    entries: dict[str, Entry] = {}
     for name in file:
         if name.startswith(layout.prefix):
-            names[LAYOUT.prefix + name[len(layout.prefix) :]] = name
-        elif LAYOUT.reason_to_ignore(name) is not None:
-            names[name] = name
-    return names
+            entries[target.prefix + name[len(layout.prefix) :]] = Entry.same(file, name)
+        elif target.reason_to_ignore(name) is not None:
+            entries[name] = Entry.same(file, name)
+    return entries
