@@ -211,7 +211,9 @@ def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]
     return [out]
 
 
-def check_base(file: WeightFile, adapter: LoraAdapter, allow_other: bool, unmerge: bool) -> tuple[str, list[str]]:
+def check_base(
+    file: WeightFile, adapter: LoraAdapter, allow_other: bool, unmerge: bool = False
+) -> tuple[str, list[str]]:
     """(sha256 of the file, notes); ValueError where the adapter was made for another base.
 
     `unmerge`: the file has an adapter merged in, which must be this one.

@@ -50,9 +50,9 @@ _SPLIT = """\
 for name in [name for name in weights if name.endswith("attn.qkv.weight")]:
     stem = name.removesuffix("qkv.weight")
     for part, value in zip("qkv", weights.pop(name).chunk(3)):
-        weights[f"{{stem}}{{part}}_proj.weight"] = value.clone()
+        weights[f"{stem}{part}_proj.weight"] = value.clone()
     for part in "qv":
-        weights[f"{{stem}}{{part}}_proj.bias"] = weights.pop(f"{{stem}}{{part}}_bias")
+        weights[f"{stem}{part}_proj.bias"] = weights.pop(f"{stem}{part}_bias")
 """
 _SEPARATE = """\
 for block in model.blocks:
