@@ -284,7 +284,8 @@ def _write_merged(given: argparse.Namespace, adapter: LoraAdapter, origin: Origi
                 )
                 return 1
         if _is_folder(given.out):
-            beside = side_files(given.format, report.weights, report.tower, dtype)
+            sharded = len(report.files) > 1
+            beside = side_files(given.format, report.weights, report.tower, dtype, sharded=sharded)
             origin = replace(origin, base=Source(given.base.name, report.base_sha256))
             for name, content in beside.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")

@@ -120,7 +120,7 @@ def test_timm_loads_the_folder_as_its_card_says(
     given = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out), *shards]
     assert main(given) == 0
     (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert ("local-dir" in snippet) == (class_token and not shards)
+    assert ("local-dir" in snippet) == (out / "config.json").is_file() == (class_token and not shards)
     monkeypatch.chdir(out)
     names: dict[str, Any] = {}
     exec(compile(snippet, "README.md", "exec"), names)

@@ -30,8 +30,8 @@ MODULES = {target: place[0] for target, place in TARGETS.items()}
 class LoraAdapter:
     """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
 
-    `origin` says what it came from (model, peft, visft, checkpoint, average). `base_sha256` is the hash of the base
-    weight file it was trained on, None where nobody recorded it.
+    `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
+    hash of the base weight file it was trained on, None where nobody recorded it.
     """
 
     rank: int
@@ -130,7 +130,9 @@ def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAd
             columns = [f * adapter.tensors[name].float() for f, adapter in zip(factors, adapters, strict=True)]
             tensors[name] = torch.cat(columns, dim=1)
     rank = sum(adapter.rank for adapter in adapters)
-    return LoraAdapter(rank, float(rank), first.targets, tensors, "average", next(iter(bases), None))
+    origins = {adapter.origin for adapter in adapters}
+    origin = first.origin if len(origins) == 1 else "average"
+    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, next(iter(bases), None))
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def merged_card(
     lines += _table("How it was trained", origin.trained, "Not recorded.")
     lines += _table("Measured", measured | dict(origin.measured), "Nothing.")
     sharded = len(report.files) > 1
-    lines += ["## How to load it", "", *_snippet(form, report, alone=alone and not sharded, sharded=sharded)]
+    lines += ["## How to load it", "", *_snippet(form, report, alone=alone, sharded=sharded)]
     return "\n".join(lines)
 
 

@@ -64,9 +64,13 @@ def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
         )
 
 
-def side_files(name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """File -> content (JSON) that the library wants beside the weights, where there is one for such a tower."""
+def side_files(
+    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, *, sharded: bool
+) -> dict[str, dict[str, Any]]:
+    """File -> content (JSON) by which the library loads the folder alone; empty where it cannot (tower, shards)."""
     content: dict[str, Any] | None = None
+    if sharded and name != "transformers":
+        return {}
     if name == "timm" and tower.num_heads is not None:
         content = timm.settings(tower, weights.shape("head.weight")[0] if "head.weight" in weights else 0)
     elif name == "open_clip":
