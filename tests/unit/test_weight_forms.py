@@ -215,6 +215,20 @@ def test_shards_that_are_not_whole_are_refused(
         open_weights(files[-1])
 
 
+def test_a_failed_write_leaves_no_shard(tmp_path: Path) -> None:
+    infos = {name: TensorInfo((4,), torch.float32) for name in ("one", "two", "three")}
+
+    def produce(name: str) -> Tensor:
+        if name == "three":
+            assert (tmp_path / "a-00001-of-00003.safetensors").is_file(), "there is something to remove"
+            raise OSError(28, "No space left on device")
+        return torch.ones(4)
+
+    with pytest.raises(OSError, match="No space"):
+        write_shards(tmp_path / "a.safetensors", infos, produce, {}, 16)
+    assert os.listdir(tmp_path) == []
+
+
 def test_torch_files_hold_each_tensor_in_a_storage_of_its_own(tmp_path: Path) -> None:
     """Views of one mapped file as one storage would be written whole for every tensor."""
     tensors: dict[str, Tensor] = {

@@ -53,7 +53,8 @@ def write_shards(
     """Write `name-00001-of-00003.safetensors`, ... and `name.safetensors.index.json`, as transformers names them.
 
     A model that fits into one shard becomes `path` itself. Each file is atomic, the index comes last: without it the
-    shards are no model. Returns the files, the one to open last. Raises ValueError where one of them exists.
+    shards are no model. A failed write removes them all. Returns the files, the one to open last. Raises ValueError
+    where one of them exists.
     """
     shards = plan_shards(infos, limit)
     if len(shards) == 1:
@@ -64,13 +65,18 @@ def write_shards(
     index = path.with_name(stem + INDEX)
     for file in (*files, index):
         refuse_existing(file)
-    for file, names in zip(files, shards, strict=True):
-        write_safetensors(file, {name: infos[name] for name in names}, produce, metadata)
     content = {
         "metadata": {"total_size": sum(info.nbytes for info in infos.values()), **metadata},
         "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
     }
-    write_text(index, json.dumps(content, indent=2) + "\n")
+    try:
+        for file, names in zip(files, shards, strict=True):
+            write_safetensors(file, {name: infos[name] for name in names}, produce, metadata)
+        write_text(index, json.dumps(content, indent=2) + "\n")
+    finally:
+        if not index.exists():
+            for file in files:
+                file.unlink(missing_ok=True)
     return [*files, index]
 
 
