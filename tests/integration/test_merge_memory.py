@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -79,17 +80,17 @@ def test_ten_gigabytes_are_merged_in_the_memory_of_a_few_tensors(tmp_path: Path)
     _write_base(base, infos)
     command = [sys.executable, str(ROOT / "tools/merge_lora.py"), "--base", base, "--adapter", lora, "--out", out]
     command += ["--format", "eva_clip", "--dtype", "bf16", "--max-shard-size", "4GB"]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, _anonymous(process.pid))
-        time.sleep(0.02)
-    assert process.stdout is not None
-    said = process.stdout.read()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(0.02)
+        assert process.stdout is not None
+        said = process.stdout.read()
     assert process.returncode == 0, said
-    print(said.splitlines()[-1], f"\npeak {peak / 1e6:.0f} MB anonymous, {time.perf_counter() - started:.0f} s")
-    largest = max(info.numel for info in infos.values()) * 4
-    assert peak < largest + 1.5 * GB, f"{peak / 1e6:.0f} MB; half of it is Python, torch and the adapter"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\npeak {peak / 1e6:.0f} MB anonymous, {used.ru_utime + used.ru_stime:.0f} s of CPU time\n{said}")
+    # Measured 439 MB: Python and torch, the adapter (117 MB), and an MLP matrix and its like in fp32 (110 MB).
+    assert peak < 1 * GB, f"{peak / 1e6:.0f} MB"
     result = open_weights(tmp_path / "out.safetensors.index.json")
     assert len(result) == len(infos) and {info.dtype for info in result.infos.values()} == {torch.bfloat16}
