@@ -39,8 +39,14 @@ class Layout:
 
 
 # Names of text towers: reference key dumps of EVA-CLIP, open_clip (EVA02-E-14-plus) and LAVIS (blip2, blip2_t5,
-# blip2_opt).
-_CLIP = {"text tower": ("text.",), "logit scale": ("logit_scale", "logit_bias")}
+# blip2_opt). Files of the first EVA-CLIP have the text tower outside `text.`, which both libraries convert in loading.
+_CLIP = {
+    "text tower": (
+        *("text.", "transformer.resblocks.", "token_embedding.", "positional_embedding", "text_projection"),
+        "ln_final.",
+    ),
+    "logit scale": ("logit_scale", "logit_bias"),
+}
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (

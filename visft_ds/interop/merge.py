@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop import peft, visft
+from visft_ds.interop import eva_clip, peft, visft
 from visft_ds.interop.adapters import LoraAdapter, fit_to_tower
 from visft_ds.interop.backbones import cast, check_names, is_merged
 from visft_ds.interop.files import (
@@ -161,6 +161,8 @@ def merge_into_file(
     files = _write(result, out, shard_bytes)
     if not found.class_token:
         notes.append("the base has no class token: models that pool by it need class_token=False")
+    if layout == "eva_clip" and (missing := eva_clip.missing_parts(entries)):
+        notes.append(f"no whole EVA-CLIP: its own code would leave at random {', '.join(missing)}")
     if not total.wanted:
         notes.append("the adapter changes nothing: every lora_B is zero")
     used = {source for entry in entries.values() for source in entry.sources}

@@ -25,14 +25,10 @@ def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:
     Raises ValueError where one of them is missing: open_clip loads whole models only.
     """
     entries = eva_clip.export_entries(file, layout, LAYOUT)
-    wanted = {
-        "class token": LAYOUT.prefix + "cls_token",
-        "CLIP projection": LAYOUT.prefix + "head.weight",
-        "text tower": "text.token_embedding.weight",
-        "positions of the text tower": "text.positional_embedding",
-        "logit scale": "logit_scale",
-    }
-    if missing := [part for part, name in wanted.items() if name not in entries]:
+    missing = eva_clip.missing_parts(entries, LAYOUT.prefix)
+    if not missing and "text.positional_embedding" not in entries:
+        missing = ["text tower under `text.`"]
+    if missing:
         raise ValueError(
             f"{file.path} has no {', '.join(missing)}, and open_clip loads whole models only: give EVA-CLIP's or "
             f"open_clip's whole file as the base"
