@@ -42,6 +42,7 @@ setup(
         "gpu": ["flash-attn>=2.7"],
         "eval": [TIMM, OPEN_CLIP],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
+        "hub": ["huggingface_hub>=0.30"],
         "dev": [
             TIMM,
             OPEN_CLIP,

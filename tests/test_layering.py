@@ -41,6 +41,7 @@ RESERVED = {
     "timm": ("visft_ds.interop", "visft_ds.models.timm_backbone"),
     "peft": ("visft_ds.interop",),
     "open_clip": ("visft_ds.interop",),
+    "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),
 }

@@ -1,9 +1,13 @@
-"""Merge a LoRA adapter into base weights and write one file that timm or EVA-CLIP reads.
+"""Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
 
-python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2/adapter \\
+python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
-Base: .safetensors or .pt, any known layout. Adapter: a PEFT folder, or a LoRA file as ViSFT published them.
+Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout. Adapter: a run, a checkpoint
+folder, a PEFT folder, or a LoRA file as ViSFT published them; several are averaged. An --out without suffix is a
+folder: weights, the configuration of the library that reads them, and a model card.
+
+Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
 
 import sys
@@ -14,21 +18,31 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/, whose prof
 import argparse
 import json
 import math
+import os
+import shutil
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
-from visft_ds.interop.files import examples, open_weights
-from visft_ds.interop.layouts import find_layout, tower_in
-from visft_ds.interop.merge import (
-    DTYPES,
-    FORMATS,
-    MergeReport,
-    Share,
-    merge_into_file,
-    read_adapter,
-    resolve_tower,
-    scaled,
-    verify_merge,
-)
+from visft_ds.config import ResolvedConfig
+from visft_ds.evals.stored import read_evaluation
+from visft_ds.interop import hub, peft
+from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
+from visft_ds.interop.card import Origin, Source, adapter_card, merged_card
+from visft_ds.interop.files import PICKLE_SUFFIXES, examples, refuse_existing, write_text
+from visft_ds.interop.formats import FORMATS, side_files
+from visft_ds.interop.layouts import Tower, tower_in, tower_of
+from visft_ds.interop.merge import DTYPES, MergeReport, Share, check_base, merge_into_file, read_adapter, scaled
+from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.interop.verify import Verification, verify_merge
+from visft_ds.interop.visft import write_visft_lora
+from visft_ds.interop.writers import parse_size
+from visft_ds.models.eva_vit import PRESETS, build_backbone
+from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
+
+ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+_VISFT_FILE = "visft_lora.pt"
 
 
 def _setting(text: str) -> tuple[str, int | float | bool]:
@@ -46,17 +60,24 @@ def _setting(text: str) -> tuple[str, int | float | bool]:
 def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="weights the adapter was trained on")
-    parser.add_argument("--adapter", type=Path, required=True, help="PEFT folder or ViSFT LoRA file")
-    parser.add_argument("--out", type=Path, required=True, help="a new .safetensors file")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="timm", help="names of the result (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the tower in the result (%(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
-    parser.add_argument("--allow-other-base", action="store_true", help="merge although the base has another sha256")
-    parser.add_argument("--verify", action="store_true", help="compare with base + adapter; exit 1 if outputs differ")
-    parser.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
-    parser.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
-    parser.add_argument(
+    source = parser.add_argument_group("from")
+    source.add_argument("--base", type=Path, metavar="FILE", help="weights the adapter was trained on")
+    source.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average",
+    )
+    source.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
+    )
+    source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
+    source.add_argument("--unmerge", action="store_true", help="--base is merged: take the adapter out again")
+    source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
+    source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
+    source.add_argument(
         "--set",
         type=_setting,
         action="append",
@@ -64,11 +85,32 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="num_heads or post_norm of the model, where neither file nor preset tells",
     )
+    out = parser.add_argument_group("to")
+    out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
+    out.add_argument(
+        "--format",
+        choices=[*sorted(FORMATS), *ADAPTER_FORMATS],
+        default="timm",
+        help="full weights as a library names them, or the adapter alone: peft (fused qkv), peft_split (separate q, k, "
+        "v), visft (%(default)s)",
+    )
+    out.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the tower in the result (%(default)s)")
+    out.add_argument("--max-shard-size", metavar="SIZE", help="split larger weights into files of at most 5GB, ...")
+    out.add_argument("--verify", action="store_true", help="compare with base + adapter; exit 1 if outputs differ")
+    out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
+    card = parser.add_argument_group("model card and hub (--out must be a folder)")
+    card.add_argument(
+        "--results", type=Path, metavar="DIR", help="folder of tools/evaluate.py whose numbers the card may name"
+    )
+    card.add_argument("--push-to-hub", metavar="USER/NAME", help="say what would be uploaded; nothing is sent")
+    card.add_argument("--upload", action="store_true", help="with --push-to-hub: really upload")
+    card.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
     return parser
 
 
-def main() -> int:
-    given = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = _parser().parse_args(arguments)
     try:
         return _run(given)
     except (ValueError, OSError) as error:
@@ -77,61 +119,267 @@ def main() -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    _check(given)
+    places = [_place(path) for path in given.adapter]
+    adapters = [_read(place) for place in places]
+    weights = given.weights or [1 / len(adapters)] * len(adapters)
+    adapter = scaled(average(adapters, weights) if len(adapters) > 1 or given.weights else adapters[0], given.scale)
+    names = [_name(path) for path in given.adapter]
+    shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
+    factor = f", times {given.scale:g}" if given.scale != 1 else ""
+    for path, place, one in zip(given.adapter, places, adapters, strict=True):
+        where = f" ({place})" if place != path else ""
+        print(f"adapter  {path}{where}: rank {one.rank}, scaling {one.scaling:g}, {'+'.join(one.targets)}")
+    origin = Origin(
+        None,
+        tuple(Source(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
+        _trained(places[0]) if len(places) == 1 else {},
+        _measured(given.results) if given.results else {},
+        (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
+    )
+    if given.format in ADAPTER_FORMATS:
+        return _write_adapter(given, adapter, origin)
+    return _write_merged(given, adapter, origin)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """What is wrong with the flags by themselves."""
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
-    file = open_weights(given.base)
-    tower = tower_in(file, find_layout(file))
+    alone = given.format in ADAPTER_FORMATS
+    if alone and (given.unmerge or given.verify or given.max_shard_size or given.dtype != "fp32"):
+        raise ValueError(
+            f"--unmerge, --verify, --dtype and --max-shard-size are about full weights; --format {given.format} writes "
+            f"the adapter alone"
+        )
+    if given.base is None and not (alone and given.model):
+        needed = "--base FILE or --model PRESET" if alone else "--base FILE"
+        raise ValueError(f"{needed} is needed: the model the adapter belongs to")
+    if (given.results or given.push_to_hub) and not _is_folder(given.out):
+        raise ValueError(f"--results and --push-to-hub need a folder as --out, without suffix; {given.out} is a file")
+    if (given.upload or given.public) and not (given.push_to_hub and (given.upload or not given.public)):
+        raise ValueError("--upload belongs to --push-to-hub USER/NAME, and --public to --upload")
+    if given.out.suffix not in ("", ".safetensors", *PICKLE_SUFFIXES):
+        raise ValueError(f"{given.out}: end the name in .safetensors (a file), or write it without a dot (a folder)")
+    refuse_existing(given.out)
+
+
+def _is_folder(out: Path) -> bool:
+    return not out.suffix
+
+
+def _place(path: Path) -> Path:
+    """Where the adapter lies: a run's export, where it has one, or else its newest whole checkpoint."""
+    if not (path / "run.json").is_file():
+        return path
+    export = path / "export" / ADAPTER_FOLDER
+    if (export / peft.CONFIG).is_file():
+        return export
+    from visft_ds.parallel.checkpoint_adapter import newest_adapter_folder  # imports deepspeed, which costs seconds
+
+    return newest_adapter_folder(path)
+
+
+def _read(place: Path) -> LoraAdapter:
+    if (place / "state.json").is_file():
+        from visft_ds.parallel.checkpoint_adapter import adapter_of_checkpoint
+
+        return adapter_of_checkpoint(place)
+    return read_adapter(place)
+
+
+def _name(path: Path) -> str:
+    """How a card names an adapter: its file, or the folder that tells it from others."""
+    path = path.resolve()
+    return path.parents[1].name if path.name == ADAPTER_FOLDER and path.parent.name == "export" else path.name
+
+
+def _trained(place: Path) -> dict[str, str]:
+    """How the adapter was trained, where it lies inside the run that made it: settings only, no folders."""
+    run = next((folder for folder in place.resolve().parents if (folder / "run.json").is_file()), None)
+    if run is None:
+        return {}
+    config: ResolvedConfig = recorded_config(run)
+    visft, optimizer, schedule = config.visft, config.optimizer, config.scheduler
+    facts = {
+        "stage": str(visft.stage),
+        "model": visft.model.name,
+        "tasks": ", ".join(visft.tasks.enabled()),
+        "steps of the schedule": str(schedule.params.total_num_steps),
+        "optimiser": f"{optimizer.type}, learning rate {optimizer.params.lr:g}",
+        "seed": str(visft.seed),
+    }
+    if place.name.startswith("step_"):
+        facts["checkpoint"] = f"step {int(place.name.removeprefix('step_'))}"
+    elif place.parent.name != "export":
+        facts["values"] = place.parent.name
+    return facts
+
+
+def _measured(folder: Path) -> dict[str, str]:
+    evaluation = read_evaluation("results", folder)
+    data = evaluation.record["data"]
+    where = f"{data['split']}, {data['images']} images, data {data['fingerprint'][:12]}"
+    return {f"{name} ({where})": f"{value:.4f}" for name, value in evaluation.metrics.items()}
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; what is not moved out of it is removed, whatever happens."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(stage: Path, out: Path, files: Sequence[Path]) -> None:
+    """Give the result its name: the folder as a whole, or each file, the one to open last."""
+    refuse_existing(out)
+    if _is_folder(out):
+        os.replace(stage, out)
+        return
+    for file in files:
+        refuse_existing(out.with_name(file.name))
+    for file in files:
+        os.replace(file, out.with_name(file.name))
+
+
+def _write_merged(given: argparse.Namespace, adapter: LoraAdapter, origin: Origin) -> int:
+    form, dtype = FORMATS[given.format], DTYPES[given.dtype]
+    file, layout = open_tower(given.base)
+    tower = tower_in(file, layout)
     settings = dict(given.set)
-    if given.verify or given.model or settings:
+    preset = PRESETS.get(tower.preset() or tower.cut_of() or "")
+    published = preset is not None and preset.image_size == tower.image_size
+    if given.verify or given.model or settings or form.giant_only or published:
         tower = resolve_tower(tower, given.model, settings)
-    adapter = scaled(read_adapter(given.adapter), given.scale)
     started = time.perf_counter()
-    report = merge_into_file(
-        given.base,
-        adapter,
-        given.out,
-        layout=given.format,
-        dtype=DTYPES[given.dtype],
-        allow_other_base=given.allow_other_base,
-        tower=tower,
-    )
-    print(
-        f"base     {given.base} ({report.source_layout}; {tower.describe()})\n"
-        f"         sha256 {report.base_sha256}\n"
-        f"adapter  {given.adapter} (rank {adapter.rank}, scaling {adapter.scaling:g}, {'+'.join(adapter.targets)})\n"
-        f"out      {given.out} ({given.format}, {given.dtype}, {report.tensors} tensors, "
-        f"{given.out.stat().st_size / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s)"
-    )
-    _print_shares(report, given.dtype)
-    for note in report.notes:
+    with _staged(given.out) as stage:
+        report = merge_into_file(
+            given.base,
+            adapter,
+            stage / (form.file if _is_folder(given.out) else given.out.name),
+            layout=given.format,
+            dtype=dtype,
+            allow_other_base=given.allow_other_base,
+            tower=tower,
+            unmerge=given.unmerge,
+            shard_bytes=parse_size(given.max_shard_size) if given.max_shard_size else None,
+        )
+        _print_report(given, report, time.perf_counter() - started)
+        verification = None
+        if given.verify:
+            plain, merged = given.base, report.files[-1]
+            if given.unmerge:
+                plain, merged = merged, plain
+            verification = verify_merge(plain, adapter, merged, report.tower, dtype=dtype, images=given.images)
+            _print_verification(verification, given.images)
+            if not verification.passed:
+                print(
+                    f"merge_lora: the result does not compute what base + adapter does; {given.out} is not written",
+                    file=sys.stderr,
+                )
+                return 1
+        if _is_folder(given.out):
+            sharded = len(report.files) > 1
+            beside = side_files(given.format, report.weights, report.tower, dtype, sharded=sharded)
+            origin = replace(origin, base=Source(given.base.name, report.base_sha256))
+            for name, content in beside.items():
+                write_text(stage / name, json.dumps(content, indent=2) + "\n")
+            card = merged_card(
+                given.out.name, given.format, given.dtype, adapter, origin, report, verification, alone=bool(beside)
+            )
+            write_text(stage / peft.README, card)
+        _publish(stage, given.out, report.files)
+    return _push(given)
+
+
+def _write_adapter(given: argparse.Namespace, adapter: LoraAdapter, origin: Origin) -> int:
+    tower, notes, base = _tower_of_adapter(given, adapter)
+    adapter = fit_to_tower(adapter, tower)
+    if base is not None:
+        origin = replace(origin, base=base)
+    elif adapter.base_sha256 is not None:
+        origin = replace(origin, base=Source("not named", adapter.base_sha256))
+    if given.format != "visft" and not _is_folder(given.out):
+        raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
+    if not _is_folder(given.out) and given.out.suffix != ".pt":
+        raise ValueError(f"{given.out}: ViSFT's LoRA files are .pt; choose such a name")
+    with _staged(given.out) as stage:
+        name = _VISFT_FILE if _is_folder(given.out) else given.out.name
+        card = adapter_card(given.out.name, given.format, adapter, origin, tower, name)
+        if given.format == "visft":
+            write_visft_lora(adapter, stage / name)
+            if _is_folder(given.out):
+                write_text(stage / peft.README, card)
+        else:
+            peft.save_peft_adapter(adapter, stage, tower, split=given.format == "peft_split", card=card)
+        _publish(stage, given.out, [stage / name])
+    print(f"out      {given.out} ({given.format}, rank {adapter.rank}, {'+'.join(adapter.targets)})")
+    for note in notes:
         print(f"note: {note}")
-    if report.left_out:
-        print(f"note: left out, no place in {given.format}: {examples(report.left_out, 3)}")
-    if not given.verify:
+    return _push(given)
+
+
+def _tower_of_adapter(given: argparse.Namespace, adapter: LoraAdapter) -> tuple[Tower, list[str], Source | None]:
+    if given.base is None:
+        if given.model not in PRESETS:
+            raise ValueError(f"unknown model {given.model!r}; allowed: {', '.join(PRESETS)}")
+        return tower_of(build_backbone(given.model, device="meta", class_token=True)), [], None
+    file, layout = open_tower(given.base)
+    tower = resolve_tower(tower_in(file, layout), given.model, dict(given.set))
+    sha256, notes = check_base(file, adapter, given.allow_other_base)
+    return tower, notes, Source(given.base.name, sha256)
+
+
+def _push(given: argparse.Namespace) -> int:
+    if not given.push_to_hub:
         return 0
-    result = verify_merge(given.base, adapter, given.out, tower, dtype=DTYPES[given.dtype], images=given.images)
-    print(
-        f"verify   {given.images} random images: largest difference {result.max_abs:.3g}, relative "
-        f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the adapter's own effect {result.effect:.3g}"
-    )
-    if result.passed and result.relative > 0.5 * result.effect:
-        print("warning: the difference is as large as the adapter's effect; write --dtype fp32 or fp16 to keep it")
-    if not result.passed:
-        print(f"merge_lora: {given.out} does not compute what base + adapter does", file=sys.stderr)
-        return 1
+    files = hub.files_to_upload(given.out)
+    for name, size in files:
+        print(f"upload   {name} ({size / 1e6:,.1f} MB)")
+    if not given.upload:
+        total = sum(size for _, size in files) / 1e6
+        print(f"upload   nothing was sent: {len(files)} files, {total:,.1f} MB for {given.push_to_hub}; add --upload")
+        return 0
+    print(f"upload   {hub.upload(given.out, given.push_to_hub, private=not given.public)}")
     return 0
 
 
-def _print_shares(report: MergeReport, dtype: str) -> None:
+def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float) -> None:
+    size = sum(file.stat().st_size for file in report.files) / 1e6
+    in_shards = f", {len(report.files) - 1} shards" if len(report.files) > 1 else ""
+    print(
+        f"base     {given.base} ({report.source_layout}; {report.tower.describe()})\n"
+        f"         sha256 {report.base_sha256}\n"
+        f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors{in_shards}, "
+        f"{size:,.1f} MB, {seconds:.1f} s)"
+    )
     print("block    retained     error   (share of the adapter's change that is in the file; |missing| / |change|)")
     rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
     for name, share in [*rows, ("all", report.total)]:
         print(f"{name:>5} {share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else f"{name:>5}   no change")
     if report.total.lost:
         print(
-            f"warning: {dtype} cannot hold this change: its numbers near the weights are farther apart than the "
+            f"warning: {given.dtype} cannot hold this change: its numbers near the weights are farther apart than the "
             f"change is large, so most of it rounds away. Write --dtype fp32, or fp16 where it fits"
         )
+    for note in report.notes:
+        print(f"note: {note}")
+    if report.left_out:
+        print(f"note: left out, no place in {given.format}: {examples(report.left_out, 3)}")
+
+
+def _print_verification(result: Verification, images: int) -> None:
+    print(
+        f"verify   {images} random images: largest difference {result.max_abs:.3g}, relative "
+        f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the adapter's own effect {result.effect:.3g}"
+    )
+    if result.passed and result.relative > 0.5 * result.effect:
+        print("warning: the difference is as large as the adapter's effect; write --dtype fp32 or fp16 to keep it")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,9 @@ def _adapted(targets: tuple[str, ...] = ("q", "v"), **kind: bool) -> EvaViT:
     return model
 
 
-def _export(model: EvaViT, folder: Path) -> Path:
-    return save_peft_adapter(adapter_of(model, base_sha256="0" * 64), folder / "adapter", tower_of(model))
+def _export(model: EvaViT, folder: Path, *, split: bool = False) -> Path:
+    adapter = adapter_of(model, base_sha256="0" * 64)
+    return save_peft_adapter(adapter, folder / "adapter", tower_of(model), split=split)
 
 
 def _timm_twin(model: EvaViT, *, separate: bool) -> torch.nn.Module:
@@ -91,10 +93,13 @@ def test_without_the_separate_bias_peft_is_a_silent_no_op_on_timm(tmp_path: Path
         assert _relative(ours.tokens(images), got) > 1e-2
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["fused qkv", "separate q, k, v"])
 @pytest.mark.parametrize("class_token", [True, False])
-def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool) -> None:
+def test_the_snippet_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool, split: bool
+) -> None:
     ours = _adapted(class_token=class_token)
-    folder = _export(ours, tmp_path)
+    folder = _export(ours, tmp_path, split=split)
     base = _tiny(class_token=class_token)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -106,14 +111,20 @@ def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(snippet, README, "exec"), names)
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        got = names["model"].forward_features(images)  # type: ignore[attr-defined]
+        model: Any = names["model"]
+        got = model.forward_features(images)
+        with model.disable_adapter():
+            plain = model.forward_features(images)
+        assert _relative(got, plain) > 1e-2, "as loaded by the README the adapter must have an effect"
         assert _relative(got, ours.tokens(images)) < TOLERANCE
+        assert len([name for name, _ in model.named_parameters() if ".lora_A." in name]) == (4 if split else 2)
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["fused qkv", "separate q, k, v"])
 @pytest.mark.parametrize("targets", TARGETS)
-def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str, ...]) -> None:
+def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str, ...], split: bool) -> None:
     ours = _adapted(targets)
-    adapter = read_peft_adapter(_export(ours, tmp_path))
+    adapter = read_peft_adapter(_export(ours, tmp_path, split=split))
     assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 1.5, targets) and adapter.base_sha256 == "0" * 64
     other = _tiny()
     install_adapter(other, adapter)
@@ -141,6 +152,33 @@ def test_peft_saves_it_again_and_we_still_read_it(tmp_path: Path) -> None:
     wanted = adapter_of(ours)
     for weight in wanted.weights():
         assert torch.allclose(adapter.delta(weight), wanted.delta(weight), atol=1e-7)
+
+
+def test_an_adapter_that_peft_trained_on_separate_projections_is_read(tmp_path: Path) -> None:
+    ours = _tiny()
+    name, arguments = model_arguments(tower_of(ours))
+    twin = timm.create_model(name, **arguments, qkv_fused=False).eval()
+    own = dict(ours.state_dict())
+    for index in range(2):
+        stem = f"blocks.{index}.attn."
+        for part, rows in zip("qkv", own.pop(stem + "qkv.weight").chunk(3), strict=True):
+            own[f"{stem}{part}_proj.weight"] = rows
+        own |= {f"{stem}{part}_proj.bias": own.pop(f"{stem}{part}_bias") for part in "qv"}
+    twin.load_state_dict(own)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(twin, config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = read_peft_adapter(tmp_path / "theirs")
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 6.0, ("q", "v"))
+    install_adapter(ours, adapter)
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        assert _relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    lost = {name: value for name, value in tensors.items() if ".1.attn.v_proj.lora_A" not in name}
+    save_file(lost, tmp_path / "theirs" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"no tensor .*blocks\.1\.attn\.v_proj\.lora_A"):
+        read_peft_adapter(tmp_path / "theirs")
 
 
 def test_an_adapter_that_peft_trained_on_the_whole_qkv_is_refused(tmp_path: Path) -> None:
@@ -184,8 +222,8 @@ def test_incomplete_and_foreign_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not overwritten"):
         _export(_adapted(), tmp_path)
     tensors = load_file(folder / WEIGHTS)
-    save_file({name.replace("attn.qkv", "attn.q_proj"): value for name, value in tensors.items()}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="not an adapter for the blocks of timm's fused EVA"):
+    save_file({name.replace("attn.qkv", "attn.w_proj"): value for name, value in tensors.items()}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="not an adapter for the blocks of timm's EVA"):
         read_peft_adapter(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match="holds no adapter"):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tools.merge_lora import main
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file
+from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.timm import create_model_call, model_arguments
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
@@ -96,6 +100,34 @@ def test_timm_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path, post
         wanted, got = ours.tokens(images), theirs.forward_features(images)
     assert _relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
     assert _relative(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("class_token", "shards"), [(True, ()), (True, ("--max-shard-size", "20KB")), (False, ())], ids=str
+)
+def test_timm_loads_the_folder_as_its_card_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool, shards: tuple[str, ...]
+) -> None:
+    ours = _tiny(1, class_token=class_token, post_norm=True)
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    save_backbone(ours, base)
+    inject_lora(ours, rank=4, alpha=2.0)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+    save_peft_adapter(adapter_of(ours), tmp_path / "adapter", tower_of(ours))
+    given = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out), *shards]
+    assert main(given) == 0
+    (snippet,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert ("local-dir" in snippet) == (out / "config.json").is_file() == (class_token and not shards)
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        got = names["model"].eval().forward_features(images)
+        assert _relative(got, ours.tokens(images)) < TOLERANCE
 
 
 def test_published_towers_need_no_sizes() -> None:

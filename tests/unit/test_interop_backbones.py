@@ -26,7 +26,10 @@ PREFIXES = {
 # What real files of these layouts carry beside the tower.
 BESIDE = {
     "open_clip": ["text.ln_final.weight", "logit_scale", "visual.trunk.head.weight", "visual.trunk.cls_token"],
-    "eva_clip": ["text.transformer.resblocks.0.ln_1.bias", "logit_scale", "visual.head.bias", "visual.cls_token"],
+    "eva_clip": [
+        *("text.transformer.resblocks.0.ln_1.bias", "logit_scale", "visual.head.bias", "visual.cls_token"),
+        *("transformer.resblocks.0.ln_1.bias", "token_embedding.weight", "positional_embedding", "ln_final.bias"),
+    ],
     "visft": ["visft_heads.input_proj.weight", "det_losses.empty_weight"],
     "lavis": ["Qformer.bert.embeddings.position_ids", "query_tokens", "ln_vision.weight", "visual_encoder.cls_token"],
     "timm": ["cls_token", "head.weight", "head.bias"],

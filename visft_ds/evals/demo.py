@@ -14,9 +14,9 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.evals.pictures import save_png
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import find_layout, tower_in
+from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.timm import create_model_call
+from visft_ds.interop.towers import open_tower
 from visft_ds.monitor.console import Section, print_plan
 
 _SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
@@ -108,12 +108,12 @@ def _introduction(photographs: Path | None, images: int, tasks: list[str]) -> li
 
 def _next_commands(out: Path, weights: Path) -> dict[str, str]:
     """What to do -> text to paste."""
-    file = open_weights(weights)
+    file, layout = open_tower(weights)
     load = [
         "import timm",
         "from safetensors.torch import load_file",
         "",
-        f"model = {create_model_call(tower_in(file, find_layout(file)))}",
+        f"model = {create_model_call(tower_in(file, layout))}",
         f'weights = load_file("{short_path(weights)}")',
         'weights["pos_embed"] = weights["pos_embed"][:, 1:]  # this backbone has no class token',
         "model.load_state_dict(weights)",

@@ -22,8 +22,9 @@ from visft_ds.interop.adapters import LoraAdapter, install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
-from visft_ds.interop.layouts import Tower, find_layout, tower_in
-from visft_ds.interop.merge import build_tower, read_adapter, resolve_tower
+from visft_ds.interop.layouts import Tower, tower_in
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.multitask import MultiTaskModel, TaskModule
@@ -148,9 +149,9 @@ def load_model(
         ValueError: a missing or damaged file, an adapter of another base or on top of merged weights, heads for another
             width.
     """
-    weights = open_weights(files.backbone)
+    weights, layout = open_tower(files.backbone)
     # Training builds towers without class token; a file that has one is read the same way.
-    tower = resolve_tower(replace(tower_in(weights, find_layout(weights)), class_token=False), preset, files.hints)
+    tower = resolve_tower(replace(tower_in(weights, layout), class_token=False), preset, files.hints)
     merged = is_merged(weights)
     if merged and files.adapter is not None:
         raise ValueError(

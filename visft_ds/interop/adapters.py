@@ -7,8 +7,10 @@ other projections plain: `lora_A` (r, in), `lora_B` (out, r). The change of a we
 
 from __future__ import annotations
 
+import hashlib
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +30,8 @@ MODULES = {target: place[0] for target, place in TARGETS.items()}
 class LoraAdapter:
     """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
 
-    `origin` says which format it came from (model, peft, visft). `base_sha256` is the hash of the base weight file it
-    was trained on, None where nobody recorded it.
+    `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
+    hash of the base weight file it was trained on, None where nobody recorded it.
     """
 
     rank: int
@@ -83,6 +85,54 @@ class LoraAdapter:
             rows_a = a[group * self.rank : (group + 1) * self.rank]
             torch.matmul(rows_b, rows_a, out=result[start : start + width])
         return result.mul_(self.scaling)
+
+    def fingerprint(self) -> str:
+        """sha256 of what it computes with: settings and values, whatever file they came from."""
+        digest = hashlib.sha256(repr((self.rank, float(self.alpha), self.targets)).encode())
+        for name in sorted(self.tensors):
+            digest.update(name.encode())
+            digest.update(self.tensors[name].float().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
+    """One adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
+
+    Factors A and B themselves are not averaged: the product of two means is not the mean of two products. (PEFT calls
+    this combination "cat".)
+
+    Raises ValueError for adapters of other projections, towers or bases, and for weights that are not one a piece.
+    """
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{len(adapters)} adapters and weights {list(weights)}: give one finite number for each")
+    first = adapters[0]
+    for other in adapters[1:]:
+        if (other.targets, other.depth, other.width) != (first.targets, first.depth, first.width):
+            raise ValueError(
+                f"adapters on {'+'.join(first.targets)} (width {first.width}, depth {first.depth}) and on "
+                f"{'+'.join(other.targets)} (width {other.width}, depth {other.depth}) cannot be averaged"
+            )
+    bases = {adapter.base_sha256 for adapter in adapters if adapter.base_sha256 is not None}
+    if len(bases) > 1:
+        raise ValueError(
+            f"the adapters were trained on different bases, sha256 {' and '.join(sorted(bases))}: their changes do not "
+            f"add up"
+        )
+    groups = len(first.slices())
+    tensors: dict[str, Tensor] = {}
+    for name in first.tensors:
+        slices = groups if ".attn.qkv." in name else 1
+        if name.endswith("lora_A"):
+            parts = [adapter.tensors[name].float().chunk(slices) for adapter in adapters]
+            tensors[name] = torch.cat([part[group] for group in range(slices) for part in parts])
+        else:
+            factors = [w * adapter.scaling for w, adapter in zip(weights, adapters, strict=True)]
+            columns = [f * adapter.tensors[name].float() for f, adapter in zip(factors, adapters, strict=True)]
+            tensors[name] = torch.cat(columns, dim=1)
+    rank = sum(adapter.rank for adapter in adapters)
+    origins = {adapter.origin for adapter in adapters}
+    origin = first.origin if len(origins) == 1 else "average"
+    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, next(iter(bases), None))
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights, sha256_file, write_safetensors
+from visft_ds.interop.files import TensorInfo, WeightFile, examples, sha256_file, write_safetensors
 from visft_ds.interop.layouts import (
     LAYOUTS,
     PROJECTION,
     Layout,
     Tower,
     base_parameters,
-    find_layout,
     is_lora,
     tower_in,
     tower_of,
 )
+from visft_ds.interop.towers import open_tower
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import lora_layers
 
@@ -93,8 +93,7 @@ def open_backbone(backbone: EvaViT, path: str | Path) -> BackboneFile:
 
     Raises ValueError as `load_backbone` does for names, shapes and quantised weights; values are not looked at.
     """
-    file = open_weights(path)
-    layout = find_layout(file)
+    file, layout = open_tower(path)
     targets = base_parameters(backbone)
     ignored = check_names(
         file, layout, {name: tuple(value.shape) for name, value in targets.items()}, tower_of(backbone)

@@ -1,4 +1,4 @@
-"""Weight files on disk: one lazy reader for `.safetensors` and `.pt/.pth/.ckpt/.bin`, one atomic writer.
+"""Weight files on disk: one lazy reader for `.safetensors` (or shards) and `.pt/.pth/.ckpt/.bin`, one atomic writer.
 
 Nothing here knows what the tensors mean. A `WeightFile` knows names, shapes and dtypes without touching the data and
 hands out one tensor at a time, so a 10 GB file is never in memory twice.
@@ -6,6 +6,7 @@ hands out one tensor at a time, so a 10 GB file is never in memory twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -25,6 +26,8 @@ from visft_ds import __version__
 from visft_ds.data.store import file_digest
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+# Ending of the file that says which shard holds which tensor, as transformers writes it.
+INDEX = ".safetensors.index.json"
 # Names under which training scripts nest the weights beside optimizer state and counters.
 NESTS = ("model", "state_dict", "module")
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -121,6 +124,34 @@ class WeightFile:
         return name in self.infos
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a view: what it is made of, what comes out, and how; by default the only source as it is."""
+
+    sources: tuple[str, ...]
+    info: TensorInfo
+    make: Callable[..., Tensor] = lambda value: value
+
+    @classmethod
+    def same(cls, file: WeightFile, name: str) -> Entry:
+        """The tensor of that name, unchanged."""
+        return cls((name,), file.infos[name])
+
+
+def view(file: WeightFile, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> WeightFile:
+    """A weight file whose tensors are made from those of another one when they are asked for; it holds none itself.
+
+    `metadata` replaces the file's.
+    """
+
+    def read(name: str) -> Tensor:
+        entry = entries[name]
+        return entry.make(*(file.get(source) for source in entry.sources))
+
+    infos = {name: entry.info for name, entry in entries.items()}
+    return WeightFile(file.path, infos, read, file.metadata if metadata is None else metadata)
+
+
 def examples(names: Mapping[str, object] | list[str] | tuple[str, ...], limit: int = 4) -> str:
     """`a, b, c, ... (840 in all)`: a readable sample of many names for messages."""
     listed = list(names)
@@ -138,9 +169,14 @@ def open_weights(path: str | Path) -> WeightFile:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; a weight file is needed (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+        raise ValueError(
+            f"{path} is a folder; a weight file is needed (.safetensors, {INDEX} of one in shards, "
+            f"{', '.join(PICKLE_SUFFIXES)})"
+        )
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if path.name.endswith(INDEX):
+        return _open_shards(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -164,6 +200,39 @@ def _open_safetensors(path: Path) -> WeightFile:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). {_looks_like(path)}") from error
     renamed = _without_module_prefix(list(infos))
     return WeightFile(path, {new: infos[old] for new, old in renamed.items()}, _reader(handle, renamed), metadata)
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor -> the shard that holds it, of an index file. Raises ValueError for anything else, and for lost shards."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards = {str(name): str(shard) for name, shard in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of shards (weight_map: tensor -> file): {error}") from error
+    # A name with a folder in it would lead out of the model's own folder.
+    foreign = sorted({shard for shard in shards.values() if Path(shard).name != shard})
+    lost = sorted({shard for shard in shards.values() if shard not in foreign and not (path.parent / shard).is_file()})
+    if foreign or lost:
+        raise ValueError(
+            f"{path}: "
+            + (f"{examples(foreign)} is not a plain file name" if foreign else f"{examples(lost)} is missing")
+        )
+    return {name: path.parent / shard for name, shard in shards.items()}
+
+
+def _open_shards(path: Path) -> WeightFile:
+    places = read_index(path)
+    files = {shard: _open_safetensors(shard) for shard in dict.fromkeys(places.values())}
+    absent = [f"{name} ({shard.name})" for name, shard in places.items() if name not in files[shard]]
+    unlisted = [f"{name} ({shard.name})" for shard, file in files.items() for name in file if places.get(name) != shard]
+    if absent or unlisted:
+        raise ValueError(
+            f"{path} and its shards do not belong together: listed but not there: {examples(absent)}; there but not "
+            f"listed: {examples(unlisted)}"
+        )
+    infos = {name: files[shard].infos[name] for name, shard in places.items()}
+    metadata = next((file.metadata for file in files.values()), {})
+    return WeightFile(path, infos, lambda name: files[places[name]].get(name), metadata)
 
 
 def _reader(handle: Any, renamed: Mapping[str, str]) -> Callable[[str], Tensor]:
@@ -255,9 +324,14 @@ def _looks_like(path: Path) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, lower-case hexadecimal."""
-    with Path(path).open("rb") as file:
-        return file_digest(file)
+    """sha256 of a file's bytes, lower-case hexadecimal; of an index of shards, that of all their hashes."""
+    path = Path(path)
+    with path.open("rb") as file:
+        digest = file_digest(file)
+    if not path.name.endswith(INDEX):
+        return digest
+    shards = sorted(set(read_index(path).values()))
+    return hashlib.sha256("".join([digest, *map(sha256_file, shards)]).encode()).hexdigest()
 
 
 def refuse_existing(path: Path) -> None:

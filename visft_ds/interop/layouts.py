@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
@@ -39,8 +39,14 @@ class Layout:
 
 
 # Names of text towers: reference key dumps of EVA-CLIP, open_clip (EVA02-E-14-plus) and LAVIS (blip2, blip2_t5,
-# blip2_opt).
-_CLIP = {"text tower": ("text.",), "logit scale": ("logit_scale", "logit_bias")}
+# blip2_opt). Files of the first EVA-CLIP have the text tower outside `text.`, which both libraries convert in loading.
+_CLIP = {
+    "text tower": (
+        *("text.", "transformer.resblocks.", "token_embedding.", "positional_embedding", "text_projection"),
+        "ln_final.",
+    ),
+    "logit scale": ("logit_scale", "logit_bias"),
+}
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
@@ -102,13 +108,17 @@ class Tower:
                 return name
         return None
 
+    def cut_of(self) -> str | None:
+        """The preset this is without its last block, as BLIP-2 has the giant; None for all others."""
+        return "eva_g" if replace(self, depth=self.depth + 1).preset() == "eva_g" else None
+
     def describe(self) -> str:
         """`width 1408, depth 40 = eva_g`."""
         text = f"width {self.width}, depth {self.depth}, MLP {self.hidden}"
         if preset := self.preset():
             return f"{text} = {preset}"
-        if (self.width, self.depth) == (1408, 39):
-            return f"{text} = eva_g as LAVIS cuts it, without its last block"
+        if cut := self.cut_of():
+            return f"{text} = {cut} as LAVIS cuts it, without its last block"
         return text
 
     def to_json(self) -> str:

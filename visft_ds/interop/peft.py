@@ -2,7 +2,8 @@
 
 PEFT has no LoRA on *slices* of a fused qkv. Ours is put into its plain one on the whole qkv (D width, r rank, G adapted
 slices): rank G*r, A as it is, B (3D, G*r) block by block (slice g in columns g*r..(g+1)*r) and zero elsewhere,
-lora_alpha G times as large so that alpha / rank stays. The map is exact, both ways. File format:
+lora_alpha G times as large so that alpha / rank stays. On timm's model with separate q_proj, k_proj, v_proj ("split")
+each slice is an adapter of its own. Both maps are exact, both ways. File format:
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -24,7 +25,9 @@ from visft_ds.interop.timm import create_model_call
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _KEY = "visft_adapter"
-_NAME = re.compile(r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.lora_([AB])\.weight")
+_NAME = re.compile(
+    r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))\.lora_([AB])\.weight"
+)
 # Settings under which A and B mean something else than (alpha / rank) * B @ A.
 _REFUSED = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
@@ -36,12 +39,33 @@ The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that ar
 `lora_B`). Training it further in PEFT also trains those rows; the result no longer fits visft_ds' LoRA on slices.
 
 """
-_README = """\
+_HEAD = """\
 # LoRA adapter for an EVA vision tower
 
-Rank {rank}, alpha {alpha:g}, on {targets} of each of the {depth} blocks ({tower}).
+{facts}
 Base weights: sha256 {base}.
 
+"""
+_SPLIT = """\
+for name in [name for name in weights if name.endswith("attn.qkv.weight")]:
+    stem = name.removesuffix("qkv.weight")
+    for part, value in zip("qkv", weights.pop(name).chunk(3)):
+        weights[f"{stem}{part}_proj.weight"] = value.clone()
+    for part in "qv":
+        weights[f"{stem}{part}_proj.bias"] = weights.pop(f"{stem}{part}_bias")
+"""
+_SEPARATE = """\
+for block in model.blocks:
+    block.attn.qkv_bias_separate = True
+"""
+_NECESSARY = """
+The line with `qkv_bias_separate` is **necessary**. Without it timm's EVA attention reads `qkv.weight` directly and
+never calls the `qkv` module, so PEFT's adapter changes nothing, receives no gradient, and nothing warns about it.
+"""
+_UNFUSED = """
+The model is built with separate projections of q, k and v (`qkv_fused=False`), which the base weights are cut for.
+"""
+_LOADING = """\
 {fused}## Load it with timm and PEFT
 
 ```python
@@ -55,21 +79,25 @@ BASE = "base.safetensors"  # the base weights, under timm's names
 model = {create}
 weights = load_file(BASE)
 {adjust}model.load_state_dict(weights)
-for block in model.blocks:
-    block.attn.qkv_bias_separate = True
-model = PeftModel.from_pretrained(model, ADAPTER).eval()
+{separate}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
-
-The line with `qkv_bias_separate` is **necessary**. Without it timm's EVA attention reads `qkv.weight` directly and
-never calls the `qkv` module, so PEFT's adapter changes nothing, receives no gradient, and nothing warns about it.
-
+{why}
 `tools/merge_lora.py` of visft_ds adds the adapter into full weights, which need no PEFT.
 """
 
 
-def save_peft_adapter(adapter: LoraAdapter, folder: str | Path, tower: Tower, *, overwrite: bool = False) -> Path:
+def save_peft_adapter(
+    adapter: LoraAdapter,
+    folder: str | Path,
+    tower: Tower,
+    *,
+    split: bool = False,
+    card: str | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write an adapter folder that PEFT loads onto timm's model of this tower; returns the folder.
 
+    `split`: for the model with separate q, k and v instead of the fused one. `card` replaces the README.md.
     adapter_config.json comes last: a folder without it was not finished. Raises ValueError for an adapter that does
     not fit the tower, and where the folder holds an adapter already (unless `overwrite`).
     """
@@ -86,33 +114,47 @@ def save_peft_adapter(adapter: LoraAdapter, folder: str | Path, tower: Tower, *,
         "targets": adapter.targets,
         "base_sha256": adapter.base_sha256,
     }
-    save_tensors(folder / WEIGHTS, _to_peft(adapter), {_KEY: json.dumps(told)}, overwrite=overwrite)
-    write_text(folder / README, readme(adapter, tower), overwrite=overwrite)
-    write_text(config, json.dumps(_config(adapter), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    save_tensors(folder / WEIGHTS, _to_peft(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
+    text = _readme(adapter, tower, split) if card is None else card
+    write_text(folder / README, text, overwrite=overwrite)
+    write_text(config, json.dumps(_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
     return folder
 
 
-def readme(adapter: LoraAdapter, tower: Tower) -> str:
-    """The README.md of an adapter folder: what it is and how PEFT + timm load it."""
-    # timm keeps no position for a class token that it does not have.
-    adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
-    return _README.format(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=", ".join(adapter.targets),
-        depth=adapter.depth,
-        tower=tower.describe(),
-        base=adapter.base_sha256 or "not recorded",
-        fused=_FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if adapter.slices() else "",
-        create=create_model_call(tower),
-        adjust=adjust,
+def _readme(adapter: LoraAdapter, tower: Tower, split: bool) -> str:
+    base = adapter.base_sha256 or "not recorded"
+    return _HEAD.format(facts=facts(adapter, tower), base=base) + loading(adapter, tower, split=split)
+
+
+def facts(adapter: LoraAdapter, tower: Tower) -> str:
+    """One sentence about an adapter."""
+    return (
+        f"Rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the {adapter.depth} "
+        f"blocks ({tower.describe()})."
     )
 
 
-def _config(adapter: LoraAdapter) -> dict[str, Any]:
-    groups = max(len(adapter.slices()), 1)
-    patterns = {"attn.qkv": groups} if groups > 1 and adapter.modules() != ("attn.qkv",) else {}
-    factor = groups if adapter.modules() == ("attn.qkv",) else 1
+def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
+    """The part of a README.md that says how PEFT + timm load an adapter folder."""
+    # timm keeps no position for a class token that it does not have.
+    adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
+    fused = bool(adapter.slices()) and not split
+    return _LOADING.format(
+        fused=_FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if fused else "",
+        create=create_model_call(tower, **({"qkv_fused": False} if split else {})),
+        adjust=adjust + (_SPLIT if split else ""),
+        separate="" if split else _SEPARATE,
+        why=_UNFUSED if split else _NECESSARY,
+    )
+
+
+def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+    modules = adapter.modules()
+    if split:
+        modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))
+    groups = 1 if split else max(len(adapter.slices()), 1)
+    patterns = {"attn.qkv": groups} if groups > 1 and modules != ("attn.qkv",) else {}
+    factor = groups if modules == ("attn.qkv",) else 1
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -123,7 +165,7 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
         "rank_pattern": {name: adapter.rank * count for name, count in patterns.items()},
         "alpha_pattern": {name: adapter.alpha * count for name, count in patterns.items()},
         # With the parent's name: a bare "proj" would also match patch_embed.proj.
-        "target_modules": list(adapter.modules()),
+        "target_modules": list(modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -134,12 +176,18 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
     }
 
 
-def _to_peft(adapter: LoraAdapter) -> dict[str, Tensor]:
+def _to_peft(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
     tensors = {}
+    slices = adapter.slices()
     for name, value in adapter.tensors.items():
         value = value.float()
+        if split and ".attn.qkv." in name:
+            for part, rows in zip(slices, value.chunk(len(slices)), strict=True):
+                own = name.replace(".attn.qkv.", f".attn.{part}_proj.")
+                tensors[f"base_model.model.{own}.weight"] = rows.contiguous()
+            continue
         if name.endswith("attn.qkv.lora_B"):
-            value = _spread(value, adapter.slices(), adapter.rank)
+            value = _spread(value, slices, adapter.rank)
         tensors[f"base_model.model.{name}.weight"] = value.contiguous()
     return tensors
 
@@ -182,17 +230,22 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     foreign = [name for name in file if not _NAME.fullmatch(name)]
     if foreign or not len(file):
         raise ValueError(
-            f"{file.path}: not an adapter for the blocks of timm's fused EVA: {examples(foreign)}. Expected are names "
-            f"like base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv, proj, fc1, fc2)"
+            f"{file.path}: not an adapter for the blocks of timm's EVA: {examples(foreign)}. Expected are names like "
+            f"base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv or q_proj, k_proj, v_proj; proj, fc1, fc2)"
         )
     told = json.loads(file.metadata[_KEY]) if _KEY in file.metadata else None
     modules = {_NAME.fullmatch(name)[2] for name in file}  # type: ignore[index]
-    slices = _slices(file, told) if "attn.qkv" in modules else ()
+    split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
+    if split and "attn.qkv" in modules:
+        raise ValueError(f"{file.path}: adapts the fused qkv and separate projections at once; no model has both")
+    slices = _slices(file, told) if "attn.qkv" in modules else split
     targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
     rank, scaling = _rank_and_scaling(file, config, len(slices))
-    tensors = {}
+    tensors = _stacked(file, split) if split else {}
     for name in file:
         own = name.removeprefix("base_model.model.").removesuffix(".weight")
+        if own.endswith(("_proj.lora_A", "_proj.lora_B")):
+            continue
         value = file.get(name).float()
         if own.endswith("attn.qkv.lora_B"):
             gathered = _gather(value, slices, rank)
@@ -202,6 +255,21 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
         tensors[own] = value
     base = told["base_sha256"] if told else None
     return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base)
+
+
+def _stacked(file: WeightFile, slices: tuple[str, ...]) -> dict[str, Tensor]:
+    """Separate adapters of q, k, v as one of the fused qkv, in our stacking."""
+    first = f".attn.{slices[0]}_proj."
+    tensors = {}
+    for name in (name for name in file if first in name):
+        parts = [name.replace(first, f".attn.{part}_proj.") for part in slices]
+        tensors[name.replace(first, ".attn.qkv.").removeprefix("base_model.model.").removesuffix(".weight")] = (
+            torch.cat([file.get(part).float() for part in parts])
+        )
+    read = len(tensors) * len(slices)
+    if read != sum("_proj.lora_" in name for name in file):
+        raise ValueError(f"{file.path}: not every block has the same of q_proj, k_proj, v_proj adapted")
+    return tensors
 
 
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:

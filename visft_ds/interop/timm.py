@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from visft_ds.interop.files import WeightFile
+from visft_ds.interop.files import Entry, WeightFile
 from visft_ds.interop.layouts import Layout, Tower
 
+# Pixels in [0, 1] are normalised with these in EVA-CLIP's own training and evaluation (ViSFT trains with ImageNet's).
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POST_NORM, PRE_NORM = "eva02_enormous_patch14_clip_224", "eva_giant_patch14_clip_224"
 
 
-def export_names(file: WeightFile, layout: Layout) -> dict[str, str]:
-    """Name in a timm file -> name in `file`, which has the given layout: the tower and nothing else."""
-    return {name[len(layout.prefix) :]: name for name in file if name.startswith(layout.prefix)}
+def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:
+    """Name in a timm file -> what it is made of: the tower of `file`, which has the given layout, and nothing else."""
+    prefix = layout.prefix
+    return {name[len(prefix) :]: Entry.same(file, name) for name in file if name.startswith(prefix)}
 
 
 def model_arguments(tower: Tower, num_classes: int = 0) -> tuple[str, dict[str, Any]]:
@@ -49,7 +52,37 @@ def model_arguments(tower: Tower, num_classes: int = 0) -> tuple[str, dict[str, 
     return (POST_NORM if tower.post_norm else PRE_NORM), arguments
 
 
-def create_model_call(tower: Tower, num_classes: int = 0) -> str:
-    """`timm.create_model("...", num_classes=0, ...)` as Python text."""
+def settings(tower: Tower, num_classes: int) -> dict[str, Any] | None:
+    """config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads this tower.
+
+    None for a tower without class token: timm would resize the positions that it does not expect.
+    """
+    if not tower.class_token:
+        return None
     name, arguments = model_arguments(tower, num_classes)
-    return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value!r}" for key, value in arguments.items())]) + ")"
+    side = tower.image_size
+    pretrained = {
+        "input_size": [3, side, side],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "num_classes": num_classes,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return {
+        "architecture": name,
+        "num_classes": num_classes,
+        "num_features": num_classes or tower.width,
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": pretrained,
+    }
+
+
+def create_model_call(tower: Tower, num_classes: int = 0, **more: Any) -> str:
+    """`timm.create_model("...", num_classes=0, ...)` as Python text, with `more` arguments."""
+    name, arguments = model_arguments(tower, num_classes)
+    given = {**arguments, **more}
+    return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value!r}" for key, value in given.items())]) + ")"

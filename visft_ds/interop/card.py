@@ -1,0 +1,161 @@
+"""The model card: README.md beside weights that leave the house. What it is, from what, how trained, how to load it.
+
+It holds names of files, hashes, settings and numbers that were measured, never folders or names of people; what nobody
+recorded or measured it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from visft_ds.interop import peft, timm, visft
+from visft_ds.interop.adapters import LoraAdapter
+from visft_ds.interop.formats import FORMATS
+from visft_ds.interop.layouts import Tower
+from visft_ds.interop.merge import MergeReport
+from visft_ds.interop.verify import Verification
+
+_METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that something was made from, without its folder."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from. `trained`: setting -> value; `measured`: quantity -> value, of an evaluation; both empty
+    where nothing is known."""
+
+    base: Source | None
+    adapters: tuple[Source, ...]
+    trained: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def merged_card(
+    title: str,
+    form: str,
+    dtype: str,
+    adapter: LoraAdapter,
+    origin: Origin,
+    report: MergeReport,
+    verification: Verification | None,
+    *,
+    alone: bool,
+) -> str:
+    """README.md of full weights. `alone`: the library loads the folder by itself (see `formats.side_files`)."""
+    tower = report.tower
+    what = [
+        f"A vision tower of EVA-CLIP ({tower.describe()}) with the LoRA of a supervised fine-tuning ({_METHOD}) merged "
+        f"into its weights.",
+        f"Names of the tensors: {FORMATS[form].library}. The tower is stored in {dtype}, whatever else the base file "
+        f"had is as it was. {len(report.weights)} tensors.",
+    ]
+    measured = {"share of the adapter's change that is in the file, of all blocks": f"{report.total.retained:.2%}"}
+    if report.blocks and report.total.wanted:
+        worst = min(range(len(report.blocks)), key=lambda index: report.blocks[index].retained)
+        measured["the same, block with the least"] = f"block {worst}: {report.blocks[worst].retained:.2%}"
+        measured["error of the change, |missing| / |change|"] = f"{report.total.error:.2g}"
+    if verification is not None:
+        measured["outputs against base + adapter, relative difference"] = (
+            f"{verification.relative:.2g} (the adapter's own effect: {verification.effect:.2g})"
+        )
+    lines = [*_front(FORMATS[form].library), f"# {title}", "", *what, ""]
+    lines += _sources(origin, adapter, tower)
+    lines += _table("How it was trained", origin.trained, "Not recorded.")
+    lines += _table("Measured", measured | dict(origin.measured), "Nothing.")
+    sharded = len(report.files) > 1
+    lines += ["## How to load it", "", *_snippet(form, report, alone=alone, sharded=sharded)]
+    return "\n".join(lines)
+
+
+def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, tower: Tower, file: str) -> str:
+    """README.md of a LoRA alone."""
+    what = f"The LoRA of a supervised fine-tuning ({_METHOD}) for a vision tower of EVA-CLIP, without the tower."
+    lines = [*_front("peft"), f"# {title}", "", what, peft.facts(adapter, tower), ""]
+    lines += _sources(origin, adapter, tower)
+    lines += _table("How it was trained", origin.trained, "Not recorded.")
+    lines += _table("Measured", origin.measured, "Nothing.")
+    if form != "visft":
+        return "\n".join(lines) + peft.loading(adapter, tower, split=form == "peft_split")
+    lines += [
+        "## How to load it",
+        "",
+        f"`{file}` has the names and the form of the files that ViSFT published: `visual.blocks.N.attn.qkv.lora_A` "
+        f"(2r, D), `.lora_B` (2D, r), rows of q first, then v; scaling {visft.ALPHA:g}/r. Its own code reads it, and "
+        f"`tools/merge_lora.py --adapter {file}` of visft_ds.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front(library: str) -> list[str]:
+    # Read by the hub. No licence: it is that of the base weights, which nobody has told.
+    return ["---", f"library_name: {library.lower()}", "tags: [vision, lora, visft]", "---", ""]
+
+
+def _sources(origin: Origin, adapter: LoraAdapter, tower: Tower) -> list[str]:
+    rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
+    rows += [f"| adapter | {source.name} | {source.sha256} |" for source in origin.adapters]
+    lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
+    lines += [f"Adapter: {peft.facts(adapter, tower)}", *(f"{note}." for note in origin.notes), ""]
+    return lines
+
+
+def _table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
+    if not facts:
+        return [f"## {title}", "", empty, ""]
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+
+
+def _snippet(form: str, report: MergeReport, *, alone: bool, sharded: bool) -> list[str]:
+    tower, file = report.tower, report.files[-1].name
+    read = ['FOLDER = "."  # this folder']
+    if form == "transformers":
+        read += ["from transformers import Blip2VisionModel", "", "model = Blip2VisionModel.from_pretrained(FOLDER)"]
+        return [
+            *_code(read),
+            "Inside a whole BLIP-2: `blip2.vision_model.load_state_dict(model.state_dict())`. Its Q-Former was trained "
+            "with the 39 blocks and the last norm of the published BLIP-2.",
+            "",
+        ]
+    if form == "lavis":
+        return [
+            f"`{file}` takes the place of LAVIS' own `eva_vit_g.pth`: name it where `create_eva_vit_g` "
+            "(lavis/models/eva_vit.py) names its download. LAVIS reads the first 39 blocks and passes over the rest.",
+            "",
+        ]
+    if form == "eva_clip":
+        return [
+            f"`{file}` takes the place of the published EVA-CLIP file. EVA-CLIP's own code reads `.pt` only: "
+            '`eva_clip.create_model_and_transforms("EVA02-CLIP-bigE-14-plus", pretrained=FILE)`.',
+            "",
+        ]
+    if alone:
+        how = "timm.create_model" if form == "timm" else "open_clip.create_model"
+        more = ", pretrained=True" if form == "timm" else ""
+        return _code([*read, f"import {form}", "", f'model = {how}(f"local-dir:{{FOLDER}}"{more})'])
+    pattern = "*.safetensors" if sharded else file
+    read += ["from pathlib import Path", "from safetensors.torch import load_file", "", "weights = {}"]
+    read += [f'for file in sorted(Path(FOLDER).glob("{pattern}")):', "    weights |= load_file(file)"]
+    if form == "open_clip":
+        read += ["", "import open_clip", "", 'model = open_clip.create_model("...")  # the configuration of the base']
+    elif tower.num_heads is None or tower.post_norm is None:
+        read += ["", "import timm", "", "model = ...  # heads and norms of the tower are not recorded"]
+    else:
+        rows = report.weights.shape("head.weight")[0] if "head.weight" in report.weights else 0
+        if not tower.class_token:
+            read += ['weights["pos_embed"] = weights["pos_embed"][:, 1:]  # no class token']
+        read += ["", "import timm", "", f"model = {timm.create_model_call(tower, rows)}"]
+    return _code([*read, "model.load_state_dict(weights)"])
+
+
+def _code(lines: list[str]) -> list[str]:
+    return ["```python", *lines, "```", ""]

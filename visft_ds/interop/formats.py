@@ -1,0 +1,80 @@
+"""What merged weights can be written as: names, file, and what beside it lets a library load the folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visft_ds.interop import eva_clip, lavis, open_clip, timm, transformers
+from visft_ds.interop.files import Entry, WeightFile
+from visft_ds.interop.layouts import Layout, Tower
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of full weights. `file` is its name inside a folder; `giant_only`: the library knows pre-norm towers only,
+    and needs the class token."""
+
+    entries: Callable[[WeightFile, Layout], dict[str, Entry]]
+    library: str
+    file: str = "model.safetensors"
+    suffixes: tuple[str, ...] = (".safetensors",)
+    giant_only: bool = False
+
+
+FORMATS: dict[str, Format] = {
+    "timm": Format(timm.export_entries, "timm"),
+    # EVA-CLIP's own code reads by torch.load only.
+    "eva_clip": Format(eva_clip.export_entries, "EVA-CLIP", "eva_clip.pt", (".safetensors", ".pt")),
+    "open_clip": Format(open_clip.export_entries, "open_clip", open_clip.FILE),
+    "lavis": Format(timm.export_entries, "LAVIS", lavis.FILE, (".pth",), giant_only=True),
+    "transformers": Format(transformers.export_entries, "transformers", giant_only=True),
+}
+
+
+def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
+    """Raise ValueError where a tower cannot be written in a format, or not under that name, or not in shards."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; allowed: {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    if out.suffix not in form.suffixes:
+        allowed = " or ".join(form.suffixes)
+        raise ValueError(f"{out}: weights for {form.library} are written as {allowed} only; choose such a name")
+    if sharded and out.suffix != ".safetensors":
+        raise ValueError(f"{out}: only .safetensors can be written in shards; leave the size of shards out")
+    if not form.giant_only:
+        return
+    if tower.post_norm is None:
+        raise ValueError(
+            f"{form.library} knows pre-norm towers only: state post_norm (--set post_norm=false) or --model"
+        )
+    if tower.post_norm:
+        raise ValueError(
+            f"{form.library} has the pre-norm tower of EVA-CLIP-g only; this one ({tower.describe()}) norms the "
+            f"branches: write it as timm, open_clip or eva_clip"
+        )
+    if not tower.class_token:
+        raise ValueError(
+            f"the base has no class token, which {form.library} needs (it would be random): give the published base "
+            f"file, which has one"
+        )
+
+
+def side_files(
+    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, *, sharded: bool
+) -> dict[str, dict[str, Any]]:
+    """File -> content (JSON) by which the library loads the folder alone; empty where it cannot (tower, shards)."""
+    content: dict[str, Any] | None = None
+    if sharded and name != "transformers":
+        return {}
+    if name == "timm" and tower.num_heads is not None:
+        content = timm.settings(tower, weights.shape("head.weight")[0] if "head.weight" in weights else 0)
+    elif name == "open_clip":
+        content = open_clip.settings(weights, tower)
+    elif name == "transformers":
+        content = transformers.settings(tower, dtype)
+    return {} if content is None else {open_clip.CONFIG if name == "open_clip" else "config.json": content}

@@ -1,0 +1,33 @@
+"""A folder of weights to the Hugging Face hub. Needs the extra `hub`; the token is the library's own business."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def files_to_upload(folder: Path) -> list[tuple[str, int]]:
+    """(name, bytes) of what an upload takes along: the files of the folder itself, hidden ones apart."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return [(path.name, path.stat().st_size) for path in files]
+
+
+def upload(folder: Path, repository: str, *, private: bool) -> str:
+    """Make the repository where it is missing and upload the folder's files in one commit; returns the address.
+
+    Raises ValueError where huggingface_hub is not installed, and for what the hub refuses (name, token, rights).
+    """
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    except ModuleNotFoundError as error:
+        raise ValueError("uploading needs huggingface_hub: pip install 'visft_ds[hub]'") from error
+    names = [name for name, _ in files_to_upload(folder)]
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="Weights by visft_ds"
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise ValueError(f"the hub refuses {repository}: {error}") from error
+    return str(commit.commit_url)

@@ -1,0 +1,63 @@
+"""open_clip's whole model (`CustomTextCLIP`): the tower under `visual.trunk.`, the text side as EVA-CLIP names it.
+
+Names and configurations: https://github.com/mlfoundations/open_clip, models EVA02-E-14(-plus) and EVA01-g-14(-plus).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from visft_ds.interop import eva_clip, timm
+from visft_ds.interop.files import Entry, WeightFile
+from visft_ds.interop.layouts import LAYOUTS, Layout, Tower
+
+LAYOUT = LAYOUTS["open_clip"]
+FILE, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+_RESBLOCK = re.compile(r"text\.transformer\.resblocks\.(\d+)\.")
+# Width of a head of the text tower: in every configuration of EVA-CLIP, and of CLIP itself. No tensor's shape tells.
+_TEXT_HEAD = 64
+
+
+def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:
+    """Name in an open_clip file -> what it is made of: tower, CLIP projection and text side.
+
+    Raises ValueError where one of them is missing: open_clip loads whole models only.
+    """
+    entries = eva_clip.export_entries(file, layout, LAYOUT)
+    missing = eva_clip.missing_parts(entries, LAYOUT.prefix)
+    if not missing and "text.positional_embedding" not in entries:
+        missing = ["text tower under `text.`"]
+    if missing:
+        raise ValueError(
+            f"{file.path} has no {', '.join(missing)}, and open_clip loads whole models only: give EVA-CLIP's or "
+            f"open_clip's whole file as the base"
+        )
+    return entries
+
+
+def settings(entries: WeightFile, tower: Tower) -> dict[str, Any] | None:
+    """open_clip_config.json of the whole model; None for a tower that timm has no name for, which open_clip needs."""
+    if tower.preset() not in ("eva_e", "eva_g") or tower.image_size != 224 or tower.post_norm is None:
+        return None
+    context, text_width = entries.shape("text.positional_embedding")
+    layers = 1 + max(int(match[1]) for name in entries if (match := _RESBLOCK.match(name)))
+    model = {
+        "embed_dim": entries.shape(LAYOUT.prefix + "head.weight")[0],
+        "vision_cfg": {
+            "image_size": tower.image_size,
+            "timm_model_name": timm.POST_NORM if tower.post_norm else timm.PRE_NORM,
+            "timm_model_pretrained": False,
+            "timm_pool": "token",
+            "timm_proj": None,
+        },
+        "text_cfg": {
+            "context_length": context,
+            "vocab_size": entries.shape("text.token_embedding.weight")[0],
+            "width": text_width,
+            "heads": text_width // _TEXT_HEAD,
+            "layers": layers,
+        },
+        "custom_text": True,
+    }
+    return {"model_cfg": model, "preprocess_cfg": {"mean": list(timm.MEAN), "std": list(timm.STD)}}
