@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visft_ds.evals.benchmarks import class_sets, objects, retrieval
+from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
 from visft_ds.evals.benchmarks.objects import Objects
 from visft_ds.evals.benchmarks.probes import Probe
 from visft_ds.evals.benchmarks.retrieval import Retrieval
 from visft_ds.evals.benchmarks.scores import Benchmark
+from visft_ds.evals.benchmarks.words import Words
 from visft_ds.evals.benchmarks.zero_shot import ZeroShot
 
 Options = Mapping[str, str]
@@ -43,11 +44,17 @@ def _objects(label: str, source: str, options: Options) -> Benchmark:
     return Objects(label, test, train)
 
 
+def _ocr(label: str, source: str, options: Options) -> Benchmark:
+    characters = options.get("characters", word_sets.CHARACTERS[0])
+    return Words(label, *word_sets.read_train_and_test(source, options.get("train"), options.get("split"), characters))
+
+
 KINDS: Mapping[str, Kind] = {
     "zero_shot": Kind(_zero_shot, ("split", "name"), "classes by text similarity: folders, ImageNet's family, shards"),
     "probe": Kind(_probe, ("split", "train", "name"), "kNN, linear probe and few-shot on frozen features"),
     "retrieval": Kind(_retrieval, ("split", "name"), "captions: COCO, Karpathy's JSON, Flickr30k"),
     "objects": Kind(_objects, ("split", "train", "name"), "names of boxed objects: COCO tree, or FILE.json:IMAGES"),
+    "ocr": Kind(_ocr, ("split", "train", "name", "characters"), "words read by a small head: ICDAR, mmocr, MJSynth"),
 }
 
 
