@@ -178,6 +178,7 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
         ValueError: an unknown name or tag, or no weights named.
     """
     import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
     if Path(name).suffix == ".json":
         if not Path(name).is_file():
@@ -206,7 +207,7 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     return Encoder(
         _frozen(_OpenClipEncoder(model.visual)),
         KINDS,
-        open_clip.image_transform_v2(open_clip.transform.PreprocessCfg(**config), is_train=False),
+        image_transform_v2(PreprocessCfg(**config), is_train=False),
         _side(config["size"]),
         {"preprocess": json.dumps(config, sort_keys=True)},
         tower_of_model(model.requires_grad_(False).eval(), open_clip.get_tokenizer(name), f"open_clip {name}"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ BUILT_IN = ("digits", "mnist5000", "fashion_mnist")
 _NAMES, _TEMPLATES = ("classnames.txt", "classes.txt"), ("zeroshot_classification_templates.txt", "templates.txt")
 _FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 _CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+_SYNSET = re.compile(r"n\d{8}")
 _BORDER = 2  # red pixels around every image of ObjectNet, as model-soups and CLIP_benchmark cut them off
 
 
@@ -125,7 +127,8 @@ def _read_folders(root: Path, own: Path) -> ClassSet:
             f"{own} has {len(loose)} images outside of its folders of classes ({loose[0].name}): which is it?"
         )
     names = [folder.name for folder in folders]
-    known = {synset: place for place, synset in enumerate(imagenet.synsets())}
+    wordnet = all(_SYNSET.fullmatch(name) for name in names)
+    known = {synset: place for place, synset in enumerate(imagenet.synsets())} if wordnet else {}
     family, templates = "", PLAIN
     if all(name in known for name in names):
         classes = [imagenet.class_names()[known[name]] for name in names]

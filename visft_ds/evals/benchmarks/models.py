@@ -130,7 +130,13 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     weights = open_weights(spec.name)
     if spec.adapter is not None:
         refuse_merged(weights, spec.adapter)
-    tower = resolve_tower(tower_in(weights, find_layout(weights)), options.preset, spec.hints)
+    found = tower_in(weights, find_layout(weights))
+    if not (options.preset or spec.hints or found.preset() or found.num_heads):
+        raise ValueError(
+            f"{spec.name} does not tell its number of heads, and no preset has {found.describe()}: give --preset, or "
+            f"weights that this project wrote, which tell it"
+        )
+    tower = resolve_tower(found, options.preset, spec.hints)
     if options.image_size is not None and options.image_size < tower.patch_size:
         raise ValueError(f"--image-size {options.image_size} is less than one patch of {tower.patch_size} pixels")
     backbone = empty_backbone(tower, DTYPES[options.precision])
