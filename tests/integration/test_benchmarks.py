@@ -270,6 +270,7 @@ def test_a_text_side_from_another_file(tool: ModuleType, world: Path, tmp_path: 
     arguments = ["--model", f"merged={world}/merged.safetensors", "--benchmark", f"zero_shot={world}/shapes"]
     status, out, _ = _run(tool, *arguments, "--text", world / "clip.safetensors", "--out", tmp_path)
     assert status == 0 and "zero_shot/shapes top1" in out and not (tmp_path / "differences.svg").exists()
+    assert (tmp_path / "pictures/zero_shot-shapes-top1.png").exists()  # what the only model has wrong
 
 
 @pytest.mark.slow

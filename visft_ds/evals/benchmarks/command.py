@@ -87,7 +87,7 @@ def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark
     out: Path = given.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / CACHE).is_dir():
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, RECORD)):
         raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
     benchmarks = parse_benchmarks(given.benchmark)
     device = distributed.local_device()

@@ -1,4 +1,4 @@
-"""Single images on which models disagree: what each of them said, and what is right."""
+"""Single images on which models disagree, or one is wrong: what was said, and what is right."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ _COLUMNS = 4
 
 def disagreements(scores: Mapping[str, Score], count: int) -> IntArray:
     """Places of images worth a look: those which the last model alone has right, those which the first alone has right,
-    by turns; then those where both are wrong in different words.
+    by turns; then those where both are wrong in different words. Of a single model, those that it has wrong.
     """
+    if len(scores) == 1:
+        (only,) = scores.values()
+        return np.flatnonzero(only.values < 1)[:count].astype(np.int64)
     first, *_, last = scores.values()
     gained, lost = (np.flatnonzero(mask) for mask in (last.values > first.values, last.values < first.values))
     pairs = [
@@ -32,14 +35,13 @@ def disagreements(scores: Mapping[str, Score], count: int) -> IntArray:
 
 
 def sheet(benchmark: Benchmark, scores: Mapping[str, Score], count: int) -> Picture | None:
-    """Images on which the first and the last of several models disagree, each above the answers; None without any.
+    """Images on which the first and the last of several models disagree, or that the only one has wrong, each above the
+    answers; None without any.
 
     Args:
         scores: model -> the same score of each, with what was said.
     """
-    if len(scores) < 2 or not count:
-        return None
-    places = disagreements(scores, count).tolist()
+    places = disagreements(scores, count).tolist() if scores else []
     if not places:
         return None
     shows = next(iter(scores.values())).shows

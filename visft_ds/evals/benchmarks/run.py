@@ -55,27 +55,33 @@ def encode_all(
     Raises:
         ValueError: a model that lacks what a benchmark is about, or whatever is wrong with its files.
     """
-    found = {}
-    for spec in specs:
-        encoder = load_encoder(spec, settings.load)
-        for benchmark in benchmarks:
-            if benchmark.needs_text and encoder.text is None:
-                raise ValueError(
-                    f"{spec.label} has no text side, which {benchmark.label} compares with. A backbone of ours takes "
-                    f"it from its own file or from --text FILE, the EVA-CLIP or open_clip file that its base came "
-                    f"from, and needs a class token and a CLIP projection for it"
-                )
-        tell(spec.label, encoder.facts)
-        worker = start_worker(
-            encoder,
-            device=settings.device,
-            precision=settings.precision,
-            cache=settings.cache,
-            batch_size=settings.batch_size,
-            threads=settings.threads,
-        )
-        found[spec.label] = [_encode(worker, benchmark) for benchmark in benchmarks]
-    return found
+    return {spec.label: _encode_with(spec, benchmarks, settings, tell) for spec in specs}
+
+
+def _encode_with(
+    spec: ModelSpec,
+    benchmarks: Sequence[Benchmark],
+    settings: Settings,
+    tell: Callable[[str, Mapping[str, str]], None],
+) -> list[Encoded]:
+    encoder = load_encoder(spec, settings.load)
+    for benchmark in benchmarks:
+        if benchmark.needs_text and encoder.text is None:
+            raise ValueError(
+                f"{spec.label} has no text side, which {benchmark.label} compares with. A backbone of ours takes it "
+                f"from its own file or from --text FILE, the EVA-CLIP or open_clip file that its base came from, and "
+                f"needs a class token and a CLIP projection for it"
+            )
+    tell(spec.label, encoder.facts)
+    worker = start_worker(
+        encoder,
+        device=settings.device,
+        precision=settings.precision,
+        cache=settings.cache,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+    )
+    return [_encode(worker, benchmark) for benchmark in benchmarks]
 
 
 def _encode(worker: Worker, benchmark: Benchmark) -> Encoded:
