@@ -16,19 +16,24 @@ import torch
 from clip_case import HEADS, SIDE, make_clip, save_clip
 from PIL import Image
 
-from tests.integration.evaluate_case import load_tool
+from tests.integration.evaluate_case import SETTINGS, load_tool
 from tests.integration.ranks import run_ranks
+from visft_ds.config import resolve
 from visft_ds.evals.benchmarks import cache, encoding
 from visft_ds.evals.benchmarks.cache import Stored
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.encoding import encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
 from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.run_folder import BACKBONE_FILE
 
 CLASSES = ("circle", "square")
 
@@ -218,6 +223,37 @@ def test_processes_share_chunks_and_leave_the_same_bits(
     damaged.write_bytes(sorted((tmp_path / "shared").rglob("*.safetensors"))[0].read_bytes())
     with pytest.raises(ValueError, match="does not hold 2 items: remove it"):
         shared.read()
+
+
+def test_a_run_is_a_model(tmp_path: Path) -> None:
+    """A stage-1 run is its base; what no tensor tells comes from the run's configuration."""
+    config = resolve(stage=1, model="debug", settings=SETTINGS, flags={"--data": ("visft.data.root", "shards")})
+    run = tmp_path / "stage1"
+    RunRecord(config.to_dict(), 1, ["train.py"]).write(run)
+    with pytest.raises(ValueError, match=r"not found: .*backbone.safetensors. If the run in .* was interrupted"):
+        parse_model(str(run))
+    save_backbone(build_backbone("debug", **config.visft.model.backbone_options()), run / "export" / BACKBONE_FILE)
+    spec = parse_model(f"before={run}")
+    assert (spec.label, spec.adapter, spec.scale) == ("before", None, 1.0) and spec.hints is not None
+    assert load_encoder(spec, LoadOptions("fp32")).kinds == ("pooled", "patches")
+    with pytest.raises(ValueError, match=r"@0.5 scales an adapter, and .*stage1 trained none"):
+        parse_model(f"{run}@0.5")
+
+
+def test_bf16_is_near_fp32_and_another_entry(world: Path, tmp_path: Path) -> None:
+    data, stored = read_classes(str(world / "shapes")), []
+    for precision in ("fp32", "bf16"):
+        encoder = load_encoder(parse_model(f"{world}/clip.safetensors+{world}/adapter"), LoadOptions(precision))
+        worker = start_worker(
+            encoder, device=torch.device("cpu"), precision=precision, cache=tmp_path, batch_size=4, threads=0
+        )
+        stored.append(encode_images(worker, data.images, ["clip", "columns"]))
+    one, other = (part.read() for part in stored)
+    assert stored[0].what != stored[1].what
+    assert one["columns"].shape == (12, 2 * 48, 2) and one["clip"].dtype == other["clip"].dtype == torch.float32
+    for name in one:
+        likeness = torch.cosine_similarity(one[name].flatten(1), other[name].flatten(1))
+        assert 0.995 < likeness.min() < 1 - 1e-7, name  # bf16 has 8 bits; the same numbers would not be bf16
 
 
 def test_numbers_that_are_none_are_not_scored(world: Path, tmp_path: Path) -> None:
