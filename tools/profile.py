@@ -4,6 +4,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
     python tools/profile.py sharing --stage 1 --model debug --synthetic
+    python tools/profile.py features --stage 1 --model debug --synthetic
     python tools/profile.py heads
     python tools/profile.py ap
     python tools/profile.py data --data shards
@@ -20,7 +21,13 @@ from collections.abc import Sequence
 
 from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
-from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
+from visft_ds.profiling.command import (
+    add_ap_parser,
+    add_features_parser,
+    add_heads_parser,
+    add_sharing_parser,
+    add_train_parser,
+)
 from visft_ds.profiling.data_command import add_data_parser
 from visft_ds.profiling.save_command import add_save_parser
 
@@ -56,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for add_parser in (
         add_train_parser,
         add_sharing_parser,
+        add_features_parser,
         add_heads_parser,
         add_ap_parser,
         add_data_parser,

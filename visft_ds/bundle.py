@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.captions import CaptionTargets
+from visft_ds.data.features import StoredFeatures, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import SegmentationTargets
@@ -86,6 +88,7 @@ def write_part(path: Path, part: RankPart) -> bool:
     texts: dict[str, Any] = {"seed": part.seed, "tasks": [list(batch.tasks) for batch in part.batches]}
     for number, batch in enumerate(part.batches):
         tensors |= {f"{number}/{name}": getattr(batch, name) for name in _BATCH}
+        tensors |= _of_views(batch.views or (), f"{number}/views/")
         for task, targets in batch.targets.items():
             for entry in fields(targets):
                 name, value = f"{number}/targets/{task}/{entry.name}", getattr(targets, entry.name)
@@ -187,13 +190,35 @@ def _read_part(path: Path, rank: int) -> RankPart:
     batches = []
     for number, tasks in enumerate(texts["tasks"]):
         targets = {task: _targets(tensors, texts, f"{number}/targets/{task}/", TARGETS[task]) for task in tasks}
-        batches.append(Batch(**{name: tensors[f"{number}/{name}"] for name in _BATCH}, targets=targets))
+        views = _views(tensors, f"{number}/views/")
+        batches.append(Batch(targets=targets, views=views, **{name: tensors[f"{number}/{name}"] for name in _BATCH}))
     normaliser: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("normaliser/"):
             _, task, count = name.split("/", 2)
             normaliser.setdefault(task, {})[count] = tensor
     return RankPart(rank, texts["seed"], tuple(batches), normaliser)
+
+
+def _of_views(views: Sequence[View], prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for place, view in enumerate(views):
+        tensors[f"{prefix}{place}/frame"] = torch.tensor(view.frame)
+        if view.features is not None:
+            tensors[f"{prefix}{place}/values"] = view.features.values
+            if view.features.scales is not None:
+                tensors[f"{prefix}{place}/scales"] = view.features.scales
+    return tensors
+
+
+def _views(tensors: Mapping[str, Tensor], prefix: str) -> tuple[View, ...] | None:
+    views: list[View] = []
+    while (frame := tensors.get(f"{prefix}{len(views)}/frame")) is not None:
+        values = tensors.get(f"{prefix}{len(views)}/values")
+        scales = tensors.get(f"{prefix}{len(views)}/scales")
+        height, width = frame.tolist()
+        views.append(View((height, width), None if values is None else StoredFeatures(values, scales)))
+    return tuple(views) or None
 
 
 def _with_pixels(part: RankPart, first: RankPart) -> RankPart:

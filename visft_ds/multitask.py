@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.tasks import Criterion
@@ -80,6 +81,8 @@ class MultiTaskModel(nn.Module):
 
     `faults` is None as long as a loss that cannot be computed (a matching cost that is no number) is an error. With a
     list, its message goes there and the loss is NaN, so that all ranks can finish the backward pass together.
+
+    `feature_cache` keeps the features of a frozen backbone, where batches have views.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class MultiTaskModel(nn.Module):
         self.train_backbone = train_backbone
         self.heads_active = heads_active
         self.faults: list[str] | None = None
+        self.feature_cache: FeatureCache | None = None
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -103,10 +107,34 @@ class MultiTaskModel(nn.Module):
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) in float32 and their valid mask (B, h, w) bool."""
+        if batch.views is not None:
+            return self._features_of_views(batch)
         pixels = self.pixels(batch.images, batch.sizes)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
             features: Tensor = self.backbone(pixels).float()
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+
+    def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`features` of images that pass through the backbone one by one, rounded as they are kept.
+
+        So the features of an image depend neither on its neighbours in a batch nor on whether they were kept, and
+        those that were need no pixels.
+        """
+        assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
+        images: list[tuple[Tensor, Tensor]] = []
+        for place, view in enumerate(batch.views):
+            height, width = (max(side, self.backbone.patch_size) for side in view.frame)
+            size, stored = batch.sizes[place : place + 1], view.features
+            if stored is None:
+                pixels = self.pixels(batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]], size)
+                with torch.no_grad():
+                    features = self.backbone(pixels)[0].float().permute(1, 2, 0)
+                stored = StoredFeatures.pack(features, self.feature_cache.storage)
+                key, index = int(batch.random_keys[place]), int(batch.indices[place])
+                self.feature_cache.put(key, index, view.frame, stored)
+            features = stored.unpack()
+            images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
+        return _padded([one for one, _ in images]).permute(0, 3, 1, 2), _padded([valid for _, valid in images])
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
         """What the backbone is fed: `normalise_pixels`, and never less than one patch.
@@ -163,6 +191,15 @@ class MultiTaskModel(nn.Module):
         return {
             f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
         }
+
+
+def _padded(images: list[Tensor]) -> Tensor:
+    """[(h, w, ...)] -> (B, h, w, ...), padded below and on the right with 0."""
+    height, width = (max(one.shape[side] for one in images) for side in (0, 1))
+    padded = images[0].new_zeros((len(images), height, width, *images[0].shape[2:]))
+    for place, one in enumerate(images):
+        padded[place, : one.shape[0], : one.shape[1]] = one
+    return padded
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visft_ds.bundle import Bundle, RankPart, open_bundle
 from visft_ds.config import ResolvedConfig, resolve_values
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.stages import prepare_model
@@ -142,6 +143,8 @@ def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) ->
             if parameter.shape != values[name].shape:
                 raise ValueError(f"{bundle.path}: {name} is {tuple(values[name].shape)}, here {tuple(parameter.shape)}")
             parameter.data.copy_(values[name])
+    if config.visft.features is not None:
+        prepared.module.feature_cache = FeatureCache(None, {}, config.visft.features.storage)
     return prepared.module.to(device), precision, notes
 
 

@@ -9,6 +9,7 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.monitor.console import Section, print_plan
@@ -63,7 +64,9 @@ def _recompute(model: ModelConfig) -> str:
     return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
-def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str) -> Section:
+def data_section(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str, features: FeatureCache | None
+) -> Section:
     """What is read, in which order, by whom."""
     rows = []
     for name, one in sets.items():
@@ -82,7 +85,18 @@ def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Pla
     ]
     if config.data.skip_damaged:
         rows.append(("damage", f"up to {config.data.skip_damaged} samples of each process may be replaced"))
+    if config.features is not None and features is not None:
+        rows.append(("features", _features_row(plan, features)))
+        rows += [("", f"not used: {line}") for line in features.others()]
     return Section("data", rows)
+
+
+def _features_row(plan: Plan, features: FeatureCache) -> str:
+    samples = sum(len(part.samples) for task in plan.tasks.values() for part in task.sets.values())
+    views = f"{plan.views} geometr{'y' if plan.views == 1 else 'ies'} of each image, rounded to {features.storage}"
+    if features.folder is None:
+        return f"{views}, not kept (visft.features.cache)"
+    return f"{views}; {len(features)} of {samples * (plan.views or 1)} are in {features.folder}"
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None:

@@ -13,6 +13,7 @@ from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import Pipeline
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.joint import JointTransform, collate_joint
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
@@ -56,7 +57,33 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         )
         for stream in config.streams().values()
     }
-    return Plan(tasks, config.seed, shuffle_of(config.data)[0])
+    views = None if config.features is None else config.features.views
+    return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
+
+
+def features_of(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
+) -> FeatureCache | None:
+    """Where a run keeps the features of its frozen backbone; None where geometries do not come again.
+
+    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
+
+    Raises:
+        ValueError: a folder that holds something else.
+    """
+    if config.features is None:
+        return None
+    shape = {"preset": config.model.preset, **config.model.backbone_options()}
+    streams = {stream.name: stream.image for stream in config.streams().values()}
+    identity = {
+        "base weights": base_weights,
+        "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
+        "precision": f"{precision} on {device}",
+        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
+        "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
+    }
+    root = None if config.features.cache is None else Path(config.features.cache)
+    return FeatureCache(root, identity, config.features.storage)
 
 
 def _parts(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:

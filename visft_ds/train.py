@@ -20,6 +20,7 @@ from visft_ds.config import (
 )
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.dataset import DataSet
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category
 from visft_ds.data.plan import StepPlan
@@ -47,7 +48,7 @@ from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
-from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.streams import features_of, pipelines_of, plan_of, vocabulary_of
 from visft_ds.training_data import (
     TrainingSet,
     captioned,
@@ -128,6 +129,9 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             categories=manifest.categories,
             vocabulary=vocabulary,
         )
+        features = features_of(settings, sets, prepared.base_weights, precision, device.type)
+        if features is not None:
+            _use_features(features, prepared, loader)
         check_space(out, sum(group.count for group in prepared.groups), settings.run)
         base_sha256 = _keep_random_base(prepared, config, out)
         engine = build_engine(config, prepared, for_deepspeed, partition)
@@ -152,7 +156,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         start = state.resume(resume)
         if distributed.is_main():
             RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
-            section = data_section(settings, sets, loader.plan, why_shuffled)
+            section = data_section(settings, sets, loader.plan, why_shuffled, features)
             why = f"{precision} ({why})"
             print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
         return _loop_and_export(run, start)
@@ -199,6 +203,14 @@ def settle_shuffle(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, s
         kind, why = recorded, "as the run began"
     visft = config.visft.model_copy(update={"data": data.model_copy(update={"shuffle": kind})})
     return replace(config, visft=visft), why
+
+
+def _use_features(features: FeatureCache, prepared: PreparedModel, loader: StepLoader | IdleLoader) -> None:
+    if prepared.module.train_backbone:
+        raise ValueError("visft.features: a parameter group trains the backbone, which changes all features: set null")
+    assert isinstance(loader, StepLoader)
+    prepared.module.feature_cache = features
+    loader.keep_features(features)
 
 
 def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:

@@ -43,6 +43,7 @@ NOT_IDENTITY = (
     "visft.data.cache",
     "visft.data.cache_bytes",
     "visft.data.cache_mode",
+    "visft.features.cache",
     "visft.heads.path",
     "visft.model.name",
     "visft.model.weights",

@@ -137,6 +137,15 @@ class DataConfig(BaseModel):
     cache_mode: Literal["ranges", "shards"] = "ranges"  #: keep what was read, or whole shards once they are touched
 
 
+class FeaturesConfig(BaseModel):
+    """`visft.features`: images come again under the same geometry, so that a frozen backbone sees each only once."""
+
+    model_config = STRICT
+    views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
+    storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: what features are rounded to, also where none are kept
+    cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
+
+
 class ParamGroup(BaseModel):
     """One entry of `visft.param_groups`; null numbers are the optimizer's."""
 
@@ -184,6 +193,7 @@ class VisftConfig(BaseModel):
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
     data: DataConfig = DataConfig()
+    features: FeaturesConfig | None = None  #: null: a new geometry in every epoch, and no features are kept
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
     run: RunConfig = RunConfig()
 

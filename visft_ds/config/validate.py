@@ -19,6 +19,10 @@ FP16_PIPELINE = (
     "fp16 is not possible with a pipeline: every stage would lower its loss scale by itself, and the gradients of one "
     "would no longer fit those of another; use bf16 or fp32, or --engine zero1"
 )
+_ONE_BY_ONE = (
+    "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
+    "would wait for: use --engine zero0, zero1 or zero2"
+)
 ITEM = "*"  #: stands for a position in a list
 
 
@@ -87,6 +91,9 @@ def validate(tree: Tree) -> Recipe:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:
         errors += _pipeline_contradictions(recipe.visft, keys)
+    waits = keys is not None and (keys.pipeline is not None or keys.zero_optimization.stage == 3)
+    if recipe is not None and recipe.visft.features is not None and waits:
+        errors.append(("visft.features", _ONE_BY_ONE))
     if errors or recipe is None:
         raise ValueError(_render(errors, tree))
     return recipe
@@ -210,6 +217,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
     yield from _task_contradictions(visft)
     yield from _data_contradictions(visft)
+    if visft.features is not None:
+        yield from _feature_contradictions(visft)
     yield from _checkpoint_contradictions(visft.run)
 
 
@@ -285,6 +294,16 @@ def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         idle = [task for task in one.tasks or () if task not in enabled]
         if idle:
             yield f"visft.data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
+
+
+def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
+    if visft.stage != 1:
+        yield "visft.features", "stage 2 changes the backbone, and with it all features: must be null"
+    if visft.data.skip_damaged:
+        yield (
+            "visft.data.skip_damaged",
+            "must be 0 with visft.features: pixels are read in some epochs only, and damage would be seen in those",
+        )
 
 
 def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:

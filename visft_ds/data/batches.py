@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from visft_ds.data.dataset import DataSet, Pipeline, read_raw
+from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role
@@ -33,12 +34,15 @@ class BatchMaker:
     With `substitutes`, a damaged sample is replaced by one that this plan names, so that a run with the same damage is
     the same run. That is possible only where one process reads images and labels both: two that read apart would not
     see the same damage and go on with labels of other pictures. None: damage is an error.
+
+    With `features`, samples whose features are kept come with them, and their pixels are not read.
     """
 
     sets: Mapping[str, DataSet]
     pipelines: Mapping[str, Mapping[str, Pipeline]]  #: task -> data set -> what makes its batches
     role: Role = "both"
     substitutes: Plan | None = None
+    features: FeatureCache | None = None
 
     def make(self, part: StepPlan) -> tuple[Batch, list[Skipped]]:
         """A whole micro-batch, sample after sample."""
@@ -52,22 +56,29 @@ class BatchMaker:
             DamagedSample: and there are no substitutes, or they are damaged too.
         """
         index, key = int(part.indices[place]), int(part.keys[place])
-        raw, skipped = self._read(part, index, key)
+        view = None
+        if self.features is not None:
+            with span("features"):
+                view = self.features.get(key, index)
+        raw, skipped = self._read(part, index, key, self.role if view is None else "labels")
         sample = self.pipelines[part.task][part.dataset].transform(raw, generator(key))
+        if self.features is not None and view is None:
+            assert sample.image is not None
+            view = View((sample.image.shape[1], sample.image.shape[2]))
         # Without labels, empty targets would claim that there is nothing in the picture.
         targets = {} if self.role == "images" else sample.targets
-        return replace(sample, random_key=key, targets=targets), skipped
+        return replace(sample, random_key=key, targets=targets, view=view), skipped
 
     def collate(self, part: StepPlan, samples: Sequence[Sample]) -> Batch:
         """The batch of all samples of a micro-batch."""
         with span("collate"):
             return self.pipelines[part.task][part.dataset].collate(list(samples))
 
-    def _read(self, part: StepPlan, index: int, key: int) -> tuple[RawSample, list[Skipped]]:
+    def _read(self, part: StepPlan, index: int, key: int, role: Role) -> tuple[RawSample, list[Skipped]]:
         dataset, skipped = self.sets[part.dataset], list[Skipped]()
         for attempt in range(1, _ATTEMPTS + 2):
             try:
-                return read_raw(dataset.reader, index, self.role, dataset.categories), skipped
+                return read_raw(dataset.reader, index, role, dataset.categories), skipped
             except DamagedSample as error:
                 if self.substitutes is None or attempt > _ATTEMPTS:
                     raise

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visft_ds.data.features import View
 from visft_ds.data.samples import Batch, DetectionTargets, Sample
 
 
@@ -26,6 +27,7 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
+        views=_views(samples),
     )
 
 
@@ -55,12 +57,19 @@ def has_targets(samples: Sequence[Sample], task: str) -> bool:
 
 
 def _pad(samples: Sequence[Sample]) -> Tensor:
-    images = [sample.image for sample in samples if sample.image is not None]
+    images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
-    assert len(images) == len(samples), "some samples of a batch have pixels and some have not"
+    known = [place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features]
+    assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
     height, width = (max(sample.size[side] for sample in samples) for side in (0, 1))
     padded = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
-    for place, image in enumerate(images):
+    for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image
     return padded
+
+
+def _views(samples: Sequence[Sample]) -> tuple[View, ...] | None:
+    views = tuple(sample.view for sample in samples if sample.view is not None)
+    assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
+    return views or None

@@ -15,6 +15,7 @@ import torch
 
 from visft_ds.data.batches import BatchMaker, Skipped
 from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.features import FeatureCache
 from visft_ds.data.permutation import BLOCK, WINDOW
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
@@ -79,18 +80,22 @@ class StepLoader:
         self._dp_rank, self._dp_size, self._accumulation = dp_rank, dp_size, accumulation
         self._prefetch = prefetch_steps if num_workers else 0
         self._budget = skip_damaged
-        maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
+        self._maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
         # What this process fetches ahead helps worker processes only through a cache on the disk.
         remote = [one.reader.manifest for one in sets.values() if isinstance(one.reader.manifest.root, str)]
         self._read_elsewhere = workers == "processes" and num_workers > 0
         self._hints = any(not self._read_elsewhere or manifest.cache is not None for manifest in remote)
-        self._workers: Workers = Caller(maker)
-        if num_workers:
-            self._workers = (Threads if workers == "threads" else Processes)(maker, num_workers)
+        self._kind, self._number = workers, num_workers
         self._elsewhere: dict[str, Spent] = {}
         self.wait_seconds = 0.0
         self.skipped: list[Skipped] = []
+
+    def keep_features(self, features: FeatureCache) -> None:
+        """From the next call of `steps` on, samples come with the features that are kept of them, without pixels."""
+        assert self._role == "both" and not self._budget, "a damaged picture would be read in some epochs only"
+        self._maker = replace(self._maker, features=features)
+        self._hints = False  # which pixels will be read is not known before
 
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """Steps start, start + 1, ... (to `stop`, exclusive; endless without) with this rank's micro-batches.
@@ -99,7 +104,10 @@ class StepLoader:
         in any way, or closing the iterator, ends the workers.
         """
         wholes: dict[int, StepPlan] = {}
-        made = self._workers.made(self._parts(start, stop, wholes), self._prefetch * self._accumulation)
+        workers: Workers = Caller(self._maker)
+        if self._number:
+            workers = (Threads if self._kind == "threads" else Processes)(self._maker, self._number)
+        made = workers.made(self._parts(start, stop, wholes), self._prefetch * self._accumulation)
         step = start
         try:
             while stop is None or step < stop:

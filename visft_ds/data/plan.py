@@ -85,13 +85,17 @@ class Plan:
         seed: any integer in [0, 2**63).
         shuffle: "full" mixes a whole data set; "windowed" keeps samples that lie side by side in the shards near each
             other, for storage where reading far apart is dear (see `permutation.shuffled_in_windows`).
+        views: None draws anew in every epoch. A number lets the keys of a sample come again after so many epochs, and
+            with them everything drawn from them; these keys do not depend on the seed.
 
     Raises:
         ValueError: no task, or a task without data; a ratio, weight or batch size that is not positive; a data set
             with fewer samples than one global batch.
     """
 
-    def __init__(self, tasks: Mapping[str, TaskPlan], seed: int, shuffle: Shuffle = "full") -> None:
+    def __init__(
+        self, tasks: Mapping[str, TaskPlan], seed: int, shuffle: Shuffle = "full", views: int | None = None
+    ) -> None:
         if not tasks:
             raise ValueError("no task to plan: give at least one task with a ratio above 0")
         if not 0 <= seed < 1 << 63:
@@ -104,6 +108,7 @@ class Plan:
         self.tasks = {name: tasks[name] for name in sorted(tasks)}
         self.seed = seed
         self.shuffle: Shuffle = shuffle
+        self.views = views
         self._turns = Interleaving({name: task.ratio for name, task in self.tasks.items()}, mix_int(seed))
         self._set_turns = {
             name: Interleaving(
@@ -130,7 +135,8 @@ class Plan:
             ]
             for name, task in self.tasks.items()
         }
-        return hashlib.sha256(json.dumps([self.shuffle, tasks]).encode()).hexdigest()
+        views = [] if self.views is None else [self.views]
+        return hashlib.sha256(json.dumps([self.shuffle, tasks, *views]).encode()).hexdigest()
 
     def task_of(self, step: int) -> str:
         """The one task of a step, on all ranks."""
@@ -160,6 +166,8 @@ class Plan:
         indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
         if self.shuffle == "windowed":
             indices = np.sort(indices)  # so that each rank's part is near: which rank computes what changes no result
+        if self.views is not None:
+            key = mix_int(_number(task), _number(dataset), epoch % self.views)
         return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, mix_int(key, 1)))
 
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from visft_ds.data.features import View
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -42,6 +44,7 @@ class Sample:
     image: Tensor | None  #: (3, H, W) uint8
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+    view: View | None = None  #: where features are kept; with features, `image` is None
 
 
 class Targets(Protocol):
@@ -75,7 +78,7 @@ class DetectionTargets:
 class Batch:
     """One micro-batch. `targets` has an entry for every task that learns from these images."""
 
-    images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where only labels are read
+    images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
     sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image
     original_sizes: Tensor  #: (B, 2) int64, height and width as stored
     indices: Tensor  #: (B,) int64, positions in the split's index
@@ -83,6 +86,7 @@ class Batch:
     random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
+    views: tuple[View, ...] | None = None  #: of each image, where features are kept; those with features lack pixels
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -91,6 +95,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device` (asynchronously from pinned memory)."""
-        names = [f.name for f in fields(self) if f.name != "targets"]
+        names = [f.name for f in fields(self) if f.name not in ("targets", "views")]
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **tensors, targets={task: target.to(device) for task, target in self.targets.items()})
+        targets = {task: target.to(device) for task, target in self.targets.items()}
+        views = None if self.views is None else tuple(view.to(device) for view in self.views)
+        return replace(self, **tensors, targets=targets, views=views)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 #: Every name in use, in the order in which a sample meets them.
-SPANS = ("read", "crc", "decode", "labels", "resize", "boxes", "masks", "tokens", "collate")
+SPANS = ("features", "read", "crc", "decode", "labels", "resize", "boxes", "masks", "tokens", "collate")
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,37 @@ def profile_sharing(options: argparse.Namespace, rest: Sequence[str], command: S
     return 0
 
 
+def add_features_parser(commands: Any) -> None:
+    """Add the sub-command that compares steps through the backbone with steps on kept features."""
+    parser = _command(
+        commands,
+        "features",
+        help="stage 1: steps through the frozen backbone against steps on features that were kept",
+        description="Measure what visft.features.cache saves once an image has been seen; one engine makes all steps.",
+        epilog=_EPILOG.partition("\nexamples")[0],
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
+    parser.add_argument("--synthetic", action="store_true", help="generated pictures instead of shards")
+    parser.set_defaults(run=profile_features, parser=parser)
+
+
+def profile_features(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+    """Measure, print, write; arguments and errors as `profile_train`."""
+    config = _resolve(options.parser, rest, synthetic=options.synthetic)
+    if config is None:
+        return 0
+    _check_folder(options.json)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats} must be at least 1")
+    from visft_ds.profiling.features import make_sections, make_title, measure_features
+
+    record = measure_features(config, repeats=options.repeats, synthetic=options.synthetic)
+    if record is not None:
+        _show(record | {"command": list(command)}, make_title, make_sections, options.json)
+    return 0
+
+
 def add_heads_parser(commands: Any) -> None:
     """Add the sub-command that measures heads on made-up features."""
     parser = _command(
