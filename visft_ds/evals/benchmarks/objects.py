@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ VIEWS = ("crop", "marked")
 MARGIN = 1.2
 SMALLEST = 16.0  #: sides of a box below which nobody could tell, pixels
 _GREY, _RED = (128, 128, 128), (255, 0, 0)
+_KEPT = 8  # decoded images
 _FRAME = 0.01  # width of the frame, of the longer side of the image
 
 Box = tuple[float, float, float, float]  # x, y, w, h
@@ -140,6 +142,8 @@ def read_objects(instances: Path, images: Path) -> ObjectSet:
     used = sorted({number for number, _, _ in boxes})
     files = [images / content["images"][number]["file_name"] for number in used]
     whole = from_files(files, images)
+    # Boxes of an image follow each other, also where threads share them: it is decoded once.
+    whole = replace(whole, read=lru_cache(maxsize=_KEPT)(whole.read))
     position = {number: order for order, number in enumerate(used)}
     owners = np.array([position[number] for number, _, _ in boxes], dtype=np.int64)
     labelled = [
