@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 TIMM = "timm>=1.0.20"
 OPEN_CLIP = "open_clip_torch>=3.0"
+SKLEARN = "scikit-learn>=1.4"
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
@@ -40,12 +41,14 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "eval": [TIMM, OPEN_CLIP],
+        "eval": [TIMM, OPEN_CLIP, SKLEARN],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
         "dev": [
             TIMM,
             OPEN_CLIP,
+            SKLEARN,
+            "mlxtend>=0.23",
             HTTP,
             S3,
             "moto[server,s3]>=5.0",

@@ -6,6 +6,7 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
     python tools/evaluate.py --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
         --coco COCO --out evaluation/base
     deepspeed --num_gpus 8 tools/evaluate.py --run runs/stage2-eva_e
+    python tools/evaluate.py benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
 
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
@@ -29,6 +30,7 @@ from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions, StoreFailed
+from visft_ds.evals.benchmarks.command import run as run_benchmarks
 from visft_ds.evals.captions import TOKENIZER
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -80,7 +82,11 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if "benchmarks" in words[:2]:  # the deepspeed launcher may put --local_rank=N in front
+        words.remove("benchmarks")
+        return run_benchmarks(words, _start_process_group)
+    given = _parser().parse_args(words)
     rank = distributed.rank()
     try:
         job = _job(given)
@@ -100,9 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, 0) if rank == 0 else 2
     try:
         if distributed.world_size() > 1:
-            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-            start_process_group()
+            _start_process_group()
         with _packed(manifest, job, given.coco) as ready:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root))
             _check_truth(job.tasks, ready, given.limit)
@@ -112,6 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in problems:
         _complain(ValueError(problem), rank)
     return 2 if problems else 0
+
+
+def _start_process_group() -> None:
+    from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+    start_process_group()
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:

@@ -143,3 +143,56 @@ def _paths(points: Sequence[tuple[float, float]]) -> list[str]:
             paths.append("M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in run))
             run = []
     return paths
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with the interval it lies in."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int = 760) -> str:
+    """An `<svg>` element with a horizontal bar from zero for each value, and its interval as a line.
+
+    A bar is strong where its interval leaves zero out, pale otherwise.
+    """
+    row, left, right = 24, 300, width - 70
+    bottom = _TOP + 8 + row * len(bars)
+    marks = ticks(min(0.0, *(bar.low for bar in bars)), max(0.0, *(bar.high for bar in bars)))
+
+    def place(value: float) -> float:
+        return left + (value - marks[0]) / (marks[-1] - marks[0]) * (right - left)
+
+    parts = [
+        f'<svg viewBox="0 0 {width} {bottom + 48}" width="{width}" height="{bottom + 48}" role="img" '
+        f'aria-label="{html.escape(title)}" xmlns="http://www.w3.org/2000/svg">'
+        f'<text x="8" y="20" {_TEXT} font-weight="600">{html.escape(title)}</text>'
+    ]
+    for mark in marks:
+        colour = "#9a9da1" if abs(mark) < 1e-12 else "#e3e4e6"
+        parts.append(
+            f'<line x1="{place(mark):.1f}" x2="{place(mark):.1f}" y1="{_TOP}" y2="{bottom}" stroke="{colour}"/>'
+        )
+        parts.append(f'<text x="{place(mark):.1f}" y="{bottom + 18}" text-anchor="middle" {_TEXT}>{mark:.6g}</text>')
+    for number, bar in enumerate(bars):
+        y = _TOP + 8 + row * number
+        start, end = sorted((place(0.0), place(bar.value)))
+        colour = "#1d7a33" if bar.value > 0 else "#b3261e"
+        strength = 1.0 if bar.low > 0 or bar.high < 0 else 0.35
+        parts.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end" {_TEXT}>{html.escape(bar.name)}</text>')
+        parts.append(
+            f'<rect x="{start:.1f}" y="{y + 3}" width="{max(end - start, 0.5):.1f}" height="14" fill="{colour}" '
+            f'opacity="{strength}"/>'
+        )
+        parts.append(
+            f'<line x1="{place(bar.low):.1f}" x2="{place(bar.high):.1f}" y1="{y + 10}" y2="{y + 10}" '
+            f'stroke="#25272a" stroke-width="1.5"/>'
+        )
+        parts.append(f'<text x="{right + 8}" y="{y + 14}" {_TEXT}>{bar.value:+.2f}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text x="{middle:g}" y="{bottom + 38}" text-anchor="middle" {_TEXT}>{html.escape(x_label)}</text>')
+    return "".join([*parts, "</svg>"])

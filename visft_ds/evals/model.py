@@ -20,7 +20,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter, install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
-from visft_ds.interop.files import open_weights, sha256_file
+from visft_ds.interop.files import WeightFile, open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
@@ -33,7 +33,7 @@ from visft_ds.stages import trains_backbone
 from visft_ds.streams import needs_vocabulary
 from visft_ds.tasks import TASKS
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class EvaluationModel:
     @torch.no_grad()
     def predict(self, batch: Batch) -> dict[str, Any]:
         """Every head's output for a batch."""
-        with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
+        with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self.module(batch.to(self.device))
 
 
@@ -153,12 +153,9 @@ def load_model(
     # Training builds towers without class token; a file that has one is read the same way.
     tower = resolve_tower(replace(tower_in(weights, layout), class_token=False), preset, files.hints)
     merged = is_merged(weights)
-    if merged and files.adapter is not None:
-        raise ValueError(
-            f"{files.backbone} has an adapter merged in already; with {files.adapter} on top it would count twice: "
-            f"leave --adapter out, or give the base weights"
-        )
-    adapter = _read_adapter(files) if files.adapter is not None else None
+    if files.adapter is not None:
+        refuse_merged(weights, files.adapter)
+    adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
     infos = {task: _head_info(files.heads, task, tower) for task in tasks}
 
     own_words = vocabulary_in(infos)
@@ -169,7 +166,7 @@ def load_model(
         )
     words = own_words or vocabulary
     check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-    backbone = _empty_backbone(tower, _DTYPES[precision])
+    backbone = empty_backbone(tower, DTYPES[precision])
     facts = {"backbone": load_backbone(backbone, files.backbone).summary()}
     if adapter is not None:
         install_adapter(backbone, adapter)
@@ -211,16 +208,20 @@ def resized(stream: Stream, *, side: int | None = None, batch_size: int | None =
     return replace(stream, image=image, micro_batch=batch_size or stream.micro_batch)
 
 
-def _read_adapter(files: ModelFiles) -> LoraAdapter:
-    assert files.adapter is not None
-    if not files.adapter.exists():
-        raise ValueError(f"{files.adapter}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
-    adapter = read_adapter(files.adapter)
+def adapter_for(backbone: Path, path: Path) -> LoraAdapter:
+    """Read an adapter that was trained on these base weights.
+
+    Raises:
+        ValueError: it is not there, or records another base.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
+    adapter = read_adapter(path)
     if adapter.base_sha256 is not None:
-        found = sha256_file(files.backbone)
+        found = sha256_file(backbone)
         if found != adapter.base_sha256:
             raise ValueError(
-                f"{files.adapter} was trained on base weights with sha256 {adapter.base_sha256}, but {files.backbone} "
+                f"{path} was trained on base weights with sha256 {adapter.base_sha256}, but {backbone} "
                 f"has {found}: name the base it was trained on with --backbone, or --adapter none"
             )
     return adapter
@@ -237,7 +238,16 @@ def _head_info(folder: Path, task: str, tower: Tower) -> HeadInfo:
     return info
 
 
-def _empty_backbone(tower: Tower, storage: torch.dtype) -> EvaViT:
+def refuse_merged(weights: WeightFile, adapter: Path) -> None:
+    """Raise ValueError where an adapter would come on top of weights that have one merged in."""
+    if is_merged(weights):
+        raise ValueError(
+            f"{weights.path} has an adapter merged in already; with {adapter} on top it would count twice: leave the "
+            f"adapter out, or give the base weights"
+        )
+
+
+def empty_backbone(tower: Tower, storage: torch.dtype) -> EvaViT:
     """A tower with unset weights: matrices in `storage`, norms, biases and positions in fp32, as in training."""
     backbone = build_tower(tower, storage)
     for name, parameter in backbone.named_parameters():

@@ -1,0 +1,203 @@
+"""The sub-command `benchmarks` of tools/evaluate.py: its flags, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from visft_ds.evals.benchmarks.gallery import order, sheet
+from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
+from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
+from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
+from visft_ds.evals.benchmarks.scores import Benchmark, Score
+from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
+from visft_ds.evals.charts import Bar, interval_chart
+from visft_ds.evals.pictures import save_png
+from visft_ds.interop.encoders import NORMALISATIONS, POOLS
+from visft_ds.interop.files import write_atomically
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.monitor.metrics import versions
+from visft_ds.parallel import distributed
+from visft_ds.stages import choose_precision
+
+FORMAT, VERSION = "visft_ds benchmarks", 1
+RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
+USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
+
+    python tools/evaluate.py benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
+        --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
+    python tools/evaluate.py benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
+    deepspeed --num_gpus 8 tools/evaluate.py benchmarks ...
+
+The first model is what the others are compared with. Features and scores are kept in OUT/cache by hashes of weights and
+data: the same command goes on where it was stopped, and another benchmark or model costs only itself.
+"""
+
+
+def run(arguments: Sequence[str], start_process_group: Callable[[], None]) -> int:
+    """Run the command; returns the exit status: 0 fine, 2 wrong usage or unusable input.
+
+    Args:
+        start_process_group: joins the processes of a launcher; called where there are several.
+    """
+    given = _parser().parse_args(arguments)
+    rank = distributed.rank()
+    try:
+        specs, benchmarks, settings = _prepare(given)
+    except ValueError as error:  # every rank runs into the same
+        return _complain(error, 0) if rank == 0 else 2
+    began = time.perf_counter()
+    try:
+        if distributed.world_size() > 1:
+            start_process_group()
+            check_same_everywhere(benchmarks)
+        facts: dict[str, Mapping[str, str]] = {}
+        encoded = encode_all(specs, benchmarks, settings, facts.__setitem__)
+        distributed.close()  # before scoring, which the main process does alone
+        if rank:
+            return 0
+        results: dict[str, dict[str, Score]] = {}
+        for label, of_model in encoded.items():
+            results[label] = {}
+            for benchmark, features in zip(benchmarks, of_model, strict=True):
+                results[label] |= score(benchmark, features, settings.cache)
+        _write(given, facts, benchmarks, results, time.perf_counter() - began)
+    except (ValueError, OSError) as error:  # may have happened on this rank alone
+        return _complain(error, rank)
+    return 0
+
+
+def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
+    for name, least in {"batch_size": 1, "threads": 0, "images": 0, "image_size": 1}.items():
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
+    specs = [parse_model(text) for text in given.model]
+    labels = [spec.label for spec in specs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
+    out: Path = given.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, RECORD)):
+        raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
+    benchmarks = parse_benchmarks(given.benchmark)
+    device = distributed.local_device()
+    precision, _ = choose_precision(given.precision, device)
+    load = LoadOptions(precision, given.preset, given.text, given.image_size, given.normalisation, given.pool)
+    settings = Settings(device, precision, given.cache or out / CACHE, given.batch_size, given.threads, load)
+    return specs, benchmarks, settings
+
+
+def _complain(error: Exception, rank: int) -> int:
+    print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    kinds = "\n".join(f"    {name:10} {kind.help} ({', '.join(kind.options)})" for name, kind in KINDS.items())
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py benchmarks",
+        description=f"{USAGE}\nkinds of benchmarks (and their keys):\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="MODEL",
+        help="[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]",
+    )
+    parser.add_argument(
+        "--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits, mnist5000, fashion_mnist"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or of an earlier start")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="shared by several --out (default OUT/cache)")
+    own = parser.add_argument_group("backbones of ours")
+    own.add_argument("--text", type=Path, metavar="FILE", help="EVA-CLIP or open_clip file with the text side")
+    own.add_argument("--preset", choices=sorted(PRESETS), help="where a file does not tell the number of heads")
+    own.add_argument("--image-size", type=int, metavar="PIXELS", help="default: the one that the positions belong to")
+    own.add_argument("--normalisation", choices=sorted(NORMALISATIONS), default="clip", help="default %(default)s")
+    own.add_argument("--pool", choices=POOLS, default="auto", help="features of probes: class token or mean of patches")
+    how = parser.add_argument_group("how")
+    how.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    how.add_argument("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
+    how.add_argument("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
+    how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+    return parser
+
+
+def _write(
+    given: argparse.Namespace,
+    facts: Mapping[str, Mapping[str, str]],
+    benchmarks: Sequence[Benchmark],
+    results: Mapping[str, Mapping[str, Score]],
+    seconds: float,
+) -> None:
+    labels, out = list(results), given.out
+    rows = rows_of(results, averages(benchmarks))
+    pictures = _pictures(out, benchmarks, results, given.images)
+    if len(labels) > 1:
+        chart = _chart(rows, labels).encode()
+        write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
+    chosen = {
+        label: {name: dict(one.settings) for name, one in of.items() if one.settings} for label, of in results.items()
+    }
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "models": {label: dict(facts[label]) for label in labels},
+        "benchmarks": {
+            one.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in one.sets.items()}
+            for one in benchmarks
+        },
+        "rows": as_json(rows),
+        "chosen": chosen,
+        "settings": {name: str(value) for name, value in vars(given).items()},
+        "processes": distributed.world_size(),
+        "seconds": round(seconds, 3),
+        "pictures": pictures,
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
+    write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
+    told = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
+    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
+    rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
+    print_plan("visft_ds benchmarks", [Section("models", told), section(rows, labels), Section("run", rest)])
+
+
+def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    base, *others = labels
+    bars = []
+    for row in rows:
+        for label, change in row.differences.items():
+            name = row.name if len(others) == 1 else f"{label}: {row.name}"
+            bars.append(Bar(name, 100 * change.value, 100 * change.low, 100 * change.high))
+    title = f"{others[0] if len(others) == 1 else 'each model'} minus {base}"
+    return interval_chart(bars, title=title, x_label="percentage points, with 95% intervals")
+
+
+def _pictures(
+    out: Path, benchmarks: Sequence[Benchmark], results: Mapping[str, Mapping[str, Score]], count: int
+) -> list[str]:
+    """Write a sheet for each number whose answers can be shown; returns their names."""
+    written = []
+    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
+    for benchmark in benchmarks:
+        for name in (name for name in names if name.startswith(f"{benchmark.label} ")):
+            picture = sheet(benchmark, order(list(results), results, name), count)
+            if picture is not None:
+                written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9.@]+', '-', name)}.png")
+                save_png(picture, out / written[-1])
+    return written

@@ -1,0 +1,160 @@
+"""Images and texts -> features, batched, decoded ahead of the model, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visft_ds.config.schema import Precision
+from visft_ds.evals.benchmarks.cache import Chunk, Stored
+from visft_ds.evals.benchmarks.models import identity
+from visft_ds.evals.benchmarks.scores import ImageSet
+from visft_ds.evals.model import DTYPES
+from visft_ds.interop.encoders import Encoder
+from visft_ds.parallel import distributed
+
+#: Changes when the same model and data would give other features than before.
+VERSION = 1
+_AHEAD = 3  # batches that are decoded before they are needed
+#: Rows that a feature map is pooled to for a sequence of columns: upper and lower halves of letters stay apart.
+COLUMN_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A model on its device, and where its features are kept."""
+
+    encoder: Encoder
+    device: torch.device
+    precision: Precision
+    cache: Path
+    batch_size: int
+    threads: int  #: that decode; 0: the caller decodes
+    images: str  #: hash of the image side
+    texts: str | None  #: hash of the text side
+
+
+def start_worker(
+    encoder: Encoder, *, device: torch.device, precision: Precision, cache: Path, batch_size: int, threads: int
+) -> Worker:
+    """Hash a model on the main process, and move it to the device of each. Collective."""
+    hashes = None
+    if distributed.is_main():
+        hashes = (identity(encoder.module), None if encoder.text is None else identity(encoder.text.module))
+    images, texts = distributed.broadcast_object(hashes)
+    encoder.module.to(device)
+    if encoder.text is not None:
+        encoder = replace(encoder, text=replace(encoder.text, module=encoder.text.module.to(device)))
+    return Worker(encoder, device, precision, cache, batch_size, threads, images, texts)
+
+
+def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "model": worker.images,
+        "settings": dict(worker.encoder.settings),
+        "precision": worker.precision,
+        "device": worker.device.type,
+        "images": images.fingerprint,
+        "count": len(images),
+        "stretched": images.stretched,
+        "kinds": sorted(kinds),
+    }
+
+
+def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str]) -> Stored:
+    """Kind -> (images, ...) float32, in the cache. Collective.
+
+    A batch never reaches over the end of a chunk, so that its numbers are the same for any number of processes. The
+    size of the batch decides their last bits, and is no part of the key.
+
+    Args:
+        kinds: of `interop.encoders.KINDS`, and "columns": (images, COLUMN_ROWS * D, w), the feature map as a sequence.
+
+    Raises:
+        ValueError: an image that cannot be read, or a model that answers with NaN.
+    """
+
+    def compute(chunks: Iterable[range]) -> Iterator[Chunk]:
+        batches = [
+            [chunk[start : start + worker.batch_size] for start in range(0, len(chunk), worker.batch_size)]
+            for chunk in chunks
+        ]
+        decoded = _decoded(worker, images, [batch for chunk in batches for batch in chunk])
+        for chunk in batches:
+            parts = [_forward(worker, next(decoded), kinds) for _ in chunk]
+            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for name, value in features.items():
+                if not torch.isfinite(value.sum()):
+                    raise ValueError(
+                        f"{name} of {images.names[chunk[0].start]} or one of the next {len(value) - 1} images is no "
+                        f"finite number in {worker.precision}: the weights are damaged, or need --precision fp32"
+                    )
+            yield features
+
+    stored = Stored(worker.cache / "images", _what(worker, images, kinds), len(images))
+    stored.fill(compute)
+    return stored
+
+
+def encode_texts(worker: Worker, texts: Sequence[str]) -> Stored:
+    """ "texts" -> (texts, E) float32 of length 1, in the cache. Collective. Computed in float32."""
+    tower = worker.encoder.text
+    assert tower is not None
+
+    def compute(chunks: Iterable[range]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            yield {"texts": tower.encode([texts[place] for place in chunk]).cpu()}
+
+    content = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+    what = {"version": VERSION, "model": worker.texts, "device": worker.device.type, "texts": content}
+    stored = Stored(worker.cache / "texts", what, len(texts))
+    stored.fill(compute)
+    return stored
+
+
+@torch.inference_mode()
+def _forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+    wanted = {"patches" if kind == "columns" else kind for kind in kinds}
+    dtype = DTYPES[worker.precision]
+    with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
+        found = worker.encoder.module(batch.to(worker.device, non_blocking=True), wanted)
+    if "columns" in kinds:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(found.pop("patches").float(), (COLUMN_ROWS, None))
+        found["columns"] = pooled.flatten(1, 2)
+    return {name: value.float().cpu().contiguous() for name, value in found.items()}
+
+
+def _decoded(worker: Worker, images: ImageSet, batches: Sequence[range]) -> Iterator[Tensor]:
+    """Batches (n, 3, side, side); with threads, the next ones are decoded while the model computes."""
+    encoder = worker.encoder
+
+    def load(place: int) -> Tensor:
+        image = images.read(place)
+        if images.stretched:
+            image = image.resize((encoder.side, encoder.side), Image.Resampling.BICUBIC)
+        return encoder.preprocess(image)
+
+    if not worker.threads:
+        for batch in batches:
+            yield torch.stack([load(place) for place in batch])
+        return
+    with ThreadPoolExecutor(worker.threads) as pool:
+        waiting = deque([pool.submit(load, place) for place in batch] for batch in batches[:_AHEAD])
+        try:
+            for number in range(len(batches)):
+                yield torch.stack([part.result() for part in waiting.popleft()])
+                if number + _AHEAD < len(batches):
+                    waiting.append([pool.submit(load, place) for place in batches[number + _AHEAD]])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

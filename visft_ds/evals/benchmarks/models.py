@@ -1,0 +1,188 @@
+"""The models of a comparison, as a command line names them.
+
+    [LABEL=]FILE[+ADAPTER][@SCALE]     weights of a tower of ours in any known layout, with an adapter or merged
+    [LABEL=]RUN[@SCALE]                what a finished training leaves: its base and, after stage 2, its adapter
+    [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:..., open_clip:CONFIG.json:FILE
+    [LABEL=]timm:NAME[:FILE]           without a file timm's own weights
+
+In place of a tag or file, `random` says that no weights are meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from visft_ds.config.schema import Precision
+from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.interop.adapters import install_adapter
+from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.interop.encoders import Encoder, EvaEncoder, eva_preprocess, open_clip_encoder, timm_encoder
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.layouts import find_layout, tower_in
+from visft_ds.interop.merge import resolve_tower, scaled
+from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
+from visft_ds.run_folder import recorded_config
+
+_LABEL = re.compile(r"([\w .-]+)=(.+)")
+_SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of a comparison."""
+
+    label: str
+    library: str  #: "visft_ds", "open_clip" or "timm"
+    name: str  #: a file, or what the library calls the model
+    weights: str | None = None  #: of another library
+    adapter: Path | None = None
+    scale: float = 1.0  #: factor on the effect of the adapter
+    hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run tells them
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How towers of ours are loaded and fed."""
+
+    precision: Precision
+    preset: str | None = None  #: where neither file nor run tell the number of heads
+    text: Path | None = None  #: file with the text tower, where the backbone's own has none
+    image_size: int | None = None  #: None: the one that the positions belong to
+    normalisation: str = "clip"
+    pool: str = "auto"
+
+
+def parse_model(text: str) -> ModelSpec:
+    """Read one model of a command line; files are looked for, not opened.
+
+    Raises:
+        ValueError: a file that is not there, or a scale without an adapter.
+    """
+    match = _LABEL.fullmatch(text)
+    label, rest = (match[1].strip(), match[2]) if match else (None, text)
+    library, colon, inner = rest.partition(":")
+    if colon and library in ("open_clip", "timm"):
+        whole = inner.startswith(("hf-hub:", "local-dir:"))
+        name, _, weights = (inner, "", "") if whole else inner.partition(":")
+        return ModelSpec(label or Path(name).stem, library, name, weights or None)
+    base, adapter, scale = _files(rest)
+    label = label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem)
+    if (base / "run.json").is_file():
+        visft = recorded_config(base).visft
+        files = files_of_run(base, visft, (), adapter=adapter)
+        if files.adapter is None and scale is not None:
+            raise ValueError(f"{text}: @{scale:g} scales an adapter, and {base} trained none")
+        return ModelSpec(
+            label, "visft_ds", str(files.backbone), None, files.adapter, 1.0 if scale is None else scale, files.hints
+        )
+    if base.is_dir():
+        raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
+    if adapter is None and scale is not None:
+        raise ValueError(f"{text}: @{scale:g} scales an adapter, and none is given: write FILE+ADAPTER@{scale:g}")
+    return ModelSpec(label, "visft_ds", str(base), None, adapter, 1.0 if scale is None else scale)
+
+
+def _files(text: str) -> tuple[Path, Path | None, float | None]:
+    """(base, adapter, scale). A name that exists as a whole is never cut."""
+    if Path(text).exists():
+        return Path(text), None, None
+    match = _SCALED.fullmatch(text)
+    rest, scale = (match[1], float(match[2])) if match else (text, None)
+    if Path(rest).exists():
+        return Path(rest), None, scale
+    for place in (place for place, letter in enumerate(rest) if letter == "+"):
+        base, adapter = Path(rest[:place]), Path(rest[place + 1 :])
+        if base.exists():
+            if not adapter.exists():
+                raise ValueError(f"{adapter}: no such adapter (of --model {text})")
+            return base, adapter, scale
+    raise ValueError(
+        f"--model {text}: {rest.partition('+')[0]} does not exist. Give [LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, "
+        f"[LABEL=]open_clip:NAME:WEIGHTS or [LABEL=]timm:NAME[:FILE]"
+    )
+
+
+def load_encoder(spec: ModelSpec, options: LoadOptions) -> Encoder:
+    """Build a model on the CPU; the matrices of a tower of ours are stored in the precision they compute in.
+
+    Raises:
+        ValueError: whatever is wrong with one of its files, or with what the options ask of it.
+    """
+    if spec.library == "visft_ds":
+        encoder = _load_own(spec, options)
+    else:
+        build = open_clip_encoder if spec.library == "open_clip" else timm_encoder
+        encoder = build(spec.name, spec.weights)
+    if encoder.text is None and options.text is not None:
+        encoder = replace(encoder, text=_text_of(options.text, encoder))
+    return encoder
+
+
+def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
+    weights = open_weights(spec.name)
+    if spec.adapter is not None:
+        refuse_merged(weights, spec.adapter)
+    found = tower_in(weights, find_layout(weights))
+    if not (options.preset or spec.hints or found.preset() or found.num_heads):
+        raise ValueError(
+            f"{spec.name} does not tell its number of heads, and no preset has {found.describe()}: give --preset, or "
+            f"weights that this project wrote, which tell it"
+        )
+    tower = resolve_tower(found, options.preset, spec.hints)
+    if options.image_size is not None and options.image_size < tower.patch_size:
+        raise ValueError(f"--image-size {options.image_size} is less than one patch of {tower.patch_size} pixels")
+    backbone = empty_backbone(tower, DTYPES[options.precision])
+    facts = {"backbone": load_backbone(backbone, spec.name).summary()}
+    facts["adapter"] = "merged into the weights" if is_merged(weights) else "none"
+    if spec.adapter is not None:
+        # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
+        adapter = scaled(adapter_for(Path(spec.name), spec.adapter), spec.scale)
+        install_adapter(backbone, adapter)
+        facts["adapter"] = f"{spec.adapter}: rank {adapter.rank}, on {'+'.join(adapter.targets)}, times {spec.scale:g}"
+    projection = projection_of(spec.name)
+    if projection is None and options.text is not None and tower.class_token:
+        projection = projection_of(options.text)
+    module = EvaEncoder(backbone, projection, options.pool)
+    side = options.image_size or tower.image_size
+    settings = {
+        "preprocess": f"EVA-CLIP {side} {options.normalisation}",
+        "pooled": "class token" if module.by_token else "mean of the patches",
+        "heads": tower.num_heads,
+        "post_norm": tower.post_norm,
+    }
+    text = text_tower_in(spec.name) if module.head is not None else None
+    facts |= {"images": f"{side} pixels, {options.normalisation} normalisation", "pooled": str(settings["pooled"])}
+    return Encoder(
+        module.requires_grad_(False).eval(),
+        module.kinds,
+        eva_preprocess(side, options.normalisation),
+        side,
+        settings,
+        text,
+        facts,
+    )
+
+
+def _text_of(path: Path, encoder: Encoder) -> TextTower | None:
+    """The text tower of another file; only for a model that has embeddings to compare its own with."""
+    tower = text_tower_in(path)
+    if tower is None:
+        raise ValueError(f"{path} has no text tower: give the EVA-CLIP or open_clip file that the base came from")
+    return tower if "clip" in encoder.kinds else None
+
+
+def identity(module: nn.Module) -> str:
+    """sha256 over all tensors of a module, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

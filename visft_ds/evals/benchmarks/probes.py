@@ -1,0 +1,120 @@
+"""How much simple readers find in frozen features: nearest neighbours, logistic regression, and that from few images.
+
+Nearest neighbours vote as in DINO (https://arxiv.org/abs/2104.14294, 4.1): the 20 nearest by cosine, each with
+exp(similarity / 0.07). Logistic regression reads features that are centred and divided by one number for all channels;
+its strength of regularisation is the best of STRENGTHS on a fifth of the training images, which it then learns as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from visft_ds.evals.benchmarks.class_sets import ClassSet
+from visft_ds.evals.benchmarks.scores import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  #: scikit-learn's C
+SHOTS = (1, 2, 4, 8, 16)  #: training images of a class
+DRAWS = 3  #: of these images; a test image counts with the share of draws in which it was right
+#: Few images cannot spare a fifth, so their C is fixed: 1 with features of unit variance.
+FEW_SHOT_STRENGTH = 1.0
+_ROWS, _STEPS = 1024, 5000
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """kNN, linear probe and k-shot accuracy on `pooled` features."""
+
+    label: str
+    train: ClassSet
+    test: ClassSet
+    needs_text: bool = False
+    kinds: Sequence[str] = ("pooled",)
+    texts: Sequence[str] = ()
+
+    @property
+    def sets(self) -> Mapping[str, ImageSet]:
+        return {"train": self.train.images, "test": self.test.images}
+
+    @property
+    def truths(self) -> Mapping[str, Sequence[str]]:
+        return {"test": self.test.truths()}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        protocol = [NEIGHBOURS, TEMPERATURE, STRENGTHS, SHOTS, DRAWS, FEW_SHOT_STRENGTH]
+        labels = [self.train.labels.tolist(), self.test.labels.tolist()]
+        return {"benchmark": "probe 1", "protocol": protocol, "labels": labels}
+
+    def scores(self, features: Features) -> Iterator[Score]:
+        train, test = (features.images[name]["pooled"] for name in ("train", "test"))
+        yield Score("knn", nearest_neighbours(train, self.train.labels, test, self.test.labels, len(self.test.classes)))
+        right, said, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
+        names = [self.test.classes[place] for place in said]
+        yield Score("linear", right, said=names, shows="test", settings={"C": strength})
+        fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
+        for shots in (shots for shots in SHOTS if shots <= fewest):
+            draws = [
+                _few(train.numpy(), self.train.labels, test.numpy(), self.test.labels, shots, d) for d in range(DRAWS)
+            ]
+            yield Score(f"{shots}-shot", np.mean(draws, axis=0))
+
+
+def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:
+    """1.0 for each test image (n, D) whose neighbours among (m, D) vote for its class alone."""
+    train, test = (torch.nn.functional.normalize(part, dim=1) for part in (train, test))
+    own = torch.from_numpy(labels)
+    found = []
+    for start in range(0, len(test), _ROWS):
+        similarity, places = (test[start : start + _ROWS] @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+        votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
+        votes.scatter_add_(1, own[places], (similarity.double() / TEMPERATURE).exp())
+        found.append(hits(rank_of(votes, torch.from_numpy(truth[start : start + _ROWS])), 1))
+    return np.concatenate(found)
+
+
+def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -> tuple[FloatArray, IntArray, float]:
+    """(right or not, class said) of each test image, and the C that was chosen."""
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        held[np.flatnonzero(labels == label)[4::5]] = True  # a class of fewer than five is not held out
+    strength = FEW_SHOT_STRENGTH
+    if held.any():
+        accuracy = []
+        for candidate in STRENGTHS:
+            said = _said(train[~held], labels[~held], train[held], candidate)
+            accuracy.append(float((said == labels[held]).mean()))
+        strength = STRENGTHS[int(np.argmax(accuracy))]
+    said = _said(train, labels, test, strength)
+    return (said == truth).astype(np.float64), said, strength
+
+
+def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: int, draw: int) -> FloatArray:
+    """The same images for every model: they depend on the number of the draw alone."""
+    rng = np.random.default_rng([shots, draw])
+    places = [rng.choice(np.flatnonzero(labels == label), shots, replace=False) for label in np.unique(labels)]
+    own = np.concatenate(places)
+    return (_said(train[own], labels[own], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
+
+
+def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
+    if len(np.unique(labels)) < 2:
+        return np.full(len(test), labels[0], dtype=np.int64)
+    from sklearn.linear_model import LogisticRegression
+
+    middle = train.mean(axis=0, dtype=np.float64)
+    spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
+    model = LogisticRegression(C=strength, max_iter=_STEPS)
+    model.fit((train - middle) / spread, labels)
+    said: IntArray = model.predict((test - middle) / spread).astype(np.int64)
+    return said

@@ -1,0 +1,144 @@
+"""Encode with every model, then score: two phases, so that no process waits while the main one fits a probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visft_ds.config.schema import Precision
+from visft_ds.evals.benchmarks.cache import Stored, key_of, load_record
+from visft_ds.evals.benchmarks.encoding import Worker, encode_images, encode_texts, start_worker
+from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder
+from visft_ds.evals.benchmarks.scores import Benchmark, Features, Score
+from visft_ds.interop.files import save_tensors
+from visft_ds.parallel import distributed
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a model made of a benchmark, in the cache."""
+
+    images: Mapping[str, Stored]
+    texts: Stored | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How encoding is done."""
+
+    device: torch.device
+    precision: Precision
+    cache: Path
+    batch_size: int
+    threads: int
+    load: LoadOptions
+
+
+def encode_all(
+    specs: Sequence[ModelSpec],
+    benchmarks: Sequence[Benchmark],
+    settings: Settings,
+    tell: Callable[[str, Mapping[str, str]], None],
+) -> dict[str, list[Encoded]]:
+    """Model -> what it made of each benchmark. Collective; one model is in memory at a time.
+
+    Args:
+        tell: called with the label and the facts of each model as it is loaded.
+
+    Raises:
+        ValueError: a model that lacks what a benchmark is about, or whatever is wrong with its files.
+    """
+    return {spec.label: _encode_with(spec, benchmarks, settings, tell) for spec in specs}
+
+
+def _encode_with(
+    spec: ModelSpec,
+    benchmarks: Sequence[Benchmark],
+    settings: Settings,
+    tell: Callable[[str, Mapping[str, str]], None],
+) -> list[Encoded]:
+    encoder = load_encoder(spec, settings.load)
+    for benchmark in benchmarks:
+        if benchmark.needs_text and encoder.text is None:
+            raise ValueError(
+                f"{spec.label} has no text side, which {benchmark.label} compares with. A backbone of ours takes it "
+                f"from its own file or from --text FILE, the EVA-CLIP or open_clip file that its base came from, and "
+                f"needs a class token and a CLIP projection for it"
+            )
+    tell(spec.label, encoder.facts)
+    worker = start_worker(
+        encoder,
+        device=settings.device,
+        precision=settings.precision,
+        cache=settings.cache,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+    )
+    return [_encode(worker, benchmark) for benchmark in benchmarks]
+
+
+def _encode(worker: Worker, benchmark: Benchmark) -> Encoded:
+    having = {"columns" if kind == "patches" else kind for kind in worker.encoder.kinds}
+    kinds = [kind for kind in benchmark.kinds if kind in having]
+    if not kinds:
+        raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which the model does not have")
+    texts = encode_texts(worker, benchmark.texts) if benchmark.texts and worker.encoder.text is not None else None
+    return Encoded({name: encode_images(worker, images, kinds) for name, images in benchmark.sets.items()}, texts)
+
+
+def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Score]:
+    """Name -> score of one model, out of the cache where it is there. For one process."""
+    what = {
+        "features": {name: stored.what for name, stored in encoded.images.items()},
+        "texts": None if encoded.texts is None else encoded.texts.what,
+        "settings": benchmark.settings,
+    }
+    path = cache / "scores" / f"{key_of(what)}.safetensors"
+    record = load_record(path)
+    if record is None:
+        texts = None if encoded.texts is None else encoded.texts.read()["texts"]
+        features = Features({name: stored.read() for name, stored in encoded.images.items()}, texts)
+        found = list(benchmark.scores(features))
+        assert found and all(np.isfinite(one.values).all() and len(one.values) for one in found), benchmark.label
+        _save(path, found)
+        record = load_record(path)
+        assert record is not None
+    return {f"{benchmark.label} {one.name}": one for one in _restored(*record)}
+
+
+def _save(path: Path, scores: Sequence[Score]) -> None:
+    tensors: dict[str, Tensor] = {}
+    rest: list[dict[str, Any]] = []
+    for number, one in enumerate(scores):
+        tensors[f"{number}.values"] = torch.from_numpy(one.values)
+        if one.groups is not None:
+            tensors[f"{number}.groups"] = torch.from_numpy(one.groups)
+        rest.append({"name": one.name, "said": list(one.said), "shows": one.shows, "settings": dict(one.settings)})
+    save_tensors(path, tensors, {"scores": json.dumps(rest)}, overwrite=True)
+
+
+def _restored(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> list[Score]:
+    scores = []
+    for number, rest in enumerate(json.loads(texts["scores"])):
+        groups = tensors.get(f"{number}.groups")
+        values = tensors[f"{number}.values"].numpy()
+        scores.append(Score(values=values, groups=None if groups is None else groups.numpy(), **rest))
+    return scores
+
+
+def check_same_everywhere(benchmarks: Sequence[Benchmark]) -> None:
+    """Raise RanksDiffer where the processes do not see the same data."""
+    distributed.assert_same_on_all_ranks(
+        {
+            f"{one.label}, {name}": f"{images.fingerprint[:12]} ({len(images)} images)"
+            for one in benchmarks
+            for name, images in one.sets.items()
+        }
+    )

@@ -1,0 +1,119 @@
+"""What benchmarks have in common: images and texts go in as features, scores of single items come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to be encoded, in a fixed order."""
+
+    names: Sequence[str]  #: of the images, for people
+    read: Callable[[int], Image.Image]  #: RGB; ValueError with the name where there is no whole image
+    fingerprint: str  #: other images, other fingerprint
+    stretched: bool = False  #: to squares; otherwise the middle square is seen
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with all that it is the mean of."""
+
+    name: str
+    values: FloatArray  #: (n,), one of each item; the number is their mean
+    groups: IntArray | None = None  #: (n,); items of one group are no independent evidence (captions of an image)
+    said: Sequence[str] = ()  #: what the model answered to each image of the set `shows`, where that can be shown
+    shows: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  #: what was chosen on the way, for the record
+
+    @property
+    def value(self) -> float:
+        """The number."""
+        return float(self.values.mean())
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model makes of the images and texts of a benchmark."""
+
+    images: Mapping[str, Mapping[str, Tensor]]  #: set -> kind -> (images, ...) float32 on the CPU
+    texts: Tensor | None  #: (texts, E) float32, each of length 1; None: the model has no text side
+
+
+class Benchmark(Protocol):
+    """One benchmark on one data set, independent of any model."""
+
+    @property
+    def label(self) -> str:
+        """Beginning of the names of its scores."""
+
+    @property
+    def sets(self) -> Mapping[str, ImageSet]:
+        """What is encoded."""
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """Which features it reads, of `interop.encoders.KINDS`, where a model has them; "columns" for `patches`."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What the text side encodes."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether nothing is left of it without a text side."""
+
+    @property
+    def truths(self) -> Mapping[str, Sequence[str]]:
+        """Set -> the right answer to each of its images, for pictures."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that scores depend on beside the features, in JSON's types."""
+
+    def scores(self, features: Features) -> Iterator[Score]:
+        """The numbers of one model; higher is better."""
+
+
+def rank_of(similarity: Tensor, right: Tensor) -> Tensor:
+    """Place of the right column in each row, 0 the best, (rows,) int64.
+
+    Whatever is as similar as the right one counts as before it: a model that says the same to all images is last, not
+    first.
+
+    Args:
+        similarity: (rows, columns).
+        right: (rows,) int64.
+    """
+    own = similarity.gather(1, right[:, None])
+    return (similarity >= own).sum(dim=1) - 1
+
+
+def hits(ranks: Tensor, k: int) -> FloatArray:
+    """1.0 where the right answer is among the first k."""
+    found: FloatArray = (ranks < k).numpy().astype(np.float64)
+    return found
+
+
+def class_embeddings(texts: Tensor, templates: int) -> Tensor:
+    """(classes, E) of length 1: the mean over a class's sentences, which come one after the other."""
+    return torch.nn.functional.normalize(texts.reshape(-1, templates, texts.shape[1]).mean(dim=1), dim=-1)
+
+
+def sentences(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class in every template, as `class_embeddings` expects them."""
+    return [template.replace("{}", name) for name in classes for template in templates]

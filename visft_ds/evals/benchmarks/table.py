@@ -1,0 +1,95 @@
+"""The one table of a comparison: each number of each model, and what changed against the first model.
+
+Differences are taken item by item before they are resampled: two models that fail on the same images differ surely by
+little, even where each of their numbers alone is unsure.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from visft_ds.evals.benchmarks.bootstrap import LEVEL, Interval, interval, resampled_means
+from visft_ds.evals.benchmarks.scores import FloatArray, IntArray, Score
+from visft_ds.monitor.console import Section
+
+Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
+_Part = tuple[FloatArray, IntArray | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of all models."""
+
+    name: str
+    items: int
+    values: Mapping[str, Interval]  #: model -> its number; without models that have none
+    differences: Mapping[str, Interval]  #: model -> its number minus that of the first model
+
+
+def rows_of(results: Results, averages: Mapping[str, Sequence[str]]) -> list[Row]:
+    """A row for each number, in the order in which they came.
+
+    Args:
+        results: the first model is what the others are compared with.
+        averages: name of a further row -> names of the numbers whose mean it is, each data set counting the same.
+    """
+    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
+    return [_row(name, [name], results) for name in names] + [
+        _row(name, parts, results) for name, parts in averages.items()
+    ]
+
+
+def _row(name: str, names: Sequence[str], results: Results) -> Row:
+    base = next(iter(results))
+    having = [label for label, scores in results.items() if all(part in scores for part in names)]
+    parts = {label: [results[label][part] for part in names] for label in having}
+    values = {label: _interval(name, [(one.values, one.groups) for one in parts[label]]) for label in having}
+    differences = {}
+    for label in having if base in having else ():
+        if label != base:
+            pairs = list(zip(parts[label], parts[base], strict=True))
+            assert all(len(new.values) == len(old.values) for new, old in pairs), name
+            differences[label] = _interval(name, [(new.values - old.values, old.groups) for new, old in pairs])
+    return Row(name, sum(len(one.values) for one in parts[having[0]]) if having else 0, values, differences)
+
+
+def _interval(name: str, parts: Sequence[_Part]) -> Interval:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))  # the same numbers every time the table is made
+    means = [resampled_means(values, groups, rng) for values, groups in parts]
+    return interval(float(np.mean([values.mean() for values, _ in parts])), np.mean(means, axis=0))
+
+
+def section(rows: Sequence[Row], labels: Sequence[str]) -> Section:
+    """The table for a console, in percent; a difference with its interval, marked * where that leaves zero out."""
+    base, *others = labels
+    columns = ["", "n", base]
+    for label in others:
+        columns += [label, "difference"]
+    lines = []
+    for row in rows:
+        line = [row.name, str(row.items), _percent(row.values.get(base))]
+        for label in others:
+            line += [_percent(row.values.get(label)), _change(row.differences.get(label))]
+        lines.append(line)
+    return Section(f"percent; of differences the {LEVEL:.0%} interval", lines, columns)
+
+
+def _percent(value: Interval | None) -> str:
+    return "–" if value is None else f"{100 * value.value:.2f}"
+
+
+def _change(value: Interval | None) -> str:
+    if value is None:
+        return "–"
+    mark = " *" if value.sure else ""
+    return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]{mark}"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows in JSON's types, as fractions of one."""
+    return [asdict(row) for row in rows]
