@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from visft_ds.interop.backbones import copy_tensors
 from visft_ds.interop.files import WeightFile, open_weights
-from visft_ds.interop.layouts import PROJECTION, Layout, find_layout
+from visft_ds.interop.layouts import PROJECTION, Layout
+from visft_ds.interop.towers import open_tower
 
 PREFIX = "text."
 #: Width of a head in every text tower of CLIP, which no tensor tells: 768 / 12, 1024 / 16, 1280 / 20.
@@ -93,8 +94,7 @@ def projection_in(file: WeightFile, layout: Layout) -> tuple[Tensor, Tensor] | N
 
 def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
     """`projection_in` of a file whose layout is found."""
-    file = open_weights(path)
-    return projection_in(file, find_layout(file))
+    return projection_in(*open_tower(path))
 
 
 def tower_of_model(model: Any, tokenizer: Any, source: str) -> TextTower:

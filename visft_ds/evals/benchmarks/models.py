@@ -25,10 +25,10 @@ from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_r
 from visft_ds.interop.adapters import install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.encoders import Encoder, EvaEncoder, eva_preprocess, open_clip_encoder, timm_encoder
-from visft_ds.interop.files import open_weights
-from visft_ds.interop.layouts import find_layout, tower_in
-from visft_ds.interop.merge import resolve_tower, scaled
+from visft_ds.interop.layouts import tower_in
+from visft_ds.interop.merge import scaled
 from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
+from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run_folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
@@ -127,10 +127,10 @@ def load_encoder(spec: ModelSpec, options: LoadOptions) -> Encoder:
 
 
 def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
-    weights = open_weights(spec.name)
+    weights, layout = open_tower(spec.name)
     if spec.adapter is not None:
         refuse_merged(weights, spec.adapter)
-    found = tower_in(weights, find_layout(weights))
+    found = tower_in(weights, layout)
     if not (options.preset or spec.hints or found.preset() or found.num_heads):
         raise ValueError(
             f"{spec.name} does not tell its number of heads, and no preset has {found.describe()}: give --preset, or "
