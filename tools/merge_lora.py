@@ -30,7 +30,7 @@ from visft_ds.evals.stored import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
 from visft_ds.interop.card import Origin, Source, adapter_card, merged_card
-from visft_ds.interop.files import PICKLE_SUFFIXES, examples, refuse_existing, write_text
+from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
 from visft_ds.interop.merge import DTYPES, MergeReport, Share, check_base, merge_into_file, read_adapter, scaled
@@ -38,6 +38,7 @@ from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.verify import Verification, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
+from visft_ds.interop.writing import refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
 

@@ -26,7 +26,7 @@ from visft_ds.data.features import StoredFeatures, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import SegmentationTargets
-from visft_ds.interop.files import save_tensors
+from visft_ds.interop.writing import save_tensors
 from visft_ds.monitor.metrics import versions
 from visft_ds.multitask import Normaliser
 

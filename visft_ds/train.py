@@ -29,9 +29,10 @@ from visft_ds.data.store import StoreFailed
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
 from visft_ds.host_memory import peak_memory
-from visft_ds.interop.files import remove_unfinished, sha256_file
+from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.writing import remove_unfinished
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord

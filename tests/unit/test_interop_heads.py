@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from visft_ds.interop import load_heads, save_heads
-from visft_ds.interop.files import open_weights, save_tensors
+from visft_ds.interop.files import open_weights
 from visft_ds.interop.heads import (
     HeadInfo,
     find_head,
@@ -22,6 +22,7 @@ from visft_ds.interop.heads import (
     read_head_info,
     save_head_files,
 )
+from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks.captioning import CaptioningHead
 from visft_ds.tasks.detection import DetectionHead
 from visft_ds.tasks.segmentation import SegmentationHead

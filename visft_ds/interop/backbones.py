@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, WeightFile, examples, sha256_file, write_safetensors
+from visft_ds.interop.files import TensorInfo, WeightFile, examples, sha256_file
 from visft_ds.interop.layouts import (
     LAYOUTS,
     PROJECTION,
@@ -26,6 +26,7 @@ from visft_ds.interop.layouts import (
     tower_of,
 )
 from visft_ds.interop.towers import open_tower
+from visft_ds.interop.writing import write_safetensors
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import lora_layers
 

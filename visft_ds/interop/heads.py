@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files
 from visft_ds.data.manifest import Category
-from visft_ds.interop.files import WeightFile, examples, open_weights, save_tensors
+from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
@@ -25,6 +25,7 @@ from visft_ds.interop.published_heads import (
     sort_names,
     write_published_head,
 )
+from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks import get_task
 from visft_ds.tasks.segmentation import Labelling
 

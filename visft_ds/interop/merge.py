@@ -19,19 +19,12 @@ from torch import Tensor
 from visft_ds.interop import eva_clip, peft, visft
 from visft_ds.interop.adapters import LoraAdapter, fit_to_tower
 from visft_ds.interop.backbones import cast, check_names, is_merged
-from visft_ds.interop.files import (
-    Entry,
-    TensorInfo,
-    WeightFile,
-    refuse_existing,
-    sha256_file,
-    view,
-    write_safetensors,
-)
+from visft_ds.interop.files import Entry, TensorInfo, WeightFile, sha256_file, view
 from visft_ds.interop.formats import FORMATS, check_format
 from visft_ds.interop.layouts import Layout, Tower, tower_in, tower_names
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writers import write_shards, write_torch
+from visft_ds.interop.writing import refuse_existing, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Below this share, or above this error, the merged weights are not the fine-tuned ones any more.

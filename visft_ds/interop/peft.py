@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from visft_ds.interop.adapters import MODULES, SLICES, LoraAdapter, canonical_targets, fit_to_tower
-from visft_ds.interop.files import WeightFile, examples, open_weights, save_tensors, write_text
+from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.timm import create_model_call
+from visft_ds.interop.writing import save_tensors, write_text
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _KEY = "visft_adapter"

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from visft_ds.interop.adapters import LoraAdapter
-from visft_ds.interop.files import examples, open_weights, write_atomically
+from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import LAYOUTS, is_lora
+from visft_ds.interop.writing import write_atomically
 
 ALPHA = 1.0
 TARGETS = ("q", "v")

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import INDEX, TensorInfo, refuse_existing, write_atomically, write_safetensors, write_text
+from visft_ds.interop.files import INDEX, TensorInfo
+from visft_ds.interop.writing import refuse_existing, write_atomically, write_safetensors, write_text
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALIGNMENT = 64  # bytes, as torch.save aligns storages itself

@@ -27,7 +27,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, safetensors_pieces, sha256_file
+from visft_ds.interop.files import TensorInfo, sha256_file
+from visft_ds.interop.writing import safetensors_pieces
 from visft_ds.parallel.disk import Written, reason, remove_folder, sync_folder, write_file
 from visft_ds.parallel.engine_state import MOMENTS, EngineState
 

@@ -20,10 +20,11 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter, canonical_targets
-from visft_ds.interop.files import TensorInfo, file_order, sha256_file, write_safetensors
+from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import Tower, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.writing import file_order, write_safetensors
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.engine_state import gather_parameters, trainable

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import open_weights, save_tensors, write_atomically
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.writing import save_tensors, write_atomically
 from visft_ds.parallel import distributed
 
 CHUNK = 256  #: items of a chunk

@@ -21,7 +21,7 @@ from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
 from visft_ds.evals.pictures import save_png
 from visft_ds.interop.encoders import NORMALISATIONS, POOLS
-from visft_ds.interop.files import write_atomically
+from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
