@@ -176,10 +176,11 @@ class Rates:
     attention: Mapping[Precision, float]  #: operations of fused attention
     bandwidth: Mapping[Literal["curve", "sampling", "plain"], float]  #: bytes that an operator reads and writes
     call: float  #: seconds from one operator to the next, at least
+    host: float = 0.0  #: seconds of Python and autograd for an operator that nothing runs beside, on a CPU
 
     def seconds(self, work: Total) -> float:
         """Every operator takes as long as its arithmetic, its bytes or its call, whichever is most."""
-        return sum(count * self._of(*what) for what, count in work.items())
+        return sum(count * (self.host + self._of(*what)) for what, count in work.items())
 
     def _of(self, kind: Kind, dtype: torch.dtype, operations: int, size: int) -> float:
         precision = _PRECISION.get(dtype, "fp32")

@@ -168,6 +168,8 @@ def gradients_reduced(ledger: Ledger, module: nn.Module, groups: Groups, zero: Z
             if group not in kept:
                 kept[group] = note(shares[group], GRADIENTS)
 
+    if zero.stage == 1 and zero.accumulation > 1 and not zero.pipeline:  # there since the step's first micro-batch
+        buckets.extend(note(zero.reduce_bucket, BUCKETS) for _ in range(zero.bucket_count))
     handles = [p.register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
     try:
         yield

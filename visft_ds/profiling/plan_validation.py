@@ -23,6 +23,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
@@ -30,7 +31,7 @@ from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.planner.cluster import Rates
 from visft_ds.planner.memory import plan_memory
-from visft_ds.planner.rehearsal import DTYPES, Content, largest_side
+from visft_ds.planner.rehearsal import DTYPES, Content, largest_side, rehearsing
 from visft_ds.planner.step import Run
 from visft_ds.planner.time import step_time
 from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
@@ -197,7 +198,8 @@ def _parts_of(whole: Batch, accumulation: int, stages: int) -> list[Batch]:
         return []
     labels = stages > 1 and place.stage == stages - 1
     bare = replace(whole, images=whole.images[..., :0, :0]) if labels else whole
-    return [replace(bare, images=bare.images.clone()) for _ in range(accumulation)]  # each as it is read
+    # Each with pixels of its own, as they are read.
+    return [bare, *(replace(bare, images=bare.images.clone()) for _ in range(accumulation - 1))]
 
 
 # -------------------------------------------------------------------------------------------------------- rates
@@ -215,7 +217,6 @@ def measured_rates() -> Rates:
         attention[precision] = 7 * 2 * 4 * 4 * 256 * 256 * 48 / _best(partial(_attend_and_back, heads))
     wide, maps, points = torch.rand(1024, 768), torch.rand(16, 16, 16, 16), torch.rand(16, 256, 4, 2)
     size = 4 * wide.numel()
-    tiny = torch.rand(8, requires_grad=True)
     return Rates(
         product=product,
         attention=attention,
@@ -226,8 +227,27 @@ def measured_rates() -> Rates:
             * (2 * points.numel() + 16 * 16 * 256 * 4)
             / _best(lambda: F.grid_sample(maps, points, align_corners=False)),
         },
-        call=_best(lambda: (tiny * tiny + tiny).sum().backward()) / 8,  # operators of both passes
+        call=0.0,
+        host=_host_seconds(),
     )
+
+
+def _host_seconds() -> float:
+    """Of an operator, from a block that is too small to compute anything, forward and backward."""
+
+    def step(device: str) -> None:
+        x = torch.ones(1, 4, 16, device=device, requires_grad=True)
+        with torch.no_grad():
+            for parameter in block.to_empty(device=device).parameters():
+                parameter.fill_(0.1)
+        torch.autograd.backward(block(block(x)).sum())
+
+    block = Block(16, 2, 32, post_norm=False).requires_grad_(False)
+    with rehearsing(torch.device("cpu"), "fp32") as tracer:
+        step("meta")
+    count = sum(tracer.work.values())
+    block.to_empty(device="cpu")
+    return _best(partial(step, "cpu")) / count
 
 
 def _attend_and_back(heads: torch.Tensor) -> None:
