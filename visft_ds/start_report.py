@@ -13,8 +13,17 @@ from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
+from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
-from visft_ds.stages import PUBLISHED_VOCABULARY, STAGES, PreparedModel, TrainedGroup, plan_groups
+from visft_ds.planner import memory_of, plan_memory
+from visft_ds.stages import (
+    PUBLISHED_VOCABULARY,
+    STAGES,
+    PreparedModel,
+    TrainedGroup,
+    choose_precision,
+    plan_groups,
+)
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
 from visft_ds.training_data import TrainingSet, workers_of
@@ -28,6 +37,7 @@ def print_start(
     partition: Partition | None,
     *,
     precision: str,
+    recompute: str,
     device: torch.device,
     start: int,
 ) -> None:
@@ -45,7 +55,7 @@ def print_start(
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(attention_backend(device, dtype))),
-                ("recompute", _recompute(model)),
+                ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
         _groups_section(prepared.groups),
@@ -97,16 +107,32 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None
     batches = derive_batches(config, max(world_size, config.pipeline_stages))
     vocabulary = known_vocabulary(config.visft)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
+    processes = batches.dp * batches.stages
     sections = [
         Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
         _planned_groups(config, vocabulary),
         _batch_section(config, batches),
         *_pipeline_sections(partition, batches),
+        _memory_section(config, processes, vocabulary.size if vocabulary else None),
         _run_section(config, 0),
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
     if missing:
         print(missing)
+
+
+def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int | None) -> Section:
+    """What a process of this machine would hold at most, by part, and whether it fits."""
+    device = distributed.local_device()
+    precision, _ = choose_precision(config.visft.model.precision, device)
+    model = config.visft.model
+    capacity = model.memory_limit or memory_of(device)
+    plan = plan_memory(config, processes, precision=precision, vocabulary_size=vocabulary_size, device=device)
+    verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
+    rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({device.type}, {precision})")]
+    if model.fit_memory:
+        rows.append(("recompute", "a start chooses the fastest policy that fits (visft.model.fit_memory)"))
+    return Section("memory of a process at its fullest, predicted", rows)
 
 
 def _title(config: ResolvedConfig) -> str:

@@ -43,6 +43,7 @@ from visft_ds.parallel.faults import StopFlag
 from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.watchdog import Watchdog, watch
+from visft_ds.planner import settle_recompute
 from visft_ds.rehearsal import rehearse
 from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
 from visft_ds.run_state import RunState
@@ -96,6 +97,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     """
     out = Path(config.visft.run.out or "")
     config, why_shuffled = settle_shuffle(config, out)
+    config, how = settle_recompute(config, out)
     settings = config.visft
     sets = open_training_data(settings)
     manifest = next(iter(sets.values())).manifest
@@ -119,6 +121,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
             "vocabulary": vocabulary.fingerprint if vocabulary else "none",
+            "recomputing": f"{settings.model.recompute}, every {settings.model.checkpoint_every}",
         }
         distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
         heads = Path(settings.heads.path) if settings.heads.path else None
@@ -134,8 +137,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         base_sha256 = _keep_random_base(prepared, config, out)
         engine = build_engine(config, prepared, for_deepspeed, partition)
         of_model = {"precision": precision, "base weights": prepared.base_weights}
-        of_heads = _heads_identity(heads, settings.tasks.enabled())
-        fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
+        of_model["heads"] = _heads_identity(heads, settings.tasks.enabled())
+        fingerprints = {"configuration": config.fingerprint(), **of_model, **data}
         state = RunState(config, engine, fingerprints)
         run = Run(
             config=config,
@@ -156,8 +159,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         if distributed.is_main():
             RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan, why_shuffled)
-            why = f"{precision} ({why})"
-            print_start(config, prepared, batches, section, partition, precision=why, device=device, start=start)
+            told = {"precision": f"{precision} ({why})", "recompute": how}
+            print_start(config, prepared, batches, section, partition, **told, device=device, start=start)
         if settings.run.rehearsal and start < run.total_steps:
             rehearse(config, engine, batches, sets, vocabulary, watchdog=watchdog, memory=run.memory)
         return _loop_and_export(run, start)

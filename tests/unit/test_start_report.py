@@ -50,6 +50,14 @@ def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
     assert assumed - values(rows[2]) == (PUBLISHED_VOCABULARY - 9) * BY_ID
 
 
+def test_the_dry_run_says_whether_a_process_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for limit, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
+        settings = (f"visft.model.memory_limit={limit}", f"visft.data.root={tmp_path}", "visft.tasks=detection")
+        print_dry_run(resolve(stage=2, model="debug", settings=settings), 1, "")
+        text = capsys.readouterr().out
+        assert "-- memory of a process at its fullest, predicted" in text and verdict in text
+
+
 @pytest.mark.parametrize(("stage", "tasks"), [(2, "detection,captioning"), (1, "detection")])
 def test_nothing_is_said_where_no_number_depends_on_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: int, tasks: str

@@ -48,6 +48,8 @@ NOT_IDENTITY = (
     "visft.model.weights",
     "visft.model.checkpoint_every",
     "visft.model.recompute",
+    "visft.model.fit_memory",
+    "visft.model.memory_limit",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",

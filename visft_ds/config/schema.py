@@ -83,6 +83,8 @@ class ModelConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     checkpoint_every: Count = 0  #: activation checkpointing of every k-th block; 0: none
     recompute: Literal["block", "mlp", "all_but_attention"] = "block"  #: what of these blocks is not kept
+    fit_memory: bool = False  #: replace these two at start by the fastest that fit, as predicted
+    memory_limit: Positive | None = None  #: bytes of a process that this may fill; null: what its device has
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""

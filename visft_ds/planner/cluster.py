@@ -42,6 +42,10 @@ class Gpu:
     link: float  #: to a GPU of the same machine, one direction
     tflops: Mapping[Precision, float]  #: dense peaks in TFLOP/s; a precision that is not there is not in hardware
 
+    def tflops_of(self, dtype: torch.dtype) -> float:
+        """Its peak for products of this dtype."""
+        return self.tflops[_PRECISION.get(dtype, "fp32")]
+
     def precision(self) -> Precision:
         """What visft.model.precision "auto" means on it."""
         return "bf16" if "bf16" in self.tflops else "fp16"

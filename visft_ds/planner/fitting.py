@@ -10,19 +10,20 @@ import torch
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
-from visft_ds.planner.memory import MemoryPlan, plan_memory
+from visft_ds.planner.memory import MemoryPlan, plan_stream, run_of
+from visft_ds.planner.step import Run, rehearse
 
 #: (checkpoint_every, recompute), from the one that costs least time to the one that keeps least.
 POLICIES = (
     (0, "block"),
     (4, "mlp"),
-    (3, "mlp"),
     (2, "mlp"),
     (1, "mlp"),
-    (2, "block"),
     (1, "all_but_attention"),
     (1, "block"),
 )
+#: A step that gathers or sends weights and tokens, over one that does not: assumed, it depends on the links.
+_DIVIDED = 1.1
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Suggestion:
 
     settings: tuple[str, ...]  #: flags of launchers/train.py, e.g. "--set visft.model.checkpoint_every=1"
     memory: MemoryPlan
-    relative_time: float  #: of a step, predicted; 1.0: as now
+    relative_time: float  #: of a step, by its operations; 1.0: as now
 
 
 def policy_settings(every: int, recompute: str) -> tuple[str, ...]:
@@ -52,31 +53,42 @@ def fitting_settings(
 
     Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
     """
-    streams = list(config.visft.streams())
 
-    def plan(which: str, of: ResolvedConfig) -> MemoryPlan:
-        return plan_memory(
-            of, world_size, precision=precision, task=which, vocabulary_size=vocabulary_size, device=device
-        )
+    def run(of: ResolvedConfig) -> Run:
+        return run_of(of, world_size, precision, vocabulary_size, device)
 
+    now = run(config)
     # What fits the largest kind of step usually fits the others, so that it is asked first.
-    streams.sort(key=lambda name: plan(name, config).total, reverse=True)
+    streams = config.visft.streams()
+    names = sorted(streams, key=lambda name: plan_stream(now, streams[name]).total, reverse=True)
     found = []
     for kind in (_recomputing(config), _fewer_images(config, world_size), _engines(config, world_size)):
-        for flags, candidate, time in kind:
+        for flags, candidate, factor in kind:
             try:
                 derive_batches(candidate, world_size)
             except ValueError:
                 continue  # its batches do not divide that way
-            plans = []
-            for name in streams:
-                plans.append(plan(name, candidate))
+            changed_run, plans = run(candidate), list[MemoryPlan]()
+            for name in names:
+                plans.append(plan_stream(changed_run, candidate.visft.streams()[name]))
                 if plans[-1].total > capacity:
                     break
             else:
+                time = factor * (operations(changed_run) / operations(now) if factor == 1 else 1)
                 found.append(Suggestion(flags, max(plans, key=lambda memory: memory.total), time))
                 break
     return sorted(found, key=lambda suggestion: suggestion.relative_time)[:3]
+
+
+def operations(run: Run) -> float:
+    """Of one rank's mean step, forward and backward."""
+    streams = run.config.visft.streams().values()
+    whole = sum(stream.share for stream in streams)
+    return sum(
+        stream.share / whole * run.batches.accumulation * count * work.operations
+        for stream in streams
+        for work, count in rehearse(run, stream).work.items()
+    )
 
 
 Candidates = Iterator[tuple[tuple[str, ...], ResolvedConfig, float]]
@@ -88,11 +100,10 @@ def _flags(settings: Sequence[str]) -> tuple[str, ...]:
 
 def _recomputing(config: ResolvedConfig) -> Candidates:
     model = config.visft.model
-    times = {"mlp": 0.27, "block": 0.33, "all_but_attention": 0.3}
     for every, recompute in POLICIES:
         if every and (every, recompute) != (model.checkpoint_every, model.recompute):
             settings = policy_settings(every, recompute)
-            yield _flags(settings), changed(config, settings), 1 + times[recompute] / every
+            yield _flags(settings), changed(config, settings), 1.0
 
 
 def _fewer_images(config: ResolvedConfig, world_size: int) -> Candidates:
@@ -104,11 +115,17 @@ def _fewer_images(config: ResolvedConfig, world_size: int) -> Candidates:
             for name, count in now.items()
             if count > 1
         )
-        if settings:
-            yield _flags(settings), changed(config, settings), 1.02
+        yield _flags(settings), changed(config, settings), 1.0
         halvings += 1
 
 
 def _engines(config: ResolvedConfig, world_size: int) -> Candidates:
-    if config.pipeline_stages == 1 and world_size > 1 and config.deepspeed["zero_optimization"]["stage"] < 3:
-        yield ("--engine zero3",), changed(config, engine="zero3"), 1.1
+    if config.pipeline_stages > 1:
+        return
+    if world_size > 1 and config.deepspeed["zero_optimization"]["stage"] < 3:
+        yield ("--engine zero3",), changed(config, engine="zero3"), _DIVIDED
+    for stages in (2, 4, 8):
+        if world_size % stages == 0 and config.visft.model.precision != "fp16":
+            settings = (f"pipeline.stages={stages}",)
+            flags = ("--engine pipeline", *_flags(settings))
+            yield flags, changed(config, settings, engine="pipeline"), _DIVIDED

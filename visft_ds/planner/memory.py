@@ -67,7 +67,24 @@ def plan_memory(
     Raises:
         ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
     """
-    run = Run(
+    run = run_of(config, world_size, precision, vocabulary_size, device, content)
+    streams = config.visft.streams()
+    if task is not None and task not in streams:
+        raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
+    chosen = streams.values() if task is None else [streams[task]]
+    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
+
+
+def run_of(
+    config: ResolvedConfig,
+    world_size: int,
+    precision: Precision,
+    vocabulary_size: int | None,
+    device: torch.device | None,
+    content: Content | None = None,
+) -> Run:
+    """What is to be planned; arguments as those of `plan_memory`."""
+    return Run(
         config=config,
         batches=derive_batches(config, world_size),
         precision=precision,
@@ -75,11 +92,6 @@ def plan_memory(
         device=device or distributed.local_device(),
         content=content or Content(),
     )
-    streams = config.visft.streams()
-    if task is not None and task not in streams:
-        raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
-    chosen = streams.values() if task is None else [streams[task]]
-    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
 
 
 def plan_stream(run: Run, stream: Stream) -> MemoryPlan:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
-from visft_ds.parallel.partition import plan_partition
+from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
 from visft_ds.planner.rehearsal import META, Content, blank_batch, normaliser_of, rehearsing, store_as
 from visft_ds.planner.work import Total
@@ -53,10 +54,10 @@ class Run:
         pipeline = batches.stages > 1
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device, pipeline=pipeline)
 
-    def bounds(self) -> tuple[int, ...] | None:
-        """First layer of each pipeline stage, and the number of layers; None without a pipeline."""
-        partition = plan_partition(self.config, self.batches, self.vocabulary_size)
-        return partition.bounds if partition else None
+    @cached_property
+    def partition(self) -> Partition | None:
+        """Who holds which layers of a pipeline; None without one."""
+        return plan_partition(self.config, self.batches, self.vocabulary_size)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def rehearse(run: Run, stream: Stream, stage: int | None = None) -> Rehearsed:
     Args:
         stage: of the pipeline; None: the whole model.
     """
-    visft, bounds = run.config.visft, None if stage is None else run.bounds()
+    visft, bounds = run.config.visft, None if run.partition is None else run.partition.bounds
     decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
     tasks = [visft.tasks.enabled()[name].model_dump_json(include={"head", "loss"}) for name in visft.tasks.enabled()]
     key = _Key(
@@ -137,6 +138,7 @@ class _Rehearsal:
         batch = blank_batch(stream, run.batches.micro[stream.name], run.content)
         self.normaliser = normaliser_of(self.module, batch)
         self.batch = batch.to(META)
+        self.labels = replace(self.batch, sizes=batch.sizes)  # the heads of a pipeline ask the host for sizes
 
     def _layers(self) -> list[nn.Module]:
         """Those of the pipeline stage; none where the model is whole."""
@@ -222,7 +224,7 @@ class _Rehearsal:
                 travelling = (torch.empty(shape, device=META, requires_grad=trains_before), checksum)
             for layer in self.layers:
                 if isinstance(layer, HeadsLayer):
-                    layer.batch, layer.normaliser = self.batch, self.normaliser
+                    layer.batch, layer.normaliser = self.labels, self.normaliser
                 travelling = layer(travelling)
             outputs.append(travelling)
         last = outputs[0]

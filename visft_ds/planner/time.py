@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
-from visft_ds.parallel.partition import plan_partition
 from visft_ds.planner.cluster import LINK_SHARE, Rates
 from visft_ds.planner.step import Run, rehearse
 
@@ -56,8 +55,7 @@ def step_time(run: Run, stream: Stream, rates: Rates, link: float) -> StepTime:
 
 def _of_pipeline(run: Run, micro: float) -> tuple[float, float]:
     """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
-    partition = plan_partition(run.config, run.batches, run.vocabulary_size)
-    assert partition is not None
-    costs, accumulation = partition.stage_costs(), run.batches.accumulation
+    assert run.partition is not None
+    costs, accumulation = run.partition.stage_costs(), run.batches.accumulation
     slowest = max(costs) / sum(costs)
     return accumulation * micro / run.batches.stages, ((accumulation - 1) * slowest + 1) * micro

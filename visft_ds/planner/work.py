@@ -35,13 +35,15 @@ _CURVES = ("gelu", "softmax", "sigmoid", "tanh", "exp", "log", "softplus", "nati
 
 
 def work_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Work | None:
-    """None for operators that only look at a tensor in another way."""
+    """None for operators that only look at a tensor in another way, and for those on the host."""
     kind = _kind(func)
     if kind is None:
         return None
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     made = list(_tensors(result if isinstance(result, (tuple, list)) else (result,)))
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *made))
+    if not all(tensor.is_meta for tensor in made):
+        return None  # done by the host
     first = (tensors or made or [torch.empty(0, device="meta")])[0]
     formula = _FORMULAS.get(func._overloadpacket)
     operations = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0

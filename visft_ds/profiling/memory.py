@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.parallel.engine import Engine
 from visft_ds.profiling.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -47,7 +47,7 @@ def step_watched(ledger: Ledger, module: nn.Module, optimizer: Any = None) -> It
         yield
 
 
-def note_residents(ledger: Ledger, engine: ZeroEngine) -> None:
+def note_residents(ledger: Ledger, engine: Engine) -> None:
     """Note what lives between steps: weights, optimizer state, DeepSpeed's gradient buffers, and anything else."""
     for parameter in engine.module.parameters():
         kind = TRAINED if parameter.requires_grad else FROZEN
@@ -57,7 +57,7 @@ def note_residents(ledger: Ledger, engine: ZeroEngine) -> None:
             ledger.add(parameter.grad, GRADIENTS)
     note_gradients(ledger, engine.deepspeed.optimizer)
     ledger.add_all(optimizer_tensors(engine.deepspeed.optimizer), OPTIMIZER)
-    ledger.add_all(_live_tensors(), OTHER)
+    ledger.add_all(live_tensors(), OTHER)
 
 
 def note_gradients(ledger: Ledger, optimizer: Any) -> None:
@@ -94,7 +94,7 @@ def reduce_buckets(optimizer: Any) -> list[Tensor]:
     return [tensor for buffer in nested for tensor in buffer]
 
 
-def _live_tensors() -> Iterator[Tensor]:
+def live_tensors() -> Iterator[Tensor]:
     """Every tensor Python knows of. By type, since isinstance wakes lazy modules that answer with warnings."""
     gc.collect()
     for thing in gc.get_objects():

@@ -1,0 +1,175 @@
+"""Which engine, accumulation, recomputing and number of pipeline stages suit a cluster: the fastest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from visft_ds.config import ResolvedConfig, changed, derive_batches
+from visft_ds.config.task_schema import SHARED
+from visft_ds.planner.cluster import MEMORY_SHARE, Cluster, rates_of
+from visft_ds.planner.fitting import POLICIES, policy_settings
+from visft_ds.planner.memory import MemoryPlan, plan_stream
+from visft_ds.planner.rehearsal import Content
+from visft_ds.planner.step import Run, rehearse
+from visft_ds.planner.time import StepTime, step_time
+from visft_ds.stages import PUBLISHED_VOCABULARY
+
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class StreamForecast:
+    """One kind of step."""
+
+    images: int  #: of an optimiser step, over all GPUs
+    micro: int  #: of one GPU at once
+    memory: MemoryPlan
+    time: StepTime
+    limit: float  #: seconds at the GPUs' peak, all arithmetic needed once, nothing else
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all GPUs."""
+        return self.images / self.time.total
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration on a cluster."""
+
+    flags: tuple[str, ...]  #: of launchers/train.py that lead to it
+    engine: str
+    policy: str  #: what is computed again
+    accumulation: int
+    streams: dict[str, StreamForecast]
+    shares: dict[str, float]  #: of the steps, sum 1
+    steps: int
+    capacity: int  #: bytes that a plan may fill of a GPU
+
+    @property
+    def fullest(self) -> MemoryPlan:
+        """Of the kind of step that needs most."""
+        return max((one.memory for one in self.streams.values()), key=lambda memory: memory.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every kind of step does."""
+        return self.fullest.total <= self.capacity
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean over the run."""
+        return sum(self.shares[name] * one.time.total for name, one in self.streams.items())
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the mix, over all GPUs."""
+        return sum(self.shares[name] * one.images for name, one in self.streams.items()) / self.step_seconds
+
+    @property
+    def hours(self) -> float:
+        """Of the whole schedule, without evaluation, saving and waiting for data."""
+        return self.steps * self.step_seconds / 3600
+
+    @property
+    def of_limit(self) -> float:
+        """Share of the peak: the time of the arithmetic alone over the predicted one."""
+        return sum(self.shares[name] * one.limit for name, one in self.streams.items()) / self.step_seconds
+
+
+def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> Arm:
+    """Memory and time of a configuration on a cluster.
+
+    Raises:
+        ValueError: batches that cannot be divided over its GPUs.
+    """
+    gpu = cluster.gpu
+    stated = config.visft.model.precision
+    precision = gpu.precision() if stated == "auto" else stated
+    if precision not in gpu.tflops:
+        raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}; it has {', '.join(gpu.tflops)}")
+    batches = derive_batches(config, cluster.count)
+    # Typical batches for the time, full ones for the memory.
+    full = Run(config, batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
+    plain = Run(changed(config, policy_settings(0, "block")), batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
+    rates, streams = rates_of(gpu), {}
+    for name, stream in config.visft.streams().items():
+        work = rehearse(plain, stream).work
+        peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
+        streams[name] = StreamForecast(
+            images=stream.batch_size,
+            micro=batches.micro[name],
+            memory=plan_stream(full, stream),
+            time=step_time(full, stream, rates, cluster.link),
+            limit=peak * batches.accumulation / batches.stages,
+        )
+    zero = config.deepspeed["zero_optimization"]["stage"]
+    engine = f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}"
+    whole = sum(stream.share for stream in config.visft.streams().values())
+    model = config.visft.model
+    recomputes = model.checkpoint_every and config.visft.stage == 2
+    policy = f"{model.recompute}, every {model.checkpoint_every}" if recomputes else "nothing"
+    return Arm(
+        flags=tuple(flags),
+        engine=engine,
+        policy=policy,
+        accumulation=batches.accumulation,
+        streams=streams,
+        shares={name: stream.share / whole for name, stream in config.visft.streams().items()},
+        steps=config.total_steps,
+        capacity=int(MEMORY_SHARE * gpu.memory),
+    )
+
+
+def search(config: ResolvedConfig, cluster: Cluster) -> list[Arm]:
+    """One arm for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
+
+    Where nothing fits, an engine's arm is the one that needs least. Policies are tried from the fastest to the
+    smallest, and the smallest number of micro-batches first.
+    """
+    arms: list[Arm] = []
+    for flags, of_engine in _engines(config, cluster):
+        if of_engine.pipeline_stages > 1 and any(arm.fits for arm in arms):
+            break  # a pipeline divides what does not fit; it waits while it fills
+        tried = []
+        for settings, candidate in _variants(of_engine, cluster):
+            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {one}" for one in settings))))
+            if tried[-1].fits:
+                break
+        if tried:
+            arms.append(tried[-1] if tried[-1].fits else min(tried, key=lambda arm: arm.fullest.total))
+    return sorted(arms, key=lambda arm: (not arm.fits, arm.step_seconds))
+
+
+def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
+    yield ("--engine zero1",), changed(config, engine="zero1")
+    if cluster.count > 1:
+        yield ("--engine zero3",), changed(config, engine="zero3")
+    for stages in (2, 4, 8):
+        if cluster.count % stages == 0 and cluster.gpu.precision() != "fp16":
+            settings = (f"pipeline.stages={stages}",)
+            yield ("--engine pipeline", f"--set {settings[0]}"), changed(config, settings, engine="pipeline")
+
+
+def _variants(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
+    """Settings from the fastest to the smallest, where batches can be divided."""
+    dp = cluster.count // config.pipeline_stages
+    streams = config.visft.streams()
+    if any(stream.batch_size % dp for stream in streams.values()):
+        return
+    shares = {name: stream.batch_size // dp for name, stream in streams.items()}
+    policies = POLICIES if config.visft.stage == 2 else POLICIES[:1]
+    # A pipeline is the faster the more micro-batches there are; elsewhere fewer and larger ones are.
+    counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
+    counts = counts[::-1][:1] if config.pipeline_stages > 1 else counts
+    for every, recompute in policies:
+        for accumulation in counts:
+            settings = [
+                f"{'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.micro_batch={share // accumulation}"
+                for name, share in shares.items()
+            ]
+            settings += policy_settings(every, recompute) if config.visft.stage == 2 else ()
+            yield tuple(settings), changed(config, settings)

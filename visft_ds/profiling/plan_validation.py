@@ -1,0 +1,323 @@
+"""The planner against measurements: the same configurations predicted, and made to train on made-up batches.
+
+Every process measures its part of a real step of a real engine by following storages (`ledger`); the prediction is made
+from the configuration and the number of objects and words alone. One process measures what needs one, two processes
+what is divided between two.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.samples import Batch
+from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.monitor.console import Section
+from visft_ds.parallel import distributed
+from visft_ds.parallel.build import build_engine
+from visft_ds.parallel.engine import start_process_group
+from visft_ds.parallel.partition import Place, plan_partition
+from visft_ds.planner.cluster import Rates
+from visft_ds.planner.memory import plan_memory
+from visft_ds.planner.rehearsal import DTYPES, Content, largest_side
+from visft_ds.planner.step import Run
+from visft_ds.planner.time import step_time
+from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
+from visft_ds.profiling.ledger import OTHER, Ledger
+from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
+from visft_ds.stages import prepare_model
+
+FORMAT, VERSION = "visft_ds plan validation", 1
+#: Objects to an image, and words: `heads` makes captions of 8 words for the first image, one more for each further one.
+OBJECTS, FIRST_IDS, VOCABULARY = 5, 10, 300
+#: Larger than any gradient of these models but small beside their activations, so that it decides no comparison.
+TOLERANCE, TIME_TOLERANCE = 0.10, 0.20  #: of memory, and of time in units of the geometric mean of all
+_MIB = 2**20
+_BUCKET = "zero_optimization.reduce_bucket_size=400000"
+_WIDE = 'visft.model.overrides={"width": 192, "depth": 6, "num_heads": 4}'
+_LARGE = (
+    _WIDE,
+    "visft.tasks.detection.image.fixed_size=224",
+    "visft.tasks.segmentation.image.fixed_size=224",
+    "visft.tasks.captioning.image.size=224",
+    *(f"visft.tasks.{task}.micro_batch=4" for task in ("detection", "segmentation", "captioning")),
+    *(f"visft.tasks.{task}.batch_size=8" for task in ("detection", "segmentation", "captioning")),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration of the debug model."""
+
+    name: str
+    processes: int
+    stage: int
+    engine: str = "zero1"
+    settings: tuple[str, ...] = ()
+
+    def config(self) -> ResolvedConfig:
+        """With small buckets, every task by itself, and random weights and heads."""
+        settings = ("visft.mode=sampled", "visft.data.prefetch_steps=0", _BUCKET, *self.settings)
+        config = resolve(stage=self.stage, engine=self.engine, model="debug", settings=settings)
+        heads = config.visft.heads.model_copy(update={"path": None})
+        return replace(config, visft=config.visft.model_copy(update={"heads": heads}))
+
+
+def _recomputed(what: str, every: int = 1) -> tuple[str, ...]:
+    return (*_LARGE, f"visft.model.checkpoint_every={every}", f"visft.model.recompute={what}")
+
+
+_BF16 = ("visft.model.precision=bf16",)
+_WHOLE_DIVIDED = ("zero_optimization.stage3_param_persistence_threshold=0",)
+CASES = (
+    Case("stage 1, ZeRO-0", 1, 1, "zero0"),
+    Case("stage 2, ZeRO-0", 1, 2, "zero0"),
+    Case("stage 1, wider, 224 px", 1, 1, "zero1", _LARGE),
+    Case("stage 2, wider, 224 px", 1, 2, "zero1", _LARGE),
+    Case("stage 2, wider, every block again", 1, 2, "zero1", _recomputed("block")),
+    Case("stage 2, wider, every 2nd block again", 1, 2, "zero1", _recomputed("block", 2)),
+    Case("stage 2, wider, every MLP again", 1, 2, "zero1", _recomputed("mlp")),
+    Case("stage 2, wider, all but attention again", 1, 2, "zero1", _recomputed("all_but_attention")),
+    Case("stage 2, wider, bf16", 1, 2, "zero1", (*_LARGE, *_BF16)),
+    Case("stage 2, wider, bf16, every block again", 1, 2, "zero1", (*_recomputed("block"), *_BF16)),
+    Case("stage 1, ZeRO-1", 2, 1, "zero1"),
+    Case("stage 1, ZeRO-2", 2, 1, "zero2"),
+    Case("stage 1, ZeRO-3", 2, 1, "zero3"),
+    Case("stage 2, ZeRO-1", 2, 2, "zero1"),
+    Case("stage 2, ZeRO-2, bf16", 2, 2, "zero2", _BF16),
+    Case("stage 2, ZeRO-3", 2, 2, "zero3"),
+    Case("stage 2, ZeRO-3, all divided", 2, 2, "zero3", _WHOLE_DIVIDED),
+    Case("stage 2, ZeRO-3, offloaded", 2, 2, "zero3_offload"),
+    Case("stage 2, pipeline of 2", 2, 2, "pipeline"),
+    Case("stage 2, wider, pipeline of 2", 2, 2, "pipeline", _LARGE),
+    Case("stage 1, pipeline of 2", 2, 1, "pipeline"),
+)
+
+
+def made_up_batch(stream: Stream, images: int) -> Batch:
+    """Random pixels and labels of the largest size of a stream."""
+    side = largest_side(stream.image)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
+    targets: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for task in stream.tasks:
+            if task == "detection":
+                targets[task] = _detection_targets(images, OBJECTS)
+            elif task == "segmentation":
+                targets[task] = _segmentation_targets(images, OBJECTS, (side // 14, side // 14))
+            else:
+                targets[task] = _caption_targets(images, VOCABULARY)
+    sizes, ids = torch.tensor([[side, side]] * images), torch.arange(images)
+    return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)
+
+
+def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
+    """Prediction and measurement of every task of every case. Collective; the main process gets the records.
+
+    Cases for another number of processes are left out.
+    """
+    start_process_group()
+    records, rates = [], measured_rates() if distributed.world_size() == 1 else None
+    for case in cases:
+        if case.processes == distributed.world_size():
+            for record in _measure(case, rates):
+                ranks = distributed.gather_objects(record)
+                if ranks is not None:
+                    records.append(max(ranks, key=lambda one: sum(one["measured"].values())))
+    return records if distributed.is_main() else None
+
+
+def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
+    """This process's part of every task's step."""
+    before = _storages()  # of earlier cases, which may go later than one thinks
+    config = case.config()
+    visft, world = config.visft, distributed.world_size()
+    batches = derive_batches(config, world)
+    precision = visft.model.precision
+    assert precision != "auto", "the debug model states one"
+    words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
+    prepared = prepare_model(visft, config.optimizer.params, precision=precision, vocabulary=words)
+    partition = plan_partition(config, batches, words.size)
+    engine = build_engine(config, prepared, deepspeed_dict(config, world, precision), partition)
+    for number, (name, stream) in enumerate(visft.streams().items()):
+        whole = made_up_batch(stream, batches.micro[name])
+        content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], 11) - 1)
+        run = Run(config, batches, precision, words.size, engine.device, content)
+        plan = plan_memory(config, world, precision=precision, task=name, vocabulary_size=words.size, content=content)
+        parts = _parts_of(whole, batches.accumulation, batches.stages)
+        normaliser: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in engine.module.count(whole).items():
+            normaliser.setdefault(name, {})[key.partition("/")[2]] = torch.tensor(max(value, 1.0))
+        step = partial(engine.train_step, number, parts, normaliser)
+        for _ in range(2):
+            step()
+        seconds = min(_cpu_seconds(step) for _ in range(3))
+        ledger = Ledger(engine.device.type)
+        note_residents(ledger, engine)
+        ledger.forget_peaks()
+        optimizer = engine.deepspeed.optimizer
+        with step_watched(ledger, engine.module, optimizer):
+            step()
+            note_gradients(ledger, optimizer)
+        stale = sum(size for key, size in _storages().items() if before.get(key) == size)
+        yield {
+            "case": case.name,
+            "task": name,
+            "processes": world,
+            "measured": {**ledger.at_peak, OTHER: ledger.at_peak[OTHER] - stale},
+            "predicted": {**asdict(plan), "total": plan.total},
+            "cpu_seconds": seconds,
+            "predicted_seconds": step_time(run, stream, rates, 1e9).total if rates else None,
+        }
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of everything that lives now, by storage."""
+    gc.collect()
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in live_tensors()}
+
+
+def _parts_of(whole: Batch, accumulation: int, stages: int) -> list[Batch]:
+    """The micro-batches that this process reads."""
+    place = Place.of_rank(distributed.rank(), distributed.world_size(), stages)
+    if place.role is None:
+        return []
+    labels = stages > 1 and place.stage == stages - 1
+    bare = replace(whole, images=whole.images[..., :0, :0]) if labels else whole
+    return [replace(bare, images=bare.images.clone()) for _ in range(accumulation)]  # each as it is read
+
+
+# -------------------------------------------------------------------------------------------------------- rates
+
+
+def measured_rates() -> Rates:
+    """What this CPU does in a second of processor time, at sizes like those of the cases; one thread."""
+    product, attention = dict[Precision, float](), dict[Precision, float]()
+    for precision in ("fp32", "bf16"):
+        dtype = DTYPES[precision]
+        left, right = torch.rand(1024, 192, dtype=dtype), torch.rand(192, 768, dtype=dtype)
+        product[precision] = 2 * 1024 * 192 * 768 / _best(partial(torch.mm, left, right))
+        heads = torch.rand(4, 4, 256, 48, dtype=dtype, requires_grad=True)
+        # Two products forward and five backward, of which the rehearsed work counts as many.
+        attention[precision] = 7 * 2 * 4 * 4 * 256 * 256 * 48 / _best(partial(_attend_and_back, heads))
+    wide, maps, points = torch.rand(1024, 768), torch.rand(16, 16, 16, 16), torch.rand(16, 256, 4, 2)
+    size = 4 * wide.numel()
+    tiny = torch.rand(8, requires_grad=True)
+    return Rates(
+        product=product,
+        attention=attention,
+        bandwidth={
+            "plain": 3 * size / _best(lambda: wide + wide),
+            "curve": 2 * size / _best(lambda: F.gelu(wide)),
+            "sampling": 4
+            * (2 * points.numel() + 16 * 16 * 256 * 4)
+            / _best(lambda: F.grid_sample(maps, points, align_corners=False)),
+        },
+        call=_best(lambda: (tiny * tiny + tiny).sum().backward()) / 8,  # operators of both passes
+    )
+
+
+def _attend_and_back(heads: torch.Tensor) -> None:
+    F.scaled_dot_product_attention(heads, heads, heads).sum().backward()
+
+
+def _best(function: Callable[[], object], repeats: int = 5, inner: int = 20) -> float:
+    """Processor seconds of a call."""
+
+    def many() -> None:
+        for _ in range(inner):
+            function()
+
+    many()
+    return min(_cpu_seconds(many) for _ in range(repeats)) / inner
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def validate(cases: Sequence[Case] = CASES) -> dict[str, Any] | None:
+    """The record of all cases for this number of processes; None on other processes than the main one.
+
+    Raises:
+        ValueError: there is no case for so many processes.
+    """
+    if not any(case.processes == distributed.world_size() for case in cases):
+        raise ValueError(
+            f"--validate on {distributed.world_size()} processes: there are configurations for 1 and for 2 "
+            "(deepspeed --num_gpus 2 tools/profile.py plan --validate)"
+        )
+    records = measure_cases(cases)
+    if records is None:
+        return None
+    errors = [error_of(record) for record in records]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "records": records,
+        "largest_error": max(abs(error) for error in errors),
+        "time_ratios": time_ratios(records),
+    }
+
+
+def error_of(record: Mapping[str, Any]) -> float:
+    """Predicted over measured peak, less 1."""
+    return float(record["predicted"]["total"] / sum(record["measured"].values()) - 1)
+
+
+def time_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Predicted over measured time, in units of the geometric mean of that over all records that have both."""
+    ratios = [one["predicted_seconds"] / one["cpu_seconds"] for one in records if one["predicted_seconds"]]
+    if not ratios:
+        return []
+    middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [ratio / middle for ratio in ratios]
+
+
+def make_title(record: Mapping[str, Any]) -> str:
+    """One line that says what was compared."""
+    first = record["records"][0]
+    return f"plan: predicted against measured, {len(record['records'])} steps on {first['processes']} process(es)"
+
+
+def make_sections(record: Mapping[str, Any]) -> list[Section]:
+    """Every step, and the largest error."""
+    ratios = iter(record["time_ratios"])
+    rows = []
+    for one in record["records"]:
+        timed = one["predicted_seconds"] is not None
+        rows.append(
+            (
+                one["case"],
+                one["task"],
+                f"{sum(one['measured'].values()) / _MIB:.2f}",
+                f"{one['predicted']['total'] / _MIB:.2f}",
+                f"{100 * error_of(one):+.1f} %",
+                f"{1e3 * one['cpu_seconds']:.0f}",
+                f"{next(ratios):.2f}" if timed else "",
+            )
+        )
+    head = ("configuration", "task", "MiB measured", "predicted", "error", "CPU ms", "time ratio")
+    summary = [("largest error of memory", f"{100 * record['largest_error']:.1f} %")]
+    if record["time_ratios"]:
+        off = max(max(ratio, 1 / ratio) for ratio in record["time_ratios"])
+        summary.append(("largest time ratio", f"{off:.2f} (predicted over measured, over its mean)"))
+    return [Section("peak memory of a step, and its time", rows, head), Section("summary", summary)]
