@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from visft_ds.config import (
     deepspeed_dict,
     derive_batches,
 )
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import StepLoader
@@ -64,6 +64,7 @@ from visft_ds.training_data import (
     workers_of,
 )
 from visft_ds.validation import Validation, open_validation
+from visft_ds.values import Placement
 
 
 @dataclass(frozen=True)
@@ -126,29 +127,18 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
             "vocabulary": vocabulary.fingerprint if vocabulary else "none",
-            "recomputing": f"{settings.model.recompute}, every {settings.model.checkpoint_every}",
         }
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data})
-        heads = Path(settings.heads.path) if settings.heads.path else None
-        prepared = prepare_model(
-            settings,
-            config.optimizer.params,
-            precision=precision,
-            heads_from=heads,
-            categories=manifest.categories,
-            vocabulary=vocabulary,
-            placement=placement_for(for_deepspeed, partition),
-        )
-        features = features_of(settings, sets, prepared.base_weights, precision, device.type)
-        if features is not None:
-            _use_features(features, prepared, loader)
+        recomputing = f"{settings.model.recompute}, every {settings.model.checkpoint_every}"
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data, "recomputing": recomputing})
+        placement = placement_for(for_deepspeed, partition)
+        prepared, features = _prepare(config, sets, vocabulary, loader, precision, placement)
+        identity = {"configuration": config.fingerprint(), "precision": precision, **data}
+        identity |= {"base weights": prepared.base_weights, "heads": _heads_identity(settings)}
+        distributed.assert_same_on_all_ranks(identity)
         check_space(out, sum(group.count for group in prepared.groups), settings.run)
         base_sha256 = _keep_random_base(prepared, config, out)
         engine = build_engine(config, prepared, for_deepspeed, partition)
-        of_model = {"precision": precision, "base weights": prepared.base_weights}
-        of_heads = _heads_identity(heads, settings.tasks.enabled())
-        fingerprints = {"configuration": config.fingerprint(), **of_model, "heads": of_heads, **data}
-        state = RunState(config, engine, fingerprints)
+        state = RunState(config, engine, identity)
         run = Run(
             config=config,
             out=out,
@@ -169,10 +159,8 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             with explained("the record of the run", out, "Nothing else was changed"):
                 RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
             section = data_section(settings, sets, loader.plan, why_shuffled, features)
-            why = f"{precision} ({why})"
-            print_start(
-                config, prepared, batches, section, partition, precision=why, recompute=how, device=device, start=start
-            )
+            told = {"precision": f"{precision} ({why})", "recompute": how}
+            print_start(config, prepared, batches, section, partition, **told, device=device, start=start)
         if settings.run.rehearsal and start < run.total_steps:
             rehearse(config, engine, batches, sets, vocabulary, watchdog=watchdog, memory=run.memory)
         return _loop_and_export(run, start)
@@ -221,17 +209,42 @@ def settle_shuffle(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, s
     return replace(config, visft=visft), why
 
 
-def _use_features(features: FeatureCache, prepared: PreparedModel, loader: StepLoader | IdleLoader) -> None:
-    if prepared.module.train_backbone:
-        raise ValueError("visft.features: a parameter group trains the backbone, which changes all features: set null")
-    assert isinstance(loader, StepLoader)
-    prepared.module.feature_cache = features
-    loader.keep_features(features)
+def _prepare(
+    config: ResolvedConfig,
+    sets: Mapping[str, TrainingSet],
+    vocabulary: Vocabulary | None,
+    loader: StepLoader | IdleLoader,
+    precision: Precision,
+    placement: Placement,
+) -> tuple[PreparedModel, FeatureCache | None]:
+    """The model, and where the features of its backbone are kept, if they are."""
+    settings = config.visft
+    prepared = prepare_model(
+        settings,
+        config.optimizer.params,
+        precision=precision,
+        heads_from=Path(settings.heads.path) if settings.heads.path else None,
+        categories=next(iter(sets.values())).manifest.categories,
+        vocabulary=vocabulary,
+        placement=placement,
+    )
+    features = features_of(settings, sets, prepared.base_weights, precision, distributed.local_device().type)
+    if features is not None:
+        if prepared.module.train_backbone:
+            raise ValueError(
+                "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
+            )
+        assert isinstance(loader, StepLoader)
+        prepared.module.feature_cache = features
+        loader.keep_features(features)
+    return prepared, features
 
 
-def _heads_identity(heads: Path | None, tasks: Iterable[str]) -> str:
+def _heads_identity(settings: VisftConfig) -> str:
     """What a checkpoint remembers of the heads that its run was given."""
-    return " ".join(sha256_file(find_head(heads, task)) for task in tasks) if heads else "trained here"
+    if settings.heads.path is None:
+        return "trained here"
+    return " ".join(sha256_file(find_head(Path(settings.heads.path), task)) for task in settings.tasks.enabled())
 
 
 def _build_loader(
