@@ -177,3 +177,14 @@ def test_what_a_killed_writer_left_can_be_removed(tmp_path: Path) -> None:
     assert len(os.listdir(whole.parent)) == 2
     remove_unfinished(tmp_path / "export")
     assert os.listdir(whole.parent) == ["w.safetensors"]
+
+
+def test_tensors_of_any_stride_are_written(tmp_path: Path) -> None:
+    tensors = {
+        "one": torch.tensor(7).expand(1),
+        "rows": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "turned": torch.eye(3).T[1:],
+    }
+    save_tensors(tmp_path / "w.safetensors", tensors, {})
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())

@@ -126,7 +126,8 @@ def _pieces(
     for name in order:
         tensor = produce(name).detach().cpu().contiguous()
         assert TensorInfo.of(tensor) == infos[name], f"{name}: {TensorInfo.of(tensor)} is not {infos[name]}"
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        # One element that was expanded counts as contiguous with any stride; a view as bytes wants 1.
+        yield tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def save_tensors(
