@@ -51,8 +51,7 @@ class Run:
     def zero(self) -> Zero:
         """What its engine divides, and among how many."""
         batches = self.batches
-        pipeline = batches.stages > 1
-        return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device, pipeline=pipeline)
+        return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
 
     @cached_property
     def partition(self) -> Partition | None:
@@ -217,6 +216,10 @@ class _Rehearsal:
         under_way = min(stages - self.stage, self.zero.accumulation)
         trains_before = any(p.requires_grad for p in self._before())
         shape, outputs = self._tokens(), []
+        # Of DeepSpeed's two buffers or more each keeps what was received last; one more tensor receives tokens, one
+        # their gradients.
+        idle = (self.stage > 0) * (1 + max(0, 2 - under_way)) + (self.stage < stages - 1)
+        waiting = [torch.empty(shape, device=META) for _ in range(idle)]
         for _ in range(under_way):
             checksum = torch.empty(1, dtype=torch.int64, device=META)
             travelling: Any = (self.batch.images, self.batch.sizes, checksum)
@@ -231,6 +234,7 @@ class _Rehearsal:
         end: Tensor = last["loss"] if isinstance(last, dict) else last[0]
         if end.requires_grad:
             torch.autograd.backward(end, None if isinstance(last, dict) else torch.empty_like(end))
+        waiting.clear()
 
     def _tokens(self) -> tuple[int, int, int]:
         """Shape (B, N, D) of what travels from block to block."""

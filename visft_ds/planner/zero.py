@@ -38,7 +38,6 @@ class Zero:
     linear_keeps_input: bool  #: ZeRO-3: DeepSpeed's own linear layer
     optimizer_here: bool  #: on the device, not offloaded
     weights_here: bool
-    pipeline: bool  #: gradients are reduced after a whole step
 
     @classmethod
     def of(
@@ -47,8 +46,6 @@ class Zero:
         ranks: int,
         accumulation: int,
         device: torch.device,
-        *,
-        pipeline: bool = False,
     ) -> Zero:
         """From the keys of a DeepSpeed configuration; on a CPU nothing is offloaded to elsewhere."""
         zero = deepspeed["zero_optimization"]
@@ -71,7 +68,6 @@ class Zero:
             linear_keeps_input=stage == 3 and bool(zero.get("memory_efficient_linear", True)),
             optimizer_here=here("offload_optimizer"),
             weights_here=here("offload_param"),
-            pipeline=pipeline,
         )
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> int:
@@ -157,7 +153,7 @@ def gradients_reduced(ledger: Ledger, module: nn.Module, groups: Groups, zero: Z
 
     def arrived(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        if zero.stage in (1, 2) and not zero.pipeline and not buckets:
+        if zero.stage in (1, 2) and not buckets:
             buckets.extend(note(zero.reduce_bucket, BUCKETS) for _ in range(zero.bucket_count))
         if zero.stage < 2:
             ledger.add(parameter.grad, GRADIENTS, instead_of=(TRANSIENT, ACTIVATIONS))
@@ -168,7 +164,7 @@ def gradients_reduced(ledger: Ledger, module: nn.Module, groups: Groups, zero: Z
             if group not in kept:
                 kept[group] = note(shares[group], GRADIENTS)
 
-    if zero.stage == 1 and zero.accumulation > 1 and not zero.pipeline:  # there since the step's first micro-batch
+    if zero.stage == 1 and zero.accumulation > 1:  # there since the step's first micro-batch
         buckets.extend(note(zero.reduce_bucket, BUCKETS) for _ in range(zero.bucket_count))
     handles = [p.register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
     try:

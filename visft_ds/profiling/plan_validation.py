@@ -100,6 +100,7 @@ CASES = (
     Case("stage 2, ZeRO-3", 2, 2, "zero3"),
     Case("stage 2, ZeRO-3, all divided", 2, 2, "zero3", _WHOLE_DIVIDED),
     Case("stage 2, ZeRO-3, offloaded", 2, 2, "zero3_offload"),
+    # After a pipeline DeepSpeed makes no other engine in a process.
     Case("stage 2, pipeline of 2", 2, 2, "pipeline"),
     Case("stage 2, wider, pipeline of 2", 2, 2, "pipeline", _LARGE),
     Case("stage 1, pipeline of 2", 2, 1, "pipeline"),
@@ -162,6 +163,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
         normaliser: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in engine.module.count(whole).items():
             normaliser.setdefault(name, {})[key.partition("/")[2]] = torch.tensor(max(value, 1.0))
+        del whole
         step = partial(engine.train_step, number, parts, normaliser)
         for _ in range(2):
             step()
@@ -197,7 +199,7 @@ def _parts_of(whole: Batch, accumulation: int, stages: int) -> list[Batch]:
     if place.role is None:
         return []
     labels = stages > 1 and place.stage == stages - 1
-    bare = replace(whole, images=whole.images[..., :0, :0]) if labels else whole
+    bare = replace(whole, images=whole.images[..., :0, :0].clone()) if labels else whole
     # Each with pixels of its own, as they are read.
     return [bare, *(replace(bare, images=bare.images.clone()) for _ in range(accumulation - 1))]
 
