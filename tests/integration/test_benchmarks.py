@@ -301,6 +301,14 @@ def test_wrong_usage_is_named(tool: ModuleType, world: Path, tmp_path: Path) -> 
         assert status == 2 and message in errors, (message, errors)
 
 
+def test_packages_of_the_extra_are_named_before_anything_is_read(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visft_ds.evals.benchmarks.command.find_spec", lambda name: None if name == "sklearn" else name)
+    status, _, errors = _run(tool, "--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
+    assert status == 2 and "not installed: sklearn. Benchmarks need the extra eval" in errors
+
+
 def test_a_text_side_from_another_file(tool: ModuleType, world: Path, tmp_path: Path) -> None:
     """A merged tower with class token and projection, its text tower in the file that the base came from."""
     arguments = ["--model", f"merged={world}/merged.safetensors", "--benchmark", f"zero_shot={world}/shapes"]
