@@ -83,9 +83,9 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if "benchmarks" in words[:2]:  # the deepspeed launcher may put --local_rank=N in front
-        words.remove("benchmarks")
-        return run_benchmarks(words, _start_process_group)
+    place = 1 if words and words[0].startswith("--local_rank=") else 0  # the deepspeed launcher puts it in front
+    if words[place : place + 1] == ["benchmarks"]:
+        return run_benchmarks(words[:place] + words[place + 1 :], _start_process_group)
     given = _parser().parse_args(words)
     rank = distributed.rank()
     try:

@@ -301,6 +301,24 @@ def test_wrong_usage_is_named(tool: ModuleType, world: Path, tmp_path: Path) -> 
         assert status == 2 and message in errors, (message, errors)
 
 
+def test_the_word_benchmarks_is_a_command_in_its_place_only(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        tool.main(["--local_rank=1", "benchmarks", "--help"])
+    assert "usage: evaluate.py benchmarks" in capsys.readouterr().out
+    assert tool.main(["--run", "benchmarks"]) == 2  # a run of that name
+    assert "benchmarks" in capsys.readouterr().err
+
+
+def test_packages_of_the_extra_are_named_before_anything_is_read(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visft_ds.evals.benchmarks.command.find_spec", lambda name: None if name == "sklearn" else name)
+    status, _, errors = _run(tool, "--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
+    assert status == 2 and "not installed: sklearn. Benchmarks need the extra eval" in errors
+
+
 def test_a_text_side_from_another_file(tool: ModuleType, world: Path, tmp_path: Path) -> None:
     """A merged tower with class token and projection, its text tower in the file that the base came from."""
     arguments = ["--model", f"merged={world}/merged.safetensors", "--benchmark", f"zero_shot={world}/shapes"]

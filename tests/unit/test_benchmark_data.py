@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coco_tree import NO_PHOTOS, PHOTOS
 from PIL import Image
 
 from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
@@ -336,6 +337,26 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
     _instances(tmp_path, "train", [(9, "bird"), (5, "cat")])
     with pytest.raises(ValueError, match="other categories: bird, dog"):
         objects.read_train_and_test(str(tmp_path), None, None)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)
+def test_photographs_of_coco() -> None:
+    """Real annotations: crowds, small boxes, captions that end in line breaks; every box lies on its picture."""
+    found = retrieval.read_captions(str(PHOTOS))
+    assert len(found.captions) == 5 * len(found.images) and len(set(found.owners.tolist())) == len(found.images)
+    train, test = objects.read_train_and_test(str(PHOTOS), None, None)
+    assert train is not None and len(test.classes) == 80 and train.classes == test.classes
+    assert (
+        0
+        < len(test.labels)
+        < len(json.loads((PHOTOS / "annotations/instances_val2017.json").read_text())["annotations"])
+    )
+    # Each box reads its own picture, though decoded pictures are kept; names have the corners rounded.
+    for place in (0, len(test.labels) - 1, 0):
+        name, _, corners = test.views["marked"].names[place].partition(" ")
+        with Image.open(PHOTOS / "val2017" / name) as picture:
+            wanted = np.asarray(objects.mark(picture.convert("RGB"), tuple(json.loads(corners))))
+        assert (np.asarray(test.views["marked"].read(place)) == wanted).mean() > 0.97
 
 
 def test_words_in_three_layouts(tmp_path: Path) -> None:

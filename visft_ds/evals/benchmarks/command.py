@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.stages import choose_precision
 
+_EXTRA = ("open_clip", "sklearn", "timm")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1
 RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
@@ -76,6 +78,8 @@ def run(arguments: Sequence[str], start_process_group: Callable[[], None]) -> in
 
 
 def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
+    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
     for name, least in {"batch_size": 1, "threads": 0, "images": 0, "image_size": 1}.items():
         value = getattr(given, name)
         if value is not None and value < least:
@@ -198,6 +202,6 @@ def _pictures(
         for name in (name for name in names if name.startswith(f"{benchmark.label} ")):
             picture = sheet(benchmark, order(list(results), results, name), count)
             if picture is not None:
-                written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9.@]+', '-', name)}.png")
+                written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
                 save_png(picture, out / written[-1])
     return written
