@@ -49,7 +49,7 @@ def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig,
         candidate = changed(config, policy_settings(every, recompute))
         plan = plan_memory(candidate, processes, precision=precision, vocabulary_size=size, device=device)
         if plan.total <= capacity:
-            return candidate, f"chosen: {_mib(plan.total)} of {_mib(capacity)} predicted, less recomputing needs more"
+            return candidate, f"the fastest that fits: {_mib(plan.total)} of {_mib(capacity)}, as predicted"
     others = fitting_settings(candidate, processes, capacity, precision=precision, vocabulary_size=size, device=device)
     help_ = "; ".join(" ".join(one.settings) for one in others) or "a smaller --model, or more memory"
     raise ValueError(
