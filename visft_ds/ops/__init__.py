@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from visft_ds.ops.triton import why_not
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype `torch.autocast` computes in on this device right now; None where it is off (always on meta)."""
@@ -28,3 +30,28 @@ def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast off inside, for code that casts by hand; nothing on devices without autocast (meta)."""
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+#: "library": products of cuBLAS and the like, PyTorch for the rest; "triton": our own kernels where they exist.
+KERNELS = ("library", "triton")
+_kernels = "library"
+
+
+def use_kernels(name: str, device: torch.device) -> None:
+    """Choose for the whole process, once at its start, what operations with kernels of their own run on.
+
+    Raises:
+        ValueError: an unknown name, or Triton where it cannot run (it says why): nothing falls back in silence.
+    """
+    global _kernels
+    if name not in KERNELS:
+        raise ValueError(f"kernels {name!r} are unknown; use {' or '.join(KERNELS)}")
+    reason = why_not(device) if name == "triton" else None
+    if reason is not None:
+        raise ValueError(f"Triton kernels cannot run here: {reason}; use library")
+    _kernels = name
+
+
+def kernels() -> str:
+    """What `use_kernels` chose."""
+    return _kernels
