@@ -45,6 +45,7 @@ def print_start(
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(attention_backend(device, dtype))),
+                ("kernels", model.kernels),
                 ("recompute", _recompute(model)),
             ],
         ),
@@ -59,8 +60,10 @@ def print_start(
 
 
 def _recompute(model: ModelConfig) -> str:
-    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}[model.recompute]
-    return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
+    if model.checkpoint_every and model.recompute == "gelu_8bit":
+        return f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
+    return f"{what[model.recompute]}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
 def data_section(config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str) -> Section:

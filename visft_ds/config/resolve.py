@@ -48,6 +48,7 @@ NOT_IDENTITY = (
     "visft.model.weights",
     "visft.model.checkpoint_every",
     "visft.model.recompute",
+    "visft.model.kernels",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",

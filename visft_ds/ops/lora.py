@@ -82,7 +82,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     "triton" keeps it too; it is taken where `visft_ds.ops.use_kernels` says so.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if kernels() == "triton":
+        if kernels(device) == "triton":
             return "triton", "Triton kernels were asked for; small updates are added before rounding"
         return "augmented", "16 bit on a GPU: small updates must be added before rounding"
     if dtype in (torch.bfloat16, torch.float16):

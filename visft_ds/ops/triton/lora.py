@@ -39,7 +39,7 @@ _GROUP = 8
 
 
 @triton.jit
-def _tile(rows: Any, columns: Any, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr) -> Any:
+def _tile(rows: tl.tensor, columns: tl.tensor, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr) -> tl.tuple:
     """Row and column number of this program's tile: GROUP tiles of rows go through the columns together."""
     program = tl.program_id(0)
     down = tl.cdiv(rows, BM)
@@ -51,18 +51,18 @@ def _tile(rows: Any, columns: Any, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl
 
 @triton.jit
 def forward_kernel(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    u: Any,
-    b: Any,
-    y: Any,
-    M: Any,
-    F: Any,
-    K: Any,
-    x_row: Any,
-    weight_row: Any,
-    u_row: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    u: tl.tensor,
+    b: tl.tensor,
+    y: tl.tensor,
+    M: tl.tensor,
+    F: tl.tensor,
+    K: tl.tensor,
+    x_row: tl.tensor,
+    weight_row: tl.tensor,
+    u_row: tl.tensor,
     SLICES: tl.constexpr,
     GROUPS: tl.constexpr,
     RANK: tl.constexpr,
@@ -118,16 +118,16 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dy: Any,
-    weight: Any,
-    du: Any,
-    a: Any,
-    dx: Any,
-    M: Any,
-    F: Any,
-    K: Any,
-    dy_row: Any,
-    weight_row: Any,
+    dy: tl.tensor,
+    weight: tl.tensor,
+    du: tl.tensor,
+    a: tl.tensor,
+    dx: tl.tensor,
+    M: tl.tensor,
+    F: tl.tensor,
+    K: tl.tensor,
+    dy_row: tl.tensor,
+    weight_row: tl.tensor,
     DOWN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
