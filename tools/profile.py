@@ -9,6 +9,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py data --data shards
     python tools/profile.py build --workers 2
     python tools/profile.py save
+    python tools/profile.py ops
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, 2 wrong usage or something missing,
 3 another rank ended first.
@@ -22,6 +23,7 @@ from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.command import add_ap_parser, add_heads_parser, add_sharing_parser, add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
+from visft_ds.profiling.operations_command import add_operations_parser
 from visft_ds.profiling.save_command import add_save_parser
 
 
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         add_data_parser,
         add_build_parser,
         add_save_parser,
+        add_operations_parser,
     ):
         add_parser(commands)
     return parser

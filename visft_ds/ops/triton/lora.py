@@ -96,7 +96,7 @@ def forward_kernel(
         # A tile may lie in several slices, and slices need not end with a tile.
         if (across * BN < SLICES[3 * g + 1]) & (across * BN + BN > SLICES[3 * g]):
             inside = (column >= SLICES[3 * g]) & (column < SLICES[3 * g + 1])
-            for start in tl.static_range(0, RANK, BR):
+            for start in range(0, RANK, BR):
                 low = start + tl.arange(0, BR)
                 low_in = low < RANK
                 left = tl.load(
