@@ -11,6 +11,7 @@ from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel.partition import Partition, plan_partition
@@ -44,7 +45,7 @@ def print_start(
                 ("backbone", f"{model.name}: width {module.backbone.width}, {len(module.backbone.blocks)} blocks"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
-                ("attention", ": ".join(attention_backend(device, dtype))),
+                ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
                 ("recompute", _recompute(model)),
             ],
@@ -57,6 +58,12 @@ def print_start(
         _run_section(config, start),
     ]
     print_plan(_title(config), sections)
+
+
+def _attention(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """For an image of the size that the position embeddings belong to."""
+    tokens = (backbone.image_size // backbone.patch_size) ** 2
+    return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
 
 
 def _recompute(model: ModelConfig) -> str:

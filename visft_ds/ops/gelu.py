@@ -46,12 +46,19 @@ class _CodedGelu(torch.autograd.Function):
         (code,) = ctx.saved_tensors
         if _fused(dy):
             return _triton_backward(dy, code)
-        return dy * ((code.to(dy.dtype) - ZERO) / STEPS)
+        slope = code.to(_precise(dy)).sub_(ZERO).div_(STEPS)
+        return slope.mul_(dy).to(dy.dtype)
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
-    return F.gelu(x), slope.float().mul_(STEPS).add_(ZERO).round_().to(torch.uint8)
+    precise = x.to(_precise(x))
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(precise), precise)
+    return F.gelu(x), slope.mul_(STEPS).add_(ZERO).round_().to(torch.uint8)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """The slope is never computed in 16 bit: a step of the code is finer than that."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fused(x: Tensor) -> bool:
