@@ -39,6 +39,8 @@ FORWARD, BACKWARD = "forward", "backward"
 #: What should not be exceeded: time over that of frozen layers, and elements kept, in D for a token and block.
 TIME_GOALS = {"blocks": 1.03, "projection": 1.15}
 KEPT_GOALS = {"nothing": 15.6, "mlp": 7.0, "block": 1.0}
+BLOCKS, PROJECTION, KEPT = "blocks", "projection", "kept"
+PARTS = (BLOCKS, PROJECTION, KEPT)
 _SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
 
 Projection = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Slices], Tensor]
@@ -54,6 +56,7 @@ class OperationOptions:
     depth: int = 2  #: blocks
     rank: int = 64
     targets: Sequence[str] = ("q", "v")
+    parts: Sequence[str] = PARTS
     repeats: int = 5  #: rounds after one to warm up
     device: str = "cpu"
     small: bool = False  #: debug width instead of EVA-ViT-E's
@@ -116,17 +119,16 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
-            results.append(
-                {
-                    "pixels": side,
-                    "dtype": name,
-                    "tokens": tokens,
-                    "attention": attention_backend(device, DTYPES[name], backbone.width // backbone.num_heads, tokens),
-                    "blocks": _measure(_block_cases(backbone, plain), x, options.repeats),
-                    "projection": _measure(_projection_cases(backbone, plain[0]), x, options.repeats),
-                    "kept": {policy: _kept(backbone, policy, x) for policy in ("nothing", *RECOMPUTE)},
-                }
-            )
+            heads = backbone.width // backbone.num_heads
+            found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
+            found["attention"] = attention_backend(device, DTYPES[name], heads, tokens)
+            if KEPT in options.parts:
+                found[KEPT] = {policy: _kept(backbone, policy, x) for policy in ("nothing", *RECOMPUTE)}
+            if PROJECTION in options.parts:
+                found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats)
+            if BLOCKS in options.parts:
+                found[BLOCKS] = _measure(_block_cases(backbone, plain), x, options.repeats)
+            results.append(found)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -283,12 +285,14 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"
         names = ("", "forward ms", "backward ms", "time over frozen (quartiles)", "goal")
-        for part in ("blocks", "projection"):
+        for part in (part for part in (BLOCKS, PROJECTION) if part in result):
             rows = [_time_row(name, numbers, TIME_GOALS[part]) for name, numbers in result[part].items()]
             sections.append(Section(f"{part}: {what}", rows, names))
+        if KEPT not in result:
+            continue
         kept = [
             (policy, f"{size:.3f}", f"{KEPT_GOALS[policy]:g}" if policy in KEPT_GOALS else "")
-            for policy, size in result["kept"].items()
+            for policy, size in result[KEPT].items()
         ]
         sections.append(
             Section(f"kept for the backward pass: {what}", kept, ("recomputed", "D a token and block", "goal"))

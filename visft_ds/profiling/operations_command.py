@@ -9,6 +9,7 @@ from typing import Any
 
 from visft_ds.profiling.command import _check_all_known, _check_folder, _command, _show, _threads
 
+_PARTS = ("blocks", "projection", "kept")
 _EPILOG = """examples:
   python tools/profile.py ops
   python tools/profile.py ops --pixels 224 --dtypes fp32 --repeats 3
@@ -30,6 +31,7 @@ def add_operations_parser(commands: Any) -> None:
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="blocks (%(default)s)")
     parser.add_argument("--rank", type=int, default=64, metavar="N", help="of the adapters (%(default)s)")
     parser.add_argument("--targets", nargs="+", default=("q", "v"), metavar="T", help="of the projection (q v), or k")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="what to measure (all)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds after one (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (as it is)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
@@ -50,7 +52,7 @@ def profile_operations(options: argparse.Namespace, rest: Sequence[str], command
         raise ValueError(f"--threads {options.threads} must be at least 1")
     from visft_ds.profiling.operations import OperationOptions, make_sections, make_title, measure_operations
 
-    names = ("pixels", "dtypes", "depth", "rank", "targets", "repeats", "device", "small")
+    names = ("pixels", "dtypes", "depth", "rank", "targets", "parts", "repeats", "device", "small")
     chosen = OperationOptions(**{name: getattr(options, name) for name in names})
     with _threads(options.threads):
         record = measure_operations(chosen) | {"command": list(command)}
