@@ -46,16 +46,16 @@ def test_interpreted_kernels_equal_float64_for_any_shape() -> None:
     _interpret("slow")
 
 
-def _compiled(folder: Path, only: str) -> dict[str, Any]:
+def _compiled(folder: Path) -> dict[str, Any]:
     # A fresh cache, or what an older version of a kernel was compiled to would be found again.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.numerics.compile_kernels", "--only", only],
+        [sys.executable, "-m", "tests.numerics.compile_kernels"],
         cwd=HERE.parents[1],
         env=environment | {"TRITON_CACHE_DIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(result.stdout)
@@ -79,10 +79,6 @@ def test_the_committed_table_is_clean() -> None:
     assert {name.split()[-1] for name in TABLE["kernels"]} == set(SHARED)
 
 
-def test_a_kernel_compiles_to_what_the_table_says(tmp_path: Path) -> None:
-    _check(_compiled(tmp_path, "lora forward bf16 sm_90"), {"lora forward bf16 sm_90"})
-
-
 @pytest.mark.slow
 def test_every_kernel_compiles_to_what_the_table_says(tmp_path: Path) -> None:
-    _check(_compiled(tmp_path, ""), set(TABLE["kernels"]))
+    _check(_compiled(tmp_path), set(TABLE["kernels"]))
