@@ -59,6 +59,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
             "scipy-stubs>=1.11",
+            "triton>=3.9,<3.10; sys_platform == 'linux'",
             "pycocoevalcap>=1.2",
         ],
     },

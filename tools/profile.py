@@ -11,6 +11,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py build --workers 2
     python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
+    python tools/profile.py ops
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, or memory is not as planned, 2 wrong usage or
 something missing, 3 another rank ended first.
@@ -30,6 +31,7 @@ from visft_ds.profiling.command import (
     add_train_parser,
 )
 from visft_ds.profiling.data_command import add_data_parser
+from visft_ds.profiling.operations_command import add_operations_parser
 from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.profiling.save_command import add_save_parser
 
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         add_build_parser,
         add_save_parser,
         add_plan_parser,
+        add_operations_parser,
     ):
         add_parser(commands)
     return parser

@@ -16,6 +16,7 @@ from visft_ds.config import ResolvedConfig, resolve_values
 from visft_ds.data.features import FeatureCache
 from visft_ds.examine import Found, examine_batch
 from visft_ds.multitask import MultiTaskModel
+from visft_ds.ops import use_kernels
 from visft_ds.stages import prepare_model
 from visft_ds.streams import vocabulary_of
 from visft_ds.training_data import captioned, open_training_data
@@ -28,6 +29,7 @@ def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) ->
         ValueError: other base weights, or parameters that do not fit.
     """
     settings, identity = config.visft, bundle.record["identity"]
+    use_kernels(settings.model.kernels, device)
     sets = open_training_data(settings)
     first = next(iter(sets.values())).manifest
     precision = identity["precision"]

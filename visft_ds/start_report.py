@@ -12,6 +12,7 @@ from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel import distributed
@@ -55,7 +56,8 @@ def print_start(
                 ("backbone", f"{model.name}: width {module.backbone.width}, {len(module.backbone.blocks)} blocks"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
-                ("attention", ": ".join(attention_backend(device, dtype))),
+                ("attention", ": ".join(_attention(module.backbone, device, dtype))),
+                ("kernels", model.kernels),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
@@ -69,9 +71,17 @@ def print_start(
     print_plan(_title(config), sections)
 
 
+def _attention(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """For an image of the size that the position embeddings belong to."""
+    tokens = (backbone.image_size // backbone.patch_size) ** 2
+    return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+
+
 def _recompute(model: ModelConfig) -> str:
-    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}[model.recompute]
-    return f"{what}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
+    if model.checkpoint_every and model.recompute == "gelu_8bit":
+        return f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
+    return f"{what[model.recompute]}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
 def data_section(

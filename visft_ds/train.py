@@ -37,6 +37,7 @@ from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ra
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser, counts_of, normaliser_of
+from visft_ds.ops import use_kernels
 from visft_ds.out_of_memory import MemoryWatch, largest_shape
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
@@ -113,6 +114,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     loader = _build_loader(settings, sets, vocabulary, batches)
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
+    use_kernels(settings.model.kernels, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     open_run_folder(out, config, resume)

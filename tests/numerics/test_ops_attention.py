@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from visft_ds.ops.attention import attention, attention_backend, attention_reference
+from visft_ds.ops.attention import (
+    Packing,
+    attention,
+    attention_backend,
+    attention_packed,
+    attention_reference,
+    choose_for_gpu,
+    choose_packed_for_gpu,
+    packed_backend,
+)
 
 
 def _qkv(dtype: torch.dtype, *, length: int = 9, head_dim: int = 6) -> list[Tensor]:
@@ -48,3 +62,105 @@ def test_bf16_on_a_cpu_takes_plain_products_and_stays_close_to_float64() -> None
     assert out.dtype == torch.bfloat16
     # bf16 has 8 bits: 2^-8 = 0.4 % per rounding, a few roundings deep.
     assert (out.double() - exact).norm() / exact.norm() < 1e-2
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+V100, A100, H100, B200, RTX = (7, 0), (8, 0), (9, 0), (10, 0), (12, 0)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "length", "flash", "name"),
+    [
+        (V100, FP16, 112, 257, None, "efficient"),
+        (A100, BF16, 112, 257, None, "flash"),
+        (A100, BF16, 88, 5329, None, "flash"),
+        (A100, BF16, 112, 5329, "FA3", "cudnn"),
+        (H100, BF16, 112, 257, None, "flash"),
+        (H100, BF16, 112, 1025, None, "cudnn"),
+        (H100, BF16, 88, 5329, "FA3", "flash"),
+        (H100, BF16, 112, 257, "FA4", "flash"),
+        (H100, torch.float32, 112, 5329, "FA3", "efficient"),
+        (H100, BF16, 12, 5329, None, "efficient"),
+        (B200, BF16, 112, 257, None, "cudnn"),
+        (B200, BF16, 112, 257, "FA4", "cudnn"),  # 112 is no multiple of 32
+        (B200, BF16, 64, 257, "FA4", "flash"),
+        (RTX, BF16, 112, 5329, None, "flash"),
+    ],
+)
+def test_the_table_of_gpus(
+    gpu: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, flash: str | None, name: str
+) -> None:
+    found, reason = choose_for_gpu(gpu, dtype, head_dim, length, flash)
+    assert found == name and reason
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "flash", "installed", "name"),
+    [
+        (V100, FP16, 112, None, True, "one by one"),
+        (A100, torch.float32, 112, None, True, "one by one"),
+        (A100, BF16, 12, None, True, "one by one"),
+        (A100, BF16, 112, None, False, "varlen"),
+        (A100, BF16, 88, None, True, "flash_attn"),
+        (H100, BF16, 112, "FA3", True, "varlen"),
+        (B200, BF16, 112, "FA4", True, "flash_attn"),
+        (B200, BF16, 112, "FA4", False, "one by one"),
+    ],
+)
+def test_the_table_of_gpus_for_packed_lengths(
+    gpu: tuple[int, int], dtype: torch.dtype, head_dim: int, flash: str | None, installed: bool, name: str
+) -> None:
+    found, reason = choose_packed_for_gpu(gpu, dtype, head_dim, flash, installed)
+    assert found == name and reason
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 19), min_size=1, max_size=5), st.sampled_from([6, 88, 112]))
+def test_packed_lengths_equal_one_image_after_the_other(lengths: list[int], head_dim: int) -> None:
+    torch.manual_seed(0)
+    fused = torch.randn(sum(lengths), 3, 2, head_dim, dtype=torch.float64)
+    q, k, v = (part.requires_grad_() for part in fused.unbind(1))
+    packing = Packing.of(lengths, q.device)
+    out = attention_packed(q, k, v, packing)
+    # The definition in other words: each token sees those of its own image only.
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * head_dim**-0.5
+    shares = scores.masked_fill(owner[:, None] != owner[None], -torch.inf).softmax(dim=-1)
+    exact = torch.einsum("hqk,khd->qhd", shares, v)
+    gradient = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(value, (q, k, v), gradient) for value in (out, exact))
+    torch.testing.assert_close((out, *found), (exact, *wanted), rtol=0, atol=1e-12)
+
+
+def test_what_kernels_for_packed_lengths_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn's function by a stand-in with its first seven arguments, torch's by the shapes it works out itself."""
+    lengths = [3, 5, 1]
+    q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
+    packing = Packing.of(lengths, q.device)
+    wanted = attention_packed(q, k, v, packing)
+
+    def stand_in(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
+    ) -> Tensor:
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.tolist() == [0, 3, 8, 9] and max_q == max_k == 5
+        images = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)
+        parts = [[t[low:high].transpose(0, 1) for t in (q, k, v)] for low, high in images]
+        return torch.cat([attention_reference(*part).transpose(0, 1) for part in parts])
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    name = "visft_ds.ops.attention.packed_backend"
+    monkeypatch.setattr(name, lambda *_: ("flash_attn", ""))
+    torch.testing.assert_close(attention_packed(q, k, v, packing), wanted)
+    monkeypatch.setattr(name, lambda *_: ("varlen", ""))
+    q, k, v = (tensor.to("meta", torch.bfloat16) for tensor in (q, k, v))
+    assert attention_packed(q, k, v, Packing.of(lengths, q.device)).shape == (9, 2, 8)
+
+
+def test_packing_needs_tokens() -> None:
+    assert packed_backend(torch.device("cpu"), torch.float32)[0] == "one by one"
+    for lengths in ([], [3, 0]):
+        with pytest.raises(ValueError, match="at least one"):
+            Packing.of(lengths, torch.device("cpu"))

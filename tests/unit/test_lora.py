@@ -204,7 +204,8 @@ def test_adapters_stay_fp32_over_16_bit_weights_and_train_under_autocast(images:
 def test_checkpointing_gives_the_same_gradients(images: Tensor) -> None:
     backbone = _adapted(targets=EVERYTHING).train()
     found = []
-    for every, recompute in ((0, "block"), *((1, recompute) for recompute in RECOMPUTE)):
+    exact = [recompute for recompute in RECOMPUTE if recompute != "gelu_8bit"]
+    for every, recompute in ((0, "block"), *((1, recompute) for recompute in exact)):
         backbone.checkpoint_every, backbone.recompute = every, recompute
         backbone.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -51,6 +51,7 @@ NOT_IDENTITY = (
     "visft.model.recompute",
     "visft.model.fit_memory",
     "visft.model.memory_limit",
+    "visft.model.kernels",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",

@@ -82,9 +82,10 @@ class ModelConfig(BaseModel):
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     checkpoint_every: Count = 0  #: activation checkpointing of every k-th block; 0: none
-    recompute: Literal["block", "mlp", "all_but_attention"] = "block"  #: what of these blocks is not kept
+    recompute: Literal["block", "mlp", "all_but_attention", "gelu_8bit"] = "block"  #: what of them is not kept
     fit_memory: bool = False  #: replace these two at start by the fastest that fit, as predicted
     memory_limit: Positive | None = None  #: bytes of a process that this may fill; null: what its device has
+    kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings
 from visft_ds.ops import autocast_dtype
+from visft_ds.ops.attention import Packing
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ PRESETS = {
 
 #: What of a block is computed again in the backward pass: all of it; the MLP, whose hidden activations are the widest;
 #: or all but the attention kernel, whose cost alone grows with the square of the tokens (its result is kept instead).
-RECOMPUTE = ("block", "mlp", "all_but_attention")
+#: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
+RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
 _ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -56,9 +58,9 @@ _ATTENTION_KERNELS = [
 ]
 
 
-def _recomputed(module: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
-    """The module, computed again in the backward pass. No dropout in a block, so no random state is put back."""
-    return partial(checkpoint, module, use_reentrant=False, preserve_rng_state=False, **options)
+def _recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function, computed again in the backward pass. No dropout in a block, so no random state is put back."""
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class Block(nn.Module):
@@ -81,18 +83,35 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, device=device, dtype=dtype)
         self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, *, recompute_mlp: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False, coded_gelu: bool = False
+    ) -> Tensor:
         """(B, N, D) -> (B, N, D) in the dtype of the residual stream.
 
         Args:
+            packing: x is (1, T, D), the tokens of several images.
             recompute_mlp: compute the MLP again in the backward pass instead of keeping its hidden activations.
+            coded_gelu: keep 8 bits of each of them.
         """
-        mlp: Callable[[Tensor], Tensor] = _recomputed(self.mlp) if recompute_mlp else self.mlp
-        if self.post_norm:
-            x = x + self.norm1(self.attn(x))
-            return x + self.norm2(mlp(x))
-        x = x + self.attn(self.norm1(x))
-        return x + mlp(self.norm2(x))
+        if not self.post_norm:
+            x = x + self.attn(self.norm1(x), packing)
+            # The norm is computed again too: its result would be kept for the MLP alone.
+            run = _recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
+            return x + run(x, coded_gelu)
+        branch = self.attn(x, packing)
+        # What the sum is made of is kept anyway, so the MLP's input is recomputed from it instead of being kept.
+        middle = _recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
+        x, branch = middle(x, branch, coded_gelu)
+        out: Tensor = self.norm2(branch, added_to=x)
+        return out
+
+    def _normed_mlp(self, x: Tensor, coded_gelu: bool) -> Tensor:
+        out: Tensor = self.mlp(self.norm2(x), coded=coded_gelu)
+        return out
+
+    def _added_and_mlp(self, x: Tensor, branch: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
+        x = self.norm1(branch, added_to=x)
+        return x, self.mlp(x, coded=coded_gelu)
 
 
 class EvaViT(nn.Module):
@@ -174,18 +193,42 @@ class EvaViT(nn.Module):
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def run_block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+    def run_block(self, index: int, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
         """One block, recomputed in the backward pass if `checkpoint_every` says so."""
         chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
-        how: Callable[[Tensor], Tensor] = block
+        how: Callable[..., Tensor] = block
         if chosen and self.training and torch.is_grad_enabled():
             if self.recompute == "mlp":
                 how = partial(block, recompute_mlp=True)
+            elif self.recompute == "gelu_8bit":
+                how = partial(block, coded_gelu=True)
             elif self.recompute == "all_but_attention":
                 how = _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _ATTENTION_KERNELS))
             else:
                 how = _recomputed(block)
-        return how(x)
+        return how(x) if packing is None else how(x, packing=packing)
+
+    def forward_packed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Features of images of different sizes, without padding: as `forward` of each alone, in one pass.
+
+        Position embeddings are resized to each image's own grid; in a padded batch they span the padding too, so its
+        features are others. Not for a tower that ZeRO-3 has partitioned, which gathers
+        `pos_embed` in `forward` only.
+
+        Args:
+            images: (3, H, W) each, already normalised, H and W at least one patch.
+
+        Returns:
+            (D, h, w) for each.
+        """
+        parts = [self.embed(image[None])[0] for image in images]
+        packing = Packing.of([len(part) for part in parts], parts[0].device)
+        x = torch.cat(parts)[None]
+        for index, block in enumerate(self.blocks):
+            x = self.run_block(index, block, x, packing)
+        tokens = self.norm(x)[0].split(packing.lengths)
+        grids = [self.grid(image[None]) for image in images]
+        return [self.feature_map(own[None], grid)[0] for own, grid in zip(tokens, grids, strict=True)]
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.ops import matmul_dtype, no_autocast
-from visft_ds.ops.attention import attention
+from visft_ds.ops import matmul_dtype
+from visft_ds.ops.attention import Packing, attention, attention_packed
+from visft_ds.ops.gelu import gelu
+from visft_ds.ops.norm import layer_norm
 
 
 def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -72,12 +74,9 @@ class LayerNorm(nn.Module):
         self.weight = _empty(width, device=device, dtype=dtype)
         self.bias = _empty(width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32.
-        with no_autocast(x.device):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+    def forward(self, x: Tensor, added_to: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., D); with a residual stream to add the result to, the sum, in the stream's dtype."""
+        return layer_norm(x, self.weight, self.bias, self.eps, added_to)
 
 
 class PatchEmbed(nn.Module):
@@ -137,9 +136,9 @@ class Mlp(nn.Module):
         self.fc1 = Linear(width, hidden, device=device, dtype=dtype)
         self.fc2 = Linear(hidden, width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, *, coded: bool = False) -> Tensor:
+        """(..., D) -> (..., D). `coded`: keep 8 bits for each hidden unit, see `visft_ds.ops.gelu`."""
+        out: Tensor = self.fc2(gelu(self.fc1(x), coded=coded))
         return out
 
 
@@ -164,13 +163,17 @@ class Attention(nn.Module):
         self.v_bias = _empty(width, device=device, dtype=dtype)
         self.proj = Linear(width, width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); with a packing (1, T, D), the tokens of several images."""
         batch, length, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv: Tensor = self.qkv(x, bias)
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
+        if packing is None:
+            mixed = attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        else:
+            mixed = attention_packed(q[0], k[0], v[0], packing)
+        out: Tensor = self.proj(mixed.reshape(batch, length, width))
         return out
 
 

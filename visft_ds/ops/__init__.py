@@ -11,6 +11,8 @@ from contextvars import ContextVar
 
 import torch
 
+from visft_ds.ops.triton import why_not
+
 #: The device that tensors on the meta device stand for, and what autocast computes in there; see `rehearsing_on`.
 _REHEARSED: ContextVar[tuple[torch.device, torch.dtype | None] | None] = ContextVar("rehearsed", default=None)
 
@@ -60,3 +62,31 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     if rehearsed and device.type == "meta":
         return rehearsing_on(rehearsed[0], None)
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+#: "library": products of cuBLAS and the like, PyTorch for the rest; "triton": our own kernels where they exist.
+KERNELS = ("library", "triton")
+_chosen = ("library", "cpu")
+
+
+def use_kernels(name: str, device: torch.device) -> None:
+    """Choose for the whole process, once at its start, what operations with kernels of their own run on.
+
+    The choice holds for tensors on this kind of device: a model that is checked on the CPU first takes the library.
+
+    Raises:
+        ValueError: an unknown name, or Triton where it cannot run (it says why): nothing falls back in silence.
+    """
+    global _chosen
+    if name not in KERNELS:
+        raise ValueError(f"kernels {name!r} are unknown; use {' or '.join(KERNELS)}")
+    reason = why_not(device) if name == "triton" else None
+    if reason is not None:
+        raise ValueError(f"Triton kernels cannot run here: {reason}; use library")
+    _chosen = (name, device.type)
+
+
+def kernels(device: torch.device) -> str:
+    """What `use_kernels` chose for tensors on this device."""
+    name, where = _chosen
+    return name if device.type == where else "library"

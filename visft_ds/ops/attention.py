@@ -1,30 +1,51 @@
-"""Softmax attention without a mask.
+"""Softmax attention without a mask: which kernel computes it, for batches of one length and for packed lengths.
 
-Letters: B images, N tokens.
+There is no kernel of our own: the widths of heads that matter (112 and 88) are served by those of PyTorch, cuDNN and
+flash attention, and this file holds the table of which one is taken where, with reasons. docs/kernels.md has sources.
+
+Letters: B images, N tokens of an image, T tokens of all packed images, d width of a head.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
+
+#: What PyTorch tries first, and then in this order, should the first not take these tensors.
+_ORDER = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+#: Tokens from which cuDNN is taken on Hopper: at 576 to 1,024 it is level with flash attention or behind it.
+_LONG = 1025
 
 from visft_ds.ops import placed
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v per head, by the backend `attention_backend` names.
+    """softmax(q k^T / sqrt(d)) v per head, by the backend `attention_backend` names.
 
     Args:
-        q, k, v: (B, heads, N, head_dim), any strides, one dtype.
+        q, k, v: (B, heads, N, d), any strides, one dtype.
 
     Returns:
-        (B, heads, N, head_dim).
+        (B, heads, N, d).
     """
-    name, _ = attention_backend(placed(q.device), q.dtype)
-    return attention_reference(q, k, v) if name == "reference" else F.scaled_dot_product_attention(q, k, v)
+    name, _ = attention_backend(placed(q.device), q.dtype, q.shape[-1], q.shape[-2])
+    if name == "reference":
+        return attention_reference(q, k, v)
+    if name == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(_ORDER[name], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -33,11 +54,148 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-@cache
-def attention_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Name ("sdpa" | "reference") and reason of the implementation for this device and dtype."""
+def attention_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int = 112, length: int = 256
+) -> tuple[str, str]:
+    """Name ("sdpa" | "reference" | "cudnn" | "flash" | "efficient") and reason of the implementation.
+
+    Args:
+        head_dim, length: d and N; the defaults are those of EVA-ViT-E at 224 px.
+    """
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Forward + backward, 16 heads of 112, one thread: 70 ms against 151 ms at 4 x 257 tokens, 6.3 s against 8.6 s
         # at 5,330 tokens (with 13 times the memory of the fused kernel there).
         return "reference", "bf16 on a CPU: plain matrix products are faster than torch's fused kernel"
-    return "sdpa", f"torch.nn.functional.scaled_dot_product_attention on {device.type}"
+    if device.type != "cuda":
+        return "sdpa", f"torch.nn.functional.scaled_dot_product_attention on {device.type}"
+    capability = _capability(device)
+    return choose_for_gpu(capability, dtype, head_dim, length, current_flash_attention_impl())
+
+
+@cache
+def choose_for_gpu(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, flash: str | None = None
+) -> tuple[str, str]:
+    """Name and reason for a GPU.
+
+    Args:
+        capability: (9, 0) for an H100.
+        flash: "FA3" or "FA4" where `torch.nn.attention.activate_flash_attention_impl` has put it into the place of
+            torch's own flash attention.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "efficient", f"{dtype}: cuDNN and flash attention compute in 16 bit only"
+    if capability < (8, 0):
+        return "efficient", f"sm_{capability[0]}{capability[1]}: torch's memory-efficient kernel is the only fused one"
+    if head_dim % 8:
+        return "efficient", f"heads of {head_dim}: cuDNN and flash attention need multiples of 8"
+    if flash is not None:
+        unfit = _unfit(flash, capability, head_dim)
+        if unfit is None:
+            return "flash", f"{flash} was activated"
+        return "cudnn", f"{flash} was activated, but {unfit}"
+    if capability[0] == 9:
+        if length >= _LONG:
+            return "cudnn", f"Hopper, {length} tokens: cuDNN's kernel is the faster one for long images"
+        return "flash", f"Hopper, {length} tokens: flash attention; cuDNN from {_LONG} tokens on"
+    if capability[0] == 10:
+        return "cudnn", "Blackwell: torch's own flash attention was made for Ampere"
+    return "flash", f"sm_{capability[0]}{capability[1]}: flash attention is faster than cuDNN's kernel"
+
+
+def _unfit(flash: str, capability: tuple[int, int], head_dim: int) -> str | None:
+    """Why an activated flash attention cannot be taken; None where it can."""
+    if flash == "FA3" and capability[0] != 9:
+        return "it is for sm_90 only"
+    if flash == "FA4" and capability[0] not in (9, 10):
+        return "it is for sm_90 and sm_100"
+    if flash == "FA4" and capability[0] == 10 and head_dim % 32:
+        return f"its backward pass on sm_100 needs heads of a multiple of 32, not {head_dim}"
+    return None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each of several images of different lengths lies in one row of T tokens."""
+
+    lengths: tuple[int, ...]  #: tokens of each image
+    offsets: Tensor  #: (images + 1,) int32, where each begins, and T
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+        """Raises ValueError unless there is an image and each has a token."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths {list(lengths)}: give at least one image of at least one token")
+        ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+        return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """`attention` within each image; the same as one image after the other, without any padding.
+
+    Args:
+        q, k, v: (T, heads, d), any strides, one dtype, the images one after another.
+
+    Returns:
+        (T, heads, d).
+    """
+    assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
+    name, _ = packed_backend(q.device, q.dtype, q.shape[-1])
+    return _PACKED[name](q, k, v, packing)
+
+
+def packed_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 112) -> tuple[str, str]:
+    """Name ("one by one" | "varlen" | "flash_attn") and reason of the implementation of `attention_packed`."""
+    if device.type != "cuda":
+        return "one by one", f"{device.type} has no kernel for packed lengths"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    return choose_packed_for_gpu(_capability(device), dtype, head_dim, current_flash_attention_impl(), installed)
+
+
+@cache
+def choose_packed_for_gpu(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, flash: str | None, installed: bool
+) -> tuple[str, str]:
+    """Name and reason for a GPU; `installed`: the package flash_attn is there. Else as `choose_for_gpu`."""
+    if dtype not in (torch.float16, torch.bfloat16) or capability < (8, 0) or head_dim % 8 or head_dim > 256:
+        return "one by one", "kernels for packed lengths need sm_80, 16 bit and heads of a multiple of 8 up to 256"
+    if flash is not None:
+        unfit = _unfit(flash, capability, head_dim)
+        if unfit is None:
+            return "varlen", f"{flash} was activated"
+        if not installed:
+            return "one by one", f"{flash} was activated, but {unfit}"
+    if installed:
+        return "flash_attn", "the package flash-attn is installed"
+    return "varlen", "torch's own flash attention for packed lengths"
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    parts = zip(*(tensor.split(packing.lengths) for tensor in (q, k, v)), strict=True)
+    done = [attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts]
+    return torch.cat([image[0].transpose(0, 1) for image in done])
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(packing.lengths)
+    out = varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    assert isinstance(out, Tensor)  # nothing else was asked for
+    return out
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    longest = max(packing.lengths)
+    out: Tensor = flash_attn_varlen_func(q, k, v, packing.offsets, packing.offsets, longest, longest)
+    return out
+
+
+_PACKED = {"one by one": _one_by_one, "varlen": _varlen, "flash_attn": _flash_attn}
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

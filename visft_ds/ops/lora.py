@@ -3,7 +3,13 @@
 LoRA, https://arxiv.org/abs/2106.09685: y = x W^T + b, then y[..., lo:hi] += scale * (x A_g^T) B_g^T for g = (lo, hi).
 
 Kept for the backward pass: x, u = scale * x A^T (G*r numbers a token) and the parameters by reference. Never kept or
-built: the dense update B A, the layer's output, copies of a parameter in another precision.
+built: the dense update B A, the layer's output, copies of a parameter in another precision. Three implementations:
+
+- eager: products added in place into slices of the output. The specification, and what CPUs and fp32 take.
+- augmented: one product of [x | u] with [W | B], so that 16-bit results are rounded once, in any library's product.
+- triton: the same rounding without the copies of x and W that the augmented product is made of (sm_80 and later).
+
+docs/kernels.md has what each costs, and why small updates need a single rounding.
 Letters: K inputs, F outputs, G slices, r rank, M tokens (all leading dimensions of x).
 """
 
@@ -16,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import matmul_dtype, no_autocast, placed
+from visft_ds.ops import kernels, matmul_dtype, no_autocast, placed
+from visft_ds.ops.triton import DTYPES, why_not
 
 Slices = tuple[tuple[int, int], ...]
 
-BACKENDS = ("eager", "augmented")
+BACKENDS = ("eager", "augmented", "triton")
 
 
 def lora_linear(
@@ -47,7 +54,7 @@ def lora_linear(
         lora_b: (sum of the slices' widths, r), stacked slice by slice.
         scale: factor of the update, alpha / r.
         slices: ascending, disjoint (lo, hi) output ranges. `slices` and shapes that disagree raise ValueError.
-        backend: "auto" or one of BACKENDS.
+        backend: "auto" or one of BACKENDS. One that is unknown or cannot run here raises ValueError.
 
     Returns:
         (..., F) in the dtype computed in.
@@ -58,6 +65,8 @@ def lora_linear(
         backend, _ = choose_backend(placed(weight.device), dtype)
     elif backend not in BACKENDS:
         raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
+    if backend == "triton":
+        _check_triton(weight.device, dtype)
     # x is cast out here: a 16-bit copy is cheaper to keep for the backward pass than the fp32 residual stream.
     out: tuple[Tensor, Tensor] = _LoraLinear.apply(
         x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend
@@ -70,8 +79,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
     "augmented" is one product of [x | u] with [W | B]: the update meets the rest in the fp32 accumulator. "eager" adds
     it to a result that is already rounded, which loses most of an update below the 16-bit resolution of the output.
+    "triton" keeps it too; it is taken where `visft_ds.ops.use_kernels` says so.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if kernels(device) == "triton":
+            return "triton", "Triton kernels were asked for; small updates are added before rounding"
         return "augmented", "16 bit on a GPU: small updates must be added before rounding"
     if dtype in (torch.bfloat16, torch.float16):
         return "eager", f"{device.type}: fastest here; updates below 16-bit resolution are rounded off"
@@ -91,14 +103,14 @@ class _LoraLinear(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        u = (rows @ _cast(lora_a, x).t()) * scale
-        run = _forward_augmented if backend == "augmented" else _forward_eager
+        u = _product(rows, _cast(lora_a, x).t(), scale)
+        run = _FORWARD[backend]
         y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
-        return y.view(*x.shape[:-1], -1), u
+        return y.view(*x.shape[:-1], len(weight)), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, _ = inputs
+        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, ctx.backend = inputs
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
         ctx.save_for_backward(
@@ -123,13 +135,19 @@ class _LoraLinear(torch.autograd.Function):
             groups = list(_groups(ctx.slices, lora_b.shape[1]))
             if need_x or need_a:
                 b = _cast(lora_b, dy)
-                du = torch.cat([dy[:, lo:hi] @ b[part] for lo, hi, _, part in groups], dim=1) * ctx.scale
+                du = dy.new_empty(len(dy), len(groups) * b.shape[1])
+                for lo, hi, cols, part in groups:
+                    du[:, cols].addmm_(dy[:, lo:hi], b[part], beta=0, alpha=ctx.scale)
             if need_x:
-                dx = torch.addmm(dy @ _cast(weight, dy), du, _cast(lora_a, dy)).view(ctx.x_shape)
+                run = _backward_triton if ctx.backend == "triton" else _backward_library
+                dx = run(dy, du, _cast(weight, dy), _cast(lora_a, dy)).view(ctx.x_shape)
             if need_a:
                 da = (du.t() @ x.reshape(-1, x.shape[-1])).to(lora_a.dtype)
             if need_b:
-                dlb = torch.cat([dy[:, lo:hi].t() @ u[:, cols] for lo, hi, cols, _ in groups]).to(lora_b.dtype)
+                dlb = dy.new_empty(lora_b.shape)
+                for lo, hi, cols, part in groups:
+                    dlb[part].addmm_(dy[:, lo:hi].t(), u[:, cols], beta=0)
+                dlb = dlb.to(lora_b.dtype)
             if need_weight:
                 dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             if need_bias:
@@ -154,6 +172,31 @@ def _forward_augmented(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None
     return rows @ wide.t() if bias is None else torch.addmm(bias, rows, wide.t())
 
 
+def _forward_triton(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
+    from visft_ds.ops.triton.lora import lora_forward
+
+    return lora_forward(x, u, weight, bias, b, [edge for pair in slices for edge in pair])
+
+
+_FORWARD = {"eager": _forward_eager, "augmented": _forward_augmented, "triton": _forward_triton}
+
+
+def _backward_library(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+    # In place: the sum needs no second tensor of the size of x.
+    return (dy @ weight).addmm_(du, a)
+
+
+def _backward_triton(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+    from visft_ds.ops.triton.lora import lora_backward
+
+    return lora_backward(dy, du, weight, a)
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right in one pass and with one rounding. With beta = 0 nobody reads the empty tensor."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
 def _groups(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
     """For every slice: its output range, its columns of u (rows of A), its rows of B."""
     start = 0
@@ -164,6 +207,14 @@ def _groups(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]
 
 def _cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
+    reason = why_not(device)
+    if reason is None and dtype not in DTYPES:
+        reason = f"it computes in {', '.join(str(known) for known in DTYPES)}, not in {dtype}"
+    if reason is not None:
+        raise ValueError(f"lora_linear: backend 'triton' cannot run here: {reason}; use auto")
 
 
 def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:

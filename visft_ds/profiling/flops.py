@@ -150,7 +150,8 @@ def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> t
             costs[layer] = cost
             total += cost
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
-    if tower.trainable and tower.checkpoint_every and index % tower.checkpoint_every == 0:
+    chosen = tower.checkpoint_every and index % tower.checkpoint_every == 0 and tower.recompute != "gelu_8bit"
+    if tower.trainable and chosen:
         again = _again(tower, start, costs)
         total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows

@@ -26,6 +26,7 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import host_memory_available, memory_bounded
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.multitask import counts_of, normaliser_of
+from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
@@ -113,6 +114,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     batches = derive_batches(config, distributed.world_size())
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
+    use_kernels(config.visft.model.kernels, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
         settings = config.visft
