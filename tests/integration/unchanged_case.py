@@ -14,7 +14,7 @@ import torch
 from tests.integration.engine_case import STEPS, Feed
 from tests.integration.matrix_case import start
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import grad_scaler, start_process_group
+from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.engine_state import gather_parameters, gather_state, updates_done
 from visft_ds.parallel.unchanged import unchanged
 
@@ -37,13 +37,13 @@ def trained(engine: Any, feed: Feed, before: tuple[int, ...]) -> dict[str, Any]:
             seen.append(([bool(one.refused) or one.skipped for one in made], torch.equal(found, torch.rand(4))))
             updates.append(updates_done(engine))
         reports.append(asdict(engine.train_step(step, *feed(engine, step))))
-    scaler, state = grad_scaler(engine.deepspeed), gather_state(engine)
+    state = gather_state(engine)
     return {
         "reports": distributed.gather_objects(reports),
         "values": gather_parameters(engine),
         "moments": state and dict(state.moments),
         "counted": (engine.deepspeed.global_steps, engine.deepspeed.skipped_steps, engine.deepspeed.global_samples),
-        "scaler": scaler and scaler.state_dict(),
+        "scaler": engine.loss_scale.state(),
         "between": (seen, updates),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,11 +64,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def _settings(mode: str) -> list[str]:
     shares = [f"visft.tasks.{task}.ratio=1" for task in TASKS]
-    return [f"{key}={_text(value)}" for key, value in {**TINY, "visft.mode": mode}.items()] + shares
-
-
-def _text(value: Any) -> str:
-    return str(value).replace("'", '"')
+    return [f"{key}={json.dumps(value)}" for key, value in {**TINY, "visft.mode": mode}.items()] + shares
 
 
 def test_positions(case: Case) -> None:

@@ -358,7 +358,8 @@ def test_every_exception_of_the_identity_fits_a_key() -> None:
     from visft_ds.config.layers import leaves
 
     keys = [key for key, _ in leaves(debug().to_dict())]
-    keys += [key for key in known_keys() if key.startswith("visft.data.sets.")]  # none by default
+    none_by_default = ("visft.data.sets.", "visft.features.")
+    keys += [key for key in known_keys() if key.startswith(none_by_default)]
     assert [glob for glob in NOT_IDENTITY if not fnmatch.filter(keys, glob)] == []
 
 

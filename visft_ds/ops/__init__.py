@@ -34,14 +34,14 @@ def rehearsing_on(device: torch.device, autocast: torch.dtype | None) -> Iterato
 
 def placed(device: torch.device) -> torch.device:
     """The device itself, or what the meta device stands for."""
-    rehearsed = _REHEARSED.get()
-    return rehearsed[0] if rehearsed and device.type == "meta" else device
+    rehearsed = _REHEARSED.get() if device.type == "meta" else None  # torch.compile cannot look into it
+    return rehearsed[0] if rehearsed else device
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta alone."""
-    rehearsed = _REHEARSED.get()
-    if rehearsed and device.type == "meta":
+    rehearsed = _REHEARSED.get() if device.type == "meta" else None
+    if rehearsed:
         return rehearsed[1]
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
@@ -58,8 +58,8 @@ def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast off inside, for code that casts by hand; nothing on devices without autocast (meta alone)."""
-    rehearsed = _REHEARSED.get()
-    if rehearsed and device.type == "meta":
+    rehearsed = _REHEARSED.get() if device.type == "meta" else None
+    if rehearsed:
         return rehearsing_on(rehearsed[0], None)
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
