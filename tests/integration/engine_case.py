@@ -42,7 +42,7 @@ Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
 Feed = Callable[[Any, int], tuple[list[Batch], Normaliser]]  #: (engine, step) -> what a rank is given
 #: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
-REFUSING = "zero2"
+REFUSING = "zero1"
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
 SCALE = 65536.0  #: with which fp16 begins
 GROUPS = {
