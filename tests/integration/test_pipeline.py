@@ -124,7 +124,8 @@ def test_an_overflow_in_one_stage_lowers_the_scale_of_all_and_changes_nothing(
         if not name.endswith("overflow"):
             continue
         world = len(run["scales"])
-        assert run["hooked"][0] > 0 and run["hooked"][-1] == 0, name  # the last stage has had a finite gradient
+        # A stage before the last one overflows; the last one has had a finite gradient.
+        assert any(run["hooked"]) and run["hooked"][-1] == 0, name
         assert run["reports"] == [(True, "", math.inf)] * world, name
         assert run["scales"] == [case.SCALE / 2] * world and run["skipped_steps"] == [1] * world, name
         before, after = run["states"]
