@@ -112,22 +112,23 @@ def measure_configuration(
     return record
 
 
-def add_sharing_parser(commands: Any) -> None:
-    """Add the sub-command that compares steps of one task with steps that all tasks share."""
-    parser = _command(
-        commands,
-        "sharing",
-        help="stage 1: steps of each task alone against steps in which one forward teaches every head",
-        description="Measure what mode shared saves over a run for each task; one engine makes all kinds of steps.",
-        epilog=_EPILOG.partition("\nexamples")[0],
-    )
+def _add_comparison(
+    commands: Any, name: str, load: Callable[[], tuple[Any, Any, Any]], *, help: str, description: str
+) -> None:
+    """A sub-command that makes steps of several kinds with one engine, in turn.
+
+    Args:
+        load: gives what measures, what makes the title and what makes the tables; imported when it is needed.
+    """
+    epilog = _EPILOG.partition("\nexamples")[0]
+    parser = _command(commands, name, help=help, description=description, epilog=epilog)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
     parser.add_argument("--synthetic", action="store_true", help="generated pictures instead of shards")
-    parser.set_defaults(run=profile_sharing, parser=parser)
+    parser.set_defaults(run=_compare, load=load, parser=parser)
 
 
-def profile_sharing(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
+def _compare(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
     """Measure, print, write; arguments and errors as `profile_train`."""
     config = _resolve(options.parser, rest, synthetic=options.synthetic)
     if config is None:
@@ -135,43 +136,45 @@ def profile_sharing(options: argparse.Namespace, rest: Sequence[str], command: S
     _check_folder(options.json)
     if options.repeats < 1:
         raise ValueError(f"--repeats {options.repeats} must be at least 1")
-    from visft_ds.profiling.sharing import make_sections, make_title, measure_sharing
-
-    record = measure_sharing(config, repeats=options.repeats, synthetic=options.synthetic)
+    measure, make_title, make_sections = options.load()
+    record = measure(config, repeats=options.repeats, synthetic=options.synthetic)
     if record is not None:
         _show(record | {"command": list(command)}, make_title, make_sections, options.json)
     return 0
+
+
+def add_sharing_parser(commands: Any) -> None:
+    """Add the sub-command that compares steps of one task with steps that all tasks share."""
+
+    def load() -> tuple[Any, Any, Any]:
+        from visft_ds.profiling.sharing import make_sections, make_title, measure_sharing
+
+        return measure_sharing, make_title, make_sections
+
+    _add_comparison(
+        commands,
+        "sharing",
+        load,
+        help="stage 1: steps of each task alone against steps in which one forward teaches every head",
+        description="Measure what mode shared saves over a run for each task; one engine makes all kinds of steps.",
+    )
 
 
 def add_features_parser(commands: Any) -> None:
     """Add the sub-command that compares steps through the backbone with steps on kept features."""
-    parser = _command(
+
+    def load() -> tuple[Any, Any, Any]:
+        from visft_ds.profiling.features import make_sections, make_title, measure_features
+
+        return measure_features, make_title, make_sections
+
+    _add_comparison(
         commands,
         "features",
+        load,
         help="stage 1: steps through the frozen backbone against steps on features that were kept",
         description="Measure what visft.features.cache saves once an image has been seen; one engine makes all steps.",
-        epilog=_EPILOG.partition("\nexamples")[0],
     )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.add_argument("--synthetic", action="store_true", help="generated pictures instead of shards")
-    parser.set_defaults(run=profile_features, parser=parser)
-
-
-def profile_features(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure, print, write; arguments and errors as `profile_train`."""
-    config = _resolve(options.parser, rest, synthetic=options.synthetic)
-    if config is None:
-        return 0
-    _check_folder(options.json)
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats} must be at least 1")
-    from visft_ds.profiling.features import make_sections, make_title, measure_features
-
-    record = measure_features(config, repeats=options.repeats, synthetic=options.synthetic)
-    if record is not None:
-        _show(record | {"command": list(command)}, make_title, make_sections, options.json)
-    return 0
 
 
 def add_heads_parser(commands: Any) -> None:
