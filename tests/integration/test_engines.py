@@ -28,8 +28,8 @@ from tests.integration.test_unchanged import check as check_unchanged
 from visft_ds.parallel.checkpoint import save_checkpoint
 from visft_ds.parallel.engine_state import EngineState
 
-#: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides: these
-#: run with the slow tests.
+#: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides:
+#: these run with the slow tests.
 ENGINES = (
     pytest.param("zero0", marks=pytest.mark.slow),
     "zero1",

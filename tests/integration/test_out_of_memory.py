@@ -113,7 +113,7 @@ sys.exit(main(sys.argv[2:]))
 def test_one_rank_without_room_is_named_by_the_other(at: int, where: str, shards: Path, tmp_path: Path) -> None:
     arguments = command(shards, tmp_path / "run", extra={"visft.run.rehearsal": True})
     codes, outputs = finish(start_ranks(["-c", NO_ROOM, str(at), *arguments]), timeout=600)
-    assert codes == [3, 2], outputs
+    assert codes == [2, 2], outputs  # who follows ends with the code of who ended first
     assert re.search(rf"^\[rank 1\] error: out of memory in {where}: 1 image of 56 x 56", outputs[1], re.M)
     assert ("did not foresee this" in outputs[1]) == (at > 1)
     assert "  CUDA out of memory. Tried to allocate 2.00 GiB.\n" in outputs[1]
