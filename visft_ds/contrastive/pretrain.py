@@ -84,11 +84,7 @@ def pretrain(
         ValueError: sizes that do not work out, more images than memory, fewer than a batch, a loss that is not finite,
             several processes, or `out` exists.
     """
-    if distributed.world_size() > 1:
-        raise ValueError(
-            f"pretraining runs in one process, and the launcher started {distributed.world_size()}: start it without "
-            f"deepspeed or torchrun"
-        )
+    check_alone()
     began = time.perf_counter()
     clip = build(how)
     side = clip.images.backbone.image_size
@@ -109,6 +105,15 @@ def pretrain(
         result = Result("pretrain", how.recipe, curve, {"before": before, "after": after}, seconds)
         write_result(folder, out.name, result, _facts(how, clip, train, tokens), configs)
     return Pretrained(out / FILE, curve.losses, before, after, seconds)
+
+
+def check_alone() -> None:
+    """Raise ValueError where a launcher has started several processes."""
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"pretraining runs in one process, and the launcher started {distributed.world_size()}: start it without "
+            f"deepspeed or torchrun"
+        )
 
 
 def build(how: Pretraining) -> Clip:
