@@ -16,7 +16,7 @@ import os
 import re
 
 from visft_ds.data.toy import write_toy_coco
-from visft_ds.data.toy_scenes import STYLES
+from visft_ds.data.toy_scenes import MAX_SHAPES, STYLES
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=200, help="images in val2017 (default %(default)s)")
     parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
     parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
+    parser.add_argument(
+        "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 14 make COCO's 7 on average"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     given = parser.parse_args()
@@ -47,6 +50,7 @@ def main() -> int:
             width=width,
             style=given.style,
             seed=given.seed,
+            max_shapes=given.max_shapes,
             workers=given.workers,
         )
     except (ValueError, OSError) as error:

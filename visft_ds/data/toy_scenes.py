@@ -345,6 +345,10 @@ def draw_scene(
 
     About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
     half of its pixels, and shapes that reach over the border lose at most a fifth.
+
+    Args:
+        max_shapes: from one to so many, one as likely as the other. Where there may be more than MAX_SHAPES, they are
+            smaller, so that together they fill as much.
     """
     ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
     canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
@@ -354,7 +358,7 @@ def draw_scene(
     if rng.random() < CROWD_SHARE:
         category = int(rng.integers(len(NAMES)))
         crowd = _add(rng, style, canvas, category, _scatter(rng, NAMES[category], height, width))
-    side = min(height, width)
+    side = min(height, width) * math.sqrt(min(1.0, MAX_SHAPES / max_shapes)) if max_shapes else 0.0
     for _ in range(count):
         for _attempt in range(12):
             category = int(rng.integers(len(NAMES)))
