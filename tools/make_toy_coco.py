@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
     parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
     parser.add_argument(
-        "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 14 make COCO's 7 on average"
+        "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 make COCO's 7 on average"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
