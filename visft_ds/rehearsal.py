@@ -48,13 +48,16 @@ class Largest:
     """A micro-batch than which a run meets none that needs more memory.
 
     The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
-    batch is padded to the height of the one and the width of the other. Captions have `max_words` words.
+    batch is padded to the height of the one and the width of the other. Where images are packed, the heads still see
+    that; the backbone has most to do with images of most pixels, which are a micro-batch of their own then. Captions
+    have `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
     sizes: tuple[Size, ...]  #: (height, width) of each image
     objects: tuple[int, ...]  #: in each image
     category: int  #: of all of them, a raw id of the data
+    packed: bool = False  #: the backbone sees no padding
 
     @property
     def frame(self) -> Size:
@@ -70,8 +73,12 @@ class Largest:
 
     def covers(self, other: Largest) -> bool:
         """Whether it needs no less memory than another one."""
-        sides = zip((*self.frame, sum(self.objects)), (*other.frame, sum(other.objects)), strict=True)
+        sides = zip(self._needs(), other._needs(), strict=True)
         return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
+
+    def _needs(self) -> tuple[int, ...]:
+        """Numbers that memory grows with."""
+        return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
     def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
         """It, as far as a process that reads with this role has it."""
@@ -98,8 +105,8 @@ class Largest:
 def largest_batches(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
 ) -> list[tuple[Largest, Pipeline]]:
-    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch: one
-    lies, one stands."""
+    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
+    lies, one stands), or where images are packed."""
     found: list[tuple[Largest, Pipeline]] = []
     pipelines = pipelines_of(settings, sets, vocabulary)
     for name, stream in settings.streams().items():
@@ -109,8 +116,9 @@ def largest_batches(
             category = next((one.coco_id for one in manifest.categories), 0)
             objects = _most_objects(manifest, batches.micro[name])
             extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
-            for sizes in _gathered(extremes, batches.micro[name]):
-                largest = Largest(part, sizes, objects, category)
+            packed = settings.model.packed
+            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+                largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in own):
                     own = [(other, made) for other, made in own if not largest.covers(other)]
                     own.append((largest, pipeline))
@@ -177,12 +185,13 @@ def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
     return tuple(most[::-1].tolist())
 
 
-def _gathered(extremes: Iterable[Size], count: int) -> list[tuple[Size, ...]]:
+def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
     """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
-    one, or one batch with the highest and the widest."""
+    one, or one batch with the highest and the widest; where they are packed, also one of the largest alone."""
     known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
     if count == 1:
         lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
         return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
     highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
-    return [(highest, widest, *[known[0]] * (count - 2))]
+    gathered = [(highest, widest, *[known[0]] * (count - 2))]
+    return [*gathered, (known[0],) * count] if packed else gathered

@@ -277,6 +277,12 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: labels are COCO's 80 categories"
         if jitter.scale[0] > jitter.scale[1]:
             yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
+        if jitter.content_only and jitter.fixed_size is not None:
+            yield (
+                "visft.tasks.segmentation.image.content_only",
+                "fixed_size scales every image to the whole square, nothing is left away: set one of the two to its "
+                "default",
+            )
         if jitter.pad_value > 255:
             yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
 
@@ -295,6 +301,12 @@ def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     if visft.stage != 1:
         yield "visft.features", "stage 2 changes the backbone, and with it all features: must be null"
+    if visft.model.packed:
+        yield (
+            "visft.model.packed",
+            "must be false with visft.features: images whose features are kept pass through the backbone one by one, "
+            "without padding",
+        )
     if visft.data.skip_damaged:
         yield (
             "visft.data.skip_damaged",

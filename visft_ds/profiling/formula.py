@@ -63,8 +63,13 @@ def _backbone(session: Session, batch: Batch) -> Flops:
         linear_keeps_late=session.engine.stage == 3
         and bool(session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)),
     )
-    patches = _patches(session, batch)
-    return tower_flops(tower, len(batch.images), patches + (backbone.cls_token is not None), patches)
+    images, patches, first = len(batch.images), _patches(session, batch), backbone.cls_token is not None
+    frames = module.frames(batch)
+    if frames is None:
+        return tower_flops(tower, images, patches + first, patches)
+    # Packed: patches are embedded for the padded batch, blocks see those of the images alone.
+    own = (tower_flops(tower, 1, height * width + first, 0) for height, width in frames.grids)
+    return sum(own, tower_flops(tower, images, 0, patches))
 
 
 def _head(session: Session, task: str, batch: Batch) -> Flops | None:
