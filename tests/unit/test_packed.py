@@ -59,7 +59,11 @@ def test_losses_and_gradients_are_those_of_each_image_alone(recompute: str | Non
         module.backbone.checkpoint_every, module.backbone.recompute = 1, recompute
     together = learnt(module, [collate_joint(mixed())])
     alone = learnt(module, [collate_joint([sample]) for sample in mixed()])
-    assert len(together[0]) > 12 and len(together[1]) == 4 and all(gradient.abs().sum() > 0 for gradient in together[1].values())
+    assert (
+        len(together[0]) > 12
+        and len(together[1]) == 4
+        and all(gradient.abs().sum() > 0 for gradient in together[1].values())
+    )
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 

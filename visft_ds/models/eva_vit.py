@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ PRESETS = {
 RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
 
 
-def _recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function, computed again in the backward pass. No dropout in a block, so no random state is put back."""
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
@@ -92,11 +92,11 @@ class Block(nn.Module):
         if not self.post_norm:
             x = x + self.attn(self.norm1(x), packing)
             # The norm is computed again too: its result would be kept for the MLP alone.
-            run = _recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
+            run = recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
             return x + run(x, coded_gelu)
         branch = self.attn(x, packing)
         # What the sum is made of is kept anyway, so the MLP's input is recomputed from it instead of being kept.
-        middle = _recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
+        middle = recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
         x, branch = middle(x, branch, coded_gelu)
         out: Tensor = self.norm2(branch, added_to=x)
         return out
@@ -110,6 +110,28 @@ class Block(nn.Module):
         return x, self.mlp(x, coded=coded_gelu)
 
 
+def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
+    """(B, N, D) -> (B, N, D) through one block; `policy`: what of it is computed again, one of RECOMPUTE, or None."""
+    how: Callable[..., Tensor] = block
+    if policy == "mlp":
+        how = partial(block, recompute_mlp=True)
+    elif policy == "gelu_8bit":
+        how = partial(block, coded_gelu=True)
+    elif policy == "all_but_attention":
+        how = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
+    elif policy is not None:
+        how = recomputed(block)
+    return how(x) if packing is None else how(x, packing=packing)
+
+
+class BlockRunner(Protocol):
+    """Another way to run blocks, such as `compiled.CompiledBlocks`."""
+
+    def begin(self, images: Tensor, *, training: bool, packed: bool) -> None: ...
+
+    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor: ...
+
+
 class EvaViT(nn.Module):
     """An EVA-CLIP vision tower without its projection head. Parameters are left uninitialised; see `build_backbone`.
 
@@ -120,6 +142,7 @@ class EvaViT(nn.Module):
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
         recompute: what of these blocks, see RECOMPUTE.
+        compiled: runs the blocks instead of `run_block`; None: nothing does.
     """
 
     def __init__(
@@ -146,6 +169,7 @@ class EvaViT(nn.Module):
         self.post_norm = post_norm
         self.checkpoint_every = 0
         self.recompute = "block"
+        self.compiled: BlockRunner | None = None
         side = image_size // patch_size
         self.cls_token: nn.Parameter | None = None
         if class_token:
@@ -175,6 +199,7 @@ class EvaViT(nn.Module):
         """
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
+        self._begin(images, packed=True)
         grids = self.grids(frames)
         x = self.embed(images, grids)
         packing = self.packing(grids, x.device)
@@ -184,6 +209,7 @@ class EvaViT(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
+        self._begin(images, packed=False)
         x = self.embed(images)
         for index, block in enumerate(self.blocks):
             x = self.run_block(index, block, x)
@@ -214,17 +240,13 @@ class EvaViT(nn.Module):
     def run_block(self, index: int, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
         """One block, recomputed in the backward pass if `checkpoint_every` says so."""
         chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
-        how: Callable[..., Tensor] = block
-        if chosen and self.training and torch.is_grad_enabled():
-            if self.recompute == "mlp":
-                how = partial(block, recompute_mlp=True)
-            elif self.recompute == "gelu_8bit":
-                how = partial(block, coded_gelu=True)
-            elif self.recompute == "all_but_attention":
-                how = _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
-            else:
-                how = _recomputed(block)
-        return how(x) if packing is None else how(x, packing=packing)
+        policy = self.recompute if chosen and self.training and torch.is_grad_enabled() else None
+        run = self.compiled or run_block
+        return run(block, x, packing, policy)
+
+    def _begin(self, images: Tensor, *, packed: bool) -> None:
+        if self.compiled is not None:
+            self.compiled.begin(images, training=self.training, packed=packed)
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""

@@ -134,6 +134,7 @@ class Packing:
         return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32, device=device))
 
 
+@torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """`attention` within each image; the same as one image after the other, without any padding.
 
@@ -219,4 +220,5 @@ _PACKED = {"one by one": _one_by_one, "varlen": _varlen, "flash_attn": _flash_at
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    found = torch.cuda.get_device_properties(device)  # which torch.compile knows to be constant
+    return found.major, found.minor
