@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from visft_ds.data.samples import Batch
 from visft_ds.ops.attention import attention_backend
-from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, tower_flops, tower_from
+from visft_ds.profiling.flops import (
+    FUSED_ATTENTION,
+    HEAD_FORMULAS,
+    KEPT_SCORES,
+    Flops,
+    packed_flops,
+    tower_flops,
+    tower_from,
+)
 from visft_ds.profiling.hardware import DTYPES
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
@@ -67,9 +75,7 @@ def _backbone(session: Session, batch: Batch) -> Flops:
     frames = module.frames(batch)
     if frames is None:
         return tower_flops(tower, images, patches + first, patches)
-    # Packed: patches are embedded for the padded batch, blocks see those of the images alone.
-    own = (tower_flops(tower, 1, height * width + first, 0) for height, width in frames.grids)
-    return sum(own, tower_flops(tower, images, 0, patches))
+    return packed_flops(tower, [first + height * width for height, width in frames.grids], images * patches)
 
 
 def _head(session: Session, task: str, batch: Batch) -> Flops | None:
