@@ -58,6 +58,11 @@ def print_start(
                 ("precision", precision),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
+                ("compiled", model.compile),
+                (
+                    "padding",
+                    "none: images of different sizes are packed" if model.packed else "up to the largest image",
+                ),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),

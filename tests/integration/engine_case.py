@@ -242,8 +242,8 @@ def forget_autocast() -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
-def start_engine(stage: int, name: str, precision: str) -> Any:
-    """An engine of ds_configs over the tiny model; two micro-batches a step."""
+def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -> Any:
+    """An engine of ds_configs over the tiny model."""
     from visft_ds.parallel.engine import ZeroEngine
     from visft_ds.parallel.placement import placement_for
 
@@ -251,7 +251,7 @@ def start_engine(stage: int, name: str, precision: str) -> Any:
     config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
     }
