@@ -81,9 +81,13 @@ def run_pretrain(given: argparse.Namespace) -> None:
 
 def _overrides(given: argparse.Namespace) -> dict[str, int | float | bool]:
     for name, value in given.set:
-        wanted = {"post_norm": bool, "mlp_ratio": (int, float)}.get(name, int)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and name != "post_norm"):
-            kind = {"post_norm": "true or false", "mlp_ratio": "a number"}.get(name, "a whole number")
+        if name == "post_norm":
+            fits, kind = isinstance(value, bool), "true or false"
+        elif name == "mlp_ratio":
+            fits, kind = not isinstance(value, bool), "a number"
+        else:
+            fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        if not fits:
             raise ValueError(f"--set {name}={json.dumps(value)} is not allowed: {name} is {kind}")
     return dict(given.set)
 
