@@ -31,7 +31,6 @@ from visft_ds.contrastive.text import (
     Trained,
     Tuned,
     check_ranks,
-    encode_captions,
     tune_text,
 )
 from visft_ds.contrastive.tokens import Tokens, tokens_of
