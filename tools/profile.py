@@ -12,6 +12,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
     python tools/profile.py ops
+    python tools/profile.py peft
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, or memory is not as planned, 2 wrong usage or
 something missing, 3 another rank ended first.
@@ -32,6 +33,7 @@ from visft_ds.profiling.command import (
 )
 from visft_ds.profiling.data_command import add_data_parser
 from visft_ds.profiling.operations_command import add_operations_parser
+from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.profiling.save_command import add_save_parser
 
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         add_save_parser,
         add_plan_parser,
         add_operations_parser,
+        add_peft_parser,
     ):
         add_parser(commands)
     return parser

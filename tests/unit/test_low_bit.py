@@ -172,7 +172,7 @@ def test_without_torchao_a_run_says_what_to_install(monkeypatch: pytest.MonkeyPa
     assert not any(one.path == "torchao" for one in missing_inputs(config))
     for place in ("visft_ds.config.preflight", "visft_ds.ops.low_bit"):
         monkeypatch.setattr(f"{place}.find_spec", lambda name: None)
-    low_bit._import_torchao.cache_clear()
+    low_bit.import_torchao.cache_clear()
     (missing,) = [one for one in missing_inputs(config) if one.path == "torchao"]
     assert "visft.model.base=full" in missing.what and missing.command.startswith("pip install")
     with pytest.raises(ValueError, match="needs torchao: pip install"):

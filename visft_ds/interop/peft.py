@@ -116,10 +116,10 @@ def save_peft_adapter(
         "base_sha256": adapter.base_sha256,
         **({} if adapter.base_storage == "full" else {"base_storage": adapter.base_storage}),
     }
-    save_tensors(folder / WEIGHTS, _to_peft(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
+    save_tensors(folder / WEIGHTS, peft_tensors(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
     text = _readme(adapter, tower, split) if card is None else card
     write_text(folder / README, text, overwrite=overwrite)
-    write_text(config, json.dumps(_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    write_text(config, json.dumps(adapter_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
     return folder
 
 
@@ -154,7 +154,8 @@ def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
     )
 
 
-def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+    """What PEFT's LoraConfig is made of; `split` as in `save_peft_adapter`."""
     modules = adapter.modules()
     if split:
         modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))
@@ -182,7 +183,8 @@ def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
     }
 
 
-def _to_peft(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
+def peft_tensors(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
+    """Its tensors, fp32, under the names of PEFT's file; `split` as in `save_peft_adapter`."""
     tensors = {}
     slices = adapter.slices()
     for name, value in adapter.tensors.items():

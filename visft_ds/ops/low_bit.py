@@ -70,7 +70,8 @@ class LowBit:
         Raises:
             ValueError: torchao is not installed, or a value that no scale fits.
         """
-        _import_torchao(self.format)
+        if not import_torchao():
+            raise ValueError(f"storing frozen matrices as {self.format} needs torchao: {INSTALL}")
         parts = _QUANTISERS[self.format](weight.detach().float().contiguous())
         packed = torch.cat([part.view(torch.uint8).view(len(weight), -1) for part in parts], dim=1)
         assert packed.shape[1] == self.row_bytes, (packed.shape, self.row_bytes)
@@ -135,10 +136,10 @@ class _LowBitLinear(torch.autograd.Function):
 
 
 @cache
-def _import_torchao(format: str) -> None:
-    """Import it without the warnings that it cannot load its own GPU kernels, of which none is used here."""
+def import_torchao() -> bool:
+    """Import it, where it is installed, without warnings that it cannot load kernels of its own, which nobody uses."""
     if find_spec("torchao") is None:
-        raise ValueError(f"storing frozen matrices as {format} needs torchao: {INSTALL}")
+        return False
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -147,6 +148,7 @@ def _import_torchao(format: str) -> None:
 
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    return True
 
 
 def _with_scales(weight: Tensor, block: int) -> Tensor:
