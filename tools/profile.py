@@ -11,6 +11,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py build --workers 2
     python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
+    deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
     python tools/profile.py ops
     python tools/profile.py peft
 
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 
 from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
+from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import (
     add_ap_parser,
     add_features_parser,
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         add_plan_parser,
         add_operations_parser,
         add_peft_parser,
+        add_comm_parser,
     ):
         add_parser(commands)
     return parser

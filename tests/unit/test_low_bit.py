@@ -1,4 +1,4 @@
-"""Frozen matrices in few bits: the codes of torchao, exact gradients through them, nothing dense kept, who may do it."""
+"""Frozen matrices in few bits: the torchao's codes, exact gradients, nothing dense kept, who may do it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.unit.test_stages import WORDS, configured, prepared, write_own
 from visft_ds.config.preflight import missing_inputs
 from visft_ds.interop.adapters import LoraAdapter, adapter_of, average
 from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import check_base
-from visft_ds.interop.files import open_weights
 from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora, merge_lora
@@ -34,7 +34,9 @@ from visft_ds.stages import plan_groups
 WIDTH = 128
 
 
-def stored(format: str, rows: int = 96, fan_in: int = WIDTH, dtype: torch.dtype = torch.float32) -> tuple[LowBit, Tensor]:
+def stored(
+    format: str, rows: int = 96, fan_in: int = WIDTH, dtype: torch.dtype = torch.float32
+) -> tuple[LowBit, Tensor]:
     weight = torch.randn(rows, fan_in, generator=torch.Generator().manual_seed(1)) * 0.02
     return LowBit(format, fan_in, dtype), weight
 
@@ -146,7 +148,9 @@ def test_a_model_keeps_its_names_and_says_what_changed(tmp_path: Path) -> None:
 
 
 def test_what_trains_stays_in_full_precision() -> None:
-    with pytest.raises(ValueError, match="8 matrices of the blocks train, e.g. blocks.0.attn.qkv.weight.*visft.model.base"):
+    with pytest.raises(
+        ValueError, match=r"8 matrices of the blocks train, e.g. blocks.0.attn.qkv.weight.*visft.model.base"
+    ):
         plan_groups(
             configured(
                 2,
@@ -158,7 +162,7 @@ def test_what_trains_stays_in_full_precision() -> None:
             ).visft,
             configured(2).optimizer.params,
         )
-    with pytest.raises(ValueError, match="blocks.0.attn.qkv: nf4 needs rows of a multiple of 64 values, .* have 32"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv: nf4 needs rows of a multiple of 64 values, .* have 32"):
         prepared(configured(2, {"visft.model.base": "nf4"}))
     backbone = build_backbone("debug", width=64, depth=1, num_heads=2)
     inject_lora(backbone.requires_grad_(False), rank=2)
@@ -172,7 +176,6 @@ def test_without_torchao_a_run_says_what_to_install(monkeypatch: pytest.MonkeyPa
     assert not any(one.path == "torchao" for one in missing_inputs(config))
     for place in ("visft_ds.config.preflight", "visft_ds.ops.low_bit"):
         monkeypatch.setattr(f"{place}.find_spec", lambda name: None)
-    low_bit.import_torchao.cache_clear()
     (missing,) = [one for one in missing_inputs(config) if one.path == "torchao"]
     assert "visft.model.base=full" in missing.what and missing.command.startswith("pip install")
     with pytest.raises(ValueError, match="needs torchao: pip install"):

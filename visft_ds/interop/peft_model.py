@@ -62,7 +62,9 @@ def adapter_gradients(adapted: nn.Module, backbone: EvaViT) -> tuple[Tensor, Ten
     ours = peft_tensors(adapter, split=True)
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     flat = [theirs[name] for name in ours]
-    return torch.cat([one.flatten() for one in flat if one is not None]), torch.cat([v.flatten() for v in ours.values()])
+    return torch.cat([one.flatten() for one in flat if one is not None]), torch.cat(
+        [v.flatten() for v in ours.values()]
+    )
 
 
 def _device(backbone: EvaViT) -> torch.device:

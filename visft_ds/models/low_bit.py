@@ -49,8 +49,8 @@ def plan_few_bits(backbone: nn.Module, format: str) -> dict[str, LowBit]:
     trained = [name for name, layer in layers.items() if layer.weight.requires_grad]
     if trained:
         raise ValueError(
-            f"{len(trained)} matrices of the blocks train, e.g. {trained[0]}.weight, and can be stored as {format} only "
-            "while frozen: set visft.model.base to full, or keep them out of visft.param_groups"
+            f"{len(trained)} matrices of the blocks train, e.g. {trained[0]}.weight, and can be stored as {format} "
+            "only while frozen: set visft.model.base to full, or keep them out of visft.param_groups"
         )
     planned = {}
     for name, layer in layers.items():

@@ -110,7 +110,9 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         u = _product(rows, _cast(lora_a, x).t(), scale)
         run = _FORWARD[backend]
-        y = run(rows, u, _values(weight, low_bit, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
+        y = run(
+            rows, u, _values(weight, low_bit, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices
+        )
         return y.view(*x.shape[:-1], len(weight)), u
 
     @staticmethod
@@ -226,14 +228,10 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"lora_linear: backend 'triton' cannot run here: {reason}; use auto")
 
 
-def _check_shapes(
-    weight: tuple[int, int], lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]
-) -> None:
+def _check_shapes(weight: tuple[int, int], lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:
     edges = [0, *(edge for pair in slices for edge in pair), weight[0]]
     if not slices or edges != sorted(edges) or any(lo == hi for lo, hi in slices):
-        raise ValueError(
-            f"lora_linear: slices {tuple(slices)} must be ascending, disjoint and within 0..{weight[0]}"
-        )
+        raise ValueError(f"lora_linear: slices {tuple(slices)} must be ascending, disjoint and within 0..{weight[0]}")
     rank = lora_b.shape[1]
     wanted = ((len(slices) * rank, weight[1]), (sum(hi - lo for lo, hi in slices), rank))
     found = (tuple(lora_a.shape), tuple(lora_b.shape))

@@ -8,7 +8,7 @@ Formats, as torchao quantises (https://github.com/pytorch/ao), all with scales o
 
 - int8: symmetric, one scale to a row.
 - fp8: e4m3 (OCP FP8), one scale to a row.
-- nf4: 4-bit NormalFloat in blocks of 64 with doubly quantised scales (QLoRA, arXiv 2305.14314), those of a row together.
+- nf4: 4-bit NormalFloat in blocks of 64, their scales quantised as well (QLoRA, arXiv 2305.14314), row by row.
 
 A matrix (F, K) is one tensor (F, bytes of a row): the scales, then the codes. So it is a parameter like any other to
 engines that broadcast, divide, gather or move parameters, of which none knows torchao's tensors.
@@ -135,7 +135,6 @@ class _LowBitLinear(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- fp32 matrix -> parts of rows
 
 
-@cache
 def import_torchao() -> bool:
     """Import it, where it is installed, without warnings that it cannot load kernels of its own, which nobody uses."""
     if find_spec("torchao") is None:

@@ -244,7 +244,9 @@ def make_title(record: Mapping[str, Any]) -> str:
     """One line that says what was measured."""
     options = record["options"]
     width = "debug width" if options["small"] else "width of EVA-ViT-E"
-    return f"stage-2 step of the backbone against timm + PEFT: {options['depth']} blocks, {width}, rank {options['rank']}"
+    return (
+        f"stage-2 step of the backbone against timm + PEFT: {options['depth']} blocks, {width}, rank {options['rank']}"
+    )
 
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
