@@ -101,13 +101,15 @@ def _buckets(whole: int, size: int) -> list[int]:
 
 
 def _weights(run: Run, stream: Stream) -> Iterator[Message]:
-    """ZeRO-3: whole weights, gathered for the forward and again for the backward pass where they are needed there."""
+    """ZeRO-3: whole weights, gathered for the forward pass, and again for the backward pass unless that comes soon."""
     zero, found = run.zero(), rehearse(run, stream)
     gathered: Counter[int] = Counter()
-    for name, parameter in _model(run).named_parameters():
+    left = zero.max_reuse / 2  # elements, there and back again, over which a weight stays whole
+    for name, parameter in reversed(list(_model(run).named_parameters())):
         if parameter.numel() > zero.persist_below and not _is_idle(name, stream.tasks):
             again = found.backbone_trains or not name.startswith("backbone.")
-            gathered[parameter.numel() * parameter.element_size()] += 1 + again
+            left -= parameter.numel()
+            gathered[parameter.numel() * parameter.element_size()] += 1 + (again and left < 0)
     for size, count in sorted(gathered.items(), reverse=True):
         yield Message("weights while they are needed", ALL_GATHER, size, count * run.batches.accumulation, hidden=True)
 
