@@ -88,7 +88,10 @@ def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """The result in the memory of x, and the codes."""
     code = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     # Not a view: autograd would follow one back to x, which is gone.
-    y = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.contiguous())
+    given = x.contiguous()
+    y = torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        given.untyped_storage(), given.storage_offset(), given.shape, given.stride()
+    )
     for values, codes in _pieces(y, code):
         precise = values.to(_precise(x))
         slope = torch.ops.aten.gelu_backward(torch.ones_like(precise), precise)
