@@ -36,6 +36,7 @@ setup(
         "psutil>=5.9",
         "orjson>=3.10",
         "simplejpeg>=1.8",
+        "isal>=1.7",
         "fsspec>=2024.6",
         "pillow>=10.3",
         "rich>=13.7",

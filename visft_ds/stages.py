@@ -182,6 +182,7 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if STAGES[config.stage].uses_lora and config.lora is not None:
         inject_lora(backbone, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    _check_content(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
     plan_few_bits(backbone, model.base)
@@ -252,6 +253,7 @@ def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[Tra
     module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    module.packed = config.model.packed
 
 
 def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:
@@ -306,6 +308,18 @@ def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> Non
         raise ValueError(
             f"stage {stage.name!r} must train {', '.join(required)}, but {len(idle)} of these parameters are in no "
             f"group, e.g. {idle[0]}; widen a glob of visft.param_groups"
+        )
+
+
+def _check_content(config: VisftConfig, patch_size: int) -> None:
+    """What is left of an image ends where a patch does; the transform does not know the backbone."""
+    task = config.tasks.segmentation
+    if config.mode == "shared" or task is None or not task.image.content_only:
+        return
+    if task.image.content_multiple % patch_size:
+        raise ValueError(
+            f"visft.tasks.segmentation.image.content_multiple = {task.image.content_multiple}: the patches of this "
+            f"backbone have {patch_size} pixels; give {patch_size} or a multiple of it"
         )
 
 

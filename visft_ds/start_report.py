@@ -60,6 +60,11 @@ def print_start(
                 ("frozen matrices", "as computed in" if model.base == "full" else model.base),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
+                ("compiled", model.compile),
+                (
+                    "padding",
+                    "none: images of different sizes are packed" if model.packed else "up to the largest image",
+                ),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),

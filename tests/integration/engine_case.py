@@ -242,12 +242,12 @@ def forget_autocast() -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
-def engine_config(name: str, precision: str) -> dict[str, Any]:
+def engine_config(name: str, precision: str, accumulation: int = 2) -> dict[str, Any]:
     """What DeepSpeed is given."""
     config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
     }
@@ -257,13 +257,13 @@ def engine_config(name: str, precision: str) -> dict[str, Any]:
     return config
 
 
-def start_engine(stage: int, name: str, precision: str) -> Any:
-    """An engine of ds_configs over the tiny model; two micro-batches a step."""
+def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -> Any:
+    """An engine of ds_configs over the tiny model."""
     from visft_ds.parallel.engine import ZeroEngine
     from visft_ds.parallel.placement import placement_for
 
     forget_autocast()
-    config = engine_config(name, precision)
+    config = engine_config(name, precision, accumulation)
     module, groups = build(stage, storage=STORAGE[precision])
     optimizer_groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups

@@ -162,6 +162,8 @@ def test_what_trains_stays_in_full_precision() -> None:
             ).visft,
             configured(2).optimizer.params,
         )
+    with pytest.raises(ValueError, match=r"visft.model.compile.*must be none with visft.model.base = int8"):
+        configured(2, {"visft.model.base": "int8", "visft.model.compile": "blocks", "visft.run.rehearsal": True})
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv: nf4 needs rows of a multiple of 64 values, .* have 32"):
         prepared(configured(2, {"visft.model.base": "nf4"}))
     backbone = build_backbone("debug", width=64, depth=1, num_heads=2)

@@ -135,6 +135,7 @@ def load_model(
     preset: str | None = None,
     vocabulary: Vocabulary | None = None,
     decoding: Mapping[str, Mapping[str, Any]] | None = None,
+    packed: bool = False,
 ) -> EvaluationModel:
     """Build the model the files describe and load them strictly.
 
@@ -143,6 +144,7 @@ def load_model(
         precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
         vocabulary: for a head that brings none of its own, as the published ones do.
         decoding: task -> what its head is also called with.
+        packed: images of different sizes pass through the backbone without padding, as the run has trained.
         preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
 
     Raises:
@@ -183,6 +185,9 @@ def load_model(
         modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), (decoding or {}).get(task, {}))
         facts[f"{task} head"] = str(path)
     module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
+    module.packed = packed
+    if packed:
+        facts["images"] = "packed, without padding"
     module.requires_grad_(False).eval().to(device)
     return EvaluationModel(module, device, precision, infos, words, facts)
 

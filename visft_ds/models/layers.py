@@ -8,6 +8,8 @@ Constructors leave parameters uninitialised; `eva_vit.build_backbone` fills them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,3 +207,10 @@ def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:
     planes = grid.to(torch.promote_types(grid.dtype, torch.float32)).t().reshape(1, -1, side, side)
     resized = F.interpolate(planes, size=size, mode="bicubic", align_corners=False, antialias=False)
     return resized.flatten(2).squeeze(0).t().to(grid.dtype)
+
+
+def stack_padded(maps: Sequence[Tensor]) -> Tensor:
+    """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
+    height, width = (max(one.shape[side] for one in maps) for side in (0, 1))
+    inner = (0, 0) * (maps[0].ndim - 2)
+    return torch.stack([F.pad(one, (*inner, 0, width - one.shape[1], 0, height - one.shape[0])) for one in maps])

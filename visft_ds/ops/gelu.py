@@ -77,15 +77,22 @@ class _CodedGelu(torch.autograd.Function):
         (code,) = ctx.saved_tensors
         if _fused(dy):
             return _triton_backward(dy, code)
+        if torch.compiler.is_compiling():
+            return _slopes(code, dy).mul_(dy).to(dy.dtype)
         dx = dy.contiguous()
         for gradient, codes in _pieces(dx, code):
-            slope = codes.to(_precise(dy)).sub_(ZERO).div_(STEPS)
-            gradient.copy_(slope.mul_(gradient))
+            gradient.copy_(_slopes(codes, dy).mul_(gradient))
         return dx
+
+
+def _slopes(code: Tensor, like: Tensor) -> Tensor:
+    return code.to(_precise(like)).sub_(ZERO).div_(STEPS)
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """The result in the memory of x, and the codes."""
+    if torch.compiler.is_compiling():  # which plans its memory itself
+        return F.gelu(x), _codes(x)
     code = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     # Not a view: autograd would follow one back to x, which is gone.
     given = x.contiguous()
@@ -93,11 +100,15 @@ def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
         given.untyped_storage(), given.storage_offset(), given.shape, given.stride()
     )
     for values, codes in _pieces(y, code):
-        precise = values.to(_precise(x))
-        slope = torch.ops.aten.gelu_backward(torch.ones_like(precise), precise)
-        codes.copy_(slope.mul_(STEPS).add_(ZERO).round_())
+        codes.copy_(_codes(values))
         values.copy_(F.gelu(values))
     return y, code
+
+
+def _codes(x: Tensor) -> Tensor:
+    precise = x.to(_precise(x))
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(precise), precise)
+    return slope.mul_(STEPS).add_(ZERO).round_().to(torch.uint8)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

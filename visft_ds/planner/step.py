@@ -54,6 +54,14 @@ class Run:
         batches = self.batches
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
 
+    def typical(self, stream: Stream) -> Run:
+        """The same with images of average size, where the largest say too little of the time."""
+        together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
+        side = stream.typical_side(together)
+        if self.content.size is not None or side == stream.largest_side():
+            return self
+        return replace(self, content=replace(self.content, size=(side, side)))
+
     @cached_property
     def partition(self) -> Partition | None:
         """Who holds which layers of a pipeline; None without one."""

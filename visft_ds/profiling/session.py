@@ -24,6 +24,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import host_memory_available, memory_bounded
+from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.multitask import counts_of, normaliser_of
@@ -116,6 +117,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     use_kernels(config.visft.model.kernels, device)
+    check_compiler(config.visft.model.compile, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
         settings = config.visft
@@ -134,6 +136,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         )
         engine = build_engine(config, prepared, for_deepspeed)
         assert isinstance(engine, ZeroEngine)
+        compile_blocks(prepared.module.backbone, settings.model.compile)
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
