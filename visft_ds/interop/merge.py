@@ -95,7 +95,14 @@ def read_adapter(path: str | Path) -> LoraAdapter:
 
 
 def scaled(adapter: LoraAdapter, scale: float) -> LoraAdapter:
-    """The adapter with `scale` times its effect; any number, also 0 and below. The factor goes into lora_B."""
+    """The adapter with `scale` times its effect; any number, also 0 and below. The factor goes into lora_B.
+
+    Raises ValueError for an adapter with magnitudes, whose effect is no multiple of lora_B.
+    """
+    if scale == 1:
+        return adapter
+    if adapter.magnitude:
+        raise ValueError("an adapter with magnitudes (DoRA) cannot be scaled: its effect is no multiple of lora_B")
     tensors = {name: value * scale if name.endswith("lora_B") else value for name, value in adapter.tensors.items()}
     return replace(adapter, tensors=tensors)
 
@@ -131,6 +138,8 @@ def merge_into_file(
     refuse_existing(out)
     check_names(file, source, tower_names(found), found)
     adapter = fit_to_tower(adapter, found)
+    if unmerge and adapter.magnitude:
+        raise ValueError("an adapter with magnitudes (DoRA) cannot be taken out again: the rows' own lengths are gone")
     base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
     blocks, total = tuple(Share() for _ in range(found.depth)), Share()
     merged = _merged(file, source, found, adapter, dtype, -1.0 if unmerge else 1.0, (blocks, total))
@@ -145,6 +154,7 @@ def merge_into_file(
                     "rank": adapter.rank,
                     "alpha": adapter.alpha,
                     "targets": adapter.targets,
+                    "magnitude": adapter.magnitude,
                     "sha256": adapter.fingerprint(),
                 }
             ),
@@ -183,7 +193,8 @@ def _merged(
         if name not in changed:
             return cast(value, dtype, name)
         inner = name[len(source.prefix) :]
-        weight, delta = value.float(), adapter.delta(inner).mul_(sign)
+        weight = value.float()
+        delta = adapter.change(inner, weight).mul_(sign)
         result = cast(weight + delta, dtype, name)
         effective = result.float() - weight  # not in place: fp32 results are `result` itself
         for share in (blocks[int(inner.split(".")[1])], total):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.interop.adapters import LoraAdapter, canonical_targets
+from visft_ds.interop.adapters import LoraAdapter, adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
 from visft_ds.interop.layouts import is_lora
 from visft_ds.parallel.checkpoint import newest_checkpoint, open_checkpoint
@@ -38,7 +38,7 @@ def adapter_of_checkpoint(folder: Path) -> LoraAdapter:
         base: str | None = checkpoint.record["identity"]["base weights"]
     else:
         base = sha256_file(random_base) if random_base.is_file() else None
-    return LoraAdapter(lora.rank, lora.alpha, canonical_targets(lora.targets), adapter, "checkpoint", base)
+    return adapter_of_run(lora, adapter, "checkpoint", base)
 
 
 def newest_adapter_folder(run: Path) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.interop.adapters import LoraAdapter, canonical_targets
+from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import Tower, is_lora, tower_of
@@ -74,9 +74,10 @@ def export_weights(
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
-        targets = canonical_targets(lora.targets)
-        whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256)
-        written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, overwrite=True))
+        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256)
+        # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
+        split = lora.magnitude
+        written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, split=split, overwrite=True))
     return written
 
 
