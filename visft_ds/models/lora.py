@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
         """What magnitudes start from, fp32: the lengths of the adapted rows of a weight (out, in) on any device."""
-        a, b = (torch.zeros(shape, device=weight.device) for shape in (self.lora_A.shape, self.lora_B.shape))
+        a, b = (weight.new_zeros(shape) for shape in (self.lora_A.shape, self.lora_B.shape))
         return row_lengths(weight, a, b, self.scale, self.slices)
 
     @property

@@ -43,7 +43,7 @@ def dora_linear(
     y = lora_linear(x, weight, bias, lora_a, lora_b, scale, slices)
     lengths = row_lengths(weight, lora_a, lora_b, scale, slices)
     with no_autocast(y.device):
-        excess = magnitude.float() / lengths - 1  # 0 where nothing has been learnt: y stays as it is
+        excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 where nothing has been learnt: y stays as it is
         parts, start = [], 0
         edges = [0, *(edge for pair in slices for edge in pair), weight.shape[0]]
         for index, (lo, hi) in enumerate(pairwise(edges)):
@@ -52,7 +52,7 @@ def dora_linear(
             else:
                 parts.append(excess[start : start + hi - lo])
                 start += hi - lo
-        product = y.float() if bias is None else y.float() - bias.float()
+        product = y if bias is None else y.to(excess.dtype) - bias.to(excess.dtype)
         return (y + torch.cat(parts) * product).to(y.dtype)
 
 
@@ -62,7 +62,7 @@ def row_lengths(
 ) -> Tensor:
     """|W + s B A| of each adapted row, without the dense product.
 
-    |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, in fp32; with b = 0 exactly the length of w.
+    |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, in fp32 or wider; with b = 0 exactly the length of w.
 
     Args:
         weight: (F, K).
@@ -70,14 +70,15 @@ def row_lengths(
         lora_b: (R, r).
 
     Returns:
-        (R,) float32.
+        (R,) float32, of float64 weights float64.
     """
     rank, found, start = lora_b.shape[1], [], 0
+    wide = torch.promote_types(weight.dtype, torch.float32)
     with no_autocast(weight.device):
         for index, (lo, hi) in enumerate(slices):
-            rows, a = weight[lo:hi].float(), lora_a[index * rank : (index + 1) * rank].float()
-            b = lora_b[start : start + hi - lo].float()
+            rows, a = weight[lo:hi].to(wide), lora_a[index * rank : (index + 1) * rank].to(wide)
+            b = lora_b[start : start + hi - lo].to(wide)
             squares = rows.square().sum(1) + 2 * scale * (b * (rows @ a.t())).sum(1)
             found.append((squares + scale**2 * (b * (b @ (a @ a.t()))).sum(1)).sqrt())
             start += hi - lo
-    return torch.cat(found).clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros stays one
+    return torch.cat(found).clamp(min=torch.finfo(wide).tiny)  # a row of zeros stays one
