@@ -58,9 +58,7 @@ def test_output_and_gradients_are_the_papers(with_bias: bool) -> None:
     wanted = _dense(x, weight, bias, a, b, magnitude)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
     seed = torch.randn_like(ours)
-    for got, expected in zip(
-        torch.autograd.grad(ours, wrt, seed), torch.autograd.grad(wanted, wrt, seed), strict=True
-    ):
+    for got, expected in zip(torch.autograd.grad(ours, wrt, seed), torch.autograd.grad(wanted, wrt, seed), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
 
 

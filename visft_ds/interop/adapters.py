@@ -110,6 +110,28 @@ class LoraAdapter:
                 result[rows] = resized(base[rows], result[rows], lengths)
         return result
 
+    def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
+        """(result, change) of one base weight, fp32 all."""
+        change = self.change(weight, base)
+        return base + change, change
+
+    def record(self) -> dict[str, object]:
+        """What merged weights tell of it."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        kind = "DoRA, rank" if self.magnitude else "rank"
+        return f"{kind} {self.rank}, scaling {self.scaling:g}, {'+'.join(self.targets)}"
+
+    def fit(self, tower: Tower) -> LoraAdapter:
+        """See `fit_to_tower`."""
+        return fit_to_tower(self, tower)
+
+    def install(self, backbone: EvaViT) -> None:
+        """See `install_adapter`."""
+        install_adapter(backbone, self)
+
     def fingerprint(self) -> str:
         """sha256 of what it computes with: settings and values, whatever file they came from."""
         settings = (self.rank, float(self.alpha), self.targets, *(("magnitude",) * self.magnitude))
