@@ -93,7 +93,9 @@ class LoRALinear(nn.Module):
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
         """What magnitudes start from, fp32: the lengths of the adapted rows of a weight (out, in) on any device."""
-        a, b = (weight.new_zeros(shape) for shape in (self.lora_A.shape, self.lora_B.shape))
+        # Not by the shapes of A and B: ZeRO-3 may have taken them away already.
+        a = weight.new_zeros(len(self.slices) * self.rank, self.in_features)
+        b = weight.new_zeros(sum(hi - lo for lo, hi in self.slices), self.rank)
         return row_lengths(weight, a, b, self.scale, self.slices)
 
     @property
