@@ -21,6 +21,7 @@ from visft_ds.interop.timm_merge import merge_timm, verify_timm
 from visft_ds.launch import main
 from visft_ds.run_folder import BACKBONE_FILE
 
+pytest.importorskip("timm")  # outside of a test: its import warns of deprecated parts of torch
 pytestmark = pytest.mark.slow
 SETTINGS = {
     **{key: value for key, value in TINY.items() if not key.startswith("visft.model.")},
