@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bundle", "examine", "run_lock", "values"),
     ("machine", "stages"),
     ("evals", "parallel"),
-    ("changes", "guard", "planner", "validation", "which"),
+    ("changes", "contrastive", "guard", "planner", "validation", "which"),
     ("out_of_memory", "run_state", "start_report"),
     ("rehearsal",),
     ("train",),
@@ -43,6 +43,7 @@ RESERVED = {
     "open_clip": ("visft_ds.interop",),
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
+    "torchao": ("visft_ds.ops.low_bit",),
     "flash_attn": ("visft_ds.ops",),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))

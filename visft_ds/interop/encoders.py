@@ -175,12 +175,17 @@ def eva_preprocess(side: int, normalisation: str) -> Preprocess:
 def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
     """The same with numbers of one's own."""
     return transforms.Compose(
+        [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(list(mean), list(std))]
+    )
+
+
+def eva_crop(side: int) -> Preprocess:
+    """The same up to the pixels, (3, side, side) uint8."""
+    return transforms.Compose(
         [
             transforms.Resize(side, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(side),
             transforms.PILToTensor(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(list(mean), list(std)),
         ]
     )
 
