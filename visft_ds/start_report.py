@@ -15,7 +15,7 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.planner import memory_of, plan_memory
@@ -61,10 +61,7 @@ def print_start(
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
-                (
-                    "padding",
-                    "none: images of different sizes are packed" if model.packed else "up to the largest image",
-                ),
+                ("padding", _padding(module.backbone, device, dtype) if model.packed else "up to the largest image"),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
@@ -82,6 +79,11 @@ def _attention(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> tu
     """For an image of the size that the position embeddings belong to."""
     tokens = (backbone.image_size // backbone.patch_size) ** 2
     return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+
+
+def _padding(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> str:
+    name, why = packed_backend(device, dtype, backbone.width // backbone.num_heads)
+    return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
 def _recompute(model: ModelConfig) -> str:

@@ -21,6 +21,7 @@ from visft_ds.data.samples import Batch, Sample
 from visft_ds.data.segmentation import collate_segmentation
 from visft_ds.models.eva_vit import RECOMPUTE
 from visft_ds.multitask import MultiTaskModel
+from visft_ds.parallel.pipeline_layers import padded_size
 from visft_ds.tasks import TASKS
 
 SIZES = ((56, 112), (112, 56), (28, 112), (56, 112))
@@ -130,3 +131,11 @@ def test_frames_stay_on_the_host() -> None:
     """Packing reads them in every step: a copy on a device would have to be waited for."""
     batch = collate_joint(mixed()).to(torch.device("meta"))
     assert batch.images.is_meta and batch.frames is not None and batch.frames.tolist() == [list(s) for s in SIZES]
+
+
+def test_the_last_stage_of_a_pipeline_knows_the_padding_without_pixels() -> None:
+    """Segmentation comes with padding of its own in evaluation: 100 of 112 columns, of 8 patches instead of 7."""
+    samples = [replace(sample, size=(50, 100), targets={}) for sample in mixed()[:1]]
+    batch = collate_segmentation(samples)
+    blind = replace(batch, images=batch.images[..., :0, :0])
+    assert padded_size(blind, 14) == (56, 112) == tuple(batch.images.shape[2:])
