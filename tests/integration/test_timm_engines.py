@@ -1,0 +1,42 @@
+"""Models of timm under every ZeRO engine on two gloo ranks equal one plain PyTorch process on the global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration import engine_case as case
+from tests.integration import timm_case
+from tests.integration.ranks import finish, start_ranks
+from tests.integration.test_engines import BF16_LOSS, BF16_NORM, BF16_WEIGHTS, LOSS, NORM, WEIGHTS, differences
+
+pytest.importorskip("timm")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out: Path = tmp_path_factory.mktemp("timm") / "results.pt"
+    codes, outputs = finish(start_ranks(["-m", "tests.integration.timm_case", str(out)]), timeout=900)
+    assert codes == [0, 0], "\n".join(outputs)
+    found: dict[str, Any] = torch.load(out)
+    return found
+
+
+@pytest.mark.parametrize("name", timm_case.RUNS)
+def test_every_engine_equals_one_process(
+    trained: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for what in ("build", "engine_config"):
+        monkeypatch.setattr(case, what, getattr(case, what))  # put back at the end
+    run = timm_case.RUNS[name]
+    plain = timm_case.train_plain(run)
+    assert min(plain["norms"]) > case.CLIP
+    bounds = (BF16_LOSS, BF16_NORM, BF16_WEIGHTS) if run.precision == "bf16" else (LOSS, NORM, WEIGHTS)
+    for engine in timm_case.ENGINES:
+        found = differences(trained[f"{engine} {name}"], plain)
+        print(engine, name, found, plain["norms"])
+        assert all(value <= bound for value, bound in zip(found.values(), bounds, strict=True)), (engine, found)
