@@ -114,7 +114,7 @@ def _speed_rows(numbers: Mapping[str, Any], processes: int) -> list[tuple[str, s
         ("step", _spread(numbers["step_seconds"], 1000, " ms")),
     ]
     if flops["model_per_second"] is None:
-        rows.append(("FLOP/s", f"{hardware} (counted; this head has no formula)"))
+        rows.append(("FLOP/s", f"{hardware} (counted; backbone or head has no formula)"))
     elif flops["model_per_second"] == flops["hardware_per_second"]:
         rows.append(("FLOP/s, MFU", hardware))
     else:
