@@ -73,6 +73,8 @@ def main() -> int:
 def _write_classes(given: argparse.Namespace) -> int:
     width, height = given.size
     try:
+        if given.max_shapes != MAX_SHAPES:
+            raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
         counts = write_toy_classes(
             given.out,
             given.classification,

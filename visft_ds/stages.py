@@ -27,6 +27,7 @@ from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
 from visft_ds.values import HOST, BaseWeights, Placement, fill_model, is_small, open_base
@@ -106,7 +107,7 @@ def prepare_model(
     vocabulary: Vocabulary | None = None,
     placement: Placement = HOST,
 ) -> PreparedModel:
-    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effect.
+    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
     Nothing is allocated before everything that shapes and descriptions tell has been checked.
 
@@ -138,11 +139,14 @@ def prepare_model(
         notes += _check_heads(infos, config, base.identity)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
+    store_in_few_bits(module.backbone, config.model.base)
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if stage.uses_lora and config.lora is not None:
         notes += _check_effect(module.backbone, placement)
+    difference = compare_with_full(module.backbone, base.read, placement.whole)
+    notes += difference.lines() if difference else []
     return PreparedModel(module, groups, base, tuple(notes))
 
 
@@ -160,6 +164,8 @@ def plan_model(
     storage: torch.dtype = torch.float32,
 ) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The model on the meta device and what would train, from shapes alone: no file is read.
+
+    Its matrices have the shapes and dtypes of full precision; `store_in_few_bits` comes next.
 
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
@@ -179,6 +185,7 @@ def plan_model(
     _check_content(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    plan_few_bits(backbone, model.base)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     _set_modes(module, config, groups)
@@ -281,6 +288,9 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
                 f"the {task} head was trained on the features of other base weights ({trained_on}); these are "
                 f"{base_weights}: use the base weights of stage 1"
             )
+        base = info.extra.get("base", "full")
+        if base != config.model.base:
+            notes.append(f"the {task} head learnt over a base in {base}, this run has {config.model.base}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

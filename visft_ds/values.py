@@ -22,6 +22,7 @@ from visft_ds.interop.head_info import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.models.eva_vit import EvaViT, random_weight
 from visft_ds.models.lora import random_adapter
+from visft_ds.models.low_bit import frozen_matrices
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.tasks import TASKS
 
@@ -67,7 +68,7 @@ class BaseWeights:
 
     identity: str  #: sha256 of the file, or the recipe of the random weights
     note: str
-    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype in which the model keeps it
+    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before it is stored in few bits
     load: Callable[[str], Tensor]
 
     def read(self, name: str) -> Tensor:
@@ -134,9 +135,13 @@ def fill_model(
             (`of_one_rank`).
     """
     backbone, held = module.backbone, placement.held(module)
+    stored = {f"{name}.weight": one.low_bit for name, one in frozen_matrices(backbone).items() if one.low_bit}
 
     def of_backbone(name: str) -> Tensor:
-        return random_adapter(backbone, name, config.seed) if is_lora(name) else base.read(name)
+        if is_lora(name):
+            return random_adapter(backbone, name, config.seed)
+        value = base.read(name)
+        return stored[name].pack(value) if name in stored else value
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)

@@ -88,6 +88,7 @@ class ModelConfig(BaseModel):
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
     packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
+    base: Literal["full", "int8", "fp8", "nf4"] = "full"  #: storage of the blocks' frozen matrices, docs/kernels.md
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""

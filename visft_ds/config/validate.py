@@ -369,6 +369,8 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
         )
     if model.kernels == "triton":
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
+    if model.base != "full":
+        yield key, f"must be none with visft.model.base = {model.base}: values are made of codes piece by piece"
     if not visft.run.rehearsal:
         yield key, "must be none without visft.run.rehearsal, which is when blocks are compiled"
 

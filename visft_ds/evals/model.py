@@ -174,6 +174,8 @@ def load_model(
         install_adapter(backbone, adapter)
         targets = "+".join(adapter.targets)
         facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
+        if adapter.base_storage != "full":
+            facts["adapter"] += f"; trained over a base in {adapter.base_storage}, evaluated on the full one"
     else:
         facts["adapter"] = "merged into the weights" if merged else "none"
     modules = {}

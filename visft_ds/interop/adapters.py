@@ -31,7 +31,8 @@ class LoraAdapter:
     """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
-    hash of the base weight file it was trained on, None where nobody recorded it.
+    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how the run kept
+    that base (visft.model.base); the adapter belongs to the file, in full precision, all the same.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class LoraAdapter:
     tensors: dict[str, Tensor]
     origin: str
     base_sha256: str | None = None
+    base_storage: str = "full"
 
     @property
     def scaling(self) -> float:
@@ -132,7 +134,9 @@ def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAd
     rank = sum(adapter.rank for adapter in adapters)
     origins = {adapter.origin for adapter in adapters}
     origin = first.origin if len(origins) == 1 else "average"
-    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, next(iter(bases), None))
+    storages = sorted({adapter.base_storage for adapter in adapters})
+    base, storage = next(iter(bases), None), " and ".join(storages)
+    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, base, base_storage=storage)
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
 from visft_ds.ops import matmul_dtype
 from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.low_bit import LowBit
 
 #: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
 TARGETS = {
@@ -44,6 +45,7 @@ class LoRALinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    low_bit: LowBit | None = None  #: as that of `Linear`
 
     def __init__(
         self, base: Linear, slices: Slices, *, rank: int, alpha: float, generator: torch.Generator | None = None
@@ -85,7 +87,9 @@ class LoRALinear(nn.Module):
         if self.merged:
             dtype = matmul_dtype(self.weight)
             return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
-        return lora_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scale, self.slices)
+        return lora_linear(
+            x, self.weight, bias, self.lora_A, self.lora_B, self.scale, self.slices, low_bit=self.low_bit
+        )
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -107,10 +111,15 @@ class LoRALinear(nn.Module):
             zero update.
 
         Raises:
-            ValueError: already merged.
+            ValueError: already merged, or a weight of few bits, which would round the update away.
         """
         if self.merged:
             raise ValueError("this LoRA layer is merged already; unmerge it first")
+        if self.low_bit is not None:
+            raise ValueError(
+                f"the weight is stored as {self.low_bit.format}, which would round the update away: merge into the "
+                "base in full precision (tools/merge_lora.py does)"
+            )
         before = self.weight.detach()
         delta = self.delta()
         after = (before.to(delta.dtype) + delta).to(before.dtype)

@@ -38,7 +38,8 @@ def adapter_of_checkpoint(folder: Path) -> LoraAdapter:
         base: str | None = checkpoint.record["identity"]["base weights"]
     else:
         base = sha256_file(random_base) if random_base.is_file() else None
-    return LoraAdapter(lora.rank, lora.alpha, canonical_targets(lora.targets), adapter, "checkpoint", base)
+    targets, storage = canonical_targets(lora.targets), config.visft.model.base
+    return LoraAdapter(lora.rank, lora.alpha, targets, adapter, "checkpoint", base, base_storage=storage)
 
 
 def newest_adapter_folder(run: Path) -> Path:

@@ -70,12 +70,14 @@ def export_weights(
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
         extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
+        extra |= {"base": config.visft.model.base} if config.visft.model.base != "full" else {}
         infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
         targets = canonical_targets(lora.targets)
-        whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256)
+        base = config.visft.model.base
+        whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256, base_storage=base)
         written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, overwrite=True))
     return written
 

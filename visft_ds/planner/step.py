@@ -18,6 +18,7 @@ from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
+from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
 from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
@@ -133,6 +134,7 @@ class _Rehearsal:
         visft = run.config.visft
         storage = DTYPES[run.precision]
         self.module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
+        store_in_few_bits(self.module.backbone, visft.model.base)
         self.module.train()
         self.layers = self._layers()
         held = nn.ModuleList(self.layers) if self.layers else self.module
