@@ -1,8 +1,8 @@
 """Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
 
-Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2 ("lora"): low-rank adapters go into the
-backbone and train, the heads are frozen (arXiv 2401.10222, section 3). What trains is decided by the parameter groups
-of the configuration; a stage only says what must be among it.
+Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2: the backbone trains, through low-rank
+adapters ("lora") as in arXiv 2401.10222, section 3, or itself ("backbone"); the heads are frozen unless a group says
+otherwise. What trains is decided by the parameter groups of the configuration; a stage only says what must be among it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from visft_ds.interop.heads import check_categories, find_head, open_head, read_
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.backbone import Backbone, build_empty, own_tower
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
 from visft_ds.values import HOST, BaseWeights, Placement, fill_model, is_small, open_base
@@ -40,23 +41,27 @@ SMALLEST_EFFECT = 1e-6
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage.
+    """What a stage demands of the parameter groups.
 
     Attributes:
         name: as printed.
-        uses_lora: adapters are injected before the groups are applied.
         must_train: globs over qualified names; every parameter they match has to be in a group.
+        must_touch: glob over qualified names; some parameter that it matches has to be in a group.
     """
 
     name: str
-    uses_lora: bool
     must_train: tuple[str, ...]
+    must_touch: str
 
 
-STAGES: Mapping[int, StageSpec] = {
-    1: StageSpec("heads", uses_lora=False, must_train=("heads.*",)),
-    2: StageSpec("lora", uses_lora=True, must_train=("backbone.*.lora_A", "backbone.*.lora_B")),
-}
+def stage_of(config: VisftConfig) -> StageSpec:
+    """The stage of a configuration, with the adapters and the heads that it asks for."""
+    if config.stage == 1:
+        return StageSpec("heads", ("heads.*",), "heads.*")
+    lora, heads = config.lora is not None, config.heads.start == "random"
+    must_train = ("backbone.*.lora_*",) * lora + ("heads.*",) * heads
+    name = ("lora" if lora else "backbone") + " and heads" * heads
+    return StageSpec(name, must_train, "backbone.*")
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,6 @@ def prepare_model(
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
             must train but does not, adapters without effect.
     """
-    stage = STAGES[config.stage]
     storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
@@ -143,10 +147,11 @@ def prepare_model(
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    if stage.uses_lora and config.lora is not None:
+    if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
-    difference = compare_with_full(module.backbone, base.read, placement.whole)
-    notes += difference.lines() if difference else []
+    if config.model.base != "full":
+        difference = compare_with_full(own_tower(module.backbone), base.read, placement.whole)
+        notes += difference.lines() if difference else []
     return PreparedModel(module, groups, base, tuple(notes))
 
 
@@ -175,16 +180,16 @@ def plan_model(
         ValueError: as `prepare_model`, as far as shapes tell.
     """
     model = config.model
-    backbone = build_backbone(model.preset, device="meta", dtype=storage, seed=None, **model.backbone_options())
+    backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
         if is_small(name, parameter.shape):
             parameter.data = parameter.data.float()
     module = _build_module(config, backbone, vocabulary_size)
-    if STAGES[config.stage].uses_lora and config.lora is not None:
-        inject_lora(backbone, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    if config.lora is not None:
+        inject_lora(backbone, **config.lora.model_dump())
     _check_content(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
-    _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    _check_stage(module, stage_of(config))
     plan_few_bits(backbone, model.base)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
@@ -210,12 +215,12 @@ def apply_groups(
     owner: dict[str, str] = {}
     problems, matched = [], []
     for group in groups:
-        names = tuple(name for name in named if fnmatchcase(name, group.params))
-        if not names:
+        found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
+        for glob in (glob for glob, of_glob in found.items() if not of_glob):
             examples = ", ".join(_prefixes(named))
-            problems.append(
-                f"group {group.name!r}: {group.params!r} matches no parameter (names begin with {examples})"
-            )
+            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {examples})")
+        chosen = {name for of_glob in found.values() for name in of_glob}
+        names = tuple(name for name in named if name in chosen)
         problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
@@ -256,7 +261,7 @@ def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[Tra
     module.packed = config.model.packed
 
 
-def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:
+def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
     """Backbone, heads on the meta device, and criteria."""
     tasks = {}
     for name, task in config.tasks.enabled().items():
@@ -297,18 +302,27 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
     return notes
 
 
-def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> None:
-    required = stage.must_train if uses_lora or not stage.uses_lora else ()
+def _check_stage(module: nn.Module, stage: StageSpec) -> None:
+    named = dict(module.named_parameters())
     idle = [
         name
-        for name, parameter in module.named_parameters()
-        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in required)
+        for name, parameter in named.items()
+        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in stage.must_train)
     ]
     if idle:
         raise ValueError(
-            f"stage {stage.name!r} must train {', '.join(required)}, but {len(idle)} of these parameters are in no "
-            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups"
+            f"stage {stage.name!r} must train {', '.join(stage.must_train)}, but {len(idle)} of these parameters are "
+            f"in no group, e.g. {idle[0]}; widen a glob of visft.param_groups{_without_adapters(idle[0])}"
         )
+    if not any(parameter.requires_grad and fnmatchcase(name, stage.must_touch) for name, parameter in named.items()):
+        raise ValueError(
+            f"stage {stage.name!r} must train something of {stage.must_touch}, but no group of visft.param_groups "
+            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias, see docs/tuning.md"
+        )
+
+
+def _without_adapters(idle: str) -> str:
+    return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
 
 
 def _check_content(config: VisftConfig, patch_size: int) -> None:
@@ -323,18 +337,24 @@ def _check_content(config: VisftConfig, patch_size: int) -> None:
         )
 
 
-def _check_effect(backbone: EvaViT, placement: Placement) -> list[str]:
+def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:
     """Adapters that the forward bypasses would train nothing, silently; refuse them at start.
 
-    Looks at the blocks that this process holds, one after the other as in the tower; returns a note if there are any.
+    Looks at the blocks that this process holds, one after the other as in the tower, or at the whole of a model of
+    timm; returns a note if there are any.
     """
-    blocks = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
-    if not blocks:
-        return []
-    # Five tokens: cheap even for the largest tower.
-    tokens = torch.randn(1, 5, backbone.width, generator=torch.Generator().manual_seed(0))
-    with placement.whole(blocks):
-        effect = has_effect(blocks, tokens.to(next(blocks.parameters()).device))
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(backbone, TimmBackbone):
+        run: nn.Module = backbone
+        side = min(backbone.image_size, 4 * backbone.patch_size)  # cheap even for the largest model
+        inputs = torch.randn(1, 3, side, side, generator=generator)
+    else:
+        run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
+        inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
+        if not run:
+            return []
+    with placement.whole(run):
+        effect = has_effect(run, inputs.to(next(run.parameters()).device))
     if not effect > SMALLEST_EFFECT:
         raise ValueError(
             f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"

@@ -12,6 +12,7 @@ from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.models.backbone import Backbone, own_tower
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
@@ -21,11 +22,11 @@ from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.planner import memory_of, plan_memory
 from visft_ds.stages import (
     PUBLISHED_VOCABULARY,
-    STAGES,
     PreparedModel,
     TrainedGroup,
     choose_precision,
     plan_groups,
+    stage_of,
 )
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
@@ -54,14 +55,17 @@ def print_start(
         Section(
             "model",
             [
-                ("backbone", f"{model.name}: width {module.backbone.width}, {len(module.backbone.blocks)} blocks"),
+                ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("frozen matrices", "as computed in" if model.base == "full" else model.base),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
-                ("padding", _padding(module.backbone, device, dtype) if model.packed else "up to the largest image"),
+                (
+                    "padding",
+                    _padding(own_tower(module.backbone), device, dtype) if model.packed else "up to the largest image",
+                ),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
@@ -75,14 +79,17 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def _attention(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """For an image of the size that the position embeddings belong to."""
+    if not isinstance(backbone, EvaViT):
+        return "timm's own", "its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2
     return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
 
 
-def _padding(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> str:
-    name, why = packed_backend(device, dtype, backbone.width // backbone.num_heads)
+def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    tower = own_tower(backbone)
+    name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
     return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
@@ -169,7 +176,7 @@ def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int
 
 
 def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({STAGES[config.visft.stage].name}), {config.visft.model.name}"
+    return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
 
 
 def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:

@@ -153,7 +153,7 @@ def test_all_errors_at_once_with_value_source_and_advice() -> None:
         'optimizer.params.lr = "1e-5" (--set): must be a number; it is a text: write 1e-5 without quotes',
         "visft.seed = true (--set): must be a whole number",
         "visft.tasks.detection.batch_size = 0 (--set): must be greater than or equal to 1",
-        "visft.model.preset = \"eva_ee\" (--set): must be 'eva_e', 'eva_g' or 'debug'; did you mean eva_e?",
+        "must be 'eva_e', 'eva_g', 'debug' or 'timm:NAME'; did you mean eva_e?",
         'zero_optimisation = {"stage": 2} (--set): unknown key; did you mean zero_optimization?',
         "lr = 1 (--set): unknown key; did you mean optimizer.params.lr",
         'aio.block_size = "auto" (--set): "auto" is a word of other trainers',
@@ -183,6 +183,12 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
     [
         (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged backbone"),
         (1, ["visft.heads.path=x"], "stage 1 trains new heads"),
+        (2, ['visft.lora.targets=["q", "fc3"]'], "'fc2' with preset debug; did you mean fc"),
+        (2, ["visft.model.preset=timm:resnet18"], "has its own shape: only image_size may be set"),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.recompute=mlp"], 'timm\'s models know "block" only'),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.checkpoint_every=2"], "every block again (1) or none"),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.fit_memory=true"], "must be false"),
+        (2, ["visft.model.preset=timm:"], "or 'timm:NAME'"),
         (2, ["scheduler.params.total_num_steps=5", "scheduler.params.warmup_num_steps=6"], "longer than the run"),
         (2, ["scheduler.type=WarmupLR", "scheduler.params.cos_min_ratio=0.1"], "WarmupLR has no cosine"),
         (
@@ -315,11 +321,10 @@ def test_the_dict_for_deepspeed(precision: Any, dtype: str | None) -> None:
 
 def test_presets_and_overrides_match_the_backbone() -> None:
     from dataclasses import fields
-    from typing import get_args
 
     from visft_ds.models.eva_vit import PRESETS, EvaViTConfig
 
-    assert set(get_args(schema.ModelConfig.model_fields["preset"].annotation)) == set(PRESETS)
+    assert set(schema.PRESETS) == set(PRESETS)
     assert set(schema.BackboneOverrides.model_fields) == {field.name for field in fields(EvaViTConfig)}
 
 
@@ -333,7 +338,10 @@ def test_presets_and_overrides_match_the_backbone() -> None:
         (["--stage", "3"], "--stage 3: must be 1"),
         (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
         (["--stage", "1", "--lr=3"], "Anything else: --set KEY=VALUE"),
-        (["--stage", "1", "--model", "eva-e"], "did you mean eva_e? There are: debug, eva_e, eva_g"),
+        (
+            ["--stage", "1", "--model", "eva-e"],
+            "did you mean eva_e? There are: clip_vit_b, debug, debug_convnext",
+        ),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--stage", "1", "--resume", "yes"], "must be auto"),
         (["--stage", "1", "--set"], "expected one argument"),

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.models.eva_vit import EvaViT, recomputed, run_block
+from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.eva_vit import recomputed, run_block
 from visft_ds.ops.attention import Packing
 
 COMPILE = ("none", "blocks", "cuda_graphs")
@@ -73,7 +74,7 @@ class CompiledBlocks:
         return self._any_shape(block, x, packing, policy)
 
 
-def compile_blocks(backbone: EvaViT, how: str, *, backend: str = "inductor") -> None:
+def compile_blocks(backbone: Backbone, how: str, *, backend: str = "inductor") -> None:
     """From now on the blocks of a tower are compiled, when they first run; "none" changes nothing."""
     if how == "none":
         return
@@ -81,7 +82,7 @@ def compile_blocks(backbone: EvaViT, how: str, *, backend: str = "inductor") -> 
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     # Otherwise a block that is compiled too often would run uncompiled, in silence.
     config.fail_on_recompile_limit_hit = True
-    backbone.compiled = CompiledBlocks(how, backend=backend)
+    own_tower(backbone).compiled = CompiledBlocks(how, backend=backend)
 
 
 def check_compiler(how: str, device: torch.device) -> None:

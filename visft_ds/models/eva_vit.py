@@ -41,6 +41,10 @@ class EvaViTConfig:
     post_norm: bool = False  #: True: x + norm(attn(x)); False: x + attn(norm(x))
 
 
+#: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
 PRESETS = {
     "eva_e": EvaViTConfig(width=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, post_norm=True),
     "eva_g": EvaViTConfig(width=1408, depth=40, num_heads=16, mlp_ratio=4.3637),
@@ -142,8 +146,12 @@ class EvaViT(nn.Module):
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
         recompute: what of these blocks, see RECOMPUTE.
+        pixel_mean, pixel_std: with which images are normalised.
         compiled: runs the blocks instead of `run_block`; None: nothing does.
     """
+
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN
+    pixel_std: tuple[float, ...] = PIXEL_STD
 
     def __init__(
         self,
@@ -247,6 +255,10 @@ class EvaViT(nn.Module):
     def _begin(self, images: Tensor, *, packed: bool) -> None:
         if self.compiled is not None:
             self.compiled.begin(images, training=self.training, packed=packed)
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        return f"width {self.width}, {self.depth} blocks"
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""

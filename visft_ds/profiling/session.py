@@ -24,8 +24,8 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import host_memory_available, memory_bounded
+from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler, compile_blocks
-from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.ops import use_kernels
@@ -230,8 +230,7 @@ def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     model = config.visft.model
-    dtype = DTYPES[precision]
-    backbone = build_backbone(model.preset, device="meta", dtype=dtype, seed=None, **model.backbone_options())
+    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
     if model.base != "full":
         store_in_few_bits(backbone.requires_grad_(False), model.base)
     frozen = [p for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained]
