@@ -1,0 +1,195 @@
+"""From a question to commands: which arms and seeds share what, and what is measured of each.
+
+A trial is one arm with one seed:
+
+    pretraining (toy scale) -> stage 1 -> stage 2 of the arm -> evaluation in domain, benchmarks out of domain
+
+The seed is that of all of them: what two arms of a seed share is done once, and a difference over seeds contains the
+accidents of every training before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import Template
+
+from visft_ds.ablations.questions import RECIPE, TASKS, Arm, Question
+from visft_ds.ablations.scales import Scale
+from visft_ds.ablations.steps import STEPS, Step, StepList
+from visft_ds.ablations.toy import Toy, base_file
+from visft_ds.config import ResolvedConfig, resolve_arguments
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.run_folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
+from visft_ds.stages import plan_groups, trains_backbone
+
+#: Labels of the two models of a trial in the table of benchmarks.
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed, and the steps whose results are its numbers."""
+
+    arm: str
+    seed: int
+    before: Step  #: in domain: the heads on the base weights
+    after: Step  #: in domain: once stage 2 is done
+    benchmarks: Step  #: out of domain, both
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a question."""
+
+    name: str
+    question: Question
+    trials: Sequence[Trial]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A training, and what it leaves by its configuration."""
+
+    step: Step
+    config: ResolvedConfig
+
+    @property
+    def export(self) -> Path:
+        return self.step.out / "export"
+
+    def parts(self) -> list[str]:
+        """What tools/evaluate.py takes from its export folder in place of what was before."""
+        names = [name for group in plan_groups(self.config.visft, self.config.optimizer.params) for name in group.names]
+        words = ["--backbone", str(self.export / TRAINED_BACKBONE_FILE)] if trains_backbone(self.config.visft) else []
+        words += ["--heads", str(self.export)] if any(name.startswith("heads.") for name in names) else []
+        return words + (["--adapter", str(self.export / ADAPTER_FOLDER)] if self.config.visft.lora else [])
+
+
+class Planner:
+    """Plans questions of one scale into one list of steps."""
+
+    def __init__(self, root: Path, scale: Scale) -> None:
+        self.scale = scale
+        self.steps = StepList(root)
+        self._toy = Toy(self.steps)
+
+    def plan(self, name: str, question: Question, seeds: Sequence[int]) -> Plan:
+        """Every arm with every seed.
+
+        Raises:
+            ValueError: a configuration that cannot be, with the arm it belongs to.
+        """
+        trials = []
+        for seed in seeds:
+            for arm in question.arms:
+                try:
+                    trials.append(self._trial(f"{name}: {arm.name}, seed {seed}", arm, seed))
+                except ValueError as error:
+                    raise ValueError(f"{name}, arm {arm.name!r}: {error}") from error
+        return Plan(name, question, trials)
+
+    def _trial(self, title: str, arm: Arm, seed: int) -> Trial:
+        stage2 = self._stage2(title, arm, seed)
+        return Trial(
+            arm=arm.name,
+            seed=seed,
+            before=self._in_domain(f"seed {seed}: heads before stage 2", seed, None),
+            after=self._in_domain(f"{title}: in domain", seed, stage2),
+            benchmarks=self._out_of_domain(f"{title}: out of domain", seed, stage2),
+        )
+
+    # ------------------------------------------------------------------------------------------- trainings
+
+    def _stage1(self, seed: int) -> _Training:
+        return self._training("stage1", f"seed {seed}: stage 1", 1, (), seed, ())
+
+    def _stage2(self, title: str, arm: Arm, seed: int) -> _Training:
+        recipe = self._resolve(self._words(2, self.scale.stage_settings(2)))
+        steps = round(arm.updates * recipe.total_steps)
+        if arm.joint:
+            steps += self._resolve(self._words(1, self.scale.stage_settings(1))).total_steps
+        settings = [f"scheduler.params.total_num_steps={steps}"] if steps != recipe.total_steps else []
+        settings += [Template(text).substitute(self._values(recipe)) for text in arm.stage2]
+        needs: list[Step] = [self._toy.second()] if self.scale.toy and "$second" in "".join(arm.stage2) else []
+        if not arm.joint and self.scale.heads:
+            settings.append(f"visft.heads.path={self.scale.heads}")
+        elif not arm.joint:
+            stage1 = self._stage1(seed)
+            settings.append(f"visft.heads.path={stage1.export}")
+            needs.append(stage1.step)
+        return self._training("stage2", f"{title}: stage 2", 2, settings, seed, needs)
+
+    def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
+        """What settings of arms may name, see `questions`."""
+        rate, model = recipe.optimizer.params.lr, recipe.visft.model
+        depth = model.overrides.depth or PRESETS[model.preset].depth
+        last = range(depth - max(1, depth // 4), depth)
+        return {
+            "rate": f"{rate:g}",
+            "tenth": f"{rate / 10:g}",
+            "last": ",".join(f"backbone.blocks.{number}.*" for number in last),
+            "second": str(self._toy.second().out) if self.scale.toy else self.scale.second,
+        }
+
+    def _training(
+        self, kind: str, title: str, stage: int, settings: Sequence[str], seed: int, needs: Sequence[Step]
+    ) -> _Training:
+        chosen = [*self.scale.stage_settings(stage), *settings, f"visft.seed={seed}"]
+        if self.scale.toy:
+            base = self._toy.base(seed)
+            chosen.append(f"visft.model.weights={base_file(base)}")
+            needs = [*needs, self._toy.shards("a"), base]
+        words = self._words(stage, chosen)
+        config = self._resolve(words)
+        plan_groups(config.visft, config.optimizer.params)  # a glob that matches nothing is told now
+        launcher = self.scale.launcher
+        step = self.steps.add(
+            kind,
+            title,
+            lambda out: [*launcher, "launchers/train.py", *words, "--out", str(out)],
+            needs=needs,
+            facts={"configuration": config.fingerprint()},
+            resumes=True,
+        )
+        return _Training(step, config)
+
+    def _words(self, stage: int, settings: Sequence[str]) -> list[str]:
+        words = ["--stage", str(stage), "--model", self.scale.model, "--data", self._data]
+        return words + [part for setting in settings for part in ("--set", setting)]
+
+    def _resolve(self, words: Sequence[str]) -> ResolvedConfig:
+        return resolve_arguments(words)[1]
+
+    @cached_property
+    def _data(self) -> str:
+        return str(self._toy.shards("a").out) if self.scale.data is None else self.scale.data
+
+    # ----------------------------------------------------------------------------------------- evaluations
+
+    def _in_domain(self, title: str, seed: int, trained: _Training | None) -> Step:
+        """All heads on the validation images: those of before, and what the training put in their place.
+
+        Every arm is judged on images as one and the same run prepares them.
+        """
+        run = self._stage2(f"seed {seed}: recipe", RECIPE, seed) if self.scale.heads else self._stage1(seed)
+        words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", ",".join(TASKS)]
+        parts = trained.parts() if trained else []
+        words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
+        needs = [run.step, *([trained.step] if trained else [])]
+        return self.steps.add("evaluation", title, lambda out: [*words, "--out", str(out)], needs=needs)
+
+    def _out_of_domain(self, title: str, seed: int, trained: _Training) -> Step:
+        """Base and result in one table."""
+        needs, benchmarks, base = [trained.step], list(self.scale.benchmarks), trained.config.visft.model.weights
+        if self.scale.toy:
+            sources, benchmarks = self._toy.benchmarks()
+            needs += [self._toy.base(seed), *sources]
+        words = ["tools/evaluate.py", "benchmarks", "--images", "0"]
+        words += ["--model", f"{BEFORE}={base}", "--model", f"{AFTER}={trained.step.out}"]
+        words += [part for one in benchmarks for part in ("--benchmark", one)]
+        words += ["--text", self.scale.text] if self.scale.text else []
+        words += ["--cache", str(self.steps.root / STEPS / "features")]
+        return self.steps.add("benchmarks", title, lambda out: [*words, "--out", str(out)], needs=needs, resumes=True)

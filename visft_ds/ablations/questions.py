@@ -1,0 +1,126 @@
+"""The questions, as tables: a name for each arm, and how it departs from the recipe.
+
+A further question is a further entry of QUESTIONS. Settings are those of `launchers/train.py --set`, in which
+
+    $rate    is the learning rate of the recipe's stage 2, $tenth a tenth of it,
+    $second  the folder of a second data set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TASKS = ("detection", "segmentation", "captioning")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of a comparison: what it says differs from the recipe, all else is the recipe."""
+
+    name: str
+    stage2: tuple[str, ...] = ()  #: settings of stage 2
+    updates: float = 1.0  #: length of stage 2, times that of the recipe
+    joint: bool = False  #: no stage 1: one training as long as both, whose heads start at random
+
+
+RECIPE = Arm("recipe")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Arms that are compared with one another; the first is the reference, in most questions the recipe itself."""
+
+    asks: str
+    arms: tuple[Arm, ...]
+    note: str = ""  #: what a reader has to know about the comparison
+
+
+def _groups(**rates: str) -> str:
+    """Parameter groups of LoRA and of heads at a rate."""
+    groups = [{"name": "lora", "params": "backbone.*.lora_*"}]
+    groups += [{"name": name, "params": f"{name}.*", "lr": f"<{rate}>"} for name, rate in rates.items()]
+    return "visft.param_groups=" + json.dumps(groups).replace('"<', "").replace('>"', "")
+
+
+def _second(weight: float) -> str:
+    """A second set for detection, drawn from so often beside the first one's 1."""
+    one = {"name": "second", "root": "$second", "tasks": ["detection"], "weight": round(weight, 4)}
+    return f"visft.data.sets={json.dumps([one])}"
+
+
+def _subsets() -> tuple[Arm, ...]:
+    """All three tasks first, then every other choice of them."""
+    chosen = [names for count in (3, 2, 1) for names in itertools.combinations(TASKS, count)]
+    return tuple(Arm(" + ".join(names), (f"visft.tasks={','.join(names)}",)) for names in chosen)
+
+
+QUESTIONS: Mapping[str, Question] = {
+    "heads": Question(
+        "In stage 2: are the heads frozen, trained slowly, or trained along?",
+        (
+            Arm("frozen"),
+            Arm("a tenth of the rate", (_groups(heads="$tenth"),)),
+            Arm("trained", (_groups(heads="$rate"),)),
+        ),
+    ),
+    "tasks": Question("Which tasks does stage 2 need?", _subsets(), "Every arm is judged with the heads of all tasks."),
+    "updates": Question(
+        "How many updates of stage 2?",
+        tuple(Arm(f"{factor:g} x", updates=factor) for factor in (1.0, 0.25, 0.5, 2.0)),
+        "Every arm has a schedule of its own that ends at its last update.",
+    ),
+    "lora": Question(
+        "Which rank, which projections, which alpha?",
+        (
+            Arm("recipe"),
+            *(Arm(f"rank {rank}", (f"visft.lora.rank={rank}",)) for rank in (4, 64)),
+            *(
+                Arm("on " + " ".join(targets), (f"visft.lora.targets={json.dumps(targets)}",))
+                for targets in (["q", "k", "v", "proj"], ["fc1", "fc2"], ["q", "k", "v", "proj", "fc1", "fc2"])
+            ),
+            *(Arm(f"alpha {alpha}", (f"visft.lora.alpha={alpha}",)) for alpha in (1, 64)),
+        ),
+        "An update is scaled by alpha / rank, so that rank and alpha move it too.",
+    ),
+    "data": Question(
+        "What does a second detection data set bring?",
+        (
+            Arm("one data set"),
+            Arm("second, a quarter", (_second(1 / 3),)),
+            Arm("second, half", (_second(1.0),)),
+        ),
+        "The second set is drawn from for detection only.",
+    ),
+}
+
+
+def find_question(name: str) -> Question:
+    """A question by its name.
+
+    Raises:
+        ValueError: there is none of that name; the nearest one is suggested.
+    """
+    return QUESTIONS[_known(name, list(QUESTIONS), "question")]
+
+
+def choose_arms(question: Question, names: Sequence[str]) -> Question:
+    """The question with only these arms, and the reference, which the others are compared with.
+
+    Raises:
+        ValueError: an arm that the question does not have.
+    """
+    wanted = {_known(name, [arm.name for arm in question.arms], "arm") for name in names}
+    arms = tuple(arm for place, arm in enumerate(question.arms) if place == 0 or arm.name in wanted)
+    return Question(question.asks, arms, question.note)
+
+
+def _known(name: str, known: Sequence[str], what: str) -> str:
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name!r} is no {what}{hint} There are: {', '.join(known)}")

@@ -1,0 +1,81 @@
+"""Commands that are run once: a step is named by a hash of its command and of everything that it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visft_ds import __version__
+
+#: Raised where steps of earlier releases of this package must not be taken for those of this one.
+FORMAT = 1
+STEPS = "steps"  #: folder of all of them, below that of the comparison
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a comparison, and where its result lies."""
+
+    title: str  #: for people
+    stem: str  #: kind and hash: name of its folder, log and marker
+    command: tuple[str, ...]
+    out: Path  #: what it writes
+    marker: Path  #: exists once it has finished
+    log: Path
+    needs: tuple[str, ...]  #: stems of the steps before it
+    resumes: bool  #: goes on with what it left; otherwise that is removed before it starts again
+
+
+@dataclass
+class StepList:
+    """The steps of one or more questions; equal ones are there once.
+
+    The folder of a step has its hash in its name, and the commands that read it are hashed with this name in them: a
+    hash covers everything that a step came from.
+    """
+
+    root: Path
+    steps: dict[str, Step] = field(default_factory=dict)  #: by stem, in an order in which they can be run
+
+    def add(
+        self,
+        kind: str,
+        title: str,
+        command: Callable[[Path], Sequence[str]],
+        *,
+        needs: Sequence[Step] = (),
+        facts: Mapping[str, str] | None = None,
+        inside: Step | None = None,
+        resumes: bool = False,
+    ) -> Step:
+        """Add a step unless there is an equal one; returns the one that is there.
+
+        Args:
+            kind: beginning of its name.
+            command: from the folder that it writes to its words.
+            facts: what else decides about the result: the resolved configuration, identities of files from elsewhere.
+            inside: it writes into the folder of that step, which it needs.
+        """
+        folder = self.root / STEPS
+        place = inside.out if inside else Path("OUT")
+        words = [word.replace(f"{folder}/", "") for word in command(place)]
+        what = {"format": FORMAT, "version": __version__, "command": words, "facts": dict(facts or {})}
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        stem = f"{kind}-{key}"
+        if stem not in self.steps:
+            out = inside.out if inside else folder / stem
+            before = (*needs, *([inside] if inside else []))
+            self.steps[stem] = Step(
+                title=title,
+                stem=stem,
+                command=tuple(command(out)),
+                out=out,
+                marker=folder / f"{stem}.json",
+                log=folder / f"{stem}.log",
+                needs=tuple(dict.fromkeys(step.stem for step in before)),
+                resumes=resumes or inside is not None,
+            )
+        return self.steps[stem]
