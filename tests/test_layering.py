@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bundle", "examine", "run_lock", "values"),
     ("machine", "stages"),
     ("evals", "parallel"),
-    ("guard", "planner", "validation", "which"),
+    ("contrastive", "guard", "planner", "validation", "which"),
     ("out_of_memory", "run_state", "start_report"),
     ("rehearsal",),
     ("train",),

@@ -2,6 +2,9 @@
 
 python tools/make_toy_coco.py --out toy --train 2000 --val 200 --size 112
 python tools/make_toy_coco.py --out toy_b --train 0 --val 200 --size 160x112 --style b
+python tools/make_toy_coco.py --out shapes_b --classification shape --train 0 --val 480 --style b
+
+With --classification one shape a picture in folders of classes, for `evaluate.py benchmarks zero_shot=` and `probe=`.
 
 The same arguments give the same bytes, whatever the number of workers.
 """
@@ -16,6 +19,7 @@ import os
 import re
 
 from visft_ds.data.toy import write_toy_coco
+from visft_ds.data.toy_classes import KINDS, write_toy_classes
 from visft_ds.data.toy_scenes import STYLES
 
 
@@ -30,14 +34,17 @@ def _size(text: str) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--train", type=int, default=2000, help="images in train2017 (default %(default)s)")
-    parser.add_argument("--val", type=int, default=200, help="images in val2017 (default %(default)s)")
+    parser.add_argument("--train", type=int, default=2000, help="images in train2017 or train/ (%(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="images in val2017 or test/ (%(default)s)")
     parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
     parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
+    parser.add_argument("--classification", choices=KINDS, help="one shape a picture, in test/CLASS/ and train/CLASS/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     given = parser.parse_args()
     width, height = given.size
+    if given.classification:
+        return _write_classes(given)
     try:
         counts = write_toy_coco(
             given.out,
@@ -55,6 +62,29 @@ def main() -> int:
     print(
         f"{given.out}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
         f"({counts['crowds']} crowds), style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
+    )
+    return 0
+
+
+def _write_classes(given: argparse.Namespace) -> int:
+    width, height = given.size
+    try:
+        counts = write_toy_classes(
+            given.out,
+            given.classification,
+            train=given.train,
+            test=given.val,
+            height=height,
+            width=width,
+            style=given.style,
+            seed=given.seed,
+        )
+    except (ValueError, OSError) as error:
+        print(f"make_toy_coco: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{given.out}: {counts['images']} images of {counts['classes']} classes ({given.classification}), "
+        f"style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
     )
     return 0
 

@@ -35,7 +35,8 @@ def _join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
+    """`a star`, `an hourglass`."""
     return f"{'an' if words[0] in 'aeiou' or words.startswith('hour') else 'a'} {words}"
 
 
@@ -46,7 +47,7 @@ def _plural(words: str) -> str:
 
 def _counted(words: str, count: int) -> str:
     """`a red star`, `two red stars`."""
-    return _article(words) if count == 1 else f"{_NUMBERS[count]} {_plural(words)}"
+    return with_article(words) if count == 1 else f"{_NUMBERS[count]} {_plural(words)}"
 
 
 def _middle(shape: Shape) -> tuple[float, float]:
@@ -80,7 +81,7 @@ def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
         place = "to the left of" if x1 < x2 else "to the right of"
     else:
         place = "above" if y1 < y2 else "below"
-    one, two = (_article(f"{shape.colour} {NAMES[shape.category]}") for shape in (first, second))
+    one, two = (with_article(f"{shape.colour} {NAMES[shape.category]}") for shape in (first, second))
     return f"{one} {place} {two}"
 
 
@@ -89,7 +90,7 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
 
     Several shapes are named from left to right.
     """
-    ground = _article(scene.background)
+    ground = with_article(scene.background)
     crowd = ""
     if scene.crowd is not None:
         crowd = f"a crowd of tiny {_plural(f'{scene.crowd.colour} {NAMES[scene.crowd.category]}')}"
@@ -116,8 +117,8 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
     sentences = [
         f"{listed} on {ground}",
         f"{_counted('shape', total) if total > 1 else 'one shape'}: {every}",
-        f"{_article(_details(scene.shapes[one], shares[one]))} {_where(scene.shapes[one])}",
-        f"the largest shape is {_article(_details(scene.shapes[biggest], shares[biggest]))}",
+        f"{with_article(_details(scene.shapes[one], shares[one]))} {_where(scene.shapes[one])}",
+        f"the largest shape is {with_article(_details(scene.shapes[biggest], shares[biggest]))}",
         _relation(rng, scene.shapes) if total > 1 else f"{listed} and no other shape",
     ]
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
@@ -168,8 +169,6 @@ def make_image(
     rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
     scene = draw_scene(rng, STYLES[style], height, width)
     key = image_id(split, index)
-    buffer = BytesIO()
-    Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None and scene.crowd.visible.any():
         instances.append(_annotate(scene.crowd, key, crowd=True))
@@ -184,12 +183,12 @@ def make_image(
         "id": key,
     }
     captions = [{"image_id": key, "caption": sentence} for sentence in describe(rng, scene)]
-    return buffer.getvalue(), {"image": image, "instances": instances, "captions": captions}
+    return jpeg(scene), {"image": image, "instances": instances, "captions": captions}
 
 
 def _save_image(index: int, *, folder: Path, split: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    jpeg, record = make_image(split, index, **options)
-    (folder / record["image"]["file_name"]).write_bytes(jpeg)
+    picture, record = make_image(split, index, **options)
+    (folder / record["image"]["file_name"]).write_bytes(picture)
     return record
 
 
@@ -215,6 +214,23 @@ def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any
         (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
+def check_drawing(out: Path, style: str, height: int, width: int) -> None:
+    """Raise ValueError for a folder that holds anything, sides under 28 pixels, or an unknown style."""
+    if style not in STYLES:
+        raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(sorted(STYLES))}")
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
+
+
+def jpeg(scene: Scene) -> bytes:
+    """The picture as a JPEG file."""
+    buffer = BytesIO()
+    Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
 def write_toy_coco(
     out: Path, *, train: int, val: int, height: int, width: int, style: str = "a", seed: int = 0, workers: int = 1
 ) -> dict[str, int | float]:
@@ -223,17 +239,12 @@ def write_toy_coco(
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
     that holds anything, sides under 28 pixels, an unknown style, negative counts or seeds, or fewer than one worker.
     """
-    if style not in STYLES:
-        raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(sorted(STYLES))}")
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
+    check_drawing(out, style, height, width)
     if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
         raise ValueError(
             f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
             "at least one image is needed and at least one worker"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     options = {"style": style, "seed": seed, "height": height, "width": width}

@@ -324,14 +324,22 @@ def _area(polygon: Polygon) -> float:
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-def _add(rng: np.random.Generator, style: Style, canvas: Array, category: int, polygons: list[Polygon]) -> Shape:
-    """Paint a shape of its usual or a random colour and of a random texture into `canvas`, and describe it.
+def _add(
+    rng: np.random.Generator,
+    style: Style,
+    canvas: Array,
+    category: int,
+    polygons: list[Polygon],
+    colour: str | None = None,
+) -> Shape:
+    """Paint a shape of its usual or a random colour (or the given one) and of a random texture, and describe it.
 
     A usual colour makes the task learnable in minutes, as yellow helps with bananas; it differs between the styles.
     """
-    colours = list(style.colours)
-    usual = rng.random() < USUAL_COLOUR_SHARE
-    colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
+    if colour is None:
+        colours = list(style.colours)
+        usual = rng.random() < USUAL_COLOUR_SHARE
+        colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
     texture = str(rng.choice(style.textures))
     _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)
     visible = rasterise(polygons, canvas.shape[0], canvas.shape[1])
@@ -346,22 +354,17 @@ def draw_scene(
     About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
     half of its pixels, and shapes that reach over the border lose at most a fifth.
     """
-    ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
-    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
+    ground, canvas = _ground(rng, style, height, width)
     count = math.ceil(max_shapes * rng.random()) if rng.random() >= EMPTY_SHARE else 0
     crowd: Shape | None = None
     shapes: list[Shape] = []
     if rng.random() < CROWD_SHARE:
         category = int(rng.integers(len(NAMES)))
         crowd = _add(rng, style, canvas, category, _scatter(rng, NAMES[category], height, width))
-    side = min(height, width)
     for _ in range(count):
         for _attempt in range(12):
             category = int(rng.integers(len(NAMES)))
-            extent = side * rng.uniform(*EXTENT)
-            centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
-            polygons = _place(rng, NAMES[category], extent, centre, TILT)
-            full = rasterise(polygons, height, width)
+            polygons, full = _somewhere(rng, category, height, width)
             whole = sum(_area(polygon) for polygon in polygons)
             if full.sum() >= 0.85 * whole and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):
                 below = [*shapes, *([crowd] if crowd else [])]
@@ -369,4 +372,40 @@ def draw_scene(
                     shape.visible[full] = False
                 shapes.append(_add(rng, style, canvas, category, polygons))
                 break
-    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), f"{kind} {ground} background", shapes, crowd)
+    return Scene(_pixels(canvas), ground, shapes, crowd)
+
+
+def draw_single(
+    rng: np.random.Generator, style: Style, height: int, width: int, *, category: int, colour: str | None = None
+) -> Scene:
+    """One picture with one shape of a known category that lies inside to at least 85 % of its area.
+
+    Args:
+        category: position in CATEGORIES.
+        colour: of `style.colours`; None: its usual one or any, as in `draw_scene`.
+    """
+    ground, canvas = _ground(rng, style, height, width)
+    while True:
+        polygons, full = _somewhere(rng, category, height, width)
+        if full.sum() >= 0.85 * sum(_area(polygon) for polygon in polygons):
+            shape = _add(rng, style, canvas, category, polygons, colour)
+            return Scene(_pixels(canvas), ground, [shape], None)
+
+
+def _ground(rng: np.random.Generator, style: Style, height: int, width: int) -> tuple[str, Array]:
+    """A background in words and as (height, width, 3) float32."""
+    ground, kind = str(rng.choice(list(style.background_colours))), str(rng.choice(style.backgrounds))
+    canvas = _background(rng, kind, np.asarray(style.background_colours[ground], np.float32), height, width)
+    return f"{kind} {ground} background", canvas
+
+
+def _somewhere(rng: np.random.Generator, category: int, height: int, width: int) -> tuple[list[Polygon], Array]:
+    """Outlines of a shape of random size and place, and its pixels (height, width) bool."""
+    extent = min(height, width) * rng.uniform(*EXTENT)
+    centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
+    polygons = _place(rng, NAMES[category], extent, centre, TILT)
+    return polygons, rasterise(polygons, height, width)
+
+
+def _pixels(canvas: Array) -> Array:
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)

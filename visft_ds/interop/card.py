@@ -69,8 +69,8 @@ def merged_card(
         )
     lines = [*_front(FORMATS[form].library), f"# {title}", "", *what, ""]
     lines += _sources(origin, adapter, tower)
-    lines += _table("How it was trained", origin.trained, "Not recorded.")
-    lines += _table("Measured", measured | dict(origin.measured), "Nothing.")
+    lines += fact_table("How it was trained", origin.trained, "Not recorded.")
+    lines += fact_table("Measured", measured | dict(origin.measured), "Nothing.")
     sharded = len(report.files) > 1
     lines += ["## How to load it", "", *_snippet(form, report, alone=alone, sharded=sharded)]
     return "\n".join(lines)
@@ -81,8 +81,8 @@ def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, to
     what = f"The LoRA of a supervised fine-tuning ({_METHOD}) for a vision tower of EVA-CLIP, without the tower."
     lines = [*_front("peft"), f"# {title}", "", what, peft.facts(adapter, tower), ""]
     lines += _sources(origin, adapter, tower)
-    lines += _table("How it was trained", origin.trained, "Not recorded.")
-    lines += _table("Measured", origin.measured, "Nothing.")
+    lines += fact_table("How it was trained", origin.trained, "Not recorded.")
+    lines += fact_table("Measured", origin.measured, "Nothing.")
     if form != "visft":
         return "\n".join(lines) + peft.loading(adapter, tower, split=form == "peft_split")
     lines += [
@@ -109,7 +109,8 @@ def _sources(origin: Origin, adapter: LoraAdapter, tower: Tower) -> list[str]:
     return lines
 
 
-def _table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
+def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
+    """Lines of a section with a table of name and value; `empty` says what stands there without facts."""
     if not facts:
         return [f"## {title}", "", empty, ""]
     return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]

@@ -157,12 +157,17 @@ def eva_preprocess(side: int, normalisation: str) -> Preprocess:
     """
     mean, std = NORMALISATIONS[normalisation]
     return transforms.Compose(
+        [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(mean, std)]
+    )
+
+
+def eva_crop(side: int) -> Preprocess:
+    """The same up to the pixels, (3, side, side) uint8."""
+    return transforms.Compose(
         [
             transforms.Resize(side, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(side),
             transforms.PILToTensor(),
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(mean, std),
         ]
     )
 

@@ -40,13 +40,18 @@ def settings(entries: WeightFile, tower: Tower) -> dict[str, Any] | None:
     """open_clip_config.json of the whole model; None for a tower that timm has no name for, which open_clip needs."""
     if tower.preset() not in ("eva_e", "eva_g") or tower.image_size != 224 or tower.post_norm is None:
         return None
+    return settings_for(entries, tower, timm.POST_NORM if tower.post_norm else timm.PRE_NORM)
+
+
+def settings_for(entries: WeightFile, tower: Tower, trunk: str) -> dict[str, Any]:
+    """The same for a tower that timm builds by the name `trunk`."""
     context, text_width = entries.shape("text.positional_embedding")
     layers = 1 + max(int(match[1]) for name in entries if (match := _RESBLOCK.match(name)))
     model = {
         "embed_dim": entries.shape(LAYOUT.prefix + "head.weight")[0],
         "vision_cfg": {
             "image_size": tower.image_size,
-            "timm_model_name": timm.POST_NORM if tower.post_norm else timm.PRE_NORM,
+            "timm_model_name": trunk,
             "timm_model_pretrained": False,
             "timm_pool": "token",
             "timm_proj": None,
@@ -55,7 +60,7 @@ def settings(entries: WeightFile, tower: Tower) -> dict[str, Any] | None:
             "context_length": context,
             "vocab_size": entries.shape("text.token_embedding.weight")[0],
             "width": text_width,
-            "heads": text_width // _TEXT_HEAD,
+            "heads": max(1, text_width // _TEXT_HEAD),
             "layers": layers,
         },
         "custom_text": True,

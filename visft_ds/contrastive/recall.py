@@ -1,0 +1,35 @@
+"""How well images and texts find each other, measured beside a training: recall by the benchmarks' own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from visft_ds.evals.benchmarks.retrieval import image_to_text, text_to_image
+from visft_ds.evals.benchmarks.scores import IntArray, hits
+
+RECALLS = (1, 5)
+
+
+def recall(images: Tensor, texts: Tensor, owners: IntArray) -> dict[str, float]:
+    """R@k from image to text and from text to image, as shares.
+
+    Args:
+        images: (n, E) of length 1.
+        texts: (captions, E) of length 1.
+        owners: (captions,) place of the image of each, ascending.
+    """
+    places = torch.from_numpy(owners)
+    ranks = {
+        "image to text": image_to_text(images, texts, places)[0],
+        "text to image": text_to_image(images, texts, places),
+    }
+    return {f"{way} R@{k}": float(hits(found, k).mean()) for way, found in ranks.items() for k in RECALLS}
+
+
+def table(measured: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Rows of a table of several measurements, name -> numbers; the first row names the columns."""
+    names = list(next(iter(measured.values()), {}))
+    return [["", *measured], *([name, *(f"{100 * one[name]:.1f} %" for one in measured.values())] for name in names)]

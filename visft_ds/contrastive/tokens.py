@@ -1,0 +1,57 @@
+"""Captions as tokens, made once; and whether they are tokens of this tower at all.
+
+Letters: T text length in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.text_towers import TextTower
+
+_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All captions of a set."""
+
+    table: Tensor  #: (captions, T) int32
+    cut: int  #: captions that are as long as the tower reads: what came after is lost
+
+    def rows(self, places: Tensor) -> Tensor:
+        """(B,) places -> (B, T) int64."""
+        return self.table[places].long()
+
+
+def tokens_of(tower: TextTower, captions: Sequence[str]) -> Tokens:
+    """Tokenise all captions.
+
+    Raises:
+        ValueError: no caption, or a token beyond the vocabulary of the tower.
+    """
+    if not captions:
+        raise ValueError("there are no captions to learn from")
+    parts = [
+        torch.as_tensor(tower.tokenize(list(captions[start : start + _AT_ONCE]))).int()
+        for start in range(0, len(captions), _AT_ONCE)
+    ]
+    table = torch.cat(parts)
+    rows = _vocabulary(tower)
+    if rows is not None and int(table.max()) >= rows:
+        raise ValueError(
+            f"{tower.source}: its tokenizer says {int(table.max())}, and the tower embeds {rows} tokens: tokenizer and "
+            f"text tower do not belong together"
+        )
+    # CLIP's tokenizer fills up with 0; the last column is in use where a text was cut, or just fits.
+    return Tokens(table, int((table[:, -1] != 0).sum()))
+
+
+def _vocabulary(tower: TextTower) -> int | None:
+    """Rows of the largest embedding of tokens; None where there is none."""
+    found = [module.num_embeddings for module in tower.module.modules() if isinstance(module, torch.nn.Embedding)]
+    return max(found, default=None)
