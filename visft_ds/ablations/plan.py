@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from string import Template
 
@@ -21,9 +21,10 @@ from visft_ds.ablations.scales import Scale
 from visft_ds.ablations.steps import STEPS, Step, StepList
 from visft_ds.ablations.toy import Toy, base_file
 from visft_ds.config import ResolvedConfig, resolve_arguments
+from visft_ds.interop.layouts import is_lora
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.run_folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
-from visft_ds.stages import plan_groups, trains_backbone
+from visft_ds.stages import plan_groups
 
 #: Labels of the two models of a trial in the table of benchmarks.
 BEFORE, AFTER = "before", "after"
@@ -51,10 +52,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Training:
-    """A training, and what it leaves by its configuration."""
+    """A training, and what it leaves."""
 
     step: Step
     config: ResolvedConfig
+    trained: frozenset[str]  #: first parts of the names of what trains: "heads", "backbone", "lora"
 
     @property
     def export(self) -> Path:
@@ -62,10 +64,9 @@ class _Training:
 
     def parts(self) -> list[str]:
         """What tools/evaluate.py takes from its export folder in place of what was before."""
-        names = [name for group in plan_groups(self.config.visft, self.config.optimizer.params) for name in group.names]
-        words = ["--backbone", str(self.export / TRAINED_BACKBONE_FILE)] if trains_backbone(self.config.visft) else []
-        words += ["--heads", str(self.export)] if any(name.startswith("heads.") for name in names) else []
-        return words + (["--adapter", str(self.export / ADAPTER_FOLDER)] if self.config.visft.lora else [])
+        words = ["--backbone", str(self.export / TRAINED_BACKBONE_FILE)] if "backbone" in self.trained else []
+        words += ["--heads", str(self.export)] if "heads" in self.trained else []
+        return words + (["--adapter", str(self.export / ADAPTER_FOLDER)] if "lora" in self.trained else [])
 
 
 class Planner:
@@ -107,10 +108,10 @@ class Planner:
         return self._training("stage1", f"seed {seed}: stage 1", 1, (), seed, ())
 
     def _stage2(self, title: str, arm: Arm, seed: int) -> _Training:
-        recipe = self._resolve(self._words(2, self.scale.stage_settings(2)))
+        recipe = self._recipe(2)
         steps = round(arm.updates * recipe.total_steps)
         if arm.joint:
-            steps += self._resolve(self._words(1, self.scale.stage_settings(1))).total_steps
+            steps += self._recipe(1).total_steps
         settings = [f"scheduler.params.total_num_steps={steps}"] if steps != recipe.total_steps else []
         settings += [Template(text).substitute(self._values(recipe)) for text in arm.stage2]
         needs: list[Step] = [self._toy.second()] if self.scale.toy and "$second" in "".join(arm.stage2) else []
@@ -143,25 +144,34 @@ class Planner:
             chosen.append(f"visft.model.weights={base_file(base)}")
             needs = [*needs, self._toy.shards("a"), base]
         words = self._words(stage, chosen)
-        config = self._resolve(words)
-        plan_groups(config.visft, config.optimizer.params)  # a glob that matches nothing is told now
-        launcher = self.scale.launcher
+        config, trained = self._checked(tuple(words))
+        visft, launcher = config.visft, self.scale.launcher
+        files = [visft.data.root, *(one.root for one in visft.data.sets), visft.model.weights, visft.heads.path]
         step = self.steps.add(
             kind,
             title,
             lambda out: [*launcher, "launchers/train.py", *words, "--out", str(out)],
             needs=needs,
-            facts={"configuration": config.fingerprint()},
+            # Not the command: arms that come to the same configuration are one training.
+            identity={"configuration": config.fingerprint(), "files": files, "processes": self.scale.processes},
             resumes=True,
         )
-        return _Training(step, config)
+        return _Training(step, config, trained)
+
+    @cache  # noqa: B019  # a planner lives as long as its plan
+    def _checked(self, words: tuple[str, ...]) -> tuple[ResolvedConfig, frozenset[str]]:
+        """The configuration, and what trains; a glob that matches nothing is told now."""
+        config = resolve_arguments(words)[1]
+        groups = plan_groups(config.visft, config.optimizer.params)
+        names = [name for group in groups for name in group.names]
+        return config, frozenset("lora" if is_lora(name) else name.partition(".")[0] for name in names)
 
     def _words(self, stage: int, settings: Sequence[str]) -> list[str]:
         words = ["--stage", str(stage), "--model", self.scale.model, "--data", self._data]
         return words + [part for setting in settings for part in ("--set", setting)]
 
-    def _resolve(self, words: Sequence[str]) -> ResolvedConfig:
-        return resolve_arguments(words)[1]
+    def _recipe(self, stage: int) -> ResolvedConfig:
+        return self._checked(tuple(self._words(stage, self.scale.stage_settings(stage))))[0]
 
     @cached_property
     def _data(self) -> str:

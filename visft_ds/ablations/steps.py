@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from visft_ds import __version__
 
@@ -47,7 +48,7 @@ class StepList:
         command: Callable[[Path], Sequence[str]],
         *,
         needs: Sequence[Step] = (),
-        facts: Mapping[str, str] | None = None,
+        identity: Mapping[str, Any] | None = None,
         inside: Step | None = None,
         resumes: bool = False,
     ) -> Step:
@@ -56,14 +57,14 @@ class StepList:
         Args:
             kind: beginning of its name.
             command: from the folder that it writes to its words.
-            facts: what else decides about the result: the resolved configuration, identities of files from elsewhere.
+            identity: what decides about the result, where the command is not the best description of it.
             inside: it writes into the folder of that step, which it needs.
         """
         folder = self.root / STEPS
         place = inside.out if inside else Path("OUT")
-        words = [word.replace(f"{folder}/", "") for word in command(place)]
-        what = {"format": FORMAT, "version": __version__, "command": words, "facts": dict(facts or {})}
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+        what = {"format": FORMAT, "version": __version__, "what": identity or list(command(place))}
+        text = json.dumps(what, sort_keys=True).replace(f"{folder}/", "")  # the same wherever the folder is
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]
         stem = f"{kind}-{key}"
         if stem not in self.steps:
             out = inside.out if inside else folder / stem
