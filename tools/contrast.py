@@ -13,7 +13,8 @@ configuration as open_clip loads them, a record and a model card. Exit status: 0
 import argparse
 from collections.abc import Sequence
 
-from visft_ds.contrastive.commands import COMMANDS
+from visft_ds.contrastive.pretrain_command import add_pretrain_parser
+from visft_ds.contrastive.text_command import add_text_parser
 from visft_ds.data.store import StoreFailed
 from visft_ds.parallel import distributed
 
@@ -41,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="contrast.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_parser in COMMANDS:
-        add_parser(commands)
+    add_pretrain_parser(commands)
+    add_text_parser(commands)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,25 @@ def mean_over_ranks(values: Mapping[str, Tensor], group: dist.ProcessGroup | Non
         dist.all_reduce(vector, group=group)
         count = dist.get_world_size(group)
     return dict(zip(keys, (vector / count).tolist(), strict=True))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(rows of all ranks, ...) in rank order, on every rank; each gives equally many. No gradient flows through it."""
+    if not dist.is_initialized():
+        return rows.detach()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
+def sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one dtype by their sums over all ranks, in one all-reduce."""
+    if not dist.is_initialized() or not tensors:
+        return
+    vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(vector)
+    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.reshape(tensor.shape))
 
 
 def gather_objects(value: Any) -> list[Any] | None:
