@@ -27,11 +27,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bundle", "examine", "run_lock", "values"),
     ("machine", "stages"),
     ("evals", "parallel"),
-    ("contrastive", "guard", "planner", "validation", "which"),
+    ("changes", "contrastive", "guard", "planner", "validation", "which"),
     ("out_of_memory", "run_state", "start_report"),
     ("rehearsal",),
     ("train",),
-    ("launch", "profiling", "replay", "supervisor"),
+    ("ablations", "launch", "profiling", "replay", "supervisor"),
     ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.

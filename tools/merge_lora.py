@@ -3,9 +3,10 @@
 python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
-Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout. Adapter: a run, a checkpoint
-folder, a PEFT folder, or a LoRA file as ViSFT published them; several are averaged. An --out without suffix is a
-folder: weights, the configuration of the library that reads them, and a model card.
+Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
+Adapter: a run (also one that trained its backbone itself), a checkpoint folder, a PEFT folder, or a LoRA file as ViSFT
+published them; several are averaged. An --out without suffix is a folder: weights, the configuration of the library
+that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from visft_ds.changes import base_of, place_of, read_change
 from visft_ds.config import ResolvedConfig
 from visft_ds.evals.stored import read_evaluation
 from visft_ds.interop import hub, peft
@@ -33,8 +35,9 @@ from visft_ds.interop.card import Origin, Source, adapter_card, merged_card
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
-from visft_ds.interop.merge import DTYPES, MergeReport, Share, check_base, merge_into_file, read_adapter, scaled
+from visft_ds.interop.merge import DTYPES, Change, MergeReport, Share, check_base, merge_into_file, scaled
 from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.verify import Verification, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("from")
-    source.add_argument("--base", type=Path, metavar="FILE", help="weights the adapter was trained on")
+    source.add_argument(
+        "--base", type=Path, metavar="FILE", help="weights the change comes on top of (a run knows its own)"
+    )
     source.add_argument(
         "--adapter",
         type=Path,
@@ -120,17 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.base is None and not given.model and not given.unmerge and len(given.adapter) == 1:
+        given.base = base_of(given.adapter[0])
     _check(given)
-    places = [_place(path) for path in given.adapter]
-    adapters = [_read(place) for place in places]
+    places = [place_of(path) for path in given.adapter]
+    adapters = [read_change(place) for place in places]
     weights = given.weights or [1 / len(adapters)] * len(adapters)
-    adapter = scaled(average(adapters, weights) if len(adapters) > 1 or given.weights else adapters[0], given.scale)
+    adapter = _joined(adapters, weights if len(adapters) > 1 or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
     for path, place, one in zip(given.adapter, places, adapters, strict=True):
         where = f" ({place})" if place != path else ""
-        print(f"adapter  {path}{where}: rank {one.rank}, scaling {one.scaling:g}, {'+'.join(one.targets)}")
+        print(f"adapter  {path}{where}: {one.describe()}")
     origin = Origin(
         None,
         tuple(Source(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
@@ -138,9 +145,21 @@ def _run(given: argparse.Namespace) -> int:
         _measured(given.results) if given.results else {},
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
     )
-    if given.format in ADAPTER_FORMATS:
-        return _write_adapter(given, adapter, origin)
-    return _write_merged(given, adapter, origin)
+    if given.format not in ADAPTER_FORMATS:
+        return _write_merged(given, adapter, origin)
+    if isinstance(adapter, TunedWeights):
+        raise ValueError(f"{names[0]} trained its own weights and has no adapter to write: choose --format timm, ...")
+    return _write_adapter(given, adapter, origin)
+
+
+def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
+    """One change out of several; `weights` None: there is one, as it is."""
+    if weights is None:
+        return scaled(changes[0], scale)
+    adapters = [change for change in changes if isinstance(change, LoraAdapter)]
+    if len(adapters) < len(changes):
+        raise ValueError("only adapters are averaged here, not weights that trained themselves: give one --adapter")
+    return scaled(average(adapters, weights), scale)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -167,26 +186,6 @@ def _check(given: argparse.Namespace) -> None:
 
 def _is_folder(out: Path) -> bool:
     return not out.suffix
-
-
-def _place(path: Path) -> Path:
-    """Where the adapter lies: a run's export, where it has one, or else its newest whole checkpoint."""
-    if not (path / "run.json").is_file():
-        return path
-    export = path / "export" / ADAPTER_FOLDER
-    if (export / peft.CONFIG).is_file():
-        return export
-    from visft_ds.parallel.checkpoint_adapter import newest_adapter_folder  # imports deepspeed, which costs seconds
-
-    return newest_adapter_folder(path)
-
-
-def _read(place: Path) -> LoraAdapter:
-    if (place / "state.json").is_file():
-        from visft_ds.parallel.checkpoint_adapter import adapter_of_checkpoint
-
-        return adapter_of_checkpoint(place)
-    return read_adapter(place)
 
 
 def _name(path: Path) -> str:
@@ -248,7 +247,7 @@ def _publish(stage: Path, out: Path, files: Sequence[Path]) -> None:
         os.replace(file, out.with_name(file.name))
 
 
-def _write_merged(given: argparse.Namespace, adapter: LoraAdapter, origin: Origin) -> int:
+def _write_merged(given: argparse.Namespace, adapter: Change, origin: Origin) -> int:
     form, dtype = FORMATS[given.format], DTYPES[given.dtype]
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
@@ -280,7 +279,7 @@ def _write_merged(given: argparse.Namespace, adapter: LoraAdapter, origin: Origi
             _print_verification(verification, given.images)
             if not verification.passed:
                 print(
-                    f"merge_lora: the result does not compute what base + adapter does; {given.out} is not written",
+                    f"merge_lora: the result does not compute what base + change does; {given.out} is not written",
                     file=sys.stderr,
                 )
                 return 1
@@ -359,7 +358,7 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
         f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors{in_shards}, "
         f"{size:,.1f} MB, {seconds:.1f} s)"
     )
-    print("block    retained     error   (share of the adapter's change that is in the file; |missing| / |change|)")
+    print("block    retained     error   (share of the change that is in the file; |missing| / |change|)")
     rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
     for name, share in [*rows, ("all", report.total)]:
         print(f"{name:>5} {share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else f"{name:>5}   no change")
@@ -377,10 +376,10 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
 def _print_verification(result: Verification, images: int) -> None:
     print(
         f"verify   {images} random images: largest difference {result.max_abs:.3g}, relative "
-        f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the adapter's own effect {result.effect:.3g}"
+        f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the effect of the change {result.effect:.3g}"
     )
     if result.passed and result.relative > 0.5 * result.effect:
-        print("warning: the difference is as large as the adapter's effect; write --dtype fp32 or fp16 to keep it")
+        print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")
 
 
 if __name__ == "__main__":

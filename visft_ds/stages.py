@@ -1,8 +1,8 @@
 """Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
 
-Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2 ("lora"): low-rank adapters go into the
-backbone and train, the heads are frozen (arXiv 2401.10222, section 3). What trains is decided by the parameter groups
-of the configuration; a stage only says what must be among it.
+Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2: the backbone trains, through low-rank
+adapters ("lora") as in arXiv 2401.10222, section 3, or itself ("backbone"); the heads are frozen unless a group says
+otherwise. What trains is decided by the parameter groups of the configuration; a stage only says what must be among it.
 """
 
 from __future__ import annotations
@@ -39,23 +39,27 @@ SMALLEST_EFFECT = 1e-6
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage.
+    """What a stage demands of the parameter groups.
 
     Attributes:
         name: as printed.
-        uses_lora: adapters are injected before the groups are applied.
         must_train: globs over qualified names; every parameter they match has to be in a group.
+        must_touch: glob over qualified names; some parameter that it matches has to be in a group.
     """
 
     name: str
-    uses_lora: bool
     must_train: tuple[str, ...]
+    must_touch: str
 
 
-STAGES: Mapping[int, StageSpec] = {
-    1: StageSpec("heads", uses_lora=False, must_train=("heads.*",)),
-    2: StageSpec("lora", uses_lora=True, must_train=("backbone.*.lora_A", "backbone.*.lora_B")),
-}
+def stage_of(config: VisftConfig) -> StageSpec:
+    """The stage of a configuration, with the adapters and the heads that it asks for."""
+    if config.stage == 1:
+        return StageSpec("heads", ("heads.*",), "heads.*")
+    lora, heads = config.lora is not None, config.heads.start == "random"
+    must_train = ("backbone.*.lora_*",) * lora + ("heads.*",) * heads
+    name = ("lora" if lora else "backbone") + " and heads" * heads
+    return StageSpec(name, must_train, "backbone.*")
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,6 @@ def prepare_model(
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
             must train but does not, adapters without effect.
     """
-    stage = STAGES[config.stage]
     storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     words = vocabulary.size if vocabulary else None
     module, planned = plan_model(config, defaults, words, storage)
@@ -141,7 +144,7 @@ def prepare_model(
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
-    if stage.uses_lora and config.lora is not None:
+    if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
     return PreparedModel(module, groups, base, tuple(notes))
 
@@ -174,10 +177,10 @@ def plan_model(
         if is_small(name, parameter.shape):
             parameter.data = parameter.data.float()
     module = _build_module(config, backbone, vocabulary_size)
-    if STAGES[config.stage].uses_lora and config.lora is not None:
-        inject_lora(backbone, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    if config.lora is not None:
+        inject_lora(backbone, **config.lora.model_dump())
     groups = apply_groups(module, config.param_groups, defaults)
-    _check_stage(module, STAGES[config.stage], uses_lora=config.lora is not None)
+    _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     _set_modes(module, config, groups)
@@ -202,12 +205,12 @@ def apply_groups(
     owner: dict[str, str] = {}
     problems, matched = [], []
     for group in groups:
-        names = tuple(name for name in named if fnmatchcase(name, group.params))
-        if not names:
+        found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
+        for glob in (glob for glob, of_glob in found.items() if not of_glob):
             examples = ", ".join(_prefixes(named))
-            problems.append(
-                f"group {group.name!r}: {group.params!r} matches no parameter (names begin with {examples})"
-            )
+            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {examples})")
+        chosen = {name for of_glob in found.values() for name in of_glob}
+        names = tuple(name for name in named if name in chosen)
         problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
         owner.update(dict.fromkeys(names, group.name))
         lr = defaults.lr if group.lr is None else group.lr
@@ -285,18 +288,27 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
     return notes
 
 
-def _check_stage(module: nn.Module, stage: StageSpec, *, uses_lora: bool) -> None:
-    required = stage.must_train if uses_lora or not stage.uses_lora else ()
+def _check_stage(module: nn.Module, stage: StageSpec) -> None:
+    named = dict(module.named_parameters())
     idle = [
         name
-        for name, parameter in module.named_parameters()
-        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in required)
+        for name, parameter in named.items()
+        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in stage.must_train)
     ]
     if idle:
         raise ValueError(
-            f"stage {stage.name!r} must train {', '.join(required)}, but {len(idle)} of these parameters are in no "
-            f"group, e.g. {idle[0]}; widen a glob of visft.param_groups"
+            f"stage {stage.name!r} must train {', '.join(stage.must_train)}, but {len(idle)} of these parameters are "
+            f"in no group, e.g. {idle[0]}; widen a glob of visft.param_groups{_without_adapters(idle[0])}"
         )
+    if not any(parameter.requires_grad and fnmatchcase(name, stage.must_touch) for name, parameter in named.items()):
+        raise ValueError(
+            f"stage {stage.name!r} must train something of {stage.must_touch}, but no group of visft.param_groups "
+            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias, see docs/tuning.md"
+        )
+
+
+def _without_adapters(idle: str) -> str:
+    return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
 
 
 def _check_effect(backbone: EvaViT, placement: Placement) -> list[str]:

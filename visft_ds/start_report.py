@@ -20,11 +20,11 @@ from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.planner import memory_of, plan_memory
 from visft_ds.stages import (
     PUBLISHED_VOCABULARY,
-    STAGES,
     PreparedModel,
     TrainedGroup,
     choose_precision,
     plan_groups,
+    stage_of,
 )
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
@@ -160,7 +160,7 @@ def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int
 
 
 def _title(config: ResolvedConfig) -> str:
-    return f"visft_ds stage {config.visft.stage} ({STAGES[config.visft.stage].name}), {config.visft.model.name}"
+    return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
 
 
 def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:

@@ -21,7 +21,7 @@ from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.head_info import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.models.eva_vit import EvaViT, random_weight
-from visft_ds.models.lora import random_adapter
+from visft_ds.models.lora import first_value
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.tasks import TASKS
 
@@ -136,7 +136,7 @@ def fill_model(
     backbone, held = module.backbone, placement.held(module)
 
     def of_backbone(name: str) -> Tensor:
-        return random_adapter(backbone, name, config.seed) if is_lora(name) else base.read(name)
+        return first_value(backbone, name, config.seed, base.read) if is_lora(name) else base.read(name)
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)

@@ -110,7 +110,7 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
             install_adapter(model, replace(adapter, tensors=changed))
     assert not lora_parameters(model), "nothing may be injected by a refused adapter"
     inject_lora(model, rank=RANK, alpha=2.0)
-    with pytest.raises(ValueError, match=r"alpha 2 on q\+v; the adapter has rank 2, alpha 1"):
+    with pytest.raises(ValueError, match=r"alpha 2 on q\+v; the adapter has LoRA of rank 2, alpha 1"):
         install_adapter(model, adapter)
     merge_lora(model)
     with pytest.raises(ValueError, match="unmerge_lora"):

@@ -350,7 +350,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     card = (out / "README.md").read_text()
     assert "| box/AP50 (val, 7 images, data 0123456789ab) | 0.2500 |" in card
     assert adapter.base_sha256 in card and adapter.fingerprint() in card and "Not recorded." in card  # type: ignore[operator]
-    assert re.search(r"\| outputs against base \+ adapter, relative difference \| \d", card)
+    assert re.search(r"\| outputs against base \+ change, relative difference \| \d", card)
     assert str(tmp_path) not in card and "secret" not in card
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert stat.S_IMODE(out.stat().st_mode) & 0o055, "others may read it as any other folder"

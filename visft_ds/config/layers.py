@@ -169,7 +169,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def assign(tree: Tree, key: str, value: Any, source: str) -> None:
-    """Set one leaf; a number in `key` is a position in a list. Whether the key exists is checked by the schema.
+    """Set one leaf; a number in `key` is a position in a list, that behind the last one adds an item.
+
+    Whether the key exists is checked by the schema.
 
     Raises:
         ValueError: the key leads through a value that is no object or list, or past the end of a list.
@@ -180,6 +182,8 @@ def assign(tree: Tree, key: str, value: Any, source: str) -> None:
         where = ".".join(parts[:depth]) or "the top level"
         last = depth == len(parts) - 1
         if isinstance(node, list):
+            if last and part == str(len(node)):
+                node.append(None)
             if not part.isdigit() or int(part) >= len(node):
                 raise ValueError(f"{source} {key}: {where} is a list of {len(node)}; give a position below {len(node)}")
         elif not isinstance(node, dict):

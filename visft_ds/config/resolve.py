@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.schema import OptimizerConfig, Recipe, SchedulerConfig, VisftConfig
+from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 from visft_ds.config.validate import validate
 
@@ -174,12 +174,19 @@ def resolve(
     for flag, (key, value) in (flags or {}).items():
         assign(tree, key, value, flag)
     for text in settings:
-        key, value = parse_assignment(text)
-        if key == "visft.tasks" and not isinstance(value, dict):
-            _keep_tasks(tree, value)
-        else:
-            assign(tree, key, value, "--set")
+        _apply(tree, text)
     return _typed(tree)
+
+
+def _apply(tree: Tree, text: str) -> None:
+    """`--set KEY=VALUE`, with the short forms of `visft.tasks` (names) and of `visft.param_groups` (globs)."""
+    key, value = parse_assignment(text)
+    if key == "visft.tasks" and not isinstance(value, dict):
+        _keep_tasks(tree, value)
+        return
+    if key == "visft.param_groups" and isinstance(value, str):
+        value = [{"name": "trained", "params": value}]
+    assign(tree, key, value, "--set")
 
 
 def _keep_tasks(tree: Tree, value: Any) -> None:
@@ -211,9 +218,22 @@ def _keep_tasks(tree: Tree, value: Any) -> None:
 
 def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
     """Without the parameter groups of heads that take no part: a recipe for three tasks also serves for one."""
-    off = [name for name in TasksConfig.model_fields if name not in visft.tasks.enabled()]
-    kept = tuple(g for g in visft.param_groups if not any(g.params.startswith(f"heads.{name}.") for name in off))
+    off = tuple(f"heads.{name}." for name in TasksConfig.model_fields if name not in visft.tasks.enabled())
+    used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
+    kept = tuple(
+        group if len(globs) == len(group.globs()) else group.model_copy(update={"params": ",".join(globs)})
+        for group, globs in used
+        if globs
+    )
     return visft.model_copy(update={"param_groups": kept}) if kept else visft
+
+
+def _with_random_heads(visft: VisftConfig) -> VisftConfig:
+    """With a parameter group of all heads, where they start at random in stage 2 and no group names any."""
+    if any(glob.startswith("heads.") for group in visft.param_groups for glob in group.globs()):
+        return visft
+    heads = ParamGroup(name="heads", params="heads.*")
+    return visft.model_copy(update={"param_groups": (*visft.param_groups, heads)})
 
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
@@ -235,7 +255,7 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
         values |= load_json(_layer_file("engines", "--engine", engine))
     tree = merge([("the configuration", values)])
     for text in settings:
-        assign(tree, *parse_assignment(text), "--set")
+        _apply(tree, text)
     return _typed(tree)
 
 
@@ -262,7 +282,9 @@ def _typed(tree: Tree) -> ResolvedConfig:
     if visft.run.out is None:
         run = visft.run.model_copy(update={"out": f"runs/stage{visft.stage}-{visft.model.name}"})
         visft = visft.model_copy(update={"run": run})
-    if visft.stage == 2 and visft.heads.path is None:
+    if visft.stage == 2 and visft.heads.start == "random":
+        visft = _with_random_heads(visft)
+    elif visft.stage == 2 and visft.heads.path is None:
         heads = visft.heads.model_copy(update={"path": f"runs/stage1-{visft.model.name}/export"})
         visft = visft.model_copy(update={"heads": heads})
     return ResolvedConfig(

@@ -93,18 +93,20 @@ class ModelConfig(BaseModel):
 
 
 class LoraConfig(BaseModel):
-    """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank."""
+    """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank. Keys as `inject_lora`'s."""
 
     model_config = STRICT
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Projection, ...], Field(min_length=1)]
+    magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
 class HeadsConfig(BaseModel):
-    """`visft.heads`: the stage-1 heads that stage 2 learns from."""
+    """`visft.heads`: the heads that stage 2 learns from."""
 
     model_config = STRICT
+    start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
@@ -154,9 +156,13 @@ class ParamGroup(BaseModel):
 
     model_config = STRICT
     name: Text
-    params: Text  #: glob over qualified parameter names
+    params: Text  #: globs over qualified parameter names, separated by commas
     lr: Rate | None = None
     weight_decay: Rate | None = None
+
+    def globs(self) -> tuple[str, ...]:
+        """The globs, one by one."""
+        return tuple(glob.strip() for glob in self.params.split(","))
 
 
 class RunConfig(BaseModel):

@@ -201,6 +201,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "visft.lora", "stage 1 trains heads on the unchanged backbone: must be null; adapters belong to stage 2"
     if visft.stage == 1 and visft.heads.path is not None:
         yield "visft.heads.path", "stage 1 trains new heads: must be null; trained heads belong to stage 2"
+    if visft.heads.start == "random" and visft.heads.path is not None:
+        yield "visft.heads.path", 'must be null with visft.heads.start = "random", which takes no heads of stage 1'
     if not visft.tasks.enabled():
         yield "visft.tasks", f"no task is on; state at least one of: {', '.join(type(visft.tasks).model_fields)}"
     else:

@@ -2,7 +2,8 @@
 
 Legend: r rank, G number of adapted slices of the fused qkv, D width. Tensors are named and shaped as in our model:
 `blocks.N.attn.qkv.lora_A` (G*r, D), rows stacked slice by slice in the order q, k, v; `.lora_B` (G*D, r), likewise;
-other projections plain: `lora_A` (r, in), `lora_B` (out, r). The change of a weight is (alpha / r) * B @ A, per slice.
+other projections plain: `lora_A` (r, in), `lora_B` (out, r). The change of a weight is (alpha / r) * B @ A, per slice;
+with `.lora_magnitude` (G*D,) or (out,) (DoRA) the moved rows then get these lengths.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.files import examples
 from visft_ds.interop.layouts import Tower, depth_of, tower_of
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import TARGETS, inject_lora, lora_layers, lora_parameters, lora_settings
+from visft_ds.models.lora import (
+    TARGETS,
+    LoraSettings,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    lora_settings,
+    resized,
+)
 
 SLICES = ("q", "k", "v")
 # Target -> module inside a block.
@@ -40,6 +50,7 @@ class LoraAdapter:
     tensors: dict[str, Tensor]
     origin: str
     base_sha256: str | None = None
+    magnitude: bool = False
 
     @property
     def scaling(self) -> float:
@@ -72,7 +83,7 @@ class LoraAdapter:
         return tuple(f"blocks.{index}.{module}.weight" for index in range(self.depth) for module in self.modules())
 
     def delta(self, weight: str) -> Tensor:
-        """The change of one base weight, dense, fp32, (out, in); zero in slices that are not adapted."""
+        """scaling * B @ A of one base weight, dense, fp32, (out, in); zero in slices that are not adapted."""
         stem = weight.removesuffix(".weight")
         a, b = self.tensors[stem + ".lora_A"].float(), self.tensors[stem + ".lora_B"].float()
         if not stem.endswith("attn.qkv"):
@@ -86,9 +97,45 @@ class LoraAdapter:
             torch.matmul(rows_b, rows_a, out=result[start : start + width])
         return result.mul_(self.scaling)
 
+    def change(self, weight: str, base: Tensor) -> Tensor:
+        """The change of one base weight (fp32, (out, in)): `delta`, and with magnitudes what they make of it."""
+        result = self.delta(weight)
+        if self.magnitude:
+            stem = weight.removesuffix(".weight")
+            magnitude = self.tensors[stem + ".lora_magnitude"].float()
+            own = [SLICES.index(name) for name in self.slices()] if stem.endswith("attn.qkv") else [0]
+            width = len(magnitude) // len(own)
+            for part, lengths in zip(own, magnitude.chunk(len(own)), strict=True):
+                rows = slice(part * width, (part + 1) * width)
+                result[rows] = resized(base[rows], result[rows], lengths)
+        return result
+
+    def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
+        """(result, change) of one base weight, fp32 all."""
+        change = self.change(weight, base)
+        return base + change, change
+
+    def record(self) -> dict[str, object]:
+        """What merged weights tell of it."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        kind = "DoRA, rank" if self.magnitude else "rank"
+        return f"{kind} {self.rank}, scaling {self.scaling:g}, {'+'.join(self.targets)}"
+
+    def fit(self, tower: Tower) -> LoraAdapter:
+        """See `fit_to_tower`."""
+        return fit_to_tower(self, tower)
+
+    def install(self, backbone: EvaViT) -> None:
+        """See `install_adapter`."""
+        install_adapter(backbone, self)
+
     def fingerprint(self) -> str:
         """sha256 of what it computes with: settings and values, whatever file they came from."""
-        digest = hashlib.sha256(repr((self.rank, float(self.alpha), self.targets)).encode())
+        settings = (self.rank, float(self.alpha), self.targets, *(("magnitude",) * self.magnitude))
+        digest = hashlib.sha256(repr(settings).encode())
         for name in sorted(self.tensors):
             digest.update(name.encode())
             digest.update(self.tensors[name].float().contiguous().numpy().data)
@@ -106,6 +153,8 @@ def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAd
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"{len(adapters)} adapters and weights {list(weights)}: give one finite number for each")
     first = adapters[0]
+    if any(adapter.magnitude for adapter in adapters):
+        raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
     for other in adapters[1:]:
         if (other.targets, other.depth, other.width) != (first.targets, first.depth, first.width):
             raise ValueError(
@@ -156,6 +205,8 @@ def expected_shapes(adapter: LoraAdapter, tower: Tower) -> dict[str, tuple[int, 
             fan_in, rows, fan_out = sizes[module]
             shapes[f"blocks.{index}.{module}.lora_A"] = (rows, fan_in)
             shapes[f"blocks.{index}.{module}.lora_B"] = (fan_out, rank)
+            if adapter.magnitude:
+                shapes[f"blocks.{index}.{module}.lora_magnitude"] = (fan_out,)
     return shapes
 
 
@@ -202,7 +253,17 @@ def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> LoraAdapt
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in lora_parameters(backbone).items()
     }
-    return LoraAdapter(settings.rank, settings.alpha, settings.targets, tensors, "model", base_sha256)
+    return LoraAdapter(
+        settings.rank, settings.alpha, settings.targets, tensors, "model", base_sha256, settings.magnitude
+    )
+
+
+def adapter_of_run(
+    lora: LoraConfig, tensors: dict[str, Tensor], origin: str, base_sha256: str | None = None
+) -> LoraAdapter:
+    """The adapter that a run with `visft.lora` has in these tensors."""
+    targets = canonical_targets(lora.targets)
+    return LoraAdapter(lora.rank, lora.alpha, targets, tensors, origin, base_sha256, lora.magnitude)
 
 
 def merged_modules(backbone: EvaViT) -> list[str]:
@@ -220,17 +281,27 @@ def install_adapter(backbone: EvaViT, adapter: LoraAdapter) -> None:
         raise ValueError("the model has its adapter merged in: call unmerge_lora before loading another")
     if lora_parameters(backbone):
         settings = lora_settings(backbone)
-        found = (settings.rank, settings.alpha, settings.targets)
-        if found != (adapter.rank, adapter.alpha, adapter.targets):
+        wanted = LoraSettings(adapter.rank, adapter.alpha, adapter.targets, adapter.magnitude)
+        if settings != wanted:
             raise ValueError(
-                f"the model has LoRA of rank {found[0]}, alpha {found[1]:g} on {'+'.join(found[2])}; the adapter has "
-                f"rank {adapter.rank}, alpha {adapter.alpha:g} on {'+'.join(adapter.targets)}: use the adapter's "
+                f"the model has {_described(settings)}; the adapter has {_described(wanted)}: use the adapter's "
                 f"settings"
             )
     else:
-        inject_lora(backbone, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+        inject_lora(
+            backbone,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            targets=adapter.targets,
+            magnitude=adapter.magnitude,
+        )
     parameters = lora_parameters(backbone)
     assert set(parameters) == set(adapter.tensors)
     with torch.no_grad():
         for name, value in adapter.tensors.items():
             parameters[name].copy_(value)
+
+
+def _described(settings: LoraSettings) -> str:
+    kind = "DoRA" if settings.magnitude else "LoRA"
+    return f"{kind} of rank {settings.rank}, alpha {settings.alpha:g} on {'+'.join(settings.targets)}"

@@ -13,7 +13,8 @@ from visft_ds.interop import peft, timm, visft
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower
-from visft_ds.interop.merge import MergeReport
+from visft_ds.interop.merge import Change, MergeReport
+from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.verify import Verification
 
 _METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
@@ -43,7 +44,7 @@ def merged_card(
     title: str,
     form: str,
     dtype: str,
-    adapter: LoraAdapter,
+    adapter: Change,
     origin: Origin,
     report: MergeReport,
     verification: Verification | None,
@@ -53,19 +54,18 @@ def merged_card(
     """README.md of full weights. `alone`: the library loads the folder by itself (see `formats.side_files`)."""
     tower = report.tower
     what = [
-        f"A vision tower of EVA-CLIP ({tower.describe()}) with the LoRA of a supervised fine-tuning ({_METHOD}) merged "
-        f"into its weights.",
+        f"A vision tower of EVA-CLIP ({tower.describe()}) {_how(adapter)}.",
         f"Names of the tensors: {FORMATS[form].library}. The tower is stored in {dtype}, whatever else the base file "
         f"had is as it was. {len(report.weights)} tensors.",
     ]
-    measured = {"share of the adapter's change that is in the file, of all blocks": f"{report.total.retained:.2%}"}
+    measured = {"share of the change that is in the file, of all blocks": f"{report.total.retained:.2%}"}
     if report.blocks and report.total.wanted:
         worst = min(range(len(report.blocks)), key=lambda index: report.blocks[index].retained)
         measured["the same, block with the least"] = f"block {worst}: {report.blocks[worst].retained:.2%}"
         measured["error of the change, |missing| / |change|"] = f"{report.total.error:.2g}"
     if verification is not None:
-        measured["outputs against base + adapter, relative difference"] = (
-            f"{verification.relative:.2g} (the adapter's own effect: {verification.effect:.2g})"
+        measured["outputs against base + change, relative difference"] = (
+            f"{verification.relative:.2g} (the effect of the change: {verification.effect:.2g})"
         )
     lines = [*_front(FORMATS[form].library), f"# {title}", "", *what, ""]
     lines += _sources(origin, adapter, tower)
@@ -101,12 +101,21 @@ def _front(library: str) -> list[str]:
     return ["---", f"library_name: {library.lower()}", "tags: [vision, lora, visft]", "---", ""]
 
 
-def _sources(origin: Origin, adapter: LoraAdapter, tower: Tower) -> list[str]:
+def _how(change: Change) -> str:
+    if isinstance(change, TunedWeights):
+        return f"after a supervised fine-tuning ({_METHOD}) of its own weights"
+    return f"with the LoRA of a supervised fine-tuning ({_METHOD}) merged into its weights"
+
+
+def _sources(origin: Origin, change: Change, tower: Tower) -> list[str]:
+    if isinstance(change, TunedWeights):
+        source, facts = "run", f"Trained: {change.describe()}."
+    else:
+        source, facts = "adapter", f"Adapter: {peft.facts(change, tower)}"
     rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
-    rows += [f"| adapter | {source.name} | {source.sha256} |" for source in origin.adapters]
+    rows += [f"| {source} | {one.name} | {one.sha256} |" for one in origin.adapters]
     lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
-    lines += [f"Adapter: {peft.facts(adapter, tower)}", *(f"{note}." for note in origin.notes), ""]
-    return lines
+    return [*lines, facts, *(f"{note}." for note in origin.notes), ""]
 
 
 def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:

@@ -12,21 +12,26 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from visft_ds.interop import eva_clip, peft, visft
-from visft_ds.interop.adapters import LoraAdapter, fit_to_tower
+from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import cast, check_names, is_merged
 from visft_ds.interop.files import Entry, TensorInfo, WeightFile, sha256_file, view
 from visft_ds.interop.formats import FORMATS, check_format
 from visft_ds.interop.layouts import Layout, Tower, tower_in, tower_names
 from visft_ds.interop.towers import open_tower
+from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.writers import write_shards, write_torch
 from visft_ds.interop.writing import refuse_existing, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: What can come on top of base weights.
+Change = LoraAdapter | TunedWeights
+ChangeT = TypeVar("ChangeT", LoraAdapter, TunedWeights)
 # Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
 MIN_RETAINED, MAX_ERROR = 0.9, 0.5
 
@@ -94,15 +99,24 @@ def read_adapter(path: str | Path) -> LoraAdapter:
     return visft.read_visft_lora(path)
 
 
-def scaled(adapter: LoraAdapter, scale: float) -> LoraAdapter:
-    """The adapter with `scale` times its effect; any number, also 0 and below. The factor goes into lora_B."""
+def scaled(adapter: ChangeT, scale: float) -> ChangeT:
+    """The change with `scale` times its effect; any number, also 0 and below. That of an adapter goes into lora_B.
+
+    Raises ValueError for an adapter with magnitudes, whose effect is no multiple of lora_B.
+    """
+    if scale == 1:
+        return adapter
+    if isinstance(adapter, TunedWeights):
+        return replace(adapter, scale=adapter.scale * scale)
+    if adapter.magnitude:
+        raise ValueError("an adapter with magnitudes (DoRA) cannot be scaled: its effect is no multiple of lora_B")
     tensors = {name: value * scale if name.endswith("lora_B") else value for name, value in adapter.tensors.items()}
     return replace(adapter, tensors=tensors)
 
 
 def merge_into_file(
     base: str | Path,
-    adapter: LoraAdapter,
+    adapter: Change,
     out: str | Path,
     *,
     layout: str = "timm",
@@ -112,7 +126,8 @@ def merge_into_file(
     unmerge: bool = False,
     shard_bytes: int | None = None,
 ) -> MergeReport:
-    """Write base + adapter (`unmerge`: merged - adapter) in one of `FORMATS`, tensor by tensor.
+    """Write base + adapter, or weights that trained themselves in place of the base's, in one of `FORMATS`, tensor by
+    tensor; `unmerge`: merged - adapter.
 
     Peak memory is about two of the largest tensors above the map. The tower is cast to `dtype`; class token, CLIP
     projection and (eva_clip, open_clip) text side are carried over as they are. `tower` adds what the base file does
@@ -130,24 +145,23 @@ def merge_into_file(
     check_format(layout, out, tower, sharded=shard_bytes is not None)
     refuse_existing(out)
     check_names(file, source, tower_names(found), found)
-    adapter = fit_to_tower(adapter, found)
+    adapter = adapter.fit(found)
+    if unmerge and (isinstance(adapter, TunedWeights) or adapter.magnitude):
+        raise ValueError(
+            f"{adapter.describe()}: this cannot be taken out again, what stood in its place is gone; take the base file"
+        )
     base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
     blocks, total = tuple(Share() for _ in range(found.depth)), Share()
     merged = _merged(file, source, found, adapter, dtype, -1.0 if unmerge else 1.0, (blocks, total))
     entries = FORMATS[layout].entries(merged, source)
     told = {"tower": tower.to_json(), "lora_merged": "false", "unmerged_from": base_sha256}
     if not unmerge:
+        kind = "tuned" if isinstance(adapter, TunedWeights) else "lora"
         told = {
-            "lora_merged": "true",
+            # Weights that trained themselves are a base like any other.
+            "lora_merged": "true" if kind == "lora" else "false",
             "base_sha256": base_sha256,
-            "lora": json.dumps(
-                {
-                    "rank": adapter.rank,
-                    "alpha": adapter.alpha,
-                    "targets": adapter.targets,
-                    "sha256": adapter.fingerprint(),
-                }
-            ),
+            kind: json.dumps({**adapter.record(), "sha256": adapter.fingerprint()}),
             "tower": tower.to_json(),
         }
     result = view(merged, entries, told)
@@ -157,7 +171,7 @@ def merge_into_file(
     if layout == "eva_clip" and (missing := eva_clip.missing_parts(entries)):
         notes.append(f"no whole EVA-CLIP: its own code would leave at random {', '.join(missing)}")
     if not total.wanted:
-        notes.append("the adapter changes nothing: every lora_B is zero")
+        notes.append("nothing changes: every lora_B is zero, or what trained is as it was")
     used = {source for entry in entries.values() for source in entry.sources}
     left_out = tuple(name for name in file if name not in used)
     return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), tuple(files))
@@ -167,7 +181,7 @@ def _merged(
     file: WeightFile,
     source: Layout,
     tower: Tower,
-    adapter: LoraAdapter,
+    adapter: Change,
     dtype: torch.dtype,
     sign: float,
     shares: tuple[tuple[Share, ...], Share],
@@ -183,10 +197,15 @@ def _merged(
         if name not in changed:
             return cast(value, dtype, name)
         inner = name[len(source.prefix) :]
-        weight, delta = value.float(), adapter.delta(inner).mul_(sign)
-        result = cast(weight + delta, dtype, name)
+        weight = value.float()
+        moved, delta = adapter.apply(inner, weight)
+        if sign < 0:
+            delta = -delta
+            moved = weight + delta
+        result = cast(moved, dtype, name)
         effective = result.float() - weight  # not in place: fp32 results are `result` itself
-        for share in (blocks[int(inner.split(".")[1])], total):
+        own = [blocks[int(inner.split(".")[1])]] if inner.startswith("blocks.") else []
+        for share in (*own, total):
             share.add(effective, delta)
         return result
 
@@ -206,9 +225,7 @@ def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]
     return [out]
 
 
-def check_base(
-    file: WeightFile, adapter: LoraAdapter, allow_other: bool, unmerge: bool = False
-) -> tuple[str, list[str]]:
+def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bool = False) -> tuple[str, list[str]]:
     """(sha256 of the file, notes); ValueError where the adapter was made for another base.
 
     `unmerge`: the file has an adapter merged in, which must be this one.

@@ -3,7 +3,8 @@
 PEFT has no LoRA on *slices* of a fused qkv. Ours is put into its plain one on the whole qkv (D width, r rank, G adapted
 slices): rank G*r, A as it is, B (3D, G*r) block by block (slice g in columns g*r..(g+1)*r) and zero elsewhere,
 lora_alpha G times as large so that alpha / rank stays. On timm's model with separate q_proj, k_proj, v_proj ("split")
-each slice is an adapter of its own. Both maps are exact, both ways. File format:
+each slice is an adapter of its own. Both maps are exact, both ways. Magnitudes (DoRA) go into the split form only: on
+the fused qkv PEFT would give all its rows a length, also those that are not adapted. File format:
 https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
@@ -27,11 +28,12 @@ from visft_ds.interop.writing import save_tensors, write_text
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _KEY = "visft_adapter"
 _NAME = re.compile(
-    r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))\.lora_([AB])\.weight"
+    r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))"
+    r"\.lora_(?:([AB])\.weight|magnitude_vector)"
 )
 # Settings under which A and B mean something else than (alpha / rank) * B @ A.
 _REFUSED = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
+    *("use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
     *("trainable_token_indices", "alora_invocation_tokens", "target_parameters"),
 )
 
@@ -104,6 +106,11 @@ def save_peft_adapter(
     """
     folder = Path(folder)
     adapter = fit_to_tower(adapter, tower)
+    if adapter.magnitude and adapter.slices() and not split:
+        raise ValueError(
+            "PEFT's DoRA on the fused qkv also has lengths of rows that are not adapted: write peft_split, for the "
+            "model with separate q, k and v"
+        )
     config = folder / CONFIG
     if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, README)):
         raise ValueError(f"{folder} holds an adapter already and is not overwritten: choose another folder")
@@ -129,9 +136,10 @@ def _readme(adapter: LoraAdapter, tower: Tower, split: bool) -> str:
 
 def facts(adapter: LoraAdapter, tower: Tower) -> str:
     """One sentence about an adapter."""
+    kind = "DoRA of rank" if adapter.magnitude else "Rank"
     return (
-        f"Rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the {adapter.depth} "
-        f"blocks ({tower.describe()})."
+        f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
+        f"{adapter.depth} blocks ({tower.describe()})."
     )
 
 
@@ -173,7 +181,7 @@ def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": adapter.magnitude,
     }
 
 
@@ -184,13 +192,22 @@ def _to_peft(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
         value = value.float()
         if split and ".attn.qkv." in name:
             for part, rows in zip(slices, value.chunk(len(slices)), strict=True):
-                own = name.replace(".attn.qkv.", f".attn.{part}_proj.")
-                tensors[f"base_model.model.{own}.weight"] = rows.contiguous()
+                tensors[_peft_name(name.replace(".attn.qkv.", f".attn.{part}_proj."))] = rows.contiguous()
             continue
         if name.endswith("attn.qkv.lora_B"):
             value = _spread(value, slices, adapter.rank)
-        tensors[f"base_model.model.{name}.weight"] = value.contiguous()
+        tensors[_peft_name(name)] = value.contiguous()
     return tensors
+
+
+def _peft_name(own: str) -> str:
+    stem, magnitude, _ = own.partition(".lora_magnitude")
+    return f"base_model.model.{stem}.lora_magnitude_vector" if magnitude else f"base_model.model.{own}.weight"
+
+
+def _own_name(name: str) -> str:
+    """The inverse of `_peft_name`."""
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix("_vector")
 
 
 def _spread(stacked: Tensor, slices: tuple[str, ...], rank: int) -> Tensor:
@@ -216,8 +233,8 @@ def _gather(dense: Tensor, slices: tuple[str, ...], rank: int) -> Tensor | None:
 def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     """Read an adapter folder, ours or one that PEFT wrote for timm's EVA, into LoRA on slices, exactly.
 
-    Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA, biases, different ranks, a
-    lora_B that is not zero outside one block a slice), and for incomplete folders.
+    Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA on the fused qkv, biases,
+    different ranks, a lora_B that is not zero outside one block a slice), and for incomplete folders.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -239,13 +256,21 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
     if split and "attn.qkv" in modules:
         raise ValueError(f"{file.path}: adapts the fused qkv and separate projections at once; no model has both")
+    magnitude = bool(config.get("use_dora"))
+    if magnitude and "attn.qkv" in modules:
+        raise ValueError(
+            f"{file.path}: DoRA on the fused qkv gives all its rows a length, which DoRA on slices does not express; "
+            f"train the model with separate q, k and v, or merge with PEFT (merge_and_unload) and load the weights"
+        )
+    if absent := [name for name in file if name.endswith(".lora_B.weight") and magnitude != (_beside(name) in file)]:
+        raise ValueError(f"{file.path}: use_dora={magnitude} and the tensors beside {examples(absent)} do not agree")
     slices = _slices(file, told) if "attn.qkv" in modules else split
     targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
     rank, scaling = _rank_and_scaling(file, config, len(slices))
     tensors = _stacked(file, split) if split else {}
     for name in file:
-        own = name.removeprefix("base_model.model.").removesuffix(".weight")
-        if own.endswith(("_proj.lora_A", "_proj.lora_B")):
+        own = _own_name(name)
+        if "_proj.lora_" in own:
             continue
         value = file.get(name).float()
         if own.endswith("attn.qkv.lora_B"):
@@ -255,7 +280,12 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
             value = gathered
         tensors[own] = value
     base = told["base_sha256"] if told else None
-    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base)
+    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude)
+
+
+def _beside(lora_b: str) -> str:
+    """Name of the magnitudes that belong to a lora_B."""
+    return lora_b.removesuffix("lora_B.weight") + "lora_magnitude_vector"
 
 
 def _stacked(file: WeightFile, slices: tuple[str, ...]) -> dict[str, Tensor]:
@@ -264,9 +294,7 @@ def _stacked(file: WeightFile, slices: tuple[str, ...]) -> dict[str, Tensor]:
     tensors = {}
     for name in (name for name in file if first in name):
         parts = [name.replace(first, f".attn.{part}_proj.") for part in slices]
-        tensors[name.replace(first, ".attn.qkv.").removeprefix("base_model.model.").removesuffix(".weight")] = (
-            torch.cat([file.get(part).float() for part in parts])
-        )
+        tensors[_own_name(name.replace(first, ".attn.qkv."))] = torch.cat([file.get(part).float() for part in parts])
     read = len(tensors) * len(slices)
     if read != sum("_proj.lora_" in name for name in file):
         raise ValueError(f"{file.path}: not every block has the same of q_proj, k_proj, v_proj adapted")

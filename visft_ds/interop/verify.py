@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.adapters import LoraAdapter, install_adapter
+from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.towers import build_tower
+from visft_ds.interop.tuned import TunedWeights
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Verification:
 
 def verify_merge(
     base: str | Path,
-    adapter: LoraAdapter,
+    adapter: LoraAdapter | TunedWeights,
     merged: str | Path,
     tower: Tower,
     *,
@@ -49,7 +50,7 @@ def verify_merge(
     load_backbone(model, base)
     with torch.no_grad():
         plain = model(pixels)
-        install_adapter(model, adapter)
+        adapter.install(model)
         wanted = model(pixels)
         del model
         model = build_tower(tower).eval()

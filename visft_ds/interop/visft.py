@@ -53,7 +53,8 @@ def write_visft_lora(adapter: LoraAdapter, path: str | Path, *, overwrite: bool 
     """Write the published form (`visual.` prefix, flat, fp32, torch zip), which reads back as scaling 1/r.
 
     Another alpha is multiplied into lora_B, so the change of the weights is the same. Raises ValueError for an adapter
-    of other projections than q and v, which the form cannot hold, and for an existing file (unless `overwrite`).
+    of other projections than q and v, or with magnitudes, which the form cannot hold, and for an existing file (unless
+    `overwrite`).
     """
     path = Path(path)
     if adapter.targets != TARGETS:
@@ -61,6 +62,8 @@ def write_visft_lora(adapter: LoraAdapter, path: str | Path, *, overwrite: bool 
             f"ViSFT's LoRA files hold q and v only; this adapter has {'+'.join(adapter.targets)}: write it as a PEFT "
             f"adapter"
         )
+    if adapter.magnitude:
+        raise ValueError("ViSFT's LoRA files hold no magnitudes (DoRA): write the adapter as peft_split")
     tensors = {}
     for name, value in adapter.tensors.items():
         factor = adapter.alpha / ALPHA if name.endswith("lora_B") else 1.0

@@ -3,6 +3,7 @@
 An adapted layer keeps the names of the layer it replaces (`weight`, `bias`), adding `lora_A` and `lora_B`, stacked over
 the adapted slices as loralib's MergedLinear stacks them, so files of either kind load as they are. On the fused qkv
 projection any of q, k and v can be adapted alone. The paper's code adapts q and v with rank 64 and alpha 1: scale 1/64.
+With a magnitude (DoRA, https://arxiv.org/abs/2402.09353) each adapted row also has a length that is learnt.
 
 Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it twice.
 """
@@ -10,7 +11,7 @@ Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,11 @@ from torch import Tensor, nn
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
 from visft_ds.ops import matmul_dtype
+from visft_ds.ops.dora import dora_linear, row_lengths
 from visft_ds.ops.lora import Slices, lora_linear
 
+#: Parameters that an adapted layer may have beside those of the layer it replaces.
+KINDS = ("lora_A", "lora_B", "lora_magnitude")
 #: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
 TARGETS = {
     "q": ("attn.qkv", 0, 3),
@@ -38,15 +42,24 @@ TARGETS = {
 class LoRALinear(nn.Module):
     """A `Linear` with low-rank updates on slices of its output; takes over the parameters of the layer it replaces.
 
-    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (sum of the slices' widths, r). The
-    adapters are fp32 over weights of any narrower dtype; A starts uniform in +-1/sqrt(in), B zero.
+    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r), lora_magnitude (R,) or None, R
+    the sum of the slices' widths. The adapters are fp32 over weights of any narrower dtype; A starts uniform in
+    +-1/sqrt(in), B zero, magnitudes as the lengths of the weight's rows, so that nothing changes at the start.
     While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them again.
     """
 
     bias: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
 
     def __init__(
-        self, base: Linear, slices: Slices, *, rank: int, alpha: float, generator: torch.Generator | None = None
+        self,
+        base: Linear,
+        slices: Slices,
+        *,
+        rank: int,
+        alpha: float,
+        magnitude: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.in_features = base.in_features
@@ -62,7 +75,11 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(len(slices) * rank, base.in_features, **like))
         if not base.weight.is_meta:
             self.lora_A.data.copy_(self.random_a(generator))
-        self.lora_B = nn.Parameter(torch.zeros(sum(hi - lo for lo, hi in slices), rank, **like))
+        rows = sum(hi - lo for lo, hi in slices)
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, **like))
+        self.register_parameter("lora_magnitude", nn.Parameter(torch.empty(rows, **like)) if magnitude else None)
+        if self.lora_magnitude is not None and not base.weight.is_meta:
+            self.lora_magnitude.data.copy_(self.first_magnitude(base.weight))
         self._original: Tensor | None = None
 
     def random_a(self, generator: torch.Generator | None = None) -> Tensor:
@@ -73,6 +90,11 @@ class LoRALinear(nn.Module):
         bound = 1.0 / math.sqrt(self.in_features)
         draw = torch.empty(len(self.slices) * self.rank, self.in_features, device="cpu")
         return draw.uniform_(-bound, bound, generator=generator)
+
+    def first_magnitude(self, weight: Tensor) -> Tensor:
+        """What magnitudes start from, fp32: the lengths of the adapted rows of a weight (out, in) on any device."""
+        a, b = (weight.new_zeros(shape) for shape in (self.lora_A.shape, self.lora_B.shape))
+        return row_lengths(weight, a, b, self.scale, self.slices)
 
     @property
     def merged(self) -> bool:
@@ -85,16 +107,22 @@ class LoRALinear(nn.Module):
         if self.merged:
             dtype = matmul_dtype(self.weight)
             return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
-        return lora_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scale, self.slices)
+        factors = (self.weight, bias, self.lora_A, self.lora_B)
+        if self.lora_magnitude is not None:
+            return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices)
+        return lora_linear(x, *factors, self.scale, self.slices)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The dense update (out, in) in the precision of the adapters."""
+        """The dense change (out, in) of the weight, which is not merged, in the precision of the adapters."""
         out = self.lora_A.new_zeros(self.out_features, self.in_features)
         start = 0
         for index, (lo, hi) in enumerate(self.slices):
             a = self.lora_A[index * self.rank : (index + 1) * self.rank]
-            out[lo:hi] = self.scale * (self.lora_B[start : start + hi - lo] @ a)
+            part = slice(start, start + hi - lo)
+            out[lo:hi] = self.scale * (self.lora_B[part] @ a)
+            if self.lora_magnitude is not None:
+                out[lo:hi] = resized(self.weight[lo:hi], out[lo:hi], self.lora_magnitude[part])
             start += hi - lo
         return out
 
@@ -137,13 +165,20 @@ class LoRALinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            for name in ("lora_A", "lora_B"):
-                del destination[prefix + name]
+            for name in KINDS:
+                destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged:
             raise ValueError(f"{prefix}: cannot load into a merged LoRA layer; unmerge it first")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def resized(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """The change of rows (n, in) that DoRA moves by `delta` and then gives the lengths `magnitude` (n,)."""
+    turned = weight.to(delta.dtype) + delta
+    lengths = turned.norm(dim=1).clamp(min=torch.finfo(turned.dtype).tiny)
+    return turned * (magnitude / lengths)[:, None] - weight
 
 
 @dataclass(frozen=True)
@@ -153,20 +188,29 @@ class LoraSettings:
     rank: int
     alpha: float
     targets: tuple[str, ...]  #: in the order of TARGETS
+    magnitude: bool = False
 
 
 def inject_lora(
-    backbone: nn.Module, *, rank: int = 64, alpha: float = 1.0, targets: Iterable[str] = ("q", "v"), seed: int = 0
+    backbone: nn.Module,
+    *,
+    rank: int = 64,
+    alpha: float = 1.0,
+    targets: Iterable[str] = ("q", "v"),
+    magnitude: bool = False,
+    seed: int = 0,
 ) -> None:
     """Replace the targeted layers of every block of `backbone.blocks` by adapted ones, in place.
 
-    The forward does not change by this (B is zero), the names and objects of the existing parameters neither. The new
-    parameters require gradients; nothing else is frozen or thawed. Slices of a layer are stacked in the order q, k, v.
+    The forward does not change by this (B is zero, magnitudes are the rows' own), the names and objects of the existing
+    parameters neither. The new parameters require gradients; nothing else is frozen or thawed. Slices of a layer are
+    stacked in the order q, k, v.
 
     Args:
         rank: of each slice's update.
         alpha: the update is scaled by alpha / rank.
         targets: among q, k, v, proj, fc1, fc2, in any order.
+        magnitude: adapted rows have a length of their own that is learnt (DoRA).
         seed: decides A of every layer, whatever the device and the state of the global generators.
 
     Raises:
@@ -199,18 +243,25 @@ def inject_lora(
         layers[name] = (layer, tuple(_range(layer.out_features, part, of) for part, of in parts))
     for name, (layer, slices) in layers.items():
         parent, _, child = name.rpartition(".")
-        adapted = LoRALinear(layer, slices, rank=rank, alpha=alpha, generator=generator_for(seed, name))
+        generator = generator_for(seed, name)
+        adapted = LoRALinear(layer, slices, rank=rank, alpha=alpha, magnitude=magnitude, generator=generator)
         setattr(backbone.get_submodule(parent), child, adapted.train(layer.training))
 
 
-def random_adapter(backbone: nn.Module, name: str, seed: int) -> Tensor:
-    """What `inject_lora` with this seed puts into the parameter `name` ("...lora_A", "...lora_B"): fp32, on the CPU.
+def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str], Tensor]) -> Tensor:
+    """What `inject_lora` with this seed puts into an adapter's parameter: fp32, on the CPU.
 
     For a backbone on the meta device, which `inject_lora` gives shapes only.
+
+    Args:
+        name: "...lora_A", "...lora_B" or "...lora_magnitude".
+        read: gives the backbone's own parameters, by name, as the model starts with them.
     """
     path, _, kind = name.rpartition(".")
     layer = lora_layers(backbone)[path]
-    return layer.random_a(generator_for(seed, path)) if kind == "lora_A" else torch.zeros(layer.lora_B.shape)
+    if kind == "lora_A":
+        return layer.random_a(generator_for(seed, path))
+    return torch.zeros(layer.lora_B.shape) if kind == "lora_B" else layer.first_magnitude(read(f"{path}.weight"))
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
@@ -219,16 +270,17 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`."""
+    """The adapters' parameters by qualified name: `...lora_A`, `...lora_B`, and `...lora_magnitude` if there is one."""
     return {
         f"{name}.{kind}" if name else kind: getattr(layer, kind)
         for name, layer in lora_layers(module).items()
-        for kind in ("lora_A", "lora_B")
+        for kind in KINDS
+        if getattr(layer, kind) is not None
     }
 
 
 def lora_settings(module: nn.Module) -> LoraSettings:
-    """Rank, alpha and targets of a model's adapters. Raises ValueError where it has none."""
+    """Rank, alpha, targets and kind of a model's adapters. Raises ValueError where it has none."""
     layers = _require_lora(module)
     first = next(iter(layers.values()))
     found = {
@@ -237,7 +289,8 @@ def lora_settings(module: nn.Module) -> LoraSettings:
         for target, (path, part, of) in TARGETS.items()
         if name.endswith(path) and _range(layer.out_features, part, of) in layer.slices
     }
-    return LoraSettings(first.rank, first.alpha, tuple(target for target in TARGETS if target in found))
+    targets = tuple(target for target in TARGETS if target in found)
+    return LoraSettings(first.rank, first.alpha, targets, first.lora_magnitude is not None)
 
 
 def merge_lora(module: nn.Module) -> dict[str, float]:

@@ -1,47 +1,52 @@
-"""The adapter of a run that has not written its export yet, out of one of its checkpoints."""
+"""What a run that has not written its export yet changed in its backbone, out of one of its checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.interop.adapters import LoraAdapter, canonical_targets
+from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
 from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.merge import Change
+from visft_ds.interop.tuned import tuned_of
 from visft_ds.parallel.checkpoint import newest_checkpoint, open_checkpoint
 from visft_ds.run_folder import BACKBONE_FILE, recorded_config
 
 
-def adapter_of_checkpoint(folder: Path) -> LoraAdapter:
-    """The adapter in `<run>/checkpoints/step_N`, whose files are checked; its settings come from the run's record.
+def change_of_checkpoint(folder: Path) -> Change:
+    """The adapter, or the backbone's own parameters, in `<run>/checkpoints/step_N`, whose files are checked; settings
+    come from the run's record.
 
-    Raises ValueError for a damaged checkpoint, and for one of a run that has no adapter or trains its backbone as well.
+    Raises ValueError for a damaged checkpoint, and for one of a run that trains only heads, or its backbone beside an
+    adapter.
     """
     folder = folder.resolve()
     checkpoint, run = open_checkpoint(folder), folder.parents[1]
     config = recorded_config(run)
     lora = config.visft.lora
     tensors = {
-        name.removeprefix("backbone."): value
+        name.removeprefix("backbone."): value.float()
         for name, value in checkpoint.parameters().items()
         if name.startswith("backbone.")
     }
-    adapter = {name: value.float() for name, value in tensors.items() if is_lora(name)}
-    if lora is None or not adapter:
-        raise ValueError(f"{folder} holds no adapter: the run trains without LoRA (stage {config.visft.stage})")
-    if others := [name for name in tensors if name not in adapter]:
-        raise ValueError(
-            f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "
-            f"to weights that only its export has: let the run finish and give {run.name}/export/adapter"
-        )
+    if not tensors:
+        raise ValueError(f"{folder}: the run trains nothing of its backbone (stage {config.visft.stage})")
     random_base = run / "export" / BACKBONE_FILE
     if config.visft.model.weights is not None:
         base: str | None = checkpoint.record["identity"]["base weights"]
     else:
         base = sha256_file(random_base) if random_base.is_file() else None
-    return LoraAdapter(lora.rank, lora.alpha, canonical_targets(lora.targets), adapter, "checkpoint", base)
+    if lora is None:
+        return tuned_of(tensors, folder, base)
+    if others := [name for name in tensors if not is_lora(name)]:
+        raise ValueError(
+            f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "
+            f"to weights that only its export has: let the run finish and give {run.name}/export/adapter"
+        )
+    return adapter_of_run(lora, tensors, "checkpoint", base)
 
 
-def newest_adapter_folder(run: Path) -> Path:
+def newest_checkpoint_folder(run: Path) -> Path:
     """The newest whole checkpoint of a run. Raises ValueError where there is none."""
     checkpoint, skipped = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:

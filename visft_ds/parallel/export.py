@@ -19,11 +19,12 @@ from torch import Tensor
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.interop.adapters import LoraAdapter, canonical_targets
+from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import Tower, is_lora, tower_of
 from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.tuned import TRAINED_ON
 from visft_ds.interop.writing import file_order, write_safetensors
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
@@ -58,7 +59,8 @@ def export_weights(
     names = trainable(engine)
     whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
     if names.keys() & set(whole):
-        written.append(_export_tower(engine, whole, tower, folder / TRAINED_BACKBONE_FILE, instead))
+        path = folder / TRAINED_BACKBONE_FILE
+        written.append(_export_tower(engine, whole, tower, path, instead, base_sha256))
     # Heads and adapters: small.
     trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
     if not distributed.is_main():
@@ -74,9 +76,10 @@ def export_weights(
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
-        targets = canonical_targets(lora.targets)
-        whole_adapter = LoraAdapter(lora.rank, lora.alpha, targets, adapter, "model", base_sha256)
-        written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, overwrite=True))
+        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256)
+        # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
+        split = lora.magnitude
+        written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, split=split, overwrite=True))
     return written
 
 
@@ -89,13 +92,13 @@ def save_base(base: BaseWeights, tower: Tower, path: Path) -> None:
 
 
 def _export_tower(
-    engine: Engine, names: Sequence[str], tower: Tower, path: Path, instead: Mapping[str, Tensor]
+    engine: Engine, names: Sequence[str], tower: Tower, path: Path, instead: Mapping[str, Tensor], base_sha256: str
 ) -> Path:
     """Gather and write a tower one tensor at a time. Collective; the main process writes.
 
     Args:
         names: qualified, of all of its parameters.
-        instead: see `export_weights`.
+        instead, base_sha256: see `export_weights`.
     """
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
@@ -106,15 +109,21 @@ def _export_tower(
         return {**found, **instead}[qualified]
 
     if distributed.is_main():
-        _write_tower(path, infos, gather, tower)
+        _write_tower(path, infos, gather, tower, {TRAINED_ON: base_sha256})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))
     return path
 
 
-def _write_tower(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], tower: Tower) -> None:
-    told = {"tower": tower.to_json(), "lora_merged": "false"}
+def _write_tower(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    produce: Callable[[str], Tensor],
+    tower: Tower,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    told = {"tower": tower.to_json(), "lora_merged": "false", **more}
     write_safetensors(path, infos, produce, told, overwrite=True)
 
 

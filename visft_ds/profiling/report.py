@@ -14,7 +14,7 @@ from visft_ds.profiling.hardware import DTYPES, describe
 from visft_ds.profiling.ledger import KINDS, TRANSIENT
 from visft_ds.profiling.session import REPOSITORY, Session
 from visft_ds.profiling.timing import BACKWARD, CRITERION, MATCHER, PARTS
-from visft_ds.stages import STAGES
+from visft_ds.stages import stage_of
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
@@ -39,6 +39,7 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]], command: S
         "hardware": describe(device),
         "world_size": distributed.world_size(),
         "stage": config.visft.stage,
+        "trains": stage_of(config.visft).name,
         "model": config.visft.model.name,
         "engine": f"ZeRO-{session.engine.stage}",
         "precision": f"{session.precision} ({session.precision_reason})",
@@ -70,7 +71,7 @@ def make_title(record: Mapping[str, Any]) -> str:
     """One line that says what was measured."""
     stage, processes = record["stage"], record["world_size"]
     count = f"{processes} process{'es' if processes > 1 else ''}"
-    return f"profile: stage {stage} ({STAGES[stage].name}), {record['model']}, {record['engine']}, {count}"
+    return f"profile: stage {stage} ({record['trains']}), {record['model']}, {record['engine']}, {count}"
 
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:

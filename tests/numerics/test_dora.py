@@ -1,0 +1,199 @@
+"""Magnitudes (DoRA): the paper's formula and gradient, nothing at the start, exact merges, and PEFT as the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visft_ds.interop.adapters import LoraAdapter, adapter_of, average, install_adapter
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import sha256_file
+from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.merge import merge_into_file, scaled
+from visft_ds.interop.peft import CONFIG, read_peft_adapter, save_peft_adapter
+from visft_ds.interop.timm import model_arguments
+from visft_ds.interop.verify import verify_merge
+from visft_ds.interop.visft import write_visft_lora
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
+from visft_ds.ops.dora import dora_linear, row_lengths
+from visft_ds.ops.lora import Slices, lora_linear
+
+QV: Slices = ((0, 8), (16, 24))
+SCALE = 0.5
+# fp32, two blocks: both sides differ by the order of additions only.
+TOLERANCE = 1e-5
+
+
+def _tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """x, weight, bias, A, B, magnitude of a layer 6 -> 24 with rank 2 on two slices of 8."""
+    shapes = ((5, 6), (24, 6), (24,), (4, 6), (16, 2), (16,))
+    x, weight, bias, a, b, magnitude = (torch.randn(*shape, dtype=dtype) for shape in shapes)
+    return x, weight, bias, a, b, magnitude.abs() + 0.5
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
+    """Equation 5 of the paper on two slices, the length in the denominator without a gradient (equation 11)."""
+    parts = []
+    for index, (lo, hi) in enumerate(((0, 8), (16, 24))):
+        turned = weight[lo:hi] + SCALE * b[index * 8 : (index + 1) * 8] @ a[index * 2 : (index + 1) * 2]
+        length = turned.detach().norm(dim=1)
+        parts.append(turned * (magnitude[index * 8 : (index + 1) * 8] / length)[:, None])
+    return F.linear(x, torch.cat([parts[0], weight[8:16], parts[1]]), bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_and_gradients_are_the_papers(with_bias: bool) -> None:
+    tensors = [t.requires_grad_() for t in _tensors()]
+    if not with_bias:
+        tensors[2] = None  # type: ignore[call-overload]
+    wrt = [t for t in tensors if t is not None]
+    x, weight, bias, a, b, magnitude = tensors
+    ours = dora_linear(x, weight, bias, a, b, magnitude, SCALE, QV)
+    wanted = _dense(x, weight, bias, a, b, magnitude)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    seed = torch.randn_like(ours)
+    for got, expected in zip(torch.autograd.grad(ours, wrt, seed), torch.autograd.grad(wanted, wrt, seed), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_lengths_change_nothing_bit_for_bit(dtype: torch.dtype) -> None:
+    x, weight, bias, a, b, _ = (t.to(dtype) for t in _tensors())
+    lengths = row_lengths(weight, a, b, SCALE, QV)
+    plain = lora_linear(x, weight, bias, a, b, SCALE, QV)
+    assert torch.equal(dora_linear(x, weight, bias, a, b, lengths, SCALE, QV), plain)
+    assert not torch.equal(dora_linear(x, weight, bias, a, b, 1.1 * lengths, SCALE, QV), plain)
+
+
+def test_a_row_of_zeros_stays_one() -> None:
+    x, weight, bias, a, b, _ = _tensors()
+    weight[3], b[3] = 0.0, 0.0
+    lengths = row_lengths(weight, a, b, SCALE, QV)
+    assert dora_linear(x, weight, bias, a, b, lengths, SCALE, QV).isfinite().all()
+
+
+def _tiny(*, post_norm: bool = True) -> EvaViT:
+    sizes = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+    model = build_backbone("debug", seed=None, class_token=True, post_norm=post_norm, **sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def _moved(model: EvaViT, targets: tuple[str, ...] = ("q", "v")) -> EvaViT:
+    inject_lora(model, rank=3, alpha=1.5, targets=targets, magnitude=True)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.3)
+            elif name.endswith("lora_magnitude"):
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def _outputs(model: EvaViT, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.tokens(images)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_injected_merged_and_unmerged() -> None:
+    model, images = _tiny(), torch.randn(2, 3, 28, 28)
+    plain = _outputs(model, images)
+    inject_lora(model, rank=3, alpha=1.5, targets=("q", "v", "fc1"), magnitude=True)
+    assert torch.equal(_outputs(model, images), plain)
+    assert has_effect(model, images) > 1e-3
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if not name.endswith("lora_A"):
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    adapted = _outputs(model, images)
+    assert _relative(adapted, plain) > 1e-2
+    shares = merge_lora(model)
+    assert _relative(_outputs(model, images), adapted) < TOLERANCE and min(shares.values()) > 0.999
+    assert not any("lora_" in name for name in model.state_dict())
+    unmerge_lora(model)
+    assert torch.equal(_outputs(model, images), adapted)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k", "fc1", "proj")])
+def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
+    base, images = _tiny(), torch.randn(2, 3, 28, 28)
+    name, arguments = model_arguments(tower_of(base))
+    state = dict(base.state_dict())
+    for block in range(2):
+        parts = state.pop(f"blocks.{block}.attn.qkv.weight").chunk(3)
+        for part, value in zip("qkv", parts, strict=True):
+            state[f"blocks.{block}.attn.{part}_proj.weight"] = value.clone()
+        for part in "qv":
+            state[f"blocks.{block}.attn.{part}_proj.bias"] = state.pop(f"blocks.{block}.attn.{part}_bias")
+
+    def twin() -> torch.nn.Module:
+        model: torch.nn.Module = timm.create_model(name, **arguments, qkv_fused=False).eval()
+        model.load_state_dict(state)
+        return model
+
+    ours = _moved(base, targets)
+    folder = save_peft_adapter(adapter_of(ours), tmp_path / "ours", tower_of(ours), split=True)
+    theirs = peft.PeftModel.from_pretrained(twin(), folder).eval()
+    with torch.no_grad():
+        got = theirs.forward_features(images)
+        with theirs.disable_adapter():
+            assert _relative(theirs.forward_features(images), got) > 1e-2
+        assert _relative(got, _outputs(ours, images)) < TOLERANCE
+    again = read_peft_adapter(folder)
+    other = _tiny()
+    install_adapter(other, again)
+    assert all(torch.equal(value, lora_parameters(other)[n]) for n, value in lora_parameters(ours).items())
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = read_peft_adapter(tmp_path / "theirs")
+    assert read.magnitude and read.targets == again.targets
+    assert all(torch.equal(value, again.tensors[n]) for n, value in read.tensors.items())
+    assert read.tensors.keys() == again.tensors.keys()
+
+
+def _saved(folder: Path) -> tuple[Path, LoraAdapter]:
+    base = _tiny()
+    save_backbone(base, folder / "base.safetensors")
+    return folder / "base.safetensors", adapter_of(_moved(base), base_sha256=sha256_file(folder / "base.safetensors"))
+
+
+def test_the_merged_file_computes_what_the_adapter_does(tmp_path: Path) -> None:
+    base, adapter = _saved(tmp_path)
+    report = merge_into_file(base, adapter, tmp_path / "merged.safetensors")
+    assert report.total.retained == pytest.approx(1, abs=1e-3)
+    proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", report.tower, dtype=torch.float32)
+    assert proof.passed and proof.effect > 1e-2
+    with pytest.raises(ValueError, match="cannot be taken out again"):
+        merge_into_file(tmp_path / "merged.safetensors", adapter, tmp_path / "back.safetensors", unmerge=True)
+
+
+def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
+    base, adapter = _saved(tmp_path)
+    with pytest.raises(ValueError, match="write peft_split"):
+        save_peft_adapter(adapter, tmp_path / "fused", tower_of(_tiny()))
+    with pytest.raises(ValueError, match="hold no magnitudes"):
+        write_visft_lora(adapter, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match="cannot be scaled"):
+        scaled(adapter, 0.5)
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        average([adapter, adapter], [0.5, 0.5])
+    folder = save_peft_adapter(adapter, tmp_path / "split", tower_of(_tiny()), split=True)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"use_dora": False}))
+    with pytest.raises(ValueError, match="use_dora=False"):
+        read_peft_adapter(folder)
+    assert base.is_file()

@@ -1,0 +1,97 @@
+"""A backbone whose own parameters trained, all or some of them, as a change of its base weights.
+
+Its values are known, and not a difference: what is written is what was trained, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights
+from visft_ds.interop.layouts import Tower, base_parameters, tower_names
+from visft_ds.models.eva_vit import EvaViT
+
+#: In the metadata of a trained backbone: sha256 of the base weights it began as.
+TRAINED_ON = "trained_on"
+
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """Values of a tower's parameters after training, by our names; what is absent is as in the base.
+
+    `scale` is a factor on the change. `base_sha256` is None where nobody recorded the base.
+    """
+
+    file: WeightFile
+    base_sha256: str | None
+    scale: float = 1.0
+
+    def weights(self) -> tuple[str, ...]:
+        """Names of all base weights that it replaces."""
+        return tuple(self.file)
+
+    def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
+        """(result, change) of one base weight, fp32 all."""
+        value = self.file.get(weight).float()
+        change = value - base
+        if self.scale == 1:
+            return value, change
+        change *= self.scale
+        return base + change, change
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256(repr(("tuned", self.scale)).encode())
+        for name in sorted(self.file):
+            digest.update(name.encode())
+            digest.update(self.file.get(name).float().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """sha256 of values and scale, whatever file they came from."""
+        return self._sha256
+
+    def record(self) -> dict[str, object]:
+        """What merged weights tell of it."""
+        return {"tensors": len(self.file), "scale": self.scale}
+
+    def describe(self) -> str:
+        """A few words for the console and the card."""
+        count = sum(info.numel for info in self.file.infos.values())
+        return f"{len(self.file)} tensors that trained themselves, {count:,} values"
+
+    def fit(self, tower: Tower) -> TunedWeights:
+        """Itself. Raises ValueError where it has tensors that the tower has not, or of another shape."""
+        names = tower_names(tower)
+        wrong = [name for name in self.file if names.get(name) != self.file.shape(name)]
+        if wrong:
+            raise ValueError(
+                f"{self.file.path} trained another tower than this one ({tower.describe()}): {examples(wrong)}"
+            )
+        return self
+
+    def install(self, backbone: EvaViT) -> None:
+        """Move a model that has its base weights there."""
+        parameters = base_parameters(backbone)
+        with torch.no_grad():
+            for name in self.file:
+                parameters[name].copy_(self.apply(name, parameters[name].float())[0])
+
+
+def read_tuned(path: Path) -> TunedWeights:
+    """What `<run>/export/trained_backbone.safetensors` holds."""
+    file = open_weights(path)
+    return TunedWeights(file, file.metadata.get(TRAINED_ON))
+
+
+def tuned_of(tensors: Mapping[str, Tensor], path: Path, base_sha256: str | None) -> TunedWeights:
+    """Tensors at hand, by our names; `path` names them in messages."""
+    infos = {name: TensorInfo.of(value) for name, value in tensors.items()}
+    return TunedWeights(WeightFile(path, infos, tensors.__getitem__, {}), base_sha256)
