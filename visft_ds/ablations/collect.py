@@ -13,6 +13,7 @@ from visft_ds.ablations.plan import AFTER, BEFORE, Plan, Trial
 from visft_ds.ablations.run import Failure
 from visft_ds.ablations.statistics import Estimate, estimate
 from visft_ds.ablations.steps import Step
+from visft_ds.ablations.toy import HOME
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.stored import MAIN, METRICS
 
@@ -38,7 +39,7 @@ class Metric:
     """A number that all arms are compared by."""
 
     name: str
-    in_domain: bool  #: on images like those that were trained on, with the heads
+    in_domain: bool  #: on images like those that were trained on
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _numbers(trial: Trial) -> list[tuple[Metric, Pair]]:
             values = row["values"]
             if _SHOWN.search(row["name"]) and values.keys() >= {BEFORE, AFTER}:
                 pair = Pair(100 * values[BEFORE]["value"], 100 * values[AFTER]["value"])
-                found.append((Metric(row["name"], False), pair))
+                found.append((Metric(row["name"], HOME in row["name"]), pair))
     return found
 
 

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--heads", metavar="DIR", help="stage-1 heads for all seeds instead of training them")
     add("--benchmark", action="append", default=[], metavar="KIND=SOURCE", help="as of tools/evaluate.py benchmarks")
     add("--text", metavar="FILE", help="text tower of the base weights, where they have none")
+    add("--vary-base", action="store_true", help="toy base weights for each seed, instead of the same for all")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training; repeatable")
     return parser
 
@@ -124,6 +125,7 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[Plan]]:
         benchmarks=tuple(given.benchmark),
         text=given.text,
         settings=tuple(given.set),
+        vary_base=given.vary_base,
     )
     check_scale(scale)
     _check_folder(given.out, scale)

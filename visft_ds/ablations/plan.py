@@ -19,7 +19,7 @@ from string import Template
 from visft_ds.ablations.questions import RECIPE, TASKS, Arm, Question
 from visft_ds.ablations.scales import Scale
 from visft_ds.ablations.steps import STEPS, Step, StepList
-from visft_ds.ablations.toy import Toy, base_file
+from visft_ds.ablations.toy import Toy, clip_file
 from visft_ds.config import ResolvedConfig, resolve_arguments
 from visft_ds.interop.layouts import is_lora
 from visft_ds.models.eva_vit import PRESETS
@@ -28,6 +28,7 @@ from visft_ds.stages import plan_groups
 
 #: Labels of the two models of a trial in the table of benchmarks.
 BEFORE, AFTER = "before", "after"
+MERGED = "merged.safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class Planner:
         return Plan(name, question, trials)
 
     def _trial(self, title: str, arm: Arm, seed: int) -> Trial:
-        stage2 = self._stage2(title, arm, seed)
+        stage2 = self._stage2(title, arm, seed) if arm.updates else None
         return Trial(
             arm=arm.name,
             seed=seed,
             before=self._in_domain(f"seed {seed}: heads before stage 2", seed, None),
             after=self._in_domain(f"{title}: in domain", seed, stage2),
-            benchmarks=self._out_of_domain(f"{title}: out of domain", seed, stage2),
+            benchmarks=self._out_of_domain(title, arm, seed, stage2),
         )
 
     # ------------------------------------------------------------------------------------------- trainings
@@ -113,8 +114,10 @@ class Planner:
         if arm.joint:
             steps += self._recipe(1).total_steps
         settings = [f"scheduler.params.total_num_steps={steps}"] if steps != recipe.total_steps else []
-        settings += [Template(text).substitute(self._values(recipe)) for text in arm.stage2]
-        needs: list[Step] = [self._toy.second()] if self.scale.toy and "$second" in "".join(arm.stage2) else []
+        second = self._toy.second() if self.scale.toy and "$second" in "".join(arm.stage2) else None
+        needs: list[Step] = [second] if second else []
+        values = {**self._values(recipe), "second": str(second.out) if second else self.scale.second}
+        settings += [Template(text).substitute(values) for text in arm.stage2]
         if not arm.joint and self.scale.heads:
             settings.append(f"visft.heads.path={self.scale.heads}")
         elif not arm.joint:
@@ -124,15 +127,18 @@ class Planner:
         return self._training("stage2", f"{title}: stage 2", 2, settings, seed, needs)
 
     def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
-        """What settings of arms may name, see `questions`."""
+        """What settings of arms may name beside $second, see `questions`."""
         rate, model = recipe.optimizer.params.lr, recipe.visft.model
         depth = model.overrides.depth or PRESETS[model.preset].depth
+        stage1 = self._recipe(1)
         last = range(depth - max(1, depth // 4), depth)
         return {
             "rate": f"{rate:g}",
             "tenth": f"{rate / 10:g}",
+            "heads": f"{stage1.optimizer.params.lr:g}",
+            "mode": stage1.visft.mode,
+            "shared": str(stage1.visft.shared.batch_size if stage1.visft.shared else 1),
             "last": ",".join(f"backbone.blocks.{number}.*" for number in last),
-            "second": str(self._toy.second().out) if self.scale.toy else self.scale.second,
         }
 
     def _training(
@@ -140,8 +146,8 @@ class Planner:
     ) -> _Training:
         chosen = [*self.scale.stage_settings(stage), *settings, f"visft.seed={seed}"]
         if self.scale.toy:
-            base = self._toy.base(seed)
-            chosen.append(f"visft.model.weights={base_file(base)}")
+            base = self._base(seed)
+            chosen.append(f"visft.model.weights={clip_file(base)}")
             needs = [*needs, self._toy.shards("a"), base]
         words = self._words(stage, chosen)
         config, trained = self._checked(tuple(words))
@@ -173,6 +179,9 @@ class Planner:
     def _recipe(self, stage: int) -> ResolvedConfig:
         return self._checked(tuple(self._words(stage, self.scale.stage_settings(stage))))[0]
 
+    def _base(self, seed: int) -> Step:
+        return self._toy.base(seed if self.scale.vary_base else 0)
+
     @cached_property
     def _data(self) -> str:
         return str(self._toy.shards("a").out) if self.scale.data is None else self.scale.data
@@ -191,15 +200,48 @@ class Planner:
         needs = [run.step, *([trained.step] if trained else [])]
         return self.steps.add("evaluation", title, lambda out: [*words, "--out", str(out)], needs=needs)
 
-    def _out_of_domain(self, title: str, seed: int, trained: _Training) -> Step:
+    def _out_of_domain(self, title: str, arm: Arm, seed: int, trained: _Training | None) -> Step:
         """Base and result in one table."""
-        needs, benchmarks, base = [trained.step], list(self.scale.benchmarks), trained.config.visft.model.weights
+        needs: list[Step] = []
         if self.scale.toy:
+            needs.append(self._base(seed))
+            base = str(clip_file(needs[0]))
             sources, benchmarks = self._toy.benchmarks()
-            needs += [self._toy.base(seed), *sources]
+            needs += sources
+        else:
+            base, benchmarks = self._recipe(2).visft.model.weights or "", self.scale.benchmarks
+        after = base
+        if trained is not None:
+            step, after = self._whole(title, trained)
+            needs.append(step)
+        if arm.text:
+            step = self._text(title, after, seed, needs)
+            needs, after = [*needs, step], str(clip_file(step))
         words = ["tools/evaluate.py", "benchmarks", "--images", "0"]
-        words += ["--model", f"{BEFORE}={base}", "--model", f"{AFTER}={trained.step.out}"]
+        words += ["--model", f"{BEFORE}={base}", "--model", f"{AFTER}={after}"]
         words += [part for one in benchmarks for part in ("--benchmark", one)]
         words += ["--text", self.scale.text] if self.scale.text else []
         words += ["--cache", str(self.steps.root / STEPS / "features")]
+        title = f"{title}: out of domain"
         return self.steps.add("benchmarks", title, lambda out: [*words, "--out", str(out)], needs=needs, resumes=True)
+
+    def _whole(self, title: str, trained: _Training) -> tuple[Step, str]:
+        """A step and what names its result to tools/evaluate.py benchmarks.
+
+        A backbone that trained itself was exported as it trained, without class token and text side: it is merged into
+        its base, which has them.
+        """
+        if "backbone" not in trained.trained:
+            return trained.step, str(trained.step.out)
+        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", "open_clip"]
+        title = f"{title}: whole weights"
+        step = self.steps.add("merged", title, lambda out: [*words, "--out", str(out / MERGED)], needs=[trained.step])
+        return step, str(step.out / MERGED)
+
+    def _text(self, title: str, model: str, seed: int, needs: Sequence[Step]) -> Step:
+        """The text tower learns from the captions of the training images."""
+        words = ["tools/contrast.py", "text", "--model", model, "--data", self._data, "--train", "lora"]
+        words += [*self.scale.text_flags, "--seed", str(seed)]
+        needs = [*needs, self._toy.shards("a")] if self.scale.toy else needs
+        title = f"{title}: text"
+        return self.steps.add("text", title, lambda out: [*words, "--out", str(out)], needs=needs)

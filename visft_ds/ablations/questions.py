@@ -3,6 +3,8 @@
 A further question is a further entry of QUESTIONS. Settings are those of `launchers/train.py --set`, in which
 
     $rate    is the learning rate of the recipe's stage 2, $tenth a tenth of it,
+    $heads   the rate of stage 1, $mode and $shared its visft.mode and visft.shared.batch_size,
+    $last    globs of the last quarter of the blocks,
     $second  the folder of a second data set.
 """
 
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TASKS = ("detection", "segmentation", "captioning")
+SHORT = {"detection": "boxes", "segmentation": "masks", "captioning": "captions"}
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Arm:
 
     name: str
     stage2: tuple[str, ...] = ()  #: settings of stage 2
-    updates: float = 1.0  #: length of stage 2, times that of the recipe
+    updates: float = 1.0  #: length of stage 2, times that of the recipe; 0: none
     joint: bool = False  #: no stage 1: one training as long as both, whose heads start at random
+    text: bool = False  #: then the text tower learns from captions, with what vision has become
 
 
 RECIPE = Arm("recipe")
@@ -39,35 +43,52 @@ class Question:
     note: str = ""  #: what a reader has to know about the comparison
 
 
-def _groups(**rates: str) -> str:
-    """Parameter groups of LoRA and of heads at a rate."""
-    groups = [{"name": "lora", "params": "backbone.*.lora_*"}]
-    groups += [{"name": name, "params": f"{name}.*", "lr": f"<{rate}>"} for name, rate in rates.items()]
-    return "visft.param_groups=" + json.dumps(groups).replace('"<', "").replace('>"', "")
+def _heads(rate: str) -> tuple[str, ...]:
+    """The heads of stage 1 train along at a rate."""
+    group = {"name": "heads", "params": "heads.*", "lr": 0}
+    return ("visft.param_groups.1=" + json.dumps(group).replace("0}", f"{rate}}}"),)
 
 
-def _second(weight: float) -> str:
+def _own(globs: str, rate: str = "$rate") -> tuple[str, ...]:
+    """No adapters: these parameters of the backbone train themselves."""
+    return ("visft.lora=null", f"visft.param_groups={globs}", f"optimizer.params.lr={rate}")
+
+
+def _second(weight: float) -> tuple[str, ...]:
     """A second set for detection, drawn from so often beside the first one's 1."""
     one = {"name": "second", "root": "$second", "tasks": ["detection"], "weight": round(weight, 4)}
-    return f"visft.data.sets={json.dumps([one])}"
+    return (f"visft.data.sets={json.dumps([one])}",)
 
 
 def _subsets() -> tuple[Arm, ...]:
     """All three tasks first, then every other choice of them."""
     chosen = [names for count in (3, 2, 1) for names in itertools.combinations(TASKS, count)]
-    return tuple(Arm(" + ".join(names), (f"visft.tasks={','.join(names)}",)) for names in chosen)
+    return tuple(
+        Arm(" + ".join(SHORT[name] for name in names), (f"visft.tasks={','.join(names)}",)) for names in chosen
+    )
 
 
 QUESTIONS: Mapping[str, Question] = {
+    "stages": Question(
+        "Two stages, or heads and LoRA at once?",
+        (
+            Arm("two stages"),
+            Arm(
+                "joint",
+                ("visft.heads.start=random", "visft.mode=$mode", "visft.shared.batch_size=$shared", *_heads("$heads")),
+                joint=True,
+            ),
+        ),
+        "Joint training has as many updates as both stages together, made as those of stage 1 are. It is compared with "
+        "the heads of stage 1 on the base weights, as two stages are.",
+    ),
     "heads": Question(
         "In stage 2: are the heads frozen, trained slowly, or trained along?",
-        (
-            Arm("frozen"),
-            Arm("a tenth of the rate", (_groups(heads="$tenth"),)),
-            Arm("trained", (_groups(heads="$rate"),)),
-        ),
+        (Arm("frozen"), Arm("a tenth of the rate", _heads("$tenth")), Arm("trained", _heads("$rate"))),
     ),
-    "tasks": Question("Which tasks does stage 2 need?", _subsets(), "Every arm is judged with the heads of all tasks."),
+    "tasks": Question(
+        "Which tasks does stage 2 need?", _subsets(), "Every arm is judged with the heads of all three tasks."
+    ),
     "updates": Question(
         "How many updates of stage 2?",
         tuple(Arm(f"{factor:g} x", updates=factor) for factor in (1.0, 0.25, 0.5, 2.0)),
@@ -76,24 +97,46 @@ QUESTIONS: Mapping[str, Question] = {
     "lora": Question(
         "Which rank, which projections, which alpha?",
         (
-            Arm("recipe"),
+            Arm("recipe: q v"),
             *(Arm(f"rank {rank}", (f"visft.lora.rank={rank}",)) for rank in (4, 64)),
             *(
-                Arm("on " + " ".join(targets), (f"visft.lora.targets={json.dumps(targets)}",))
-                for targets in (["q", "k", "v", "proj"], ["fc1", "fc2"], ["q", "k", "v", "proj", "fc1", "fc2"])
+                Arm(" ".join(targets), (f"visft.lora.targets={json.dumps(targets)}",))
+                for targets in (["q", "k", "v", "proj"], ["fc1", "fc2"])
             ),
             *(Arm(f"alpha {alpha}", (f"visft.lora.alpha={alpha}",)) for alpha in (1, 64)),
         ),
-        "An update is scaled by alpha / rank, so that rank and alpha move it too.",
+        "An update is scaled by alpha / rank, so that rank and alpha both move it.",
+    ),
+    "tuning": Question(
+        "LoRA, or something else that trains?",
+        (
+            Arm("LoRA"),
+            Arm("DoRA", ("visft.lora.magnitude=true",)),
+            Arm("biases", _own("backbone.*bias")),
+            Arm("norms", _own("backbone.*norm*")),
+            Arm("last blocks, tenth of the rate", _own("$last", "$tenth")),
+            Arm("all, tenth of the rate", _own("backbone.*", "$tenth")),
+            Arm("all", _own("backbone.*")),
+        ),
+        "Rates were not searched for: each arm has that of LoRA, or a tenth of it where whole matrices train.",
     ),
     "data": Question(
         "What does a second detection data set bring?",
         (
             Arm("one data set"),
-            Arm("second, a quarter", (_second(1 / 3),)),
-            Arm("second, half", (_second(1.0),)),
+            Arm("a quarter from the second", _second(1 / 3)),
+            Arm("half from the second", _second(1.0)),
         ),
-        "The second set is drawn from for detection only.",
+        "The second set is drawn from in steps of detection only.",
+    ),
+    "text": Question(
+        "Does the text tower need to learn, too?",
+        (
+            Arm("vision"),
+            Arm("vision, then text", text=True),
+            Arm("text alone", updates=0.0, text=True),
+        ),
+        "Text learns with LoRA, contrastively, from the captions of the training images; vision is frozen meanwhile.",
     ),
 }
 

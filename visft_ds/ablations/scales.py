@@ -7,17 +7,19 @@ from pathlib import Path
 
 TOY_MODEL = "debug"
 #: Images of the toy sets and their side in pixels; `b` is drawn in other colours, textures and grounds.
-TOY_TRAIN, TOY_VAL, TOY_SIDE = 2000, 120, 112
+TOY_TRAIN, TOY_VAL, TOY_SIDE = 1500, 200, 112
 #: Pictures of classes, to train probes with and to test.
 TOY_CLASS_TRAIN, TOY_CLASS_TEST = 240, 480
-#: How the base weights of the toy model learn from captions: its tower, and how long.
+#: How the base weights of the toy model learn from captions: its tower, and how long; then how texts learn alone.
 TOY_PRETRAINING = ("--set", "width=128", "--set", "depth=2", "--set", "num_heads=4", "--steps", "400")
+TOY_TEXT = ("--steps", "60", "--batch-size", "128", "--lr", "1e-3")
 #: --set values of both stages at toy scale, then of one of them: a few minutes for all arms and seeds of a question.
 TOY_BOTH = ("visft.run.rehearsal=false", "visft.run.save_every=1000", "visft.run.eval_every=0")
-TOY_STAGE1 = ("scheduler.params.total_num_steps=500",)
+TOY_STAGE1 = ("scheduler.params.total_num_steps=300", "visft.shared.batch_size=12")
 TOY_STAGE2 = (
-    "scheduler.params.total_num_steps=100",
-    *(f"visft.tasks.{task}.batch_size=16" for task in ("detection", "segmentation", "captioning")),
+    "scheduler.params.total_num_steps=60",
+    "scheduler.params.warmup_num_steps=10",
+    *(f"visft.tasks.{task}.batch_size=8" for task in ("detection", "segmentation", "captioning")),
 )
 #: Where a second detection data set is looked for at other scales.
 SECOND = "data/objects365"
@@ -35,6 +37,7 @@ class Scale:
     benchmarks: tuple[str, ...] = ()  #: out of domain, as tools/evaluate.py benchmarks takes them
     text: str | None = None  #: file with the text tower, where the base weights have none
     settings: tuple[str, ...] = ()  #: --set of every training
+    vary_base: bool = False  #: toy base weights for each seed, instead of the same for all
 
     @property
     def toy(self) -> bool:
@@ -45,6 +48,11 @@ class Scale:
         """--set values of a stage, the user's last."""
         own = (*TOY_BOTH, *(TOY_STAGE1 if stage == 1 else TOY_STAGE2)) if self.toy else ()
         return (*own, *self.settings)
+
+    @property
+    def text_flags(self) -> tuple[str, ...]:
+        """How long the text tower learns, and how fast."""
+        return TOY_TEXT if self.toy else ()
 
     @property
     def launcher(self) -> tuple[str, ...]:

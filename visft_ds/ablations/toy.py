@@ -17,6 +17,8 @@ from visft_ds.ablations.steps import Step, StepList
 
 #: Seed of the images of the second data set; those of the first are of seed 0.
 _SECOND = 1
+#: Names of benchmarks by the style of their images.
+HOME, _AWAY = "style-a", "style-b"
 
 
 class Toy:
@@ -58,7 +60,7 @@ class Toy:
         return self.shards("a", _SECOND)
 
     def base(self, seed: int) -> Step:
-        """A small CLIP that has learnt from images and captions of style a; `base_file` are its weights."""
+        """A small CLIP that has learnt from images and captions of style a; `clip_file` are its weights."""
         shards = self.shards("a")
         words = ["tools/contrast.py", "pretrain", "--data", str(shards.out), *TOY_PRETRAINING, "--seed", str(seed)]
         title = f"seed {seed}: base weights"
@@ -71,12 +73,13 @@ class Toy:
         return self.steps.add("classes", f"toy classes, style {style}", lambda out: [*words, "--out", str(out)])
 
     def benchmarks(self) -> tuple[Sequence[Step], list[str]]:
-        """What is needed, and what is asked, out of domain."""
-        tree, classes = self.images("b", 0), self.classes("b")
-        asked = [f"zero_shot={classes.out},name=style-b", f"retrieval={tree.out},name=style-b"]
-        return [tree, classes], [*asked, f"probe={classes.out},name=style-b", "digits"]
+        """What is needed, and what is asked: all out of domain but for the captions of style a."""
+        home, away, classes = self.images("a", TOY_TRAIN), self.images("b", 0), self.classes("b")
+        asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, _AWAY))]
+        asked += [f"{kind}={classes.out},name={_AWAY}" for kind in ("zero_shot", "probe")]
+        return [home, away, classes], [*asked, "digits"]
 
 
-def base_file(base: Step) -> Path:
-    """The weights that pretraining leaves."""
-    return base.out / "open_clip_model.safetensors"
+def clip_file(step: Step) -> Path:
+    """The weights that tools/contrast.py leaves."""
+    return step.out / "open_clip_model.safetensors"
