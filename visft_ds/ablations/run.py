@@ -10,19 +10,16 @@ import contextlib
 import json
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
+from visft_ds.ablations.child import run_command
 from visft_ds.ablations.steps import Step
-from visft_ds.interop.writing import write_text
 
 #: Imported once, before the steps are forked.
 _PRELOADED = ["visft_ds.train", "visft_ds.launch", "visft_ds.evals.benchmarks.command", "visft_ds.evals.runner"]
@@ -107,7 +104,9 @@ class _Running:
             told = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
             return step, Failure(f"exit status {code}: {told[:300]}", end)
         record = {"command": step.command, "seconds": round(time.monotonic() - self.began, 1), "title": step.title}
-        write_text(step.marker, json.dumps(record, indent=1) + "\n", overwrite=True)
+        temporary = step.marker.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(step.marker)
         return None
 
     def stop(self) -> None:
@@ -127,22 +126,6 @@ def _start(step: Step, forks: bool) -> _Running:
     step.log.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED if forks else [])
-    process = context.Process(target=_step, args=(step.command, step.log, forks))
+    process = context.Process(target=run_command, args=(step.command, step.log, forks))
     process.start()
     return _Running(step, process, time.monotonic())
-
-
-def _step(command: Sequence[str], log: Path, forks: bool) -> None:
-    """The process of a step: everything it says into the log, a process group of its own."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
-    script, *words = command
-    if script.endswith(".py") and forks:
-        sys.argv[:] = [script, *words]
-        runpy.run_path(script, run_name="__main__")
-        return
-    line = [sys.executable, *command] if script.endswith(".py") else list(command)
-    os.execvp(line[0], line)
