@@ -22,7 +22,10 @@ from visft_ds.ablations.child import run_command
 from visft_ds.ablations.steps import Step
 
 #: Imported once, before the steps are forked.
-_PRELOADED = ["visft_ds.train", "visft_ds.launch", "visft_ds.evals.benchmarks.command", "visft_ds.evals.runner"]
+_PRELOADED = [
+    *("visft_ds.train", "visft_ds.launch", "visft_ds.evals.benchmarks.command", "visft_ds.evals.runner"),
+    *("open_clip", "sklearn.linear_model"),  # those of them that are installed
+]
 #: Seconds a step is given to save its state, and then to end at all.
 _PATIENCE = ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0))
 _TAIL = 12  #: lines of a log that tell why a step failed

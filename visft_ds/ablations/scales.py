@@ -10,6 +10,8 @@ TOY_MODEL = "debug"
 TOY_TRAIN, TOY_VAL, TOY_SIDE = 1500, 200, 112
 #: Pictures of classes, to train probes with and to test.
 TOY_CLASS_TRAIN, TOY_CLASS_TEST = 240, 480
+#: Benchmarks beside those of the toy sets.
+TOY_BUILT_IN = ("digits",)
 #: How the base weights of the toy model learn from captions: its tower, and how long; then how texts learn alone.
 TOY_PRETRAINING = ("--set", "width=128", "--set", "depth=2", "--set", "num_heads=4", "--steps", "400")
 TOY_TEXT = ("--steps", "60", "--batch-size", "128", "--lr", "1e-3")

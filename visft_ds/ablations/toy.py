@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds.ablations.scales import (
+    TOY_BUILT_IN,
     TOY_CLASS_TEST,
     TOY_CLASS_TRAIN,
     TOY_PRETRAINING,
@@ -77,7 +78,7 @@ class Toy:
         home, away, classes = self.images("a", TOY_TRAIN), self.images("b", 0), self.classes("b")
         asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, _AWAY))]
         asked += [f"{kind}={classes.out},name={_AWAY}" for kind in ("zero_shot", "probe")]
-        return [home, away, classes], [*asked, "digits"]
+        return [home, away, classes], [*asked, *TOY_BUILT_IN]
 
 
 def clip_file(step: Step) -> Path:
