@@ -6,7 +6,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.samples import Batch
-from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.backbone import Backbone
+from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD
 from visft_ds.ops import no_autocast
 from visft_ds.tasks import Criterion
-
-#: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 
 Normaliser = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
 
@@ -36,19 +33,21 @@ class TaskModule:
     decoding: Mapping[str, Any] = field(default_factory=dict)  #: what the head is also called with in evaluation
 
 
-def normalise_pixels(images: Tensor, sizes: Tensor) -> Tensor:
+def normalise_pixels(
+    images: Tensor, sizes: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
+) -> Tensor:
     """uint8 images to the numbers a backbone sees; padding becomes 0, the mean colour.
 
     Args:
         images: (B, 3, H, W) uint8, padded right and bottom.
         sizes: (B, 2) int64, height and width of the valid part.
+        mean, std: of the channels of RGB in [0, 1].
 
     Returns:
         (B, 3, H, W) float32.
     """
-    mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1) * 255.0
-    std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1) * 255.0
-    pixels = (images.float() - mean) / std
+    middle, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255.0 for values in (mean, std))
+    pixels = (images.float() - middle) / spread
     return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
 
 
@@ -87,7 +86,7 @@ class MultiTaskModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: EvaViT, tasks: Mapping[str, TaskModule], *, train_backbone: bool, heads_active: bool
+        self, backbone: Backbone, tasks: Mapping[str, TaskModule], *, train_backbone: bool, heads_active: bool
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -142,7 +141,7 @@ class MultiTaskModel(nn.Module):
 
         A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
         """
-        pixels = normalise_pixels(images, sizes)
+        pixels = normalise_pixels(images, sizes, self.backbone.pixel_mean, self.backbone.pixel_std)
         short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
         return F.pad(pixels, (0, short[1], 0, short[0]))
 

@@ -25,8 +25,9 @@ from visft_ds.interop.heads import check_categories, find_head, open_head, read_
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.backbone import Backbone, build_empty
 from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
 from visft_ds.values import HOST, BaseWeights, Placement, fill_model, is_small, open_base
@@ -172,7 +173,7 @@ def plan_model(
         ValueError: as `prepare_model`, as far as shapes tell.
     """
     model = config.model
-    backbone = build_backbone(model.preset, device="meta", dtype=storage, seed=None, **model.backbone_options())
+    backbone = build_empty(model.preset, storage, model.backbone_options())
     for name, parameter in backbone.named_parameters():
         if is_small(name, parameter.shape):
             parameter.data = parameter.data.float()
@@ -250,7 +251,7 @@ def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[Tra
     module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
 
 
-def _build_module(config: VisftConfig, backbone: EvaViT, vocabulary_size: int | None) -> MultiTaskModel:
+def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
     """Backbone, heads on the meta device, and criteria."""
     tasks = {}
     for name, task in config.tasks.enabled().items():
@@ -311,18 +312,24 @@ def _without_adapters(idle: str) -> str:
     return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
 
 
-def _check_effect(backbone: EvaViT, placement: Placement) -> list[str]:
+def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:
     """Adapters that the forward bypasses would train nothing, silently; refuse them at start.
 
-    Looks at the blocks that this process holds, one after the other as in the tower; returns a note if there are any.
+    Looks at the blocks that this process holds, one after the other as in the tower, or at the whole of a model of
+    timm; returns a note if there are any.
     """
-    blocks = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
-    if not blocks:
-        return []
-    # Five tokens: cheap even for the largest tower.
-    tokens = torch.randn(1, 5, backbone.width, generator=torch.Generator().manual_seed(0))
-    with placement.whole(blocks):
-        effect = has_effect(blocks, tokens.to(next(blocks.parameters()).device))
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(backbone, TimmBackbone):
+        run: nn.Module = backbone
+        side = min(backbone.image_size, 4 * backbone.patch_size)  # cheap even for the largest model
+        inputs = torch.randn(1, 3, side, side, generator=generator)
+    else:
+        run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
+        inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
+        if not run:
+            return []
+    with placement.whole(run):
+        effect = has_effect(run, inputs.to(next(run.parameters()).device))
     if not effect > SMALLEST_EFFECT:
         raise ValueError(
             f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"

@@ -12,6 +12,7 @@ from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend
@@ -53,7 +54,7 @@ def print_start(
         Section(
             "model",
             [
-                ("backbone", f"{model.name}: width {module.backbone.width}, {len(module.backbone.blocks)} blocks"),
+                ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
@@ -71,8 +72,10 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def _attention(backbone: EvaViT, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """For an image of the size that the position embeddings belong to."""
+    if not isinstance(backbone, EvaViT):
+        return "timm's own", "its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2
     return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
 

@@ -31,7 +31,7 @@ from visft_ds.guard import StepGuard, capture, find_overflow, is_finite, resumed
 from visft_ds.host_memory import peak_memory
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
-from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.layouts import told_of
 from visft_ds.interop.writing import remove_unfinished
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
 from visft_ds.monitor.console import Progress, StepLine
@@ -406,7 +406,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
     path = out / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         with explained("the base weights", path.parent, "The same command goes on"):
-            save_base(prepared.base, tower_of(prepared.module.backbone), path)
+            save_base(prepared.base, told_of(prepared.module.backbone), path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +21,11 @@ from visft_ds.interop.backbones import open_backbone
 from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.head_info import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
-from visft_ds.models.eva_vit import EvaViT, random_weight
+from visft_ds.interop.timm_files import open_timm
+from visft_ds.models.backbone import Backbone
+from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.tasks import TASKS
 
@@ -69,6 +73,8 @@ class BaseWeights:
     note: str
     infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype in which the model keeps it
     load: Callable[[str], Tensor]
+    buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
+    beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
 
     def read(self, name: str) -> Tensor:
         """One tensor as the model starts with it, in memory of its own on the host.
@@ -78,7 +84,7 @@ class BaseWeights:
         return self.load(name).to(self.infos[name].dtype)
 
 
-def open_base(model: ModelConfig, backbone: EvaViT, storage: torch.dtype) -> BaseWeights:
+def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
     """The base weights of a configuration; nothing but names and shapes is read of a file.
 
     Args:
@@ -89,6 +95,8 @@ def open_base(model: ModelConfig, backbone: EvaViT, storage: torch.dtype) -> Bas
         ValueError: a file of another model, see `open_backbone`.
     """
     infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
+    if isinstance(backbone, TimmBackbone):
+        return _open_timm_base(model, backbone, infos, storage)
     if model.weights is None:
         seed = model.weights_seed
         return BaseWeights(
@@ -107,9 +115,40 @@ def open_base(model: ModelConfig, backbone: EvaViT, storage: torch.dtype) -> Bas
     )
 
 
+def _open_timm_base(
+    model: ModelConfig, backbone: TimmBackbone, infos: Mapping[str, TensorInfo], storage: torch.dtype
+) -> BaseWeights:
+    @cache
+    def drawn() -> TimmBackbone:
+        """timm draws a model as a whole. Of one that is read from a file only buffers are taken, if it has any."""
+        return build_timm(backbone.name, image_size=model.overrides.image_size, seed=model.weights_seed)
+
+    def first_buffers() -> dict[str, Tensor]:
+        return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
+
+    if model.weights is None:
+        return BaseWeights(
+            f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}",
+            f"base weights: random as timm draws them, a function of visft.model.weights_seed={model.weights_seed}",
+            infos,
+            lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
+            first_buffers,
+            lambda: drawn().left_out,
+        )
+    path = Path(model.weights)
+    opened = open_timm(backbone, path)
+    return BaseWeights(
+        sha256_file(path),
+        f"base weights: {opened.summary}",
+        infos,
+        lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
+        lambda: {**first_buffers(), **opened.buffers()},
+    )
+
+
 def is_small(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of a tower is one of the few small ones that stay in fp32: norms, biases, positions."""
-    return len(shape) < 2 or name in ("pos_embed", "cls_token")
+    return len(shape) < 2 or name in ("pos_embed", "cls_token", "reg_token")
 
 
 def fill_model(
@@ -140,6 +179,8 @@ def fill_model(
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)
+        if isinstance(backbone, TimmBackbone):
+            backbone.set_buffers(base.buffers())
     except ValueError as error:
         error.of_one_rank = not all(name in held for name, _ in module.named_parameters())  # type: ignore[attr-defined]
         raise

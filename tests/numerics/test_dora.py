@@ -20,7 +20,14 @@ from visft_ds.interop.timm import model_arguments
 from visft_ds.interop.verify import verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
+from visft_ds.models.lora import (
+    has_effect,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    unmerge_lora,
+)
 from visft_ds.ops.dora import dora_linear, row_lengths
 from visft_ds.ops.lora import Slices, lora_linear
 
@@ -197,3 +204,13 @@ def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_dora=False"):
         read_peft_adapter(folder)
     assert base.is_file()
+
+
+def test_first_lengths_follow_from_the_weight_alone() -> None:
+    """ZeRO-3 has taken A and B away when the magnitudes of a model are filled in."""
+    model = _tiny()
+    inject_lora(model, rank=3, targets=("q", "v"), magnitude=True)
+    layer = lora_layers(model)["blocks.0.attn.qkv"]
+    layer.lora_A.data = layer.lora_B.data = torch.empty(0)
+    assert layer.lora_magnitude is not None
+    assert torch.equal(layer.first_magnitude(layer.weight), layer.lora_magnitude)

@@ -9,17 +9,37 @@ Defaults follow the code published with the paper (https://github.com/TencentARC
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
-Projection = Literal["q", "k", "v", "proj", "fc1", "fc2"]
+#: Parts of a transformer block that low-rank adapters may go into.
+ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
+#: Towers of our own; TIMM + NAME is a model of timm.
+PRESETS, TIMM = ("eva_e", "eva_g", "debug"), "timm:"
 TaskName = Literal["detection", "segmentation", "captioning"]
+
+
+def _known_preset(value: str) -> str:
+    if value in PRESETS or (value.startswith(TIMM) and value != TIMM):
+        return value
+    near = difflib.get_close_matches(value, PRESETS, n=1)
+    allowed = ", ".join(f"'{name}'" for name in PRESETS)
+    raise PydanticCustomError(
+        "preset",
+        "must be {allowed} or '{timm}NAME'{hint}",
+        {"allowed": allowed, "timm": TIMM, "hint": f"; did you mean {near[0]}?" if near else ""},
+    )
+
+
+Preset = Annotated[str, AfterValidator(_known_preset)]
 
 
 class OptimizerParams(BaseModel):
@@ -67,7 +87,7 @@ class BackboneOverrides(BaseModel):
     num_heads: Positive | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     patch_size: Positive | None = None
-    image_size: Positive | None = None  #: decides the grid of the stored position embeddings
+    image_size: Positive | None = None  #: decides the grid of the stored positions; the one key that timm's models take
     post_norm: bool | None = None
 
 
@@ -76,7 +96,7 @@ class ModelConfig(BaseModel):
 
     model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
-    preset: Literal["eva_e", "eva_g", "debug"]
+    preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
     weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
     weights_seed: Count = 0
@@ -86,6 +106,11 @@ class ModelConfig(BaseModel):
     fit_memory: bool = False  #: replace these two at start by the fastest that fit, as predicted
     memory_limit: Positive | None = None  #: bytes of a process that this may fill; null: what its device has
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
+
+    @property
+    def timm(self) -> str | None:
+        """Name of the model of timm that is the backbone; None for a tower of our own."""
+        return self.preset.removeprefix(TIMM) if self.preset.startswith(TIMM) else None
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
@@ -98,7 +123,7 @@ class LoraConfig(BaseModel):
     model_config = STRICT
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
-    targets: Annotated[tuple[Projection, ...], Field(min_length=1)]
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: ROLES; with timm also globs over names of layers
     magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
-from visft_ds.config.schema import Recipe, RunConfig, VisftConfig
+from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 
 _ONE_BY_ONE = (
@@ -213,11 +213,34 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, name in enumerate(names):
         if name in names[:index]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
+    yield from _backbone_contradictions(visft)
     yield from _task_contradictions(visft)
     yield from _data_contradictions(visft)
     if visft.features is not None:
         yield from _feature_contradictions(visft)
     yield from _checkpoint_contradictions(visft.run)
+
+
+def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
+    """What towers of our own and models of timm do not have in common."""
+    model, targets = visft.model, visft.lora.targets if visft.lora else ()
+    if model.timm is None:
+        for number, target in enumerate(targets):
+            if target not in ROLES:
+                near = difflib.get_close_matches(target, ROLES, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                known = ", ".join(f"'{role}'" for role in ROLES)
+                yield f"visft.lora.targets.{number}", f"must be one of {known} with preset {model.preset}{hint}"
+        return
+    for name in model.backbone_options():
+        if name != "image_size":
+            yield f"visft.model.overrides.{name}", f"{model.preset} has its own shape: only image_size may be set"
+    if model.checkpoint_every > 1:
+        yield "visft.model.checkpoint_every", "timm's models compute every block again (1) or none (0)"
+    if model.recompute != "block":
+        yield "visft.model.recompute", 'timm\'s models know "block" only'
+    if model.fit_memory:
+        yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
 
 def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -341,6 +364,11 @@ def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterato
         yield (
             "zero_optimization.stage",
             "must be 1 with a pipeline: DeepSpeed refuses 2 and 3, and with 0 it clips by the gradient of one stage",
+        )
+    if visft.model.timm is not None:
+        yield (
+            "visft.model.preset",
+            "timm's models cannot be divided into stages: use --engine zero0, zero1, zero2 or zero3",
         )
     if zero.overlap_comm:
         yield "zero_optimization.overlap_comm", "must be false with a pipeline, which reduces gradients after a step"

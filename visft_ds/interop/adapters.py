@@ -20,6 +20,7 @@ from torch import Tensor
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.files import examples
 from visft_ds.interop.layouts import Tower, depth_of, tower_of
+from visft_ds.models.adapted import resized
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
     TARGETS,
@@ -28,7 +29,6 @@ from visft_ds.models.lora import (
     lora_layers,
     lora_parameters,
     lora_settings,
-    resized,
 )
 
 SLICES = ("q", "k", "v")

@@ -14,8 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from visft_ds.interop.files import WeightFile, examples
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
+from visft_ds.models.timm_backbone import TimmBackbone
 
+#: In the metadata of weights of a model of timm: its settings (JSON).
+TIMM_KEY = "timm"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _ANCHOR = "patch_embed.proj.weight"
 # Of every published tower: the CLIP projection is no part of an image -> feature map backbone.
@@ -139,6 +143,13 @@ def tower_of(backbone: EvaViT) -> Tower:
         num_heads=backbone.num_heads,
         post_norm=backbone.post_norm,
     )
+
+
+def told_of(backbone: Backbone) -> dict[str, str]:
+    """What the metadata of its weights say of a backbone."""
+    if isinstance(backbone, TimmBackbone):
+        return {TIMM_KEY: backbone.settings()}
+    return {"tower": tower_of(backbone).to_json()}
 
 
 def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:

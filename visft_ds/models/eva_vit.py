@@ -39,6 +39,10 @@ class EvaViTConfig:
     post_norm: bool = False  #: True: x + norm(attn(x)); False: x + attn(norm(x))
 
 
+#: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
 PRESETS = {
     "eva_e": EvaViTConfig(width=1792, depth=64, num_heads=16, mlp_ratio=15360 / 1792, post_norm=True),
     "eva_g": EvaViTConfig(width=1408, depth=40, num_heads=16, mlp_ratio=4.3637),
@@ -124,7 +128,11 @@ class EvaViT(nn.Module):
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
         recompute: what of these blocks, see RECOMPUTE.
+        pixel_mean, pixel_std: with which images are normalised.
     """
+
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN
+    pixel_std: tuple[float, ...] = PIXEL_STD
 
     def __init__(
         self,
@@ -229,6 +237,10 @@ class EvaViT(nn.Module):
         tokens = self.norm(x)[0].split(packing.lengths)
         grids = [self.grid(image[None]) for image in images]
         return [self.feature_map(own[None], grid)[0] for own, grid in zip(tokens, grids, strict=True)]
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        return f"width {self.width}, {self.depth} blocks"
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""

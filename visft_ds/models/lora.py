@@ -10,24 +10,27 @@ Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it 
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.models.adapted import KINDS, AdaptedLayer, resized
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
+from visft_ds.models.lora_conv import LoRAConv2d
 from visft_ds.ops import matmul_dtype
 from visft_ds.ops.dora import dora_linear, row_lengths
 from visft_ds.ops.lora import Slices, lora_linear
 
-#: Parameters that an adapted layer may have beside those of the layer it replaces.
-KINDS = ("lora_A", "lora_B", "lora_magnitude")
 #: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
 TARGETS = {
     "q": ("attn.qkv", 0, 3),
@@ -39,21 +42,17 @@ TARGETS = {
 }
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """A `Linear` with low-rank updates on slices of its output; takes over the parameters of the layer it replaces.
 
     Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r), lora_magnitude (R,) or None, R
     the sum of the slices' widths. The adapters are fp32 over weights of any narrower dtype; A starts uniform in
     +-1/sqrt(in), B zero, magnitudes as the lengths of the weight's rows, so that nothing changes at the start.
-    While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them again.
     """
-
-    bias: nn.Parameter | None
-    lora_magnitude: nn.Parameter | None
 
     def __init__(
         self,
-        base: Linear,
+        base: Linear | nn.Linear,
         slices: Slices,
         *,
         rank: int,
@@ -61,45 +60,17 @@ class LoRALinear(nn.Module):
         magnitude: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        a, b = (len(slices) * rank, base.in_features), (sum(hi - lo for lo, hi in slices), rank)
+        super().__init__(base, a, b, rank=rank, alpha=alpha, magnitude=magnitude)
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.slices = slices
-        self.rank = rank
-        self.alpha = alpha
-        self.scale = alpha / rank
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        like: dict[str, Any] = {"device": base.weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(len(slices) * rank, base.in_features, **like))
-        if not base.weight.is_meta:
-            self.lora_A.data.copy_(self.random_a(generator))
-        rows = sum(hi - lo for lo, hi in slices)
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, **like))
-        self.register_parameter("lora_magnitude", nn.Parameter(torch.empty(rows, **like)) if magnitude else None)
-        if self.lora_magnitude is not None and not base.weight.is_meta:
-            self.lora_magnitude.data.copy_(self.first_magnitude(base.weight))
-        self._original: Tensor | None = None
-
-    def random_a(self, generator: torch.Generator | None = None) -> Tensor:
-        """What A starts from, fp32 on the CPU, so that every device starts alike.
-
-        kaiming_uniform_(a=sqrt(5)) over fan_in = in_features, as loralib initialises it.
-        """
-        bound = 1.0 / math.sqrt(self.in_features)
-        draw = torch.empty(len(self.slices) * self.rank, self.in_features, device="cpu")
-        return draw.uniform_(-bound, bound, generator=generator)
+        self.start(generator)
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
-        """What magnitudes start from, fp32: the lengths of the adapted rows of a weight (out, in) on any device."""
-        a, b = (weight.new_zeros(shape) for shape in (self.lora_A.shape, self.lora_B.shape))
+        """See `AdaptedLayer`; weight (out, in)."""
+        a, b = (weight.new_zeros(self.shapes[kind]) for kind in ("lora_A", "lora_B"))
         return row_lengths(weight, a, b, self.scale, self.slices)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is part of `weight` right now."""
-        return self._original is not None
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own."""
@@ -126,59 +97,11 @@ class LoRALinear(nn.Module):
             start += hi - lo
         return out
 
-    @torch.no_grad()
-    def merge(self) -> float:
-        """Add the update to the weight, in fp32 and rounded once; keeps the original weight for `unmerge`.
-
-        Returns:
-            The share of the update that survived the rounding: <W_after - W_before, delta> / <delta, delta>, 1 for a
-            zero update.
-
-        Raises:
-            ValueError: already merged.
-        """
-        if self.merged:
-            raise ValueError("this LoRA layer is merged already; unmerge it first")
-        before = self.weight.detach()
-        delta = self.delta()
-        after = (before.to(delta.dtype) + delta).to(before.dtype)
-        self._original = before
-        self.weight.data = after
-        size = torch.sum(delta.double() ** 2)
-        kept = torch.sum((after.double() - before.double()) * delta.double())
-        return float(kept / size) if size > 0 else 1.0
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. Raises ValueError where nothing is merged."""
-        if self._original is None:
-            raise ValueError("this LoRA layer is not merged; merge it first")
-        self.weight.data = self._original.to(self.weight.device)
-        self._original = None
-
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, slices={self.slices}, "
             f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
         )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            for name in KINDS:
-                destination.pop(prefix + name, None)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.merged:
-            raise ValueError(f"{prefix}: cannot load into a merged LoRA layer; unmerge it first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def resized(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """The change of rows (n, in) that DoRA moves by `delta` and then gives the lengths `magnitude` (n,)."""
-    turned = weight.to(delta.dtype) + delta
-    lengths = turned.norm(dim=1).clamp(min=torch.finfo(turned.dtype).tiny)
-    return turned * (magnitude / lengths)[:, None] - weight
 
 
 @dataclass(frozen=True)
@@ -200,7 +123,7 @@ def inject_lora(
     magnitude: bool = False,
     seed: int = 0,
 ) -> None:
-    """Replace the targeted layers of every block of `backbone.blocks` by adapted ones, in place.
+    """Replace the targeted layers by adapted ones, in place.
 
     The forward does not change by this (B is zero, magnitudes are the rows' own), the names and objects of the existing
     parameters neither. The new parameters require gradients; nothing else is frozen or thawed. Slices of a layer are
@@ -209,43 +132,100 @@ def inject_lora(
     Args:
         rank: of each slice's update.
         alpha: the update is scaled by alpha / rank.
-        targets: among q, k, v, proj, fc1, fc2, in any order.
+        targets: roles in every block of `backbone.blocks`, q, k, v, proj, fc1, fc2; or globs over the names of linear
+            layers and convolutions, such as "stages.*.mlp.fc1".
         magnitude: adapted rows have a length of their own that is learnt (DoRA).
         seed: decides A of every layer, whatever the device and the state of the global generators.
 
     Raises:
-        ValueError: an unknown, repeated or unmatched target, none at all, adapters already there, rank or alpha not
-            positive.
+        ValueError: a repeated or unmatched target, none at all, a layer that two of them adapt, adapters already there,
+            rank or alpha not positive.
     """
     targets = tuple(targets)
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown or not targets or len(set(targets)) < len(targets):
+    if not targets or len(set(targets)) < len(targets):
         raise ValueError(f"LoRA targets {targets}: give at least one of {', '.join(TARGETS)}, each at most once")
     if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"LoRA rank {rank} and alpha {alpha} must be positive")
     if lora_layers(backbone):
         raise ValueError("the model has LoRA adapters already; inject them once, into a model without")
-    blocks = getattr(backbone, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise ValueError(f"{type(backbone).__name__} has no list of blocks to put LoRA into; needed: an EvaViT")
-    plan = [
-        (f"blocks.{index}.{path}", slices)
-        for index in range(len(blocks))
-        for path, slices in _slices_by_layer(targets).items()
-    ]
-    layers = {}
-    for name, parts in plan:
-        layer = _find(backbone, name)
-        if not isinstance(layer, Linear):
-            raise ValueError(
-                f"LoRA targets {targets} need a Linear layer at {name}, which the model has not; needed: an EvaViT"
-            )
-        layers[name] = (layer, tuple(_range(layer.out_features, part, of) for part, of in parts))
-    for name, (layer, slices) in layers.items():
+    plan = _layers_of_roles(backbone, tuple(target for target in targets if target in TARGETS))
+    for glob in (target for target in targets if target not in TARGETS):
+        found = _layers_of_glob(backbone, glob)
+        if twice := [name for name in found if name in plan]:
+            raise ValueError(f"LoRA targets {targets}: {twice[0]} is adapted by two of them")
+        plan |= found
+    options: dict[str, Any] = {"rank": rank, "alpha": alpha, "magnitude": magnitude}
+    for name, (layer, slices) in plan.items():
         parent, _, child = name.rpartition(".")
         generator = generator_for(seed, name)
-        adapted = LoRALinear(layer, slices, rank=rank, alpha=alpha, magnitude=magnitude, generator=generator)
+        adapted: AdaptedLayer
+        if isinstance(layer, nn.Conv2d):
+            adapted = LoRAConv2d(layer, **options, generator=generator)
+        else:
+            adapted = LoRALinear(layer, slices, **options, generator=generator)
         setattr(backbone.get_submodule(parent), child, adapted.train(layer.training))
+
+
+Adaptable = Linear | nn.Linear | nn.Conv2d
+Planned = dict[str, tuple[Adaptable, Slices]]
+
+
+def _layers_of_roles(backbone: nn.Module, roles: tuple[str, ...]) -> Planned:
+    """Name -> layer and its slices, of roles in every block."""
+    if not roles:
+        return {}
+    blocks = getattr(backbone, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
+        raise ValueError(
+            f"{_name(backbone)} has no list of blocks, in which {', '.join(roles)} have a meaning: give "
+            f"visft.lora.targets as globs over its layers: {_some_layers(backbone)}"
+        )
+    plan: Planned = {}
+    for name, parts in (
+        (f"blocks.{index}.{path}", parts)
+        for index in range(len(blocks))
+        for path, parts in _slices_by_layer(roles).items()
+    ):
+        layer = _find(backbone, name)
+        fused = name.endswith("attn.qkv")
+        if not isinstance(layer, Linear | nn.Linear) or (fused and layer.out_features != 3 * layer.in_features):
+            raise ValueError(
+                f"LoRA targets {roles} need a Linear layer at {name}, which {_name(backbone)} has not; it has "
+                f"{_some_layers(backbone)}"
+            )
+        plan[name] = (layer, tuple(_range(layer.out_features, part, of) for part, of in parts))
+    return plan
+
+
+def _layers_of_glob(backbone: nn.Module, glob: str) -> Planned:
+    found: Planned = {}
+    for name, layer in _adaptable(backbone).items():
+        if fnmatchcase(name, glob):
+            out = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+            found[name] = (layer, ((0, out),))
+    if not found:
+        near = difflib.get_close_matches(glob, [*TARGETS, *_adaptable(backbone)], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"LoRA target {glob!r} matches no linear layer and no convolution{hint} {_name(backbone)} has "
+            f"{_some_layers(backbone)}; roles in blocks: {', '.join(TARGETS)}"
+        )
+    return found
+
+
+def _adaptable(backbone: nn.Module) -> dict[str, Adaptable]:
+    """Layers whose forward is that of their class: subclasses may compute something else with the weight."""
+    kinds = (Linear, nn.Linear, nn.Conv2d)
+    return {name: module for name, module in backbone.named_modules() if type(module) in kinds}
+
+
+def _some_layers(backbone: nn.Module) -> str:
+    names = [re.sub(r"\.\d+\.", ".*.", name) for name in _adaptable(backbone)]
+    return ", ".join(list(dict.fromkeys(names))[:8])
+
+
+def _name(backbone: nn.Module) -> str:
+    return str(getattr(backbone, "name", type(backbone).__name__))
 
 
 def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str], Tensor]) -> Tensor:
@@ -261,12 +241,12 @@ def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str],
     layer = lora_layers(backbone)[path]
     if kind == "lora_A":
         return layer.random_a(generator_for(seed, path))
-    return torch.zeros(layer.lora_B.shape) if kind == "lora_B" else layer.first_magnitude(read(f"{path}.weight"))
+    return torch.zeros(layer.shapes[kind]) if kind == "lora_B" else layer.first_magnitude(read(f"{path}.weight"))
 
 
-def lora_layers(module: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers by qualified name, in order of the blocks."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, AdaptedLayer)}
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -280,12 +260,13 @@ def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lora_settings(module: nn.Module) -> LoraSettings:
-    """Rank, alpha, targets and kind of a model's adapters. Raises ValueError where it has none."""
+    """Rank, alpha, targets (roles) and kind of an EvaViT's adapters. Raises ValueError where it has none."""
     layers = _require_lora(module)
     first = next(iter(layers.values()))
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
     found = {
         target
-        for name, layer in layers.items()
+        for name, layer in linear.items()
         for target, (path, part, of) in TARGETS.items()
         if name.endswith(path) and _range(layer.out_features, part, of) in layer.slices
     }
@@ -294,7 +275,7 @@ def lora_settings(module: nn.Module) -> LoraSettings:
 
 
 def merge_lora(module: nn.Module) -> dict[str, float]:
-    """Merge every adapter into its weight (see `LoRALinear.merge`); the originals are kept for `unmerge_lora`.
+    """Merge every adapter into its weight (see `AdaptedLayer.merge`); the originals are kept for `unmerge_lora`.
 
     Returns:
         Layer name -> retained share of its update: 16-bit weights round part of a small update away.
@@ -341,19 +322,19 @@ def has_effect(module: nn.Module, inputs: Tensor) -> float:
     layers = _require_lora(module)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the LoRA layers are merged and have no effect of their own; unmerge first")
-    names, saved = {layer: name for name, layer in layers.items()}, dict[LoRALinear, Tensor]()
+    names, saved = {layer: name for name, layer in layers.items()}, dict[AdaptedLayer, Tensor]()
 
-    def disturb(layer: LoRALinear, _: Any) -> None:
+    def disturb(layer: AdaptedLayer, _: Any) -> None:
         saved[layer] = layer.lora_B.clone()
         noise = torch.randn(layer.lora_B.shape, generator=generator_for(0, names[layer]))
         # With A and the scale the layer's output changes by about half its input's size: large enough to see
         # through 16-bit rounding and through a softmax that is nearly uniform (k alone).
         layer.lora_B.add_(noise.to(layer.lora_B) / (layer.scale * math.sqrt(layer.rank)))
 
-    def restore(layer: LoRALinear, *_: Any) -> None:
+    def restore(layer: AdaptedLayer, *_: Any) -> None:
         layer.lora_B.copy_(saved.pop(layer))
 
-    reached: set[LoRALinear] = set()
+    reached: set[AdaptedLayer] = set()
     with ExitStack() as hooks:
         for layer in layers.values():
             hooks.callback(layer.register_forward_hook(lambda layer, *_: reached.add(layer)).remove)
@@ -369,7 +350,7 @@ def has_effect(module: nn.Module, inputs: Tensor) -> float:
     return float((changed - plain).double().norm() / plain.double().norm())
 
 
-def _require_lora(module: nn.Module) -> dict[str, LoRALinear]:
+def _require_lora(module: nn.Module) -> dict[str, AdaptedLayer]:
     layers = lora_layers(module)
     if not layers:
         raise ValueError(f"{type(module).__name__} has no LoRA adapters; call inject_lora first")

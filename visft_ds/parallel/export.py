@@ -22,10 +22,12 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import Tower, is_lora, tower_of
+from visft_ds.interop.layouts import is_lora, told_of, tower_of
+from visft_ds.interop.module_adapters import module_adapter, save_module_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.tuned import TRAINED_ON
 from visft_ds.interop.writing import file_order, write_safetensors
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.engine_state import gather_parameters, trainable
@@ -55,12 +57,12 @@ def export_weights(
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     written = []
-    lora, tower = config.visft.lora, tower_of(engine.module.backbone)
+    lora, backbone = config.visft.lora, engine.module.backbone
     names = trainable(engine)
     whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
     if names.keys() & set(whole):
         path = folder / TRAINED_BACKBONE_FILE
-        written.append(_export_tower(engine, whole, tower, path, instead, base_sha256))
+        written.append(_export_tower(engine, whole, path, instead, base_sha256))
     # Heads and adapters: small.
     trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
     if not distributed.is_main():
@@ -76,23 +78,30 @@ def export_weights(
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
-        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256)
+        place = folder / ADAPTER_FOLDER
+        if isinstance(backbone, TimmBackbone):
+            whole_module = module_adapter(lora, adapter, backbone, base_sha256)
+            written.append(save_module_adapter(whole_module, place, overwrite=True))
+            return written
+        whole_adapter, tower = adapter_of_run(lora, adapter, "model", base_sha256), tower_of(backbone)
         # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
         split = lora.magnitude
-        written.append(save_peft_adapter(whole_adapter, folder / ADAPTER_FOLDER, tower, split=split, overwrite=True))
+        written.append(save_peft_adapter(whole_adapter, place, tower, split=split, overwrite=True))
     return written
 
 
-def save_base(base: BaseWeights, tower: Tower, path: Path) -> None:
+def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them.
+    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`told_of`).
     """
-    _write_tower(path, base.infos, base.read, tower)
+    more = {**base.buffers(), **base.beside()}
+    infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), told)
 
 
 def _export_tower(
-    engine: Engine, names: Sequence[str], tower: Tower, path: Path, instead: Mapping[str, Tensor], base_sha256: str
+    engine: Engine, names: Sequence[str], path: Path, instead: Mapping[str, Tensor], base_sha256: str
 ) -> Path:
     """Gather and write a tower one tensor at a time. Collective; the main process writes.
 
@@ -102,14 +111,20 @@ def _export_tower(
     """
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
+    backbone = engine.module.backbone
+    # Statistics of batch norms are the same on every process, and as they were.
+    buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
 
     def gather(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name].cpu()
         qualified = f"backbone.{name}"
         found = gather_parameters(engine, (qualified,))
         return {**found, **instead}[qualified]
 
     if distributed.is_main():
-        _write_tower(path, infos, gather, tower, {TRAINED_ON: base_sha256})
+        whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
+        _write_tower(path, whole, gather, {**told_of(backbone), TRAINED_ON: base_sha256})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))
@@ -117,14 +132,9 @@ def _export_tower(
 
 
 def _write_tower(
-    path: Path,
-    infos: Mapping[str, TensorInfo],
-    produce: Callable[[str], Tensor],
-    tower: Tower,
-    more: Mapping[str, str] = MappingProxyType({}),
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], told: Mapping[str, str]
 ) -> None:
-    told = {"tower": tower.to_json(), "lora_merged": "false", **more}
-    write_safetensors(path, infos, produce, told, overwrite=True)
+    write_safetensors(path, infos, produce, {**told, "lora_merged": "false"}, overwrite=True)
 
 
 def _head_info(

@@ -19,6 +19,7 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.roles import role_of_stage
 from visft_ds.data.shards import Role
+from visft_ds.models.backbone import own_tower
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.profiling.flops import Flops, block_flops, product, tower_from
 from visft_ds.stages import PUBLISHED_VOCABULARY, plan_model
@@ -104,11 +105,12 @@ def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: in
         return None
     visft, stages = config.visft, batches.stages
     module, _ = plan_model(visft, config.optimizer.params, vocabulary_size or PUBLISHED_VOCABULARY)
-    names = ("embedding", *(f"blocks.{index}" for index in range(module.backbone.depth)), "heads")
+    depth = own_tower(module.backbone).depth
+    names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
     if stages > len(names):
         raise ValueError(
             f"pipeline.stages = {stages}: {visft.model.name} has {len(names)} layers (embedding, "
-            f"{module.backbone.depth} blocks, heads); give at most {len(names)}"
+            f"{depth} blocks, heads); give at most {len(names)}"
         )
     streams = visft.streams()
     whole = sum(stream.share for stream in streams.values())
@@ -153,7 +155,7 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, images: int) -> list[float]:
     """Operations of each layer for one micro-batch of the largest images of a stream."""
-    backbone = module.backbone
+    backbone = own_tower(module.backbone)
     side = _largest_side(stream) // backbone.patch_size or 1
     patches = side * side
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]

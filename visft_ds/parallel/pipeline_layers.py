@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
+from visft_ds.models.backbone import own_tower
 from visft_ds.multitask import MultiTaskModel, Normaliser, valid_region
 
 Travelling = tuple[Tensor, Tensor]  #: tokens (B, N, D) float32 first (receive buffers know one dtype each), checksum
@@ -23,7 +24,7 @@ class EmbeddingLayer(nn.Module):
 
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
-        backbone = model.backbone
+        backbone = own_tower(model.backbone)
         self._model = (model,)  # a tuple, so that the whole model is not part of this layer
         self.patch_embed = backbone.patch_embed
         self.pos_embed, self.cls_token = backbone.pos_embed, backbone.cls_token
@@ -32,7 +33,7 @@ class EmbeddingLayer(nn.Module):
         """(images (B, 3, H, W) uint8, sizes (B, 2), checksum) -> what travels."""
         images, sizes, checksum = fed
         model = self._model[0]
-        tokens = model.backbone.embed(model.pixels(images, sizes))
+        tokens = own_tower(model.backbone).embed(model.pixels(images, sizes))
         return tokens.contiguous(), checksum  # a transposed view cannot be sent
 
 
@@ -43,12 +44,12 @@ class BlockLayer(nn.Module):
         super().__init__()
         self._model = (model,)
         self._index = index
-        self.block = model.backbone.blocks[index]
+        self.block = own_tower(model.backbone).blocks[index]
 
     def forward(self, travelling: Travelling) -> Travelling:
         """Tokens to tokens of the same shape."""
         tokens, checksum = travelling
-        return self._model[0].backbone.run_block(self._index, self.block, tokens), checksum
+        return own_tower(self._model[0].backbone).run_block(self._index, self.block, tokens), checksum
 
 
 class HeadsLayer(nn.Module):
@@ -63,7 +64,7 @@ class HeadsLayer(nn.Module):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         self._model = (model,)
-        self.norm = model.backbone.norm
+        self.norm = own_tower(model.backbone).norm
         self.heads = model.heads
         self.batch: Batch | None = None
         self.normaliser: Normaliser | None = None
@@ -87,7 +88,7 @@ class HeadsLayer(nn.Module):
                 f"{size[1]}, which have {(len(batch.sizes), expected)}: the stages do not follow the same plan"
             )
         batch = batch.to(tokens.device)
-        features = model.backbone.feature_map(self.norm(tokens), grid).float()
+        features = own_tower(model.backbone).feature_map(self.norm(tokens), grid).float()
         return model.outputs(features, valid_region(batch.sizes, size, grid), batch, self.normaliser)
 
 
@@ -99,7 +100,7 @@ def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
 
 def pipeline_layers(model: MultiTaskModel) -> list[tuple[str, nn.Module]]:
     """The layers by name, in order: "embedding", "blocks.0", ..., "heads". Parameters are the model's own."""
-    blocks = [(f"blocks.{index}", BlockLayer(model, index)) for index in range(model.backbone.depth)]
+    blocks = [(f"blocks.{index}", BlockLayer(model, index)) for index in range(own_tower(model.backbone).depth)]
     return [("embedding", EmbeddingLayer(model)), *blocks, ("heads", HeadsLayer(model))]
 
 
@@ -118,4 +119,5 @@ def release(model: MultiTaskModel, layer: nn.Module) -> None:
     """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta device."""
     layer.to("meta")
     if isinstance(layer, EmbeddingLayer):  # parameters of the backbone itself, which the line above does not reach
-        model.backbone.pos_embed, model.backbone.cls_token = layer.pos_embed, layer.cls_token
+        backbone = own_tower(model.backbone)
+        backbone.pos_embed, backbone.cls_token = layer.pos_embed, layer.cls_token

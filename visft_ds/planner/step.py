@@ -18,6 +18,7 @@ from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
+from visft_ds.models.backbone import own_tower
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
 from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
@@ -165,7 +166,7 @@ class _Rehearsal:
             work=work,
             trained=sum(p.numel() for group in taught for p in group),
             parameters=sum(p.numel() * p.element_size() for p in self.parameters),
-            tokens=4 * math.prod(self._tokens()),
+            tokens=4 * math.prod(self._tokens()) if self.bounds else 0,
             backbone_trains=self.module.train_backbone,
         )
 
@@ -238,7 +239,7 @@ class _Rehearsal:
 
     def _tokens(self) -> tuple[int, int, int]:
         """Shape (B, N, D) of what travels from block to block."""
-        backbone = self.module.backbone
+        backbone = own_tower(self.module.backbone)
         height, width = backbone.grid(self.batch.images)
         return len(self.batch.images), height * width + (backbone.cls_token is not None), backbone.width
 

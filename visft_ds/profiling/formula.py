@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from visft_ds.data.samples import Batch
+from visft_ds.models.backbone import own_tower
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import attention_backend
 from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, tower_flops, tower_from
 from visft_ds.profiling.hardware import DTYPES
@@ -17,28 +19,30 @@ from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
 class StepFormula:
     """Operations of this rank's part of a step."""
 
-    backbone: Flops
+    backbone: Flops | None  #: None: there is no formula, as for models of timm
     head: Flops | None  #: None: a head of the step has no formula
 
     @property
     def total(self) -> Flops | None:
         """Both together, where both are known."""
-        return None if self.head is None else self.backbone + self.head
+        return None if self.head is None or self.backbone is None else self.backbone + self.head
 
     def by_part(self) -> dict[str, int | None]:
         """Under the names of the parts of a step; "recomputed" is a part of the backward pass."""
         total = self.total
         return {
-            BACKBONE: self.backbone.forward,
+            BACKBONE: self.backbone.forward if self.backbone else None,
             HEAD: self.head.forward if self.head else None,
             BACKWARD: total.backward + total.recompute if total else None,
-            "recomputed": self.backbone.recompute,
+            "recomputed": self.backbone.recompute if self.backbone else None,
             "total": total.all if total else None,
         }
 
 
 def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
     """What the micro-batches cost, from the shapes of their images."""
+    if not isinstance(session.engine.module.backbone, EvaViT):
+        return StepFormula(None, None)
     backbone, head = Flops(), Flops()
     known = True
     for batch in batches:
@@ -51,7 +55,7 @@ def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
 
 def _backbone(session: Session, batch: Batch) -> Flops:
     module, config = session.engine.module, session.config.visft
-    backbone = module.backbone
+    backbone = own_tower(module.backbone)
     lora = config.lora if config.stage == 2 else None
     fused = attention_backend(session.engine.device, DTYPES[session.precision])[0] != "reference"
     trained = (name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
@@ -85,5 +89,5 @@ def _head(session: Session, task: str, batch: Batch) -> Flops | None:
 
 
 def _patches(session: Session, batch: Batch) -> int:
-    height, width = session.engine.module.backbone.grid(batch.images)
+    height, width = own_tower(session.engine.module.backbone).grid(batch.images)
     return height * width

@@ -24,7 +24,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import host_memory_available, memory_bounded
-from visft_ds.models.eva_vit import build_backbone
+from visft_ds.models.backbone import build_empty
 from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
@@ -226,7 +226,7 @@ def _parameter_counts(config: ResolvedConfig) -> tuple[int, int]:
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     model = config.visft.model
-    backbone = build_backbone(model.preset, device="meta", seed=None, **model.backbone_options())
+    backbone = build_empty(model.preset, torch.float32, model.backbone_options())
     frozen = sum(p.numel() for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained)
     return sum(trained.values()), frozen
 

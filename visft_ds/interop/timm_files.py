@@ -1,0 +1,114 @@
+"""Weights of models of timm: files under timm's own names, in and out, every key accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.backbones import read_tensor
+from visft_ds.interop.files import WeightFile, examples, open_weights
+from visft_ds.interop.layouts import TIMM_KEY, base_parameters, is_lora
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+
+
+@dataclass(frozen=True)
+class TimmFile:
+    """A weight file that fits a backbone, of which nothing but names and shapes has been read."""
+
+    file: WeightFile
+    stored: tuple[str, ...]  #: names of the buffers that belong to the weights
+    summary: str  #: one line for the console
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One parameter, see `read_tensor`."""
+        return read_tensor(self.file, name, dtype)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Statistics of batch norms, in memory of their own."""
+        return {name: self.file.get(name).clone() for name in self.stored}
+
+
+def open_timm(backbone: TimmBackbone, path: str | Path) -> TimmFile:
+    """Open a weight file for a model of timm on any device.
+
+    What lies behind the feature map (classifier, pooling, the norm of a head) is passed over and named.
+
+    Raises ValueError, with every name concerned, for tensors that are missing, unexpected or of another shape; values
+    are not looked at.
+    """
+    file = open_weights(path)
+    parameters, buffers = base_parameters(backbone), backbone.stored_buffers()
+    wanted = {name: tuple(value.shape) for name, value in {**parameters, **buffers}.items()}
+    behind = _behind(backbone)
+    left_out = [name for name in file if name not in wanted and name.startswith(behind)]
+    problems = {
+        "Missing": [name for name in wanted if name not in file],
+        "Unexpected": [name for name in file if name not in wanted and name not in left_out],
+        "Other shape": [
+            f"{name} {file.shape(name)} in the file, {shape} wanted"
+            for name, shape in wanted.items()
+            if name in file and file.shape(name) != shape
+        ],
+        "Quantised": [
+            f"{name} {file.dtype(name)}"
+            for name, value in parameters.items()
+            if name in file and not file.dtype(name).is_floating_point
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(_complaint(file, backbone, problems))
+    count = sum(value.numel() for value in parameters.values())
+    summary = f"{file.path.name}: timm {backbone.name}, {len(parameters)} tensors, {count:,} parameters"
+    if buffers:
+        summary += f", {len(buffers)} statistics"
+    if left_out:
+        summary += f"; left out {len(left_out)} behind the feature map ({examples(left_out, 3)})"
+    return TimmFile(file, tuple(buffers), summary)
+
+
+def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
+    """Beginnings of names of what a file may hold beyond the feature map."""
+    classifier: Any = backbone.classifier
+    named = [classifier] if isinstance(classifier, str) else list(classifier)
+    tops = {str(name).partition(".")[0] for name in (*named, *backbone.left_out)}
+    return tuple(f"{name}." for name in sorted(tops | {"fc_norm"}))
+
+
+def _complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, list[str]]) -> str:
+    lines = [f"{file.path} does not fit timm's {backbone.name} of images of {backbone.image_size} pixels."]
+    lines += [f"{title} ({len(names)}): {examples(names, 12)}." for title, names in problems.items() if names]
+    if any(is_lora(name) for name in problems["Unexpected"]):
+        lines.append("It holds LoRA tensors beside the model: merge them first (tools/merge_lora.py).")
+    elif any(name.startswith("pos_embed") for name in problems["Other shape"]):
+        lines.append(
+            "Positions of another size: set visft.model.overrides.image_size to the size the file was made for; images "
+            "of any size are fed all the same."
+        )
+    else:
+        lines.append("Give weights as timm saves them (model.safetensors of its repositories), of this very model.")
+    return "\n".join(lines)
+
+
+def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
+    """(name, image size where it is not the model's own) of the model of timm that a file of ours says it is of, or None."""
+    if TIMM_KEY not in file.metadata:
+        return None
+    told = json.loads(file.metadata[TIMM_KEY])
+    return str(told["name"]), told["image_size"]
+
+
+def load_timm(path: str | Path, name: str, image_size: int | None, storage: torch.dtype) -> tuple[TimmBackbone, str]:
+    """A model of timm with the weights of a file, and what to say of it; matrices in `storage`, the rest in fp32."""
+    backbone = build_timm(name, image_size=image_size)
+    opened = open_timm(backbone, path)
+    for key, parameter in backbone.named_parameters():
+        small = parameter.ndim < 2 or key in ("pos_embed", "cls_token", "reg_token")
+        parameter.data = opened.read(key, torch.float32 if small else storage)
+    backbone.set_buffers(opened.buffers())
+    return backbone, opened.summary

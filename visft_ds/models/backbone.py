@@ -1,0 +1,35 @@
+"""The backbones there are: towers of our own, and models of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.timm_backbone import PREFIX, TimmBackbone, build_timm
+
+Backbone = EvaViT | TimmBackbone
+
+
+def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Backbone:
+    """A backbone on the meta device.
+
+    Args:
+        preset: of `PRESETS`, or PREFIX and the name of a model of timm.
+        dtype: of its parameters.
+        options: fields that replace the preset's; with timm image_size alone.
+
+    Raises:
+        ValueError: a preset or a shape that does not exist.
+    """
+    if preset.startswith(PREFIX):
+        return build_timm(preset.removeprefix(PREFIX), device="meta", dtype=dtype, **options)
+    return build_backbone(preset, device="meta", dtype=dtype, seed=None, **options)
+
+
+def own_tower(backbone: Backbone) -> EvaViT:
+    """A backbone that is a tower of our own, where the configuration allows no other (pipelines)."""
+    assert isinstance(backbone, EvaViT), type(backbone)
+    return backbone

@@ -1,0 +1,229 @@
+"""Any model of timm whose feature map follows the size of its image, as a backbone: image -> feature map.
+
+The feature map is what timm's `forward_features` gives: of a plain ViT the normed tokens of the patches, of a
+convolutional network the last stage (its stride is usually 32). What lies behind it (pooling, classifier, the norm of a
+classifier's head) takes no part and is left out.
+
+Parameters have timm's own names. Batch norms always compute with the statistics that came with the weights: a step of
+a few images, of one task, has others, and a frozen backbone must not change.
+Letters: B images, H W pixels, h w feature grid, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: What a preset begins with that names a model of timm.
+PREFIX = "timm:"
+
+
+class TimmBackbone(nn.Module):
+    """A model of timm behind the interface of `EvaViT`, as far as heads, stages and engines use it.
+
+    It shares the children and parameters of the model it is made of, and replaces its forward.
+
+    Attributes:
+        name: as timm knows it, with or without tag.
+        width: D. patch_size: pixels of the image to one cell of the feature map, and the least side of an image.
+        image_size: the side that stored positions belong to; any size can be fed.
+        options: with which timm's model was made, beyond what all are made with.
+        pixel_mean, pixel_std: of the channels of RGB in [0, 1], with which it was pretrained.
+        left_out: names (and values, where they exist) of what lies behind the feature map.
+    """
+
+    cls_token = None  #: no token leaves, whatever the model has inside
+
+    def __init__(self, model: nn.Module, name: str, options: Mapping[str, int]) -> None:
+        """Take a model over that `timm.create_model` made with these options.
+
+        Raises ValueError for one that takes images of one size only, or has no feature map.
+        """
+        super().__init__()
+        whole: Any = model
+        for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[store] = model.__dict__[store]
+        self._whole = (whole,)  # a tuple, so that it is no child of its own
+        config = whole.pretrained_cfg
+        self.name, self.options = name, dict(options)
+        self.image_size = options.get("img_size", int(config["input_size"][-1]))
+        self.pixel_mean, self.pixel_std = tuple(config["mean"]), tuple(config["std"])
+        self.classifier: str | tuple[str, ...] = config.get("classifier") or ()  # names of the module
+        self._every = 0
+        self.recompute = "block"
+        self.left_out = self._cut()
+        self.width, self.patch_size = self._measure()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W), already normalised -> (B, D, h, w)."""
+        model = self._whole[0]
+        patch = self._patch()
+        if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
+            images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
+        features: Tensor = model.forward_features(images)
+        if features.ndim == 4:
+            return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
+        assert patch is not None
+        grid = images.shape[-2] // patch, images.shape[-1] // patch
+        tokens = features[:, model.num_prefix_tokens :]
+        return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Training mode, of all but batch norms."""
+        super().train(mode)
+        self._whole[0].training = mode
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(False)
+        return self
+
+    @property
+    def checkpoint_every(self) -> int:
+        """1: every block, or stage, is computed again in the backward pass; 0: none. timm knows no other numbers."""
+        return self._every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, every: int) -> None:
+        from timm.layers import set_reentrant_ckpt
+
+        set_reentrant_ckpt(False)  # a reentrant one gives no gradient to adapters behind a frozen stem
+        self._every = every
+        if every or self._whole[0].__dict__.get("grad_checkpointing"):
+            self._whole[0].set_grad_checkpointing(bool(every))
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
+
+    def settings(self) -> str:
+        """By which a file of its weights says what they are of."""
+        return json.dumps({"name": self.name, "image_size": self.options.get("img_size")})
+
+    def stored_buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to its weights (statistics of batch norms)."""
+        kept = self.state_dict().keys()
+        return {name: value for name, value in self.named_buffers() if name in kept}
+
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Replace buffers by name, e.g. those on the meta device."""
+        for name, value in values.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, leaf, value)
+
+    def _patch(self) -> int | None:
+        """Side of a patch of a plain ViT; None for networks that take any number of pixels."""
+        embed: Any = getattr(self._whole[0], "patch_embed", None)
+        plain = hasattr(self._whole[0], "num_prefix_tokens") and hasattr(embed, "patch_size")
+        return int(embed.patch_size[0]) if plain else None
+
+    def _cut(self) -> dict[str, Tensor]:
+        """Leave out the children that the feature map does not need. Returns their tensors by name."""
+        model = self._whole[0]
+        probe = self if next(self.parameters()).is_meta else _on_meta(self)
+        features = probe(self._blank(self.image_size, self.image_size))
+        named = dict(probe.named_parameters())
+        found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+        used = {name.partition(".")[0] for name, gradient in zip(named, found, strict=True) if gradient is not None}
+        left_out: dict[str, Tensor] = {}
+        for child, module in list(model.named_children()):
+            if any(True for _ in module.parameters()) and child not in used:
+                left_out |= {f"{child}.{name}": value for name, value in module.state_dict().items()}
+                setattr(model, child, nn.Identity())
+        return left_out
+
+    def _measure(self) -> tuple[int, int]:
+        """(width, stride) by the shapes of two feature maps."""
+        probe = self if next(self.parameters()).is_meta else _on_meta(self)
+        side = self.image_size
+        with torch.no_grad():
+            _, width, rows, _ = probe(self._blank(side, side)).shape
+            stride = round(side / rows)
+            try:
+                other = probe(self._blank(side + stride, 2 * side + stride // 2)).shape
+            except (AssertionError, RuntimeError) as error:  # timm's words for a size that it does not take
+                raise ValueError(f"timm's {self.name} takes images of one size only: {error}") from error
+        if other[2] <= rows or other[3] < 2 * rows:
+            raise ValueError(f"timm's {self.name} has a feature map that does not follow the size of its image")
+        return int(width), stride
+
+    @staticmethod
+    def _blank(height: int, width: int) -> Tensor:
+        return torch.empty(1, 3, height, width, device="meta")
+
+
+def _on_meta(backbone: TimmBackbone) -> TimmBackbone:
+    """The same shapes without values."""
+    probe = object.__new__(TimmBackbone)
+    probe.__dict__.update(backbone.__dict__)
+    model, _ = build_model(backbone.name, backbone.options.get("img_size"), device="meta")
+    probe.__dict__["_whole"] = (model,)
+    for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        probe.__dict__[store] = model.__dict__[store]
+    return probe
+
+
+def build_timm(
+    name: str, *, image_size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> TimmBackbone:
+    """A model of timm by its name, with timm's own random weights; nothing is ever downloaded.
+
+    Args:
+        name: with or without the tag of pretrained weights, which decides how images are normalised.
+        image_size: side that the position embeddings belong to; None: the model's own.
+        device: "cpu", or "meta" for shapes without memory.
+        dtype: of the parameters.
+        seed: decides every weight, on one version of timm.
+
+    Raises:
+        ValueError: timm is not installed, an unknown name (with the nearest ones), or a model that is no backbone.
+    """
+    model, options = build_model(name, image_size, device=device, seed=seed)
+    backbone = TimmBackbone(model, name, options)
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return backbone
+
+
+def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0) -> tuple[nn.Module, dict[str, int]]:
+    """timm's model itself, without classifier, and what of its size was told (networks without positions have none).
+
+    Raises ValueError as `build_timm`.
+    """
+    if find_spec("timm") is None:
+        raise ValueError(f"preset {PREFIX}{name} needs timm: pip install '.[eval]'")
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(PREFIX + one for one in near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
+    options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
+    if image_size is not None:
+        options = [{"dynamic_img_size": True, "img_size": image_size}, {"img_size": image_size}, {}]
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        for more in options:
+            torch.manual_seed(seed)
+            try:
+                model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **more)
+            except TypeError as error:  # convolutional networks take neither
+                if more == options[-1] or "unexpected keyword argument" not in str(error):
+                    raise
+                continue
+            except RuntimeError as error:  # its word for an unknown tag
+                raise ValueError(f"timm's {name}: {error}") from error
+            return model, {key: value for key, value in more.items() if key == "img_size"}
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def timm_version() -> str:
+    """Random weights are a function of the seed on one version of timm."""
+    return version("timm")
