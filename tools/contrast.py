@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except (ValueError, OSError, StoreFailed) as error:
-        print(f"contrast: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        if not rank or distributed.joined():  # before that, every rank runs into the same
+            print(f"contrast: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("\ncontrast: interrupted; nothing was written", file=sys.stderr)

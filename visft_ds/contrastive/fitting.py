@@ -48,6 +48,14 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What a training saw, step by step."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]  #: of the gradient of all pairs, before it was clipped
+
+
 def optimizer_for(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over named parameters."""
     decayed: list[nn.Parameter] = []
@@ -70,8 +78,8 @@ def fit(
     *,
     log_every: int = 20,
     quiet: bool = False,
-) -> list[float]:
-    """Train; returns the loss of every step.
+) -> Curve:
+    """Train.
 
     Args:
         compute: step -> its loss; adds the gradients of all pairs of the step to `.grad`, on every rank alike.
@@ -84,6 +92,7 @@ def fit(
     """
     optimizer = optimizer_for(parameters, recipe)
     losses: list[float] = []
+    norms: list[float] = []
     with Progress(recipe.steps, log_every=log_every, enabled=distributed.is_main() and not quiet) as progress:
         for step in range(recipe.steps):
             began = time.perf_counter()
@@ -101,7 +110,8 @@ def fit(
             with torch.no_grad():
                 log_scale.clamp_(0.0, LARGEST_LOG_SCALE)
             losses.append(loss)
+            norms.append(norm)
             seconds = time.perf_counter() - began
             rate = recipe.lr * recipe.factor(step)
             progress.update(StepLine(step + 1, {"contrastive": loss}, rate, norm, recipe.batch_size, seconds, 0.0))
-    return losses
+    return Curve(tuple(losses), tuple(norms))

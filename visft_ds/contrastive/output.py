@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from visft_ds.contrastive.fitting import Recipe
+from visft_ds.contrastive.fitting import Curve, Recipe
 from visft_ds.interop.card import fact_table
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.writing import refuse_existing, write_atomically, write_text
@@ -33,7 +33,7 @@ class Result:
 
     kind: str  #: "pretrain" or "text"
     recipe: Recipe
-    losses: tuple[float, ...]
+    curve: Curve
     recalls: Mapping[str, Mapping[str, float]]  #: "before", "after" -> numbers; those of a set that was not learnt from
     seconds: float
 
@@ -78,7 +78,8 @@ def write_result(
         "recipe": asdict(result.recipe),
         "facts": dict(facts),
         "source_sha256": source,
-        "losses": list(result.losses),
+        "losses": list(result.curve.losses),
+        "gradient_norms": list(result.curve.norms),
         "recall": {when: dict(numbers) for when, numbers in result.recalls.items() if numbers},
         "seconds": round(result.seconds, 3),
         "versions": versions(),
@@ -89,7 +90,7 @@ def write_result(
 
 
 def _card(title: str, result: Result, facts: Mapping[str, str], configs: Sequence[str], source: str | None) -> str:
-    recipe, losses = result.recipe, result.losses
+    recipe, losses = result.recipe, result.curve.losses
     trained = {
         **facts,
         "steps": f"{recipe.steps} of {recipe.batch_size} pairs",

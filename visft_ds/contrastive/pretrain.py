@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.contrastive.fitting import Recipe, fit
+from visft_ds.contrastive.fitting import Curve, Recipe, fit
 from visft_ds.contrastive.loss import INITIAL_LOG_SCALE, clip_loss
 from visft_ds.contrastive.output import Result, staged, write_result
 from visft_ds.contrastive.pairs import PairOrder
@@ -34,7 +34,7 @@ from visft_ds.parallel import distributed
 
 #: Of the debug preset on the toy set, see docs/contrastive.md.
 DEFAULT_TEXT = TextShape()
-DEFAULT_RECIPE = Recipe(steps=600, batch_size=128, lr=1e-3)
+DEFAULT_RECIPE = Recipe(steps=400, batch_size=128, lr=1e-3)
 _ROWS = 256  # images encoded at once where nothing is learnt
 _READERS = 4  # threads that decode
 
@@ -84,11 +84,7 @@ def pretrain(
         ValueError: sizes that do not work out, more images than memory, fewer than a batch, a loss that is not finite,
             several processes, or `out` exists.
     """
-    if distributed.world_size() > 1:
-        raise ValueError(
-            f"pretraining runs in one process, and the launcher started {distributed.world_size()}: start it without "
-            f"deepspeed or torchrun"
-        )
+    check_alone()
     began = time.perf_counter()
     clip = build(how)
     side = clip.images.backbone.image_size
@@ -102,13 +98,22 @@ def pretrain(
         pixels = read_pixels(train.images, side)
         judge = None if validation is None else (read_pixels(validation.images, side), validation)
         before = _measure(clip, judge)
-        losses = _fit(clip, pixels, tokens, order, how.recipe, log_every, quiet)
+        curve = _fit(clip, pixels, tokens, order, how.recipe, log_every, quiet)
         after = _measure(clip, judge)
         configs = save_clip(clip.cpu().eval(), folder, named=out)
         seconds = time.perf_counter() - began
-        result = Result("pretrain", how.recipe, tuple(losses), {"before": before, "after": after}, seconds)
+        result = Result("pretrain", how.recipe, curve, {"before": before, "after": after}, seconds)
         write_result(folder, out.name, result, _facts(how, clip, train, tokens), configs)
-    return Pretrained(out / FILE, tuple(losses), before, after, seconds)
+    return Pretrained(out / FILE, curve.losses, before, after, seconds)
+
+
+def check_alone() -> None:
+    """Raise ValueError where a launcher has started several processes."""
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"pretraining runs in one process, and the launcher started {distributed.world_size()}: start it without "
+            f"deepspeed or torchrun"
+        )
 
 
 def build(how: Pretraining) -> Clip:
@@ -142,7 +147,7 @@ def normalised(pixels: Tensor, device: torch.device) -> Tensor:
 
 def _fit(
     clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: Recipe, log_every: int, quiet: bool
-) -> list[float]:
+) -> Curve:
     device = clip.logit_scale.device
 
     def compute(step: int) -> float:

@@ -16,7 +16,7 @@ from visft_ds.contrastive.flags import (
     recipe_of,
 )
 from visft_ds.contrastive.pairs import PairOrder
-from visft_ds.contrastive.pretrain import DEFAULT_RECIPE, Pretraining, build, check_memory, pretrain
+from visft_ds.contrastive.pretrain import DEFAULT_RECIPE, Pretraining, build, check_alone, check_memory, pretrain
 from visft_ds.interop.clip_models import TextShape
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
@@ -43,6 +43,7 @@ def add_pretrain_parser(commands: Any) -> None:
 def run_pretrain(given: argparse.Namespace) -> None:
     """Pretrain. Raises ValueError for whatever the user can cause."""
     check_common(given)
+    check_alone()
     text = TextShape(given.text_width, given.text_layers, given.context_length, given.embedding)
     how = Pretraining(given.model, dict(given.set), text, recipe_of(given))
     clip = build(how)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.contrastive import text_lora
-from visft_ds.contrastive.fitting import Recipe, fit
+from visft_ds.contrastive.fitting import Curve, Recipe, fit
 from visft_ds.contrastive.loss import clip_loss
 from visft_ds.contrastive.pairs import PairOrder
 from visft_ds.contrastive.tokens import Tokens
@@ -33,7 +33,7 @@ _ROWS = 256  # texts encoded at once where nothing is learnt
 
 @dataclass(frozen=True)
 class TextTuning:
-    """What trains, and how."""
+    """What trains, and how. Raises ValueError for a number that is out of range."""
 
     train: Trained = "all"
     recipe: Recipe = DEFAULT_RECIPE
@@ -42,12 +42,17 @@ class TextTuning:
     micro_batch: int | None = None  #: texts of a process whose activations are kept at once; None: all
     bf16: bool = False  #: matrix products of the text tower under autocast; values and moments stay in float32
 
+    def __post_init__(self) -> None:
+        text_lora.check(self.rank, self.alpha)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"a micro batch of {self.micro_batch} texts is not allowed: give at least 1")
+
 
 @dataclass(frozen=True)
 class Tuned:
     """What happened."""
 
-    losses: tuple[float, ...]
+    curve: Curve
     trained: tuple[str, ...]  #: names of `TextSide.parameters` that have changed
     count: int  #: of the values that trained, the temperature among them
 
@@ -59,8 +64,6 @@ def check_ranks(how: TextTuning) -> int:
         raise ValueError(
             f"{ranks} processes cannot share a batch of {how.recipe.batch_size}: give a multiple of {ranks}"
         )
-    if how.micro_batch is not None and how.micro_batch < 1:
-        raise ValueError(f"a micro batch of {how.micro_batch} texts is not allowed: give at least 1")
     return how.recipe.batch_size // ranks
 
 
@@ -115,10 +118,10 @@ def tune_text(
         distributed.sum_in_place([value.grad for value in parameters.values() if value.grad is not None])
         return loss.item()
 
-    losses = fit(compute, trained, scale, how.recipe, log_every=log_every, quiet=quiet)
+    curve = fit(compute, trained, scale, how.recipe, log_every=log_every, quiet=quiet)
     text_lora.merge(module)
     module.requires_grad_(False)
-    return Tuned(tuple(losses), tuple(changed), sum(value.numel() for value in trained.values()))
+    return Tuned(curve, tuple(changed), sum(value.numel() for value in trained.values()))
 
 
 def _choose(side: TextSide, how: TextTuning) -> tuple[list[str], dict[str, nn.Parameter]]:

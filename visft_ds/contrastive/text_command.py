@@ -192,7 +192,7 @@ def _measure(side: TextSide, judge: tuple[Tensor, CaptionSet] | None) -> dict[st
 def _write(job: _Job, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], seconds: float) -> None:
     own = Path(job.spec.name)
     source = sha256_file(own) if job.spec.library == "visft_ds" else None
-    result = Result("text", job.how.recipe, tuned.losses, recalls, seconds)
+    result = Result("text", job.how.recipe, tuned.curve, recalls, seconds)
     with staged(job.given.out) as folder:
         configs = write_side(job.side, tuned.trained, folder, named=job.given.out)
         write_result(folder, job.given.out.name, result, _facts(job, tuned), configs, source)

@@ -35,6 +35,12 @@ class QVUpdate(nn.Module):
         return torch.cat([q + self.scale * (b_q @ a_q), k, v + self.scale * (b_v @ a_v)])
 
 
+def check(rank: int, alpha: float) -> None:
+    """Raise ValueError for a rank or alpha that is not positive."""
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"LoRA rank {rank} and alpha {alpha:g} must be positive")
+
+
 def inject(module: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int, alpha: float, seed: int) -> list[str]:
     """Put updates onto every fused attention weight among `parameters`; returns their names there.
 
@@ -45,8 +51,7 @@ def inject(module: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int,
     Raises:
         ValueError: rank or alpha not positive, or a tower without such attention.
     """
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"LoRA rank {rank} and alpha {alpha:g} must be positive")
+    check(rank, alpha)
     names = {id(value): name for name, value in parameters.items()}
     owners = {layer: names.get(id(weight)) for layer in module.modules() if (weight := _fused(layer)) is not None}
     chosen = {layer: name for layer, name in owners.items() if name is not None}

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from visft_ds.interop import open_clip
 from visft_ds.interop.clip_models import LOCAL, write_configs
-from visft_ds.interop.encoders import Encoder
+from visft_ds.interop.encoders import Encoder, EvaEncoder
 from visft_ds.interop.files import TensorInfo, WeightFile, open_weights, view
-from visft_ds.interop.layouts import LAYOUTS
+from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.text_towers import PREFIX, TextTower
 from visft_ds.interop.towers import open_tower
@@ -91,8 +91,10 @@ def _side_of_file(name: str, encoder: Encoder) -> TextSide:
             f"{name} is a file of {layout.name} ({LAYOUTS[layout.name].prefix or 'no prefix'}) without text side: give "
             f"the whole EVA-CLIP or open_clip file"
         )
-    whole = view(file, open_clip.export_entries(file, layout))  # refuses half a model
-    assert encoder.text is not None
+    entries = open_clip.export_entries(file, layout)  # refuses half a model
+    assert encoder.text is not None and isinstance(encoder.module, EvaEncoder)
+    # Heads and norms, which no tensor tells, are known by now.
+    whole = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
     parameters = {PREFIX + key: value for key, value in encoder.text.module.named_parameters()}
     scale = nn.Parameter(file.get("logit_scale").float().clone())
     beside = Path(name).parent / CONFIG

@@ -47,7 +47,8 @@ def text_tower_in(path: str | Path) -> TextTower | None:
     """The text tower of an EVA-CLIP or open_clip file, in float32; None where the file has none.
 
     Raises:
-        ValueError: half a tower, or one of another architecture; all names that are missing or too many are listed.
+        ValueError: half a tower, or one of another architecture; all names that are missing or too many are listed. A
+            vocabulary that is not CLIP's.
     """
     file = open_weights(path)
     names = [name for name in file if name.startswith(PREFIX)]
@@ -70,11 +71,15 @@ def text_tower_in(path: str | Path) -> TextTower | None:
         "layers": 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1),
         "output_dim": file.shape(needed[2])[1],
     }
+    tokenizer = SimpleTokenizer(context_length=length)
+    if settings["vocab_size"] != tokenizer.vocab_size:
+        raise ValueError(
+            f"{file.path}: its text tower embeds {settings['vocab_size']} tokens, and CLIP's tokenizer has "
+            f"{tokenizer.vocab_size}: it was trained with another tokenizer, which no file of this kind names"
+        )
     module: nn.Module = TextTransformer(**settings)
     _load(module, file, names)
-    return TextTower(
-        module.requires_grad_(False).eval(), SimpleTokenizer(context_length=length), f"{file.path.name}: {settings}"
-    )
+    return TextTower(module.requires_grad_(False).eval(), tokenizer, f"{file.path.name}: {settings}")
 
 
 def projection_in(file: WeightFile, layout: Layout) -> tuple[Tensor, Tensor] | None:

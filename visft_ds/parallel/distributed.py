@@ -46,6 +46,11 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def joined() -> bool:
+    """Whether this process is in a process group already."""
+    return dist.is_initialized()
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
