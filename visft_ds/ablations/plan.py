@@ -10,14 +10,15 @@ accidents of every training before it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from string import Template
 
-from visft_ds.ablations.questions import RECIPE, TASKS, Arm, Question
-from visft_ds.ablations.scales import Scale
+from visft_ds.ablations.questions import RECIPE, TASKS, TOWERS, Arm, Question
+from visft_ds.ablations.scales import TOY_SIDE, Scale
 from visft_ds.ablations.steps import STEPS, Step, StepList
 from visft_ds.ablations.toy import Toy, clip_file
 from visft_ds.config import ResolvedConfig, resolve_arguments
@@ -98,15 +99,15 @@ class Planner:
         return Trial(
             arm=arm.name,
             seed=seed,
-            before=self._in_domain(f"seed {seed}: heads before stage 2", seed, None),
-            after=self._in_domain(f"{title}: in domain", seed, stage2),
+            before=self._in_domain(f"{_of(arm, seed)}: heads before stage 2", arm, seed, None),
+            after=self._in_domain(f"{title}: in domain", arm, seed, stage2),
             benchmarks=self._out_of_domain(title, arm, seed, stage2),
         )
 
     # ------------------------------------------------------------------------------------------- trainings
 
-    def _stage1(self, seed: int) -> _Training:
-        return self._training("stage1", f"seed {seed}: stage 1", 1, (), seed, ())
+    def _stage1(self, arm: Arm, seed: int) -> _Training:
+        return self._training("stage1", f"{_of(arm, seed)}: stage 1", 1, self._tower(arm), seed, ())
 
     def _stage2(self, title: str, arm: Arm, seed: int) -> _Training:
         recipe = self._recipe(2)
@@ -117,20 +118,20 @@ class Planner:
         second = self._toy.second() if self.scale.toy and "$second" in "".join(arm.stage2) else None
         needs: list[Step] = [second] if second else []
         values = {**self._values(recipe), "second": str(second.out) if second else self.scale.second}
-        settings += [Template(text).substitute(values) for text in arm.stage2]
+        settings += [*self._tower(arm), *(Template(text).substitute(values) for text in arm.stage2)]
+        settings += [f"visft.lora.targets={json.dumps(TOWERS[arm.tower].targets)}"] if arm.tower else []
         if not arm.joint and self.scale.heads:
             settings.append(f"visft.heads.path={self.scale.heads}")
         elif not arm.joint:
-            stage1 = self._stage1(seed)
+            stage1 = self._stage1(arm, seed)
             settings.append(f"visft.heads.path={stage1.export}")
             needs.append(stage1.step)
         return self._training("stage2", f"{title}: stage 2", 2, settings, seed, needs)
 
     def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
         """What settings of arms may name beside $second, see `questions`."""
-        rate, model = recipe.optimizer.params.lr, recipe.visft.model
+        rate, model, stage1 = recipe.optimizer.params.lr, recipe.visft.model, self._recipe(1)
         depth = model.overrides.depth or PRESETS[model.preset].depth
-        stage1 = self._recipe(1)
         last = range(depth - max(1, depth // 4), depth)
         return {
             "rate": f"{rate:g}",
@@ -146,9 +147,11 @@ class Planner:
     ) -> _Training:
         chosen = [*self.scale.stage_settings(stage), *settings, f"visft.seed={seed}"]
         if self.scale.toy:
-            base = self._base(seed)
-            chosen.append(f"visft.model.weights={clip_file(base)}")
-            needs = [*needs, self._toy.shards("a"), base]
+            needs = [*needs, self._toy.shards("a")]
+            if not any(setting.startswith("visft.model.weights=") for setting in chosen):
+                base = self._base(seed)
+                chosen.append(f"visft.model.weights={clip_file(base)}")
+                needs.append(base)
         words = self._words(stage, chosen)
         config, trained = self._checked(tuple(words))
         visft, launcher = config.visft, self.scale.launcher
@@ -179,6 +182,10 @@ class Planner:
     def _recipe(self, stage: int) -> ResolvedConfig:
         return self._checked(tuple(self._words(stage, self.scale.stage_settings(stage))))[0]
 
+    def _tower(self, arm: Arm) -> tuple[str, ...]:
+        """Settings of both stages that take another backbone."""
+        return TOWERS[arm.tower].settings(self.scale.toy, TOY_SIDE) if arm.tower else ()
+
     def _base(self, seed: int) -> Step:
         return self._toy.base(seed if self.scale.vary_base else 0)
 
@@ -188,12 +195,13 @@ class Planner:
 
     # ----------------------------------------------------------------------------------------- evaluations
 
-    def _in_domain(self, title: str, seed: int, trained: _Training | None) -> Step:
+    def _in_domain(self, title: str, arm: Arm, seed: int, trained: _Training | None) -> Step:
         """All heads on the validation images: those of before, and what the training put in their place.
 
         Every arm is judged on images as one and the same run prepares them.
         """
-        run = self._stage2(f"seed {seed}: recipe", RECIPE, seed) if self.scale.heads else self._stage1(seed)
+        recipe = replace(RECIPE, tower=arm.tower)
+        run = self._stage2(f"seed {seed}: recipe", recipe, seed) if self.scale.heads else self._stage1(recipe, seed)
         words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", ",".join(TASKS)]
         parts = trained.parts() if trained else []
         words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
@@ -203,13 +211,18 @@ class Planner:
     def _out_of_domain(self, title: str, arm: Arm, seed: int, trained: _Training | None) -> Step:
         """Base and result in one table."""
         needs: list[Step] = []
+        benchmarks: Sequence[str] = self.scale.benchmarks
         if self.scale.toy:
+            needs, benchmarks = self._toy.benchmarks()
+        if arm.tower:
+            stage1 = self._stage1(arm, seed)
+            needs.append(stage1.step)
+            base, benchmarks = str(stage1.step.out), _without_text(benchmarks)
+        elif self.scale.toy:
             needs.append(self._base(seed))
-            base = str(clip_file(needs[0]))
-            sources, benchmarks = self._toy.benchmarks()
-            needs += sources
+            base = str(clip_file(needs[-1]))
         else:
-            base, benchmarks = self._recipe(2).visft.model.weights or "", self.scale.benchmarks
+            base = self._recipe(2).visft.model.weights or ""
         after = base
         if trained is not None:
             step, after = self._whole(title, trained)
@@ -245,3 +258,15 @@ class Planner:
         needs = [*needs, self._toy.shards("a")] if self.scale.toy else needs
         title = f"{title}: text"
         return self.steps.add("text", title, lambda out: [*words, "--out", str(out)], needs=needs)
+
+
+def _of(arm: Arm, seed: int) -> str:
+    return f"{arm.tower}, seed {seed}" if arm.tower else f"seed {seed}"
+
+
+def _without_text(benchmarks: Sequence[str]) -> list[str]:
+    """Those that a tower without a text side can take part in. Raises ValueError where there is none."""
+    kept = [one for one in benchmarks if not one.startswith(("zero_shot=", "retrieval="))]
+    if not kept:
+        raise ValueError("towers without a text side are judged by probes: give a --benchmark probe=SOURCE or digits")
+    return kept

@@ -21,6 +21,38 @@ SHORT = {"detection": "boxes", "segmentation": "masks", "captioning": "captions"
 
 
 @dataclass(frozen=True)
+class Tower:
+    """Another backbone; its weights at full scale are a file of its name in weights/, at toy scale random."""
+
+    toy: str  #: visft.model.preset
+    full: str
+    targets: tuple[str, ...]  #: visft.lora.targets
+    weights: str | None = None  #: where the file has another name
+
+    def settings(self, toy: bool, side: int) -> tuple[str, ...]:
+        """Of both stages; `side` is that of toy images in pixels."""
+        preset = self.toy if toy else self.full
+        name = preset.removeprefix("timm:")
+        file = "null" if toy else self.weights or f"weights/{name}.safetensors"
+        overrides = json.dumps({"image_size": side} if toy else {})
+        return (
+            *(f"visft.model.name={name}", f"visft.model.preset={preset}"),
+            *(f"visft.model.overrides={overrides}", f"visft.model.weights={file}"),
+        )
+
+
+#: Towers by name. Those of timm have no text side here.
+TOWERS: Mapping[str, Tower] = {
+    "ConvNeXt": Tower(
+        "timm:test_convnext2", "timm:convnext_base.clip_laion2b", ("stages.*.mlp.fc1", "stages.*.mlp.fc2")
+    ),
+    "ResNet": Tower("timm:test_resnet", "timm:resnet50.a1_in1k", ("layer*.conv2",)),
+    "CLIP ViT": Tower("timm:test_vit", "timm:vit_base_patch16_clip_224.openai", ("q", "v")),
+    "SigLIP": Tower("timm:test_vit4", "timm:vit_base_patch16_siglip_224.webli", ("q", "v")),
+}
+
+
+@dataclass(frozen=True)
 class Arm:
     """One configuration of a comparison: what it says differs from the recipe, all else is the recipe."""
 
@@ -28,6 +60,7 @@ class Arm:
     stage2: tuple[str, ...] = ()  #: settings of stage 2
     updates: float = 1.0  #: length of stage 2, times that of the recipe; 0: none
     joint: bool = False  #: no stage 1: one training as long as both, whose heads start at random
+    tower: str | None = None  #: one of TOWERS in place of the model's own
     text: bool = False  #: then the text tower learns from captions, with what vision has become
 
 
@@ -128,6 +161,12 @@ QUESTIONS: Mapping[str, Question] = {
             Arm("half from the second", _second(1.0)),
         ),
         "The second set is drawn from in steps of detection only.",
+    ),
+    "towers": Question(
+        "Does it help other backbones: convolutions, other vision transformers?",
+        (Arm("own tower"), *(Arm(name, tower=name) for name in TOWERS)),
+        "Every tower has heads of its own and is compared with itself. At toy scale all but the own one begin with "
+        "random weights, and have no text side.",
     ),
     "text": Question(
         "Does the text tower need to learn, too?",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds.ablations.scales import (
@@ -73,7 +72,7 @@ class Toy:
         words += ["--train", str(TOY_CLASS_TRAIN), "--val", str(TOY_CLASS_TEST)]
         return self.steps.add("classes", f"toy classes, style {style}", lambda out: [*words, "--out", str(out)])
 
-    def benchmarks(self) -> tuple[Sequence[Step], list[str]]:
+    def benchmarks(self) -> tuple[list[Step], list[str]]:
         """What is needed, and what is asked: all out of domain but for the captions of style a."""
         home, away, classes = self.images("a", TOY_TRAIN), self.images("b", 0), self.classes("b")
         asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, _AWAY))]
