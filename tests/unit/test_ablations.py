@@ -20,7 +20,7 @@ from visft_ds.ablations import command
 from visft_ds.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
 from visft_ds.ablations.draw import chart
 from visft_ds.ablations.plan import Plan, Planner, Trial
-from visft_ds.ablations.questions import QUESTIONS, TASKS, Arm, Question, choose_arms, find_question
+from visft_ds.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
 from visft_ds.ablations.scales import Scale
 from visft_ds.ablations.statistics import estimate
 from visft_ds.ablations.steps import Step
@@ -45,8 +45,8 @@ def test_every_arm_of_every_question_resolves(toy: tuple[Planner, Mapping[str, P
         assert [trial.arm for trial in plan.trials] == [arm.name for arm in plan.question.arms]
         assert len({trial.after.stem for trial in plan.trials}) >= len(plan.trials) - 1  # texts leave heads alone
         assert len({trial.benchmarks.stem for trial in plan.trials}) == len(plan.trials), plan.name
-        for arm in plan.question.arms:
-            assert plan.question.arms.index(arm) == [one.name for one in plan.question.arms].index(arm.name)
+        names = [arm.name for arm in plan.question.arms]
+        assert len(set(names)) == len(names) and "," not in "".join(names)  # --arms A,B
     known = planner.steps.steps
     assert all(set(step.needs) <= known.keys() for step in known.values())
     order = list(known)
@@ -57,7 +57,7 @@ def test_what_arms_share_is_one_step(toy: tuple[Planner, Mapping[str, Plan]]) ->
     """The reference arms of most questions are the recipe: one training for all, and one stage 1 for every arm."""
     planner, plans = toy
     kinds = [stem.partition("-")[0] for stem in planner.steps.steps]
-    assert kinds.count("stage1") == kinds.count("base") == 1
+    assert kinds.count("base") == 1 and kinds.count("stage1") == 1 + len(TOWERS)
     recipes = {plans[name].trials[0].benchmarks.stem for name in plans}
     assert len(recipes) == 1
     steps = planner.steps.steps.values()
@@ -107,6 +107,11 @@ def test_full_scale_is_the_launchers_own_command() -> None:
     assert len(trained) == 3 and sum("--set visft.tasks=captioning" in line for line in trained) == 1
     assert not any("toy" in line or "total_num_steps" in line or "contrast" in line for line in lines)
     assert any("--model before=weights/eva_vit_g.pth" in line for line in lines)
+    assert set(planner.missing) == {
+        "data/coco/train.manifest.json",
+        "data/coco/val.manifest.json",
+        "weights/eva_vit_g.pth",
+    }
 
 
 def test_given_heads_take_the_place_of_stage_1(tmp_path: Path) -> None:
@@ -280,6 +285,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
         (["heads", "--text", "clip.pt"], "toy scale makes its own"),
         (["heads", "--set", "visft.lora.rnak=1"], "visft.lora.rank"),
         (["heads", "--jobs", "0"], "--jobs 0"),
+        (["heads", "--jobs", "2", "--processes", "2"], "would share its GPUs"),
         (["heads", "--processes", "0"], "--processes 0"),
     ],
 )

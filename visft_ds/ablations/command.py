@@ -23,6 +23,7 @@ from visft_ds.ablations.scales import SECOND, TOY_MODEL, Scale, check_scale
 from visft_ds.ablations.statistics import FEWEST
 from visft_ds.ablations.steps import Step
 from visft_ds.ablations.write import shown, write_question, write_report
+from visft_ds.config import render_missing
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
 from visft_ds.run_folder import LOCK_FILE
@@ -53,9 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(sign, _interrupt)
     try:
         planner, plans = _plan(given)
+        told = render_missing(list(planner.missing.values())) if planner.missing else ""
         if given.dry_run:
             _print_plan(plans, planner.steps.steps)
+            print("".join(f"\n# {line}" for line in told.splitlines()).lstrip("\n"))
             return 0
+        if told:
+            raise ValueError(told)
         with locked(given.out, patience=1.0):
             _claim(given.out, planner.scale)
             return _run(given, planner, plans)
@@ -128,6 +133,8 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[Plan]]:
         vary_base=given.vary_base,
     )
     check_scale(scale)
+    if given.jobs > 1 and scale.launcher:
+        raise ValueError(f"--jobs {given.jobs}: trainings started by deepspeed would share its GPUs; leave it at 1")
     _check_folder(given.out, scale)
     planner = Planner(given.out, scale)
     return planner, [planner.plan(name, question, range(given.seeds)) for name, question in questions.items()]
@@ -200,6 +207,8 @@ def prepare_environment(jobs: int) -> bool:
     """Divide the cores among the steps; returns whether steps can be forks: on a GPU they cannot."""
     import torch  # the only one who knows whether its GPUs can be used
 
+    here = str(Path(sys.executable).parent)  # of an environment that need not be activated: there is deepspeed
+    os.environ["PATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PATH")])])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if torch.cuda.device_count():
         return False

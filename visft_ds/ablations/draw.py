@@ -11,7 +11,7 @@ from visft_ds.ablations.statistics import LEVEL, Estimate
 from visft_ds.evals.charts import ticks
 
 _COLUMNS = 3
-_NAMES, _PANEL, _GAP = 190, 240, 34  # widths in pixels
+_NAMES, _PANEL, _GAP = 190, 232, 46  # widths in pixels
 _ROW, _HEAD, _FOOT, _TITLE = 22, 34, 30, 58  # heights
 _FONT = 'font-family="system-ui, sans-serif"'
 _INK, _PALE, _LINE, _ZERO = "#25272a", "#55585c", "#e3e4e6", "#9a9da1"

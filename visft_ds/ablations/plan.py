@@ -17,11 +17,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from string import Template
 
-from visft_ds.ablations.questions import RECIPE, TASKS, TOWERS, Arm, Question
+from visft_ds.ablations.questions import RECIPE, TOWERS, Arm, Question
 from visft_ds.ablations.scales import TOY_SIDE, Scale
 from visft_ds.ablations.steps import STEPS, Step, StepList
 from visft_ds.ablations.toy import Toy, clip_file
-from visft_ds.config import ResolvedConfig, resolve_arguments
+from visft_ds.config import Missing, ResolvedConfig, missing_inputs, resolve_arguments
 from visft_ds.interop.layouts import is_lora
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.run_folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
@@ -77,6 +77,7 @@ class Planner:
     def __init__(self, root: Path, scale: Scale) -> None:
         self.scale = scale
         self.steps = StepList(root)
+        self.missing: dict[str, Missing] = {}  #: by path: files of the user's that are not there
         self._toy = Toy(self.steps)
 
     def plan(self, name: str, question: Question, seeds: Sequence[int]) -> Plan:
@@ -154,6 +155,8 @@ class Planner:
                 needs.append(base)
         words = self._words(stage, chosen)
         config, trained = self._checked(tuple(words))
+        made = {str(step.out / "export") for step in needs}
+        self.missing |= {one.path: one for one in missing_inputs(config) if not self.scale.toy and one.path not in made}
         visft, launcher = config.visft, self.scale.launcher
         files = [visft.data.root, *(one.root for one in visft.data.sets), visft.model.weights, visft.heads.path]
         step = self.steps.add(
@@ -200,9 +203,10 @@ class Planner:
 
         Every arm is judged on images as one and the same run prepares them.
         """
+        tasks = ",".join(self._recipe(1).visft.tasks.enabled())
         recipe = replace(RECIPE, tower=arm.tower)
         run = self._stage2(f"seed {seed}: recipe", recipe, seed) if self.scale.heads else self._stage1(recipe, seed)
-        words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", ",".join(TASKS)]
+        words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", tasks]
         parts = trained.parts() if trained else []
         words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
         needs = [run.step, *([trained.step] if trained else [])]

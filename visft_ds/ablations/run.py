@@ -83,7 +83,9 @@ class Runner:
                     failure = running.pop(sentinel).finish()
                     if failure is not None:
                         failures[failure[0].stem] = failure[1]
-                        self.say(f"  FAILED: {failure[0].title}: {failure[1].reason} ({failure[0].log})")
+                        self.say(f"  FAILED: {failure[0].title}; the end of {failure[0].log}:")
+                        for line in failure[1].end:
+                            self.say(f"  | {line}")
         except KeyboardInterrupt:
             for one in running.values():
                 one.stop()
