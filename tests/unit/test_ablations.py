@@ -225,7 +225,7 @@ def test_tables_and_charts_tell_what_is_missing(tmp_path: Path) -> None:
     outcome = _outcome()
     rows = {section.title: section.rows for section in sections(outcome)}
     inside = rows["in domain: after stage 2 minus before"]
-    assert inside[0] == ["before stage 2", "7.7 to 11.0"] and inside[1][1].startswith("+1.2 [")
+    assert inside[0] == ["before stage 2", "7.7 to 11.0"] and inside[1][1] == "+1.2 ± 3.2"
     assert rows["out of domain: after stage 2 minus before"][1:] == [
         ["recipe", "-1.0 (one seed)"],
         ["<all> & more", "–"],

@@ -35,8 +35,8 @@ def sections(outcome: Outcome) -> list[Section]:
 def remarks(outcome: Outcome) -> list[str]:
     """What a reader of the tables has to know, one line each."""
     lines = [
-        f"Points of 100; seeds {', '.join(map(str, outcome.seeds))}; differences of the same seed, their mean and its "
-        f"{LEVEL:.0%} Student t interval over seeds; * leaves zero out; the first row of each table is no difference."
+        f"Points of 100; seeds {', '.join(map(str, outcome.seeds))}; differences of the same seed: their mean ± what makes "
+        f"its {LEVEL:.0%} Student t interval over seeds; * leaves zero out; the first row of each table is no difference."
     ]
     lines += [outcome.note] if outcome.note else []
     sure = [
@@ -118,7 +118,7 @@ def _cell(value: Estimate | None) -> str:
         return _NONE
     if value.low is None or value.high is None:
         return f"{value.mean:+.1f} (one seed)"
-    return f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]{' *' if value.sure else ''}"
+    return f"{value.mean:+.1f} ± {(value.high - value.low) / 2:.1f}{' *' if value.sure else ''}"
 
 
 def _line(cells: Sequence[str]) -> str:
