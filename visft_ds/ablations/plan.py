@@ -119,9 +119,9 @@ class Planner:
         second = self._toy.second() if self.scale.toy and "$second" in "".join(arm.stage2) else None
         needs: list[Step] = [second] if second else []
         values = {**self._values(recipe), "second": str(second.out) if second else self.scale.second}
-        settings += [*self._tower(arm), *(Template(text).substitute(values) for text in arm.stage2)]
+        settings += [*self._tower(arm), *(_filled(text, values) for text in arm.stage2)]
         settings += [f"visft.lora.targets={json.dumps(TOWERS[arm.tower].targets)}"] if arm.tower else []
-        if not arm.joint and self.scale.heads:
+        if not arm.joint and self._given_heads(arm):
             settings.append(f"visft.heads.path={self.scale.heads}")
         elif not arm.joint:
             stage1 = self._stage1(arm, seed)
@@ -189,6 +189,10 @@ class Planner:
         """Settings of both stages that take another backbone."""
         return TOWERS[arm.tower].settings(self.scale.toy, TOY_SIDE) if arm.tower else ()
 
+    def _given_heads(self, arm: Arm) -> bool:
+        """Whether there are heads already: those of the model's own tower fit no other."""
+        return self.scale.heads is not None and arm.tower is None
+
     def _base(self, seed: int) -> Step:
         return self._toy.base(seed if self.scale.vary_base else 0)
 
@@ -205,7 +209,8 @@ class Planner:
         """
         tasks = ",".join(self._recipe(1).visft.tasks.enabled())
         recipe = replace(RECIPE, tower=arm.tower)
-        run = self._stage2(f"seed {seed}: recipe", recipe, seed) if self.scale.heads else self._stage1(recipe, seed)
+        given = self._given_heads(arm)
+        run = self._stage2(f"seed {seed}: recipe", recipe, seed) if given else self._stage1(recipe, seed)
         words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", tasks]
         parts = trained.parts() if trained else []
         words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
@@ -250,7 +255,7 @@ class Planner:
         """
         if "backbone" not in trained.trained:
             return trained.step, str(trained.step.out)
-        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", "open_clip"]
+        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", self.scale.layout]
         title = f"{title}: whole weights"
         step = self.steps.add("merged", title, lambda out: [*words, "--out", str(out / MERGED)], needs=[trained.step])
         return step, str(step.out / MERGED)
@@ -262,6 +267,15 @@ class Planner:
         needs = [*needs, self._toy.shards("a")] if self.scale.toy else needs
         title = f"{title}: text"
         return self.steps.add("text", title, lambda out: [*words, "--out", str(out)], needs=needs)
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """A setting of an arm with the values that it names. Raises ValueError for a name that means nothing."""
+    try:
+        return Template(text).substitute(values)
+    except KeyError as error:
+        known = ", ".join(f"${name}" for name in values)
+        raise ValueError(f"{text}: {error} is no name of a value; there are: {known}") from error
 
 
 def _of(arm: Arm, seed: int) -> str:

@@ -25,6 +25,8 @@ TOY_STAGE2 = (
 )
 #: Where a second detection data set is looked for at other scales.
 SECOND = "data/objects365"
+#: How backbones are written whose base weights have no text side to keep.
+_LAYOUTS = {"eva_g": "timm"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Scale:
         return TOY_TEXT if self.toy else ()
 
     @property
+    def layout(self) -> str:
+        """Of weights with what trained in them: that of the base weights, so that its text side is kept."""
+        return "open_clip" if self.toy else _LAYOUTS.get(self.model, "eva_clip")
+
+    @property
     def launcher(self) -> tuple[str, ...]:
         """What stands before launchers/train.py."""
         one = self.processes == 1 and self.toy
@@ -86,6 +93,5 @@ def check_scale(scale: Scale) -> None:
             "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/benchmarks.md), for "
             "example --benchmark zero_shot=imagenet-a --benchmark digits"
         )
-    for folder in (scale.heads,):
-        if folder is not None and not Path(folder).exists():
-            raise ValueError(f"--heads {folder}: no such folder")
+    if scale.heads is not None and not Path(scale.heads).exists():
+        raise ValueError(f"--heads {scale.heads}: no such folder")

@@ -35,9 +35,9 @@ def sections(outcome: Outcome) -> list[Section]:
 def remarks(outcome: Outcome) -> list[str]:
     """What a reader of the tables has to know, one line each."""
     lines = [
-        f"Points of 100, seeds {', '.join(map(str, outcome.seeds))}. Differences are of the same seed: their mean, with "
-        f"what its {LEVEL:.0%} Student t interval over seeds reaches either way; * leaves zero out. The first row of each "
-        "table is no difference."
+        f"Points of 100, seeds {', '.join(map(str, outcome.seeds))}. Differences are of the same seed: their mean and "
+        f"how far its {LEVEL:.0%} Student t interval over seeds reaches either way; * leaves zero out. The first row "
+        "of each table is no difference."
     ]
     lines += [outcome.note] if outcome.note else []
     sure = [
