@@ -129,7 +129,7 @@ def _open_timm_base(
     if model.weights is None:
         return BaseWeights(
             f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}",
-            f"base weights: random as timm draws them, a function of visft.model.weights_seed={model.weights_seed}",
+            f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
             infos,
             lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
             first_buffers,

@@ -18,14 +18,17 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, TasksConfig
 from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.interop.adapters import LoraAdapter, install_adapter
+from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.files import WeightFile, open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
+from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
@@ -44,6 +47,7 @@ class ModelFiles:
     heads: Path  #: folder of `<task>.safetensors`, or of published files
     adapter: Path | None
     hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
+    timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run tells them
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def files_of_run(
             f"with it and writes what it trained at its end; files that were moved can be named by --backbone, --heads "
             f"and --adapter"
         )
+    if config.model.timm is not None:
+        return ModelFiles(backbone, heads, adapter, {}, (config.model.timm, config.model.overrides.image_size))
     preset = replace(PRESETS[config.model.preset], **config.model.backbone_options())
     return ModelFiles(backbone, heads, adapter, {"num_heads": preset.num_heads, "post_norm": preset.post_norm})
 
@@ -149,14 +155,8 @@ def load_model(
         ValueError: a missing or damaged file, an adapter of another base or on top of merged weights, heads for another
             width.
     """
-    weights, layout = open_tower(files.backbone)
-    # Training builds towers without class token; a file that has one is read the same way.
-    tower = resolve_tower(replace(tower_in(weights, layout), class_token=False), preset, files.hints)
-    merged = is_merged(weights)
-    if files.adapter is not None:
-        refuse_merged(weights, files.adapter)
-    adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
-    infos = {task: _head_info(files.heads, task, tower) for task in tasks}
+    backbone, told = _load_backbone(files, DTYPES[precision], preset)
+    infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
 
     own_words = vocabulary_in(infos)
     if needs_vocabulary(infos) and own_words is None and vocabulary is None:
@@ -166,15 +166,7 @@ def load_model(
         )
     words = own_words or vocabulary
     check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-    backbone = empty_backbone(tower, DTYPES[precision])
-    facts = {"backbone": load_backbone(backbone, files.backbone).summary()}
-    if adapter is not None:
-        install_adapter(backbone, adapter)
-        targets = "+".join(adapter.targets)
-        facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
-    else:
-        facts["adapter"] = "merged into the weights" if merged else "none"
-    modules = {}
+    facts, modules = dict(told), {}
     for task, info in infos.items():
         path = find_head(files.heads, task)
         head = load_heads(path, task)
@@ -183,6 +175,32 @@ def load_model(
     module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
     module.requires_grad_(False).eval().to(device)
     return EvaluationModel(module, device, precision, infos, words, facts)
+
+
+def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) -> tuple[Backbone, dict[str, str]]:
+    """The backbone with its adapter in it, and what was loaded, by name."""
+    weights = open_weights(files.backbone)
+    timm = files.timm or timm_settings(weights)
+    if files.adapter is not None:
+        refuse_merged(weights, files.adapter)
+    facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
+    adapter: LoraAdapter | ModuleAdapter | None = None
+    backbone: Backbone
+    if timm is not None:
+        adapter = module_adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
+        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage)
+    else:
+        file, layout = open_tower(files.backbone)
+        # Training builds towers without class token; a file that has one is read the same way.
+        tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
+        adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
+        backbone = empty_backbone(tower, storage)
+        facts["backbone"] = load_backbone(backbone, files.backbone).summary()
+    if adapter is not None:
+        adapter.install(backbone)  # type: ignore[arg-type]  # each was read for its kind of backbone
+        targets = "+".join(adapter.targets)
+        facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
+    return backbone, facts
 
 
 def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | None) -> dict[str, Stream]:
@@ -217,22 +235,31 @@ def adapter_for(backbone: Path, path: Path) -> LoraAdapter:
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
     adapter = read_adapter(path)
-    if adapter.base_sha256 is not None:
-        found = sha256_file(backbone)
-        if found != adapter.base_sha256:
-            raise ValueError(
-                f"{path} was trained on base weights with sha256 {adapter.base_sha256}, but {backbone} "
-                f"has {found}: name the base it was trained on with --backbone, or --adapter none"
-            )
+    _check_adapter(adapter.base_sha256, backbone, path)
     return adapter
 
 
-def _head_info(folder: Path, task: str, tower: Tower) -> HeadInfo:
+def module_adapter_for(backbone: Path, path: Path) -> ModuleAdapter:
+    """Read an adapter of a model of timm that was trained on these base weights. Raises ValueError as `adapter_for`."""
+    adapter = read_module_adapter(path)
+    _check_adapter(adapter.base_sha256, backbone, path)
+    return adapter
+
+
+def _check_adapter(base_sha256: str | None, backbone: Path, path: Path) -> None:
+    if base_sha256 is not None and (found := sha256_file(backbone)) != base_sha256:
+        raise ValueError(
+            f"{path} was trained on base weights with sha256 {base_sha256}, but {backbone} has {found}: name the base "
+            f"it was trained on with --backbone, or --adapter none"
+        )
+
+
+def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
     path = find_head(folder, task)
     info = read_head_info(path, task)
-    if info.in_channels != tower.width:
+    if info.in_channels != backbone.width:
         raise ValueError(
-            f"{path} reads features of width {info.in_channels}, but the backbone has {tower.describe()}: "
+            f"{path} reads features of width {info.in_channels}, but the backbone has {backbone.describe()}: "
             f"take the head and the backbone of the same model"
         )
     return info

@@ -12,7 +12,7 @@ and takes images as its `preprocess` makes them: RGB, resized and cropped to squ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,20 @@ class EvaEncoder(nn.Module):
         return KINDS if self.head is not None else ("pooled", "patches")
 
 
+class FeatureMapEncoder(nn.Module):
+    """A backbone that gives a feature map and nothing else; `pooled` is its mean."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """Features of images (B, 3, H, W)."""
+        patches: Tensor = self.backbone(images)
+        found = {"pooled": patches.float().mean(dim=(2, 3)), "patches": patches}
+        return {kind: value for kind, value in found.items() if kind in kinds}
+
+
 class _OpenClipEncoder(nn.Module):
     """The image side of an open_clip model; `pooled` is what comes before the last projection where timm tells it."""
 
@@ -155,9 +169,13 @@ def eva_preprocess(side: int, normalisation: str) -> Preprocess:
 
     https://github.com/baaivision/EVA/blob/master/EVA-CLIP/rei/eva_clip/transform.py
     """
-    mean, std = NORMALISATIONS[normalisation]
+    return square_preprocess(side, *NORMALISATIONS[normalisation])
+
+
+def square_preprocess(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocess:
+    """The same with numbers of one's own."""
     return transforms.Compose(
-        [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(mean, std)]
+        [eva_crop(side), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(list(mean), list(std))]
     )
 
 

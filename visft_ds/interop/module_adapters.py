@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,15 @@ class ModuleAdapter:
         """A few words for the console."""
         kind = "DoRA, rank" if self.magnitude else "rank"
         return f"{kind} {self.rank}, scaling {self.scaling:g}, on {len(self.places)} layers ({', '.join(self.targets)})"
+
+    def scaled(self, scale: float) -> ModuleAdapter:
+        """With `scale` times its effect. Raises ValueError for magnitudes, whose effect is no multiple of lora_B."""
+        if scale == 1:
+            return self
+        if self.magnitude:
+            raise ValueError("an adapter with magnitudes (DoRA) cannot be scaled: its effect is no multiple of lora_B")
+        tensors = {name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     def install(self, backbone: TimmBackbone) -> None:
         """Put it into a model without adapters. Raises ValueError where it does not fit."""

@@ -74,7 +74,7 @@ def open_timm(backbone: TimmBackbone, path: str | Path) -> TimmFile:
 
 def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
     """Beginnings of names of what a file may hold beyond the feature map."""
-    classifier: Any = backbone.classifier
+    classifier: Any = backbone.classifier_names
     named = [classifier] if isinstance(classifier, str) else list(classifier)
     tops = {str(name).partition(".")[0] for name in (*named, *backbone.left_out)}
     return tuple(f"{name}." for name in sorted(tops | {"fc_norm"}))
@@ -96,7 +96,7 @@ def _complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, 
 
 
 def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
-    """(name, image size where it is not the model's own) of the model of timm that a file of ours says it is of, or None."""
+    """(name, image size where it is not the model's own) of the model that a file of ours says it is of, or None."""
     if TIMM_KEY not in file.metadata:
         return None
     told = json.loads(file.metadata[TIMM_KEY])

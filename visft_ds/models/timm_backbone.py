@@ -24,6 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: What a preset begins with that names a model of timm.
 PREFIX = "timm:"
+#: Gains of a random model below this are taken for a start at zero.
+SMALLEST_GAIN = 1e-2
 
 
 class TimmBackbone(nn.Module):
@@ -40,8 +42,6 @@ class TimmBackbone(nn.Module):
         left_out: names (and values, where they exist) of what lies behind the feature map.
     """
 
-    cls_token = None  #: no token leaves, whatever the model has inside
-
     def __init__(self, model: nn.Module, name: str, options: Mapping[str, int]) -> None:
         """Take a model over that `timm.create_model` made with these options.
 
@@ -56,7 +56,7 @@ class TimmBackbone(nn.Module):
         self.name, self.options = name, dict(options)
         self.image_size = options.get("img_size", int(config["input_size"][-1]))
         self.pixel_mean, self.pixel_std = tuple(config["mean"]), tuple(config["std"])
-        self.classifier: str | tuple[str, ...] = config.get("classifier") or ()  # names of the module
+        self.classifier_names: str | tuple[str, ...] = config.get("classifier") or ()
         self._every = 0
         self.recompute = "block"
         self.left_out = self._cut()
@@ -174,7 +174,10 @@ def _on_meta(backbone: TimmBackbone) -> TimmBackbone:
 def build_timm(
     name: str, *, image_size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> TimmBackbone:
-    """A model of timm by its name, with timm's own random weights; nothing is ever downloaded.
+    """A model of timm by its name, with random weights; nothing is ever downloaded.
+
+    They are timm's own but for gains that it starts at or near 0 (layer scales, the last norm of a residual branch),
+    which are 1: a frozen random tower would be little more than its stem.
 
     Args:
         name: with or without the tag of pretrained weights, which decides how images are normalised.
@@ -188,9 +191,18 @@ def build_timm(
     """
     model, options = build_model(name, image_size, device=device, seed=seed)
     backbone = TimmBackbone(model, name, options)
+    if device != "meta":
+        _open_gains(backbone)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)
     return backbone
+
+
+@torch.no_grad()
+def _open_gains(backbone: TimmBackbone) -> None:
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim == 1 and name.endswith(("weight", "gamma")) and parameter.abs().max() < SMALLEST_GAIN:
+            parameter.fill_(1.0)
 
 
 def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0) -> tuple[nn.Module, dict[str, int]]:

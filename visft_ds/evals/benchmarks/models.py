@@ -21,13 +21,30 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import Precision
-from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.evals.model import (
+    DTYPES,
+    adapter_for,
+    empty_backbone,
+    files_of_run,
+    module_adapter_for,
+    refuse_merged,
+)
 from visft_ds.interop.adapters import install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
-from visft_ds.interop.encoders import Encoder, EvaEncoder, eva_preprocess, open_clip_encoder, timm_encoder
+from visft_ds.interop.encoders import (
+    Encoder,
+    EvaEncoder,
+    FeatureMapEncoder,
+    eva_preprocess,
+    open_clip_encoder,
+    square_preprocess,
+    timm_encoder,
+)
+from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.merge import scaled
 from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
+from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run_folder import recorded_config
 
@@ -46,6 +63,7 @@ class ModelSpec:
     adapter: Path | None = None
     scale: float = 1.0  #: factor on the effect of the adapter
     hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run tells them
+    timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,14 @@ def parse_model(text: str) -> ModelSpec:
         if files.adapter is None and scale is not None:
             raise ValueError(f"{text}: @{scale:g} scales an adapter, and {base} trained none")
         return ModelSpec(
-            label, "visft_ds", str(files.backbone), None, files.adapter, 1.0 if scale is None else scale, files.hints
+            label,
+            "visft_ds",
+            str(files.backbone),
+            None,
+            files.adapter,
+            1.0 if scale is None else scale,
+            files.hints,
+            files.timm,
         )
     if base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
@@ -126,7 +151,35 @@ def load_encoder(spec: ModelSpec, options: LoadOptions) -> Encoder:
     return encoder
 
 
+def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptions) -> Encoder:
+    """A backbone of timm that a run trained on, fed as it was trained."""
+    path = Path(spec.name)
+    if spec.adapter is not None:
+        refuse_merged(open_weights(path), spec.adapter)
+    backbone, summary = load_timm(path, *timm, DTYPES[options.precision])
+    facts = {"backbone": summary, "adapter": "none"}
+    if spec.adapter is not None:
+        adapter = module_adapter_for(path, spec.adapter).scaled(spec.scale)
+        adapter.install(backbone)
+        facts["adapter"] = f"{spec.adapter}: {adapter.describe()}, times {spec.scale:g}"
+    side = options.image_size or backbone.image_size
+    settings = {"preprocess": f"{side} {backbone.pixel_mean} {backbone.pixel_std}", "pooled": "mean of the feature map"}
+    module = FeatureMapEncoder(backbone)
+    return Encoder(
+        module.requires_grad_(False).eval(),
+        ("pooled", "patches"),
+        square_preprocess(side, backbone.pixel_mean, backbone.pixel_std),
+        side,
+        settings,
+        None,
+        facts | {"images": f"{side} pixels, normalised as it was trained", "pooled": settings["pooled"]},
+    )
+
+
 def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
+    timm = spec.timm or timm_settings(open_weights(spec.name))
+    if timm is not None:
+        return _load_timm(spec, timm, options)
     weights, layout = open_tower(spec.name)
     if spec.adapter is not None:
         refuse_merged(weights, spec.adapter)
