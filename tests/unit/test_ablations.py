@@ -190,6 +190,7 @@ def test_intervals_are_those_of_scipy() -> None:
         assert found.mean == pytest.approx(np.mean(values), rel=1e-12)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
         assert found.sure == (stats.ttest_1samp(values, 0.0).pvalue < 0.05)
+    assert not estimate([0.1 + 0.2, 0.3, 0.3]).sure  # no width: the seeds agree by accident
     one = estimate([0.5])
     assert one.low is None and one.high is None and not one.sure
 

@@ -16,6 +16,7 @@ from scipy import stats
 LEVEL = 0.95
 #: Differences below which there is no interval.
 FEWEST = 2
+_NO_WIDTH = 1e-9
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,13 @@ class Estimate:
 
     @property
     def sure(self) -> bool:
-        """Whether there is an interval and it leaves zero out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether there is an interval with a width, and it leaves zero out.
+
+        Shares of a few hundred items change in steps: seeds that happen to agree on one tell nothing about others.
+        """
+        if self.low is None or self.high is None or self.high - self.low < _NO_WIDTH:
+            return False
+        return self.low > 0 or self.high < 0
 
 
 def estimate(values: Sequence[float]) -> Estimate:
