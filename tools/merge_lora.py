@@ -36,9 +36,11 @@ from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
 from visft_ds.interop.merge import DTYPES, Change, MergeReport, Share, check_base, merge_into_file, scaled
+from visft_ds.interop.module_adapters import ModuleAdapter, save_module_adapter, why_no_peft
+from visft_ds.interop.timm_merge import merge_timm, scaled_module, timm_card, verify_timm
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.tuned import TunedWeights
-from visft_ds.interop.verify import Verification, verify_merge
+from visft_ds.interop.verify import Verification, merge_tolerance, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
 from visft_ds.interop.writing import refuse_existing, write_text
@@ -130,8 +132,11 @@ def _run(given: argparse.Namespace) -> int:
     _check(given)
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
+    if any(change.timm is not None for change in adapters if not isinstance(change, LoraAdapter)):
+        return _write_timm(given, places, adapters)
     weights = given.weights or [1 / len(adapters)] * len(adapters)
-    adapter = _joined(adapters, weights if len(adapters) > 1 or given.weights else None, given.scale)
+    towers = [change for change in adapters if not isinstance(change, ModuleAdapter)]
+    adapter = _joined(towers, weights if len(adapters) > 1 or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
@@ -150,6 +155,46 @@ def _run(given: argparse.Namespace) -> int:
     if isinstance(adapter, TunedWeights):
         raise ValueError(f"{names[0]} trained its own weights and has no adapter to write: choose --format timm, ...")
     return _write_adapter(given, adapter, origin)
+
+
+def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change | ModuleAdapter]) -> int:
+    """What a run changed in a model of timm: full weights for timm, or the adapter for PEFT."""
+    if len(changes) > 1 or given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size:
+        raise ValueError(
+            f"{places[0]} is of a model of timm: give one --adapter, --format timm or peft, without --unmerge and "
+            f"--max-shard-size"
+        )
+    change = changes[0] if isinstance(changes[0], LoraAdapter) else scaled_module(changes[0], given.scale)
+    assert not isinstance(change, LoraAdapter) and change.timm is not None
+    print(f"adapter  {given.adapter[0]} ({places[0]}): timm {change.timm[0]}, {change.describe()}")
+    if given.format == "peft":
+        if not isinstance(change, ModuleAdapter):
+            raise ValueError(f"{given.adapter[0]} trained its own weights and has no adapter to write: --format timm")
+        if reason := why_no_peft(change):
+            raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
+        print(f"out      {save_module_adapter(change, given.out)} (peft)")
+        return 0
+    with _staged(given.out) as stage:
+        file = stage / ("model.safetensors" if _is_folder(given.out) else given.out.name)
+        report = merge_timm(given.base, change, file, dtype=DTYPES[given.dtype], allow_other=given.allow_other_base)
+        print(f"base     {given.base}\n         sha256 {report.base_sha256}\nout      {given.out} ({given.dtype})")
+        print(f"         {report.total.retained:.1%} of the change is in the file, error {report.total.error:.2g}")
+        if report.total.lost:
+            print(f"warning: {given.dtype} cannot hold this change: write --dtype fp32, or fp16 where it fits")
+        for note in report.notes:
+            print(f"note: {note}")
+        if given.verify:
+            relative, effect = verify_timm(given.base, change, file, images=given.images)
+            allowed = merge_tolerance(DTYPES[given.dtype])
+            print(f"verify   relative difference {relative:.3g} (allowed {allowed:.2g}); the effect is {effect:.3g}")
+            if relative > allowed:
+                print(f"merge_lora: the result computes something else; {given.out} is not written", file=sys.stderr)
+                return 1
+        if _is_folder(given.out):
+            write_text(stage / peft.README, timm_card(given.out.name, change, report))
+        _publish(stage, given.out, [file])
+    print(f"load it  {report.create_call()}")
+    return 0
 
 
 def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:

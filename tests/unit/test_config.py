@@ -183,6 +183,12 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
     [
         (1, ['visft.lora={"rank": 4, "alpha": 1, "targets": ["q"]}'], "stage 1 trains heads on the unchanged backbone"),
         (1, ["visft.heads.path=x"], "stage 1 trains new heads"),
+        (2, ['visft.lora.targets=["q", "fc3"]'], "'fc2' with preset debug; did you mean fc"),
+        (2, ["visft.model.preset=timm:resnet18"], "has its own shape: only image_size may be set"),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.recompute=mlp"], 'timm\'s models know "block" only'),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.checkpoint_every=2"], "every block again (1) or none"),
+        (2, ["visft.model.preset=timm:resnet18", "visft.model.fit_memory=true"], "must be false"),
+        (2, ["visft.model.preset=timm:"], "or 'timm:NAME'"),
         (2, ["scheduler.params.total_num_steps=5", "scheduler.params.warmup_num_steps=6"], "longer than the run"),
         (2, ["scheduler.type=WarmupLR", "scheduler.params.cos_min_ratio=0.1"], "WarmupLR has no cosine"),
         (

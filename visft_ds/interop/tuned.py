@@ -16,7 +16,8 @@ from torch import Tensor
 
 from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
-from visft_ds.models.eva_vit import EvaViT
+from visft_ds.interop.timm_files import timm_settings
+from visft_ds.models.backbone import Backbone
 
 #: In the metadata of a trained backbone: sha256 of the base weights it began as.
 TRAINED_ON = "trained_on"
@@ -32,6 +33,11 @@ class TunedWeights:
     file: WeightFile
     base_sha256: str | None
     scale: float = 1.0
+
+    @property
+    def timm(self) -> tuple[str, int | None] | None:
+        """(name, image size) of the model of timm that it is one of, or None."""
+        return timm_settings(self.file)
 
     def weights(self) -> tuple[str, ...]:
         """Names of all base weights that it replaces."""
@@ -77,11 +83,11 @@ class TunedWeights:
             )
         return self
 
-    def install(self, backbone: EvaViT) -> None:
+    def install(self, backbone: Backbone) -> None:
         """Move a model that has its base weights there."""
         parameters = base_parameters(backbone)
         with torch.no_grad():
-            for name in self.file:
+            for name in (name for name in self.file if name in parameters):
                 parameters[name].copy_(self.apply(name, parameters[name].float())[0])
 
 
@@ -91,7 +97,9 @@ def read_tuned(path: Path) -> TunedWeights:
     return TunedWeights(file, file.metadata.get(TRAINED_ON))
 
 
-def tuned_of(tensors: Mapping[str, Tensor], path: Path, base_sha256: str | None) -> TunedWeights:
-    """Tensors at hand, by our names; `path` names them in messages."""
+def tuned_of(
+    tensors: Mapping[str, Tensor], path: Path, base_sha256: str | None, metadata: Mapping[str, str] | None = None
+) -> TunedWeights:
+    """Tensors at hand, by our names; `path` names them in messages, metadata as that of a file."""
     infos = {name: TensorInfo.of(value) for name, value in tensors.items()}
-    return TunedWeights(WeightFile(path, infos, tensors.__getitem__, {}), base_sha256)
+    return TunedWeights(WeightFile(path, infos, tensors.__getitem__, metadata or {}), base_sha256)

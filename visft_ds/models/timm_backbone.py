@@ -59,8 +59,9 @@ class TimmBackbone(nn.Module):
         self.classifier_names: str | tuple[str, ...] = config.get("classifier") or ()
         self._every = 0
         self.recompute = "block"
-        self.left_out = self._cut()
-        self.width, self.patch_size = self._measure()
+        probe = self if next(self.parameters()).is_meta else _on_meta(self)
+        self.left_out = self._cut(probe)
+        self.width, self.patch_size = self._measure(probe)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -125,10 +126,9 @@ class TimmBackbone(nn.Module):
         plain = hasattr(self._whole[0], "num_prefix_tokens") and hasattr(embed, "patch_size")
         return int(embed.patch_size[0]) if plain else None
 
-    def _cut(self) -> dict[str, Tensor]:
+    def _cut(self, probe: TimmBackbone) -> dict[str, Tensor]:
         """Leave out the children that the feature map does not need. Returns their tensors by name."""
         model = self._whole[0]
-        probe = self if next(self.parameters()).is_meta else _on_meta(self)
         features = probe(self._blank(self.image_size, self.image_size))
         named = dict(probe.named_parameters())
         found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
@@ -140,9 +140,8 @@ class TimmBackbone(nn.Module):
                 setattr(model, child, nn.Identity())
         return left_out
 
-    def _measure(self) -> tuple[int, int]:
+    def _measure(self, probe: TimmBackbone) -> tuple[int, int]:
         """(width, stride) by the shapes of two feature maps."""
-        probe = self if next(self.parameters()).is_meta else _on_meta(self)
         side = self.image_size
         with torch.no_grad():
             _, width, rows, _ = probe(self._blank(side, side)).shape

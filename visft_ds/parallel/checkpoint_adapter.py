@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
-from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.layouts import is_lora, told_of
 from visft_ds.interop.merge import Change
+from visft_ds.interop.module_adapters import ModuleAdapter, module_adapter
 from visft_ds.interop.tuned import tuned_of
+from visft_ds.models.backbone import build_empty
+from visft_ds.models.lora import inject_lora
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel.checkpoint import newest_checkpoint, open_checkpoint
 from visft_ds.run_folder import BACKBONE_FILE, recorded_config
 
 
-def change_of_checkpoint(folder: Path) -> Change:
+def change_of_checkpoint(folder: Path) -> Change | ModuleAdapter:
     """The adapter, or the backbone's own parameters, in `<run>/checkpoints/step_N`, whose files are checked; settings
     come from the run's record.
 
@@ -36,13 +42,18 @@ def change_of_checkpoint(folder: Path) -> Change:
         base: str | None = checkpoint.record["identity"]["base weights"]
     else:
         base = sha256_file(random_base) if random_base.is_file() else None
+    model = config.visft.model
+    empty = build_empty(model.preset, torch.float32, model.backbone_options())
     if lora is None:
-        return tuned_of(tensors, folder, base)
+        return tuned_of(tensors, folder, base, told_of(empty))
     if others := [name for name in tensors if not is_lora(name)]:
         raise ValueError(
             f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "
             f"to weights that only its export has: let the run finish and give {run.name}/export/adapter"
         )
+    if isinstance(empty, TimmBackbone):
+        inject_lora(empty, **lora.model_dump())
+        return module_adapter(lora, tensors, empty, base)
     return adapter_of_run(lora, tensors, "checkpoint", base)
 
 

@@ -1,0 +1,274 @@
+"""Models of timm as backbones: timm's own features, adapters that PEFT computes alike, files that timm loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from visft_ds.config.schema import LoraConfig, ModelConfig
+from visft_ds.interop.layouts import told_of
+from visft_ds.interop.module_adapters import (
+    ModuleAdapter,
+    module_adapter,
+    read_module_adapter,
+    save_module_adapter,
+    why_no_peft,
+)
+from visft_ds.interop.peft import README
+from visft_ds.interop.timm_files import load_timm, open_timm
+from visft_ds.interop.timm_merge import merge_timm, verify_timm
+from visft_ds.interop.writing import save_tensors
+from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.values import open_base
+
+timm = pytest.importorskip("timm")
+# fp32, a few layers: both sides differ by the order of additions only (measured below 1e-6).
+TOLERANCE = 1e-5
+#: Model -> targets: linear layers, whole and depthwise convolutions, slices of a fused qkv.
+ADAPTED = {
+    "test_convnext": ("stages.*.mlp.fc1", "stages.*.conv_dw", "stem.0"),
+    "test_resnet": ("layer*.conv*",),
+    "test_vit": ("q", "v", "blocks.*.mlp.fc2"),
+}
+
+
+def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | None = None) -> TimmBackbone:
+    backbone = build_timm(name).eval()
+    inject_lora(backbone, rank=3, alpha=1.5, targets=targets or ADAPTED[name], magnitude=magnitude)
+    with torch.no_grad():
+        for key, parameter in lora_parameters(backbone).items():
+            if key.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+            elif key.endswith("lora_magnitude"):
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape))
+    return backbone
+
+
+def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> ModuleAdapter:
+    lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name], magnitude=magnitude)
+    tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
+    return module_adapter(lora, tensors, backbone, None)
+
+
+def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
+    """All that timm's model has without classifier, as a run writes it."""
+    backbone = build_timm(name)
+    values = {**backbone.state_dict(), **backbone.left_out, **more}
+    save_tensors(folder / "base.safetensors", values, told_of(backbone))
+    return folder / "base.safetensors"
+
+
+def _map_of(model: Any, images: Tensor) -> Tensor:
+    """timm's features as a feature map."""
+    features: Tensor = model.forward_features(images)
+    if features.ndim == 4:
+        return features
+    side = images.shape[-1] // 16
+    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (-1, side))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_convnext",
+        "test_resnet",
+        pytest.param("test_vit2", marks=pytest.mark.slow),
+        pytest.param("test_efficientnet", marks=pytest.mark.slow),
+    ],
+)
+def test_the_feature_map_is_timms(name: str) -> None:
+    backbone = build_timm(name, seed=3).eval()
+    again = build_timm(name, seed=3).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in backbone.state_dict().items())
+    twin = timm.create_model(name, num_classes=0).eval()
+    twin.load_state_dict({**backbone.state_dict(), **backbone.left_out})
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    with torch.no_grad():
+        assert torch.equal(backbone(images), _map_of(twin, images))
+        odd = backbone(torch.randn(1, 3, 101, 150))
+    stride = backbone.patch_size
+    assert odd.shape[1] == backbone.width and abs(odd.shape[2] - 101 / stride) <= 1 and odd.isfinite().all()
+    assert {key for key, _ in backbone.named_parameters()} <= set(twin.state_dict())
+
+
+def test_published_models_by_shape() -> None:
+    clip = build_timm("vit_base_patch16_clip_224.openai", device="meta")
+    assert (clip.width, clip.patch_size, clip.image_size, clip.left_out) == (768, 16, 224, {})
+    assert clip.pixel_mean == (0.48145466, 0.4578275, 0.40821073)
+    siglip = build_timm("vit_base_patch16_siglip_224", device="meta")
+    assert siglip.pixel_std == (0.5, 0.5, 0.5) and {name.partition(".")[0] for name in siglip.left_out} == {"attn_pool"}
+    atto = build_timm("convnext_atto", device="meta")
+    assert (atto.width, atto.patch_size) == (320, 32) and set(atto.left_out) == {"head.norm.weight", "head.norm.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("convnxt_atto", "did you mean timm:convnext_atto"),
+        ("vit_base_patch16_clip_224.opena", "Invalid pretrained tag"),
+        ("test_vit_relpos", "takes images of one size only"),
+    ],
+)
+def test_models_that_are_no_backbones(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_timm(name, device="meta")
+
+
+def test_statistics_of_batch_norms_do_not_move() -> None:
+    backbone = build_timm("test_resnet").train()
+    assert backbone.training and backbone.get_submodule("layer1.0").training
+    assert not any(module.training for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
+    before = {key: value.clone() for key, value in backbone.named_buffers()}
+    backbone(torch.randn(4, 3, 64, 64) * 5 + 1).square().mean().backward()
+    assert before and all(torch.equal(value, before[key]) for key, value in backbone.named_buffers())
+    assert backbone.get_parameter("layer1.0.bn1.weight").grad is not None
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("magnitude", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_adapters_begin_as_nothing_and_merge_exactly(name: str, magnitude: bool) -> None:
+    images = torch.randn(2, 3, 64, 96)
+    backbone = build_timm(name).eval()
+    with torch.no_grad():
+        plain = backbone(images)
+        inject_lora(backbone, rank=3, targets=ADAPTED[name], magnitude=magnitude)
+        assert torch.equal(backbone(images), plain)
+    assert has_effect(backbone, images) > 1e-3
+    backbone = _adapted(name, magnitude=magnitude)
+    with torch.no_grad():
+        adapted = backbone(images)
+        assert _relative(adapted, plain) > 1e-3
+        assert min(merge_lora(backbone).values()) > 0.999
+        assert _relative(backbone(images), adapted) < TOLERANCE
+        unmerge_lora(backbone)
+        assert torch.equal(backbone(images), adapted)
+
+
+def test_recomputing_gives_the_same_gradients() -> None:
+    """Also behind a frozen stem, where a reentrant checkpoint would give none."""
+    images, found = torch.randn(2, 3, 64, 64), []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        backbone = _adapted("test_convnext", targets=("stages.*.mlp.fc1",)).train()
+        for key, parameter in backbone.named_parameters():
+            parameter.requires_grad_("lora_" in key)
+        backbone.checkpoint_every = every
+        backbone(images).square().mean().backward()
+        found.append({key: value.grad for key, value in lora_parameters(backbone).items()})
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())  # type: ignore[arg-type]
+    assert all(value is not None and value.any() for value in found[1].values())
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+@pytest.mark.parametrize(
+    ("name", "magnitude"),
+    [
+        ("test_vit", False),
+        ("test_resnet", True),
+        pytest.param("test_convnext", False, marks=pytest.mark.slow),
+        pytest.param("test_resnet", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_readme_loads_it_into_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, magnitude: bool
+) -> None:
+    pytest.importorskip("peft")
+    ours, images = _adapted(name, magnitude=magnitude), torch.randn(2, 3, 160, 160)
+    adapter = _adapter(ours, name, magnitude=magnitude)
+    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    _base_file(name, folder)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, README, "exec"), names)
+    theirs = names["model"]
+    with torch.no_grad():
+        wanted, got = ours(images), _map_of(theirs.base_model.model, images)
+        with theirs.disable_adapter():
+            plain = _map_of(theirs.base_model.model, images)
+    assert _relative(wanted, plain) > 1e-3 and _relative(got, wanted) < TOLERANCE
+    again = read_module_adapter(folder)
+    assert again.fingerprint() == adapter.fingerprint() and again.places == adapter.places
+    assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
+
+
+def test_what_peft_cannot_have() -> None:
+    fused = _adapter(_adapted("test_vit", magnitude=True), "test_vit", magnitude=True)
+    assert "no slices of a fused layer" in (why_no_peft(fused) or "")
+    grouped = _adapter(_adapted("test_convnext", magnitude=True), "test_convnext", magnitude=True)
+    assert "no grouped convolutions" in (why_no_peft(grouped) or "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        pytest.param("test_convnext", marks=pytest.mark.slow),
+        pytest.param("test_vit", marks=pytest.mark.slow),
+    ],
+)
+def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
+    base = _base_file(name, tmp_path)
+    ours = _adapted(name)
+    adapter = _adapter(ours, name)
+    report = merge_timm(base, adapter, tmp_path / "merged.safetensors")
+    assert report.total.retained == pytest.approx(1, abs=1e-4)
+    difference, effect = verify_timm(base, adapter, tmp_path / "merged.safetensors")
+    assert difference < TOLERANCE and effect > 1e-3
+    names: dict[str, Any] = {"timm": timm, "FILE": str(tmp_path / "merged.safetensors")}
+    exec(f"model = {report.create_call()}", names)
+    model = names["model"].eval()
+    images = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert _relative(_map_of(model, images), ours(images)) < TOLERANCE
+    with pytest.raises(ValueError, match="count it twice"):
+        merge_timm(tmp_path / "merged.safetensors", adapter, tmp_path / "twice.safetensors")
+
+
+def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
+    """A classifier is passed over by name; all else has to fit."""
+    base = _base_file("test_convnext", tmp_path, **{"head.fc.weight": torch.zeros(5, 64)})
+    empty = build_timm("test_convnext", device="meta")
+    assert "left out 3 behind the feature map" in open_timm(empty, base).summary
+    loaded, _ = load_timm(base, "test_convnext", None, torch.float32)
+    assert torch.equal(loaded.get_parameter("stem.0.weight"), load_file(base)["stem.0.weight"])
+    model = ModelConfig(name="x", preset="timm:test_convnext", weights=str(base), precision="fp32")
+    opened = open_base(model, empty, torch.bfloat16)
+    assert opened.read("stem.0.bias").dtype == torch.float32 and len(opened.identity) == 64
+    values = load_file(base)
+    renamed = {("stages.9.x" if key == "stem.0.bias" else key): value for key, value in values.items()}
+    save_file(renamed, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"Missing \(1\): stem.0.bias.\nUnexpected \(1\): stages.9.x."):
+        open_timm(empty, tmp_path / "other.safetensors")
+    vit = _base_file("test_vit", tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"set visft\.model\.overrides\.image_size"):
+        open_timm(build_timm("test_vit", image_size=96, device="meta"), vit)
+    small = build_timm("test_vit", image_size=96, device="meta")
+    assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "message"),
+    [
+        ("test_convnext", ("q",), "has no list of blocks"),
+        ("test_convnext", ("stages.*.mlp.fc9",), r"did you mean stages.\d.blocks.\d.mlp.fc\d"),
+        ("test_vit", ("q", "blocks.*.attn.qkv"), "blocks.0.attn.qkv is adapted by two"),
+        ("test_vit", ("norm",), "matches no linear layer"),
+    ],
+)
+def test_targets_that_are_none(name: str, targets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inject_lora(build_timm(name, device="meta"), rank=2, targets=targets)

@@ -1,0 +1,149 @@
+"""Weights of a model of timm with what a run changed in them, as timm itself reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visft_ds.interop.backbones import cast, is_merged
+from visft_ds.interop.files import TensorInfo, examples, sha256_file
+from visft_ds.interop.layouts import TIMM_KEY, base_parameters
+from visft_ds.interop.merge import Share, scaled
+from visft_ds.interop.module_adapters import ModuleAdapter
+from visft_ds.interop.timm_files import load_timm, open_timm
+from visft_ds.interop.tuned import TunedWeights
+from visft_ds.interop.writing import refuse_existing, write_safetensors
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+
+Change = ModuleAdapter | TunedWeights
+
+
+@dataclass(frozen=True)
+class TimmMerge:
+    """What `merge_timm` did."""
+
+    backbone: TimmBackbone  #: on the meta device
+    base_sha256: str
+    tensors: Mapping[str, TensorInfo]
+    shares: Mapping[str, Share]  #: by name of the changed weight
+    total: Share
+    notes: tuple[str, ...]
+
+    def create_call(self) -> str:
+        """Python that builds the model and loads a file FILE of these weights, strictly."""
+        rows = [
+            info.shape[0]
+            for name, info in self.tensors.items()
+            if name.removesuffix(".weight") == self.backbone.classifier_names
+        ]
+        size = "".join(f", {key}={value}" for key, value in self.backbone.options.items())
+        classes = rows[0] if rows else 0
+        return f'timm.create_model("{self.backbone.name}", num_classes={classes}{size}, checkpoint_path=FILE)'
+
+
+def merge_timm(
+    base: str | Path, change: Change, out: str | Path, *, dtype: torch.dtype = torch.float32, allow_other: bool = False
+) -> TimmMerge:
+    """Write base + change as safetensors under timm's names; all that the base has beside the backbone stays as it is.
+
+    Raises ValueError, before anything is written, for an existing `out` or another suffix than .safetensors, a base of
+    another model or with an adapter merged in already, and a change that was made on another base (unless
+    `allow_other`).
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: weights for timm are written as .safetensors only; choose such a name")
+    refuse_existing(out)
+    assert change.timm is not None
+    name, image_size = change.timm
+    backbone = build_timm(name, image_size=image_size, device="meta")
+    opened = open_timm(backbone, base)
+    file, own = opened.file, base_parameters(backbone)
+    if is_merged(file):
+        raise ValueError(f"{base} has an adapter merged in already; merging again would count it twice: give the base")
+    changed = set(change.weights())
+    foreign = sorted(changed - own.keys() - set(opened.stored))
+    if foreign:
+        raise ValueError(f"{base} has nothing of the names that were changed: {examples(foreign)}")
+    sha256, notes = sha256_file(base), []
+    if change.base_sha256 is None:
+        notes.append("it is not recorded on which base file this was trained: not checked")
+    elif change.base_sha256 != sha256:
+        problem = f"this was trained on the base with sha256 {change.base_sha256}, {base} has {sha256}"
+        if not allow_other:
+            raise ValueError(f"{problem}: give that one, or allow it (--allow-other-base)")
+        notes.append(f"allowed: {problem}")
+    infos = {key: TensorInfo(file.shape(key), dtype if key in own else file.dtype(key)) for key in file}
+    shares, total = {key: Share() for key in sorted(changed & own.keys())}, Share()
+
+    def make(key: str) -> Tensor:
+        value = file.get(key)
+        if key not in own:
+            return value.contiguous()
+        if key not in changed:
+            return cast(value, dtype, key)
+        weight = value.float()
+        moved, delta = change.apply(key, weight)
+        result = cast(moved, dtype, key)
+        for share in (shares[key], total):
+            share.add(result.float() - weight, delta)
+        return result
+
+    merged = isinstance(change, ModuleAdapter)
+    told = {
+        TIMM_KEY: backbone.settings(),
+        "lora_merged": "true" if merged else "false",
+        "base_sha256": sha256,
+        "lora" if merged else "tuned": json.dumps({**change.record(), "sha256": change.fingerprint()}),
+    }
+    write_safetensors(out, infos, make, told)
+    return TimmMerge(backbone, sha256, infos, shares, total, tuple(notes))
+
+
+def scaled_module(change: Change, scale: float) -> Change:
+    """The change with `scale` times its effect, see `ModuleAdapter.scaled`."""
+    return scaled(change, scale) if isinstance(change, TunedWeights) else change.scaled(scale)
+
+
+def timm_card(title: str, change: Change, report: TimmMerge) -> str:
+    """README.md of merged weights."""
+    what = "with its LoRA merged in" if isinstance(change, ModuleAdapter) else "trained itself"
+    snippet = ["import timm", "", 'FILE = "model.safetensors"', f"model = {report.create_call()}"]
+    return "\n".join(
+        [
+            *("---", "library_name: timm", "tags: [vision, visft]", "---", ""),
+            f"# {title}",
+            "",
+            f"timm's {report.backbone.name} after a supervised fine-tuning "
+            f"([ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)), {what}: {change.describe()}.",
+            f"Base weights: sha256 {report.base_sha256}. Change: sha256 {change.fingerprint()}. "
+            f"{report.total.retained:.2%} of the change is in the file.",
+            "",
+            *("```python", *snippet, "```", ""),
+        ]
+    )
+
+
+def verify_timm(base: Path, change: Change, merged: Path, *, images: int = 2) -> tuple[float, float]:
+    """(relative difference of the merged file from base + change, effect of the change), on seeded noise, in fp32."""
+    assert change.timm is not None
+    model, _ = load_timm(base, *change.timm, torch.float32)
+    result, _ = load_timm(merged, *change.timm, torch.float32)
+    side = min(model.image_size, 224)
+    pixels = torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model.eval()(pixels)
+        change.install(model)
+        wanted, got = model.eval()(pixels), result.eval()(pixels)
+    return _relative(got, wanted), _relative(wanted, plain)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    norm = b.norm().item()
+    return (a - b).norm().item() / norm if norm else math.inf
