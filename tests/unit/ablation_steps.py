@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,14 +15,18 @@ TELL = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); out.mkdir(); (out 
 
 def steps_of(root: Path, texts: Mapping[str, str], needs: Mapping[str, str]) -> Mapping[str, Step]:
     """Scripts as steps, by their names; `needs` names the one before each."""
-    steps, made = StepList(root), {}
+    steps = StepList(root)
+    made: dict[str, Step] = {}
     for name, text in texts.items():
         script = root / f"{sha256(text.encode()).hexdigest()[:8]}.py"
         script.write_text(text)
-        words = [str(script)]
         before = [made[needs[name]]] if name in needs else []
-        made[name] = steps.add(name, name, lambda out, words=words: [*words, str(out)], needs=before)
+        made[name] = steps.add(name, name, partial(_command, script), needs=before)
     return steps.steps
+
+
+def _command(script: Path, out: Path) -> list[str]:
+    return [str(script), str(out)]
 
 
 def run_steps(steps: Mapping[str, Step], *, jobs: int = 1) -> tuple[dict[str, str], list[str]]:

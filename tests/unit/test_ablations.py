@@ -21,9 +21,10 @@ from visft_ds.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
 from visft_ds.ablations.draw import chart
 from visft_ds.ablations.plan import Plan, Planner, Trial
 from visft_ds.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
+from visft_ds.ablations.run import Failure
 from visft_ds.ablations.scales import Scale
 from visft_ds.ablations.statistics import estimate
-from visft_ds.ablations.steps import Step
+from visft_ds.ablations.steps import Step, StepList
 from visft_ds.ablations.tables import markdown, remarks, sections
 from visft_ds.ablations.write import read_outcome, write_question, write_report
 
@@ -147,6 +148,15 @@ def test_a_failing_step_takes_only_those_that_need_it(tmp_path: Path) -> None:
     assert set(again) == {"broken", "after"} and said[0] == "2 of 4 steps have finished before"
 
 
+def test_an_end_without_a_result_is_no_result(tmp_path: Path) -> None:
+    """A training that is asked to stop saves and ends with 0."""
+    steps = StepList(tmp_path)
+    (tmp_path / "stop.py").write_text("print('stopped after step 3')")
+    steps.add("train", "train", lambda out: [str(tmp_path / "stop.py")], proof=Path("export"))
+    reasons, _ = run_steps(steps.steps)
+    assert list(reasons) == ["train"] and "ended before it had made" in reasons["train"]
+
+
 def test_a_kill_leaves_what_had_finished_and_the_rest_goes_on(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     root.mkdir()
@@ -244,7 +254,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     def step(name: str) -> Step:
         folder = tmp_path / name
         folder.mkdir()
-        return Step(name, name, (), folder, tmp_path / f"{name}.json", tmp_path / f"{name}.log", (), False)
+        return Step(name, name, (), folder, tmp_path / f"{name}.json", tmp_path / f"{name}.log", (), False, None)
 
     before, after, benchmarks, lost = (step(name) for name in ("before", "after", "benchmarks", "lost"))
     for one, value in ((before, 0.25), (after, 0.5)):
@@ -260,7 +270,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     question = Question("?", (Arm("recipe"), Arm("broken")))
     trials = [Trial("recipe", 0, before, after, benchmarks), Trial("broken", 0, before, lost, lost)]
     steps = {one.stem: one for one in (before, after, benchmarks, lost)}
-    failure = command.Failure("exit status 2: error: why")
+    failure = Failure("exit status 2: error: why")
     outcome = collect(Plan("mine", question, trials), steps, {"lost": failure})
     assert [metric.name for metric in outcome.metrics] == [
         *("box/AP50", "caption/CIDEr-D"),

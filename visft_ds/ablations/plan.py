@@ -159,6 +159,8 @@ class Planner:
         self.missing |= {one.path: one for one in missing_inputs(config) if not self.scale.toy and one.path not in made}
         visft, launcher = config.visft, self.scale.launcher
         files = [visft.data.root, *(one.root for one in visft.data.sets), visft.model.weights, visft.heads.path]
+        proof = ADAPTER_FOLDER if "lora" in trained else TRAINED_BACKBONE_FILE
+        proof = f"{next(iter(visft.tasks.enabled()))}.safetensors" if stage == 1 else proof
         step = self.steps.add(
             kind,
             title,
@@ -167,6 +169,7 @@ class Planner:
             # Not the command: arms that come to the same configuration are one training.
             identity={"configuration": config.fingerprint(), "files": files, "processes": self.scale.processes},
             resumes=True,
+            proof=Path("export") / proof,
         )
         return _Training(step, config, trained)
 

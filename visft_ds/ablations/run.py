@@ -108,6 +108,8 @@ class _Running:
             end = [line for line in lines if line.strip()][-_TAIL:]
             told = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
             return step, Failure(f"exit status {code}: {told[:300]}", end)
+        if step.proof is not None and not step.proof.exists():
+            return step, Failure(f"ended before it had made {step.proof}; the same command goes on with it")
         record = {"command": step.command, "seconds": round(time.monotonic() - self.began, 1), "title": step.title}
         temporary = step.marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ class Step:
     log: Path
     needs: tuple[str, ...]  #: stems of the steps before it
     resumes: bool  #: goes on with what it left; otherwise that is removed before it starts again
+    proof: Path | None  #: without it, exit status 0 is not the end: a training that is asked to stop ends well, too
 
 
 @dataclass
@@ -51,6 +52,7 @@ class StepList:
         identity: Mapping[str, Any] | None = None,
         inside: Step | None = None,
         resumes: bool = False,
+        proof: Path | None = None,
     ) -> Step:
         """Add a step unless there is an equal one; returns the one that is there.
 
@@ -58,6 +60,7 @@ class StepList:
             kind: beginning of its name.
             command: from the folder that it writes to its words.
             identity: what decides about the result, where the command is not the best description of it.
+            proof: below its folder, what is there once it has finished.
             inside: it writes into the folder of that step, which it needs.
         """
         folder = self.root / STEPS
@@ -78,5 +81,6 @@ class StepList:
                 log=folder / f"{stem}.log",
                 needs=tuple(dict.fromkeys(step.stem for step in before)),
                 resumes=resumes or inside is not None,
+                proof=out / proof if proof else None,
             )
         return self.steps[stem]
