@@ -73,6 +73,7 @@ class Job:
     split: str
     out: Path
     precision: str
+    packed: bool  #: images of different sizes pass through the backbone without padding
 
     @property
     def tasks(self) -> list[str]:
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             preset=given.model,
             vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
             decoding=job.decoding,
+            packed=job.packed,
         )
     except (ValueError, StoreFailed) as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
@@ -226,6 +228,7 @@ def _job(given: argparse.Namespace) -> Job:
         split=split,
         out=given.out or given.run / f"evaluation-{split}",
         precision=given.precision or precision,
+        packed=visft.model.packed if given.run else False,
     )
 
 

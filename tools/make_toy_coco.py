@@ -20,7 +20,7 @@ import re
 
 from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.toy_classes import KINDS, write_toy_classes
-from visft_ds.data.toy_scenes import STYLES
+from visft_ds.data.toy_scenes import MAX_SHAPES, STYLES
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -38,6 +38,9 @@ def main() -> int:
     parser.add_argument("--val", type=int, default=200, help="images in val2017 or test/ (%(default)s)")
     parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
     parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
+    parser.add_argument(
+        "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 make COCO's 7 on average"
+    )
     parser.add_argument("--classification", choices=KINDS, help="one shape a picture, in test/CLASS/ and train/CLASS/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
@@ -54,6 +57,7 @@ def main() -> int:
             width=width,
             style=given.style,
             seed=given.seed,
+            max_shapes=given.max_shapes,
             workers=given.workers,
         )
     except (ValueError, OSError) as error:
@@ -69,6 +73,8 @@ def main() -> int:
 def _write_classes(given: argparse.Namespace) -> int:
     width, height = given.size
     try:
+        if given.max_shapes != MAX_SHAPES:
+            raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
         counts = write_toy_classes(
             given.out,
             given.classification,

@@ -11,7 +11,9 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py build --workers 2
     python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
+    deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
     python tools/profile.py ops
+    python tools/profile.py peft
 
 Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, or memory is not as planned, 2 wrong usage or
 something missing, 3 another rank ended first.
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 
 from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
+from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import (
     add_ap_parser,
     add_features_parser,
@@ -32,6 +35,7 @@ from visft_ds.profiling.command import (
 )
 from visft_ds.profiling.data_command import add_data_parser
 from visft_ds.profiling.operations_command import add_operations_parser
+from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.profiling.save_command import add_save_parser
 
@@ -75,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         add_save_parser,
         add_plan_parser,
         add_operations_parser,
+        add_peft_parser,
+        add_comm_parser,
     ):
         add_parser(commands)
     return parser

@@ -90,6 +90,7 @@ def write_part(path: Path, part: RankPart) -> bool:
     for number, batch in enumerate(part.batches):
         tensors |= {f"{number}/{name}": getattr(batch, name) for name in _BATCH}
         tensors |= _of_views(batch.views or (), f"{number}/views/")
+        tensors |= {} if batch.frames is None else {f"{number}/frames": batch.frames}
         for task, targets in batch.targets.items():
             for entry in fields(targets):
                 name, value = f"{number}/targets/{task}/{entry.name}", getattr(targets, entry.name)
@@ -190,8 +191,9 @@ def _read_part(path: Path, rank: int) -> RankPart:
     batches = []
     for number, tasks in enumerate(texts["tasks"]):
         targets = {task: _targets(tensors, texts, f"{number}/targets/{task}/", TARGETS[task]) for task in tasks}
-        views = _views(tensors, f"{number}/views/")
-        batches.append(Batch(targets=targets, views=views, **{name: tensors[f"{number}/{name}"] for name in _BATCH}))
+        views, frames = _views(tensors, f"{number}/views/"), tensors.get(f"{number}/frames")
+        values = {name: tensors[f"{number}/{name}"] for name in _BATCH}
+        batches.append(Batch(targets=targets, views=views, frames=frames, **values))
     normaliser: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("normaliser/"):

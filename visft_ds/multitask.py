@@ -7,7 +7,7 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import Backbone
-from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD
+from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
+from visft_ds.models.layers import stack_padded
 from visft_ds.ops import no_autocast
 from visft_ds.tasks import Criterion
+from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.segmentation import SegmentationOutput
 
 Normaliser = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
 
@@ -70,6 +73,37 @@ def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ..
     return axes[0][:, :, None] & axes[1][:, None, :]
 
 
+@dataclass(frozen=True)
+class Frames:
+    """Images of different sizes in a padded batch, each with the padding that it has by itself."""
+
+    pixels: Grids  #: (height, width) of each, at least one patch
+    grids: Grids  #: the same in patches
+
+    @classmethod
+    def of(cls, batch: Batch, backbone: Backbone) -> Frames | None:
+        """None where all images of the batch are of one size: then there is no padding to save."""
+        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+            return None
+        smallest = backbone.patch_size
+        pixels = [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
+        return cls(pixels, own_tower(backbone).grids(pixels))
+
+    def valid(self, sizes: Tensor) -> Tensor:
+        """`valid_region` of each image alone, (B, h, w) bool, as large as the largest grid and False beyond each."""
+        parts = [
+            valid_region(size[None], frame, grid)[0]
+            for size, frame, grid in zip(sizes, self.pixels, self.grids, strict=True)
+        ]
+        return stack_padded(parts)
+
+    def extents(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 2) height and width of each image's valid part as a share of the largest grid."""
+        grids, pixels = (torch.tensor(one, dtype=dtype) for one in (self.grids, self.pixels))
+        shares = (grids / grids.amax(dim=0) / pixels).to(sizes.device, non_blocking=True)
+        return shares * sizes
+
+
 class MultiTaskModel(nn.Module):
     """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
 
@@ -83,6 +117,9 @@ class MultiTaskModel(nn.Module):
     list, its message goes there and the loss is NaN, so that all ranks can finish the backward pass together.
 
     `feature_cache` keeps the features of a frozen backbone, where batches have views.
+
+    With `packed`, images of different sizes pass through the backbone without padding, in training and in evaluation:
+    their features are those of each image alone, whatever else is in its batch.
     """
 
     def __init__(
@@ -97,6 +134,7 @@ class MultiTaskModel(nn.Module):
         self.heads_active = heads_active
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
+        self.packed = False
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -106,13 +144,20 @@ class MultiTaskModel(nn.Module):
         return self
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, D, h, w) in float32 and their valid mask (B, h, w) bool."""
+        """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
         if batch.views is not None:
             return self._features_of_views(batch)
-        pixels = self.pixels(batch.images, batch.sizes)
+        pixels, frames = self.pixels(batch.images, batch.sizes), self.frames(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
-            features: Tensor = self.backbone(pixels).float()
+            features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames.pixels)
+            features = at_least_float32(features)
+        if frames is not None:
+            return features, frames.valid(batch.sizes)
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+
+    def frames(self, batch: Batch) -> Frames | None:
+        """How the images of a batch are packed; None where they are not."""
+        return Frames.of(batch, self.backbone) if self.packed else None
 
     def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`features` of images that pass through the backbone one by one, rounded as they are kept.
@@ -134,7 +179,8 @@ class MultiTaskModel(nn.Module):
                 self.feature_cache.put(key, index, view.frame, stored)
             features = stored.unpack()
             images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
-        return _padded([one for one, _ in images]).permute(0, 3, 1, 2), _padded([valid for _, valid in images])
+        features, valid = (stack_padded(parts) for parts in zip(*images, strict=True))
+        return features.permute(0, 3, 1, 2), valid
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
         """What the backbone is fed: `normalise_pixels`, and never less than one patch.
@@ -165,15 +211,18 @@ class MultiTaskModel(nn.Module):
         self, features: Tensor, valid: Tensor, batch: Batch, normaliser: Normaliser | None = None
     ) -> dict[str, Any]:
         """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
+        frames = self.frames(batch)
         # Heads and losses stay in float32 whatever the backbone computes in.
         with no_autocast(features.device):
             if normaliser is None:
                 wanted = batch.tasks or tuple(self.heads)
-                return {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
+                predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
+                return {task: _placed(output, frames, batch, features) for task, output in predicted.items()}
             losses: dict[str, Tensor] = {}
             for task in batch.tasks:
                 criterion, targets = self.criteria[task], batch.targets[task]
                 output = self.heads[task](features, valid, **targets.head_inputs())
+                output = _placed(output, frames, batch, features)
                 try:
                     parts = criterion(output, targets, normaliser[task], batch.image_ids)
                 except FloatingPointError as error:
@@ -193,13 +242,11 @@ class MultiTaskModel(nn.Module):
         }
 
 
-def _padded(images: list[Tensor]) -> Tensor:
-    """[(h, w, ...)] -> (B, h, w, ...), padded below and on the right with 0."""
-    height, width = (max(one.shape[side] for one in images) for side in (0, 1))
-    padded = images[0].new_zeros((len(images), height, width, *images[0].shape[2:]))
-    for place, one in enumerate(images):
-        padded[place, : one.shape[0], : one.shape[1]] = one
-    return padded
+def _placed(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
+    """The output of a head; maps over packed images also say where each image lies in them."""
+    if frames is None or not isinstance(output, SegmentationOutput):
+        return output
+    return replace(output, extents=frames.extents(batch.sizes, features.dtype))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import memory_bounded, peak_memory
+from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.out_of_memory import MemoryWatch, gib, shape_text
@@ -48,13 +49,16 @@ class Largest:
     """A micro-batch than which a run meets none that needs more memory.
 
     The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
-    batch is padded to the height of the one and the width of the other. Captions have `max_words` words.
+    batch is padded to the height of the one and the width of the other. Where images are packed, the heads still see
+    that; the backbone has most to do with images of most pixels, which are a micro-batch of their own then. Captions
+    have `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
     sizes: tuple[Size, ...]  #: (height, width) of each image
     objects: tuple[int, ...]  #: in each image
     category: int  #: of all of them, a raw id of the data
+    packed: bool = False  #: the backbone sees no padding
 
     @property
     def frame(self) -> Size:
@@ -70,8 +74,12 @@ class Largest:
 
     def covers(self, other: Largest) -> bool:
         """Whether it needs no less memory than another one."""
-        sides = zip((*self.frame, sum(self.objects)), (*other.frame, sum(other.objects)), strict=True)
+        sides = zip(self._needs(), other._needs(), strict=True)
         return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
+
+    def _needs(self) -> tuple[int, ...]:
+        """Numbers that memory grows with."""
+        return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
     def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
         """It, as far as a process that reads with this role has it."""
@@ -98,8 +106,8 @@ class Largest:
 def largest_batches(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
 ) -> list[tuple[Largest, Pipeline]]:
-    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch: one
-    lies, one stands."""
+    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
+    lies, one stands), or where images are packed."""
     found: list[tuple[Largest, Pipeline]] = []
     pipelines = pipelines_of(settings, sets, vocabulary)
     for name, stream in settings.streams().items():
@@ -109,8 +117,9 @@ def largest_batches(
             category = next((one.coco_id for one in manifest.categories), 0)
             objects = _most_objects(manifest, batches.micro[name])
             extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
-            for sizes in _gathered(extremes, batches.micro[name]):
-                largest = Largest(part, sizes, objects, category)
+            packed = settings.model.packed
+            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+                largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in own):
                     own = [(other, made) for other, made in own if not largest.covers(other)]
                     own.append((largest, pipeline))
@@ -134,24 +143,44 @@ def rehearse(
         OutOfMemory: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    device, rows = engine.device, []
+    compiles = config.visft.model.compile != "none"
+    device, rows, compiling = engine.device, [], 0.0
     with unchanged(engine), memory_bounded(device, distributed.processes_here()):
         for largest, pipeline in largest_batches(config.visft, sets, vocabulary, batches):
             name, shape = largest.stream.name, largest.describe()
-            watchdog.begin(f"rehearsal of {name}")
-            began = time.perf_counter()
-            with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
-                own = counts_of(engine.module, micro)
-                agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
-                engine.train_step(0, micro, normaliser_of(agreement.counts, batches.dp * batches.accumulation, device))
-            rows.append((name, shape, f"{time.perf_counter() - began:.1f} s", gib(peak_memory(device))))
+            times = []
+            for _ in range(1 + compiles):  # what the second time takes less was for compiling
+                watchdog.begin(f"rehearsal of {name}")
+                began = time.perf_counter()
+                with memory.watched(f"the rehearsal of {name}", name, largest.describe):
+                    micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
+                    own = counts_of(engine.module, micro)
+                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
+                    parts = batches.dp * batches.accumulation
+                    engine.train_step(0, micro, normaliser_of(agreement.counts, parts, device))
+                times.append(time.perf_counter() - began)
+            compiling += times[0] - times[-1]
+            rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))
     memory.rehearsed = True
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
-        print_plan("rehearsal, of which nothing is kept", [Section("steps", rows, columns), memory.planned()])
+        sections = [Section("steps", rows, columns), memory.planned()]
+        sections += [_compiled_section(config.visft.model.compile, compiling)] if compiles else []
+        print_plan("rehearsal, of which nothing is kept", sections)
+
+
+def _compiled_section(how: str, seconds: float) -> Section:
+    """What was compiled before the first step, and what it took. What evaluation runs is compiled there."""
+    graphs, breaks = compilations()
+    told = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
+    rows = [("blocks", told), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
+    if how == "cuda_graphs":
+        rows.append(
+            ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")
+        )
+    return Section("compiled", rows)
 
 
 def _object(size: Size, category: int) -> Mapping[str, Any]:
@@ -177,12 +206,13 @@ def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
     return tuple(most[::-1].tolist())
 
 
-def _gathered(extremes: Iterable[Size], count: int) -> list[tuple[Size, ...]]:
+def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
     """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
-    one, or one batch with the highest and the widest."""
+    one, or one batch with the highest and the widest; where they are packed, also one of the largest alone."""
     known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
     if count == 1:
         lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
         return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
     highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
-    return [(highest, widest, *[known[0]] * (count - 2))]
+    gathered = [(highest, widest, *[known[0]] * (count - 2))]
+    return [*gathered, (known[0],) * count] if packed else gathered

@@ -25,8 +25,9 @@ from visft_ds.interop.heads import check_categories, find_head, open_head, read_
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
-from visft_ds.models.backbone import Backbone, build_empty
+from visft_ds.models.backbone import Backbone, build_empty, own_tower
 from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
@@ -111,7 +112,7 @@ def prepare_model(
     vocabulary: Vocabulary | None = None,
     placement: Placement = HOST,
 ) -> PreparedModel:
-    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effect.
+    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
     Nothing is allocated before everything that shapes and descriptions tell has been checked.
 
@@ -142,11 +143,15 @@ def prepare_model(
         notes += _check_heads(infos, config, base.identity)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
+    store_in_few_bits(module.backbone, config.model.base)
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
+    if config.model.base != "full":
+        difference = compare_with_full(own_tower(module.backbone), base.read, placement.whole)
+        notes += difference.lines() if difference else []
     return PreparedModel(module, groups, base, tuple(notes))
 
 
@@ -165,6 +170,8 @@ def plan_model(
 ) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The model on the meta device and what would train, from shapes alone: no file is read.
 
+    Its matrices have the shapes and dtypes of full precision; `store_in_few_bits` comes next.
+
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
         storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
@@ -180,8 +187,10 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
+    _check_content(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
+    plan_few_bits(backbone, model.base)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     _set_modes(module, config, groups)
@@ -249,6 +258,7 @@ def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[Tra
     module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    module.packed = config.model.packed
 
 
 def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
@@ -283,6 +293,9 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
                 f"the {task} head was trained on the features of other base weights ({trained_on}); these are "
                 f"{base_weights}: use the base weights of stage 1"
             )
+        base = info.extra.get("base", "full")
+        if base != config.model.base:
+            notes.append(f"the {task} head learnt over a base in {base}, this run has {config.model.base}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")
@@ -310,6 +323,18 @@ def _check_stage(module: nn.Module, stage: StageSpec) -> None:
 
 def _without_adapters(idle: str) -> str:
     return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
+
+
+def _check_content(config: VisftConfig, patch_size: int) -> None:
+    """What is left of an image ends where a patch does; the transform does not know the backbone."""
+    task = config.tasks.segmentation
+    if config.mode == "shared" or task is None or not task.image.content_only:
+        return
+    if task.image.content_multiple % patch_size:
+        raise ValueError(
+            f"visft.tasks.segmentation.image.content_multiple = {task.image.content_multiple}: the patches of this "
+            f"backbone have {patch_size} pixels; give {patch_size} or a multiple of it"
+        )
 
 
 def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:

@@ -12,10 +12,11 @@ from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.models.backbone import Backbone
+from visft_ds.models.backbone import Backbone, own_tower
 from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.planner import memory_of, plan_memory
@@ -46,7 +47,7 @@ def print_start(
 ) -> None:
     """The plan of a run that is about to train. Main process only."""
     module = prepared.module
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    total = number_of_values(module)
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
     model = config.visft.model
@@ -57,8 +58,14 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
+                ("frozen matrices", "as computed in" if model.base == "full" else model.base),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
+                ("compiled", model.compile),
+                (
+                    "padding",
+                    _padding(own_tower(module.backbone), device, dtype) if model.packed else "up to the largest image",
+                ),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
         ),
@@ -78,6 +85,12 @@ def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> 
         return "timm's own", "its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2
     return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+
+
+def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    tower = own_tower(backbone)
+    name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
+    return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
 def _recompute(model: ModelConfig) -> str:

@@ -34,6 +34,7 @@ from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import told_of
 from visft_ds.interop.writing import remove_unfinished
 from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
+from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
 from visft_ds.multitask import Normaliser, counts_of, normaliser_of
@@ -115,6 +116,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     device = distributed.local_device()
     precision, why = choose_precision(settings.model.precision, device)
     use_kernels(settings.model.kernels, device)
+    check_compiler(settings.model.compile, device)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     open_run_folder(out, config, resume)
@@ -140,6 +142,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         check_space(out, sum(group.count for group in prepared.groups), settings.run)
         base_sha256 = _keep_random_base(prepared, config, out)
         engine = build_engine(config, prepared, for_deepspeed, partition)
+        compile_blocks(prepared.module.backbone, settings.model.compile)
         state = RunState(config, engine, identity)
         run = Run(
             config=config,

@@ -25,6 +25,7 @@ from visft_ds.interop.timm_files import open_timm
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
+from visft_ds.models.low_bit import frozen_matrices
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.tasks import TASKS
@@ -71,7 +72,7 @@ class BaseWeights:
 
     identity: str  #: sha256 of the file, or the recipe of the random weights
     note: str
-    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype in which the model keeps it
+    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before it is stored in few bits
     load: Callable[[str], Tensor]
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
     beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
@@ -173,9 +174,13 @@ def fill_model(
             (`of_one_rank`).
     """
     backbone, held = module.backbone, placement.held(module)
+    stored = {f"{name}.weight": one.low_bit for name, one in frozen_matrices(backbone).items() if one.low_bit}
 
     def of_backbone(name: str) -> Tensor:
-        return first_value(backbone, name, config.seed, base.read) if is_lora(name) else base.read(name)
+        if is_lora(name):
+            return first_value(backbone, name, config.seed, base.read)
+        value = base.read(name)
+        return stored[name].pack(value) if name in stored else value
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)

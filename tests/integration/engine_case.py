@@ -242,22 +242,28 @@ def forget_autocast() -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
-def start_engine(stage: int, name: str, precision: str) -> Any:
-    """An engine of ds_configs over the tiny model; two micro-batches a step."""
-    from visft_ds.parallel.engine import ZeroEngine
-    from visft_ds.parallel.placement import placement_for
-
-    forget_autocast()
-    config = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
+def engine_config(name: str, precision: str, accumulation: int = 2) -> dict[str, Any]:
+    """What DeepSpeed is given."""
+    config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": CLIP,
         "steps_per_print": 10**9,
     }
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return config
+
+
+def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -> Any:
+    """An engine of ds_configs over the tiny model."""
+    from visft_ds.parallel.engine import ZeroEngine
+    from visft_ds.parallel.placement import placement_for
+
+    forget_autocast()
+    config = engine_config(name, precision, accumulation)
     module, groups = build(stage, storage=STORAGE[precision])
     optimizer_groups = [
         {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups

@@ -39,13 +39,13 @@ def srun(arguments: Sequence[str]) -> int:
     """Start every task, pass signals on to all, and return the largest exit code."""
     first = next(place for place, word in enumerate(arguments) if not word.startswith("--"))
     nodes, each = int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
-    tasks = []
-    for task in range(nodes * each):
-        place = {"SLURM_PROCID": task, "SLURM_LOCALID": task % each, "SLURM_NODEID": task // each}
+    tasks: list[subprocess.Popen[bytes]] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # before there is a task that could say it is ready
+        signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks] and None)
+    for rank in range(nodes * each):
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % each, "SLURM_NODEID": rank // each}
         environment = {name: str(value) for name, value in {**place, "SLURM_NTASKS": nodes * each}.items()}
         tasks.append(subprocess.Popen(arguments[first:], env={**os.environ, **environment}))
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks] and None)
     codes = [task.wait() for task in tasks]
     return max(code if code >= 0 else 128 - code for code in codes)
 

@@ -206,6 +206,10 @@ def test_text_side_of_an_open_clip_model(tool: ModuleType, tree: Path, tmp_path:
     after = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"transformer.resblocks.0.attn.in_proj_weight", "logit_scale"}
+    (tmp_path / "Tiny-sigmoid.json").write_text(json.dumps({**config, "init_logit_bias": -10.0}))
+    model = f"open_clip:{tmp_path}/Tiny-sigmoid.json:random"
+    status, _, errors = run(tool, "text", "--model", model, *words, "--out", tmp_path / "sigmoid")
+    assert status == 2 and "sigmoid loss of SigLIP" in errors
 
 
 def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tool: ModuleType, tree: Path, tmp_path: Path) -> None:
@@ -266,6 +270,8 @@ def test_dry_run_writes_nothing(tool: ModuleType, tree: Path, pretrained: Path, 
         (["pretrain", "--data", "TREE", "--batch-size", "97"], "give 2 to 96"),
         (["pretrain", "--data", "TREE", "--split", "test"], "captions_test2017.json"),
         (["pretrain", "--data", "TREE", "--set", "widht=3"], "did you mean 'width'"),
+        (["pretrain", "--data", "TREE", "--set", "width=1.5"], "width is a whole number"),
+        (["pretrain", "--data", "TREE", "--set", "depth=true"], "depth is a whole number"),
         (["pretrain", "--data", "TREE", "--text-width", "100"], "at most 64, or a multiple"),
         (["pretrain", "--data", "TREE", "--steps", "0"], "steps=0"),
         (["text", "--data", "TREE", "--model", "nowhere.pt"], "does not exist"),

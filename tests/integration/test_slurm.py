@@ -66,12 +66,21 @@ def test_only_the_code_of_a_stop_by_sigusr1_queues_the_job_again(code: int, job:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 0)])
 def test_a_signal_to_the_script_reaches_every_rank(number: signal.Signals, code: int, job: dict[str, str]) -> None:
     process = subprocess.Popen(
-        ["bash", SCRIPT], env={**job, "WAITS": "1"}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        ["bash", SCRIPT],
+        env={**job, "WAITS": "1"},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    for _ in range(4):
-        wait_for(process, "ready")
-    process.send_signal(number)
-    process.communicate(timeout=30)
+    try:
+        for _ in range(4):
+            wait_for(process, "ready")
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # tasks that wait for a signal would do so for ever
+        raise
     assert process.returncode == code
     assert len(requeued(job)) == (code == 85)
 

@@ -184,21 +184,34 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
     """Of other sizes and of the same, with gradients; the packed rows differ from each alone by rounding."""
     options: dict[str, Any] = {**TINY, "post_norm": post_norm, "class_token": class_token}
     backbone = build_backbone("debug", **options, dtype=torch.float64).train()
-    pictures = [torch.randn(3, *size, dtype=torch.float64) for size in ((56, 84), (61, 30), (14, 14), (61, 30))]
+    frames = ((56, 84), (61, 30), (14, 14), (61, 30))
+    batch = torch.randn(4, 3, 61, 84, dtype=torch.float64)  # what lies beyond a frame must not matter
+
+    def packed() -> list[Tensor]:
+        maps = backbone(batch, frames)
+        assert maps.shape == (4, 32, 4, 6)
+        grids = [(height // 14, width // 14) for height, width in frames]
+        assert all(not one[:, h:].any() and not one[:, :, w:].any() for one, (h, w) in zip(maps, grids, strict=True))
+        return [one[:, :h, :w] for one, (h, w) in zip(maps, grids, strict=True)]
+
+    def alone() -> list[Tensor]:
+        return [backbone(one[None, :, :h, :w])[0] for one, (h, w) in zip(batch, frames, strict=True)]
+
     for every, recompute in ((0, "block"), *((1, what) for what in RECOMPUTE)):
         backbone.checkpoint_every, backbone.recompute = every, recompute
         results = []
-        for run in (backbone.forward_packed, lambda some: [backbone(image[None])[0] for image in some]):
+        for run in (packed, alone):
             backbone.zero_grad()
-            maps = run(pictures)
+            maps = run()
             torch.stack([one.square().mean() for one in maps]).sum().backward()
             results.append((maps, {name: p.grad.clone() for name, p in backbone.named_parameters()}))
         torch.testing.assert_close(*results, rtol=0, atol=1e-10)
     # A gradient that one image alone has must not reach the other's pixels.
-    apart = [picture.clone().requires_grad_() for picture in pictures[:2]]
-    backbone.forward_packed(apart)[0].sum().backward()
-    assert apart[0].grad is not None and apart[1].grad is not None
-    assert apart[0].grad.abs().sum() > 0 and apart[1].grad.abs().sum() == 0
+    pixels = batch.clone().requires_grad_()
+    backbone(pixels, frames)[0].sum().backward()
+    assert pixels.grad is not None and pixels.grad[0].abs().sum() > 0 and pixels.grad[1:].abs().sum() == 0
+    with pytest.raises(ValueError, match="at least 14 on each side"):
+        backbone(batch, ((56, 84), (13, 30), (14, 14), (61, 30)))
 
 
 class _KernelCount(TorchDispatchMode):

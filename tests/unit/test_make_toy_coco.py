@@ -123,6 +123,15 @@ def test_masks_are_the_drawn_pixels(style: str) -> None:
         assert change[~_grow(marked)].max() <= 32  # a tip thinner than a pixel shows faintly
 
 
+def test_as_many_objects_as_coco_has_when_asked_for() -> None:
+    """Smaller shapes find room; each sentence still counts them."""
+    scenes = [draw_scene(np.random.default_rng(seed), STYLES["a"], 160, 200, max_shapes=18) for seed in range(24)]
+    counts = [len(scene.shapes) for scene in scenes]
+    assert 6 < np.mean(counts) < 9 and max(counts) > 13
+    crowded = scenes[int(np.argmax(counts))]
+    assert "teen shapes" in " ".join(describe(np.random.default_rng(0), crowded)).lower()
+
+
 def _grow(mask: np.ndarray) -> np.ndarray:
     """One pixel more in each direction: soft edges colour the pixels that a polygon only touches."""
     padded = np.pad(mask, 1)
@@ -172,7 +181,12 @@ def test_captions_count_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"height": 20}, "too small"), ({"style": "c"}, "choose one of a, b"), ({"train": -1}, "must not be negative")],
+    [
+        ({"height": 20}, "too small"),
+        ({"style": "c"}, "choose one of a, b"),
+        ({"train": -1}, "must not be negative"),
+        ({"max_shapes": 21}, "1 to 20"),
+    ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path, change: dict, message: str) -> None:
     arguments = {"train": 1, "val": 1, "height": 56, "width": 56} | change

@@ -82,6 +82,12 @@ def test_a_rehearsed_step_keeps_what_a_real_one_keeps(
     content = Content(OBJECTS, FIRST_IDS + 1)
     run = Run(config, derive_batches(config, 1), precision, VOCABULARY, CPU, content)
     moment = rehearse(run, config.visft.streams()[task]).moments[0]
+    if settings == BLOCK_AGAIN:
+        # Of a block that is computed again two moments are as full, in which the same tensors go by other names: the
+        # last one of the forward and the first one of the backward pass.
+        whole = sum(size for kind, size in real.items() if kind in (ACTIVATIONS, TRANSIENT, OTHER))
+        assert moment[ACTIVATIONS] + moment[TRANSIENT] == pytest.approx(whole, rel=0.03)
+        return
     # Points of the segmentation criterion come from an array of the host, which a real ledger on a CPU does not see.
     assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.04 if task == "segmentation" else 0.001)
     assert moment[TRANSIENT] == pytest.approx(real[TRANSIENT] + real[OTHER], rel=0.1)

@@ -20,7 +20,7 @@ from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.profiling import hardware, session
 from visft_ds.profiling.communication import covered
 from visft_ds.profiling.counting import FlopMeter
-from visft_ds.profiling.flops import KEPT_SCORES, Flops, Tower, detection_flops, tower_flops
+from visft_ds.profiling.flops import KEPT_SCORES, Flops, Tower, detection_flops, packed_flops, tower_flops
 from visft_ds.profiling.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -137,6 +137,19 @@ def test_a_backbone_step_costs_what_the_formula_says(
     assert meter.parts["forward"] == formula.forward
     assert meter.total == formula.all
     assert bool(every and recompute != "gelu_8bit") == bool(formula.recompute)
+
+
+def test_packed_images_cost_what_the_formula_says() -> None:
+    """Patches of the padded batch are embedded, blocks see those of the images alone."""
+    backbone = build_backbone("debug", width=16, depth=2, num_heads=2, image_size=56)
+    backbone.requires_grad_(False)
+    inject_lora(backbone, rank=3)
+    backbone.checkpoint_every = 1
+    meter = FlopMeter()
+    with meter.counting():
+        backbone.train()(torch.randn(2, 3, 56, 70), ((56, 28), (30, 70))).square().sum().backward()
+    formula = packed_flops(tower_of(backbone, rank=3, targets=("q", "v")), [4 * 2, 2 * 5], 2 * 4 * 5)
+    assert meter.total == formula.all
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -39,9 +39,11 @@ ROUNDING = 18
         DetectionTransform(True, short_sides=(300,), max_long=310, crop_range=(100, 600)),
         DetectionTransform(True, fixed_size=112),
         SegmentationTransform(True, size=256),
+        SegmentationTransform(True, size=256, content_only=True),
+        SegmentationTransform(True, size=256, content_only=True, scale=(0.1, 0.7)),
         JointTransform(True, ["detection"], short_sides=(200, 300), max_long=500),
     ],
-    ids=["paper", "long", "free crops", "square", "jitter", "joint"],
+    ids=["paper", "long", "free crops", "square", "jitter", "content", "small content", "joint"],
 )
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_no_draw_is_larger_than_the_extremes(transform: Any, size: tuple[int, int]) -> None:
@@ -58,10 +60,14 @@ def test_no_draw_is_larger_than_the_extremes(transform: Any, size: tuple[int, in
 
 def test_what_comes_together() -> None:
     """A batch is padded to the highest and the widest picture: two of 480 x 640 and 640 x 480 need 640 x 640."""
-    assert _gathered({(480, 640), (640, 480), (500, 500)}, 3) == [((640, 480), (480, 640), (480, 640))]
-    assert _gathered({(480, 640)}, 2) == [((480, 640), (480, 640))]  # nobody stands: no frame of 640 x 640
-    assert _gathered({(480, 640), (640, 480), (500, 500)}, 1) == [((480, 640),), ((640, 480),)]
-    assert _gathered({(56, 56)}, 1) == [((56, 56),)]
+    assert _gathered({(480, 640), (640, 480), (500, 500)}, 3, packed=False) == [((640, 480), (480, 640), (480, 640))]
+    # Nobody stands: no frame of 640 x 640.
+    assert _gathered({(480, 640)}, 2, packed=False) == [((480, 640), (480, 640))]
+    assert _gathered({(480, 640), (640, 480), (500, 500)}, 1, packed=False) == [((480, 640),), ((640, 480),)]
+    assert _gathered({(56, 56)}, 1, packed=True) == [((56, 56),)]
+    # Two of most pixels are more for the backbone than the highest and the widest: 2 x 307,200 against 360,000.
+    narrow = _gathered({(600, 300), (300, 600), (480, 640)}, 2, packed=True)
+    assert narrow == [((600, 300), (480, 640)), ((480, 640), (480, 640))]
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def test_a_bundle_gives_back_what_a_rank_worked_on(case: tuple[MultiTaskModel, A
     got = part.batches[0]
     assert got.tasks == batch.tasks == TASKS == tuple(TARGETS)
     assert torch.equal(got.images, batch.images) and torch.equal(got.random_keys, batch.random_keys)
+    assert batch.frames is not None and torch.equal(got.frames, batch.frames)
     for task in TASKS:
         for entry in fields(batch.targets[task]):
             ours, theirs = (getattr(one.targets[task], entry.name) for one in (got, batch))

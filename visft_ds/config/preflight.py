@@ -1,10 +1,11 @@
-"""What a run needs on disk, checked before any process allocates a model: file names only, no tensor library."""
+"""What a run needs on disk, checked before any process allocates a model: names only, no tensor library."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.config.resolve import ResolvedConfig
@@ -38,7 +39,14 @@ class Missing:
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
-    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
+    return [*_packages(config), *_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
+
+
+def _packages(config: ResolvedConfig) -> Iterator[Missing]:
+    base = config.visft.model.base
+    if base != "full" and find_spec("torchao") is None:
+        what = f"package for frozen matrices in {base} (or --set visft.model.base=full)"
+        yield Missing(what, "torchao", "pip install 'torchao>=0.18,<0.19'")
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:

@@ -52,6 +52,7 @@ NOT_IDENTITY = (
     "visft.model.fit_memory",
     "visft.model.memory_limit",
     "visft.model.kernels",
+    "visft.model.compile",
     "visft.tasks.*.micro_batch",
     "visft.tasks.captioning.decoding.*",
     "visft.tasks.captioning.vocabulary.file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,8 @@ class SegmentationImage(BaseModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
+    content_only: bool = False  #: in training, leave away what extends an image to size x size
+    content_multiple: Positive = 14  #: and extend it only to multiples of so many pixels: the backbone's patch
 
 
 class SegmentationHead(BaseModel):
@@ -233,6 +236,28 @@ class Stream:
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once
     image: dict[str, Any]  #: keyword arguments of the transform
+
+    def largest_side(self) -> int:
+        """Pixels to a side of the largest square among the training images."""
+        return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
+
+    def typical_side(self, together: int) -> int:
+        """Pixels to a side of the square that is as large as an average training image.
+
+        That of the largest, but where segmentation keeps the content only: then the mean over its scales for pictures
+        of 4 : 3, COCO's commonest shape.
+
+        Args:
+            together: images padded to the size of the largest of them; 1 where each passes by itself, or packed.
+        """
+        side = self.largest_side()
+        if not self.image.get("content_only"):
+            return side
+        low, high = self.image["scale"]
+        # The largest of several uniform numbers has the quantiles of one, with the root of the probability.
+        scales = [low + (high - low) * ((place + 0.5) / 1000) ** (1 / together) for place in range(1000)]
+        shares = [min(1.0, scale) * min(1.0, 0.75 * scale) for scale in scales]
+        return round(side * math.sqrt(sum(shares) / len(shares)))
 
 
 SHARED = "shared"  #: name of the one stream of mode "shared"

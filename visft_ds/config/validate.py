@@ -87,6 +87,8 @@ def validate(tree: Tree) -> Recipe:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:
         errors += _pipeline_contradictions(recipe.visft, keys)
+    if recipe is not None and keys is not None:
+        errors += _compile_contradictions(recipe.visft, keys)
     waits = keys is not None and (keys.pipeline is not None or keys.zero_optimization.stage == 3)
     if recipe is not None and recipe.visft.features is not None and waits:
         errors.append(("visft.features", _ONE_BY_ONE))
@@ -224,6 +226,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     """What towers of our own and models of timm do not have in common."""
     model, targets = visft.model, visft.lora.targets if visft.lora else ()
+    if visft.lora is not None and visft.lora.magnitude and model.base != "full":
+        yield "visft.lora.magnitude", f"must be false with visft.model.base = {model.base}: it needs the weights' rows"
     if model.timm is None:
         for number, target in enumerate(targets):
             if target not in ROLES:
@@ -239,6 +243,12 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         yield "visft.model.checkpoint_every", "timm's models compute every block again (1) or none (0)"
     if model.recompute != "block":
         yield "visft.model.recompute", 'timm\'s models know "block" only'
+    if model.packed:
+        yield "visft.model.packed", f"must be false with {model.preset}, whose images are padded"
+    if model.compile != "none":
+        yield "visft.model.compile", f"must be none with {model.preset}"
+    if model.base != "full":
+        yield "visft.model.base", f"must be full with {model.preset}"
     if model.fit_memory:
         yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
@@ -302,6 +312,12 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: labels are COCO's 80 categories"
         if jitter.scale[0] > jitter.scale[1]:
             yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
+        if jitter.content_only and jitter.fixed_size is not None:
+            yield (
+                "visft.tasks.segmentation.image.content_only",
+                "fixed_size scales every image to the whole square, nothing is left away: set one of the two to its "
+                "default",
+            )
         if jitter.pad_value > 255:
             yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
 
@@ -320,6 +336,12 @@ def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     if visft.stage != 1:
         yield "visft.features", "stage 2 changes the backbone, and with it all features: must be null"
+    if visft.model.packed:
+        yield (
+            "visft.model.packed",
+            "must be false with visft.features: images whose features are kept pass through the backbone one by one, "
+            "without padding",
+        )
     if visft.data.skip_damaged:
         yield (
             "visft.data.skip_damaged",
@@ -356,6 +378,34 @@ def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
             "zero_force_ds_cpu_optimizer",
             "must be false with offload_optimizer: DeepSpeed would ask for its own CPU optimizer, which it compiles",
         )
+
+
+def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
+    model, key = visft.model, "visft.model.compile"
+    if model.compile == "none":
+        return
+    if keys.zero_optimization.stage == 3:
+        yield (
+            key,
+            "must be none with ZeRO-3, which gathers the weights of every layer in Python, between the operators of a "
+            "block: use --engine zero1 or zero2",
+        )
+    if model.compile == "cuda_graphs" and keys.pipeline is not None:
+        yield key, "must be blocks or none with a pipeline, which keeps several micro-batches under way at once"
+    if model.compile == "cuda_graphs" and model.packed:
+        yield key, "must be blocks or none with visft.model.packed: packed images hardly ever have one shape twice"
+    if model.packed and model.checkpoint_every and model.recompute == "all_but_attention":
+        yield (
+            "visft.model.recompute",
+            "must be block, mlp or gelu_8bit with visft.model.compile and visft.model.packed: attention over packed "
+            "images is not compiled, so that nothing tells the compiler to keep its result",
+        )
+    if model.kernels == "triton":
+        yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
+    if model.base != "full":
+        yield key, f"must be none with visft.model.base = {model.base}: values are made of codes piece by piece"
+    if not visft.run.rehearsal:
+        yield key, "must be none without visft.run.rehearsal, which is when blocks are compiled"
 
 
 def _pipeline_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:

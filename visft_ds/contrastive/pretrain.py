@@ -9,7 +9,7 @@ Letters: n images, B pairs, E width of the embedding, S side of an image in pixe
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from visft_ds.contrastive.fitting import Curve, Recipe, fit
 from visft_ds.contrastive.loss import INITIAL_LOG_SCALE, clip_loss
 from visft_ds.contrastive.output import Result, staged, write_result
 from visft_ds.contrastive.pairs import PairOrder
-from visft_ds.contrastive.recall import recall
+from visft_ds.contrastive.recall import encode_captions, recall
 from visft_ds.contrastive.tokens import Tokens, tokens_of
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
 from visft_ds.evals.benchmarks.scores import ImageSet
@@ -89,8 +89,7 @@ def pretrain(
     clip = build(how)
     side = clip.images.backbone.image_size
     order = PairOrder(train.owners, how.recipe.batch_size, how.recipe.seed)
-    tower = text_tower_of(clip)
-    tokens = tokens_of(tower, train.captions)
+    tokens = tokens_of(text_tower_of(clip), train.captions)
     check_memory(train.images, side)
     with staged(out) as folder:
         device = device or distributed.local_device()
@@ -168,13 +167,7 @@ def _measure(clip: Clip, judge: tuple[Tensor, CaptionSet] | None) -> dict[str, f
     pixels, captions = judge
     device = clip.logit_scale.device
     images = [clip.images(normalised(part, device), ("clip",))["clip"].cpu() for part in pixels.split(_ROWS)]
-    tower = text_tower_of(clip)
-    texts = [tower.encode(part).cpu() for part in _parts(captions.captions)]
-    return recall(torch.cat(images), torch.cat(texts), captions.owners)
-
-
-def _parts(texts: Sequence[str]) -> list[Sequence[str]]:
-    return [texts[start : start + _ROWS] for start in range(0, len(texts), _ROWS)]
+    return recall(torch.cat(images), encode_captions(text_tower_of(clip), captions.captions), captions.owners)
 
 
 def _facts(how: Pretraining, clip: Clip, train: CaptionSet, tokens: Tokens) -> dict[str, str]:
@@ -185,6 +178,6 @@ def _facts(how: Pretraining, clip: Clip, train: CaptionSet, tokens: Tokens) -> d
         "text tower": f"width {how.text.width}, {how.text.layers} layers, {how.text.context_length} tokens",
         "data": f"{len(train.images)} images, {len(train.captions)} captions, fingerprint "
         f"{train.images.fingerprint[:12]}",
-        "captions that were cut": str(tokens.cut),
+        "captions as long as the tower reads, or longer": str(tokens.cut),
         "temperature": f"1 / {float(clip.logit_scale.detach().exp()):.1f}",
     }

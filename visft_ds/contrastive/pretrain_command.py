@@ -45,7 +45,7 @@ def run_pretrain(given: argparse.Namespace) -> None:
     check_common(given)
     check_alone()
     text = TextShape(given.text_width, given.text_layers, given.context_length, given.embedding)
-    how = Pretraining(given.model, dict(given.set), text, recipe_of(given))
+    how = Pretraining(given.model, _overrides(given), text, recipe_of(given))
     clip = build(how)
     backbone = clip.images.backbone
     train, validation = read_sets(given)
@@ -77,6 +77,19 @@ def run_pretrain(given: argparse.Namespace) -> None:
         return
     done = pretrain(train, given.out, how, validation=validation, log_every=given.log_every)
     finished({"before": done.before, "after": done.after}, done.seconds, done.weights)
+
+
+def _overrides(given: argparse.Namespace) -> dict[str, int | float | bool]:
+    for name, value in given.set:
+        if name == "post_norm":
+            fits, kind = isinstance(value, bool), "true or false"
+        elif name == "mlp_ratio":
+            fits, kind = not isinstance(value, bool), "a number"
+        else:
+            fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        if not fits:
+            raise ValueError(f"--set {name}={json.dumps(value)} is not allowed: {name} is {kind}")
+    return dict(given.set)
 
 
 def _setting(text: str) -> tuple[str, int | float | bool]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.retrieval import image_to_text, text_to_image
 from visft_ds.evals.benchmarks.scores import IntArray, hits
+from visft_ds.interop.text_towers import TextTower
 
 RECALLS = (1, 5)
+_ROWS = 256  # texts encoded at once
 
 
 def recall(images: Tensor, texts: Tensor, owners: IntArray) -> dict[str, float]:
@@ -27,6 +29,12 @@ def recall(images: Tensor, texts: Tensor, owners: IntArray) -> dict[str, float]:
         "text to image": text_to_image(images, texts, places),
     }
     return {f"{way} R@{k}": float(hits(found, k).mean()) for way, found in ranks.items() for k in RECALLS}
+
+
+def encode_captions(tower: TextTower, captions: Sequence[str]) -> Tensor:
+    """(captions, E) of length 1 on the CPU."""
+    parts = [captions[start : start + _ROWS] for start in range(0, len(captions), _ROWS)]
+    return torch.cat([tower.encode(part).cpu() for part in parts])
 
 
 def table(measured: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

@@ -8,7 +8,6 @@ Letters: n images, B pairs of a step over all processes, E width of the embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,13 +21,11 @@ from visft_ds.contrastive.loss import clip_loss
 from visft_ds.contrastive.pairs import PairOrder
 from visft_ds.contrastive.tokens import Tokens
 from visft_ds.interop.text_sides import TextSide
-from visft_ds.interop.text_towers import TextTower
 from visft_ds.parallel import distributed
 
 #: What trains: the whole text tower, LoRA on q and v of its attention, or its last map; the temperature with each.
 Trained = Literal["all", "lora", "projection"]
 DEFAULT_RECIPE = Recipe(steps=500, batch_size=256, lr=1e-5)
-_ROWS = 256  # texts encoded at once where nothing is learnt
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,3 @@ def _choose(side: TextSide, how: TextTuning) -> tuple[list[str], dict[str, nn.Pa
     for value in parameters.values():
         value.requires_grad_()
     return list(parameters), parameters
-
-
-def encode_captions(tower: TextTower, captions: Sequence[str]) -> Tensor:
-    """(captions, E) of length 1 on the CPU."""
-    parts = [captions[start : start + _ROWS] for start in range(0, len(captions), _ROWS)]
-    return torch.cat([tower.encode(part).cpu() for part in parts])

@@ -24,14 +24,13 @@ from visft_ds.contrastive.flags import (
 )
 from visft_ds.contrastive.output import Result, staged, write_result
 from visft_ds.contrastive.pairs import PairOrder
-from visft_ds.contrastive.recall import recall
+from visft_ds.contrastive.recall import encode_captions, recall
 from visft_ds.contrastive.text import (
     DEFAULT_RECIPE,
     TextTuning,
     Trained,
     Tuned,
     check_ranks,
-    encode_captions,
     tune_text,
 )
 from visft_ds.contrastive.tokens import Tokens, tokens_of

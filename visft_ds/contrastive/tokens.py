@@ -21,7 +21,7 @@ class Tokens:
     """All captions of a set."""
 
     table: Tensor  #: (captions, T) int32
-    cut: int  #: captions that are as long as the tower reads: what came after is lost
+    cut: int  #: captions that are as long as the tower reads, or longer: their end is lost
 
     def rows(self, places: Tensor) -> Tensor:
         """(B,) places -> (B, T) int64."""
@@ -47,8 +47,9 @@ def tokens_of(tower: TextTower, captions: Sequence[str]) -> Tokens:
             f"{tower.source}: its tokenizer says {int(table.max())}, and the tower embeds {rows} tokens: tokenizer and "
             f"text tower do not belong together"
         )
-    # CLIP's tokenizer fills up with 0; the last column is in use where a text was cut, or just fits.
-    return Tokens(table, int((table[:, -1] != 0).sum()))
+    # What ends an empty text is filled up with; the last column is in use where a text was cut, or just fits.
+    padding = torch.as_tensor(tower.tokenize([""]))[0, -1]
+    return Tokens(table, int((table[:, -1] != padding).sum()))
 
 
 def _vocabulary(tower: TextTower) -> int | None:

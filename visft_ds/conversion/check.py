@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+from isal import isal_zlib
 from PIL import Image, UnidentifiedImageError
 
 from visft_ds.conversion.reencode import decode_webp, is_webp
@@ -57,7 +57,7 @@ def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *
         convert: whether it is going to be re-encoded, so that WebP will do as well; `level` is "decode" then.
     """
     assert level == "decode" or not convert
-    crc32 = zlib.crc32(data)
+    crc32 = isal_zlib.crc32(data)
     try:
         extension = "webp" if convert and is_webp(data) else image_format(data)
         if level == "none":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from visft_ds.conversion.problem import Problem
 from visft_ds.conversion.tar_scan import BLOCK, Damage, Member, TarScan
@@ -118,7 +119,7 @@ class _Reading:
             content.blame(f"member {found.name[:_MAX_NAME]!r} is not allowed: {allowed}", offset=found.header)
             return
         key, extension = name[1], name[2].lower()
-        content.members[found.offset] = (key, len(found.payload), zlib.crc32(found.payload))
+        content.members[found.offset] = (key, len(found.payload), isal_zlib.crc32(found.payload))
         if extension != "json":
             self._lonely_image()
             if key in self._keys:

@@ -10,12 +10,12 @@ import hashlib
 import io
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
+from isal import isal_zlib
 
 from visft_ds.conversion.check import Checked, CheckLevel, check_image
 from visft_ds.conversion.inputs import ImageFolder
@@ -61,7 +61,9 @@ class Treatment:
     def prepare(self, sample: Planned, verdict: Checked | None) -> Prepared:
         """Read, check and, if it is asked for, re-encode an image; `verdict` holds for a file with the same crc32."""
         data = self.read(sample)
-        checked = verdict if verdict is not None and verdict.crc32 == zlib.crc32(data) else self.check(data, sample)
+        checked = (
+            verdict if verdict is not None and verdict.crc32 == isal_zlib.crc32(data) else self.check(data, sample)
+        )
         if checked.reason is not None:
             return Prepared(sample, len(data), checked, b"")
         if self.reencoding is None:
@@ -191,10 +193,10 @@ def _add_sample(tar: TarWriter, image: SourceImage, checked: Checked, data: byte
     row = {
         "image_offset": tar.add(f"{key}.{checked.extension}", data),
         "image_size": len(data),
-        "image_crc32": zlib.crc32(data),
+        "image_crc32": isal_zlib.crc32(data),
         "label_offset": tar.add(f"{key}.json", image.label),
         "label_size": len(image.label),
-        "label_crc32": zlib.crc32(image.label),
+        "label_crc32": isal_zlib.crc32(image.label),
         "width": image.width,
         "height": image.height,
         "image_id": image.image_id,

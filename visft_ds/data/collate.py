@@ -28,6 +28,7 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
         views=_views(samples),
+        frames=torch.tensor([sample.size for sample in samples]),
     )
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
-from zlib import crc32
 
 import safetensors.torch
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 Storage = Literal["fp32", "bf16", "int8"]
@@ -141,9 +141,10 @@ class FeatureCache:
         if place is None:
             return None
         data = os.pread(self._descriptor(place.path), place.size, place.offset)
-        if crc32(data) != place.crc32:
+        found = isal_zlib.crc32(data)
+        if found != place.crc32:
             raise ValueError(
-                f"{place.path}: the features at offset {place.offset} are damaged (crc32 {crc32(data):08x} instead of "
+                f"{place.path}: the features at offset {place.offset} are damaged (crc32 {found:08x} instead of "
                 f"{place.crc32:08x}): delete that file, they are computed again"
             )
         about = _metadata(data)
@@ -170,13 +171,13 @@ class FeatureCache:
         about = {"index": str(index), "height": str(frame[0]), "width": str(frame[1])}
         data = safetensors.torch.save(tensors, about)
         info = tarfile.TarInfo(f"{key:016x}.safetensors")
-        info.size, info.uname = len(data), f"{_CRC}{crc32(data):08x}"
+        info.size, info.uname = len(data), f"{_CRC}{isal_zlib.crc32(data):08x}"
         member = info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)
         with self._lock:
             path, length = self._file_for(len(member))
             _append(path, member, length)
             self._writing = (path, length + len(member))
-            self._places[key] = _Place(path, length + _BLOCK, len(data), crc32(data))
+            self._places[key] = _Place(path, length + _BLOCK, len(data), isal_zlib.crc32(data))
 
     def close(self) -> None:
         """Close the files. A later call opens them again."""

@@ -87,6 +87,9 @@ class Batch:
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
     views: tuple[View, ...] | None = None  #: of each image, where features are kept; those with features lack pixels
+    #: (B, 2) int64, height and width of each image with the padding that it has by itself; stays on the host. None: all
+    #: are as large as the batch.
+    frames: Tensor | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device` (asynchronously from pinned memory)."""
-        names = [f.name for f in fields(self) if f.name not in ("targets", "views")]
+        names = [f.name for f in fields(self) if f.name not in ("targets", "views", "frames")]
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         targets = {task: target.to(device) for task, target in self.targets.items()}
         views = None if self.views is None else tuple(view.to(device) for view in self.views)

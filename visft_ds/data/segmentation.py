@@ -63,10 +63,12 @@ class SegmentationTransform:
 
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in `scale`; extend
     right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of that size. The extension
-    belongs to the image, as in the reference: patches there are ordinary patches. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost
-    where the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a
-    square of that many pixels, and training also mirrors.
+    belongs to the image, as in the reference: patches there are ordinary patches. With `content_only` the square is cut
+    down to the rectangle that shows image, extended to multiples of `content_multiple` pixels as far as the square
+    reaches: the same patches as before, without those of the extension alone. Evaluation: short side `eval_short`, long
+    side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost where
+    the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a square
+    of that many pixels, and training also mirrors.
 
     Crowd regions, objects without a mask, and objects whose box or mask has no area (before or after the crop) give no
     target; images without targets stay.
@@ -96,11 +98,14 @@ class SegmentationTransform:
         eval_multiple: int = 32,
         fixed_size: int | None = None,
         mask_stride: int = 4,
+        content_only: bool = False,
+        content_multiple: int = 14,
     ) -> None:
-        if min(size, eval_short, eval_max_long, eval_multiple, fixed_size or 1, mask_stride) < 1:
+        if min(size, eval_short, eval_max_long, eval_multiple, fixed_size or 1, mask_stride, content_multiple) < 1:
             raise ValueError(
                 f"image sizes must be positive: size={size}, eval_short={eval_short}, eval_max_long={eval_max_long}, "
-                f"eval_multiple={eval_multiple}, fixed_size={fixed_size}, mask_stride={mask_stride}"
+                f"eval_multiple={eval_multiple}, fixed_size={fixed_size}, mask_stride={mask_stride}, "
+                f"content_multiple={content_multiple}"
             )
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale={scale} is not allowed: give two numbers above 0, the smaller one first")
@@ -116,6 +121,8 @@ class SegmentationTransform:
         self.eval_multiple = eval_multiple
         self.fixed_size = fixed_size
         self.mask_stride = mask_stride
+        self.content_only = content_only
+        self.content_multiple = content_multiple
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
@@ -154,12 +161,24 @@ class SegmentationTransform:
         height, width = (max(1, round(side * factor)) for side in size)
         padded = (max(height, self.size), max(width, self.size))
         top, left = (int(generator.integers(0, side - self.size + 1)) for side in padded)
-        return [*ops, Resize(height, width), Pad(*padded), Crop(top, left, self.size, self.size)]
+        if not self.content_only:
+            return [*ops, Resize(height, width), Pad(*padded), Crop(top, left, self.size, self.size)]
+        # What is extended begins at the top left corner: the image fills the square from there.
+        shown = (min(height, self.size), min(width, self.size))
+        return [*ops, Resize(height, width), Crop(top, left, *shown), Pad(*self._extended(shown))]
+
+    def _extended(self, shown: Size) -> Size:
+        height, width = (min(self.size, -(-side // self.content_multiple) * self.content_multiple) for side in shown)
+        return height, width
 
     def extremes(self, size: Size) -> set[Size]:
-        """The one size that training gives every image, including the extension."""
-        side = self.fixed_size or self.size
-        return {(side, side)}
+        """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
+        if self.fixed_size is not None or not self.content_only:
+            side = self.fixed_size or self.size
+            return {(side, side)}
+        factor = self.scale[1] * self.size / max(size)
+        height, width = (min(self.size, max(1, round(side * factor))) for side in size)
+        return {self._extended((height, width))}
 
 
 def evaluation_size(size: Size, short_side: int, max_long: int) -> Size:

@@ -1,7 +1,7 @@
 """A toy data set in COCO's own form: pictures of shapes with polygons, RLE crowds and five captions each.
 
-Everything about image i of a split is a function of (seed, style, split, size, i): the number of workers changes
-nothing, and `train=100` gives the first hundred images of `train=1000`.
+Everything about image i of a split is a function of (seed, style, split, size, most shapes, i): the number of workers
+changes nothing, and `train=100` gives the first hundred images of `train=1000`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,35 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.data.toy_scenes import CATEGORIES, NAMES, STYLES, Array, Scene, Shape, draw_scene
+from visft_ds.data.toy_scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Scene, Shape, draw_scene
 
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
 JPEG_QUALITY = 92
 CAPTIONS_PER_IMAGE = 5
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
 
 
 # ---------------------------------------------------------------------------------------------------- captions
@@ -163,11 +185,11 @@ def image_id(split: str, index: int) -> int:
 
 
 def make_image(
-    split: str, index: int, *, style: str, seed: int, height: int, width: int
+    split: str, index: int, *, style: str, seed: int, height: int, width: int, max_shapes: int = MAX_SHAPES
 ) -> tuple[bytes, dict[str, Any]]:
     """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
     rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
-    scene = draw_scene(rng, STYLES[style], height, width)
+    scene = draw_scene(rng, STYLES[style], height, width, max_shapes=max_shapes)
     key = image_id(split, index)
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None and scene.crowd.visible.any():
@@ -232,12 +254,22 @@ def jpeg(scene: Scene) -> bytes:
 
 
 def write_toy_coco(
-    out: Path, *, train: int, val: int, height: int, width: int, style: str = "a", seed: int = 0, workers: int = 1
+    out: Path,
+    *,
+    train: int,
+    val: int,
+    height: int,
+    width: int,
+    style: str = "a",
+    seed: int = 0,
+    max_shapes: int = MAX_SHAPES,
+    workers: int = 1,
 ) -> dict[str, int | float]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
-    that holds anything, sides under 28 pixels, an unknown style, negative counts or seeds, or fewer than one worker.
+    that holds anything, sides under 28 pixels, an unknown style, negative counts or seeds, `max_shapes` outside of 1 to
+    20, or fewer than one worker.
     """
     check_drawing(out, style, height, width)
     if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
@@ -245,9 +277,11 @@ def write_toy_coco(
             f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
             "at least one image is needed and at least one worker"
         )
+    if not 0 < max_shapes < len(_NUMBERS):
+        raise ValueError(f"max_shapes={max_shapes}: allowed are 1 to {len(_NUMBERS) - 1} shapes to a picture")
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    options = {"style": style, "seed": seed, "height": height, "width": width}
+    options = {"style": style, "seed": seed, "height": height, "width": width, "max_shapes": max_shapes}
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()

@@ -353,6 +353,10 @@ def draw_scene(
 
     About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
     half of its pixels, and shapes that reach over the border lose at most a fifth.
+
+    Args:
+        max_shapes: from one to so many, one as likely as the other. Where there may be more than MAX_SHAPES, they are
+            smaller, so that together they fill as much.
     """
     ground, canvas = _ground(rng, style, height, width)
     count = math.ceil(max_shapes * rng.random()) if rng.random() >= EMPTY_SHARE else 0
@@ -361,10 +365,11 @@ def draw_scene(
     if rng.random() < CROWD_SHARE:
         category = int(rng.integers(len(NAMES)))
         crowd = _add(rng, style, canvas, category, _scatter(rng, NAMES[category], height, width))
+    size = math.sqrt(min(1.0, MAX_SHAPES / max_shapes)) if max_shapes else 0.0
     for _ in range(count):
         for _attempt in range(12):
             category = int(rng.integers(len(NAMES)))
-            polygons, full = _somewhere(rng, category, height, width)
+            polygons, full = _somewhere(rng, category, height, width, size)
             whole = sum(_area(polygon) for polygon in polygons)
             if full.sum() >= 0.85 * whole and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):
                 below = [*shapes, *([crowd] if crowd else [])]
@@ -399,9 +404,11 @@ def _ground(rng: np.random.Generator, style: Style, height: int, width: int) -> 
     return f"{kind} {ground} background", canvas
 
 
-def _somewhere(rng: np.random.Generator, category: int, height: int, width: int) -> tuple[list[Polygon], Array]:
-    """Outlines of a shape of random size and place, and its pixels (height, width) bool."""
-    extent = min(height, width) * rng.uniform(*EXTENT)
+def _somewhere(
+    rng: np.random.Generator, category: int, height: int, width: int, size: float = 1.0
+) -> tuple[list[Polygon], Array]:
+    """Outlines of a shape of random size (times `size`) and place, and its pixels (height, width) bool."""
+    extent = min(height, width) * size * rng.uniform(*EXTENT)
     centre = (rng.uniform(0.6 * extent, width - 0.6 * extent), rng.uniform(0.6 * extent, height - 0.6 * extent))
     polygons = _place(rng, NAMES[category], extent, centre, TILT)
     return polygons, rasterise(polygons, height, width)

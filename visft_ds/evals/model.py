@@ -141,6 +141,7 @@ def load_model(
     preset: str | None = None,
     vocabulary: Vocabulary | None = None,
     decoding: Mapping[str, Mapping[str, Any]] | None = None,
+    packed: bool = False,
 ) -> EvaluationModel:
     """Build the model the files describe and load them strictly.
 
@@ -149,6 +150,7 @@ def load_model(
         precision: what the backbone computes in (heads compute in fp32); its matrices are stored in it too.
         vocabulary: for a head that brings none of its own, as the published ones do.
         decoding: task -> what its head is also called with.
+        packed: images of different sizes pass through the backbone without padding, as the run has trained.
         preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
 
     Raises:
@@ -173,6 +175,9 @@ def load_model(
         modules[task] = TaskModule(head, TASKS[task].criterion(info.options, {}), (decoding or {}).get(task, {}))
         facts[f"{task} head"] = str(path)
     module = MultiTaskModel(backbone, modules, train_backbone=False, heads_active=False)
+    module.packed = packed
+    if packed:
+        facts["images"] = "packed, without padding"
     module.requires_grad_(False).eval().to(device)
     return EvaluationModel(module, device, precision, infos, words, facts)
 
@@ -200,6 +205,8 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
         adapter.install(backbone)  # type: ignore[arg-type]  # each was read for its kind of backbone
         targets = "+".join(adapter.targets)
         facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
+        if isinstance(adapter, LoraAdapter) and adapter.base_storage != "full":
+            facts["adapter"] += f"; trained over a base in {adapter.base_storage}, evaluated on the full one"
     return backbone, facts
 
 

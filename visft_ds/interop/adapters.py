@@ -41,7 +41,8 @@ class LoraAdapter:
     """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
-    hash of the base weight file it was trained on, None where nobody recorded it.
+    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how the run kept
+    that base (visft.model.base); the adapter belongs to the file, in full precision, all the same.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class LoraAdapter:
     origin: str
     base_sha256: str | None = None
     magnitude: bool = False
+    base_storage: str = "full"
 
     @property
     def scaling(self) -> float:
@@ -181,7 +183,9 @@ def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAd
     rank = sum(adapter.rank for adapter in adapters)
     origins = {adapter.origin for adapter in adapters}
     origin = first.origin if len(origins) == 1 else "average"
-    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, next(iter(bases), None))
+    storages = sorted({adapter.base_storage for adapter in adapters})
+    base, storage = next(iter(bases), None), " and ".join(storages)
+    return LoraAdapter(rank, float(rank), first.targets, tensors, origin, base, base_storage=storage)
 
 
 def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:
@@ -259,11 +263,15 @@ def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> LoraAdapt
 
 
 def adapter_of_run(
-    lora: LoraConfig, tensors: dict[str, Tensor], origin: str, base_sha256: str | None = None
+    lora: LoraConfig,
+    tensors: dict[str, Tensor],
+    origin: str,
+    base_sha256: str | None = None,
+    base_storage: str = "full",
 ) -> LoraAdapter:
     """The adapter that a run with `visft.lora` has in these tensors."""
     targets = canonical_targets(lora.targets)
-    return LoraAdapter(lora.rank, lora.alpha, targets, tensors, origin, base_sha256, lora.magnitude)
+    return LoraAdapter(lora.rank, lora.alpha, targets, tensors, origin, base_sha256, lora.magnitude, base_storage)
 
 
 def merged_modules(backbone: EvaViT) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.interop import open_clip, timm
-from visft_ds.interop.encoders import Encoder, EvaEncoder, eva_preprocess
+from visft_ds.interop.encoders import EvaEncoder
 from visft_ds.interop.files import WeightFile, open_weights
 from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT
@@ -78,8 +78,9 @@ def build_clip(preset: str, text: TextShape, *, log_scale: float, seed: int, **o
     """Random towers in fp32 on the CPU, a function of the seed alone.
 
     Args:
-        preset: of the vision tower, and
-        overrides: fields that replace the preset's, see `build_backbone`. It has a class token.
+        preset: of the vision tower, which gets a class token.
+        log_scale: logarithm of the inverse temperature.
+        overrides: fields that replace the preset's, see `build_backbone`.
 
     Raises:
         ValueError: as `build_backbone` does.
@@ -107,13 +108,6 @@ def text_tower_of(clip: Clip) -> TextTower:
 
     length: Any = clip.texts.context_length
     return TextTower(clip.texts, SimpleTokenizer(context_length=length), "in training")
-
-
-def encoder_of(clip: Clip, side: int) -> Encoder:
-    """The same modules as evaluation takes them, for images of `side` pixels."""
-    return Encoder(
-        clip.images, clip.images.kinds, eva_preprocess(side, "clip"), side, {}, text_tower_of(clip), {"backbone": ""}
-    )
 
 
 def clip_tensors(clip: Clip) -> dict[str, Tensor]:

@@ -243,6 +243,8 @@ def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bo
     base = file.metadata.get("base_sha256") if unmerge else sha256
     problems = []
     notes = []
+    if isinstance(adapter, LoraAdapter) and adapter.base_storage != "full":
+        notes.append(f"the adapter was trained over the base stored as {adapter.base_storage}; this is the full one")
     if unmerge:
         merged_in = json.loads(file.metadata.get("lora", "{}")).get("sha256")
         if merged_in is None:

@@ -121,11 +121,12 @@ def save_peft_adapter(
         "alpha": adapter.alpha,
         "targets": adapter.targets,
         "base_sha256": adapter.base_sha256,
+        **({} if adapter.base_storage == "full" else {"base_storage": adapter.base_storage}),
     }
-    save_tensors(folder / WEIGHTS, _to_peft(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
+    save_tensors(folder / WEIGHTS, peft_tensors(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
     text = _readme(adapter, tower, split) if card is None else card
     write_text(folder / README, text, overwrite=overwrite)
-    write_text(config, json.dumps(_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    write_text(config, json.dumps(adapter_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
     return folder
 
 
@@ -137,10 +138,14 @@ def _readme(adapter: LoraAdapter, tower: Tower, split: bool) -> str:
 def facts(adapter: LoraAdapter, tower: Tower) -> str:
     """One sentence about an adapter."""
     kind = "DoRA of rank" if adapter.magnitude else "Rank"
-    return (
+    text = (
         f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
         f"{adapter.depth} blocks ({tower.describe()})."
     )
+    if adapter.base_storage != "full":
+        text += f" It was trained over the base stored as {adapter.base_storage}; it is used and merged with the base "
+        text += "in full precision."
+    return text
 
 
 def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
@@ -157,7 +162,8 @@ def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
     )
 
 
-def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+    """What PEFT's LoraConfig is made of; `split` as in `save_peft_adapter`."""
     modules = adapter.modules()
     if split:
         modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))
@@ -185,7 +191,8 @@ def _config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
     }
 
 
-def _to_peft(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
+def peft_tensors(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
+    """Its tensors, fp32, under the names of PEFT's file; `split` as in `save_peft_adapter`."""
     tensors = {}
     slices = adapter.slices()
     for name, value in adapter.tensors.items():
@@ -279,8 +286,8 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
                 raise ValueError(_not_sparse(name, slices, rank, file))
             value = gathered
         tensors[own] = value
-    base = told["base_sha256"] if told else None
-    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude)
+    base, storage = (told["base_sha256"], told.get("base_storage", "full")) if told else (None, "full")
+    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
 
 
 def _beside(lora_b: str) -> str:

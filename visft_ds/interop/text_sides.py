@@ -38,9 +38,7 @@ class TextSide:
     parameters: Mapping[str, nn.Parameter]  #: name in `weights` -> the tower's parameters, all of them
     logit_scale: nn.Parameter
     weights: WeightFile  #: the whole model under open_clip's names, as it was
-    model_config: (
-        Mapping[str, Any] | None
-    )  #: open_clip's configuration; None: it follows from the weights, or nobody knows
+    model_config: Mapping[str, Any] | None  #: open_clip's configuration; None: it follows from the weights
 
     def projection(self) -> dict[str, nn.Parameter]:
         """The parameters of the last map alone. Raises ValueError where there is none."""

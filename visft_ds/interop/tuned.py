@@ -71,7 +71,7 @@ class TunedWeights:
     def describe(self) -> str:
         """A few words for the console and the card."""
         count = sum(info.numel for info in self.file.infos.values())
-        return f"{len(self.file)} tensors that trained themselves, {count:,} values"
+        return f"{len(self.file)} tensors of a backbone that trained itself, {count:,} values"
 
     def fit(self, tower: Tower) -> TunedWeights:
         """Itself. Raises ValueError where it has tensors that the tower has not, or of another shape."""

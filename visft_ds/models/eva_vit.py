@@ -15,15 +15,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings
+from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings, stack_padded
 from visft_ds.ops import autocast_dtype
-from visft_ds.ops.attention import Packing
+from visft_ds.ops.attention import Packing, attention_kernels
+
+Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,9 @@ PRESETS = {
 #: or all but the attention kernel, whose cost alone grows with the square of the tokens (its result is kept instead).
 #: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
 RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
-_ATTENTION_KERNELS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
 
 
-def _recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function, computed again in the backward pass. No dropout in a block, so no random state is put back."""
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
@@ -100,11 +96,11 @@ class Block(nn.Module):
         if not self.post_norm:
             x = x + self.attn(self.norm1(x), packing)
             # The norm is computed again too: its result would be kept for the MLP alone.
-            run = _recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
+            run = recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
             return x + run(x, coded_gelu)
         branch = self.attn(x, packing)
         # What the sum is made of is kept anyway, so the MLP's input is recomputed from it instead of being kept.
-        middle = _recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
+        middle = recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
         x, branch = middle(x, branch, coded_gelu)
         out: Tensor = self.norm2(branch, added_to=x)
         return out
@@ -118,6 +114,28 @@ class Block(nn.Module):
         return x, self.mlp(x, coded=coded_gelu)
 
 
+def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
+    """(B, N, D) -> (B, N, D) through one block; `policy`: what of it is computed again, one of RECOMPUTE, or None."""
+    how: Callable[..., Tensor] = block
+    if policy == "mlp":
+        how = partial(block, recompute_mlp=True)
+    elif policy == "gelu_8bit":
+        how = partial(block, coded_gelu=True)
+    elif policy == "all_but_attention":
+        how = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
+    elif policy is not None:
+        how = recomputed(block)
+    return how(x) if packing is None else how(x, packing=packing)
+
+
+class BlockRunner(Protocol):
+    """Another way to run blocks, such as `compiled.CompiledBlocks`."""
+
+    def begin(self, images: Tensor, *, training: bool, packed: bool) -> None: ...
+
+    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor: ...
+
+
 class EvaViT(nn.Module):
     """An EVA-CLIP vision tower without its projection head. Parameters are left uninitialised; see `build_backbone`.
 
@@ -129,6 +147,7 @@ class EvaViT(nn.Module):
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
         recompute: what of these blocks, see RECOMPUTE.
         pixel_mean, pixel_std: with which images are normalised.
+        compiled: runs the blocks instead of `run_block`; None: nothing does.
     """
 
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
@@ -158,6 +177,7 @@ class EvaViT(nn.Module):
         self.post_norm = post_norm
         self.checkpoint_every = 0
         self.recompute = "block"
+        self.compiled: BlockRunner | None = None
         side = image_size // patch_size
         self.cls_token: nn.Parameter | None = None
         if class_token:
@@ -170,32 +190,56 @@ class EvaViT(nn.Module):
         )
         self.norm = LayerNorm(width, device=device, dtype=dtype)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
         """Features of the patches.
+
+        With `frames` they are those of each image alone, and what is padded is not computed: the patches of all images
+        are packed into one row. Position embeddings are then resized to each image's own grid, and no patch attends to
+        padding; in a padded batch positions span the padding and patches attend to it, so its features are others.
 
         Args:
             images: (B, 3, H, W), already normalised, H and W at least one patch.
+            frames: (height, width) of each image within the padded batch, at least one patch.
 
         Returns:
-            (B, D, H // patch, W // patch), normed; a channels-last view in the dtype of the residual stream.
+            (B, D, h, w), normed, a channels-last view in the dtype of the residual stream: (h, w) is the grid of the
+            padded batch, or with `frames` as large as the largest of the images' own grids, and 0 beyond each.
         """
-        return self.feature_map(self.tokens(images), self.grid(images))
+        if frames is None:
+            return self.feature_map(self.tokens(images), self.grid(images))
+        self._begin(images, packed=True)
+        grids = self.grids(frames)
+        x = self.embed(images, grids)
+        packing = self.packing(grids, x.device)
+        for index, block in enumerate(self.blocks):
+            x = self.run_block(index, block, x, packing)
+        return self.feature_maps(self.norm(x), grids)
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
+        self._begin(images, packed=False)
         x = self.embed(images)
         for index, block in enumerate(self.blocks):
             x = self.run_block(index, block, x)
         out: Tensor = self.norm(x)
         return out
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, [1 +] h*w, D): what the first block sees."""
+    def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
+        """What the first block sees: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
         size = self.grid(images)
         x = self.patch_embed(images)
         if autocast_dtype(x.device) is not None:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x + resize_position_embeddings(self.pos_embed[0, 1:], size)
+        if grids is None:
+            return self._positioned(x, size)
+        # Patches do not overlap: embedded once for the padded batch, where ZeRO-3 expects one call on every rank.
+        maps = zip(x.unflatten(1, size), grids, strict=True)
+        own = [self._positioned(one[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for one, grid in maps]
+        return torch.cat(own, dim=1)
+
+    def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, h*w, D) with positions, behind the class token if there is one."""
+        x = x + resize_position_embeddings(self.pos_embed[0, 1:], grid)
         if self.cls_token is None:
             return x
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
@@ -204,39 +248,13 @@ class EvaViT(nn.Module):
     def run_block(self, index: int, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
         """One block, recomputed in the backward pass if `checkpoint_every` says so."""
         chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
-        how: Callable[..., Tensor] = block
-        if chosen and self.training and torch.is_grad_enabled():
-            if self.recompute == "mlp":
-                how = partial(block, recompute_mlp=True)
-            elif self.recompute == "gelu_8bit":
-                how = partial(block, coded_gelu=True)
-            elif self.recompute == "all_but_attention":
-                how = _recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, _ATTENTION_KERNELS))
-            else:
-                how = _recomputed(block)
-        return how(x) if packing is None else how(x, packing=packing)
+        policy = self.recompute if chosen and self.training and torch.is_grad_enabled() else None
+        run = self.compiled or run_block
+        return run(block, x, packing, policy)
 
-    def forward_packed(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Features of images of different sizes, without padding: as `forward` of each alone, in one pass.
-
-        Position embeddings are resized to each image's own grid; in a padded batch they span the padding too, so its
-        features are others. Not for a tower that ZeRO-3 has partitioned, which gathers
-        `pos_embed` in `forward` only.
-
-        Args:
-            images: (3, H, W) each, already normalised, H and W at least one patch.
-
-        Returns:
-            (D, h, w) for each.
-        """
-        parts = [self.embed(image[None])[0] for image in images]
-        packing = Packing.of([len(part) for part in parts], parts[0].device)
-        x = torch.cat(parts)[None]
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(index, block, x, packing)
-        tokens = self.norm(x)[0].split(packing.lengths)
-        grids = [self.grid(image[None]) for image in images]
-        return [self.feature_map(own[None], grid)[0] for own, grid in zip(tokens, grids, strict=True)]
+    def _begin(self, images: Tensor, *, packed: bool) -> None:
+        if self.compiled is not None:
+            self.compiled.begin(images, training=self.training, packed=packed)
 
     def describe(self) -> str:
         """A few words for the console."""
@@ -257,10 +275,27 @@ class EvaViT(nn.Module):
             )
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
+    def grids(self, frames: Grids) -> Grids:
+        """The patch grid (h, w) of each image of these heights and widths; raises ValueError below one patch."""
+        if min(side for frame in frames for side in frame) < self.patch_size:
+            raise ValueError(f"images of {list(frames)} pixels; needed: at least {self.patch_size} on each side")
+        return [(height // self.patch_size, width // self.patch_size) for height, width in frames]
+
+    def packing(self, grids: Grids, device: torch.device) -> Packing:
+        """Where the tokens of images with these grids lie in one row."""
+        return Packing.of([(self.cls_token is not None) + height * width for height, width in grids], device)
+
     def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, [1 +] h*w, D) -> (B, D, h, w); the class token is left out."""
         patches = tokens if self.cls_token is None else tokens[:, 1:]
         return patches.transpose(1, 2).reshape(patches.shape[0], self.width, *grid)
+
+    def feature_maps(self, tokens: Tensor, grids: Grids) -> Tensor:
+        """(1, T, D) packed -> (B, D, h, w), as large as the largest grid and 0 beyond each; without class tokens."""
+        first = int(self.cls_token is not None)
+        parts = tokens[0].split([first + height * width for height, width in grids])
+        maps = [part[first:].unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
+        return stack_padded(maps).permute(0, 3, 1, 2)
 
 
 def build_backbone(

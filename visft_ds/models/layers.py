@@ -8,6 +8,8 @@ Constructors leave parameters uninitialised; `eva_vit.build_backbone` fills them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from visft_ds.ops import matmul_dtype
 from visft_ds.ops.attention import Packing, attention, attention_packed
 from visft_ds.ops.gelu import gelu
+from visft_ds.ops.low_bit import LowBit, low_bit_linear
 from visft_ds.ops.norm import layer_norm
 
 
@@ -26,9 +29,13 @@ class Linear(nn.Module):
     """Linear layer whose bias may come with the call. Computes in autocast's dtype, else in the weight's.
 
     Parameters: weight (out, in), bias (out,) or None.
+
+    Attributes:
+        low_bit: how a frozen weight is stored, see `visft_ds.models.low_bit`; None: as it is.
     """
 
     bias: nn.Parameter | None
+    low_bit: LowBit | None = None
 
     def __init__(
         self,
@@ -48,6 +55,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own."""
         bias = self.bias if bias is None else bias
+        if self.low_bit is not None:
+            return low_bit_linear(x, self.weight, bias, self.low_bit)
         dtype = matmul_dtype(self.weight)
         return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -198,3 +207,10 @@ def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:
     planes = grid.to(torch.promote_types(grid.dtype, torch.float32)).t().reshape(1, -1, side, side)
     resized = F.interpolate(planes, size=size, mode="bicubic", align_corners=False, antialias=False)
     return resized.flatten(2).squeeze(0).t().to(grid.dtype)
+
+
+def stack_padded(maps: Sequence[Tensor]) -> Tensor:
+    """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
+    height, width = (max(one.shape[side] for one in maps) for side in (0, 1))
+    inner = (0, 0) * (maps[0].ndim - 2)
+    return torch.stack([F.pad(one, (*inner, 0, width - one.shape[1], 0, height - one.shape[0])) for one in maps])

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 #: What PyTorch tries first, and then in this order, should the first not take these tensors.
@@ -133,6 +134,7 @@ class Packing:
         return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32, device=device))
 
 
+@torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """`attention` within each image; the same as one image after the other, without any padding.
 
@@ -173,6 +175,23 @@ def choose_packed_for_gpu(
     return "varlen", "torch's own flash attention for packed lengths"
 
 
+def attention_kernels() -> list[OpOverload]:
+    """The operators that fused attention consists of, wherever this process computes it; plain products are none."""
+    from torch.nn.attention import varlen  # it brings its operator along
+
+    assert varlen is not None
+    kernels = [
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ]
+    if hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward"):  # there as soon as the package is imported
+        kernels.append(torch.ops.flash_attn._flash_attn_varlen_forward.default)
+    return kernels
+
+
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     parts = zip(*(tensor.split(packing.lengths) for tensor in (q, k, v)), strict=True)
     done = [attention(*(part.transpose(0, 1)[None] for part in image)) for image in parts]
@@ -201,4 +220,5 @@ _PACKED = {"one by one": _one_by_one, "varlen": _varlen, "flash_attn": _flash_at
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    found = torch.cuda.get_device_properties(device)  # which torch.compile knows to be constant
+    return found.major, found.minor

@@ -5,10 +5,15 @@ backward pass needs the slope alone, which lies between -0.129 and 1.129: 8 bits
 2202.00441, has tables for such codes; here the steps are equal). The result is exact. A slope is off by 0.0025 at most
 and 0.0014 in the mean square, about what rounding it to bfloat16 costs; 0 and 1, where most slopes of a trained model
 lie, are met exactly, so units that are off stay off.
+
+Tensors as wide as the hidden layer are what fills the memory at the fullest moment of a step. So both forms write over
+what nobody reads any more: the gradient of the result becomes that of the input, and with codes the input becomes the
+result. This asks for an input that nothing else reads, and a result that one layer alone reads, as in an MLP.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,21 +21,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels
+from visft_ds.ops import kernels, placed
 from visft_ds.ops.triton import DTYPES
 
 #: Codes for one unit of slope, and the code of slope 0; so codes run from 1 to 254.
 STEPS, ZERO = 201, 27
+#: Slopes that are made at a time: few enough for a cache, or for the memory of a GPU.
+_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 def gelu(x: Tensor, *, coded: bool = False) -> Tensor:
     """x * Phi(x), elementwise, in the dtype of x.
 
     Args:
+        x: fresh and for this function alone, see above.
         coded: keep one byte a number for the backward pass instead of x. Gradients differ by the rounding of the slope.
     """
-    out: Tensor = _CodedGelu.apply(x) if coded else F.gelu(x)
+    if coded:
+        coded_out: Tensor = _CodedGelu.apply(x)
+        return coded_out
+    if torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+        return F.gelu(x)
+    out: Tensor = _Gelu.apply(x)
     return out
+
+
+class _Gelu(torch.autograd.Function):
+    """`F.gelu`, bit for bit, whose backward pass needs no second tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if not dy.is_contiguous() or not x.is_contiguous():
+            return torch.ops.aten.gelu_backward(dy, x)
+        torch.ops.aten.gelu_backward.grad_input(dy, x, grad_input=dy)
+        return dy
 
 
 class _CodedGelu(torch.autograd.Function):
@@ -46,14 +77,45 @@ class _CodedGelu(torch.autograd.Function):
         (code,) = ctx.saved_tensors
         if _fused(dy):
             return _triton_backward(dy, code)
-        slope = code.to(_precise(dy)).sub_(ZERO).div_(STEPS)
-        return slope.mul_(dy).to(dy.dtype)
+        if torch.compiler.is_compiling():
+            return _slopes(code, dy).mul_(dy).to(dy.dtype)
+        dx = dy.contiguous()
+        for gradient, codes in _pieces(dx, code):
+            gradient.copy_(_slopes(codes, dy).mul_(gradient))
+        return dx
+
+
+def _slopes(code: Tensor, like: Tensor) -> Tensor:
+    return code.to(_precise(like)).sub_(ZERO).div_(STEPS)
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The result in the memory of x, and the codes."""
+    if torch.compiler.is_compiling():  # which plans its memory itself
+        return F.gelu(x), _codes(x)
+    code = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    # Not a view: autograd would follow one back to x, which is gone.
+    given = x.contiguous()
+    y = torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        given.untyped_storage(), given.storage_offset(), given.shape, given.stride()
+    )
+    for values, codes in _pieces(y, code):
+        codes.copy_(_codes(values))
+        values.copy_(F.gelu(values))
+    return y, code
+
+
+def _codes(x: Tensor) -> Tensor:
     precise = x.to(_precise(x))
     slope = torch.ops.aten.gelu_backward(torch.ones_like(precise), precise)
-    return F.gelu(x), slope.mul_(STEPS).add_(ZERO).round_().to(torch.uint8)
+    return slope.mul_(STEPS).add_(ZERO).round_().to(torch.uint8)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Contiguous tensors of one size, a few values at a time, as views."""
+    flat, at_once = [tensor.view(-1) for tensor in tensors], _AT_ONCE.get(placed(tensors[0].device).type, 1 << 23)
+    for start in range(0, flat[0].numel(), at_once):
+        yield tuple(one[start : start + at_once] for one in flat)
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -154,9 +154,10 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for one micro-batch of the largest images of a stream."""
+    """Operations of each layer for one micro-batch of a stream, of its typical images."""
     backbone = own_tower(module.backbone)
-    side = _largest_side(stream) // backbone.patch_size or 1
+    together = 1 if module.packed else images
+    side = stream.typical_side(together) // backbone.patch_size or 1
     patches = side * side
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     tower = tower_from(backbone, config.lora if config.stage == 2 else None, trained)
@@ -171,12 +172,6 @@ def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, i
     blocks = block_flops(tower, images, patches + (backbone.cls_token is not None))
     heads = sum((_head_flops(module, task, images, side, flows=bool(trained)) for task in stream.tasks), Flops())
     return [float(cost.all) for cost in (embedding, *blocks, heads)]
-
-
-def _largest_side(stream: Stream) -> int:
-    """Pixels to a side of the largest square among a stream's training images."""
-    image = stream.image
-    return int(image.get("fixed_size") or image.get("size") or image["max_long"])
 
 
 def _head_flops(module: MultiTaskModel, task: str, images: int, side: int, *, flows: bool) -> Flops:

@@ -23,14 +23,14 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import check_same_samples, sample_checksum
+from visft_ds.data.roles import check_same_samples
 from visft_ds.data.samples import Batch
 from visft_ds.multitask import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, judge_gradient, step_seed
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.partition import Place
-from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release
+from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
 from visft_ds.parallel.refusal import step_without_update
 
 #: Values of an anchor: at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -172,7 +172,7 @@ class PipelineEngine:
         sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
 
         def note(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
-            check_same_samples(step, received, batch, every)
+            check_same_samples(step, received[:1], batch, every)
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
 
@@ -241,7 +241,7 @@ class PipelineEngine:
                 return _loss_of(outputs, batch)
 
             self.deepspeed.module.loss_fn = loss
-        start(_fed(batches, first=self.place.stage == 0))
+        start(_fed(self.module, batches, first=self.place.stage == 0))
 
     def _share_losses(self) -> tuple[dict[str, float], float]:
         """What the last stages know, on every rank: means over the pipelines, and the scale of the loss.
@@ -328,10 +328,10 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _fed(batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
+def _fed(model: MultiTaskModel, batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
     """(pixels, labels) as DeepSpeed takes them from an iterator; each stage that reads has one half."""
     for batch in batches:
-        yield ((batch.images, batch.sizes, sample_checksum(batch)), None) if first else ((), batch)
+        yield ((batch.images, batch.sizes, travelling_label(model, batch)), None) if first else ((), batch)
 
 
 def _exchange(batch: Batch, ranks: Sequence[int], group: Any) -> list[Batch]:

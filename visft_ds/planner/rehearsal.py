@@ -43,14 +43,9 @@ class Content:
     size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
 
 
-def largest_side(image: Mapping[str, Any]) -> int:
-    """Pixels to a side of the largest square among a stream's training images."""
-    return int(image.get("fixed_size") or image.get("size") or image["max_long"])
-
-
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
     """A micro-batch of a stream on the meta device; what criteria read on the host is there, as zeros."""
-    side = largest_side(stream.image)
+    side = stream.largest_side()
     height, width = content.size or (side, side)
     whole = torch.ones(images, 2)
     counts, ids = torch.full((images,), content.objects), torch.arange(images)

@@ -97,7 +97,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     plain = Run(changed(config, policy_settings(0, "block")), batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
     rates, streams = rates_of(gpu), {}
     for name, stream in config.visft.streams().items():
-        work = rehearse(plain, stream).work
+        work = rehearse(plain.typical(stream), stream).work
         peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
         streams[name] = StreamForecast(
             images=stream.batch_size,

@@ -19,6 +19,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import own_tower
+from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
 from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
@@ -53,6 +54,14 @@ class Run:
         """What its engine divides, and among how many."""
         batches = self.batches
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
+
+    def typical(self, stream: Stream) -> Run:
+        """The same with images of average size, where the largest say too little of the time."""
+        together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
+        side = stream.typical_side(together)
+        if self.content.size is not None or side == stream.largest_side():
+            return self
+        return replace(self, content=replace(self.content, size=(side, side)))
 
     @cached_property
     def partition(self) -> Partition | None:
@@ -126,6 +135,7 @@ class _Rehearsal:
         visft = run.config.visft
         storage = DTYPES[run.precision]
         self.module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
+        store_in_few_bits(self.module.backbone, visft.model.base)
         self.module.train()
         self.layers = self._layers()
         held = nn.ModuleList(self.layers) if self.layers else self.module

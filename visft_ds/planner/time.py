@@ -33,6 +33,7 @@ def step_time(run: Run, stream: Stream, rates: Rates, link: float) -> StepTime:
     Args:
         link: bytes a second that a rank exchanges with another in one direction, at its peak.
     """
+    run = run.typical(stream)
     found, reached = rehearse(run, stream), LINK_SHARE * link
     batches, zero = run.batches, run.zero()
     micro = rates.seconds(found.work)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch.nn.functional
+from isal import isal_zlib
 
 from visft_ds.data.dataset import Pipeline
 from visft_ds.data.shards import ROLES, Role, ShardReader
@@ -31,7 +31,7 @@ REST = "rest"
 #: The calls that do most of the work and release the interpreter lock while they do it (a test holds them to it).
 RELEASING: tuple[tuple[Any, str], ...] = (
     (os, "pread"),
-    (zlib, "crc32"),
+    (isal_zlib, "crc32"),
     (simplejpeg, "decode_jpeg"),
     (torch.nn.functional, "interpolate"),
 )

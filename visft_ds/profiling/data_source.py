@@ -34,6 +34,8 @@ from visft_ds.data.workers import WorkerKind
 SIDE, TASK = 224, "joint"
 #: Height and width of generated pictures: COCO's commonest size.
 GENERATED_SIZE = (480, 640)
+#: Most shapes of a generated picture: 7.3 on average, as many as COCO's have objects.
+GENERATED_SHAPES = 18
 _SPLIT = "measured"
 _SAMPLES_PER_SHARD = 64
 #: Generated pictures that are different; drawing one takes longer than reading it many times.
@@ -126,7 +128,8 @@ def open_set(folder: Path | None, split: str, images: int, reencode: Reencoding 
         work = Path(temporary)
         if folder is None:
             height, width = GENERATED_SIZE
-            write_toy_coco(work / "coco", train=min(images, _DRAWN), val=0, height=height, width=width)
+            drawn = min(images, _DRAWN)
+            write_toy_coco(work / "coco", train=drawn, val=0, height=height, width=width, max_shapes=GENERATED_SHAPES)
             tree, part, name = work / "coco", "train2017", f"generated {width} x {height}"
         else:
             tree, part, name = folder, _part(folder, split), folder.name

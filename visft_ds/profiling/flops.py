@@ -124,6 +124,12 @@ def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
     return total
 
 
+def packed_flops(tower: Tower, tokens: Sequence[int], patches: int) -> Flops:
+    """Operations of the backbone for packed images of these numbers of tokens, out of `patches` that are embedded."""
+    embedding = tower_flops(tower, 1, 0, patches)
+    return sum((tower_flops(tower, 1, own, 0) for own in tokens), embedding)
+
+
 def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
     """Operations of each block for `images` images of `tokens` tokens."""
     flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient

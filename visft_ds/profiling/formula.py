@@ -9,7 +9,15 @@ from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import own_tower
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import attention_backend
-from visft_ds.profiling.flops import FUSED_ATTENTION, HEAD_FORMULAS, KEPT_SCORES, Flops, tower_flops, tower_from
+from visft_ds.profiling.flops import (
+    FUSED_ATTENTION,
+    HEAD_FORMULAS,
+    KEPT_SCORES,
+    Flops,
+    packed_flops,
+    tower_flops,
+    tower_from,
+)
 from visft_ds.profiling.hardware import DTYPES
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
@@ -67,8 +75,11 @@ def _backbone(session: Session, batch: Batch) -> Flops:
         linear_keeps_late=session.engine.stage == 3
         and bool(session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)),
     )
-    patches = _patches(session, batch)
-    return tower_flops(tower, len(batch.images), patches + (backbone.cls_token is not None), patches)
+    images, patches, first = len(batch.images), _patches(session, batch), backbone.cls_token is not None
+    frames = module.frames(batch)
+    if frames is None:
+        return tower_flops(tower, images, patches + first, patches)
+    return packed_flops(tower, [first + height * width for height, width in frames.grids], images * patches)
 
 
 def _head(session: Session, task: str, batch: Batch) -> Flops | None:

@@ -147,6 +147,7 @@ def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, A
     note_residents(ledger, run.engine)
     ledger.forget_peaks()
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled kernels do not say what they compute
         stack.enter_context(metered(run.engine, _AtBackward(meter, ledger, run.engine.deepspeed.optimizer)))
         stack.enter_context(meter.counting())
         stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))

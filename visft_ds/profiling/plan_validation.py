@@ -31,7 +31,7 @@ from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.planner.cluster import Rates
 from visft_ds.planner.memory import plan_memory
-from visft_ds.planner.rehearsal import DTYPES, Content, largest_side, rehearsing
+from visft_ds.planner.rehearsal import DTYPES, Content, rehearsing
 from visft_ds.planner.step import Run
 from visft_ds.planner.time import step_time
 from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
@@ -109,7 +109,7 @@ CASES = (
 
 def made_up_batch(stream: Stream, images: int) -> Batch:
     """Random pixels and labels of the largest size of a stream."""
-    side = largest_side(stream.image)
+    side = stream.largest_side()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
     targets: dict[str, Any] = {}

@@ -25,12 +25,15 @@ from visft_ds.data.toy import write_toy_coco
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.host_memory import host_memory_available, memory_bounded
 from visft_ds.models.backbone import build_empty
+from visft_ds.models.compiled import check_compiler, compile_blocks
+from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
+from visft_ds.profiling.hardware import DTYPES
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
 from visft_ds.training_data import workers_of
@@ -44,7 +47,6 @@ SYNTHETIC_COUNT = 8  #: drawing one takes longer than training on it; a larger b
 #: Part of the memory that weights and optimizer may fill. The rest of a CPU's has to do for all activations, and where
 #: it ends the kernel kills the process without a word; a GPU's allocator says what is the matter.
 FILLED = {"cpu": 0.7, "cuda": 0.95}
-_STORAGE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     use_kernels(config.visft.model.kernels, device)
+    check_compiler(config.visft.model.compile, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
         settings = config.visft
@@ -133,6 +136,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         )
         engine = build_engine(config, prepared, for_deepspeed)
         assert isinstance(engine, ZeroEngine)
+        compile_blocks(prepared.module.backbone, settings.model.compile)
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
@@ -181,9 +185,9 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     Raises:
         ValueError: the sum by part, what there is, and what helps.
     """
-    trained, frozen = _parameter_counts(config)
+    trained, frozen = _sizes(config, precision)
     here = distributed.processes_here()
-    weights = frozen * _STORAGE_BYTES[precision] + trained * 4
+    weights = frozen + trained * 4
     zero, ranks = config.deepspeed["zero_optimization"], distributed.world_size()
     stage = int(zero["stage"])
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
@@ -218,17 +222,19 @@ def _require(model: str, need: dict[str, int], found: int, where: str, share: fl
         )
 
 
-def _parameter_counts(config: ResolvedConfig) -> tuple[int, int]:
-    """(trained, frozen) values, from shapes alone. Frozen heads, small beside the backbone, are left out."""
+def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
+    """Values that train, and bytes that do not, from shapes alone. Frozen heads, small beside these, are left out."""
     trained = {
         name: parameter.numel()
         for group in plan_groups(config.visft, config.optimizer.params)
         for name, parameter in zip(group.names, group.parameters, strict=True)
     }
     model = config.visft.model
-    backbone = build_empty(model.preset, torch.float32, model.backbone_options())
-    frozen = sum(p.numel() for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained)
-    return sum(trained.values()), frozen
+    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
+    if model.base != "full":
+        store_in_few_bits(backbone.requires_grad_(False), model.base)
+    frozen = [p for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained]
+    return sum(trained.values()), sum(p.numel() * p.element_size() for p in frozen)
 
 
 @contextmanager

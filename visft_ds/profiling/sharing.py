@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
 from visft_ds.monitor.console import Section
@@ -26,7 +28,8 @@ FORMAT, VERSION = "visft_ds sharing profile", 1
 def measure_sharing(config: ResolvedConfig, *, repeats: int, synthetic: bool) -> dict[str, Any] | None:
     """Seconds of an image in each kind of step; on the main process, None on the others.
 
-    Every kind works on one micro-batch, as large as the configuration's `micro_batch` of its stream.
+    On a CPU they are processor time, which depends little on what else the machine does. Every kind works on one
+    micro-batch, as large as the configuration's `micro_batch` of its stream.
 
     Raises:
         ValueError: fewer than two tasks, no settings of the shared kind, a stage that trains the backbone.
@@ -51,18 +54,24 @@ def measure_sharing(config: ResolvedConfig, *, repeats: int, synthetic: bool) ->
                 whole, batches = next(iterator)
                 watch = Stopwatch(device)
                 synchronize(device)
-                began = time.perf_counter()
+                began, clock = time.perf_counter(), _clock(device)
                 with metered(session.engine, watch):
                     make_step(kinds[name], made, batches)
                 synchronize(device)
+                wall, busy = time.perf_counter() - began, _clock(device) - clock
                 made += 1
                 if turn:  # the first turn warms up
-                    seconds[name].append(time.perf_counter() - began)
-                    backbone[name].append(watch.seconds()[BACKBONE])
+                    seconds[name].append(busy)
+                    backbone[name].append(watch.seconds()[BACKBONE] / wall * busy)
                 images[name] = len(whole.indices)
         record = _record(session, tasks, images, seconds, backbone)
     distributed.close()
     return record if distributed.is_main() else None
+
+
+def _clock(device: torch.device) -> float:
+    """Processor time of this process on a CPU, whose readers are threads; else the wall clock."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def _one_micro_batch(config: ResolvedConfig) -> ResolvedConfig:
@@ -103,6 +112,12 @@ def _record(
         for name, times in seconds.items()
     }
     alone = sum(kinds[task]["seconds_per_image"] for task in tasks)
+    turns = zip(*(seconds[name] for name in (*tasks, SHARED)), strict=True)
+    counts = [images[name] for name in (*tasks, SHARED)]
+    ratios = [
+        sum(one / count for one, count in zip(apart, counts, strict=False)) / (shared / counts[-1])
+        for *apart, shared in turns
+    ]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -114,6 +129,8 @@ def _record(
         "kinds": kinds,
         "seconds_apart": alone,
         "ratio": alone / kinds[SHARED]["seconds_per_image"],
+        "ratios": asdict(Spread.of(ratios)),
+        "clock": "processor time" if session.engine.device.type == "cpu" else "wall clock",
     }
 
 
@@ -136,10 +153,11 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         for name, kind in record["kinds"].items()
     ]
     head = ("steps", "images", "head updates per forward", "ms per step", "ms per image", "backbone")
-    shared = record["kinds"][SHARED]["seconds_per_image"]
+    shared, spread = record["kinds"][SHARED]["seconds_per_image"], record["ratios"]
     text = (
         f"{1e3 * record['seconds_apart']:.1f} ms in {len(record['tasks'])} runs, {1e3 * shared:.1f} ms shared: "
-        f"{record['ratio']:.2f} times as fast"
+        f"{record['ratio']:.2f} times as fast (turn by turn {spread['low']:.2f} .. {spread['high']:.2f}, "
+        f"n {spread['count']}; {record['clock']})"
     )
     notes = [("-", note) for note in record["notes"]]
     sections = [Section("kinds of steps", rows, head), Section("every head taught by one image", [("cost", text)])]

@@ -75,7 +75,7 @@ def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
     `extent` (2,): height and width of the image as a share of the map, which covers the padded batch. Beyond the map,
     values count as 0.
     """
-    grid = (2 * points * extent.flip(0) - 1).to(maps.dtype)
+    grid = 2 * points.to(maps.dtype) * extent.flip(0).to(maps.dtype) - 1
     return F.grid_sample(maps, grid[:, None], align_corners=False).squeeze(2)
 
 

@@ -7,7 +7,7 @@ N objects packed over the batch, n objects and m matched pairs of one image, P p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,6 +39,8 @@ class SegmentationOutput:
     masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
     aux: tuple[SegmentationOutput, ...] = ()
     labelling: Labelling = "contiguous"  #: of the head
+    #: (B, 2) height and width of each image as a share of (h, w); None: as a share of the padded batch, in pixels.
+    extents: Tensor | None = None
 
 
 class SegmentationHead(nn.Module):
@@ -182,6 +184,8 @@ class SegmentationCriterion:
         """
         sets = (*output.aux, output)
         self._check(sets)
+        if output.extents is not None:
+            targets = replace(targets, extents=output.extents)
         logits = at_least_float32(torch.stack([one.logits for one in sets]))  # (L, B, Q, C + 1)
         masks = at_least_float32(torch.stack([one.masks for one in sets]))  # (L, B, Q, h, w)
         filled = targets.counts.nonzero().flatten().tolist()  # images with objects
@@ -275,14 +279,15 @@ def postprocess(output: SegmentationOutput, batch: Batch) -> list[dict[str, Any]
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, classes = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1].max(dim=-1)
     scores_host, classes_host = scores.tolist(), classes.tolist()
-    frame = batch.images.shape[-2:]
+    extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    if output.extents is not None:
+        extents = output.extents
     results = []
     for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
         if not real:
             continue
         masks = at_least_float32(output.masks[image])
-        size, stored = batch.sizes[image].tolist(), batch.original_sizes[image].tolist()
-        shares = [inner / outer for inner, outer in zip(size, frame, strict=True)]
+        shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
         for query, code in enumerate(_mask_codes(masks, shares, stored)):
             results.append(
                 {
