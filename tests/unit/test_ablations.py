@@ -54,6 +54,16 @@ def test_every_arm_of_every_question_resolves(toy: tuple[Planner, Mapping[str, P
     assert all(order.index(need) < order.index(stem) for stem in order for need in known[stem].needs)
 
 
+def test_text_learns_with_merged_weights(toy: tuple[Planner, Mapping[str, Plan]]) -> None:
+    """tools/contrast.py leaves an adapter out of what it writes: the comparison would be about the base."""
+    planner, plans = toy
+    after = plans["text"].trials[1].benchmarks
+    [text] = [planner.steps.steps[stem] for stem in after.needs if stem.startswith("text-")]
+    model = Path(text.command[text.command.index("--model") + 1])
+    [merged] = [planner.steps.steps[stem] for stem in text.needs if stem.startswith("merged-")]
+    assert model.parent == merged.out and f"after={text.out}" in " ".join(after.command)
+
+
 def test_what_arms_share_is_one_step(toy: tuple[Planner, Mapping[str, Plan]]) -> None:
     """The reference arms of most questions are the recipe: one training for all, and one stage 1 for every arm."""
     planner, plans = toy

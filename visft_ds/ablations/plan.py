@@ -237,7 +237,7 @@ class Planner:
             base = self._recipe(2).visft.model.weights or ""
         after = base
         if trained is not None:
-            step, after = self._whole(title, trained)
+            step, after = self._whole(title, trained, merge=arm.text)
             needs.append(step)
         if arm.text:
             step = self._text(title, after, seed, needs)
@@ -250,13 +250,16 @@ class Planner:
         title = f"{title}: out of domain"
         return self.steps.add("benchmarks", title, lambda out: [*words, "--out", str(out)], needs=needs, resumes=True)
 
-    def _whole(self, title: str, trained: _Training) -> tuple[Step, str]:
+    def _whole(self, title: str, trained: _Training, *, merge: bool) -> tuple[Step, str]:
         """A step and what names its result to tools/evaluate.py benchmarks.
 
         A backbone that trained itself was exported as it trained, without class token and text side: it is merged into
         its base, which has them.
+
+        Args:
+            merge: an adapter as well: text tuning leaves one out of the weights that it writes.
         """
-        if "backbone" not in trained.trained:
+        if "backbone" not in trained.trained and not merge:
             return trained.step, str(trained.step.out)
         words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", self.scale.layout]
         title = f"{title}: whole weights"
