@@ -45,8 +45,6 @@ def test_a_question_from_images_to_tables(
     texts = json.loads((tmp_path / "out/text/table.json").read_text())["arms"]
     alone = texts[2]["numbers"]  # nothing of the images has changed where texts learnt alone
     assert all(pair["before"] == pair["after"] for pair in alone["probe/style-b knn"].values())
-    trained, learnt = (texts[place]["numbers"]["probe/style-b linear"] for place in (0, 1))
-    assert trained == learnt  # what vision has become is not lost where text learns after it
     capfd.readouterr()
     assert command.main(["text", *shared]) == 0
     printed = capfd.readouterr().out
