@@ -16,7 +16,7 @@ from tests.integration.test_engines import LOSS, NORM, WEIGHTS, differences
 
 
 def plain(stage: int, *, parts: int) -> dict[str, Any]:
-    with mixed_sizes(stage):
+    with mixed_sizes():
         return case.train_plain(stage, "fp32", ORDER, parts=parts)
 
 
@@ -52,12 +52,13 @@ def test_predictions_of_packed_images_are_those_of_each_alone(trained: dict[str,
     for name, run in trained.items():
         if not name.endswith("packed"):
             continue
-        module, _ = case.build(int(name[0]))
+        with mixed_sizes():
+            module, _ = case.build(int(name[0]))
         for parameter, value in run["values"].items():
             module.get_parameter(parameter).data.copy_(value)
         module.packed = True
         module.eval()
-        with mixed_sizes(int(name[0])), torch.no_grad():
+        with mixed_sizes(), torch.no_grad():
             for rank, found in enumerate(run["predicted"]):
                 expected = tensors_of(module(case.global_batch(rank, ORDER)))
                 for output, value in expected.items():

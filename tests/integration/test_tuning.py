@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
 from tests.integration.evaluate_case import load_tool
+from tests.integration.ranks import run_ranks
 from tests.integration.tiny import TINY
 from visft_ds.changes import base_of, place_of, read_change
 from visft_ds.conversion.build import Options, build
 from visft_ds.interop.module_adapters import ModuleAdapter
 from visft_ds.interop.timm_files import load_timm
 from visft_ds.interop.timm_merge import merge_timm, verify_timm
-from visft_ds.launch import main
 from visft_ds.run_folder import BACKBONE_FILE
 
-pytest.importorskip("timm")  # outside of a test: its import warns of deprecated parts of torch
+pytest.importorskip("timm")
 pytestmark = pytest.mark.slow
 SETTINGS = {
     **{key: value for key, value in TINY.items() if not key.startswith("visft.model.")},
@@ -44,8 +44,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
     settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **more}.items()]
-    argv = ["--stage", str(stage), "--model", "debug_convnext", "--data", str(shards), "--out", str(out), *settings]
-    assert main(argv) == 0
+    places = ["--data", str(shards), "--out", str(out)]
+    run_ranks(["launchers/train.py", "--stage", str(stage), "--model", "debug_convnext", *places, *settings], world=1)
     return out
 
 
