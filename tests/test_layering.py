@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("out_of_memory", "run_state", "start_report"),
     ("rehearsal",),
     ("train",),
-    ("launch", "profiling", "replay", "supervisor"),
+    ("ablations", "launch", "profiling", "replay", "supervisor"),
     ("doctor",),
 )
 #: Package -> the only places of visft_ds, tools and launchers that may import it.

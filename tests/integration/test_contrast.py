@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,9 @@ from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.files import sha256_file
+from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.merge import check_base, read_adapter
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import build_backbone
@@ -241,6 +243,12 @@ def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tool: ModuleType,
                 assert new.dtype == value.dtype and torch.equal(new, value)
     assert losses[0][0] != losses[1][0]
     assert "adapter, times 1" in str(record_of(tmp_path / "out1")["facts"])
+    # The adapter belongs to the tower, whatever texts stand beside it; one for another tower is still refused.
+    tuned, adapter = tmp_path / "out1" / FILE, read_adapter(tmp_path / "adapter")
+    load_encoder(parse_model(f"{tuned}+{tmp_path}/adapter"), LoadOptions("fp32"))
+    assert check_base(open_weights(tuned), adapter, allow_other=False)[1] == []
+    with pytest.raises(ValueError, match="trained on the base with sha256 other"):
+        check_base(open_weights(tuned), replace(adapter, base_sha256="other"), allow_other=False)
 
 
 def test_dry_run_writes_nothing(tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.planner import Content, fitting_settings, plan_memory, settle_recompute
 from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of
+from visft_ds.planner.rehearsal import chosen_kernels
 from visft_ds.planner.search import forecast
 from visft_ds.planner.step import Run, rehearse
 from visft_ds.planner.time import step_time
@@ -238,3 +239,14 @@ def test_a_stage_of_a_pipeline_holds_its_layers() -> None:
     first, last, whole = (rehearse(run, stream, stage) for stage in (0, 1, None))
     assert first.parameters + last.parameters == whole.parameters
     assert first.moments[0][ACTIVATIONS] > 0 and last.moments[0][ACTIVATIONS] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("named", [{}, {"is_causal": False, "scale": 0.5}, {"dropout_p": 0.1}], ids=str)
+def test_attention_is_planned_however_a_model_calls_it(device: str, named: dict[str, Any]) -> None:
+    """timm's towers name every argument of torch's attention; shapes alone are computed."""
+    q = torch.empty((2, 3, 5, 8), dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with chosen_kernels(torch.device(device), linear_keeps_input=False):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=None, **named)
+        out.sum().backward()
+    assert out.shape == q.shape and q.grad is not None and q.grad.shape == q.shape

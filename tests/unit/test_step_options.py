@@ -44,6 +44,7 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
             "recompute .*must be block, mlp or gelu_8bit",
         ),
         ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
+        ((BLOCKS, "visft.model.base=int8"), {}, "must be none with visft.model.base = int8"),
         ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
         (("visft.model.compile=block",), {}, "'cuda_graphs'; did you mean blocks"),
         ((CONTENT, "visft.tasks.segmentation.image.fixed_size=56"), {}, "nothing is left away"),
@@ -155,6 +156,11 @@ def learnt(backbone: EvaViT, images: Tensor, frames: Any = None, autocast: bool 
     return [features.detach(), *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)]
 
 
+def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest relative difference of two tensors that correspond."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+
+
 def check_alike(how: str, backend: str, recompute: str | None, bound: float, *, autocast: bool, packed: bool) -> None:
     """Images of many shapes: what is compiled gives what eager code gives, and no shape is compiled for itself."""
     torch._dynamo.reset()
@@ -166,9 +172,12 @@ def check_alike(how: str, backend: str, recompute: str | None, bound: float, *, 
     for height, width in ((56, 84), (42, 98), (70, 56), (84, 112)):
         images = torch.randn(2, 3, height, width)
         frames = ((height, 28), (14, width)) if packed else None
-        pairs = zip(*(learnt(one, images, frames, autocast) for one in (compiled, eager)), strict=True)
-        for ours, theirs in pairs:
-            assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
+        theirs, ours = (learnt(one, images, frames, autocast) for one in (eager, compiled))
+        allowed = bound
+        if bound and autocast:  # both are rounded to 16 bit, at other places: what counts is how far from fp32
+            exact = learnt(eager, images, frames)
+            allowed, theirs = bound * apart(theirs, exact), exact
+        assert apart(ours, theirs) <= allowed
         made.append(compilations())
     assert made[0] != made[1] == made[-1], made
     # An input with a gradient and one without: the first block's. Around packed attention there are two pieces.
@@ -189,13 +198,14 @@ def test_compiled_blocks_learn_what_eager_ones_do_at_any_size() -> None:
 def test_every_policy_is_compiled(backend: str, recompute: str | None, packed: bool) -> None:
     """Kernels of inductor add and round in another order: a few units of the last place, through three blocks.
 
-    Under autocast eager code rounds to 16 bit after each operator, fused kernels once at their end.
+    Under autocast eager code rounds to 16 bit after each operator, fused kernels once at their end: neither may be
+    much further from fp32 than the other.
     """
     if packed and recompute == "all_but_attention":
         pytest.skip("the configuration refuses to keep the result of packed attention")
     exact = backend == "aot_eager"
     check_alike("blocks", backend, recompute, 0.0 if exact else 1e-5, autocast=False, packed=packed)
-    check_alike("blocks", backend, recompute, 0.0 if exact else 3e-2, autocast=True, packed=packed)
+    check_alike("blocks", backend, recompute, 0.0 if exact else 3.0, autocast=True, packed=packed)
 
 
 @pytest.mark.gpu

@@ -404,6 +404,8 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
     if model.base != "full":
         yield key, f"must be none with visft.model.base = {model.base}: values are made of codes piece by piece"
+    if model.base != "full":
+        yield key, f"must be none with visft.model.base = {model.base}: products with coded weights are not compiled"
     if not visft.run.rehearsal:
         yield key, "must be none without visft.run.rehearsal, which is when blocks are compiled"
 

@@ -38,7 +38,7 @@ from visft_ds.evals.benchmarks.encoding import Worker, encode_images, start_work
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
 from visft_ds.interop.encoders import NORMALISATIONS, Encoder
-from visft_ds.interop.files import sha256_file
+from visft_ds.interop.files import base_identity, open_weights, sha256_file
 from visft_ds.interop.open_clip import FILE
 from visft_ds.interop.text_sides import TextSide, text_side, write_side
 from visft_ds.models.eva_vit import PRESETS
@@ -193,7 +193,8 @@ def _write(job: _Job, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], 
     source = sha256_file(own) if job.spec.library == "visft_ds" else None
     result = Result("text", job.how.recipe, tuned.curve, recalls, seconds)
     with staged(job.given.out) as folder:
-        configs = write_side(job.side, tuned.trained, folder, named=job.given.out)
+        vision_of = base_identity(open_weights(own)) if source else None
+        configs = write_side(job.side, tuned.trained, folder, named=job.given.out, vision_of=vision_of)
         write_result(folder, job.given.out.name, result, _facts(job, tuned), configs, source)
     finished(recalls, seconds, job.given.out / FILE)
 

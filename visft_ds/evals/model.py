@@ -20,7 +20,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import is_merged, load_backbone
-from visft_ds.interop.files import WeightFile, open_weights, sha256_file
+from visft_ds.interop.files import WeightFile, base_identity, open_weights
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
@@ -253,10 +253,10 @@ def module_adapter_for(backbone: Path, path: Path) -> ModuleAdapter:
     return adapter
 
 
-def _check_adapter(base_sha256: str | None, backbone: Path, path: Path) -> None:
-    if base_sha256 is not None and (found := sha256_file(backbone)) != base_sha256:
+def _check_adapter(wanted: str | None, backbone: Path, path: Path) -> None:
+    if wanted is not None and (found := base_identity(open_weights(backbone))) != wanted:
         raise ValueError(
-            f"{path} was trained on base weights with sha256 {base_sha256}, but {backbone} has {found}: name the base "
+            f"{path} was trained on base weights with sha256 {wanted}, but {backbone} has {found}: name the base "
             f"it was trained on with --backbone, or --adapter none"
         )
 

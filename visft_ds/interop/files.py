@@ -26,6 +26,8 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 INDEX = ".safetensors.index.json"
 # Names under which training scripts nest the weights beside optimizer state and counters.
 NESTS = ("model", "state_dict", "module")
+#: Entry of the header of a file whose vision tower is that of another file, unchanged: the other's `base_identity`.
+VISION_OF = "vision_of"
 _ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -329,3 +331,8 @@ def sha256_file(path: str | Path) -> str:
         return digest
     shards = sorted(set(read_index(path).values()))
     return hashlib.sha256("".join([digest, *map(sha256_file, shards)]).encode()).hexdigest()
+
+
+def base_identity(file: WeightFile) -> str:
+    """By which sha256 adapters know the vision tower of a file: its own, or that of the file it has the tower from."""
+    return file.metadata.get(VISION_OF) or sha256_file(file.path)

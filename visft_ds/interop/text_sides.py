@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visft_ds.interop import open_clip
 from visft_ds.interop.clip_models import LOCAL, write_configs
 from visft_ds.interop.encoders import Encoder, EvaEncoder
-from visft_ds.interop.files import TensorInfo, WeightFile, open_weights, view
+from visft_ds.interop.files import VISION_OF, TensorInfo, WeightFile, open_weights, view
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.text_towers import PREFIX, TextTower
@@ -124,12 +124,15 @@ def _config_of(name: str, model: Any) -> dict[str, Any]:
     return {"model_cfg": get_model_config(name), "preprocess_cfg": preprocess}
 
 
-def write_side(side: TextSide, trained: Collection[str], folder: Path, *, named: Path) -> tuple[str, ...]:
+def write_side(
+    side: TextSide, trained: Collection[str], folder: Path, *, named: Path, vision_of: str | None = None
+) -> tuple[str, ...]:
     """Write the whole model into a folder as open_clip names it; returns the configurations that were written.
 
     Args:
         trained: names of `side.parameters` that have changed.
         named: the folder's name once it is finished.
+        vision_of: `base_identity` of the file that the vision tower is from: adapters made for that fit this one.
     """
     changed: dict[str, Tensor] = {name: side.parameters[name] for name in trained}
     changed["logit_scale"] = side.logit_scale
@@ -142,7 +145,8 @@ def write_side(side: TextSide, trained: Collection[str], folder: Path, *, named:
         value = changed.get(name)
         return side.weights.get(name) if value is None else value.detach().float().reshape(infos[name].shape)
 
-    write_safetensors(folder / FILE, infos, produce, side.weights.metadata)
+    origin = {} if vision_of is None else {VISION_OF: vision_of}
+    write_safetensors(folder / FILE, infos, produce, {**side.weights.metadata, **origin})
     if side.model_config is None:
         return write_configs(open_weights(folder / FILE), folder, named)
     write_text(folder / CONFIG, json.dumps(side.model_config, indent=2) + "\n")

@@ -62,6 +62,7 @@ class TimmBackbone(nn.Module):
         probe = self if next(self.parameters()).is_meta else _on_meta(self)
         self.left_out = self._cut(probe)
         self.width, self.patch_size = self._measure(probe)
+        self.train()  # a module begins in training mode without being told: batch norms would count the first images
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""

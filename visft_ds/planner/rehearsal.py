@@ -81,7 +81,7 @@ def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input
     with (
         rehearsing_on(device, autocast),
         Tracer() as tracer,
-        _kernels(device, linear_keeps_input=linear_keeps_input),
+        chosen_kernels(device, linear_keeps_input=linear_keeps_input),
     ):
         yield tracer
 
@@ -96,7 +96,7 @@ def normaliser_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, T
 
 
 @contextmanager
-def _kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterator[None]:
+def chosen_kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterator[None]:
     """Choose kernels for tensors on the meta device as torch chooses them on another one.
 
     Functions are replaced, as DeepSpeed replaces them, since torch's function modes are off while a backward pass
@@ -218,32 +218,49 @@ def _sampled_shapes(func: Any, args: Sequence[Any]) -> Any:
 
 
 def _attention_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     """The fused kernel, which knows no dropout; else plain products."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch makes a bias of it
     if dropout_p:
-        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p)[0]
+        plain = torch.ops.aten._scaled_dot_product_attention_math
+        out: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
         return out
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out = fused(query, key, value, attn_mask=attn_mask)[0]
+    out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
     return out
 
 
 def _attention_on_gpu(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     """Flash attention in 16 bit without a mask; else the memory-efficient kernel."""
     if attn_mask is None and query.dtype != torch.float32:
-        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return out
     if attn_mask is not None:  # a bias of every head and query, whose rows are aligned
         batch, heads, queries = query.shape[:3]
         bias = query.new_zeros(batch, 1, queries, -(-key.shape[2] // 16) * 16)
         attn_mask = bias[..., : key.shape[2]].expand(batch, heads, queries, key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out = efficient(query, key, value, attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p)[0]
+    keeps = torch.is_grad_enabled() and query.requires_grad
+    out = efficient(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)[0]
     return out
 
 

@@ -1,0 +1,36 @@
+"""Steps of a few lines for the runner, in a file that imports little: its processes import it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from visft_ds.ablations.run import Runner
+from visft_ds.ablations.steps import Step, StepList
+
+TELL = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); out.mkdir(); (out / 'told').write_text('done')"
+
+
+def steps_of(root: Path, texts: Mapping[str, str], needs: Mapping[str, str]) -> Mapping[str, Step]:
+    """Scripts as steps, by their names; `needs` names the one before each."""
+    steps = StepList(root)
+    made: dict[str, Step] = {}
+    for name, text in texts.items():
+        script = root / f"{sha256(text.encode()).hexdigest()[:8]}.py"
+        script.write_text(text)
+        before = [made[needs[name]]] if name in needs else []
+        made[name] = steps.add(name, name, partial(_command, script), needs=before)
+    return steps.steps
+
+
+def _command(script: Path, out: Path) -> list[str]:
+    return [str(script), str(out)]
+
+
+def run_steps(steps: Mapping[str, Step], *, jobs: int = 1) -> tuple[dict[str, str], list[str]]:
+    """(title of what failed -> reason, what was said)."""
+    said: list[str] = []
+    failures = Runner(jobs, forks=False, say=said.append).run(steps)
+    return {steps[stem].title: failure.reason for stem, failure in failures.items()}, said

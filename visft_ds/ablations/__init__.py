@@ -1,0 +1,1 @@
+"""Questions about the recipe, answered by experiments: what is run, collected and drawn for each."""

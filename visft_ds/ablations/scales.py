@@ -1,0 +1,97 @@
+"""How large an experiment is: toy scale makes its own images and base weights, any other model takes the user's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TOY_MODEL = "debug"
+#: Images of the toy sets and their side in pixels; `b` is drawn in other colours, textures and grounds.
+TOY_TRAIN, TOY_VAL, TOY_SIDE = 1500, 200, 112
+#: Pictures of classes, to train probes with and to test.
+TOY_CLASS_TRAIN, TOY_CLASS_TEST = 240, 480
+#: Benchmarks beside those of the toy sets.
+TOY_BUILT_IN = ("digits",)
+#: How the base weights of the toy model learn from captions: its tower, and how long; then how texts learn alone.
+TOY_PRETRAINING = ("--set", "width=128", "--set", "depth=2", "--set", "num_heads=4", "--steps", "400")
+TOY_TEXT = ("--steps", "60", "--batch-size", "128", "--lr", "1e-3")
+#: --set values of both stages at toy scale, then of one of them: a few minutes for all arms and seeds of a question.
+TOY_BOTH = ("visft.run.rehearsal=false", "visft.run.save_every=1000", "visft.run.eval_every=0")
+TOY_STAGE1 = ("scheduler.params.total_num_steps=300", "visft.shared.batch_size=12")
+TOY_STAGE2 = (
+    "scheduler.params.total_num_steps=60",
+    "scheduler.params.warmup_num_steps=10",
+    *(f"visft.tasks.{task}.batch_size=8" for task in ("detection", "segmentation", "captioning")),
+)
+#: Where a second detection data set is looked for at other scales.
+SECOND = "data/objects365"
+#: How backbones are written whose base weights have no text side to keep.
+_LAYOUTS = {"eva_g": "timm"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a command line says about size and data; equal for all questions of a folder."""
+
+    model: str = TOY_MODEL  #: file of ds_configs/models
+    processes: int = 1  #: of each training; more than one are started by deepspeed
+    data: str | None = None  #: shards; None: toy images, made on the way
+    second: str = SECOND  #: shards of the second data set
+    heads: str | None = None  #: folder of stage-1 heads; None: they are trained
+    benchmarks: tuple[str, ...] = ()  #: out of domain, as tools/evaluate.py benchmarks takes them
+    text: str | None = None  #: file with the text tower, where the base weights have none
+    settings: tuple[str, ...] = ()  #: --set of every training
+    vary_base: bool = False  #: toy base weights for each seed, instead of the same for all
+
+    @property
+    def toy(self) -> bool:
+        """Whether images and base weights are made on the way."""
+        return self.data is None
+
+    def stage_settings(self, stage: int) -> tuple[str, ...]:
+        """--set values of a stage, the user's last."""
+        own = (*TOY_BOTH, *(TOY_STAGE1 if stage == 1 else TOY_STAGE2)) if self.toy else ()
+        return (*own, *self.settings)
+
+    @property
+    def text_flags(self) -> tuple[str, ...]:
+        """How long the text tower learns, and how fast."""
+        return TOY_TEXT if self.toy else ()
+
+    @property
+    def layout(self) -> str:
+        """Of weights with what trained in them: that of the base weights, so that its text side is kept."""
+        return "open_clip" if self.toy else _LAYOUTS.get(self.model, "eva_clip")
+
+    @property
+    def launcher(self) -> tuple[str, ...]:
+        """What stands before launchers/train.py."""
+        one = self.processes == 1 and self.toy
+        return () if one else ("deepspeed", "--num_gpus", str(self.processes))
+
+
+def check_scale(scale: Scale) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        ValueError: another model than the toy one without data or benchmarks, or the toy one's things for toy images.
+    """
+    if scale.processes < 1:
+        raise ValueError(f"--processes {scale.processes} is not allowed: give at least 1")
+    if scale.toy:
+        if scale.model != TOY_MODEL:
+            raise ValueError(
+                f"--model {scale.model} needs images: --data SHARDS, made by tools/make_shards.py (toy images are for "
+                f"--model {TOY_MODEL})"
+            )
+        given = [name for name in ("heads", "benchmarks", "text") if getattr(scale, name)]
+        if given:
+            names = ", ".join(f"--{name.rstrip('s') if name == 'benchmarks' else name}" for name in given)
+            raise ValueError(f"{names}: toy scale makes its own; give --data SHARDS too, or leave it out")
+    elif not scale.benchmarks:
+        raise ValueError(
+            "out of domain is what ViSFT is about: give one --benchmark KIND=SOURCE or more (docs/benchmarks.md), for "
+            "example --benchmark zero_shot=imagenet-a --benchmark digits"
+        )
+    if scale.heads is not None and not Path(scale.heads).exists():
+        raise ValueError(f"--heads {scale.heads}: no such folder")
