@@ -264,7 +264,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         ("load", f"{load} processes in the last 1, 5, 15 minutes before"),
         ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {clock}"),
         ("memory", "peak of live tensors, forward and backward, without weights; exact to the byte"),
-        ("timm's residual stream", "fp32, as ours" if options["stream"] == "fp32" else "in 16 bit where that is computed in"),
+        ("timm's stream", "fp32, as ours" if options["stream"] == "fp32" else "16 bit in 16 bit, ours fp32"),
         ("goal", f"{FASTER:g} times as fast, or {SMALLER:g} of the memory, and never worse on both"),
     ]
     sections = [Section("measured on", facts)]
