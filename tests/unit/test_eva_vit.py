@@ -284,3 +284,10 @@ def test_presets_cannot_be_changed_by_accident() -> None:
     assert PRESETS["debug"].width == 192
     with pytest.raises(AttributeError):
         PRESETS["debug"].width = 1  # type: ignore[misc]
+
+
+def test_tokens_lie_one_after_another() -> None:
+    """The convolution's order would go through all sums, and each product would need a second wide tensor."""
+    backbone = build_backbone("debug", width=32, depth=1, num_heads=2, image_size=28)
+    for images in (torch.randn(2, 3, 28, 28), torch.randn(2, 3, 28, 28).to(memory_format=torch.channels_last)):
+        assert backbone.embed(images).is_contiguous()

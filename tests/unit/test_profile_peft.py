@@ -41,6 +41,22 @@ def test_frozen_tensors_are_shared_and_gradients_agree() -> None:
     assert (got.norm(dim=2) > 0).all() and (wanted.norm(dim=2) > 0).all()
 
 
+def test_with_its_dtypes_kept_timm_has_our_stream_in_fp32() -> None:
+    backbone = build_backbone("eva_e", width=32, depth=1, num_heads=2, mlp_ratio=2.0, image_size=28)
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("weight") and "norm" not in name:
+            parameter.data = parameter.data.bfloat16()
+    inject_lora(backbone.requires_grad_(False), rank=3, alpha=6.0)
+    images, model = torch.randn(1, 3, 28, 28), peft_on_timm(backbone, None).get_submodule("base_model.model")
+    streams = []
+    for block in (backbone.get_submodule("blocks.0"), model.get_submodule("blocks.0")):
+        block.register_forward_pre_hook(lambda _, given: streams.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = backbone.tokens(images), model.forward_features(images)  # type: ignore[operator]
+    assert streams == [torch.float32, torch.float32]
+    torch.testing.assert_close(*outputs, rtol=0, atol=5e-2)
+
+
 def test_record_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--json", str(tmp_path / "peft.json")]) == 0
     (result,) = json.loads((tmp_path / "peft.json").read_text(encoding="utf-8"))["results"]
@@ -71,6 +87,7 @@ def test_what_does_not_compute_the_same_is_not_compared(monkeypatch: pytest.Monk
         (["--dtypes", "fp64"], "give some of fp32, bf16, fp16"),
         (["--pixels", "30"], "sides of whole patches of 14"),
         (["--batch", "0"], "must be at least 1"),
+        (["--stream", "bf16"], "give 16bit or fp32"),
         (["--repeat", "3"], "did you mean --repeats"),
     ],
 )

@@ -13,7 +13,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.low_bit import import_torchao
 
 
-def peft_on_timm(backbone: EvaViT, dtype: torch.dtype) -> nn.Module:
+def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     """timm's model with separate q, k and v under PEFT, ready to train the same adapters.
 
     On timm's fused qkv PEFT does nothing (docs/weights.md). Frozen tensors of the wanted dtype are shared with the
@@ -21,7 +21,7 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype) -> nn.Module:
 
     Args:
         backbone: with adapters, not merged.
-        dtype: of everything that is frozen.
+        dtype: of everything that is frozen; None: each tensor as the backbone has it, so that all are shared.
 
     Raises:
         ValueError: timm is not installed, or the backbone has no adapters.
@@ -71,9 +71,9 @@ def _device(backbone: EvaViT) -> torch.device:
     return backbone.pos_embed.device
 
 
-def _split(backbone: EvaViT, dtype: torch.dtype) -> dict[str, Tensor]:
+def _split(backbone: EvaViT, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tower's own tensors under timm's names, q, k and v as views of the fused projection."""
-    tensors = {name: p.detach().to(dtype) for name, p in backbone.named_parameters() if not is_lora(name)}
+    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in backbone.named_parameters() if not is_lora(name)}
     if backbone.cls_token is None:
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]  # timm keeps none for a class token that is not there
     for index in range(backbone.depth):

@@ -105,7 +105,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, h*w, D), row by row."""
         patches: Tensor = self.proj(images)
-        return patches.flatten(2).transpose(1, 2)
+        # Every sum of the residual stream would inherit the order of the convolution, and a product of such an input
+        # adds its bias in a second tensor.
+        return patches.flatten(2).transpose(1, 2).contiguous()
 
 
 class Patches(nn.Module):

@@ -54,7 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The specification of `attention`. Memory grows with N^2."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    # Scaled afterwards, in place: a scaled copy of q would be kept for the backward pass, as wide as the block.
+    scores = (q @ k.transpose(-2, -1)).mul_(q.shape[-1] ** -0.5)
     return scores.softmax(dim=-1) @ v
 
 

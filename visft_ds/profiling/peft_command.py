@@ -30,6 +30,7 @@ def add_peft_parser(commands: Any) -> None:
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="blocks (%(default)s)")
     parser.add_argument("--rank", type=int, default=64, metavar="N", help="of the adapters on q and v (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (%(default)s)")
+    parser.add_argument("--stream", default="16bit", metavar="TYPE", help="timm's in 16 bit: (%(default)s), or fp32")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds after one (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (as it is)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
@@ -50,7 +51,7 @@ def profile_peft(options: argparse.Namespace, rest: Sequence[str], command: Sequ
         raise ValueError(f"--threads {options.threads} must be at least 1")
     from visft_ds.profiling.peft_step import PeftOptions, make_sections, make_title, measure_peft
 
-    names = ("pixels", "dtypes", "depth", "rank", "batch", "repeats", "device", "small")
+    names = ("pixels", "dtypes", "depth", "rank", "batch", "stream", "repeats", "device", "small")
     chosen = PeftOptions(**{name: getattr(options, name) for name in names})
     with _threads(options.threads):
         record = measure_peft(chosen) | {"command": list(command)}

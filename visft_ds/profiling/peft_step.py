@@ -40,6 +40,8 @@ BASELINE, PLAIN = "timm + PEFT, every block again", "timm + PEFT, nothing again"
 FASTER, SMALLER = 1.25, 0.8
 #: Relative difference of all gradients of adapters that passes as rounding.
 AGREE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
+#: What timm's residual stream is in, in 16 bit: that (`model.to(bfloat16)`), or fp32 as ours is.
+STREAMS = ("16bit", "fp32")
 _SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
 
 Step = Callable[[], Tensor]
@@ -54,6 +56,7 @@ class PeftOptions:
     depth: int = 2  #: blocks
     rank: int = 64
     batch: int = 1  #: images
+    stream: str = "16bit"  #: one of STREAMS
     repeats: int = 5  #: rounds after one to warm up
     device: str = "cpu"
     small: bool = False  #: debug width instead of EVA-ViT-E's
@@ -64,6 +67,8 @@ class PeftOptions:
         for name in ("depth", "rank", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.stream not in STREAMS:
+            raise ValueError(f"--stream {self.stream}: give {' or '.join(STREAMS)}")
         if not self.pixels or min(self.pixels) < 14 or any(side % 14 for side in self.pixels):
             raise ValueError(f"--pixels {' '.join(map(str, self.pixels))}: give sides of whole patches of 14")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -104,7 +109,7 @@ def _measure(options: PeftOptions, name: str, side: int, device: torch.device) -
     with torch.no_grad():
         for parameter in lora_parameters(backbone).values():
             parameter.add_(0.01 * torch.randn_like(parameter))  # a B of zero would hide the gradient of A
-    adapted = peft_on_timm(backbone, DTYPES[name])
+    adapted = peft_on_timm(backbone, DTYPES[name] if options.stream == "16bit" else None)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, side, side, generator=generator).to(device)
     tokens = (side // backbone.patch_size) ** 2
@@ -259,6 +264,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         ("load", f"{load} processes in the last 1, 5, 15 minutes before"),
         ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {clock}"),
         ("memory", "peak of live tensors, forward and backward, without weights; exact to the byte"),
+        ("timm's stream", "fp32, as ours" if options["stream"] == "fp32" else "16 bit in 16 bit, ours fp32"),
         ("goal", f"{FASTER:g} times as fast, or {SMALLER:g} of the memory, and never worse on both"),
     ]
     sections = [Section("measured on", facts)]
