@@ -30,6 +30,7 @@ def decoded(out: Path) -> list[int]:
     return [step for step in range(1, len(seconds)) if seconds[step] > seconds[step - 1]]
 
 
+@pytest.mark.slow
 def test_kept_features_change_no_result(shards: Path, tmp_path: Path) -> None:
     """Against the same run without a folder; of other sizes in a batch, in bf16 storage, for all heads at once."""
     shared = {

@@ -192,6 +192,7 @@ def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path:
     assert any(value > 0 for name, value in wanted.items() if name.startswith("caption/"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_the_judge_works(shards: Path, tmp_path: Path) -> None:
     """The next one measures what was left, once; stopped by a signal, it waits for the numbers."""
     out = tmp_path / "killed"
