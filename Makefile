@@ -35,7 +35,9 @@ test-parallel: install
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/integration/test_engines.py \
 		tests/integration/test_pipeline.py tests/integration/test_pipeline_train.py \
 		tests/integration/test_checkpoint_matrix.py tests/integration/test_checkpoints.py tests/unit/test_checkpoint_faults.py \
-		tests/integration/test_refusal.py tests/integration/test_unchanged.py tests/integration/test_overflow.py tests/integration/test_start.py
+		tests/integration/test_refusal.py tests/integration/test_unchanged.py tests/integration/test_overflow.py tests/integration/test_start.py \
+		tests/integration/test_packed_engines.py tests/integration/test_few_bits.py \
+		tests/integration/test_timm_engines.py tests/integration/test_tuning_runs.py
 
 demo: install
 	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")

@@ -382,6 +382,7 @@ def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, mo
     assert parts.validation(tmp_path).resume(2) is True
 
 
+@pytest.mark.slow
 def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) -> None:
     """However that ends: the run that goes on measures the same step, and writes into the same folder."""
     place = tmp_path / "validation/step_00000002"
