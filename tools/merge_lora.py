@@ -37,7 +37,7 @@ from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
 from visft_ds.interop.merge import DTYPES, Change, MergeReport, Share, check_base, merge_into_file, scaled
 from visft_ds.interop.module_adapters import ModuleAdapter, save_module_adapter, why_no_peft
-from visft_ds.interop.timm_merge import merge_timm, scaled_module, timm_card, verify_timm
+from visft_ds.interop.timm_merge import check_timm_base, merge_timm, scaled_module, timm_card, verify_timm
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.verify import Verification, merge_tolerance, verify_merge
@@ -172,6 +172,9 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
             raise ValueError(f"{given.adapter[0]} trained its own weights and has no adapter to write: --format timm")
         if reason := why_no_peft(change):
             raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
+        if given.base is not None:
+            for note in check_timm_base(given.base, change, allow_other=given.allow_other_base)[1]:
+                print(f"note: {note}")
         print(f"out      {save_module_adapter(change, given.out)} (peft)")
         return 0
     with _staged(given.out) as stage:

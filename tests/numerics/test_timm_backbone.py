@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
 from visft_ds.interop.layouts import told_of
 from visft_ds.interop.module_adapters import (
@@ -245,6 +247,19 @@ def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
         assert _relative(_map_of(model, images), ours(images)) < TOLERANCE
     with pytest.raises(ValueError, match="count it twice"):
         merge_timm(tmp_path / "merged.safetensors", adapter, tmp_path / "twice.safetensors")
+
+
+def test_an_adapter_of_another_base_is_not_written_for_peft_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = (
+        _base_file("test_vit", tmp_path),
+        replace(_adapter(_adapted("test_vit"), "test_vit"), base_sha256="0"),
+    )
+    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    words = ["--base", base, "--adapter", folder, "--out", tmp_path / "out", "--format", "peft"]
+    assert main([str(word) for word in words]) == 2
+    assert "trained on the base with sha256 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:

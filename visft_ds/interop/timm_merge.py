@@ -71,14 +71,7 @@ def merge_timm(
     foreign = sorted(changed - own.keys() - set(opened.stored))
     if foreign:
         raise ValueError(f"{base} has nothing of the names that were changed: {examples(foreign)}")
-    sha256, notes = sha256_file(base), []
-    if change.base_sha256 is None:
-        notes.append("it is not recorded on which base file this was trained: not checked")
-    elif change.base_sha256 != sha256:
-        problem = f"this was trained on the base with sha256 {change.base_sha256}, {base} has {sha256}"
-        if not allow_other:
-            raise ValueError(f"{problem}: give that one, or allow it (--allow-other-base)")
-        notes.append(f"allowed: {problem}")
+    sha256, notes = check_timm_base(base, change, allow_other=allow_other)
     infos = {key: TensorInfo(file.shape(key), dtype if key in own else file.dtype(key)) for key in file}
     shares, total = {key: Share() for key in sorted(changed & own.keys())}, Share()
 
@@ -109,6 +102,19 @@ def merge_timm(
 def scaled_module(change: Change, scale: float) -> Change:
     """The change with `scale` times its effect, see `ModuleAdapter.scaled`."""
     return scaled(change, scale) if isinstance(change, TunedWeights) else change.scaled(scale)
+
+
+def check_timm_base(base: str | Path, change: Change, *, allow_other: bool) -> tuple[str, list[str]]:
+    """(sha256 of the file, notes). Raises ValueError where the change was made on another base that is not allowed."""
+    sha256 = sha256_file(base)
+    if change.base_sha256 is None:
+        return sha256, ["it is not recorded on which base file this was trained: not checked"]
+    if change.base_sha256 == sha256:
+        return sha256, []
+    problem = f"this was trained on the base with sha256 {change.base_sha256}, {base} has {sha256}"
+    if not allow_other:
+        raise ValueError(f"{problem}: give that one, or allow it (--allow-other-base)")
+    return sha256, [f"allowed: {problem}"]
 
 
 def timm_card(title: str, change: Change, report: TimmMerge) -> str:
