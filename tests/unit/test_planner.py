@@ -122,12 +122,23 @@ def test_shares_of_zero_by_hand() -> None:
     assert offloaded.weights(parameters) == 0
 
 
-def test_gathered_weights_stay_within_the_reuse_distance() -> None:
+def test_gathered_weights_stay_within_the_limits() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(10)) for _ in range(10)]
-    keys = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 60, "stage3_prefetch_bucket_size": 10}
-    zero = Zero.of({"zero_optimization": {"stage": 3, **keys}}, 4, 1, CUDA)
-    assert zero.gathered(parameters, lambda _: True) == (3 + 1) * 40  # 30 elements there and back, 10 ahead
-    assert zero.gathered(parameters, lambda parameter: parameter is parameters[9]) == 40
+
+    def zero(prefetch: int, live: int, reuse: int) -> Zero:
+        limits = {"prefetch_bucket_size": prefetch, "max_live_parameters": live, "max_reuse_distance": reuse}
+        keys = {f"stage3_{name}": value for name, value in limits.items()}
+        keys["stage3_param_persistence_threshold"] = 0
+        return Zero.of({"zero_optimization": {"stage": 3, **keys}}, 4, 1, CUDA)
+
+    assert zero(10, 20, 60).gathered(parameters, lambda _: True) == 3 * 40  # 30 elements there and back
+    assert zero(10, 45, 60).gathered(parameters, lambda _: True) == 5 * 40  # gathering goes on below 45
+    assert zero(10, 1000, 60).gathered(parameters, lambda _: True) == 10 * 40
+    assert zero(10, 1000, 60).gathered(parameters, lambda parameter: parameter is parameters[9]) == 40
+    assert zero(0, 1000, 60).gathered(parameters, lambda _: True) == 3 * 40
+    large = [*parameters, torch.nn.Parameter(torch.zeros(30))]
+    assert zero(10, 20, 0).ahead(large) == (10 + 30) * 4  # 10 are fewer than 20
+    assert zero(10, 21, 0).ahead(large) == (20 + 30) * 4
 
 
 def test_clusters_are_read() -> None:

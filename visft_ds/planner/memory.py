@@ -17,7 +17,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.parallel import distributed
 from visft_ds.planner.rehearsal import Content
 from visft_ds.planner.step import Rehearsed, Run, rehearse
-from visft_ds.profiling.ledger import ACTIVATIONS, BUCKETS, GRADIENTS, TRANSIENT
+from visft_ds.profiling.ledger import ACTIVATIONS, BUCKETS, GATHERED, GRADIENTS, TRANSIENT
 from visft_ds.stages import PUBLISHED_VOCABULARY
 
 
@@ -108,7 +108,7 @@ def _plans(found: Rehearsed) -> Iterator[MemoryPlan]:
             gradients=moment[GRADIENTS],
             optimizer=found.optimizer,
             buckets=moment[BUCKETS],
-            gathered=found.gathered,
+            gathered=moment.get(GATHERED, 0),
             activations=moment[ACTIVATIONS],
             transient=moment[TRANSIENT],
         )

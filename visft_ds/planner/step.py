@@ -29,6 +29,7 @@ from visft_ds.profiling.ledger import (
     ACTIVATIONS,
     BUCKETS,
     FROZEN,
+    GATHERED,
     GRADIENTS,
     OTHER,
     TRANSIENT,
@@ -75,8 +76,8 @@ class Rehearsed:
 
     weights: int
     optimizer: int
-    gathered: int
-    moments: tuple[Mapping[str, int], ...]  #: gradients, buckets, activations, transient: of the step, of the update
+    #: Gradients, buckets, gathered, activations, transient: of the step, of the update, of a frozen backbone's forward.
+    moments: tuple[Mapping[str, int], ...]
     work: Total  #: of one micro-batch, forward and backward; the whole model's
     trained: int  #: values that train in this step, of the layers on this rank
     parameters: int  #: bytes of the whole weights of the layers on this rank
@@ -164,6 +165,10 @@ class _Rehearsal:
         taught = [[p for p in group if id(p) in self.used] for group in groups]
         update = zero.update([group for group in (taught if zero.stage == 0 else groups) if group], self.run.device)
         moments = [peak, *([{**update, ACTIVATIONS: 0}] if update else [])]
+        if zero.stage == 3:
+            whole = self._gathered()
+            moments = [{**moment, GATHERED: whole} for moment in moments]
+            moments += [] if self.module.train_backbone else [self._frozen_forward()]
         for moment in moments:
             moment[GRADIENTS] = moment.get(GRADIENTS, 0) + zero.standing_gradients(groups)
             moment[BUCKETS] = moment.get(BUCKETS, 0) + zero.standing_buckets()
@@ -171,7 +176,6 @@ class _Rehearsal:
         return Rehearsed(
             weights=zero.weights(self.parameters),
             optimizer=zero.optimizer(groups),
-            gathered=self._gathered() if zero.stage == 3 else 0,
             moments=tuple(moments),
             work=work,
             trained=sum(p.numel() for group in taught for p in group),
@@ -181,10 +185,21 @@ class _Rehearsal:
         )
 
     def _gathered(self) -> int:
-        """ZeRO-3: bytes of whole weights."""
+        """ZeRO-3: bytes of whole weights between forward and backward pass."""
         backbone = {id(p) for p in self.module.backbone.parameters()}
         behind = [p for p in self.parameters if id(p) in self.used]
         return self.zero.gathered(behind, lambda p: self.module.train_backbone or id(p) not in backbone)
+
+    def _frozen_forward(self) -> dict[str, int]:
+        """ZeRO-3: bytes by kind while images pass through a backbone that keeps nothing but gathers its weights."""
+        ledger = Ledger(META.type)
+        ledger.add_all(self.module.parameters(), FROZEN)
+        ledger.add_all(_tensors_of(self.batch), OTHER)
+        ledger.forget_peaks()
+        with rehearsing(self.run.device, self.run.precision), Allocations(ledger), torch.no_grad():
+            self.module.features(self.batch)
+        gathered = self.zero.ahead(self.module.backbone.parameters())
+        return {ACTIVATIONS: 0, TRANSIENT: ledger.at_peak[TRANSIENT], GATHERED: gathered}
 
     def _read_ahead(self) -> int:
         """Bytes of the batches on the device: on a CPU, where all are read to, those that wait as well."""

@@ -5,7 +5,8 @@ Followed from deepspeed/runtime/zero/{stage_1_and_2,stage3,partitioned_param_coo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Zero:
     reduce_bucket: int  #: elements
     bucket_count: int  #: two where reduction runs beside computation
     persist_below: int  #: ZeRO-3: parameters of at most so many elements stay whole
-    prefetch: int  #: ZeRO-3: elements gathered ahead
+    prefetch: int  #: ZeRO-3: elements gathered ahead whenever a module begins
     max_live: int  #: ZeRO-3: elements that may be whole at a time
     max_reuse: int  #: ZeRO-3: a parameter needed again within so many elements stays whole
     linear_keeps_input: bool  #: ZeRO-3: DeepSpeed's own linear layer
@@ -119,25 +120,39 @@ class Zero:
     def gathered(self, parameters: Sequence[nn.Parameter], used_again: Callable[[nn.Parameter], bool]) -> int:
         """ZeRO-3: bytes of whole weights when the forward ends, where they are most.
 
-        A weight stays whole if its next use, in the backward pass, comes within `max_reuse` elements; up to `prefetch`
-        elements are gathered ahead. This is DeepSpeed's plan once it has seen a step like this one.
+        A weight stays whole if its next use, in the backward pass, comes within `max_reuse` elements. This is
+        DeepSpeed's plan once it has seen a step like this one.
 
         Args:
             parameters: in the order of the forward.
             used_again: whether the backward pass needs it.
         """
-        left, ahead, total = self.max_reuse / 2, self.prefetch, 0  # there and back again
-        for parameter in reversed(parameters):
-            if parameter.numel() <= self.persist_below or not used_again(parameter):
-                continue
-            if left > 0:
-                left -= parameter.numel()
-            elif ahead > 0:
-                ahead -= parameter.numel()
-            else:
+        left, kept = self.max_reuse / 2, 0  # there and back again
+        again = [p for p in reversed(parameters) if p.numel() > self.persist_below and used_again(p)]
+        for parameter in again:
+            if left <= 0:
                 break
-            total += parameter.numel() * parameter.element_size()
-        return total
+            left -= parameter.numel()
+            kept += parameter.numel() * parameter.element_size()
+        return max(kept, self.ahead(again))
+
+    def ahead(self, parameters: Iterable[nn.Parameter]) -> int:
+        """ZeRO-3: bytes of whole weights on the way through these, at most.
+
+        Each module that begins, with parameters or without, has `prefetch` more elements gathered, however many of
+        those before it are still unused. So they soon are as many as may be: gathering goes on below `max_live`.
+        """
+        window, elements, size, most = deque[nn.Parameter](), 0, 0, 0
+        for parameter in parameters:
+            if not self.prefetch or parameter.numel() <= self.persist_below:
+                continue
+            while elements >= self.max_live:
+                first = window.popleft()
+                elements, size = elements - first.numel(), size - first.numel() * first.element_size()
+            window.append(parameter)
+            elements, size = elements + parameter.numel(), size + parameter.numel() * parameter.element_size()
+            most = max(most, size)
+        return most
 
 
 @contextmanager
