@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visft_ds.interop.backbones import load_backbone, save_backbone
-from visft_ds.interop.files import open_weights, sha256_file
+from tests.integration.start_case import peak
+from visft_ds.interop.backbones import load_backbone, read_tensor, save_backbone
+from visft_ds.interop.files import all_finite, open_weights, sha256_file
 from visft_ds.interop.heads import HeadInfo, head_file, open_head, read_head_info, save_head_files
 from visft_ds.interop.layouts import LAYOUTS, Tower, base_parameters, find_layout, tower_in, tower_names, tower_of
 from visft_ds.models.eva_vit import EvaViT, build_backbone
@@ -241,3 +242,25 @@ def test_a_file_that_is_no_head(tmp_path: Path) -> None:
         open_head(_head(), head_file(tmp_path, "detection"), "detection")
     with pytest.raises(ValueError, match="must name the same tasks"):
         save_head_files({"detection": _head()}, tmp_path / "x", {})
+
+
+def test_a_tensor_that_is_read_is_alone_in_memory(tmp_path: Path) -> None:
+    """Of 64 MiB in 16 bit. On a CPU torch makes an fp32 copy of all that it sums in fp32: twice as much again."""
+    count = 2**25
+    save_file({"one": torch.full((count,), 0.5, dtype=torch.float16)}, tmp_path / "one.safetensors")
+    file, sizes = open_weights(tmp_path / "one.safetensors"), dict[str, int]()
+    with peak(sizes, "read"):
+        value = read_tensor(file, "one", torch.bfloat16)
+    assert value.nbytes == 2 * count <= sizes["read peak"] + 2**20
+    assert sizes["read peak"] < 2 * count + 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("place", [0, 5_000_000, -1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, place: int, bad: float) -> None:
+    values = torch.ones(2500, 2600, dtype=dtype)
+    assert all_finite(values) and all_finite(values[0, 0]) and all_finite(values[:0])
+    assert all_finite(values.t())
+    values.view(-1)[place] = bad
+    assert not all_finite(values) and not all_finite(values.t())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, WeightFile, examples, sha256_file
+from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, sha256_file
 from visft_ds.interop.layouts import (
     LAYOUTS,
     PROJECTION,
@@ -228,9 +228,8 @@ def _check_kinds(file: WeightFile, sources: Mapping[str, str], targets: Mapping[
 
 def _check_finite(file: WeightFile, source: str, value: Tensor, result: Tensor) -> None:
     """Refuse what became of `value` by a cast where it is not finite."""
-    # A sum in fp32 is one pass without a temporary; inf and NaN both survive it.
-    if result.is_floating_point() and not torch.isfinite(result.sum(dtype=torch.float32)):
-        cause = "NaN or infinity" if not torch.isfinite(value).all() else f"values too large for {result.dtype}"
+    if result.is_floating_point() and not all_finite(result):
+        cause = "NaN or infinity" if not all_finite(value) else f"values too large for {result.dtype}"
         raise ValueError(f"{file.path}: {source} holds {cause}")
 
 
@@ -279,6 +278,6 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Cast, and raise ValueError where a finite value overflows."""
     result = tensor.to(dtype)
     changed = dtype != tensor.dtype and result.is_floating_point()
-    if changed and not torch.isfinite(result.sum(dtype=torch.float32)):
+    if changed and not all_finite(result):
         raise ValueError(f"{name} does not fit into {dtype} (largest value {tensor.abs().max().item():.3g})")
     return result

@@ -32,6 +32,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
+#: Values that are looked at at once.
+_PIECE = 2**20
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -147,6 +149,16 @@ def view(file: WeightFile, entries: Mapping[str, Entry], metadata: Mapping[str, 
 
     infos = {name: entry.info for name, entry in entries.items()}
     return WeightFile(file.path, infos, read, file.metadata if metadata is None else metadata)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether nothing in a floating-point tensor is NaN or infinite.
+
+    A sum in fp32 is one pass; inf and NaN both survive it. On a CPU torch first makes an fp32 copy of all that it sums,
+    hence in pieces.
+    """
+    pieces = values.detach().flatten().split(_PIECE)
+    return all(bool(piece.sum(dtype=torch.float32).isfinite() or piece.isfinite().all()) for piece in pieces)
 
 
 def examples(names: Mapping[str, object] | list[str] | tuple[str, ...], limit: int = 4) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from visft_ds.interop import eva_clip, peft, visft
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import cast, check_names, is_merged
-from visft_ds.interop.files import Entry, TensorInfo, WeightFile, base_identity, sha256_file, view
+from visft_ds.interop.files import Entry, TensorInfo, WeightFile, all_finite, base_identity, sha256_file, view
 from visft_ds.interop.formats import FORMATS, check_format
 from visft_ds.interop.layouts import Layout, Tower, tower_in, tower_names
 from visft_ds.interop.towers import open_tower
@@ -192,7 +192,7 @@ def _merged(
     blocks, total = shares
 
     def make(name: str, value: Tensor) -> Tensor:
-        if not torch.isfinite(value.sum(dtype=torch.float32)) and not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{file.path}: {name} holds NaN or infinity")
         if name not in changed:
             return cast(value, dtype, name)
