@@ -11,7 +11,7 @@ import torch
 
 from tests.integration.ranks import run_ranks
 from tests.integration.start_case import configured
-from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.layouts import told_of
 from visft_ds.parallel.export import save_base
 from visft_ds.stages import plan_model
 from visft_ds.values import open_base
@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("weights") / "base.safetensors"
     config = configured("zero1", {"visft.model.overrides": OVERRIDES}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
-    save_base(open_base(config.visft.model, backbone, torch.float32), tower_of(backbone), path)
+    save_base(open_base(config.visft.model, backbone, torch.float32), told_of(backbone), path)
     return path
 
 
