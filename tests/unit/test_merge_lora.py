@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.random_tower import SIZES, move_adapters, random_tower
 from visft_ds.interop.adapters import LoraAdapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
@@ -28,24 +29,13 @@ from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
-
-
-def _tiny(**kind: bool) -> EvaViT:
-    model = build_backbone("debug", seed=None, **SIZES, **kind)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
 
 
 def _case(
     folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")
 ) -> tuple[Path, LoraAdapter, EvaViT]:
     """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
-    model = _tiny(post_norm=True)
+    model = random_tower(class_token=False)
     save_backbone(model, folder / "plain.safetensors", "eva_clip")
     extra = {
         "text.ln_final.weight": torch.randn(5).bfloat16(),
@@ -58,10 +48,7 @@ def _case(
     tower = open_weights(folder / "plain.safetensors").metadata["tower"]
     save_file(load_file(folder / "plain.safetensors") | extra, base, {"tower": tower})
     inject_lora(model, rank=4, alpha=2.0, targets=targets)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=size)
+    move_adapters(model, spread=size)
     return base, adapter_of(model, base_sha256=sha256_file(base)), model
 
 
@@ -184,7 +171,7 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(tmp_path: Path, 
 
 def test_verification_tolerance_holds_for_a_deep_tower(tmp_path: Path) -> None:
     """Rounding errors add up over the blocks, slowly: the allowance covers them and stays narrow."""
-    model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)  # type: ignore[arg-type]
+    model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)
     save_backbone(model, tmp_path / "base.safetensors")
     inject_lora(model, rank=2)
     for dtype in (torch.float16, torch.bfloat16):
@@ -234,7 +221,7 @@ def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
         ["all", "100.0%"],
     ]
     assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in done.stdout
-    load_backbone(_tiny(class_token=True, post_norm=True), out)
+    load_backbone(random_tower(), out)
     again = _run("--base", out, "--adapter", folder, "--out", tmp_path / "twice.safetensors", module=True)
     assert again.returncode == 2 and "count it twice" in again.stderr and "Traceback" not in again.stderr
     assert not (tmp_path / "twice.safetensors").exists()
