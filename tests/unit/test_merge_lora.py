@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.adapter_bounds import same_change
 from tests.random_tower import SIZES, move_adapters, random_tower
+from tools.merge_lora import main
 from visft_ds.interop.adapters import LoraAdapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
@@ -52,10 +53,9 @@ def _case(
     return base, adapter_of(model, base_sha256=sha256_file(base)), model
 
 
-def _run(*arguments: object, module: bool = False) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "tools.merge_lora"] if module else [str(ROOT / "tools/merge_lora.py")]
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    command = [sys.executable, *start, *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools/merge_lora.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -208,7 +208,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
         assert same_change(read_adapter(path), adapter)
 
 
-def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
+def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, model = _case(tmp_path)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
     out = tmp_path / "out.safetensors"
@@ -222,20 +222,25 @@ def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
     ]
     assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in done.stdout
     load_backbone(random_tower(), out)
-    again = _run("--base", out, "--adapter", folder, "--out", tmp_path / "twice.safetensors", module=True)
-    assert again.returncode == 2 and "count it twice" in again.stderr and "Traceback" not in again.stderr
-    assert not (tmp_path / "twice.safetensors").exists()
+    twice = tmp_path / "twice.safetensors"
+    assert main(["--base", str(out), "--adapter", str(folder), "--out", str(twice)]) == 2
+    assert "count it twice" in capsys.readouterr().err
+    assert not twice.exists()
 
 
-def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
+def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter, model = _case(tmp_path, size=1e-4)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(base), bare)
-    common = ("--adapter", folder, "--allow-other-base", "--base", bare, "--dtype", "bf16", "--verify")
-    asked = _run(*common, "--out", tmp_path / "a.safetensors", module=True)
-    assert asked.returncode == 2 and "--set num_heads=N" in asked.stderr and not (tmp_path / "a.safetensors").exists()
-    done = _run(*common, "--out", tmp_path / "a.safetensors", "--set", "num_heads=2", "--set", "post_norm=true")
-    assert done.returncode == 0, done.stderr
-    assert "warning: bf16 cannot hold this change" in done.stdout and "note: allowed" in done.stdout
-    assert json.loads(open_weights(tmp_path / "a.safetensors").metadata["tower"])["num_heads"] == 2
+    out = tmp_path / "a.safetensors"
+    common = ["--adapter", str(folder), "--allow-other-base", "--base", str(bare), "--dtype", "bf16", "--verify"]
+    common += ["--out", str(out)]
+    assert main(common) == 2
+    assert "--set num_heads=N" in capsys.readouterr().err and not out.exists()
+    assert main([*common, "--set", "num_heads=2", "--set", "post_norm=true"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: bf16 cannot hold this change" in said and "note: allowed" in said
+    assert json.loads(open_weights(out).metadata["tower"])["num_heads"] == 2
