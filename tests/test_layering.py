@@ -18,6 +18,7 @@ PACKAGE = "visft_ds"
 
 #: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("parallel.processes",),
     ("host_memory", "parallel.faults"),
     ("config", "monitor", "parallel.distributed"),
     ("data", "ops"),

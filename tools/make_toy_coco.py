@@ -45,54 +45,51 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     given = parser.parse_args()
-    width, height = given.size
-    if given.classification:
-        return _write_classes(given)
     try:
-        counts = write_toy_coco(
-            given.out,
-            train=given.train,
-            val=given.val,
-            height=height,
-            width=width,
-            style=given.style,
-            seed=given.seed,
-            max_shapes=given.max_shapes,
-            workers=given.workers,
-        )
+        print(_write_classes(given) if given.classification else _write_scenes(given))
     except (ValueError, OSError) as error:
         print(f"make_toy_coco: {error}", file=sys.stderr)
         return 2
-    print(
+    return 0
+
+
+def _write_scenes(given: argparse.Namespace) -> str:
+    width, height = given.size
+    counts = write_toy_coco(
+        given.out,
+        train=given.train,
+        val=given.val,
+        height=height,
+        width=width,
+        style=given.style,
+        seed=given.seed,
+        max_shapes=given.max_shapes,
+        workers=given.workers,
+    )
+    return (
         f"{given.out}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
         f"({counts['crowds']} crowds), style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
     )
-    return 0
 
 
-def _write_classes(given: argparse.Namespace) -> int:
+def _write_classes(given: argparse.Namespace) -> str:
+    if given.max_shapes != MAX_SHAPES:
+        raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
     width, height = given.size
-    try:
-        if given.max_shapes != MAX_SHAPES:
-            raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
-        counts = write_toy_classes(
-            given.out,
-            given.classification,
-            train=given.train,
-            test=given.val,
-            height=height,
-            width=width,
-            style=given.style,
-            seed=given.seed,
-        )
-    except (ValueError, OSError) as error:
-        print(f"make_toy_coco: {error}", file=sys.stderr)
-        return 2
-    print(
+    counts = write_toy_classes(
+        given.out,
+        given.classification,
+        train=given.train,
+        test=given.val,
+        height=height,
+        width=width,
+        style=given.style,
+        seed=given.seed,
+    )
+    return (
         f"{given.out}: {counts['images']} images of {counts['classes']} classes ({given.classification}), "
         f"style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from visft_ds.changes import base_of, place_of, read_change
-from visft_ds.config import ResolvedConfig
+from visft_ds.config import ResolvedConfig, tower_setting
 from visft_ds.evals.stored import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
@@ -49,18 +49,6 @@ from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
 
 ADAPTER_FORMATS = ("peft", "peft_split", "visft")
 _VISFT_FILE = "visft_lora.pt"
-
-
-def _setting(text: str) -> tuple[str, int | float | bool]:
-    """`num_heads=16`, `post_norm=true`: a name and a JSON number or truth value."""
-    name, _, value = text.partition("=")
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, int | float):
-        raise argparse.ArgumentTypeError(f"{text!r}: write name=number or name=true|false, such as num_heads=16")
-    return name, parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
     source.add_argument(
         "--set",
-        type=_setting,
+        type=tower_setting,
         action="append",
         default=[],
         metavar="NAME=VALUE",

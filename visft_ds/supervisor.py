@@ -22,7 +22,7 @@ from types import FrameType
 import psutil
 
 from visft_ds.config import resolve_arguments
-from visft_ds.parallel.faults import SIGNALS
+from visft_ds.parallel.faults import SIGNALS, supervised
 from visft_ds.parallel.heartbeat import FOLDER, asked_to_stop
 from visft_ds.run_folder import newest_step
 
@@ -140,7 +140,7 @@ class Command:
     def run(self) -> Attempt:
         """Start the command and wait for it and everything below it."""
         began = time.monotonic()
-        self._process = subprocess.Popen(self.command, start_new_session=True)
+        self._process = subprocess.Popen(self.command, start_new_session=True, env=supervised())
         code = self._process.wait()
         self._wait_for_the_rest(self._process.pid)
         step = newest_step(self.out)

@@ -32,6 +32,7 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
         settings = {
             "scheduler.params.total_num_steps": STEPS,
             "scheduler.params.warmup_num_steps": 2,
+            "visft.run.rehearsal": "false",  # leaves no trace, and takes longer than the steps
             **({"visft.heads.path": json.dumps(str(folder / "stage1" / "export"))} if stage == 2 else {}),
         }
         command = ["launchers/train.py", "--stage", str(stage), "--model", "debug"]

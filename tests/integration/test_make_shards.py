@@ -20,6 +20,7 @@ from coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
+from tools.make_shards import main
 from visft_ds.conversion.build import Options, build
 from visft_ds.conversion.verify import verify
 from visft_ds.data.dataset import coco_dataset
@@ -107,20 +108,23 @@ def test_the_tool_runs_from_anywhere_and_as_a_module(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "toy: every byte is as it was made\n"), result.stderr
 
 
-def test_verify_info_and_which(tmp_path: Path) -> None:
+def test_verify_info_and_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: Any, status: int = 0) -> str:
+        assert main([*map(str, arguments)]) == status
+        return capsys.readouterr().out
+
     root = make_split(tmp_path).root
-    facts = json.loads(_run("info", root, "--json").stdout)
+    facts = json.loads(said("info", root, "--json"))
     assert [(split["split"], split["shards"]) for split in facts] == [("toy", 3)]
     run = ["--stage", 1, "--model", "debug", "--data", root, "--set", "visft.data.train=toy"]
     which = ["which", "--step", 5, "--json", *run, "--set", "visft.shared.batch_size=4"]
-    whole = json.loads(_run(*which).stdout)["image_ids"]["all"]
-    parts = json.loads(_run(*which, "--dp-size", 2, "--accumulation", 2).stdout)["image_ids"]
+    whole = json.loads(said(*which))["image_ids"]["all"]
+    parts = json.loads(said(*which, "--dp-size", 2, "--accumulation", 2))["image_ids"]
     assert (
         sorted(ids for part in parts.values() for ids in part) == sorted(whole) and len(set(whole)) == len(parts) == 4
     )
     os.truncate(root / "toy-000002.tar", 3000)
-    damaged = _run("verify", root, "--split", "toy")
-    assert damaged.returncode == 1 and "toy-000002.tar: 3000 bytes, not" in damaged.stdout
+    assert "toy-000002.tar: 3000 bytes, not" in said("verify", root, "--split", "toy", status=1)
 
 
 def _file(pixels: Any, kind: str, mode: str = "RGB", **options: Any) -> bytes:

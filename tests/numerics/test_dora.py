@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.random_tower import move_adapters, random_tower, relative
 from visft_ds.interop.adapters import LoraAdapter, adapter_of, average, install_adapter
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
@@ -19,7 +20,7 @@ from visft_ds.interop.peft import CONFIG, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.timm import model_arguments
 from visft_ds.interop.verify import verify_merge
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
     has_effect,
     inject_lora,
@@ -85,25 +86,9 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert dora_linear(x, weight, bias, a, b, lengths, SCALE, QV).isfinite().all()
 
 
-def _tiny(*, post_norm: bool = True) -> EvaViT:
-    sizes = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
-    model = build_backbone("debug", seed=None, class_token=True, post_norm=post_norm, **sizes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
-
-
 def _moved(model: EvaViT, targets: tuple[str, ...] = ("q", "v")) -> EvaViT:
     inject_lora(model, rank=3, alpha=1.5, targets=targets, magnitude=True)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.3)
-            elif name.endswith("lora_magnitude"):
-                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+    move_adapters(model)
     return model
 
 
@@ -112,12 +97,8 @@ def _outputs(model: EvaViT, images: Tensor) -> Tensor:
         return model.tokens(images)
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def test_injected_merged_and_unmerged() -> None:
-    model, images = _tiny(), torch.randn(2, 3, 28, 28)
+    model, images = random_tower(), torch.randn(2, 3, 28, 28)
     plain = _outputs(model, images)
     inject_lora(model, rank=3, alpha=1.5, targets=("q", "v", "fc1"), magnitude=True)
     assert torch.equal(_outputs(model, images), plain)
@@ -127,9 +108,9 @@ def test_injected_merged_and_unmerged() -> None:
             if not name.endswith("lora_A"):
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     adapted = _outputs(model, images)
-    assert _relative(adapted, plain) > 1e-2
+    assert relative(adapted, plain) > 1e-2
     shares = merge_lora(model)
-    assert _relative(_outputs(model, images), adapted) < TOLERANCE and min(shares.values()) > 0.999
+    assert relative(_outputs(model, images), adapted) < TOLERANCE and min(shares.values()) > 0.999
     assert not any("lora_" in name for name in model.state_dict())
     unmerge_lora(model)
     assert torch.equal(_outputs(model, images), adapted)
@@ -138,7 +119,7 @@ def test_injected_merged_and_unmerged() -> None:
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "fc1", "proj")])
 def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: tuple[str, ...]) -> None:
     peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
-    base, images = _tiny(), torch.randn(2, 3, 28, 28)
+    base, images = random_tower(), torch.randn(2, 3, 28, 28)
     name, arguments = model_arguments(tower_of(base))
     state = dict(base.state_dict())
     for block in range(2):
@@ -159,10 +140,10 @@ def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: 
     with torch.no_grad():
         got = theirs.forward_features(images)
         with theirs.disable_adapter():
-            assert _relative(theirs.forward_features(images), got) > 1e-2
-        assert _relative(got, _outputs(ours, images)) < TOLERANCE
+            assert relative(theirs.forward_features(images), got) > 1e-2
+        assert relative(got, _outputs(ours, images)) < TOLERANCE
     again = read_peft_adapter(folder)
-    other = _tiny()
+    other = random_tower()
     install_adapter(other, again)
     assert all(torch.equal(value, lora_parameters(other)[n]) for n, value in lora_parameters(ours).items())
     theirs.save_pretrained(tmp_path / "theirs")
@@ -173,7 +154,7 @@ def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: 
 
 
 def _saved(folder: Path) -> tuple[Path, LoraAdapter]:
-    base = _tiny()
+    base = random_tower()
     save_backbone(base, folder / "base.safetensors")
     return folder / "base.safetensors", adapter_of(_moved(base), base_sha256=sha256_file(folder / "base.safetensors"))
 
@@ -191,14 +172,14 @@ def test_the_merged_file_computes_what_the_adapter_does(tmp_path: Path) -> None:
 def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
     base, adapter = _saved(tmp_path)
     with pytest.raises(ValueError, match="write peft_split"):
-        save_peft_adapter(adapter, tmp_path / "fused", tower_of(_tiny()))
+        save_peft_adapter(adapter, tmp_path / "fused", tower_of(random_tower()))
     with pytest.raises(ValueError, match="hold no magnitudes"):
         write_visft_lora(adapter, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match="cannot be scaled"):
         scaled(adapter, 0.5)
     with pytest.raises(ValueError, match="cannot be averaged"):
         average([adapter, adapter], [0.5, 0.5])
-    folder = save_peft_adapter(adapter, tmp_path / "split", tower_of(_tiny()), split=True)
+    folder = save_peft_adapter(adapter, tmp_path / "split", tower_of(random_tower()), split=True)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"use_dora": False}))
     with pytest.raises(ValueError, match="use_dora=False"):
@@ -208,7 +189,7 @@ def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
 
 def test_first_lengths_follow_from_the_weight_alone() -> None:
     """ZeRO-3 has taken A and B away when the magnitudes of a model are filled in."""
-    model = _tiny()
+    model = random_tower()
     inject_lora(model, rank=3, targets=("q", "v"), magnitude=True)
     layer = lora_layers(model)["blocks.0.attn.qkv"]
     layer.lora_A.data = layer.lora_B.data = torch.empty(0)

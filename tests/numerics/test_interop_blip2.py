@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.random_tower import move_adapters, random_tower, relative
 from tools.merge_lora import main
 from visft_ds.interop.adapters import LoraAdapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
@@ -26,31 +27,21 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.transformers import settings
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.models.lora import inject_lora
 
 # fp32, three blocks: both sides differ by the order of additions only (measured below 1e-6).
 TOLERANCE = 1e-5
 WIDTH, DEPTH, HEADS, IMAGE = 32, 3, 2, 28
 
 
-def _tiny(depth: int = DEPTH, seed: int = 1) -> EvaViT:
-    sizes = {"width": WIDTH, "depth": depth, "num_heads": HEADS, "mlp_ratio": 2.0, "image_size": IMAGE}
-    model = build_backbone("debug", seed=None, class_token=True, post_norm=False, **sizes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
+def _tiny(seed: int = 1) -> EvaViT:
+    sizes = {"width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "image_size": IMAGE}
+    return random_tower(seed, post_norm=False, **sizes)
 
 
 def _adapted(model: EvaViT) -> LoraAdapter:
     inject_lora(model, rank=3, alpha=1.5)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.3)
+    move_adapters(model)
     return adapter_of(model)
 
 
@@ -64,16 +55,12 @@ def _merged(folder: Path, layout: str, out: str) -> tuple[EvaViT, Path]:
     merge_into_file(base, adapter, folder / out, layout=layout, tower=tower_of(model))
     with torch.no_grad():
         plain = _tiny().tokens(_images())
-        assert _relative(model.tokens(_images()), plain) > 1e-2, "the adapter must matter, or nothing is proved"
+        assert relative(model.tokens(_images()), plain) > 1e-2, "the adapter must matter, or nothing is proved"
     return model, folder / out
 
 
 def _images() -> Tensor:
     return torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(5))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def _blip2(tower: Tower) -> Any:
@@ -87,7 +74,7 @@ def test_transformers_loads_merged_weights_and_computes_the_same(tmp_path: Path)
     theirs.load_state_dict(load_file(path))  # strict
     with torch.no_grad():
         got = theirs(pixel_values=_images()).last_hidden_state
-        assert _relative(got, ours.tokens(_images())) < TOLERANCE
+        assert relative(got, ours.tokens(_images())) < TOLERANCE
 
 
 @pytest.mark.parametrize("shards", [(), ("--max-shard-size", "20KB")], ids=["one file", "shards"])
@@ -108,7 +95,7 @@ def test_transformers_loads_the_folder_as_its_card_says(
     exec(compile(snippet, "README.md", "exec"), names)
     with torch.no_grad():
         got = names["model"].eval()(pixel_values=_images()).last_hidden_state
-        assert _relative(got, model.tokens(_images())) < TOLERANCE
+        assert relative(got, model.tokens(_images())) < TOLERANCE
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["vision model alone", "inside BLIP-2"])
@@ -129,7 +116,7 @@ def test_we_load_what_transformers_saves(tmp_path: Path, whole: bool) -> None:
     assert report.layout == "transformers" and sum(map(len, report.ignored.values())) == (len(rest) if whole else 0)
     with torch.no_grad():
         wanted = theirs(pixel_values=_images()).last_hidden_state
-        assert _relative(ours.tokens(_images()), wanted) < TOLERANCE
+        assert relative(ours.tokens(_images()), wanted) < TOLERANCE
 
 
 def test_a_blip2_base_is_merged_into_a_blip2_tower_again(tmp_path: Path) -> None:
@@ -247,7 +234,7 @@ def test_lavis_loads_merged_weights_and_computes_the_same(
         wanted = ours.embed(_images())
         for block in ours.blocks[:-1]:
             wanted = block(wanted)
-        assert _relative(theirs(_images()), wanted) < TOLERANCE
+        assert relative(theirs(_images()), wanted) < TOLERANCE
 
 
 def test_blip2_of_lavis_brings_its_last_norm_from_outside_the_tower(tmp_path: Path) -> None:

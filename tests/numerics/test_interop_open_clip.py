@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from tests.random_tower import move_adapters, relative
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import TensorInfo, WeightFile
@@ -19,7 +19,7 @@ from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file
 from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT, settings
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.models.lora import inject_lora
 
 open_clip = pytest.importorskip("open_clip")
 timm = pytest.importorskip("timm")
@@ -82,10 +82,6 @@ def _ours(post_norm: bool) -> EvaViT:
     return build_backbone("debug", class_token=True, post_norm=post_norm, **SIZES).eval()
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("post_norm", [True, False])
 @pytest.mark.parametrize("prefix", ["visual.trunk.", "visual."], ids=["base of open_clip", "base of EVA-CLIP"])
 def test_open_clip_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path, post_norm: bool, prefix: str) -> None:
@@ -96,13 +92,10 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path,
     load_backbone(ours, tmp_path / "base.st.safetensors")
     with torch.no_grad():
         plain = ours.tokens(images)
-        assert _relative(plain, whole.visual.trunk.forward_features(images)) < TOLERANCE, "reading their file"
+        assert relative(plain, whole.visual.trunk.forward_features(images)) < TOLERANCE, "reading their file"
         wanted_text = whole.encode_text(text)
     inject_lora(ours, rank=4, alpha=2.0)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(ours).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.2)
+    move_adapters(ours, spread=0.2)
     out = tmp_path / "merged"
     out.mkdir()
     report = merge_into_file(tmp_path / "base.st.safetensors", adapter_of(ours), out / FILE, layout="open_clip")
@@ -110,12 +103,12 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path,
     got = _theirs(out, post_norm, load=True)
     with torch.no_grad():
         wanted = ours.tokens(images)
-        assert _relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
-        assert _relative(got.visual.trunk.forward_features(images), wanted) < TOLERANCE
+        assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+        assert relative(got.visual.trunk.forward_features(images), wanted) < TOLERANCE
         assert torch.equal(got.encode_text(text), wanted_text), "the text tower is untouched"
         # Class token -> CLIP projection, which the tower of ours does not have.
         projection = whole.visual.trunk.head
-        assert _relative(got.encode_image(images), projection(wanted[:, 0])) < TOLERANCE
+        assert relative(got.encode_image(images), projection(wanted[:, 0])) < TOLERANCE
 
 
 def test_a_tower_alone_is_no_model_for_open_clip(tmp_path: Path) -> None:

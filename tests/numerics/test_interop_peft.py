@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from tests.random_tower import move_adapters, random_tower, relative
 from visft_ds.interop.adapters import adapter_of, install_adapter
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.peft import CONFIG, README, WEIGHTS, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.timm import model_arguments
-from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 
 peft = pytest.importorskip("peft")
@@ -27,24 +27,10 @@ TOLERANCE = 1e-5
 TARGETS = [("q", "v"), ("v",), ("q", "k", "v"), ("q", "v", "proj", "fc1", "fc2"), ("proj", "fc2")]
 
 
-def _tiny(*, class_token: bool = True, post_norm: bool = True) -> EvaViT:
-    sizes = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
-    model = build_backbone("debug", seed=None, class_token=class_token, post_norm=post_norm, **sizes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
-
-
 def _adapted(targets: tuple[str, ...] = ("q", "v"), **kind: bool) -> EvaViT:
-    model = _tiny(**kind)
+    model = random_tower(**kind)
     inject_lora(model, rank=3, alpha=1.5, targets=targets)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.3)
+    move_adapters(model)
     return model
 
 
@@ -63,10 +49,6 @@ def _timm_twin(model: EvaViT, *, separate: bool) -> torch.nn.Module:
     return twin
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("targets", TARGETS)
 def test_peft_on_timm_computes_what_ours_computes(tmp_path: Path, targets: tuple[str, ...]) -> None:
     ours = _adapted(targets, post_norm="k" not in targets)
@@ -76,8 +58,8 @@ def test_peft_on_timm_computes_what_ours_computes(tmp_path: Path, targets: tuple
         wanted, got = ours.tokens(images), theirs.forward_features(images)
         with theirs.disable_adapter():
             plain = theirs.forward_features(images)
-    assert _relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
-    assert _relative(got, wanted) < TOLERANCE
+    assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+    assert relative(got, wanted) < TOLERANCE
     adapted = {name for name, parameter in theirs.named_parameters() if ".lora_" in name}
     assert len(adapted) == len(lora_parameters(ours)), "PEFT must adapt these layers and no other"
 
@@ -90,7 +72,7 @@ def test_without_the_separate_bias_peft_is_a_silent_no_op_on_timm(tmp_path: Path
         got = theirs.forward_features(images)
         with theirs.disable_adapter():
             assert torch.equal(theirs.forward_features(images), got)
-        assert _relative(ours.tokens(images), got) > 1e-2
+        assert relative(ours.tokens(images), got) > 1e-2
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused qkv", "separate q, k, v"])
@@ -100,7 +82,7 @@ def test_the_snippet_of_the_readme_runs(
 ) -> None:
     ours = _adapted(class_token=class_token)
     folder = _export(ours, tmp_path, split=split)
-    base = _tiny(class_token=class_token)
+    base = random_tower(class_token=class_token)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             parameter.copy_(ours.get_parameter(name))
@@ -115,8 +97,8 @@ def test_the_snippet_of_the_readme_runs(
         got = model.forward_features(images)
         with model.disable_adapter():
             plain = model.forward_features(images)
-        assert _relative(got, plain) > 1e-2, "as loaded by the README the adapter must have an effect"
-        assert _relative(got, ours.tokens(images)) < TOLERANCE
+        assert relative(got, plain) > 1e-2, "as loaded by the README the adapter must have an effect"
+        assert relative(got, ours.tokens(images)) < TOLERANCE
         assert len([name for name, _ in model.named_parameters() if ".lora_A." in name]) == (4 if split else 2)
 
 
@@ -126,7 +108,7 @@ def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str
     ours = _adapted(targets)
     adapter = read_peft_adapter(_export(ours, tmp_path, split=split))
     assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 1.5, targets) and adapter.base_sha256 == "0" * 64
-    other = _tiny()
+    other = random_tower()
     install_adapter(other, adapter)
     expected = lora_parameters(ours)
     assert {name: value.tolist() for name, value in lora_parameters(other).items()} == {
@@ -136,7 +118,7 @@ def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str
 
 def test_an_untrained_adapter_of_ours_keeps_its_slices(tmp_path: Path) -> None:
     """lora_B is zero at the start: its structure cannot be seen, only remembered."""
-    model = _tiny()
+    model = random_tower()
     inject_lora(model, rank=3, targets=("q", "v"))
     assert read_peft_adapter(_export(model, tmp_path)).targets == ("q", "v")
 
@@ -155,7 +137,7 @@ def test_peft_saves_it_again_and_we_still_read_it(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_peft_trained_on_separate_projections_is_read(tmp_path: Path) -> None:
-    ours = _tiny()
+    ours = random_tower()
     name, arguments = model_arguments(tower_of(ours))
     twin = timm.create_model(name, **arguments, qkv_fused=False).eval()
     own = dict(ours.state_dict())
@@ -173,7 +155,7 @@ def test_an_adapter_that_peft_trained_on_separate_projections_is_read(tmp_path: 
     install_adapter(ours, adapter)
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        assert _relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
+        assert relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
     tensors = load_file(tmp_path / "theirs" / WEIGHTS)
     lost = {name: value for name, value in tensors.items() if ".1.attn.v_proj.lora_A" not in name}
     save_file(lost, tmp_path / "theirs" / WEIGHTS)

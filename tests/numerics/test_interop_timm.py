@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.random_tower import move_adapters, random_tower, relative
 from tools.merge_lora import main
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
@@ -26,23 +27,6 @@ timm = pytest.importorskip("timm")
 TOLERANCE = 1e-5
 
 
-def _tiny(seed: int, *, class_token: bool, post_norm: bool) -> EvaViT:
-    model = build_backbone(
-        "debug",
-        seed=None,
-        class_token=class_token,
-        post_norm=post_norm,
-        **{"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 56},
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
-
-
 def _load_into_timm(path: Path, model: EvaViT, **more: Tensor) -> torch.nn.Module:
     weights = load_file(path)
     if model.cls_token is None:
@@ -53,24 +37,21 @@ def _load_into_timm(path: Path, model: EvaViT, **more: Tensor) -> torch.nn.Modul
     return theirs.eval()
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("post_norm", [True, False])
 def test_timm_loads_our_file_and_computes_the_same(tmp_path: Path, class_token: bool, post_norm: bool) -> None:
-    ours, path = _tiny(1, class_token=class_token, post_norm=post_norm), tmp_path / "w.safetensors"
+    ours = random_tower(1, class_token=class_token, post_norm=post_norm, image_size=56)
+    path = tmp_path / "w.safetensors"
     save_backbone(ours, path, "timm")
     theirs = _load_into_timm(path, ours)
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        assert _relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
+        assert relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
 
 
 @pytest.mark.parametrize("post_norm", [True, False])
 def test_we_load_what_timm_saves_with_its_head(tmp_path: Path, post_norm: bool) -> None:
-    ours = _tiny(1, class_token=True, post_norm=post_norm)
+    ours = random_tower(1, post_norm=post_norm, image_size=56)
     name, arguments = model_arguments(tower_of(ours), num_classes=7)
     theirs = timm.create_model(name, **arguments).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
@@ -78,28 +59,25 @@ def test_we_load_what_timm_saves_with_its_head(tmp_path: Path, post_norm: bool) 
     assert report.ignored == {"CLIP projection": ("head.weight", "head.bias")}
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
-        assert _relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
+        assert relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE
 
 
 @pytest.mark.parametrize("post_norm", [True, False])
 def test_timm_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path, post_norm: bool) -> None:
-    ours = _tiny(1, class_token=True, post_norm=post_norm)
+    ours = random_tower(1, post_norm=post_norm, image_size=56)
     save_backbone(ours, tmp_path / "base.safetensors", "eva_clip")
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         plain = ours.tokens(images)
     inject_lora(ours, rank=4, alpha=2.0, targets=("q", "v", "proj", "fc1", "fc2"))
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.1)
+    move_adapters(ours, spread=0.1)
     out = tmp_path / "merged.safetensors"
     merge_into_file(tmp_path / "base.safetensors", adapter_of(ours), out, layout="timm")
     theirs = _load_into_timm(out, ours)
     with torch.no_grad():
         wanted, got = ours.tokens(images), theirs.forward_features(images)
-    assert _relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
-    assert _relative(got, wanted) < TOLERANCE
+    assert relative(wanted, plain) > 1e-2, "the adapter must matter, or the next line proves nothing"
+    assert relative(got, wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -108,14 +86,11 @@ def test_timm_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path, post
 def test_timm_loads_the_folder_as_its_card_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool, shards: tuple[str, ...]
 ) -> None:
-    ours = _tiny(1, class_token=class_token, post_norm=True)
+    ours = random_tower(1, class_token=class_token, image_size=56)
     base, out = tmp_path / "base.safetensors", tmp_path / "out"
     save_backbone(ours, base)
     inject_lora(ours, rank=4, alpha=2.0)
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=0.1)
+    move_adapters(ours, spread=0.1)
     save_peft_adapter(adapter_of(ours), tmp_path / "adapter", tower_of(ours))
     given = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out), *shards]
     assert main(given) == 0
@@ -127,7 +102,7 @@ def test_timm_loads_the_folder_as_its_card_says(
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         got = names["model"].eval().forward_features(images)
-        assert _relative(got, ours.tokens(images)) < TOLERANCE
+        assert relative(got, ours.tokens(images)) < TOLERANCE
 
 
 def test_published_towers_need_no_sizes() -> None:

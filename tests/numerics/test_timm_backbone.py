@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
 from visft_ds.interop.layouts import told_of
@@ -45,12 +46,7 @@ ADAPTED = {
 def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | None = None) -> TimmBackbone:
     backbone = build_timm(name).eval()
     inject_lora(backbone, rank=3, alpha=1.5, targets=targets or ADAPTED[name], magnitude=magnitude)
-    with torch.no_grad():
-        for key, parameter in lora_parameters(backbone).items():
-            if key.endswith("lora_B"):
-                parameter.normal_(std=0.1)
-            elif key.endswith("lora_magnitude"):
-                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape))
+    move_adapters(backbone, spread=0.1)
     return backbone
 
 
@@ -75,10 +71,6 @@ def _map_of(model: Any, images: Tensor) -> Tensor:
         return features
     side = images.shape[-1] // 16
     return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, (-1, side))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -161,9 +153,9 @@ def test_adapters_begin_as_nothing_and_merge_exactly(name: str, magnitude: bool)
     backbone = _adapted(name, magnitude=magnitude)
     with torch.no_grad():
         adapted = backbone(images)
-        assert _relative(adapted, plain) > 1e-3
+        assert relative(adapted, plain) > 1e-3
         assert min(merge_lora(backbone).values()) > 0.999
-        assert _relative(backbone(images), adapted) < TOLERANCE
+        assert relative(backbone(images), adapted) < TOLERANCE
         unmerge_lora(backbone)
         assert torch.equal(backbone(images), adapted)
 
@@ -210,7 +202,7 @@ def test_the_readme_loads_it_into_peft(
         wanted, got = ours(images), _map_of(theirs.base_model.model, images)
         with theirs.disable_adapter():
             plain = _map_of(theirs.base_model.model, images)
-    assert _relative(wanted, plain) > 1e-3 and _relative(got, wanted) < TOLERANCE
+    assert relative(wanted, plain) > 1e-3 and relative(got, wanted) < TOLERANCE
     again = read_module_adapter(folder)
     assert again.fingerprint() == adapter.fingerprint() and again.places == adapter.places
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
@@ -244,7 +236,7 @@ def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
     model = names["model"].eval()
     images = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
-        assert _relative(_map_of(model, images), ours(images)) < TOLERANCE
+        assert relative(_map_of(model, images), ours(images)) < TOLERANCE
     with pytest.raises(ValueError, match="count it twice"):
         merge_timm(tmp_path / "merged.safetensors", adapter, tmp_path / "twice.safetensors")
 

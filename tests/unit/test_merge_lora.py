@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
+from tests.random_tower import SIZES, move_adapters, random_tower
+from tools.merge_lora import main
 from visft_ds.interop.adapters import LoraAdapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
@@ -28,24 +30,13 @@ from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
-
-
-def _tiny(**kind: bool) -> EvaViT:
-    model = build_backbone("debug", seed=None, **SIZES, **kind)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
 
 
 def _case(
     folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")
 ) -> tuple[Path, LoraAdapter, EvaViT]:
     """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
-    model = _tiny(post_norm=True)
+    model = random_tower(class_token=False)
     save_backbone(model, folder / "plain.safetensors", "eva_clip")
     extra = {
         "text.ln_final.weight": torch.randn(5).bfloat16(),
@@ -58,17 +49,13 @@ def _case(
     tower = open_weights(folder / "plain.safetensors").metadata["tower"]
     save_file(load_file(folder / "plain.safetensors") | extra, base, {"tower": tower})
     inject_lora(model, rank=4, alpha=2.0, targets=targets)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            if name.endswith("lora_B"):
-                parameter.normal_(std=size)
+    move_adapters(model, spread=size)
     return base, adapter_of(model, base_sha256=sha256_file(base)), model
 
 
-def _run(*arguments: object, module: bool = False) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "tools.merge_lora"] if module else [str(ROOT / "tools/merge_lora.py")]
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    command = [sys.executable, *start, *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools/merge_lora.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -184,7 +171,7 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(tmp_path: Path, 
 
 def test_verification_tolerance_holds_for_a_deep_tower(tmp_path: Path) -> None:
     """Rounding errors add up over the blocks, slowly: the allowance covers them and stays narrow."""
-    model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)  # type: ignore[arg-type]
+    model = build_backbone("debug", **{**SIZES, "depth": 24}, post_norm=True)
     save_backbone(model, tmp_path / "base.safetensors")
     inject_lora(model, rank=2)
     for dtype in (torch.float16, torch.bfloat16):
@@ -221,7 +208,7 @@ def test_adapters_are_read_from_folder_file_and_published_form(tmp_path: Path) -
         assert same_change(read_adapter(path), adapter)
 
 
-def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
+def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter, model = _case(tmp_path)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
     out = tmp_path / "out.safetensors"
@@ -234,21 +221,26 @@ def test_the_tool_from_end_to_end(tmp_path: Path) -> None:
         ["all", "100.0%"],
     ]
     assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in done.stdout
-    load_backbone(_tiny(class_token=True, post_norm=True), out)
-    again = _run("--base", out, "--adapter", folder, "--out", tmp_path / "twice.safetensors", module=True)
-    assert again.returncode == 2 and "count it twice" in again.stderr and "Traceback" not in again.stderr
-    assert not (tmp_path / "twice.safetensors").exists()
+    load_backbone(random_tower(), out)
+    twice = tmp_path / "twice.safetensors"
+    assert main(["--base", str(out), "--adapter", str(folder), "--out", str(twice)]) == 2
+    assert "count it twice" in capsys.readouterr().err
+    assert not twice.exists()
 
 
-def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(tmp_path: Path) -> None:
+def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter, model = _case(tmp_path, size=1e-4)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(base), bare)
-    common = ("--adapter", folder, "--allow-other-base", "--base", bare, "--dtype", "bf16", "--verify")
-    asked = _run(*common, "--out", tmp_path / "a.safetensors", module=True)
-    assert asked.returncode == 2 and "--set num_heads=N" in asked.stderr and not (tmp_path / "a.safetensors").exists()
-    done = _run(*common, "--out", tmp_path / "a.safetensors", "--set", "num_heads=2", "--set", "post_norm=true")
-    assert done.returncode == 0, done.stderr
-    assert "warning: bf16 cannot hold this change" in done.stdout and "note: allowed" in done.stdout
-    assert json.loads(open_weights(tmp_path / "a.safetensors").metadata["tower"])["num_heads"] == 2
+    out = tmp_path / "a.safetensors"
+    common = ["--adapter", str(folder), "--allow-other-base", "--base", str(bare), "--dtype", "bf16", "--verify"]
+    common += ["--out", str(out)]
+    assert main(common) == 2
+    assert "--set num_heads=N" in capsys.readouterr().err and not out.exists()
+    assert main([*common, "--set", "num_heads=2", "--set", "post_norm=true"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: bf16 cannot hold this change" in said and "note: allowed" in said
+    assert json.loads(open_weights(out).metadata["tower"])["num_heads"] == 2

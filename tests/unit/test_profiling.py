@@ -44,6 +44,7 @@ from visft_ds.profiling.timing import (
     Spread,
     Stopwatch,
     divide,
+    in_turn,
     matchers,
     metered,
     typical_parts,
@@ -282,6 +283,18 @@ def test_the_parts_of_a_step_sum_to_it() -> None:
     assert sum(parts[part] for part in PARTS) == 1.5  # mean of the two in the middle
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.5, 2.5, 1.0, 3.0, 3)
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 2.0, 2.0, 1)
+
+
+def test_all_are_measured_in_every_round_and_the_first_only_warms_up() -> None:
+    calls: list[str] = []
+
+    def measure(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    found = in_turn(("a", "b", "c"), measure, 2)
+    assert "".join(calls) == "bcacababc"  # everyone comes after everyone
+    assert found == {"a": [5, 7], "b": [6, 8], "c": [4, 9]}
 
 
 def test_time_under_way_is_a_union() -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from visft_ds.data.shards import DamagedSample
 from visft_ds.parallel.faults import LostRank
-from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, machine, process_state, read_beats, started
+from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
+from visft_ds.parallel.processes import machine, started
 from visft_ds.parallel.watchdog import Peers, Watchdog
 
 ELSEWHERE = "another machine"  # nothing is known of processes there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,6 +100,18 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     )
     arguments.stage = config.visft.stage
     return arguments, config
+
+
+def tower_setting(text: str) -> tuple[str, int | float | bool]:
+    """`num_heads=16`, `post_norm=true`: a field of a tower and a JSON number or truth value; the type of a flag."""
+    name, _, value = text.partition("=")
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, int | float):
+        raise argparse.ArgumentTypeError(f"{text!r}: write name=number or name=true|false, such as num_heads=16")
+    return name, parsed
 
 
 def _unknown(parser: argparse.ArgumentParser, text: str) -> str:

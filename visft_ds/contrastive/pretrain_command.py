@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from visft_ds.config import tower_setting
 from visft_ds.contrastive.flags import (
     add_data,
     add_recipe,
@@ -29,7 +30,12 @@ def add_pretrain_parser(commands: Any) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=sorted(PRESETS), default="debug", help="vision tower (default %(default)s)")
     model.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="of the tower: width=128, ..."
+        "--set",
+        type=tower_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the tower: width=128, ...",
     )
     shape = TextShape()
     model.add_argument("--text-width", type=int, default=shape.width, help="default %(default)s")
@@ -90,15 +96,3 @@ def _overrides(given: argparse.Namespace) -> dict[str, int | float | bool]:
         if not fits:
             raise ValueError(f"--set {name}={json.dumps(value)} is not allowed: {name} is {kind}")
     return dict(given.set)
-
-
-def _setting(text: str) -> tuple[str, int | float | bool]:
-    """`width=128`, `post_norm=true`: a name and a JSON number or truth value."""
-    name, _, value = text.partition("=")
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, int | float):
-        raise argparse.ArgumentTypeError(f"{text!r}: write name=number or name=true|false, such as width=128")
-    return name, parsed

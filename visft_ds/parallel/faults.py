@@ -1,4 +1,4 @@
-"""Stopping cleanly: signals and a lost launcher become one flag that all ranks read at the step boundary.
+"""Stopping cleanly: signals, a lost launcher or supervisor become one flag that all ranks read at the step boundary.
 
 Imports nothing heavy, so that what it offers is there before torch is.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-from pathlib import Path
 from types import FrameType
+
+from visft_ds.parallel import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 #: The program between the `deepspeed` command and the ranks of a machine.
 _LAUNCHER = "deepspeed.launcher.launch"
+#: Where a supervisor says who it is, in the environment of its command.
+_SUPERVISOR = "VISFT_SUPERVISOR"
 #: What gloo and NCCL say to a rank whose peer is gone.
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
@@ -38,13 +41,20 @@ class LostRank(RuntimeError):
         self.code = code
 
 
+def supervised() -> dict[str, str]:
+    """Environment for a command that this process supervises: its ranks stop when this process is gone."""
+    pid = os.getpid()
+    return {**os.environ, _SUPERVISOR: f"{pid} {processes.started(pid)} {processes.machine()}"}
+
+
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher above this process is gone.
+    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher or supervisor above this process is gone.
 
     The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans.
     So every rank also watches its parent and, if that is DeepSpeed's launcher, its grandparent. (Above torchrun or a
-    task of SLURM are shells and daemons, which may end before the run.) The ranks agree on stopping in the all-reduce
-    that each step makes anyway: all stop after the same step and save the same step.
+    task of SLURM are shells and daemons, which may end before the run.) A supervisor is found by what it left in the
+    environment, however many programs are between. The ranks agree on stopping in the all-reduce that each step makes
+    anyway: all stop after the same step and save the same step.
 
     SIGUSR1 is what schedulers send some time before they end a job: it also asks for the job to be queued again.
 
@@ -59,7 +69,8 @@ class StopFlag:
         self.requeue = False  #: the job is to be queued again
         # Without a launcher (nohup, a shell that ends) there is nobody to miss.
         self._launcher = os.getppid() if launched else 0
-        self._runner = _parent(self._launcher) if _LAUNCHER in _command(self._launcher) else 0
+        self._runner = processes.parent(self._launcher) if _LAUNCHER in processes.command(self._launcher) else 0
+        self._supervisor = os.environ.get(_SUPERVISOR, "")
 
     def listen(self) -> None:
         """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet."""
@@ -75,25 +86,15 @@ class StopFlag:
     def __bool__(self) -> bool:
         if not self.reason and self._launcher and self._is_orphan():
             self.reason = "the launcher is gone"
+        if not self.reason and self._supervisor and self._is_unsupervised():
+            self.reason = "the supervisor is gone"
         return bool(self.reason)
 
     def _is_orphan(self) -> bool:
         if os.getppid() != self._launcher:
             return True
-        return self._runner != 0 and _parent(self._launcher) != self._runner
+        return self._runner != 0 and processes.parent(self._launcher) != self._runner
 
-
-def _command(pid: int) -> list[str]:
-    """Words of a process's command; none where /proc does not tell."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
-def _parent(pid: int) -> int:
-    """Parent of a process; -1 where /proc does not tell."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return -1
+    def _is_unsupervised(self) -> bool:
+        pid, born, home = self._supervisor.split(" ", 2)
+        return processes.state(int(pid), born, home) == "gone"

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from visft_ds.data.store import StoreFailed
 from visft_ds.parallel.faults import LostRank, RanksDiffer
+from visft_ds.parallel.processes import state
 
 FOLDER = "heartbeats"
 
@@ -76,33 +75,4 @@ def asked_to_stop(folder: Path) -> bool:
 
 def process_state(beat: Beat) -> str:
     """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
-    if not beat.machine or beat.machine != machine():
-        return ""
-    try:
-        fields = Path(f"/proc/{beat.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return "gone"
-    if fields[19] != beat.born or fields[0] in "ZX":
-        return "gone"
-    return {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a device"}.get(fields[0], "running")
-
-
-@cache
-def machine() -> str:
-    """The running kernel and the process ids this process sees of it; "" where /proc does not tell.
-
-    Containers of one machine that share its network have one host name and process ids of their own; machines made from
-    one image may share a name as well. A rank of another one must not count as gone because nobody here has its id.
-    """
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def started(pid: int) -> str:
-    """When a process was started, as its kernel counts: process ids come again. "" where /proc does not tell."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        return ""
+    return state(beat.pid, beat.born, beat.machine)

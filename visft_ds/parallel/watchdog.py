@@ -30,7 +30,8 @@ from torch._C import _distributed_c10d
 from visft_ds.parallel import distributed
 from visft_ds.parallel.disk import explained
 from visft_ds.parallel.faults import LOST_CODE, LOST_PEER, LostRank
-from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, machine, process_state, read_beats, started
+from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
+from visft_ds.parallel.processes import machine, started
 
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2

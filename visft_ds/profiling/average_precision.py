@@ -24,8 +24,8 @@ from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under N
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.evals.coco import IouType, coco_average_precision
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
-from visft_ds.profiling.session import REPOSITORY
+from visft_ds.monitor.metrics import versions
+from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread
 
 FORMAT, VERSION = "visft_ds average precision", 1
@@ -87,11 +87,8 @@ def measure_average_precision(options: PrecisionOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **circumstances(load),
         "versions": versions() | {name: importlib.metadata.version(name) for name in _COMPARED},
-        "git": git_revision(REPOSITORY),
-        "cores": os.cpu_count(),
-        "load": list(load),
         "options": asdict(options),
         "sizes": {
             "images": len(truth["images"]),

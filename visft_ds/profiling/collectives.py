@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from visft_ds.config import ResolvedConfig, deepspeed_dict
 from visft_ds.config.schema import Precision
-from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.multitask import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
@@ -31,7 +30,6 @@ from visft_ds.planner.memory import run_of
 from visft_ds.planner.step import Run
 from visft_ds.planner.time import step_time
 from visft_ds.profiling.communication import measure_communication
-from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.messages import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -44,7 +42,7 @@ from visft_ds.profiling.messages import (
     messages_of,
 )
 from visft_ds.profiling.plan_validation import measured_rates
-from visft_ds.profiling.session import REPOSITORY
+from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread, synchronize
 from visft_ds.stages import choose_precision, plan_groups
 
@@ -104,11 +102,7 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
         record = {
             "format": FORMAT,
             "version": VERSION,
-            "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": versions(),
-            "git": git_revision(REPOSITORY),
-            "hardware": describe(device),
-            "load": list(load),
+            **circumstances(load, device),
             "ranks": world,
             "backend": backend,
             "model": config.visft.model.name,

@@ -28,8 +28,7 @@ from visft_ds.conversion.build import Options, build
 from visft_ds.conversion.check import CHECK_LEVELS, CheckLevel
 from visft_ds.conversion.source import Selection, read_source
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
-from visft_ds.profiling.session import REPOSITORY
+from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread
 
 FORMAT, VERSION = "visft_ds conversion", 1
@@ -72,11 +71,7 @@ def measure_conversion(options: ConversionOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "git": git_revision(REPOSITORY),
-        "cores": os.cpu_count(),
-        "load": list(load),
+        **circumstances(load),
         "options": asdict(options) | {"photographs": options.photographs and options.photographs.name},
         "bytes": size,
         "rates": rates,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -197,16 +196,7 @@ def _one_thread() -> Any:
 
 def _headed(command: Sequence[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """What is measured, with what it was measured on; the load is that from before."""
-    from visft_ds.monitor.metrics import git_revision, versions
-    from visft_ds.profiling.session import REPOSITORY
+    from visft_ds.profiling.record import circumstances
 
-    load = os.getloadavg()
-    head = {
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "git": git_revision(REPOSITORY),
-        "cores": os.cpu_count(),
-        "load": list(load),
-        "command": list(command),
-    }
+    head = {**circumstances(os.getloadavg()), "command": list(command)}
     return head | dict(measure())

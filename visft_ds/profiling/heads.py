@@ -10,7 +10,6 @@ every repeat, so that a machine whose speed drifts does so for all of them.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,15 +24,13 @@ from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.data.segmentation import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.host_memory import memory_bounded
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.multitask import sum_weighted
 from visft_ds.ops.deform_attn import deform_attn
-from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.ledger import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger
 from visft_ds.profiling.memory import step_watched
+from visft_ds.profiling.record import circumstances, measured_on
 from visft_ds.profiling.sampling import measure_sampling, sampling_section
-from visft_ds.profiling.session import REPOSITORY
-from visft_ds.profiling.timing import BACKWARD, CRITERION, HEAD, MATCHER, Spread, Stopwatch, matchers
+from visft_ds.profiling.timing import BACKWARD, CRITERION, HEAD, MATCHER, Spread, Stopwatch, in_turn, matchers
 from visft_ds.tasks import Criterion, pixel_decoder
 from visft_ds.tasks.captioning import CaptioningCriterion, CaptioningHead
 from visft_ds.tasks.detection import DetectionCriterion, DetectionHead
@@ -159,11 +156,7 @@ def measure_heads(options: HeadOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "git": git_revision(REPOSITORY),
-        "hardware": describe(device),
-        "load": list(load),
+        **circumstances(load, device),
         "options": asdict(options),
         "tasks": tasks,
         "deformable_attention": sampling,
@@ -311,15 +304,13 @@ def _timed(function: Callable[..., Any], watch: Stopwatch, part: str) -> Callabl
 def _measure_times(cases: Mapping[str, _Case], repeats: int, device: torch.device) -> dict[str, list[dict[str, float]]]:
     """Seconds by part of every repeat of every task; the first round is not among them."""
     watch = Stopwatch(device)
-    times: dict[str, list[dict[str, float]]] = {task: [] for task in cases}
-    for repeat in range(repeats + 1):
-        for task, case in cases.items():
-            with _hooked(case, watch):
-                _step(case, watch)
-            seconds = watch.seconds()
-            if repeat:
-                times[task].append(seconds)
-    return times
+
+    def run(task: str) -> dict[str, float]:
+        with _hooked(cases[task], watch):
+            _step(cases[task], watch)
+        return watch.seconds()
+
+    return in_turn(cases, run, repeats)
 
 
 def _summary(times: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -372,12 +363,9 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables: each task, deformable attention, all tasks side by side."""
-    hardware, options = record["hardware"], record["options"]
-    load = ", ".join(f"{value:.2f}" for value in record["load"])
-    threads = f"{hardware['threads']} CPU threads of {hardware['cores']} cores"
+    options = record["options"]
     facts = [
-        ("device", f"{hardware['device']}, {threads}"),
-        ("load", f"{load} processes in the last 1, 5, 15 minutes before"),
+        *measured_on(record),
         ("a step", "forward, criterion, backward of the head alone; no data, no backbone, no optimizer"),
         ("repeats", f"{options['repeats']} after 1 to warm up, the heads in turn"),
         ("dropout", "each head's own" if options["dropout"] is None else f"{options['dropout']:g} in every head"),

@@ -10,7 +10,6 @@ Letters: B images (one), N tokens, D width, r rank; as in `visft_ds.ops.lora` fo
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,15 +22,13 @@ from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
 from visft_ds.models.lora import LoRALinear, inject_lora
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.ops.attention import attention_backend
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
 from visft_ds.ops.triton import why_not
-from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.ledger import ACTIVATIONS, FROZEN, TRAINED, TRANSIENT, Ledger
 from visft_ds.profiling.memory import step_watched
-from visft_ds.profiling.session import REPOSITORY
-from visft_ds.profiling.timing import Spread, synchronize
+from visft_ds.profiling.record import circumstances, measured_on
+from visft_ds.profiling.timing import Spread, clock, in_turn
 
 FORMAT, VERSION = "visft_ds ops", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -133,11 +130,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "git": git_revision(REPOSITORY),
-        "hardware": describe(device),
-        "load": list(load),
+        **circumstances(load, device),
         "options": asdict(options),
         "results": results,
     }
@@ -211,16 +204,9 @@ def _projection_cases(backbone: EvaViT, plain: nn.Module) -> dict[str, Case]:
 
 def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int) -> dict[str, Any]:
     """Seconds forward and backward of every case, and its ratio to the first one, round by round."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     with torch.no_grad():
         gradient = torch.randn_like(next(iter(cases.values()))(given))
-    names = list(cases)
-    for repeat in range(repeats + 1):
-        names.append(names.pop(0))  # everyone comes after everyone
-        for name in names:
-            seconds = _run(cases[name], given, gradient)
-            if repeat:  # the first round only warms up
-                runs[name].append(seconds)
+    runs = in_turn(cases, lambda name: _run(cases[name], given, gradient), repeats)
     first = [sum(run.values()) for run in next(iter(runs.values()))]
     return {
         name: {
@@ -233,17 +219,11 @@ def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int) -> dict[str
 
 def _run(case: Case, given: Tensor, gradient: Tensor) -> dict[str, float]:
     x = given.clone().requires_grad_()
-    began = _clock(given.device)
+    began = clock(given.device)
     out = case(x)
-    between = _clock(given.device)
+    between = clock(given.device)
     out.backward(gradient)
-    return {FORWARD: between - began, BACKWARD: _clock(given.device) - between}
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds: CPU time of this process, or the wall clock when a GPU has done what it was given."""
-    synchronize(device)
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
+    return {FORWARD: between - began, BACKWARD: clock(given.device) - between}
 
 
 def _kept(backbone: EvaViT, policy: str, given: Tensor) -> float:
@@ -274,13 +254,11 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables: blocks, projection and memory of every image size and dtype."""
-    hardware, options = record["hardware"], record["options"]
-    load = ", ".join(f"{value:.2f}" for value in record["load"])
-    clock = "wall clock" if options["device"] == "cuda" else "CPU time"
+    options = record["options"]
+    kind = "wall clock" if options["device"] == "cuda" else "CPU time"
     facts = [
-        ("device", f"{hardware['device']}, {hardware['threads']} CPU threads of {hardware['cores']} cores"),
-        ("load", f"{load} processes in the last 1, 5, 15 minutes before"),
-        ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {clock}"),
+        *measured_on(record),
+        ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {kind}"),
     ]
     sections = [Section("measured on", facts)]
     for result in record["results"]:

@@ -11,7 +11,6 @@ Letters: B images, N tokens, D width.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,12 +25,11 @@ from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
 from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
-from visft_ds.monitor.metrics import git_revision, versions
-from visft_ds.profiling.hardware import DTYPES, describe
+from visft_ds.profiling.hardware import DTYPES
 from visft_ds.profiling.ledger import FROZEN, OTHER, TRAINED, Ledger
 from visft_ds.profiling.memory import step_watched
-from visft_ds.profiling.session import REPOSITORY
-from visft_ds.profiling.timing import Spread, synchronize
+from visft_ds.profiling.record import circumstances, measured_on
+from visft_ds.profiling.timing import Spread, clock, in_turn
 from visft_ds.values import is_small
 
 FORMAT, VERSION = "visft_ds peft profile", 1
@@ -87,11 +85,7 @@ def measure_peft(options: PeftOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "git": git_revision(REPOSITORY),
-        "hardware": describe(device),
-        "load": list(load),
+        **circumstances(load, device),
         "options": asdict(options),
         "results": results,
     }
@@ -201,20 +195,16 @@ def _times(
         module: torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-6)
         for _, module in cases.values()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
-    for turn in range(repeats + 1):
-        names.append(names.pop(0))  # everyone comes after everyone
-        for name in names:
-            step, module = cases[name]
-            began = _clock(device)
-            optimizers[module].zero_grad()
-            step()
-            optimizers[module].step()
-            if turn:  # the first round warms up
-                seconds[name].append(_clock(device) - began)
-            else:
-                synchronize(device)
+
+    def run(name: str) -> float:
+        step, module = cases[name]
+        began = clock(device)
+        optimizers[module].zero_grad()
+        step()
+        optimizers[module].step()
+        return clock(device) - began
+
+    seconds = in_turn(cases, run, repeats)
     return {
         name: {
             "seconds": asdict(Spread.of(found)),
@@ -222,12 +212,6 @@ def _times(
         }
         for name, found in seconds.items()
     }
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds: CPU time of this process, or the wall clock when a GPU has done what it was given."""
-    synchronize(device)
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -256,13 +240,11 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables, one for each image size and dtype."""
-    hardware, options = record["hardware"], record["options"]
-    load = ", ".join(f"{value:.2f}" for value in record["load"])
-    clock = "wall clock" if options["device"] == "cuda" else "CPU time"
+    options = record["options"]
+    kind = "wall clock" if options["device"] == "cuda" else "CPU time"
     facts = [
-        ("device", f"{hardware['device']}, {hardware['threads']} CPU threads of {hardware['cores']} cores"),
-        ("load", f"{load} processes in the last 1, 5, 15 minutes before"),
-        ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {clock}"),
+        *measured_on(record),
+        ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {kind}"),
         ("memory", "peak of live tensors, forward and backward, without weights; exact to the byte"),
         ("timm's stream", "fp32, as ours" if options["stream"] == "fp32" else "16 bit in 16 bit, ours fp32"),
         ("goal", f"{FASTER:g} times as fast, or {SMALLER:g} of the memory, and never worse on both"),

@@ -12,7 +12,8 @@ from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel import distributed
 from visft_ds.profiling.hardware import DTYPES, describe
 from visft_ds.profiling.ledger import KINDS, TRANSIENT
-from visft_ds.profiling.session import REPOSITORY, Session
+from visft_ds.profiling.record import REPOSITORY
+from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKWARD, CRITERION, MATCHER, PARTS
 from visft_ds.stages import stage_of
 

@@ -17,7 +17,7 @@ from visft_ds.monitor.console import Section
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
 from visft_ds.profiling.ledger import ACTIVATIONS, OTHER, Ledger
 from visft_ds.profiling.memory import step_watched
-from visft_ds.profiling.timing import BACKWARD, Spread, Stopwatch
+from visft_ds.profiling.timing import BACKWARD, Spread, Stopwatch, in_turn
 
 OURS, NEIGHBOURS, TRANSFORMERS = "ops/deform_attn.py", "four neighbours", "transformers"
 FORWARD, BOTH = "forward", "forward and backward"
@@ -70,15 +70,13 @@ def measure_sampling(
     inputs = _inputs(images, grid, heads, channels, points, device)
     found = formulations()
     watch = Stopwatch(device)
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in found}
-    names = list(found)
-    for repeat in range(repeats + 1):
-        names.append(names.pop(0))  # what ran before leaves its mark on caches: everyone comes after everyone
-        for name in names:
-            _run(found[name], inputs, grid, watch)
-            seconds = watch.seconds()
-            if repeat:  # the first round only warms up
-                times[name].append(seconds | {BOTH: seconds[FORWARD] + seconds[BACKWARD]})
+
+    def run(name: str) -> dict[str, float]:
+        _run(found[name], inputs, grid, watch)
+        seconds = watch.seconds()
+        return seconds | {BOTH: seconds[FORWARD] + seconds[BACKWARD]}
+
+    times = in_turn(found, run, repeats)
     with torch.no_grad():
         results = {name: function(inputs[0], [grid], *inputs[1:]) for name, function in found.items()}
     return {

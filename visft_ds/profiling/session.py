@@ -38,7 +38,6 @@ from visft_ds.stages import choose_precision, plan_groups, prepare_model
 from visft_ds.streams import pipeline_of, vocabulary_of
 from visft_ds.training_data import workers_of
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)

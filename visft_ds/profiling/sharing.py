@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
 from visft_ds.monitor.console import Section
@@ -20,7 +18,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.session import Session, make_step, open_session
-from visft_ds.profiling.timing import BACKBONE, Spread, Stopwatch, metered, synchronize
+from visft_ds.profiling.timing import BACKBONE, Spread, Stopwatch, clock, metered, synchronize
 
 FORMAT, VERSION = "visft_ds sharing profile", 1
 
@@ -54,11 +52,11 @@ def measure_sharing(config: ResolvedConfig, *, repeats: int, synthetic: bool) ->
                 whole, batches = next(iterator)
                 watch = Stopwatch(device)
                 synchronize(device)
-                began, clock = time.perf_counter(), _clock(device)
+                began, before = time.perf_counter(), clock(device)
                 with metered(session.engine, watch):
                     make_step(kinds[name], made, batches)
                 synchronize(device)
-                wall, busy = time.perf_counter() - began, _clock(device) - clock
+                wall, busy = time.perf_counter() - began, clock(device) - before
                 made += 1
                 if turn:  # the first turn warms up
                     seconds[name].append(busy)
@@ -67,11 +65,6 @@ def measure_sharing(config: ResolvedConfig, *, repeats: int, synthetic: bool) ->
         record = _record(session, tasks, images, seconds, backbone)
     distributed.close()
     return record if distributed.is_main() else None
-
-
-def _clock(device: torch.device) -> float:
-    """Processor time of this process on a CPU, whose readers are threads; else the wall clock."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def _one_micro_batch(config: ResolvedConfig) -> ResolvedConfig:

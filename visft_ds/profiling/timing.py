@@ -11,11 +11,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST = (
 PARTS = (DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST)
 #: Lies inside the criterion and is part of its time.
 MATCHER = "matcher"
+
+Measured = TypeVar("Measured")
 
 
 class Meter(Protocol):
@@ -85,6 +87,31 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: CPU time of this process, or the wall clock when a GPU has done what it was given."""
+    synchronize(device)
+    return time.perf_counter() if device.type == "cuda" else time.process_time()
+
+
+def in_turn(names: Iterable[str], measure: Callable[[str], Measured], repeats: int) -> dict[str, list[Measured]]:
+    """Measure all of them in every round, so that a machine whose speed drifts does so for all.
+
+    What ran before leaves its mark on caches: with each round the order moves on by one.
+
+    Args:
+        repeats: rounds that count, after one to warm up.
+    """
+    order = list(names)
+    found: dict[str, list[Measured]] = {name: [] for name in order}
+    for turn in range(repeats + 1):
+        order.append(order.pop(0))
+        for name in order:
+            measured = measure(name)
+            if turn:
+                found[name].append(measured)
+    return found
 
 
 class _MeteredCriterion:

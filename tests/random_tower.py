@@ -1,0 +1,41 @@
+"""A tower small enough for a test whose outputs depend on every value, and adapters that matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import lora_parameters
+
+SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+
+
+def random_tower(seed: int | None = None, *, class_token: bool = True, post_norm: bool = True, **sizes: int) -> EvaViT:
+    """No bias is zero and no scale one, as they are at the start; `seed` None: the global generator's next numbers."""
+    kind = {"class_token": class_token, "post_norm": post_norm}
+    model = build_backbone("debug", seed=None, **kind, **{**SIZES, **sizes})
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def move_adapters(model: nn.Module, *, spread: float = 0.3) -> None:
+    """Give adapters an effect, which they have not at the start: their B, and magnitudes where there are any."""
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=spread)
+            elif name.endswith("lora_magnitude"):
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return ((a - b).norm() / b.norm()).item()
