@@ -91,8 +91,8 @@ class Block(nn.Module):
 
         Args:
             packing: x is (1, T, D), the tokens of several images.
-            recompute_mlp: compute all from the attention kernel to the GELU again in the backward pass, instead of keeping
-                hidden activations of the MLP.
+            recompute_mlp: compute all from the attention kernel to the GELU again in the backward pass, instead of
+                keeping hidden activations of the MLP.
             coded_gelu: keep 8 bits of each of them.
         """
         attended = self.attn(x if self.post_norm else self.norm1(x), packing)
