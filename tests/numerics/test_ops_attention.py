@@ -53,10 +53,17 @@ def test_chosen_backend_equals_the_reference_with_gradients(length: int, head_di
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_bf16_on_a_cpu_takes_plain_products_and_stays_close_to_float64() -> None:
-    inputs = [part.detach() for part in _qkv(torch.bfloat16)]
-    name, reason = attention_backend(inputs[0].device, torch.bfloat16)
-    assert name == "reference" and "CPU" in reason
+@pytest.mark.parametrize(
+    ("amx", "length", "chosen"),
+    [(False, 9, "reference"), (False, 600, "reference"), (True, 511, "reference"), (True, 512, "sdpa")],
+)
+def test_bf16_on_a_cpu_takes_what_is_faster_there_and_stays_close_to_float64(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, length: int, chosen: str
+) -> None:
+    monkeypatch.setattr("visft_ds.ops.attention._AMX", amx)
+    inputs = [part.detach() for part in _qkv(torch.bfloat16, length=length)]
+    name, reason = attention_backend(inputs[0].device, torch.bfloat16, length=length)
+    assert name == chosen and "CPU" in reason.upper()
     out = attention(*inputs)
     exact = attention_reference(*(part.double() for part in inputs))
     assert out.dtype == torch.bfloat16

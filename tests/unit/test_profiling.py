@@ -20,7 +20,7 @@ from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.profiling import hardware, session
 from visft_ds.profiling.communication import covered
 from visft_ds.profiling.counting import FlopMeter
-from visft_ds.profiling.flops import KEPT_SCORES, Flops, Tower, detection_flops, packed_flops, tower_flops
+from visft_ds.profiling.flops import Flops, Tower, detection_flops, packed_flops, tower_flops
 from visft_ds.profiling.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -174,8 +174,8 @@ def test_a_detection_head_costs_what_the_formula_says(trains: bool, dropout: flo
 
 def test_naive_attention_costs_one_product_less_backward() -> None:
     fused, naive = (
-        tower_flops(Tower(**EVA_E, trainable=LORA_E, rank=64, targets=("q", "v"), attention_products=products), 1, 2, 2)
-        for products in (5, KEPT_SCORES)
+        tower_flops(Tower(**EVA_E, trainable=LORA_E, rank=64, targets=("q", "v"), plain_attention_below=limit), 1, 2, 2)
+        for limit in (2, 3)
     )
     assert fused.backward - naive.backward == 64 * 2 * 2 * 2 * 1792
 

@@ -52,8 +52,9 @@ PRESETS = {
 }
 
 
-#: What of a block is computed again in the backward pass: all of it; the MLP, whose hidden activations are the widest;
-#: or all but the attention kernel, whose cost alone grows with the square of the tokens (its result is kept instead).
+#: What of a block is computed again in the backward pass: all of it; the MLP, whose hidden activations are the widest,
+#: and the attention's projection in front of it; or all but the attention kernel, whose cost alone grows with the
+#: square of the tokens (its result is kept instead).
 #: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
 RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
 
@@ -90,28 +91,23 @@ class Block(nn.Module):
 
         Args:
             packing: x is (1, T, D), the tokens of several images.
-            recompute_mlp: compute the MLP again in the backward pass instead of keeping its hidden activations.
+            recompute_mlp: compute all from the attention kernel to the GELU again in the backward pass, instead of
+                keeping hidden activations of the MLP.
             coded_gelu: keep 8 bits of each of them.
         """
-        if not self.post_norm:
-            x = x + self.attn(self.norm1(x), packing)
-            # The norm is computed again too: its result would be kept for the MLP alone.
-            run = recomputed(self._normed_mlp) if recompute_mlp else self._normed_mlp
-            return x + run(x, coded_gelu)
-        branch = self.attn(x, packing)
-        # What the sum is made of is kept anyway, so the MLP's input is recomputed from it instead of being kept.
-        middle = recomputed(self._added_and_mlp) if recompute_mlp else self._added_and_mlp
-        x, branch = middle(x, branch, coded_gelu)
-        out: Tensor = self.norm2(branch, added_to=x)
+        attended = self.attn(x if self.post_norm else self.norm1(x), packing)
+        # All from the attention kernel to the GELU is computed again: what lies between is as wide as the stream, and
+        # the one product among it costs a ninth of the MLP's first.
+        middle = recomputed(self._middle) if recompute_mlp else self._middle
+        x, branch = middle(x, attended, coded_gelu)
+        out: Tensor = self.norm2(branch, added_to=x) if self.post_norm else x + branch
         return out
 
-    def _normed_mlp(self, x: Tensor, coded_gelu: bool) -> Tensor:
-        out: Tensor = self.mlp(self.norm2(x), coded=coded_gelu)
-        return out
-
-    def _added_and_mlp(self, x: Tensor, branch: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
-        x = self.norm1(branch, added_to=x)
-        return x, self.mlp(x, coded=coded_gelu)
+    def _middle(self, x: Tensor, attended: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
+        """The stream behind the first branch, and the second one's products."""
+        branch = self.attn.proj(attended)
+        x = self.norm1(branch, added_to=x) if self.post_norm else x + branch
+        return x, self.mlp(x if self.post_norm else self.norm2(x), coded=coded_gelu)
 
 
 def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:

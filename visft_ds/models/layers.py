@@ -175,7 +175,10 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); with a packing (1, T, D), the tokens of several images."""
+        """(B, N, D) -> (B, N, D), what the heads give; with a packing (1, T, D), the tokens of several images.
+
+        `proj` is left to the block, which may compute it again.
+        """
         batch, length, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv: Tensor = self.qkv(x, bias)
@@ -184,8 +187,7 @@ class Attention(nn.Module):
             mixed = attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
         else:
             mixed = attention_packed(q[0], k[0], v[0], packing)
-        out: Tensor = self.proj(mixed.reshape(batch, length, width))
-        return out
+        return mixed.reshape(batch, length, width)
 
 
 def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:

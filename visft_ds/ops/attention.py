@@ -9,6 +9,7 @@ Letters: B images, N tokens of an image, T tokens of all packed images, d width 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,9 @@ _ORDER = {
 }
 #: Tokens from which cuDNN is taken on Hopper: at 576 to 1,024 it is level with flash attention or behind it.
 _LONG = 1025
+#: Tokens from which torch's fused kernel is taken for bf16 on a CPU with matrix instructions (AMX); it uses them.
+_LONG_ON_AMX = 512
+_AMX: bool = torch.cpu._is_amx_tile_supported()
 
 from visft_ds.ops import placed
 
@@ -67,14 +71,24 @@ def attention_backend(
     Args:
         head_dim, length: d and N; the defaults are those of EVA-ViT-E at 224 px.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        # Forward + backward, 16 heads of 112, one thread: 70 ms against 151 ms at 4 x 257 tokens, 6.3 s against 8.6 s
-        # at 5,330 tokens (with 13 times the memory of the fused kernel there).
-        return "reference", "bf16 on a CPU: plain matrix products are faster than torch's fused kernel"
+    if length < plain_below(device, dtype):
+        if _AMX:
+            return "reference", f"bf16 on a CPU, below {_LONG_ON_AMX} tokens: plain products beat torch's fused kernel"
+        return "reference", "bf16 on a CPU without AMX: plain matrix products are faster than torch's fused kernel"
     if device.type != "cuda":
         return "sdpa", f"torch.nn.functional.scaled_dot_product_attention on {device.type}"
     capability = _capability(device)
     return choose_for_gpu(capability, dtype, head_dim, length, current_flash_attention_impl())
+
+
+def plain_below(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of an image below which attention is made of plain products there (`attention_reference`); 0: never."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return 0
+    # Forward + backward, 16 heads of 112, one thread, plain against fused. Without AMX: 70 ms against 151 ms at
+    # 4 x 257 tokens, 6.3 s against 8.6 s at 5,330. With AMX: 8.7 ms against 11.3 ms at 256 tokens, 39 against 38 at
+    # 512, 184 against 109 at 1,024; there the scores that plain products keep are 9 times as wide as the tokens.
+    return _LONG_ON_AMX if _AMX else sys.maxsize
 
 
 @cache

@@ -78,7 +78,7 @@ class Tower:
     targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
     checkpoint_every: int = 0
     recompute: str = "block"  #: one of models.eva_vit.RECOMPUTE
-    attention_products: int = FUSED_ATTENTION
+    plain_attention_below: int = 0  #: tokens of an image, see `visft_ds.ops.attention.plain_below`
     linear_keeps_late: bool = False  #: DeepSpeed's linear layer (ZeRO-3) notes what it keeps after its product
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
 
@@ -88,7 +88,7 @@ def tower_from(
     lora: Adapters | None,
     trained: Iterable[str],
     *,
-    attention_products: int = FUSED_ATTENTION,
+    plain_attention_below: int = 0,
     linear_keeps_late: bool = False,
 ) -> Tower:
     """The arithmetic's view of a backbone.
@@ -96,7 +96,7 @@ def tower_from(
     Args:
         lora: of the adapters in it, if any.
         trained: names of its parameters that train.
-        attention_products, linear_keeps_late: as in `Tower`.
+        plain_attention_below, linear_keeps_late: as in `Tower`.
     """
     return Tower(
         width=backbone.width,
@@ -108,7 +108,7 @@ def tower_from(
         targets=tuple(lora.targets) if lora else (),
         checkpoint_every=backbone.checkpoint_every,
         recompute=backbone.recompute,
-        attention_products=attention_products,
+        plain_attention_below=plain_attention_below,
         linear_keeps_late=linear_keeps_late,
         trainable=frozenset(trained),
     )
@@ -143,13 +143,14 @@ def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
 def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
     """One block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
+    products = KEPT_SCORES if tokens < tower.plain_attention_below else FUSED_ATTENTION
     total, inside, costs = Flops(), False, dict[str, Flops]()
     for branch, layers in (("1", ("attn.qkv", "attention", "attn.proj")), ("2", ("mlp.fc1", "mlp.fc2"))):
         inside = flows or (not tower.post_norm and _any(tower, (f"{start}norm{branch}.",)))
         for layer in layers:
             if layer == "attention":
                 inside = inside or _any(tower, (f"{start}attn.q_bias", f"{start}attn.v_bias"))
-                cost = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=tower.attention_products)
+                cost = attention(images, tokens, tokens, width, needed=(inside,) * 3, products=products)
             else:
                 cost = _linear(tower, start, layer, rows, inside)
                 inside = inside or _any(tower, (f"{start}{layer}.",))
@@ -158,17 +159,17 @@ def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> t
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
     chosen = tower.checkpoint_every and index % tower.checkpoint_every == 0 and tower.recompute != "gelu_8bit"
     if tower.trainable and chosen:
-        again = _again(tower, start, costs)
+        again = _again(tower, start, costs, attention_kept=products == FUSED_ATTENTION)
         total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows
 
 
-def _again(tower: Tower, start: str, costs: Mapping[str, Flops]) -> int:
+def _again(tower: Tower, start: str, costs: Mapping[str, Flops], *, attention_kept: bool) -> int:
     """Operations of the second forward of a block, or of what of it is recomputed."""
     chosen = {layer: cost.forward for layer, cost in costs.items()}
     if tower.recompute == "mlp":
-        chosen = {layer: cost for layer, cost in chosen.items() if layer.startswith("mlp.")}
-    elif tower.recompute == "all_but_attention" and tower.attention_products == FUSED_ATTENTION:
+        chosen = {layer: cost for layer, cost in chosen.items() if layer not in ("attn.qkv", "attention")}
+    elif tower.recompute == "all_but_attention" and attention_kept:
         chosen["attention"] = 0  # plain products are not kept
     # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
     # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is. The norm behind

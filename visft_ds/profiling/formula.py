@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import own_tower
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import plain_below
 from visft_ds.profiling.flops import (
-    FUSED_ATTENTION,
     HEAD_FORMULAS,
-    KEPT_SCORES,
     Flops,
     packed_flops,
     tower_flops,
@@ -65,13 +63,12 @@ def _backbone(session: Session, batch: Batch) -> Flops:
     module, config = session.engine.module, session.config.visft
     backbone = own_tower(module.backbone)
     lora = config.lora if config.stage == 2 else None
-    fused = attention_backend(session.engine.device, DTYPES[session.precision])[0] != "reference"
     trained = (name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
     tower = tower_from(
         backbone,
         lora,
         trained if module.train_backbone else (),
-        attention_products=FUSED_ATTENTION if fused else KEPT_SCORES,
+        plain_attention_below=plain_below(session.engine.device, DTYPES[session.precision]),
         linear_keeps_late=session.engine.stage == 3
         and bool(session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)),
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
-from visft_ds.models.lora import LoRALinear, inject_lora
+from visft_ds.models.lora import LoRALinear, inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
 from visft_ds.ops.attention import attention_backend
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
@@ -114,6 +114,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         backbone.requires_grad_(False).train()
         plain = _projections(backbone)
         inject_lora(backbone, rank=options.rank, targets=options.targets)
+        trained = list(lora_parameters(backbone).values())
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
@@ -123,9 +124,9 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
             if KEPT in options.parts:
                 found[KEPT] = {policy: _kept(backbone, policy, x) for policy in ("nothing", *RECOMPUTE)}
             if PROJECTION in options.parts:
-                found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats)
+                found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats, trained)
             if BLOCKS in options.parts:
-                found[BLOCKS] = _measure(_block_cases(backbone, plain), x, options.repeats)
+                found[BLOCKS] = _measure(_block_cases(backbone, plain), x, options.repeats, trained)
             results.append(found)
     return {
         "format": FORMAT,
@@ -202,11 +203,11 @@ def _projection_cases(backbone: EvaViT, plain: nn.Module) -> dict[str, Case]:
 # ------------------------------------------------------------------------------------------------- measurements
 
 
-def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int) -> dict[str, Any]:
+def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int, trained: Sequence[nn.Parameter]) -> dict[str, Any]:
     """Seconds forward and backward of every case, and its ratio to the first one, round by round."""
     with torch.no_grad():
         gradient = torch.randn_like(next(iter(cases.values()))(given))
-    runs = in_turn(cases, lambda name: _run(cases[name], given, gradient), repeats)
+    runs = in_turn(cases, lambda name: _run(cases[name], given, gradient, trained), repeats)
     first = [sum(run.values()) for run in next(iter(runs.values()))]
     return {
         name: {
@@ -217,7 +218,9 @@ def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int) -> dict[str
     }
 
 
-def _run(case: Case, given: Tensor, gradient: Tensor) -> dict[str, float]:
+def _run(case: Case, given: Tensor, gradient: Tensor, trained: Sequence[nn.Parameter]) -> dict[str, float]:
+    for parameter in trained:
+        parameter.grad = None  # as after an update; to add to gradients is what accumulation costs
     x = given.clone().requires_grad_()
     began = clock(given.device)
     out = case(x)
