@@ -95,19 +95,33 @@ class Block(nn.Module):
                 keeping hidden activations of the MLP.
             coded_gelu: keep 8 bits of each of them.
         """
-        attended = self.attn(x if self.post_norm else self.norm1(x), packing)
-        # All from the attention kernel to the GELU is computed again: what lies between is as wide as the stream, and
-        # the one product among it costs a ninth of the MLP's first.
-        middle = recomputed(self._middle) if recompute_mlp else self._middle
-        x, branch = middle(x, attended, coded_gelu)
+        # Results of the first branch have no name here that would keep them until the block ends.
+        if recompute_mlp:
+            # What lies between the attention kernel and the GELU is as wide as the stream, and the one product in
+            # between costs a ninth of the MLP's first: computed again with it.
+            x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing), coded_gelu)
+        else:
+            x = self._added(x, self.attn.proj(self._attended(x, packing)))
+            branch = self._mlp(x, coded_gelu)
         out: Tensor = self.norm2(branch, added_to=x) if self.post_norm else x + branch
         return out
 
-    def _middle(self, x: Tensor, attended: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
-        """The stream behind the first branch, and the second one's products."""
-        branch = self.attn.proj(attended)
-        x = self.norm1(branch, added_to=x) if self.post_norm else x + branch
-        return x, self.mlp(x if self.post_norm else self.norm2(x), coded=coded_gelu)
+    def _attended(self, x: Tensor, packing: Packing | None) -> Tensor:
+        out: Tensor = self.attn(x if self.post_norm else self.norm1(x), packing)
+        return out
+
+    def _added(self, x: Tensor, branch: Tensor) -> Tensor:
+        out: Tensor = self.norm1(branch, added_to=x) if self.post_norm else x + branch
+        return out
+
+    def _mlp(self, x: Tensor, coded_gelu: bool) -> Tensor:
+        out: Tensor = self.mlp(x if self.post_norm else self.norm2(x), coded=coded_gelu)
+        return out
+
+    def _projected_and_mlp(self, x: Tensor, attended: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
+        """The stream behind the first branch, and the second branch."""
+        x = self._added(x, self.attn.proj(attended))
+        return x, self._mlp(x, coded_gelu)
 
 
 def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
