@@ -91,11 +91,6 @@ def differences(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, fl
     return {**relative, "values": weights}
 
 
-def first_steps(reference: dict[str, Any], values: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The reference as it was after SAVED_AT steps."""
-    return {**{key: reference[key][:SAVED_AT] for key in ("losses", "norms")}, "values": values}
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_equals_one_process(trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str) -> None:
     found = differences(trained[1][stage], plain[stage])
@@ -214,8 +209,7 @@ def test_stale_gradients_need_their_remedy(
 ) -> None:
     """Where DeepSpeed keeps gradients of idle heads, the equality above fails without the remedy."""
     name, results = trained
-    saved = plain["stage1"]["saved"]["value"]
-    found = differences(results["stage1-without-remedy"], first_steps(plain["stage1"], saved))
+    found = differences(results["stage1-without-remedy"], plain["stage1"])
     if name in ("zero3", "zero3_offload"):
         # Under offload the stale gradients are clipped ones: a small error, far outside the bounds all the same.
         assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS
