@@ -46,6 +46,15 @@ def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert kept["block"] == 1
 
 
+def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_path: Path) -> None:
+    """With two rounds after one to warm up the last case at a size is another way to adapt."""
+    file = tmp_path / "ops.json"
+    sizes = ["--pixels", "28", "56", "--dtypes", "fp32", "--parts", "blocks", "kept", "--repeats", "2"]
+    assert main([*SMALL, *sizes, "--json", str(file)]) == 0
+    first, second = json.loads(file.read_text())["results"]
+    assert first["kept"]["nothing"] == second["kept"]["nothing"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -114,7 +114,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         backbone.requires_grad_(False).train()
         plain = _projections(backbone)
         inject_lora(backbone, rank=options.rank, targets=options.targets)
-        trained = list(lora_parameters(backbone).values())
+        ours, trained = _projections(backbone), list(lora_parameters(backbone).values())
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
@@ -122,11 +122,11 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
             found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
             found["attention"] = attention_backend(device, DTYPES[name], heads, tokens)
             if KEPT in options.parts:
-                found[KEPT] = {policy: _kept(backbone, policy, x) for policy in ("nothing", *RECOMPUTE)}
+                found[KEPT] = {policy: _kept(backbone, ours, policy, x) for policy in ("nothing", *RECOMPUTE)}
             if PROJECTION in options.parts:
                 found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats, trained)
             if BLOCKS in options.parts:
-                found[BLOCKS] = _measure(_block_cases(backbone, plain), x, options.repeats, trained)
+                found[BLOCKS] = _measure(_block_cases(backbone, plain, ours), x, options.repeats, trained)
             results.append(found)
     return {
         "format": FORMAT,
@@ -153,9 +153,8 @@ class _Other(nn.Module):
         return self._projection(x, layer.weight, bias, layer.lora_A, layer.lora_B, layer.scale, layer.slices)
 
 
-def _block_cases(backbone: EvaViT, plain: Sequence[nn.Module]) -> dict[str, Case]:
+def _block_cases(backbone: EvaViT, plain: Sequence[nn.Module], ours: Sequence[nn.Module]) -> dict[str, Case]:
     """All blocks one after another: frozen, adapted in several ways, and ours with every policy for activations."""
-    ours = _projections(backbone)
     others = {
         name: [_Other(layer, projection) for layer in ours if isinstance(layer, LoRALinear)]
         for name, projection in ((DENSE, dense_update), (AFTERWARDS, added_afterwards))
@@ -229,12 +228,12 @@ def _run(case: Case, given: Tensor, gradient: Tensor, trained: Sequence[nn.Param
     return {FORWARD: between - began, BACKWARD: clock(given.device) - between}
 
 
-def _kept(backbone: EvaViT, policy: str, given: Tensor) -> float:
+def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tensor) -> float:
     """Elements of the stream's dtype that live between forward and backward, in D for a token and block.
 
     Whoever holds them: autograd, or a checkpoint. The blocks' input counts, their output and parameters do not.
     """
-    case, x = _blocks(backbone, _projections(backbone), policy), given.clone().requires_grad_()
+    case, x = _blocks(backbone, ours, policy), given.clone().requires_grad_()
     ledger = Ledger(x.device.type)
     for parameter in backbone.parameters():
         ledger.add(parameter, TRAINED if parameter.requires_grad else FROZEN)
