@@ -5,7 +5,7 @@ LoRA, https://arxiv.org/abs/2106.09685: y = x W^T + b, then y[..., lo:hi] += sca
 Kept for the backward pass: x, u = scale * x A^T (G*r numbers a token) and the parameters by reference. Never kept or
 built: the dense update B A, the layer's output, copies of a parameter in another precision. Three implementations:
 
-- eager: products added in place into slices of the output. The specification, and what CPUs and fp32 take.
+- eager: small products into slices of the output, to which the wide one is added. The specification; CPUs and fp32.
 - augmented: one product of [x | u] with [W | B], so that 16-bit results are rounded once, in any library's product.
 - triton: the same rounding without the copies of x and W that the augmented product is made of (sm_80 and later).
 
@@ -81,8 +81,8 @@ def lora_linear(
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Name and reason of the implementation for this device and dtype of computation.
 
-    "augmented" is one product of [x | u] with [W | B]: the update meets the rest in the fp32 accumulator. "eager" adds
-    it to a result that is already rounded, which loses most of an update below the 16-bit resolution of the output.
+    "augmented" is one product of [x | u] with [W | B]: the update meets the rest in the fp32 accumulator. "eager"
+    rounds it together with the bias first, which loses most of an update below the 16-bit resolution of the bias.
     "triton" keeps it too; it is taken where `visft_ds.ops.use_kernels` says so.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
@@ -90,7 +90,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
             return "triton", "Triton kernels were asked for; small updates are added before rounding"
         return "augmented", "16 bit on a GPU: small updates must be added before rounding"
     if dtype in (torch.bfloat16, torch.float16):
-        return "eager", f"{device.type}: fastest here; updates below 16-bit resolution are rounded off"
+        return "eager", f"{device.type}: fastest here; updates below the 16-bit resolution of the bias are rounded off"
     return "eager", f"{dtype}: rounding is no concern"
 
 
@@ -144,17 +144,19 @@ class _LoraLinear(torch.autograd.Function):
                 b = _cast(lora_b, dy)
                 du = dy.new_empty(len(dy), len(groups) * b.shape[1])
                 for lo, hi, cols, part in groups:
-                    du[:, cols].addmm_(dy[:, lo:hi], b[part], beta=0, alpha=ctx.scale)
+                    du[:, cols] = _product(dy[:, lo:hi], b[part], ctx.scale)
             if need_x:
                 run = _backward_triton if ctx.backend == "triton" else _backward_library
                 dx = run(dy, du, _values(weight, ctx.low_bit, dy), _cast(lora_a, dy)).view(ctx.x_shape)
+            # Sums over tokens. On CPUs it is faster to leave the wider tensor as it lies, and to transpose the small
+            # result in the copy that casts it.
             if need_a:
-                da = (du.t() @ x.reshape(-1, x.shape[-1])).to(lora_a.dtype)
+                da = dy.new_empty(lora_a.shape, dtype=lora_a.dtype)
+                da.copy_((x.reshape(-1, x.shape[-1]).t() @ du).t())
             if need_b:
-                dlb = dy.new_empty(lora_b.shape)
+                dlb = dy.new_empty(lora_b.shape, dtype=lora_b.dtype)
                 for lo, hi, cols, part in groups:
-                    dlb[part].addmm_(dy[:, lo:hi].t(), u[:, cols], beta=0)
-                dlb = dlb.to(lora_b.dtype)
+                    dlb[part] = (u[:, cols].t() @ dy[:, lo:hi]).t()
             if need_weight:
                 dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             if need_bias:
@@ -163,10 +165,12 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _forward_eager(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
-    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    # The small products come first and the wide one is added to them: in 16 bit an update that is rounded together with
+    # the bias alone survives, one that is added to a rounded result does not; and it takes less time.
+    y = x.new_zeros(len(x), len(weight)) if bias is None else bias.expand(len(x), -1).clone()
     for lo, hi, cols, part in _groups(slices, b.shape[1]):
         y[:, lo:hi].addmm_(u[:, cols], b[part].t())
-    return y
+    return y.addmm_(x, weight.t())
 
 
 def _forward_augmented(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
@@ -189,8 +193,8 @@ _FORWARD = {"eager": _forward_eager, "augmented": _forward_augmented, "triton": 
 
 
 def _backward_library(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    # In place: the sum needs no second tensor of the size of x.
-    return (dy @ weight).addmm_(du, a)
+    # In place: the sum needs no second tensor of the size of x. The small product first, as in the forward.
+    return (du @ a).addmm_(dy, weight)
 
 
 def _backward_triton(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tensor:
