@@ -43,9 +43,16 @@ MISTAKES = {
         "dense_update",
     ),
     "no gradient through the adapter": Mistake(
-        "lora.py", "(dy @ weight).addmm_(du, a)", "dy @ weight", LIBRARY, "dense_update"
+        "lora.py", "(du @ a).addmm_(dy, weight)", "dy @ weight", LIBRARY, "dense_update"
     ),
-    "gradient without the scale": Mistake("lora.py", "beta=0, alpha=ctx.scale", "beta=0", LIBRARY, "dense_update"),
+    "gradient without the scale": Mistake("lora.py", "b[part], ctx.scale)", "b[part], 1)", LIBRARY, "dense_update"),
+    "no gradient of A": Mistake("lora.py", "da.copy_((", "da.copy_(0 * (", LIBRARY, "dense_update"),
+    "gradient of B by the wrong slice": Mistake(
+        "lora.py", "u[:, cols].t() @ dy[:, lo:hi]", "u[:, cols].t() @ dy[:, : hi - lo]", LIBRARY, "dense_update"
+    ),
+    "without the bias": Mistake(
+        "lora.py", "bias.expand(len(x), -1)", "0 * bias.expand(len(x), -1)", LIBRARY, "dense_update"
+    ),
     "a copy of the weight is kept": Mistake(
         "lora.py",
         "output[1] if need_b else None, weight,",
