@@ -206,6 +206,7 @@ def test_a_dry_run_shows_the_configuration_and_measures_nothing(capsys: pytest.C
     assert "(dry run: nothing is started)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sharing_compares_steps_of_each_task_with_shared_ones(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

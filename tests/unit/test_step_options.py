@@ -184,6 +184,7 @@ def check_alike(how: str, backend: str, recompute: str | None, bound: float, *, 
     assert made[1][0] - made[0][0] <= (6 if packed else 2) and (packed or made[1][1] == made[0][1])
 
 
+@pytest.mark.slow
 @TORCH_WARNS
 def test_compiled_blocks_learn_what_eager_ones_do_at_any_size() -> None:
     """With torch's tracing and its graph of the backward pass, the kernels are eager's: the same to the last bit."""
