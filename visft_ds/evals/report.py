@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def _categories(report: Report) -> str:
         return ""
     legend = " ".join(
         f'<span class=key><i style="background:{colour}"></i>{html.escape(one.label)}</span>'
-        for one, colour in zip(report.evaluations, _COLOURS, strict=False)
+        for one, colour in zip(report.evaluations, cycle(_COLOURS), strict=False)
     )
     body = f"<p>{legend}</p><div class=halves>{''.join(parts)}</div>"
     return section("Average precision by category", body)
@@ -261,7 +262,7 @@ def _bars(report: Report, prefix: str) -> str:
         bars = "".join(
             f'<div class=bar><i style="width:{85 * one.metrics[name]:.1f}%;background:{colour}"></i>'
             f"<span>{one.metrics[name]:.3f}</span></div>"
-            for one, colour in zip(report.evaluations, _COLOURS, strict=False)
+            for one, colour in zip(report.evaluations, cycle(_COLOURS), strict=False)
         )
         rows.append(f"<tr><th>{html.escape(name.split('/')[2])}</th><td>{bars}</td></tr>")
     which = f"the {len(names)} of {total} categories that changed most" if len(names) < total else "every category"

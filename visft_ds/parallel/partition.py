@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Partition:
 
     def stage_costs(self) -> list[float]:
         """Operations of each stage for an average micro-batch."""
-        return [sum(self.costs[start:stop]) for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
+        return [sum(self.costs[start:stop]) for start, stop in pairwise(self.bounds)]
 
     def bubble(self, micro_batches: int) -> float:
         """Predicted share of the time in which a stage waits, on average over the stages, in [0, 1).

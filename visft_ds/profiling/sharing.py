@@ -108,7 +108,7 @@ def _record(
     turns = zip(*(seconds[name] for name in (*tasks, SHARED)), strict=True)
     counts = [images[name] for name in (*tasks, SHARED)]
     ratios = [
-        sum(one / count for one, count in zip(apart, counts, strict=False)) / (shared / counts[-1])
+        sum(one / count for one, count in zip(apart, counts[:-1], strict=True)) / (shared / counts[-1])
         for *apart, shared in turns
     ]
     return {
