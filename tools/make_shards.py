@@ -10,7 +10,8 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/make_shards.py export shards --split train --out coco
     python tools/make_shards.py which --step 1000 --run runs/stage2-eva_e
 
-Exit status: 0 fine, 1 problems or differences found, 2 wrong usage or unusable input, 130 interrupted.
+Exit status: 0 fine, 1 problems or differences found, 2 wrong usage or unusable input, 3 more than a tenth of the
+annotations would be lost (nothing is written), 130 interrupted.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 
 from visft_ds.conversion.build_command import add_build_parser
 from visft_ds.conversion.commands import PARSERS
+from visft_ds.conversion.drops import TooManyDropsError
 from visft_ds.which import add_which_parser, which
 
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, TooManyDropsError) else 2
     except KeyboardInterrupt:
         print("\nmake_shards: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

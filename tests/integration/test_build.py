@@ -83,7 +83,7 @@ def test_images_are_chosen_by_id_name_licence_and_content(tree: Tree, tmp_path: 
     (label,) = _labels(tmp_path / "c")
     assert "crowd" not in _found(licensed), "findings are those of the images that were asked for"
     assert licensed.counts["images"] == 1 and label["license"] == 5 and label["flickr_url"] == "http://x/y.jpg"
-    with pytest.raises(ValueError, match="has 12 images; none is left by --ids, --license"):
+    with pytest.raises(ValueError, match="has 12 images; none is left by --license"):
         build(_options(tree, tmp_path / "d", licenses=(9,)))
     chosen.write_text("1007\n9999\n")
     with pytest.raises(ValueError, match="1 of 2 lines name no image of the data set, for instance '9999'"):

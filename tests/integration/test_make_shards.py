@@ -183,7 +183,7 @@ def odd(tmp_path: Path) -> Tree:
 
 
 def test_everything_odd_is_reported_and_treated_as_said(odd: Tree, tmp_path: Path) -> None:
-    result = _run("build", *odd.arguments(tmp_path / "out"), "--json")
+    result = _run("build", *odd.arguments(tmp_path / "out"), "--allow-drops", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert {finding["kind"]: finding["count"] for finding in report["findings"]} == {
@@ -233,7 +233,7 @@ def test_everything_odd_is_reported_and_treated_as_said(odd: Tree, tmp_path: Pat
 
 
 def test_bad_images_can_stop_the_build(odd: Tree, tmp_path: Path) -> None:
-    result = _run("build", *odd.arguments(tmp_path / "out"), "--bad", "fail")
+    result = _run("build", *odd.arguments(tmp_path / "out"), "--allow-drops", "--bad", "fail")
     assert result.returncode == 2 and "unusable images" in result.stderr and "Traceback" not in result.stderr
     assert not list((tmp_path / "out").glob("*")) or not (tmp_path / "out/toy.manifest.json").exists()
 

@@ -401,7 +401,7 @@ def test_what_the_packer_leaves_out_is_no_problem(tmp_path: Path) -> None:
         content["annotations"][0].pop("area")
 
     tree.edit(change)
-    manifest = _pack(tree, tmp_path / "out", keep_crowd=False, limit=9)
+    manifest = _pack(tree, tmp_path / "out", keep_crowd=False, limit=9, allow_drops=True)
     assert compare_source(manifest, tree.instances, tree.captions) == []
     assert main(["verify", str(manifest.root), "--against", str(tree.instances), "--captions", str(tree.captions)]) == 0
     assert main(["verify", str(manifest.root), "--against", str(tmp_path / "nowhere.json")]) == 2

@@ -21,7 +21,7 @@ import orjson
 
 from visft_ds.conversion.check import CHECK_LEVELS, Checked, CheckLevel
 from visft_ds.conversion.duplicates import Duplicate
-from visft_ds.conversion.finish import Comparison, Report, dry_report, write_manifest
+from visft_ds.conversion.finish import Comparison, Report, dry_report, left_out, write_manifest
 from visft_ds.conversion.inputs import open_images
 from visft_ds.conversion.outputs import Output, exclusive, open_output
 from visft_ds.conversion.reencode import Reencoding
@@ -76,6 +76,9 @@ class Options:
     check: CheckLevel = "decode"
     reencode: Reencoding | None = None
     dedup: Dedup = "report"
+    allow_drops: bool = (
+        False  #: go on where more than a tenth of the annotations is lost; the shards do not depend on it
+    )
     against: tuple[str, ...] = ()  #: finished splits, FOLDER/NAME, whose images should not be in this one
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class Options:
             ids=self.ids,
             licenses=self.licenses,
             reencoding=self.reencode,
+            allow_drops=self.allow_drops,
         )
 
     def content(self) -> dict[str, Any]:
@@ -155,6 +159,7 @@ def build(
 
     Raises:
         ValueError: unusable input; another build of this split with other options; another build running.
+        TooManyDropsError: one of these; more than a tenth of the annotations would be lost. Nothing is written.
         KeyboardInterrupt: passed on after the workers have stopped; what is finished is kept.
         OSError: writing failed; what is finished is kept.
         RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
@@ -167,7 +172,10 @@ def build(
     missing: list[dict[str, Any]] = []
     samples = _locate(_ordered(source.images, options), options, treatment, missing)
     if not samples:
-        raise ValueError(f"no image of the data set is usable in {options.images}; {len(missing)} left out")
+        raise ValueError(
+            f"no image of the data set is usable in {options.images}: {left_out(missing)}. File names are relative to "
+            "--images"
+        )
     if dry_run:
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
     with _clear_errors(options):
@@ -322,7 +330,7 @@ def _claim(options: Options, source: Source, output: Output, *, replace: bool) -
         raise ValueError(f"{options.out}/{name} is damaged: give --replace to throw the split away and make it anew")
     differing = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
     if known and differing and not replace:
-        shown = "; ".join(f"{name}: {known.get(name)!r} there, {wanted.get(name)!r} asked" for name in differing)
+        shown = "; ".join(_difference(name, known.get(name), wanted.get(name)) for name in differing)
         raise ValueError(
             f"{options.out} holds a split {options.split!r} that was built otherwise ({shown}). "
             "Use another --out or --split, the same options, or --replace to throw it away."
@@ -343,6 +351,20 @@ def _known_options(data: bytes | None) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _difference(name: str, there: Any, asked: Any) -> str:
+    if name != "sources" or not isinstance(there, dict):
+        return f"{name}: {there!r} there, {asked!r} asked"
+    roles = [role for role in sorted(there.keys() | asked.keys()) if there.get(role) != asked.get(role)]
+    return "; ".join(f"{role}: {_file(there.get(role))} there, {_file(asked.get(role))} asked" for role in roles)
+
+
+def _file(source: Any) -> str:
+    """A file among the sources, in words."""
+    if not isinstance(source, dict):
+        return "none"
+    return f"{source.get('name')} (sha256 {source.get('sha256')!s:.12}...)"
 
 
 def _refuse_strangers(options: Options, output: Output, shards: int) -> None:

@@ -8,15 +8,17 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from visft_ds.conversion.build import DEDUP, Options, build
 from visft_ds.conversion.check import CHECK_LEVELS
-from visft_ds.conversion.finish import Report, report_dict
+from visft_ds.conversion.finish import Report, left_out, report_dict
 from visft_ds.conversion.reencode import Reencoding
 from visft_ds.conversion.workers import Progress
+from visft_ds.data.manifest import manifest_path
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _EPILOG = """places are local or URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
@@ -62,6 +64,11 @@ def add_build_parser(commands: Any) -> None:
         metavar="keep|coco80|FILE",
         help='as in the JSON; COCO\'s 80; or a JSON file of {"name or id": {"id": .., "name": ..} or null, "*": null}',
     )
+    add(
+        "--allow-drops",
+        action="store_true",
+        help="go on where more than a tenth of the annotations cannot be used or contradict their masks (else exit 3)",
+    )
     images = parser.add_argument_group("images")
     add = images.add_argument
     add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
@@ -102,6 +109,7 @@ def run_build(options: argparse.Namespace) -> int:
         check=options.check,
         reencode=options.reencode,
         dedup=options.dedup,
+        allow_drops=options.allow_drops,
         against=tuple(options.against),
     )
     began = time.perf_counter()
@@ -179,6 +187,9 @@ def _print_report(report: Report, seconds: float) -> None:
         print(f"  {finding['count']:>7} x {finding['kind']}: {finding['action']}")
         for example in finding["examples"]:
             print(f"            {example}")
+    if report.quarantine:
+        place = f"all in {manifest_path(Path(report.out), report.split)}" if not report.dry_run else "all with --json"
+        print(f"  left out: {left_out(report.quarantine)}; {place}")
     if report.fingerprint:
         print(f"  fingerprint {report.fingerprint}")
 

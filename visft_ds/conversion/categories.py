@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def _table(names: Mapping[int, str]) -> tuple[Category, ...]:
 
 def _read_rules(file: bytes, rule: str) -> dict[str, dict[str, Any] | None]:
     try:
-        rules = orjson.loads(file)
+        rules = orjson.loads(file.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise ValueError(f"--categories {rule} is not valid JSON: {error}") from error
     if not isinstance(rules, dict):

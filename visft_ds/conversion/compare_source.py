@@ -6,6 +6,7 @@ to lack: images on the quarantine list or beyond the chosen ones, annotations th
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,7 +252,7 @@ def load_coco(path: Path, needed: Sequence[str] = ("annotations",)) -> dict[str,
     Raises ValueError when the file cannot be read or is of another form.
     """
     try:
-        content = orjson.loads(path.read_bytes())
+        content = orjson.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except orjson.JSONDecodeError as error:

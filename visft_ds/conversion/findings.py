@@ -17,6 +17,8 @@ FINDINGS: Mapping[str, str] = {
     "box malformed": "annotation dropped",
     "box without area": "kept in the shard, left out in training",
     "box beyond the image": "kept as given, cut at the border in training",
+    "box looks like x1 y1 x2 y2": "kept as given; COCO wants x y width height",
+    "box looks normalised to 0..1": "kept as given; COCO wants pixels",
     "area missing": "width x height of the box used",
     "polygon under three points": "polygon dropped: readers take two points for a box",
     "polygon malformed": "polygon dropped: it must be a flat list of finite numbers, two for each point",
@@ -43,7 +45,7 @@ FINDINGS: Mapping[str, str] = {
     "near duplicate dropped": "left out, as --dedup drop asks",
     "also in another split": "kept: leave it out of one of the two, or their numbers prove little",
     "like an image of another split": "kept: look at both, they are nearly the same picture",
-    "quarantined": "left out, see the list with reasons",
+    "quarantined": "left out, listed with reasons under 'quarantine' in the manifest",
 }
 _EXAMPLES = 3
 
@@ -67,6 +69,10 @@ class Findings:
         """Add (kind, example) pairs."""
         for kind, example in found:
             self.add(kind, example)
+
+    def first(self, kind: str) -> tuple[int, str]:
+        """(how often it was found, the first example)."""
+        return self._counts.get(kind, 0), self._examples.get(kind, [""])[0]
 
     def listed(self) -> list[dict[str, Any]]:
         """One entry per kind in a fixed order: kind, count, examples, action."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,12 @@ def write_manifest(
     """
     rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
     if not rows:
-        raise ValueError(f"none of the images is usable; for instance {quarantine[0]}")
+        raise ValueError(f"no image of the data set is usable: {left_out(quarantine)}")
     index = np.array(rows, dtype=INDEX_DTYPE)
     for record in records:
         source.findings.extend(record["findings"])
     repeated = comparison.run(split, index, source)
-    source.findings.extend(("quarantined", f"{bad['file_name']}: {bad['reason']}") for bad in quarantine)
+    source.findings.extend(_quarantined(quarantine))
     chosen = set(index["image_id"].tolist())
     images = [image for image in source.images if image.image_id in chosen]
     counts = {**_counts(images), "quarantined": len(quarantine)}
@@ -155,7 +155,7 @@ def dry_report(
     split: str, out: str, source: Source, plan: Sequence[Sequence[Planned]], quarantine: Sequence[Mapping[str, Any]]
 ) -> Report:
     """What a build would do, as far as the JSON files and the sizes of the images tell."""
-    source.findings.extend(("quarantined", f"{bad['file_name']}: {bad['reason']}") for bad in quarantine)
+    source.findings.extend(_quarantined(quarantine))
     samples = [sample for shard in plan for sample in shard]
     return Report(
         split=split,
@@ -170,6 +170,20 @@ def dry_report(
         duplicates=(),
         fingerprint=None,
     )
+
+
+def _quarantined(quarantine: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """As findings, one of each detail first: the first few are shown as examples."""
+    firsts = {bad["detail"]: bad["image_id"] for bad in reversed(quarantine)}
+    for bad in sorted(quarantine, key=lambda bad: firsts[bad["detail"]] != bad["image_id"]):
+        yield "quarantined", f"{bad['file_name']}: {bad['reason']} ({bad['detail']})"
+
+
+def left_out(quarantine: Sequence[Mapping[str, Any]]) -> str:
+    """Images that were left out, by reason with an example each."""
+    reasons = Counter(bad["reason"] for bad in quarantine)
+    first = {bad["reason"]: f"{bad['file_name']} ({bad['detail']})" for bad in reversed(quarantine)}
+    return "; ".join(f"{count} {reason}, for instance {first[reason]}" for reason, count in reasons.items())
 
 
 def _counts(images: Sequence[SourceImage]) -> dict[str, int]:

@@ -10,6 +10,7 @@ its label.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from typing import Any
 
 import orjson
 
+from visft_ds.conversion.box_forms import FORMS, other_form
 from visft_ds.conversion.categories import CategoryMap, map_categories
+from visft_ds.conversion.drops import Drops, wrong_box, wrong_integer, wrong_kind
 from visft_ds.conversion.findings import Findings
 from visft_ds.conversion.inputs import read_file
 from visft_ds.conversion.json_lists import Parts, read_lists
@@ -37,6 +40,10 @@ _BORDER = 1.0
 _NUMBERS = frozenset((int, float))
 #: Rules for categories that are words; anything else is a file.
 CATEGORY_RULES = ("keep", "coco80")
+#: What the numbers of an image may be: shards hold ids of 63 bits, and sides of 31.
+_IMAGE_NUMBERS = {"id": (0, (1 << 63) - 1), "width": (1, (1 << 31) - 1), "height": (1, (1 << 31) - 1)}
+_ASKED_FOR = ("category dropped", "crowd dropped")
+_NO_IMAGE = "'image_id' is not among the ids of 'images'"
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Selection:
     ids: str | Path | None = None  #: a file of image ids or file names, one a line: only these images
     licenses: tuple[int, ...] | None = None  #: only images with one of these licence ids
     reencoding: Reencoding | None = None
+    allow_drops: bool = False  #: go on where more than a tenth of the annotations is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,8 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
     Raises:
         ValueError: a file is missing, is no JSON or lacks the parts of a COCO file; names the file and the reason. A
             file of ids names images that do not exist. Nothing is left after the selection.
+        TooManyDropsError: one of these; more than a tenth of the annotations cannot be used, and `selection` does not
+            allow it.
     """
     assert instances is not None or captions is not None
     findings = Findings()
@@ -93,16 +103,22 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
             categories = [entry for part in lists["categories"]() for entry in part]
             rules = _category_map(categories, selection.categories, instances, files)
             table = rules.categories
-            drafts = _selected(_images(lists["images"](), findings), selection, files)
-            _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings)
+            drafts = _selected(_images(instances, lists["images"](), findings), selection, files)
+            drops = Drops(instances, "annotations")
+            _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings, drops)
             del lists  # and with it the text
+            if not selection.allow_drops:
+                drops.refuse_too_many(_lost_images(findings))
         if captions is not None:
             needed = ("annotations",) if instances is not None else ("images", "annotations")
             lists = _load(captions, "captions", needed, files)
             if instances is None:
-                drafts = _selected(_images(lists["images"](), findings), selection, files)
-            _add_captions(lists["annotations"](), drafts, findings)
+                drafts = _selected(_images(captions, lists["images"](), findings), selection, files)
+            drops = Drops(captions, "captions")
+            _add_captions(lists["annotations"](), drafts, findings, drops)
             del lists
+            if not selection.allow_drops:
+                drops.refuse_too_many(_lost_images(findings))
         chosen = [draft for draft in map(drafts.get, sorted(drafts)) if draft is not None]
         if not selection.keep_empty:
             empty = [draft for draft in chosen if not draft.count and not draft.captions]
@@ -111,7 +127,9 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
         kinds = (instances is not None, captions is not None)
         images = [_finished(draft, kinds, selection.reencoding, findings) for draft in chosen]
     if not images:
-        raise ValueError(f"the data set has {len(drafts)} images; none is left by --ids, --license and --empty")
+        flags = {"--ids": selection.ids, "--license": selection.licenses, "--empty drop": not selection.keep_empty}
+        given = " and ".join(flag for flag, value in flags.items() if value)
+        raise ValueError(f"the data set has {len(drafts)} images; none is left by {given}")
     return Source(images, table, findings, files)
 
 
@@ -185,7 +203,7 @@ def _load(
     data = read_file(place)
     files[role] = _described(place, data)
     with _json_errors(place):
-        lists = read_lists(data, needed)
+        lists = read_lists(data.removeprefix(codecs.BOM_UTF8), needed)
     missing = [part for part in needed if part not in lists]
     if missing:
         raise ValueError(f"{place} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}")
@@ -222,20 +240,44 @@ def _category_map(
     return map_categories(entries, rule, file, str(instances))
 
 
-def _images(parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[int, _Draft]:
+def _images(place: str | Path, parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[int, _Draft]:
+    """Image id -> image. Raises ValueError if there is none."""
     drafts: dict[int, _Draft] = {}
     for entry in chain.from_iterable(parts):
-        image_id, width, height, name = (entry.get(key, -1) for key in ("id", "width", "height", "file_name"))
-        numbers = all(map(_is_int, (image_id, width, height))) and image_id >= 0 and width > 0 and height > 0
-        if not numbers or not isinstance(name, str):
-            findings.add("image entry malformed", f"{entry!r}"[:120])
-        elif image_id in drafts:
+        wrong = _wrong_image(entry)
+        if wrong:
+            name, number = entry.get("file_name"), entry.get("id")
+            findings.add("image entry malformed", f"image {number!r:.40} ({name!s:.80}): {wrong}")
+            continue
+        image_id, width, height, name = (entry[key] for key in ("id", "width", "height", "file_name"))
+        if image_id in drafts:
             findings.add("image id twice", f"image {image_id} ({name})")
         else:
             # Whoever shows a picture must be able to name its author and licence.
             kept = {key: entry[key] for key in ("license", "flickr_url") if entry.get(key) is not None}
             drafts[image_id] = _Draft(image_id, name, width, height, kept, entry.get("license"))
+    if not drafts:
+        raise ValueError(
+            f"{place} has no usable image: {_lost_images(findings).strip() or 'its list of images is empty'}"
+        )
     return drafts
+
+
+def _wrong_image(entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with an entry of `images`."""
+    for key, (least, most) in _IMAGE_NUMBERS.items():
+        value: Any = entry.get(key)
+        if not _is_int(value):
+            return wrong_integer(entry, key)
+        if not least <= value <= most:
+            return f"{key!r} is {value}; allowed are integers from {least} to {most}"
+    return None if isinstance(entry.get("file_name"), str) else wrong_kind(entry, "file_name", "text")
+
+
+def _lost_images(findings: Findings) -> str:
+    """A line about images whose entries are malformed, which may be why annotations have none."""
+    count, example = findings.first("image entry malformed")
+    return f"\n  {count} entries of 'images' are left out, for instance {example}" if count else ""
 
 
 def _add_annotations(
@@ -244,12 +286,14 @@ def _add_annotations(
     categories: CategoryMap,
     keep_crowd: bool,
     findings: Findings,
+    drops: Drops,
 ) -> None:
     """Check annotations and give each kept one to its image as JSON."""
     seen: set[int] = set()
-    for entry in chain.from_iterable(parts):
+    for place, entry in enumerate(chain.from_iterable(parts)):
         draft, known = _get(drafts, entry.get("image_id"))
         if known and draft is None:
+            drops.spared += 1
             continue  # of an image that was not asked for
         number: Any = entry.get("id")
         category: Any = entry.get("category_id")
@@ -272,18 +316,57 @@ def _add_annotations(
             seen.add(number)
             if draft.count:
                 draft.annotations += b","
-            draft.annotations += orjson.dumps(_checked(entry, draft, categories.ids[category], findings))
+            label, misread = _checked(entry, draft, categories.ids[category], findings)
+            draft.annotations += orjson.dumps(label)
             draft.count += 1
+            if misread:
+                drops.add(f"{misread}; COCO wants {FORMS[misread]}", _example(place, entry, "bbox", draft))
+            else:
+                drops.kept += 1
             continue
         findings.add(kind, f"{_where(entry)}{reason}")
+        if kind in _ASKED_FOR:
+            drops.spared += 1
+        else:
+            key, cause = _loss(kind, entry, categories)
+            drops.add(cause, _example(place, entry, key), stranger=draft is None)
+
+
+def _loss(kind: str, entry: Mapping[str, Any], categories: CategoryMap) -> tuple[str, str]:
+    """(the field for which an annotation is lost, why)."""
+    if kind == "annotation malformed":
+        key = "category_id" if _is_int(entry.get("id")) else "id"
+        return key, wrong_integer(entry, key)
+    if kind == "annotation without image":
+        return "image_id", _no_image(entry)
+    if kind == "annotation id twice":
+        return "id", "'id' is that of an earlier entry"
+    if kind == "unknown category":
+        known = f" ({min(categories.ids)} to {max(categories.ids)})" if categories.ids else ""
+        return "category_id", f"'category_id' is not among the ids of 'categories'{known}"
+    return "bbox", wrong_box(entry)
+
+
+def _no_image(entry: Mapping[str, Any]) -> str:
+    if not _is_int(entry.get("image_id")):
+        return wrong_integer(entry, "image_id")
+    return _NO_IMAGE
+
+
+def _example(place: int, entry: Mapping[str, Any], key: str, draft: _Draft | None = None) -> str:
+    value = f": {key!r} is {orjson.dumps(entry[key]).decode():.100}" if key in entry else ""
+    size = f" in {draft.width} x {draft.height}" if draft is not None else ""
+    return f"entry {place} of 'annotations' (id {orjson.dumps(entry.get('id')).decode():.40}){value}{size}"
 
 
 def _where(entry: Mapping[str, Any]) -> str:
     return f"annotation {entry.get('id')} of image {entry.get('image_id')}"
 
 
-def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, findings: Findings) -> dict[str, Any]:
-    """The stored form of an annotation that is kept."""
+def _checked(
+    entry: Mapping[str, Any], draft: _Draft, category: int | None, findings: Findings
+) -> tuple[dict[str, Any], str | None]:
+    """(the stored form of an annotation that is kept, the kind of finding if its box is of another form)."""
     x, y, width, height = bbox = entry["bbox"]
     crowd = bool(entry.get("iscrowd"))
     right, bottom = x + width, y + height
@@ -293,10 +376,15 @@ def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, find
     segmentation, kinds = stored_segmentation(entry.get("segmentation"), draft.height, draft.width)
     if not has_area:
         kinds.append("box without area")
-    if max(-x, -y, right - draft.width, bottom - draft.height) > _BORDER:
+    beyond = max(-x, -y, right - draft.width, bottom - draft.height) > _BORDER
+    if beyond:
         kinds.append("box beyond the image")
-    area = entry.get("area")
-    if not _is_number(area):
+    area = entry.get("area") if _is_number(entry.get("area")) else None
+    misread = None
+    if beyond or max(bbox) <= 1:  # no other box gives a reason to doubt it
+        misread = other_form(bbox, draft.height, draft.width, area, segmentation)
+        kinds += [misread] if misread else []
+    if area is None:
         area = width * height
         kinds.append("area missing")
     if crowd:
@@ -311,23 +399,36 @@ def _checked(entry: Mapping[str, Any], draft: _Draft, category: int | None, find
     stored = {"id": entry["id"], "bbox": bbox, "category_id": category, "iscrowd": int(crowd), "area": area}
     if segmentation is not None:
         stored["segmentation"] = segmentation
-    return stored
+    return stored, misread
 
 
 def _add_captions(
-    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings
+    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings, drops: Drops
 ) -> None:
-    for entry in chain.from_iterable(parts):
+    strangers, example = 0, ""
+    for place, entry in enumerate(chain.from_iterable(parts)):
         draft, known = _get(drafts, entry.get("image_id"))
         caption = entry.get("caption")
         if draft is None:
+            drops.spared += known
             if known:
                 continue  # of an image that was not asked for
             findings.add("caption without image", f"caption {entry.get('id')} of image {entry.get('image_id')}")
+            if not _is_int(entry.get("image_id")):
+                drops.add(_no_image(entry), _example(place, entry, "image_id"))
+            else:
+                strangers, example = strangers + 1, example or _example(place, entry, "image_id")
         elif not isinstance(caption, str) or not caption.strip():
             findings.add("caption empty", f"caption {entry.get('id')} of image {entry.get('image_id')}")
+            wrong = "'caption' is empty" if isinstance(caption, str) else wrong_kind(entry, "caption", "text")
+            drops.add(wrong, _example(place, entry, "caption"))
         else:
             draft.captions.append(caption)
+            drops.kept += 1
+    if drops.kept:  # of a smaller set of images the captions of all may be given
+        drops.spared += strangers
+    elif strangers:
+        drops.add(_NO_IMAGE, example, strangers)
 
 
 def _selected(
@@ -346,7 +447,7 @@ def _selected(
 
 def _listed(drafts: Sequence[_Draft], data: bytes, where: str) -> list[_Draft]:
     try:
-        wanted = {line.strip() for line in data.decode("utf-8").splitlines()} - {""}
+        wanted = {line.strip() for line in data.decode("utf-8-sig").splitlines()} - {""}
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is no text file: {error}") from error
     known = {str(draft.image_id) for draft in drafts} | {draft.file_name for draft in drafts}

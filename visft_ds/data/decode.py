@@ -17,6 +17,8 @@ MAX_PIXELS = 25_000_000
 
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
+#: Other formats people have pictures in, by how their files begin.
+_OTHERS = {b"BM": "BMP", b"GIF8": "GIF", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 
 
 def image_format(data: bytes) -> str:
@@ -27,6 +29,9 @@ def image_format(data: bytes) -> str:
         return "png"
     if not data:
         raise ValueError("the file is empty")
+    other = next((name for start, name in _OTHERS.items() if data.startswith(start)), None)
+    if other is not None:
+        raise ValueError(f"neither JPEG nor PNG but {other}; convert it to one of the two")
     raise ValueError(f"neither JPEG nor PNG: it begins with {data[:12]!r}")
 
 
