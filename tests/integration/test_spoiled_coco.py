@@ -156,7 +156,7 @@ def test_a_build_that_loses_its_annotations_stops_and_names_the_cause(
         said, message = capsys.readouterr()
         assert not said and not out.exists(), "nothing is written"
     total = len(json.loads(good)["annotations"])
-    assert f" of {total} annotations of {toy.instances} " in message
+    assert f" of {total} annotations of {toy.instances} cannot be used" in message
     assert f" x {cause}\n" in message and example in message
     assert "--allow-drops" in message and "Traceback" not in message
     assert _build(toy, out, "--allow-drops") == 0, "the same, told to go on"
@@ -336,9 +336,9 @@ def test_no_picture_in_the_folder_says_why(tree: Tree, tmp_path: Path) -> None:
     tree.edit(edit)
     with pytest.raises(ValueError, match="no image of the data set is usable") as caught:
         build(_options(tree, tmp_path / "out", seed=None))
-    assert "12 missing, for instance images/picture.0.jpg (no such file in the images folder)" in str(caught.value)
+    assert "12 x missing (no such file in the images folder), for instance images/picture.0.jpg" in str(caught.value)
     tree.edit(lambda content: [image.update(file_name=image["file_name"][7:], width=7) for image in content["images"]])
-    with pytest.raises(ValueError, match=r"12 size differs, for instance picture\.0\.jpg") as caught:
+    with pytest.raises(ValueError, match=r"1 x size differs \(the file has .* for other reasons") as caught:
         build(_options(tree, tmp_path / "out", seed=None))
     assert "{" not in str(caught.value)
 
@@ -346,7 +346,6 @@ def test_no_picture_in_the_folder_says_why(tree: Tree, tmp_path: Path) -> None:
 def test_unusable_pictures_are_named_on_the_console(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of each kind, although there are more of the first."""
     for place, kind in enumerate(("BMP", "BMP", "BMP", "GIF")):
         path = tree.images / f"picture.{place}.jpg"
         with Image.open(path) as picture:
@@ -358,9 +357,11 @@ def test_unusable_pictures_are_named_on_the_console(
     said = capsys.readouterr().out
     assert "quarantined: left out, listed with reasons under 'quarantine' in the manifest" in said
     assert str(tmp_path / "out/toy.manifest.json") in said
-    for place, kind in ((0, "BMP"), (3, "GIF")):
-        assert f"picture.{place}.jpg: unreadable (neither JPEG nor PNG but {kind}; convert it" in said
-    assert "picture.4.jpg: unreadable (16 bits per grey value" in said
+    other = "unreadable (neither JPEG nor PNG but {}; convert it to one of the two)"
+    assert f"    3 x {other.format('BMP')}, for instance picture.0.jpg\n" in said
+    assert f"    1 x {other.format('GIF')}, for instance picture.3.jpg\n" in said
+    assert "    1 x unreadable (16 bits per grey value; convert it to 8 bits), for instance picture.4.jpg\n" in said
+    assert "picture.1.jpg: unreadable (neither JPEG" in said, "the examples have their reasons too"
 
 
 def test_a_split_of_other_files_is_refused_in_words(tree: Tree, tmp_path: Path) -> None:

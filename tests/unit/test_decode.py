@@ -64,8 +64,10 @@ def test_rotation_in_exif_is_not_applied() -> None:
     [
         (b"", "empty"),
         (b"<html>not found</html>", "neither JPEG nor PNG"),
-        (_file("WEBP"), "neither JPEG nor PNG"),
-        (_file("GIF"), "neither JPEG nor PNG"),
+        (_file("WEBP"), "neither JPEG nor PNG but WebP; convert it"),
+        (_file("GIF"), "neither JPEG nor PNG but GIF"),
+        (_file("BMP"), "neither JPEG nor PNG but BMP"),
+        (_file("TIFF"), "neither JPEG nor PNG but TIFF"),
         (_file("JPEG")[:-2], "Premature end"),
         (_file("JPEG")[: len(_file("JPEG")) * 7 // 10], "Premature end"),
         (_file("PNG")[:700], "damaged PNG"),

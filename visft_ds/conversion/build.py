@@ -173,8 +173,8 @@ def build(
     samples = _locate(_ordered(source.images, options), options, treatment, missing)
     if not samples:
         raise ValueError(
-            f"no image of the data set is usable in {options.images}: {left_out(missing)}. File names are relative to "
-            "--images"
+            f"no image of the data set is usable in {options.images}: {'; '.join(left_out(missing))}. File names are "
+            "relative to --images."
         )
     if dry_run:
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)

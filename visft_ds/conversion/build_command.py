@@ -188,8 +188,10 @@ def _print_report(report: Report, seconds: float) -> None:
         for example in finding["examples"]:
             print(f"            {example}")
     if report.quarantine:
-        place = f"all in {manifest_path(Path(report.out), report.split)}" if not report.dry_run else "all with --json"
-        print(f"  left out: {left_out(report.quarantine)}; {place}")
+        place = "--json" if report.dry_run else f"{report.out.rstrip('/')}/{manifest_path(Path(), report.split).name}"
+        print(f"  images left out ({place} lists all, under 'quarantine'):")
+        for line in left_out(report.quarantine):
+            print(f"    {line}")
     if report.fingerprint:
         print(f"  fingerprint {report.fingerprint}")
 

@@ -56,8 +56,9 @@ class Drops:
             f"\n  {count:>7} x {cause}\n            {example}" for cause, (count, example) in self._causes.items()
         )
         raise TooManyDropsError(
-            f"{parts} are not as COCO has them, more than a tenth:{''.join(causes)}{note}\n"
-            "  Nothing was written. Mend the file, or give --allow-drops to build without what cannot be used."
+            f"{parts} cannot be used as they are (allowed is a tenth):{''.join(causes)}{note}\n"
+            "  Nothing was written. Mend the file, or give --allow-drops: entries that cannot be used are left out, "
+            "boxes of another form kept as given."
         )
 
 

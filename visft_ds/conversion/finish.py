@@ -20,6 +20,8 @@ from visft_ds.conversion.source import Source, SourceImage
 from visft_ds.data.manifest import INDEX_DTYPE, Manifest, ShardFile, index_path, manifest_bytes, manifest_path
 from visft_ds.data.vocabulary import caption_words
 
+_DETAILS = 8  # why images were left out: so many are shown, all are in the manifest
+
 
 @dataclass(frozen=True)
 class Report:
@@ -109,7 +111,7 @@ def write_manifest(
     """
     rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
     if not rows:
-        raise ValueError(f"no image of the data set is usable: {left_out(quarantine)}")
+        raise ValueError(f"no image of the data set is usable: {'; '.join(left_out(quarantine))}")
     index = np.array(rows, dtype=INDEX_DTYPE)
     for record in records:
         source.findings.extend(record["findings"])
@@ -173,17 +175,17 @@ def dry_report(
 
 
 def _quarantined(quarantine: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """As findings, one of each detail first: the first few are shown as examples."""
-    firsts = {bad["detail"]: bad["image_id"] for bad in reversed(quarantine)}
-    for bad in sorted(quarantine, key=lambda bad: firsts[bad["detail"]] != bad["image_id"]):
+    for bad in quarantine:
         yield "quarantined", f"{bad['file_name']}: {bad['reason']} ({bad['detail']})"
 
 
-def left_out(quarantine: Sequence[Mapping[str, Any]]) -> str:
-    """Images that were left out, by reason with an example each."""
-    reasons = Counter(bad["reason"] for bad in quarantine)
-    first = {bad["reason"]: f"{bad['file_name']} ({bad['detail']})" for bad in reversed(quarantine)}
-    return "; ".join(f"{count} {reason}, for instance {first[reason]}" for reason, count in reasons.items())
+def left_out(quarantine: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why images were left out, a line for each of the most frequent details with an example."""
+    first = {(bad["reason"], bad["detail"]): bad["file_name"] for bad in reversed(quarantine)}
+    counts = Counter((bad["reason"], bad["detail"]) for bad in quarantine).most_common(_DETAILS)
+    lines = [f"{count} x {why[0]} ({why[1]}), for instance {first[why]}" for why, count in counts]
+    rest = len(quarantine) - sum(count for _, count in counts)
+    return [*lines, f"{rest} for other reasons"] if rest else lines
 
 
 def _counts(images: Sequence[SourceImage]) -> dict[str, int]:
