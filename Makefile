@@ -10,6 +10,7 @@ OUT    ?= $(if $(COCO),demo-coco,demo)
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
 	@echo "make demo COCO=FOLDER   the same on an ordinary COCO tree (train2017/ val2017/ annotations/)"
+	@echo "make install            the environment alone, in .venv; enter it with: . .venv/bin/activate"
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
