@@ -1,4 +1,5 @@
-import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
+import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]; import visft_ds  # noqa: E401, E501, E702, F401, I001  # fmt: skip
+
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
     python tools/evaluate.py --run runs/stage2-debug

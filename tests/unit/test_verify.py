@@ -405,3 +405,10 @@ def test_what_the_packer_leaves_out_is_no_problem(tmp_path: Path) -> None:
     assert compare_source(manifest, tree.instances, tree.captions) == []
     assert main(["verify", str(manifest.root), "--against", str(tree.instances), "--captions", str(tree.captions)]) == 0
     assert main(["verify", str(manifest.root), "--against", str(tmp_path / "nowhere.json")]) == 2
+
+
+def test_an_image_too_large_for_a_label_is_left_out_and_no_problem(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree")
+    tree.edit(lambda content: content["images"][-1].update(width=1 << 31))
+    manifest = _pack(tree, tmp_path / "out")
+    assert len(manifest) == 11 and compare_source(manifest, tree.instances, tree.captions) == []

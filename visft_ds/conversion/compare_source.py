@@ -227,7 +227,7 @@ def _read_source(
     for entry in (described or told or {"images": []})["images"]:
         size = (entry.get("width"), entry.get("height"))
         named = type(entry.get("id")) is int and entry["id"] >= 0 and isinstance(entry.get("file_name"), str)
-        if named and all(type(side) is int and side > 0 for side in size):
+        if named and all(type(side) is int and 0 < side < 1 << 31 for side in size):
             images.setdefault(entry["id"], _Expected(entry))
     seen: set[int] = set()
     for entry in described["annotations"] if described else ():
