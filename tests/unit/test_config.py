@@ -235,7 +235,7 @@ def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
 
 
 def test_a_run_that_began_with_an_unknown_metric_stays_readable() -> None:
-    values = debug("visft.run.keep_best=box/AP").to_dict()
+    values = debug("visft.run.keep_best=box/AP", "visft.run.eval_every=500").to_dict()
     values["visft"]["run"]["keep_best"] = "box/Ap"
     assert resolve_values(values, "run.json").visft.run.keep_best == "box/Ap"
 
