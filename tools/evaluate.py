@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
             decoding=job.decoding,
             packed=job.packed,
+            allow_other_base=given.allow_other_base,
         )
     except (ValueError, StoreFailed) as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
@@ -158,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
         "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
     )
     model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    model.add_argument(
+        "--allow-other-base", action="store_true", help="go on although the heads learnt from another base"
+    )
     model.add_argument("--model", choices=sorted(PRESETS), help="preset, where the backbone file does not tell")
     model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
     model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,11 +12,17 @@ from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
 LOCK_FILE = "run.lock"
+RECORD_FILE = "run.json"
+#: Everything a run writes that is its own alone; the record comes last, so that `set_aside` can be cut off anywhere.
+_OF_A_RUN = ("export", "metrics.jsonl", "tensorboard", "validation", "bundles", "checkpoints", RECORD_FILE)
+_ASIDE = "earlier-"
 _SHOWN = 8  # names or differences in a message
 
 
-def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
+def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
     """Check that a run may write into `out`. Reads only, so every rank can do it.
+
+    Returns whether another run is there that saved nothing, which has to be set aside first.
 
     Args:
         resume: "auto" continues a run of the same settings, "must" needs one, "no" wants a fresh folder.
@@ -28,13 +35,16 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
     if not out.exists() or not any(out.iterdir()):
         if resume == "must":
             raise ValueError(f"--resume must: there is no run in {out}; use --resume auto to start one")
-        return
-    record = out / "run.json"
-    if not record.is_file():
-        found = ", ".join(sorted(path.name for path in out.iterdir())[:_SHOWN])
-        if {path.name for path in out.iterdir()} <= {"export", "heartbeats", "metrics.jsonl", LOCK_FILE, "tensorboard"}:
-            return  # a run that ended before its first record
-        raise ValueError(f"{out} is not empty and holds no run ({found}); choose another --out")
+        return False
+    if not (out / RECORD_FILE).is_file():
+        found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
+        if set(found) <= {"export", "heartbeats", "metrics.jsonl", LOCK_FILE, "tensorboard"}:
+            return False  # a run that ended before its first record
+        raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
+    if not saved_something(out):
+        if resume == "must":
+            raise ValueError(f"--resume must: the run in {out} has saved nothing; use --resume auto to start anew")
+        return resume == "no" or _differs(out, config)
     if resume == "no":
         raise ValueError(f"--resume no: {out} holds a run; choose another --out, or --resume auto to go on with it")
     differences = identity_differences(recorded_config(out).identity(), config.identity())
@@ -46,6 +56,32 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
             + "\n".join([*shown, *more])
             + "\nchoose another --out, or give the settings of that run"
         )
+    return False
+
+
+def saved_something(out: Path) -> bool:
+    """Whether a run in `out` has left a checkpoint, damaged ones too, or exported more than its random base."""
+    checkpoints = (path for path in (out / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+    exported = (path for path in (out / "export").glob("[!.]*") if path.name != BACKBONE_FILE)
+    return (out / RECORD_FILE).is_file() and any(True for _ in (*checkpoints, *exported))
+
+
+def _differs(out: Path, config: ResolvedConfig) -> bool:
+    try:
+        return bool(identity_differences(recorded_config(out).identity(), config.identity()))
+    except ValueError:  # a torn record, or one of another release: not this run
+        return True
+
+
+def set_aside(out: Path) -> Path:
+    """Move what a run wrote into a folder of its own inside `out`; returns that. What else lies there stays."""
+    number = next(n for n in itertools.count(1) if not (out / f"{_ASIDE}{n}").exists())
+    aside = out / f"{_ASIDE}{number}"
+    aside.mkdir()
+    for name in _OF_A_RUN:
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    return aside
 
 
 def recorded_config(out: Path) -> ResolvedConfig:
@@ -54,7 +90,7 @@ def recorded_config(out: Path) -> ResolvedConfig:
     Raises:
         ValueError: no run there, or one written by a release with another schema.
     """
-    record = out / "run.json"
+    record = out / RECORD_FILE
     try:
         values = json.loads(record.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError) as error:

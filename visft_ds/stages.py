@@ -21,7 +21,7 @@ from visft_ds.config.task_schema import CaptioningTask
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.head_info import HeadFile, HeadInfo
-from visft_ds.interop.heads import check_categories, find_head, open_head, read_head_info
+from visft_ds.interop.heads import check_categories, find_head, of_other_base, open_head, read_head_info
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
@@ -140,7 +140,7 @@ def prepare_model(
         infos = {task: read_head_info(path, task) for task, path in files.items()}
         check_categories(infos, categories, "the training data")
         check_vocabulary(infos, vocabulary, "the training data")
-        notes += _check_heads(infos, config, base.identity)
+        notes += _check_heads(infos, config, base)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
     store_in_few_bits(module.backbone, config.model.base)
@@ -273,7 +273,7 @@ def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int 
     return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
 
 
-def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weights: str) -> list[str]:
+def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
     """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained.
 
     Returns what is worth a note: heads that have learnt from images prepared in another way.
@@ -287,15 +287,11 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base_weight
         if names:
             told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
-        trained_on = info.extra.get("base_weights", base_weights)
-        if trained_on != base_weights:
-            raise ValueError(
-                f"the {task} head was trained on the features of other base weights ({trained_on}); these are "
-                f"{base_weights}: use the base weights of stage 1"
-            )
-        base = info.extra.get("base", "full")
-        if base != config.model.base:
-            notes.append(f"the {task} head learnt over a base in {base}, this run has {config.model.base}")
+        for problem in of_other_base({task: info}, base.names):
+            raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
+        storage = info.extra.get("base", "full")
+        if storage != config.model.base:
+            notes.append(f"the {task} head learnt over a base in {storage}, this run has {config.model.base}")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")

@@ -52,7 +52,7 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.planner import settle_recompute
 from visft_ds.rehearsal import rehearse
-from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config
+from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config, saved_something, set_aside
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
@@ -127,6 +127,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         locked_for_all_ranks(out),
         watch(out, settings.run.heartbeat_timeout, settings.run.step_timeout, alike=batches.stages == 1) as watchdog,
     ):
+        _clear_run_folder(out, config, resume)
         data = {
             "data set": data_identity(sets),
             "order of samples": loader.plan.describe(),
@@ -202,11 +203,31 @@ def _loop_and_export(run: Run, start: int) -> int:
     return settings.requeue_code if requeue else 0
 
 
+def _clear_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
+    """Set a run aside that saved nothing. Collective: the folder is ours by now, whatever another run did meanwhile.
+
+    Raises:
+        ValueError: on every rank, as `open_run_folder`.
+    """
+    problem = None
+    if distributed.is_main():
+        try:
+            if open_run_folder(out, config, resume):
+                print(
+                    f"the run in {out} saved nothing: it is kept in {set_aside(out)}, this one starts anew", flush=True
+                )
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+
+
 def settle_shuffle(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, str]:
     """The configuration with its order decided, and why: "auto" means the same as when the run began, wherever its
     shards are now."""
     data = config.visft.data
-    recorded = recorded_config(out).visft.data.shuffle if (out / "run.json").is_file() else "auto"
+    recorded = recorded_config(out).visft.data.shuffle if saved_something(out) else "auto"
     kind, why = shuffle_of(data)
     if data.shuffle == "auto" and recorded != "auto":
         kind, why = recorded, "as the run began"

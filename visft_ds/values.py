@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.backbones import open_backbone
-from visft_ds.interop.files import TensorInfo, sha256_file
+from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
 from visft_ds.interop.head_info import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.interop.timm_files import open_timm
@@ -76,6 +76,12 @@ class BaseWeights:
     load: Callable[[str], Tensor]
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
     beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
+    drawn_as: str | None = None  #: recipe of random weights, also of those that were written to a file
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By what heads may know these weights: those of a run without a file know the recipe."""
+        return tuple(dict.fromkeys(name for name in (self.identity, self.drawn_as) if name is not None))
 
     def read(self, name: str) -> Tensor:
         """One tensor as the model starts with it, in memory of its own on the host.
@@ -100,11 +106,13 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         return _open_timm_base(model, backbone, infos, storage)
     if model.weights is None:
         seed = model.weights_seed
+        recipe = f"random {model.preset} {model.backbone_options()} seed {seed}"
         return BaseWeights(
-            f"random {model.preset} {model.backbone_options()} seed {seed}",
+            recipe,
             f"base weights: random, a function of visft.model.weights_seed={seed}",
             infos,
             lambda name: random_weight(name, infos[name].shape, seed).to(storage),
+            drawn_as=recipe,
         )
     path = Path(model.weights)
     opened = open_backbone(backbone, path)
@@ -113,6 +121,7 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         f"base weights: {opened.report.summary()}",
         infos,
         lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
+        drawn_as=opened.file.metadata.get(DRAWN_AS),
     )
 
 
@@ -128,13 +137,15 @@ def _open_timm_base(
         return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
 
     if model.weights is None:
+        recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
         return BaseWeights(
-            f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}",
+            recipe,
             f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
             infos,
             lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
             first_buffers,
             lambda: drawn().left_out,
+            recipe,
         )
     path = Path(model.weights)
     opened = open_timm(backbone, path)
@@ -144,6 +155,7 @@ def _open_timm_base(
         infos,
         lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
         lambda: {**first_buffers(), **opened.buffers()},
+        drawn_as=opened.file.metadata.get(DRAWN_AS),
     )
 
 

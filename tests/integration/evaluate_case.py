@@ -27,7 +27,7 @@ from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import save_backbone
-from visft_ds.interop.files import sha256_file
+from visft_ds.interop.files import DRAWN_AS, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
@@ -132,11 +132,12 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
     for task, settings in first.visft.tasks.enabled().items():
         words = task == "captioning"
         options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
-        extra = {"vocabulary": vocabulary.to_dict()} if words else {}
+        extra = {"base_weights": prepared.base_weights, **({"vocabulary": vocabulary.to_dict()} if words else {})}
         infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
     for stage, config in world.configs.items():
         RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
-        save_backbone(prepared.module.backbone, world.run(stage) / "export" / BACKBONE_FILE, layout="timm")
+        path, drawn = world.run(stage) / "export" / BACKBONE_FILE, {DRAWN_AS: prepared.base_weights}
+        save_backbone(prepared.module.backbone, path, layout="timm", metadata=drawn)
     save_head_files(heads, world.run(1) / "export", infos)
     adapted = prepare_model(second.visft, second.optimizer.params, vocabulary=vocabulary).module.backbone
     with torch.no_grad():

@@ -31,9 +31,11 @@ from visft_ds.evals.captions import TOKENIZER, caption_metrics
 from visft_ds.evals.runner import EVALUATORS
 from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.published_heads import KINDS
+from visft_ds.interop.writing import save_tensors
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.run_folder import BACKBONE_FILE
 from visft_ds.stages import prepare_model
@@ -175,6 +177,25 @@ def test_merged_weights_do_what_the_adapter_does(
     assert _captions(merged) == _captions(whole) != _captions(base)
 
 
+def test_heads_go_with_what_training_made_of_their_base(tool: ModuleType, world: World, tmp_path: Path) -> None:
+    """Merged weights say so themselves; those that an older release wrote are known by the run's base."""
+    common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
+    apart = ["--heads", world.run(1) / "export", "--backbone"]
+    _finished(tool, tmp_path / "merged", *apart, world.merged, *common)
+    file = open_weights(world.merged)
+    tensors, told = {name: file.get(name) for name in file}, dict(file.metadata)
+    save_tensors(tmp_path / "old.safetensors", tensors, {k: v for k, v in told.items() if k != BASE_DRAWN_AS})
+    _finished(tool, tmp_path / "old", "--run", world.run(2), "--backbone", tmp_path / "old.safetensors", *common)
+    status, _, errors = _evaluate(tool, *apart, tmp_path / "old.safetensors", *common, "--out", tmp_path / "no")
+    assert status == 2 and "trained on the features of other base weights" in errors
+
+
+def test_another_base_can_be_allowed_and_is_said(tool: ModuleType, world: World, tmp_path: Path) -> None:
+    arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
+    found = _finished(tool, tmp_path / "out", *arguments, "--allow-other-base")
+    assert "trained on the features of other base weights" in found.record["model"]["allowed"]
+
+
 def test_files_without_a_run(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
     """A COCO tree, or shards, and single files give what the run gives; nothing made on the way is left."""
     exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
@@ -292,6 +313,11 @@ def _other_base(world: World, folder: Path) -> list[Any]:
     return ["--run", world.run(2), "--backbone", folder / "other.safetensors"]
 
 
+def _heads_of_another_base(world: World, folder: Path) -> list[Any]:
+    _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
+    return ["--run", world.run(1), "--backbone", folder / "other.safetensors"]
+
+
 def _other_width(world: World, folder: Path) -> list[Any]:
     _save_plain(folder / "wide.safetensors", "visft.model.overrides.width=64")
     return ["--run", world.run(1), "--backbone", folder / "wide.safetensors"]
@@ -351,6 +377,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "missing backbone": (_run(1, "--backbone", "{folder}/no.pt"), "not found: .*no.pt"),
     "missing adapter": (_run(2, "--adapter", "{folder}/no"), "not found: .*no"),
     "adapter of another base": (_other_base, "was trained on base weights with sha256 [0-9a-f]{64}, but .*other"),
+    "heads of another base": (
+        _heads_of_another_base,
+        r"the detection head was trained on the features of other base weights \(random debug .* seed 0\), and "
+        ".*other.safetensors .*: use the base weights of stage 1, or go on with --allow-other-base",
+    ),
     "adapter on merged weights": (
         _run(2, "--backbone", "{world.merged}", "--adapter", "{world.adapter}"),
         "would count twice",

@@ -222,6 +222,20 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path
     assert sum("val/box/AP50" in line for line in records.read_text().splitlines()) == 1
 
 
+def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, tmp_path: Path) -> None:
+    """The folder of a run that diverged before its first checkpoint; its bundle and its records are kept."""
+    out = tmp_path / "run"
+    large = {"optimizer.params.lr": 1e30}
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1), 180)
+    assert codes == [4] and "nothing was saved yet" in outputs[0], outputs
+    outputs = run_ranks(["launchers/train.py", *command(shards, out)])
+    assert outputs[0].count("saved nothing") == 1 and "saved nothing" not in outputs[1]
+    assert steps_recorded(out) == list(range(1, STEPS + 1)) and (out / "export" / "detection.safetensors").is_file()
+    earlier = out / "earlier-1"
+    assert list(earlier.glob("bundles/*/bundle.json")) and (earlier / "metrics.jsonl").is_file()
+    assert json.loads((earlier / "run.json").read_text())["config"]["optimizer"]["params"]["lr"] == 1e30
+
+
 def test_a_diverged_run_stops_all_ranks_and_can_be_replayed(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

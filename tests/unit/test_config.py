@@ -20,6 +20,7 @@ from visft_ds.config import (
     identity_differences,
     resolve,
     resolve_arguments,
+    resolve_values,
     schema,
 )
 from visft_ds.config.layers import Tree, apply_override, assign, load_json, merge, parse_assignment
@@ -199,6 +200,13 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
         (2, ["visft.param_groups=[]"], "the list should have at least 1 item"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=0"], "needs an evaluation during training"),
         (2, ["visft.run.keep_best=box/AP", "visft.run.eval_every=750"], "a step that is evaluated must be saved"),
+        (
+            2,
+            ["visft.run.keep_best=box/Ap"],
+            'keep_best = "box/Ap" (--set): is no metric of this run\'s tasks; did you mean box/AP?',
+        ),
+        (2, ["visft.run.keep_best=val/caption/cider-d"], "did you mean caption/CIDEr-D? known: box/AP, box/AP50, "),
+        (2, ["visft.run.keep_best=mask/AP", "visft.tasks=detection"], "known: box/AP, box/AP50, box/AP75, box/APs, "),
         (2, ["visft.run.keep_every=750"], "must be a multiple of visft.run.save_every = 500"),
         (2, ["visft.run.average_last=4"], "more than visft.run.keep_last = 3"),
         (2, ["visft.run.ema=1"], "less than 1"),
@@ -210,6 +218,26 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
 )
 def test_contradictions(stage: int, settings: list[str], message: str) -> None:
     assert message in complaint(*settings, stage=stage)
+
+
+def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
+    from visft_ds.config.task_schema import METRICS
+    from visft_ds.evals.runner import EVALUATORS
+
+    corner = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "segmentation": [[0, 0, 4, 0, 4, 4]]}
+    caption = {"image_id": 1, "caption": "a cat"}
+    truth = {"images": [{"id": 1, "width": 8, "height": 8}], "categories": [{"id": 1, "name": "cat"}]}
+    for task, evaluator in EVALUATORS.items():
+        words = task == "captioning"
+        annotations = [caption if words else corner]
+        found = evaluator.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
+        assert tuple(found) == METRICS[task]
+
+
+def test_a_run_that_began_with_an_unknown_metric_stays_readable() -> None:
+    values = debug("visft.run.keep_best=box/AP", "visft.run.eval_every=500").to_dict()
+    values["visft"]["run"]["keep_best"] = "box/Ap"
+    assert resolve_values(values, "run.json").visft.run.keep_best == "box/Ap"
 
 
 def test_whole_floats_are_counts() -> None:

@@ -141,6 +141,8 @@ WINDOWED = ("a", 0, [2503, 2736, 3618], [6056820146106752157, 699420693096067171
     [
         ({}, "at least one task"),
         ({"a": one(25, 32)}, "'coco' has 25 samples for it, fewer than one global batch of 32"),
+        ({"a": one(25, 32)}, r"a global batch of at most 25 \(visft.tasks.a.batch_size\)"),
+        ({"shared": one(25, 32)}, r"at most 25 \(visft.shared.batch_size\)"),
         ({"a": one(25, 0)}, "global batch 0"),
         ({"a": one(25, 5, 0.0)}, "ratio 0.0"),
         ({"a": one(25, 5, float("nan"))}, "ratio nan"),

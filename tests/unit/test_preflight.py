@@ -66,6 +66,19 @@ def test_only_heads_that_take_part_can_be_missing(tmp_path: Path) -> None:
     assert missing_inputs(debug(*settings, "visft.tasks=segmentation")) == []
 
 
+def test_a_run_in_place_of_its_export_is_told_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.manifest.json").touch()
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    for task in ("detection", "captioning"):
+        (tmp_path / "run" / "export" / f"{task}.safetensors").touch()
+    settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}/run")
+    (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,captioning"))
+    assert missing.path == f"{tmp_path}/run/detection.safetensors, {tmp_path}/run/captioning.safetensors"
+    assert missing.command.endswith(f": --set visft.heads.path={tmp_path}/run/export")
+    (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,segmentation"))
+    assert "train.py --stage 1" in missing.command
+
+
 def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
     (tmp_path / "train.manifest.json").touch()
     words = tmp_path / "words.json"

@@ -96,12 +96,28 @@ def test_only_real_images() -> None:
     assert {result["image_id"] for result in results} == {2} and len(results) == 3
 
 
-def test_empty_masks_and_extreme_sizes() -> None:
-    """Every query stays in the list, as in the reference; 1 x 1 and 24 megapixels."""
-    output = _scene((4, 6), queries=2)
-    output.masks[0, 0], output.masks[0, 1] = -1, 1
+def test_extreme_sizes() -> None:
+    """1 x 1 and 24 megapixels."""
+    output = _scene((4, 6), queries=1)
+    output.masks[:] = 1
     for stored in ((1, 1), (6000, 4000)):
-        nothing, everything = postprocess(output, _show((56, 84), (56, 84), stored))
-        assert coco_mask.area(nothing["segmentation"]) == 0 and nothing["bbox"] == [0, 0, 0, 0]
+        (everything,) = postprocess(output, _show((56, 84), (56, 84), stored))
         assert coco_mask.area(everything["segmentation"]) == np.prod(stored)
         assert everything["bbox"] == [0, 0, stored[1], stored[0]]
+
+
+def test_an_empty_mask_is_no_prediction() -> None:
+    """However sure of its class; the others stay as they are, in their order, also one of a single pixel."""
+    output = _scene((4, 6), queries=4)
+    output.masks[0] = -1
+    output.masks[0, 1] = 1
+    output.masks[0, 3, 0, 0] = 1
+    output.logits[0, 0, 5] = 9
+    batch = _show((4, 6), (4, 6), (4, 6))
+    whole, pixel = postprocess(output, batch)
+    assert coco_mask.area(whole["segmentation"]) == 24 and whole["bbox"] == [0, 0, 6, 4]
+    assert coco_mask.area(pixel["segmentation"]) == 1 and pixel["bbox"] == [0, 0, 1, 1]
+    scores = output.logits[0].softmax(-1)[:, :-1].max(-1).values.tolist()
+    assert [whole["score"], pixel["score"]] == pytest.approx([scores[1], scores[3]])
+    output.masks[0] = -1
+    assert postprocess(output, batch) == []

@@ -15,7 +15,10 @@ from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop import save_heads
+from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.layouts import told_of
+from visft_ds.parallel.export import save_base
 from visft_ds.stages import PreparedModel, prepare_model
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
@@ -82,6 +85,22 @@ def test_a_head_of_other_words_is_refused(stage1: tuple[ResolvedConfig, Prepared
     other = Vocabulary(("a", "red", "circle", "triangle"))
     with pytest.raises(ValueError, match=r"'square'.*'triangle'"):
         prepared(configured(2, PUBLISHED), heads, other)
+
+
+def test_random_base_weights_in_a_file_are_the_same_base(
+    stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path
+) -> None:
+    """Heads learnt before there was a file; the file says how it was drawn. Weights of another seed stay refused."""
+    config, first = stage1
+    heads = write_own(tmp_path, first, config)
+    save_base(first.base, told_of(first.module.backbone), tmp_path / "base.safetensors")
+    second = prepared(configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads)
+    assert second.base_weights == sha256_file(tmp_path / "base.safetensors")
+    other = prepared(configured(1, {**PUBLISHED, "visft.model.weights_seed": 1}))
+    save_base(other.base, told_of(other.module.backbone), tmp_path / "other.safetensors")
+    again = configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "other.safetensors")})
+    with pytest.raises(ValueError, match=r"trained on .*seed 0\); these are [0-9a-f]{64} = random .*seed 1: use the"):
+        prepared(again, heads)
 
 
 def test_heads_of_other_images_are_noted(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:

@@ -107,7 +107,12 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
             command += f" --data {config.visft.data.root}"
         if len(tasks) < len(TasksConfig.model_fields):
             command += f" --set visft.tasks={','.join(tasks)}"
-        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", heads.path, command)
+        folder, where = Path(heads.path), heads.path
+        if folder.is_dir():
+            where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
+            if all(head_files(folder / "export", task) for task in tasks):
+                command = f"they are in the export folder of the run: --set visft.heads.path={folder / 'export'}"
+        yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", where, command)
 
 
 def head_files(folder: Path, task: str) -> list[Path]:

@@ -239,7 +239,7 @@ def _with_random_heads(visft: VisftConfig) -> VisftConfig:
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
-    return _typed(merge([(origin, values)]))
+    return _typed(merge([(origin, values)]), recorded=True)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:
@@ -257,7 +257,7 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     tree = merge([("the configuration", values)])
     for text in settings:
         _apply(tree, text)
-    return _typed(tree)
+    return _typed(tree, recorded=True)
 
 
 def _merge_layers(stage: int, engine: str, model: str) -> Tree:
@@ -274,8 +274,8 @@ def _merge_layers(stage: int, engine: str, model: str) -> Tree:
     return tree
 
 
-def _typed(tree: Tree) -> ResolvedConfig:
-    recipe = validate(tree)
+def _typed(tree: Tree, *, recorded: bool = False) -> ResolvedConfig:
+    recipe = validate(tree, recorded=recorded)
     visft, scheduler = _drop_idle_groups(recipe.visft), recipe.scheduler
     if scheduler.params.total_num_steps is None:
         steps = scheduler.params.model_copy(update={"total_num_steps": visft.updates()})

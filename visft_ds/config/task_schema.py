@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,16 @@ from pydantic import BaseModel, Field
 
 from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Sides, Text
 
+_PRECISION = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+#: What an evaluation during training measures of each task.
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "detection": tuple(f"box/{name}" for name in _PRECISION),
+    "segmentation": tuple(f"mask/{name}" for name in _PRECISION),
+    "captioning": (
+        *("caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
+        "caption/ROUGE-L",
+    ),
+}
 CaptionChoice = Literal["random", "first", "consensus"]  #: which caption of an image is learnt from
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig
-from visft_ds.config.task_schema import TasksConfig
+from visft_ds.config.task_schema import METRICS, TasksConfig
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -68,8 +68,12 @@ def suggest(location: Sequence[str]) -> str:
     return f"known here: {', '.join(siblings)}" if siblings else f"{prefix[:-1]} has no keys of its own"
 
 
-def validate(tree: Tree) -> Recipe:
+def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     """The typed recipe of a tree of values.
+
+    Args:
+        recorded: the values are those of a run that has begun. Earlier releases let it name a metric that nothing
+            measures; what it trained is no less readable for that.
 
     Raises:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
@@ -83,6 +87,7 @@ def validate(tree: Tree) -> Recipe:
     errors += [(key, message) for key, message in [*found, *more] if key not in handled]
     if recipe is not None:
         errors += _contradictions(recipe)
+        errors += [] if recorded else _unknown_metric(recipe.visft)
     if keys is not None:
         errors += _engine_contradictions(keys)
     if recipe is not None and keys is not None and keys.pipeline is not None:
@@ -266,6 +271,16 @@ def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
     if run.average_last > run.keep_last:
         yield "visft.run.average_last", f"more than visft.run.keep_last = {run.keep_last} checkpoints are not kept"
+
+
+def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
+    """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
+    best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled() for name in METRICS[task]]
+    if best is None or best in measured:
+        return
+    near = difflib.get_close_matches(best.lower(), (lower := {name.lower(): name for name in measured}), n=1)
+    hint = f"did you mean {lower[near[0]]}? " if near else ""
+    yield "visft.run.keep_best", f"is no metric of this run's tasks; {hint}known: {', '.join(measured)}"
 
 
 def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from visft_ds.config.task_schema import SHARED
 from visft_ds.data.interleave import Interleaving
 from visft_ds.data.permutation import GOLDEN, Int64Array, mix, mix_int, shuffled, shuffled_in_windows
 from visft_ds.data.selection import Selection
@@ -225,5 +226,6 @@ def _check_task(name: str, task: TaskPlan) -> None:
         if len(part.samples) < task.batch_size:
             raise ValueError(
                 f"task {name!r}: data set {dataset!r} has {len(part.samples)} samples for it, fewer than one global "
-                f"batch of {task.batch_size}; give a global batch of at most {len(part.samples)}, or a larger data set"
+                f"batch of {task.batch_size}; give a larger data set, or a global batch of at most {len(part.samples)} "
+                f"({'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.batch_size)"
             )

@@ -20,8 +20,8 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import is_merged, load_backbone
-from visft_ds.interop.files import WeightFile, base_identity, open_weights
-from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, read_head_info
+from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
+from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, of_other_base, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
@@ -48,6 +48,8 @@ class ModelFiles:
     adapter: Path | None
     hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
     timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run tells them
+    #: Backbone and heads of the run, which its training has compared; None without a run.
+    of_run: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,12 @@ def files_of_run(
     if adapter is None and use_adapter and config.stage == 2 and config.lora is not None:
         merged = backbone is not None and is_merged(open_weights(backbone))
         adapter = None if merged else export / ADAPTER_FOLDER
-    if backbone is None:
-        backbone = export / BACKBONE_FILE if config.model.weights is None else Path(config.model.weights)
-        if trains_backbone(config):
-            backbone = export / TRAINED_BACKBONE_FILE
-    if heads is None:
-        own = all(head_file(export, task).is_file() for task in tasks)
-        heads = export if own or config.heads.path is None else Path(config.heads.path)
+    own_backbone = export / BACKBONE_FILE if config.model.weights is None else Path(config.model.weights)
+    if trains_backbone(config):
+        own_backbone = export / TRAINED_BACKBONE_FILE
+    own = all(head_file(export, task).is_file() for task in tasks)
+    of_run = own_backbone, export if own or config.heads.path is None else Path(config.heads.path)
+    backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
     missing = [str(path) for path in wanted if not path.exists()]
@@ -109,9 +110,11 @@ def files_of_run(
             f"and --adapter"
         )
     if config.model.timm is not None:
-        return ModelFiles(backbone, heads, adapter, {}, (config.model.timm, config.model.overrides.image_size))
+        timm = (config.model.timm, config.model.overrides.image_size)
+        return ModelFiles(backbone, heads, adapter, {}, timm, of_run)
     preset = replace(PRESETS[config.model.preset], **config.model.backbone_options())
-    return ModelFiles(backbone, heads, adapter, {"num_heads": preset.num_heads, "post_norm": preset.post_norm})
+    hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
+    return ModelFiles(backbone, heads, adapter, hints, of_run=of_run)
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:
@@ -142,6 +145,7 @@ def load_model(
     vocabulary: Vocabulary | None = None,
     decoding: Mapping[str, Mapping[str, Any]] | None = None,
     packed: bool = False,
+    allow_other_base: bool = False,
 ) -> EvaluationModel:
     """Build the model the files describe and load them strictly.
 
@@ -151,15 +155,21 @@ def load_model(
         vocabulary: for a head that brings none of its own, as the published ones do.
         decoding: task -> what its head is also called with.
         packed: images of different sizes pass through the backbone without padding, as the run has trained.
+        allow_other_base: go on with heads that learnt from another base, and say so among the facts.
         preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
 
     Raises:
-        ValueError: a missing or damaged file, an adapter of another base or on top of merged weights, heads for another
-            width.
+        ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
+            heads for another width.
     """
     backbone, told = _load_backbone(files, DTYPES[precision], preset)
     infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
-
+    problems = _of_other_base(infos, files)
+    if problems and not allow_other_base:
+        raise ValueError(
+            f"{problems[0]}, and {files.backbone} neither is these nor says that it was made of them: use the base "
+            "weights of stage 1, or go on with --allow-other-base"
+        )
     own_words = vocabulary_in(infos)
     if needs_vocabulary(infos) and own_words is None and vocabulary is None:
         raise ValueError(
@@ -169,6 +179,7 @@ def load_model(
     words = own_words or vocabulary
     check_vocabulary(infos, vocabulary or words, "the given vocabulary")
     facts, modules = dict(told), {}
+    facts |= {"allowed": "; ".join(problems)} if problems else {}
     for task, info in infos.items():
         path = find_head(files.heads, task)
         head = load_heads(path, task)
@@ -270,6 +281,28 @@ def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
             f"take the head and the backbone of the same model"
         )
     return info
+
+
+def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:
+    """What speaks against the heads on this backbone, see `of_other_base`.
+
+    Heads know their base; the backbone may be that, or what training or merging made of it. Of files that do not say so
+    (by an older release, of a random base) the run's own base may.
+    """
+    if (files.backbone, files.heads) == files.of_run:
+        return []
+    weights = open_weights(files.backbone)
+    known = recorded_bases(weights)
+    if not of_other_base(infos, known):
+        return []  # without reading the whole file
+    known.add(base_identity(weights))
+    if files.of_run is not None and files.of_run[0].is_file():
+        own = open_weights(files.of_run[0])
+        of_run = {base_identity(own), *recorded_bases(own)}
+        if known & of_run:
+            heads = [read_head_info(path, task) for task in infos for path in head_files(files.of_run[1], task)]
+            known |= of_run | {info.extra["base_weights"] for info in heads if "base_weights" in info.extra}
+    return of_other_base(infos, known)
 
 
 def refuse_merged(weights: WeightFile, adapter: Path) -> None:

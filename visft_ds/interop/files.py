@@ -28,6 +28,11 @@ INDEX = ".safetensors.index.json"
 NESTS = ("model", "state_dict", "module")
 #: Entry of the header of a file whose vision tower is that of another file, unchanged: the other's `base_identity`.
 VISION_OF = "vision_of"
+#: Entry of the header of random base weights: their recipe, by which heads know them that learnt while no file was
+#: there; and of weights that training made of them.
+DRAWN_AS, BASE_DRAWN_AS = "drawn_as", "base_drawn_as"
+#: Entries of the header of weights that training changed: sha256 of the base they were made of, by merging or directly.
+BASE_SHA256, TRAINED_ON = "base_sha256", "trained_on"
 _ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -348,3 +353,15 @@ def sha256_file(path: str | Path) -> str:
 def base_identity(file: WeightFile) -> str:
     """By which sha256 adapters know the vision tower of a file: its own, or that of the file it has the tower from."""
     return file.metadata.get(VISION_OF) or sha256_file(file.path)
+
+
+def recipe_of_base(file: WeightFile) -> dict[str, str]:
+    """What the header of weights that are made of a file says of its random start, if it had one."""
+    recipe = file.metadata.get(DRAWN_AS) or file.metadata.get(BASE_DRAWN_AS)
+    return {BASE_DRAWN_AS: recipe} if recipe else {}
+
+
+def recorded_bases(file: WeightFile) -> set[str]:
+    """By what heads may know the base that a file holds, or that training made it of, as far as its header tells."""
+    entries = (VISION_OF, DRAWN_AS, BASE_DRAWN_AS, BASE_SHA256, TRAINED_ON)
+    return {file.metadata[entry] for entry in entries if entry in file.metadata}

@@ -5,7 +5,7 @@ again, and the published one of ViSFT (`published_heads`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -35,6 +35,7 @@ __all__ = [
     "find_head",
     "head_file",
     "load_heads",
+    "of_other_base",
     "open_head",
     "read_head_info",
     "save_head_files",
@@ -231,6 +232,20 @@ def _sorted(file: WeightFile) -> PublishedFile:
             f"begins with {PREFIX}); it has {examples(file.infos)}"
         )
     return sort_names(file)
+
+
+def of_other_base(heads: Mapping[str, HeadInfo], known: Collection[str]) -> list[str]:
+    """A line for each head that learnt from the features of other base weights; heads that do not say are let pass.
+
+    Args:
+        known: names of the base weights, as `BaseWeights.names`.
+    """
+    trained_on = {task: info.extra.get("base_weights") for task, info in heads.items()}
+    return [
+        f"the {task} head was trained on the features of other base weights ({name})"
+        for task, name in trained_on.items()
+        if name is not None and name not in known
+    ]
 
 
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:

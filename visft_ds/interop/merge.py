@@ -20,7 +20,17 @@ from torch import Tensor
 from visft_ds.interop import eva_clip, peft, visft
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import cast, check_names, is_merged
-from visft_ds.interop.files import Entry, TensorInfo, WeightFile, all_finite, base_identity, sha256_file, view
+from visft_ds.interop.files import (
+    BASE_SHA256,
+    Entry,
+    TensorInfo,
+    WeightFile,
+    all_finite,
+    base_identity,
+    recipe_of_base,
+    sha256_file,
+    view,
+)
 from visft_ds.interop.formats import FORMATS, check_format
 from visft_ds.interop.layouts import Layout, Tower, tower_in, tower_names
 from visft_ds.interop.towers import open_tower
@@ -160,7 +170,8 @@ def merge_into_file(
         told = {
             # Weights that trained themselves are a base like any other.
             "lora_merged": "true" if kind == "lora" else "false",
-            "base_sha256": base_sha256,
+            BASE_SHA256: base_sha256,
+            **recipe_of_base(file),
             kind: json.dumps({**adapter.record(), "sha256": adapter.fingerprint()}),
             "tower": tower.to_json(),
         }
@@ -240,7 +251,7 @@ def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bo
             f"nothing to take out. To subtract the adapter all the same, merge it with --scale -1"
         )
     sha256 = sha256_file(file.path)
-    base = file.metadata.get("base_sha256") if unmerge else base_identity(file)
+    base = file.metadata.get(BASE_SHA256) if unmerge else base_identity(file)
     problems = []
     notes = []
     if isinstance(adapter, LoraAdapter) and adapter.base_storage != "full":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.interop.backbones import cast, is_merged
-from visft_ds.interop.files import TensorInfo, examples, sha256_file
+from visft_ds.interop.files import BASE_SHA256, TensorInfo, examples, recipe_of_base, sha256_file
 from visft_ds.interop.layouts import TIMM_KEY, base_parameters
 from visft_ds.interop.merge import Share, scaled
 from visft_ds.interop.module_adapters import ModuleAdapter
@@ -92,7 +92,8 @@ def merge_timm(
     told = {
         TIMM_KEY: backbone.settings(),
         "lora_merged": "true" if merged else "false",
-        "base_sha256": sha256,
+        BASE_SHA256: sha256,
+        **recipe_of_base(file),
         "lora" if merged else "tuned": json.dumps({**change.record(), "sha256": change.fingerprint()}),
     }
     write_safetensors(out, infos, make, told)

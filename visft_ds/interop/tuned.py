@@ -14,13 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, WeightFile, examples, open_weights
+from visft_ds.interop.files import TRAINED_ON, TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
 from visft_ds.interop.timm_files import timm_settings
 from visft_ds.models.backbone import Backbone
-
-#: In the metadata of a trained backbone: sha256 of the base weights it began as.
-TRAINED_ON = "trained_on"
 
 
 @dataclass(frozen=True)

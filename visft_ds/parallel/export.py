@@ -20,12 +20,11 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import adapter_of_run
-from visft_ds.interop.files import TensorInfo, sha256_file
+from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, told_of, tower_of
 from visft_ds.interop.module_adapters import module_adapter, save_module_adapter
 from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.tuned import TRAINED_ON
 from visft_ds.interop.writing import file_order, write_safetensors
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
@@ -62,7 +61,9 @@ def export_weights(
     whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
     if names.keys() & set(whole):
         path = folder / TRAINED_BACKBONE_FILE
-        written.append(_export_tower(engine, whole, path, instead, base_sha256))
+        began = {TRAINED_ON: base_sha256}
+        began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
+        written.append(_export_tower(engine, whole, path, instead, began))
     # Heads and adapters: small.
     trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
     if not distributed.is_main():
@@ -99,17 +100,19 @@ def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
-    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), told)
+    drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**told, **drawn})
 
 
 def _export_tower(
-    engine: Engine, names: Sequence[str], path: Path, instead: Mapping[str, Tensor], base_sha256: str
+    engine: Engine, names: Sequence[str], path: Path, instead: Mapping[str, Tensor], began: Mapping[str, str]
 ) -> Path:
     """Gather and write a tower one tensor at a time. Collective; the main process writes.
 
     Args:
         names: qualified, of all of its parameters.
-        instead, base_sha256: see `export_weights`.
+        instead: see `export_weights`.
+        began: what the file says of the base.
     """
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
@@ -126,7 +129,7 @@ def _export_tower(
 
     if distributed.is_main():
         whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
-        _write_tower(path, whole, gather, {**told_of(backbone), TRAINED_ON: base_sha256})
+        _write_tower(path, whole, gather, {**told_of(backbone), **began})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))

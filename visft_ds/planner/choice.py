@@ -12,7 +12,7 @@ from visft_ds.parallel import distributed
 from visft_ds.planner.cluster import MEMORY_SHARE
 from visft_ds.planner.fitting import POLICIES, fitting_settings, policy_settings
 from visft_ds.planner.memory import plan_memory
-from visft_ds.run_folder import recorded_config
+from visft_ds.run_folder import recorded_config, saved_something
 from visft_ds.stages import choose_precision
 from visft_ds.streams import known_vocabulary
 
@@ -36,7 +36,7 @@ def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig,
     model = config.visft.model
     if not model.fit_memory:
         return config, "as configured"
-    if (out / "run.json").is_file():
+    if saved_something(out):
         before = recorded_config(out).visft.model
         if before.fit_memory:
             return changed(config, policy_settings(before.checkpoint_every, before.recompute)), "as the run began"

@@ -1,0 +1,81 @@
+"""A folder in which a run saved nothing does not keep the corrected command out; anything saved does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.run_folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, set_aside
+
+RECORDS = ("run.json", "metrics.jsonl", "bundles/step_00000003/bundle.json", f"export/{BACKBONE_FILE}")
+
+
+def _config(*settings: str) -> ResolvedConfig:
+    return resolve(stage=1, model="debug", settings=settings)
+
+
+FIRST, OTHER = _config(), _config("optimizer.params.lr=1e-6")
+
+
+def _run(out: Path) -> Path:
+    """What a run leaves that diverges before its first checkpoint; notes of the user beside it."""
+    RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(out)
+    for name in (*RECORDS[1:], "heartbeats/rank_00000.json", LOCK_FILE, "notes.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(name)
+    return out
+
+
+def test_a_run_that_saved_nothing_is_set_aside_with_all_that_it_wrote(tmp_path: Path) -> None:
+    out = _run(tmp_path / "run")
+    (out / "checkpoints" / "step_00000004.tmp").mkdir(parents=True)  # cut off while it was written
+    before = (out / "run.json").read_text()
+    assert open_run_folder(out, OTHER, "auto") and open_run_folder(out, FIRST, "no")
+    assert not open_run_folder(out, FIRST, "auto")  # the same run, from its start
+    with pytest.raises(ValueError, match=r"--resume must: the run in .* has saved nothing"):
+        open_run_folder(out, FIRST, "must")
+    aside = set_aside(out)
+    assert aside == out / "earlier-1" and (aside / "run.json").read_text() == before
+    assert all((aside / name).read_text() == name for name in RECORDS[1:])
+    assert sorted(path.name for path in out.iterdir()) == ["earlier-1", "heartbeats", "notes.txt", LOCK_FILE]
+    RunRecord(OTHER.to_dict(), 1, ["train.py"]).write(out)
+    assert open_run_folder(out, FIRST, "auto") and set_aside(out) == out / "earlier-2"
+    assert json.loads((aside / "run.json").read_text()) == json.loads(before)
+
+
+def test_a_start_that_failed_before_its_record_is_nothing_in_the_way(tmp_path: Path) -> None:
+    out = _run(tmp_path / "run")
+    (out / "notes.txt").unlink()
+    set_aside(out)
+    assert not open_run_folder(out, OTHER, "auto")
+
+
+def test_a_record_of_another_release_is_in_the_way_of_nothing_where_nothing_is_saved(tmp_path: Path) -> None:
+    out = _run(tmp_path / "run")
+    (out / "run.json").write_text("{")
+    assert open_run_folder(out, FIRST, "auto")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        "checkpoints/step_00000004/state.json",
+        "checkpoints/step_00000004.old/state.json",
+        "export/detection.safetensors",
+        "export/adapter/adapter_model.safetensors",
+        "export/ema/detection.safetensors",
+    ],
+)
+def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) -> None:
+    out = _run(tmp_path / "run")
+    (out / saved).parent.mkdir(parents=True, exist_ok=True)
+    (out / saved).write_text("")
+    with pytest.raises(ValueError, match=r"holds a run with other settings(?s:.*)optimizer.params.lr"):
+        open_run_folder(out, OTHER, "auto")
+    with pytest.raises(ValueError, match="--resume no"):
+        open_run_folder(out, OTHER, "no")
+    assert not open_run_folder(out, FIRST, "auto")
