@@ -208,6 +208,8 @@ def test_a_configuration_nested_without_end(folder: Path, depth: int) -> None:
 
 
 def test_a_folder_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not found"):
+        load(f"local-dir:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match=CONFIG):
         load(f"local-dir:{tmp_path}")
 

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
-from visft_ds.interop.open_clip import CONFIG
 from visft_ds.interop.text_towers import TextTower, tower_of_model
 from visft_ds.models.eva_vit import EvaViT
 
@@ -225,7 +224,6 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
             f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
         )
     if name.startswith(LOCAL):
-        read_config(Path(name.removeprefix(LOCAL)) / CONFIG)
         check_folder(Path(name.removeprefix(LOCAL)))
     try:
         if name.startswith(_HUB):
