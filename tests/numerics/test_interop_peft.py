@@ -210,3 +210,47 @@ def test_incomplete_and_foreign_folders(tmp_path: Path) -> None:
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match="holds no adapter"):
         read_peft_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(.*a)*b", "(.|a|aa)+$", ".*qkv", "attn.(qkv|proj)", "[a-z]{9}", r"\w", "attn?", "", "a$$", "\\"],
+)
+def test_patterns_that_could_run_for_ever_are_refused(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _export(_adapted(("q", "v", "proj")), tmp_path)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config | {"alpha_pattern": {pattern: 1.0}}), encoding="utf-8")
+    monkeypatch.setattr("visft_ds.interop.peft._pattern", lambda *_: pytest.fail("the pattern was run"))
+    with pytest.raises(ValueError, match="alpha_pattern") as caught:
+        read_peft_adapter(folder)
+    assert repr(pattern) in str(caught.value) and str(folder / CONFIG) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("attn.qkv",),
+        (re.escape("attn.qkv"),),
+        ("blocks.0.attn.qkv", "1.attn.qkv"),
+        ("^blocks.0.attn.qkv$", r"^blocks\.1\.attn.qkv"),
+    ],
+)
+def test_names_as_patterns_mean_what_they_mean_to_peft(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Ends of names and whole ones, plain, escaped and between anchors."""
+    folder = _export(_adapted(("q", "v", "proj")), tmp_path)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    assert config["alpha_pattern"] == {"attn.qkv": 3.0}
+    (folder / CONFIG).write_text(json.dumps(config | {"alpha_pattern": dict.fromkeys(names, 3.0)}), encoding="utf-8")
+    assert read_peft_adapter(folder).alpha == 1.5
+    theirs = peft.utils.other.get_pattern_key
+    assert {theirs(names, f"blocks.{index}.attn.qkv") for index in range(2)} == set(names)
+
+
+def test_patterns_that_are_no_names_with_numbers(tmp_path: Path) -> None:
+    folder = _export(_adapted(), tmp_path)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config | {"alpha_pattern": ["attn.qkv"]}), encoding="utf-8")
+    with pytest.raises(ValueError, match="alpha_pattern is"):
+        read_peft_adapter(folder)

@@ -20,14 +20,12 @@ from torch.nn import functional as F
 from visft_ds.interop import open_clip, timm
 from visft_ds.interop.encoders import EvaEncoder
 from visft_ds.interop.files import WeightFile, open_weights
+from visft_ds.interop.foreign_code import LOCAL
 from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT
 from visft_ds.interop.text_towers import HEAD_WIDTH, PREFIX, TextTower
 from visft_ds.interop.writing import save_tensors, write_text
 from visft_ds.models.eva_vit import build_backbone, generator_for
-
-#: By which a timm model is built out of the config.json of a folder.
-LOCAL = "local-dir:"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ and takes images as its `preprocess` makes them: RGB, resized and cropped to squ
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
 from visft_ds.interop.text_towers import TextTower, tower_of_model
 from visft_ds.models.eva_vit import EvaViT
 
@@ -35,6 +37,8 @@ NORMALISATIONS = {
 }
 POOLS = ("auto", "token", "mean")
 RANDOM = "random"  #: says in place of weights that none are meant
+
+_HUB = "hf-hub:"
 
 Preprocess = Callable[[Image.Image], Tensor]  #: RGB image -> (3, side, side)
 
@@ -198,17 +202,16 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
         weights: tag or file; "random" for none; None where the name brings them along.
 
     Raises:
-        ValueError: an unknown name or tag, or no weights named.
+        ValueError: an unknown name or tag, no weights named, or a configuration that asks for code to be run.
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     if Path(name).suffix == ".json":
-        if not Path(name).is_file():
-            raise ValueError(f"{name}: no such file; give the JSON configuration of an open_clip model")
+        check_config(read_config(Path(name)), name)
         open_clip.add_model_config(Path(name))
         name = Path(name).stem
-    brings = name.startswith(("hf-hub:", "local-dir:"))
+    brings = name.startswith((_HUB, LOCAL))
     if not brings and name not in open_clip.list_models():
         raise ValueError(
             f"open_clip has no model {name!r}; python -c 'import open_clip; print(open_clip.list_models())'"
@@ -220,20 +223,28 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
             else f"say which weights: open_clip:{name}:TAG, open_clip:{name}:FILE, or open_clip:{name}:{RANDOM}. "
             f"Tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
         )
+    if name.startswith(LOCAL):
+        check_folder(Path(name.removeprefix(LOCAL)))
     try:
+        if name.startswith(_HUB):
+            check_config(open_clip.get_model_config(name), name)
         model = open_clip.create_model(
             name, pretrained=None if weights == RANDOM else weights, load_weights=weights != RANDOM
         )
-    except RuntimeError as error:  # its word for an unknown tag, a failed download and another shape alike
+    # Its words for an unknown tag, a failed download and another shape.
+    except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"open_clip:{name}: {error}") from error
     config = model.visual.preprocess_cfg
+    # What the search may not have seen, such as files of a repository, is not run either, and nobody is asked whether.
+    foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+    tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
     return Encoder(
         _frozen(_OpenClipEncoder(model.visual)),
         KINDS,
         image_transform_v2(PreprocessCfg(**config), is_train=False),
         _side(config["size"]),
         {"preprocess": json.dumps(config, sort_keys=True)},
-        tower_of_model(model.requires_grad_(False).eval(), open_clip.get_tokenizer(name), f"open_clip {name}"),
+        tower_of_model(model.requires_grad_(False).eval(), tokenizer, f"open_clip {name}"),
         {"backbone": f"open_clip {name}, weights {weights or 'of its repository'}"},
     )
 
@@ -256,10 +267,11 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     if own_file and not Path(str(weights)).is_file():
         raise ValueError(f"timm:{name}: {weights} is no file; give one, {RANDOM}, or nothing for timm's own weights")
     try:
-        model = timm.create_model(
-            name, pretrained=weights is None, checkpoint_path=weights if own_file else "", num_classes=0
-        )
-    except RuntimeError as error:  # its word for tensors that do not fit and weights it does not have
+        model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+        if own_file:  # not left to create_model, which in older versions runs the code of a pickle
+            timm.models.load_checkpoint(model, str(weights), weights_only=True)
+    # Its words for tensors that do not fit, for weights it does not have, and for pickles (by version).
+    except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"timm:{name}: {error}") from error
     config = timm.data.resolve_model_data_config(model)
     return Encoder(

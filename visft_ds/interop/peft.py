@@ -21,6 +21,7 @@ from torch import Tensor
 
 from visft_ds.interop.adapters import MODULES, SLICES, LoraAdapter, canonical_targets, fit_to_tower
 from visft_ds.interop.files import WeightFile, examples, open_weights
+from visft_ds.interop.foreign_code import read_config
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.timm import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
@@ -31,6 +32,8 @@ _NAME = re.compile(
     r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))"
     r"\.lora_(?:([AB])\.weight|magnitude_vector)"
 )
+# Names of modules and ends of them, plain or as re.escape writes them: a pattern without repetition ends at once.
+_PLAIN = re.compile(r"\^?(?:\w|\\?[.-])+\$?")
 # Settings under which A and B mean something else than (alpha / rank) * B @ A.
 _REFUSED = (
     *("use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
@@ -241,15 +244,13 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     """Read an adapter folder, ours or one that PEFT wrote for timm's EVA, into LoRA on slices, exactly.
 
     Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA on the fused qkv, biases,
-    different ranks, a lora_B that is not zero outside one block a slice), and for incomplete folders.
+    different ranks, a lora_B that is not zero outside one block a slice), for incomplete folders, and for settings that
+    ask for code to be run or could run for ever.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are needed")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON ({error})") from error
+    config = read_config(folder / CONFIG)
     _check_config(config, folder)
     file = open_weights(folder / WEIGHTS)
     foreign = [name for name in file if not _NAME.fullmatch(name)]
@@ -316,6 +317,15 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         given.append(f"bias={config['bias']!r}")
     if given:
         raise ValueError(f"{folder}: plain LoRA cannot express {', '.join(given)}; merge this adapter with PEFT itself")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{folder / CONFIG}: alpha_pattern is {patterns!r}; expected are names of modules and numbers")
+    if unsafe := [repr(name) for name in patterns if not _PLAIN.fullmatch(name)]:
+        raise ValueError(
+            f"{folder / CONFIG}: alpha_pattern has regular expressions, which a file could make run for ever: "
+            f"{examples(unsafe)}. Allowed are names of modules or ends of them (attn.qkv, blocks.0.mlp.fc1): name each "
+            f"module"
+        )
 
 
 def _slices(file: WeightFile, told: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.interop import open_clip
-from visft_ds.interop.clip_models import LOCAL, write_configs
+from visft_ds.interop.clip_models import write_configs
 from visft_ds.interop.encoders import Encoder, EvaEncoder
 from visft_ds.interop.files import VISION_OF, TensorInfo, WeightFile, open_weights, view
+from visft_ds.interop.foreign_code import LOCAL, read_config
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.text_towers import PREFIX, TextTower
@@ -105,14 +106,12 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     """The configuration of the folder that a file of open_clip lies in; None where there is none."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        known = isinstance(config["model_cfg"], dict)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no configuration of open_clip: {error}") from error
+    config = read_config(path)
+    if not isinstance(config.get("model_cfg"), dict):
+        raise ValueError(f"{path} is no configuration of open_clip: it has no model_cfg")
     # One that names a folder is made again for the new one.
     local = str(config["model_cfg"].get("vision_cfg", {}).get("timm_model_name", "")).startswith(LOCAL)
-    return config if known and not local else None
+    return None if local else config
 
 
 def _config_of(name: str, model: Any) -> dict[str, Any]:
