@@ -46,7 +46,7 @@ from visft_ds.evals.model import (
 from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
 from visft_ds.evals.stored import FORMAT, METRICS, PICTURES, VERSION, results_name
-from visft_ds.interop.heads import check_categories
+from visft_ds.interop.heads import check_categories, classes_of_heads
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -106,13 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             packed=job.packed,
             allow_other_base=given.allow_other_base,
         )
+        classes = classes_of_heads(model.heads)
+        job = replace(job, streams={name: replace(one, classes=classes) for name, one in job.streams.items()})
     except (ValueError, StoreFailed) as error:  # every rank runs into the same
         return _complain(error, 0) if rank == 0 else 2
     try:
         if distributed.world_size() > 1:
             _start_process_group()
         with _packed(manifest, job, given.coco) as ready:
-            check_categories(model.heads, ready.categories, str(given.coco or ready.root))
+            remedy = "Evaluate it on data of its own categories"
+            check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
             _check_truth(job.tasks, ready, given.limit)
             problems = _evaluate(job, given, model, ready, f"{precision} ({why})")
     except (ValueError, OSError, StoreFailed) as error:  # may have happened on this rank alone

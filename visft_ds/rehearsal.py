@@ -36,8 +36,8 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.partition import Place
 from visft_ds.parallel.unchanged import unchanged
 from visft_ds.parallel.watchdog import Watchdog
-from visft_ds.streams import parts_of, pipelines_of
-from visft_ds.training_data import TrainingSet, needs_categories
+from visft_ds.streams import parts_of, pipelines_of, streams_of
+from visft_ds.training_data import TrainingSet, first_of, needs_categories
 
 _WORD = "a"
 #: What the transform of a stream says of its labels' sizes.
@@ -57,7 +57,7 @@ class Largest:
     stream: Stream  #: with the tasks only that the data set teaches
     sizes: tuple[Size, ...]  #: (height, width) of each image
     objects: tuple[int, ...]  #: in each image
-    category: int  #: of all of them, a raw id of the data
+    category: int  #: of all of them, an id of the first data set, whose ids the heads know
     packed: bool = False  #: the backbone sees no padding
 
     @property
@@ -84,7 +84,14 @@ class Largest:
     def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
         """It, as far as a process that reads with this role has it."""
         options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
-        labelling = JointTransform(True, self.stream.tasks, vocabulary=vocabulary, caption_choice="first", **options)
+        labelling = JointTransform(
+            True,
+            self.stream.tasks,
+            vocabulary=vocabulary,
+            caption_choice="first",
+            classes=self.stream.classes,
+            **options,
+        )
         caption = " ".join([_WORD] * labelling.max_words)
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
@@ -109,12 +116,12 @@ def largest_batches(
     """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
     lies, one stands), or where images are packed."""
     found: list[tuple[Largest, Pipeline]] = []
-    pipelines = pipelines_of(settings, sets, vocabulary)
-    for name, stream in settings.streams().items():
+    pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
+    category = next((one.coco_id for one in first.categories), 0)
+    for name, stream in streams_of(settings, first).items():
         own: list[tuple[Largest, Pipeline]] = []
         for dataset, part in parts_of(stream, sets).items():
             manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
-            category = next((one.coco_id for one in manifest.categories), 0)
             objects = _most_objects(manifest, batches.micro[name])
             extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
             packed = settings.model.packed

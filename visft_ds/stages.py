@@ -21,7 +21,7 @@ from visft_ds.config.task_schema import CaptioningTask
 from visft_ds.data.manifest import Category
 from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.head_info import HeadFile, HeadInfo
-from visft_ds.interop.heads import check_categories, find_head, of_other_base, open_head, read_head_info
+from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
@@ -31,6 +31,7 @@ from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_f
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.multitask import MultiTaskModel, TaskModule
 from visft_ds.tasks import TASKS
+from visft_ds.training_data import classes_of_run
 from visft_ds.values import HOST, BaseWeights, Placement, fill_model, is_small, open_base
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
@@ -138,7 +139,10 @@ def prepare_model(
     if heads_from is not None:
         files = {task: find_head(heads_from, task) for task in module.heads}
         infos = {task: read_head_info(path, task) for task, path in files.items()}
-        check_categories(infos, categories, "the training data")
+        remedy = "Start new heads with stage 1 on this data, or train on data of the heads' categories"
+        check_categories(infos, categories, "the training data", remedy)
+        if categories:
+            check_classes(infos, classes_of_run(config, categories), categories, "the training data")
         check_vocabulary(infos, vocabulary, "the training data")
         notes += _check_heads(infos, config, base)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}

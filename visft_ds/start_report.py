@@ -30,7 +30,7 @@ from visft_ds.stages import (
 )
 from visft_ds.streams import known_vocabulary
 from visft_ds.tasks import TASKS
-from visft_ds.training_data import TrainingSet, workers_of
+from visft_ds.training_data import TrainingSet, classes_of_run, first_of, known_classes, workers_of
 
 
 def print_start(
@@ -111,6 +111,8 @@ def data_section(
         mapped = "" if one.categories is None else ", categories mapped"
         where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
         rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
+    for task, classes in classes_of_run(config, first_of(sets).categories).items():
+        rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in plan.tasks.items():
         epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
         rows.append((f"epoch, {task}", ", ".join(epochs)))
@@ -142,6 +144,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None
         ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
             captions give no vocabulary.
     """
+    config = known_classes(config)
     print(json.dumps(config.to_dict(), indent=2))
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     batches = derive_batches(config, max(world_size, config.pipeline_stages))

@@ -19,15 +19,29 @@ from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.vocabulary import FORMAT, Vocabulary
 from visft_ds.tasks import TASKS
-from visft_ds.training_data import TrainingSet, captioned, open_training_data, shuffle_of
+from visft_ds.training_data import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> Pipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
     if stream.name == SHARED:
-        return Pipeline(JointTransform(train, stream.tasks, vocabulary=vocabulary, **stream.image), collate_joint)
-    spec = TASKS[stream.name]
-    return Pipeline(spec.build_transform(train, stream.image, vocabulary), spec.collate)
+        joint = JointTransform(train, stream.tasks, vocabulary=vocabulary, classes=stream.classes, **stream.image)
+        return Pipeline(joint, collate_joint)
+    spec, classes = TASKS[stream.name], stream.classes.get(stream.name)
+    return Pipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
+
+
+def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
+    """The streams of a run with the classes of its heads, which the categories of ROOT/TRAIN (`first`) decide.
+
+    Raises:
+        ValueError: see `visft_ds.tasks.classes.classes_of`.
+    """
+    found = classes_of_run(config, first.categories)
+    return {
+        name: replace(stream, classes={task: found[task] for task in stream.tasks if task in found})
+        for name, stream in config.streams().items()
+    }
 
 
 def pipelines_of(
@@ -36,7 +50,7 @@ def pipelines_of(
     """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
     return {
         stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}
-        for stream in config.streams().values()
+        for stream in streams_of(config, first_of(sets)).values()
     }
 
 

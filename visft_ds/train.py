@@ -20,7 +20,7 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category
+from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
@@ -56,12 +56,14 @@ from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config,
 from visft_ds.run_state import RunState
 from visft_ds.stages import PreparedModel, choose_precision, prepare_model
 from visft_ds.start_report import data_section, print_start
-from visft_ds.streams import features_of, pipelines_of, plan_of, vocabulary_of
+from visft_ds.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
 from visft_ds.training_data import (
     TrainingSet,
     captioned,
     data_identity,
+    first_of,
     open_training_data,
+    settle_classes,
     shuffle_of,
     workers_of,
 )
@@ -105,10 +107,11 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
     """
     out = Path(config.visft.run.out or "")
     config, why_shuffled = settle_shuffle(config, out)
+    sets = open_training_data(config.visft)
+    manifest = first_of(sets)
+    config = settle_classes(config, manifest)
     config, how = settle_recompute(config, out)
     settings = config.visft
-    sets = open_training_data(settings)
-    manifest = next(iter(sets.values())).manifest
     validation = open_validation(settings, manifest)
     vocabulary = vocabulary_of(settings, *captioned(sets))
     batches = derive_batches(config, distributed.world_size())
@@ -151,7 +154,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             batches=batches,
             engine=engine,
             loader=loader,
-            validation=Validation(settings, validation, vocabulary, out, state.judged) if validation else None,
+            validation=_validation(settings, manifest, validation, vocabulary, state),
             state=state,
             categories=manifest.categories,
             vocabulary=vocabulary,
@@ -250,7 +253,7 @@ def _prepare(
         config.optimizer.params,
         precision=precision,
         heads_from=Path(settings.heads.path) if settings.heads.path else None,
-        categories=next(iter(sets.values())).manifest.categories,
+        categories=first_of(sets).categories,
         vocabulary=vocabulary,
         placement=placement,
     )
@@ -264,6 +267,15 @@ def _prepare(
         prepared.module.feature_cache = features
         loader.keep_features(features)
     return prepared, features
+
+
+def _validation(
+    settings: VisftConfig, training: Manifest, split: Manifest | None, vocabulary: Vocabulary | None, state: RunState
+) -> Validation | None:
+    if split is None:
+        return None
+    out, streams = Path(settings.run.out or ""), streams_of(settings, training)
+    return Validation(settings, streams, split, vocabulary, out, state.judged)
 
 
 def _heads_identity(settings: VisftConfig) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import DataConfig, DataSetConfig, VisftConfig
-from visft_ds.data.manifest import Manifest
+from visft_ds.data.manifest import Category, Manifest, manifest_path
 from visft_ds.data.plan import Shuffle
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.store import CacheOptions
 from visft_ds.data.workers import MOST_THREADS, WorkerKind, choose_workers, usable_cores
 from visft_ds.parallel import distributed
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.classes import are_of_coco, classes_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
         categories = _categories(one, manifest, first) if needs_categories(tasks) else None
         sets[one.name] = TrainingSet(manifest, tasks, one.weight, categories)
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
-    check_labels(first, config)
     return sets
 
 
@@ -127,29 +127,53 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
             )
 
 
-def check_labels(manifest: Manifest, config: VisftConfig) -> None:
-    """Detection counts classes by the raw ids of the data, segmentation knows COCO's 80 categories.
+def settle_classes(config: ResolvedConfig, first: Manifest) -> ResolvedConfig:
+    """The configuration with as many classes as ROOT/TRAIN (`first`) has categories, where their ids are not COCO's and
+    `num_classes` is not stated.
 
     Raises:
-        ValueError: a category that the heads have no class for.
+        ValueError: heads that cannot have classes for these categories.
     """
-    detection, segmentation = config.tasks.detection, config.tasks.segmentation
-    beyond = [
-        f"{c.coco_id} {c.name!r}"
-        for c in manifest.categories
-        if detection is not None and c.coco_id >= detection.head.num_classes
-    ]
-    if beyond and detection is not None:
-        raise ValueError(
-            f"the data has category {beyond[0]} ({len(beyond)} such), the detection head has classes 0 to "
-            f"{detection.head.num_classes - 1}: state visft.tasks.detection.head.num_classes"
-        )
-    foreign = [f"{c.coco_id} {c.name!r}" for c in manifest.categories if c.coco_id not in COCO_CATEGORY_IDS]
-    if foreign and segmentation is not None:
-        raise ValueError(
-            f"the data has category {foreign[0]} ({len(foreign)} such), which is not one of COCO's 80 ids: "
-            "segmentation heads know those only; turn it off with --set visft.tasks.segmentation=null"
-        )
+    names, tasks = _names(first.categories), config.visft.tasks
+    for name, task in tasks.enabled().items():
+        if needs_categories([name]) and not are_of_coco(names) and "num_classes" not in task.head.model_fields_set:
+            head = task.head.model_copy(update={"num_classes": len(names)})
+            tasks = tasks.model_copy(update={name: task.model_copy(update={"head": head})})
+    settled = replace(config, visft=config.visft.model_copy(update={"tasks": tasks}))
+    classes_of_run(settled.visft, first.categories)
+    return settled
+
+
+def known_classes(config: ResolvedConfig) -> ResolvedConfig:
+    """`settle_classes` before a run: as it is where the shards are not there yet, or far away."""
+    data = config.visft.data
+    if is_url(data.root) or not manifest_path(Path(data.root), data.train).is_file():
+        return config
+    return settle_classes(config, Manifest.load(data.root, data.train, check_shards=False))
+
+
+def classes_of_run(config: VisftConfig, categories: Sequence[Category]) -> dict[str, tuple[int, ...]]:
+    """Task -> raw ids of the classes of its head, where they are not those of the published heads.
+
+    Raises:
+        ValueError: heads that cannot have classes for `categories`, those of ROOT/TRAIN.
+    """
+    names = _names(categories)
+    found = {
+        name: classes_of(name, task.head.model_dump(), names)
+        for name, task in config.tasks.enabled().items()
+        if needs_categories([name])
+    }
+    return {name: classes for name, classes in found.items() if classes is not None}
+
+
+def first_of(sets: Mapping[str, TrainingSet]) -> Manifest:
+    """The split whose categories are those of the heads."""
+    return next(iter(sets.values())).manifest
+
+
+def _names(categories: Sequence[Category]) -> dict[int, str]:
+    return {category.coco_id: category.name for category in categories}
 
 
 def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
@@ -169,8 +193,7 @@ def _check_masks(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
 
 def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict[int, int | None] | None:
     """Raw ids of a set -> ids of the first set."""
-    table = {category.coco_id: category.name for category in first.categories}
-    own = {category.coco_id: category.name for category in manifest.categories}
+    table, own = _names(first.categories), _names(manifest.categories)
     where = f"data set {one.name} ({manifest.root}/{manifest.split})"
     if not table:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
@@ -20,7 +21,7 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.faults import StopFlag
-from visft_ds.training_data import cache_of, check_labels, check_samples, evaluation_threads
+from visft_ds.training_data import cache_of, check_samples, evaluation_threads
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
@@ -35,7 +36,6 @@ def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
         return None
     validation = Manifest.load(data.root, data.val, cache=cache_of(data))
     check_samples(config.tasks.enabled(), validation)
-    check_labels(validation, config)
     names = {category.coco_id: category.name for category in training.categories}
     other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
     if other:
@@ -56,17 +56,20 @@ class Validation:
     """The evaluations of one run, on its validation split.
 
     Args:
+        streams: those of the run, with the classes of its heads.
         judged: is told the numbers of each evaluation; returns whether this step is the best so far.
     """
 
     def __init__(
         self,
         config: VisftConfig,
+        streams: Mapping[str, Stream],
         manifest: Manifest,
         vocabulary: Vocabulary | None,
         out: Path,
         judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
     ) -> None:
+        self._streams = streams
         self._config, self._vocabulary, self._out, self._judged = config, vocabulary, out, judged
         self._reader = ShardReader(manifest)
         self._judge = Judge(out / "validation", manifest, config.run.eval_limit)
@@ -99,7 +102,7 @@ class Validation:
             collected = collect(
                 _unless_asked(predict, stop),
                 self._reader,
-                config.streams(),
+                self._streams,
                 self._vocabulary,
                 limit=config.run.eval_limit,
                 threads=evaluation_threads(config.data),
@@ -118,7 +121,7 @@ class Validation:
         pictures = draw_examples(
             predict,
             self._reader,
-            config.streams(),
+            self._streams,
             self._vocabulary,
             config.run.pictures,
             limit=config.run.eval_limit,

@@ -228,7 +228,8 @@ class Parts:
     vocabulary: Vocabulary
 
     def validation(self, out: Path) -> Validation:
-        return Validation(self.config.visft, self.manifest, self.vocabulary, out)
+        streams = self.config.visft.streams()
+        return Validation(self.config.visft, streams, self.manifest, self.vocabulary, out)
 
 
 @pytest.fixture(scope="module")

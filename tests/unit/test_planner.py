@@ -30,10 +30,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_AGAIN = ("visft.model.checkpoint_every=1", "visft.model.recompute=block")
 
 
-def debug(stage: int, *settings: str) -> ResolvedConfig:
+def debug(stage: int, *settings: str, model: str = "debug") -> ResolvedConfig:
     config = resolve(
         stage=stage,
-        model="debug",
+        model=model,
         settings=(
             "visft.mode=sampled",
             "visft.data.prefetch_steps=0",
@@ -92,6 +92,19 @@ def test_a_rehearsed_step_keeps_what_a_real_one_keeps(
     # Points of the segmentation criterion come from an array of the host, which a real ledger on a CPU does not see.
     assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.04 if task == "segmentation" else 0.001)
     assert moment[TRANSIENT] == pytest.approx(real[TRANSIENT] + real[OTHER], rel=0.1)
+
+
+@pytest.mark.parametrize("magnitude", ["false", "true"])
+def test_adapted_convolutions_are_planned(magnitude: str) -> None:
+    """The targets that docs/tuning.md prints, and an ungrouped convolution; autocast does not know the meta device."""
+    targets = 'visft.lora.targets=["stages.*.mlp.fc1", "stages.*.conv_dw", "stages.*.downsample.1"]'
+    tuned = (targets, f"visft.lora.magnitude={magnitude}", "zero_optimization.stage=0")
+    config = debug(2, *tuned, model="debug_convnext")
+    real = real_peak(config, "detection")
+    run = Run(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
+    moment = rehearse(run, config.visft.streams()["detection"]).moments[0]
+    assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.01)
+    assert rehearse(replace(run, precision="bf16", device=CUDA), config.visft.streams()["detection"]).moments
 
 
 def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:

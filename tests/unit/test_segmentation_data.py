@@ -187,7 +187,7 @@ def test_what_gives_no_target() -> None:
 
 def test_unknown_category_and_bad_polygons_are_named() -> None:
     transform = SegmentationTransform(True, fixed_size=28)
-    with pytest.raises(ValueError, match="image 5: annotation 31 has category 12, which is not one of COCO's 80"):
+    with pytest.raises(ValueError, match="image 5: annotation 31 has category 12, which is not one of the 80 that"):
         transform(_raw((70, 90), _annotation([_box(1, 1, 50, 50)], category=12)), generator(0))
     with pytest.raises(ValueError, match=r"image 5: annotation 31: polygon .* finite numbers"):
         transform(_raw((70, 90), _annotation([[1, 1, 5, float("nan"), 9, 9]], bbox=[1, 1, 9, 9])), generator(0))

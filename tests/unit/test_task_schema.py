@@ -277,7 +277,6 @@ def test_contradictions_of_all_tasks_are_reported_at_once() -> None:
         "visft.tasks.detection.head.decoder_dim=66": "66 is no multiple of num_heads = 4",
         "visft.tasks.detection.image.crop_range=[9, 8]": "must be [smallest, largest]",
         "visft.tasks.segmentation.head.hidden_dim=48": "48 is no multiple of num_heads = 4 and of 32 (norm groups)",
-        "visft.tasks.segmentation.head.num_classes=79": "must be at least 80: labels are COCO's 80 categories",
         "visft.tasks.segmentation.image.scale=[2.0, 0.1]": "must be [smallest, largest]",
         "visft.tasks.segmentation.image.pad_value=256": "must be a pixel value from 0 to 255",
     }
@@ -286,6 +285,9 @@ def test_contradictions_of_all_tasks_are_reported_at_once() -> None:
     assert len(text.splitlines()) == 1 + len(expected) + 1  # encoder_dim 50 is no multiple of 4 either
     for setting, message in expected.items():
         assert message in text and setting.split("=")[0] in lines
+    masks = "visft.tasks.segmentation.head"
+    text = complaint(debug, f"{masks}.num_classes=79", f"{masks}.labelling=published")
+    assert "must be at least 80: published labels are COCO's 80" in text
 
 
 def test_positions_need_a_width_of_four() -> None:
@@ -397,7 +399,7 @@ def test_defaults_are_those_of_the_constructors(task: str) -> None:
     from visft_ds.tasks import TASKS as table
 
     spec = table[task]
-    given_elsewhere = ("vocabulary", "vocabulary_size") if spec.uses_vocabulary else ()
+    given_elsewhere = ("vocabulary", "vocabulary_size") if spec.uses_vocabulary else ("classes",)
     assert keyword_defaults(spec.head.__init__, without=given_elsewhere) == options(task, "head")
     assert keyword_defaults(spec.transform.__init__, without=given_elsewhere) == options(task, "image")
     assert keyword_defaults(spec.build_criterion, without=spec.shared_options) == options(task, "loss")
@@ -411,7 +413,7 @@ def test_defaults_of_what_tasks_share_words_and_decoding() -> None:
     from visft_ds.tasks.captioning import CaptioningHead
 
     shared = task_schema.SharedImage().model_dump()
-    assert keyword_defaults(JointTransform.__init__, without=("vocabulary",)) == shared
+    assert keyword_defaults(JointTransform.__init__, without=("vocabulary", "classes")) == shared
     assert keyword_defaults(CaptioningHead.forward) == options("captioning", "decoding")
     assert keyword_defaults(CaptioningHead.generate) == options("captioning", "decoding")
     least = keyword_defaults(Vocabulary.from_counts, without=("tokenizer",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -58,7 +58,7 @@ class DetectionHead(BaseModel):
     """Keyword arguments of the detection head (asymmetric DETR)."""
 
     model_config = STRICT
-    num_classes: Positive = 91
+    num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
     num_queries: Positive = 100
     encoder_dim: Positive = 128
     decoder_dim: Positive = 256
@@ -108,7 +108,7 @@ class SegmentationHead(BaseModel):
     """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
 
     model_config = STRICT
-    num_classes: Positive = 80
+    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
     num_queries: Positive = 100
     hidden_dim: Positive = 256
     encoder_layers: Positive = 6
@@ -118,7 +118,7 @@ class SegmentationHead(BaseModel):
     encoder_ffn_dim: Positive = 512
     decoder_ffn_dim: Positive = 1024
     dropout: Probability = 0.0
-    labelling: Literal["contiguous", "published"] = "contiguous"  #: classes 0..79, or 1..80 as in the published heads
+    labelling: Literal["contiguous", "published"] = "contiguous"  #: from 0, or 1..80 as in the published heads
 
 
 class SegmentationLoss(BaseModel):
@@ -247,6 +247,8 @@ class Stream:
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once
     image: dict[str, Any]  #: keyword arguments of the transform
+    #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
+    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def largest_side(self) -> int:
         """Pixels to a side of the largest square among the training images."""

@@ -323,8 +323,8 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
                 "visft.tasks.segmentation.head.hidden_dim",
                 f"{mask_head.hidden_dim} is no multiple of num_heads = {mask_head.num_heads} and of 32 (norm groups)",
             )
-        if mask_head.num_classes < 80:
-            yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: labels are COCO's 80 categories"
+        if mask_head.labelling == "published" and mask_head.num_classes < 80:
+            yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: published labels are COCO's 80"
         if jitter.scale[0] > jitter.scale[1]:
             yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
         if jitter.content_only and jitter.fixed_size is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from visft_ds.data.captions import CaptionChoice, caption_targets, choice_for, pack_captions
 from visft_ds.data.collate import has_targets, pack_detection, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
-from visft_ds.data.segmentation import pack_segmentation, segmentation_targets
+from visft_ds.data.segmentation import COCO_CATEGORY_IDS, pack_segmentation, segmentation_targets
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import (
     Op,
@@ -27,6 +28,7 @@ from visft_ds.data.transforms import (
     apply_to_image,
     detection_targets,
     final_size,
+    places,
 )
 from visft_ds.data.vocabulary import Vocabulary
 
@@ -47,21 +49,23 @@ class JointTransform:
     The sample's `targets` have exactly the entries `tasks`, each as the transform of that task alone gives it for the
     same geometry:
         "detection": {"boxes": (n, 4) float32, cxcywh relative to the transformed image, "labels": (n,) int64, raw
-            COCO category ids}.
+            category ids, or places in `classes["detection"]` where it is given}.
         "segmentation": {"masks": (n, hm, wm) uint8, covered part of cells of at most `mask_stride` pixels, "labels":
-            (n,) int64 in 0..79, "frame": (2,) int64, height and width}. The frame is the image: nothing is padded.
-            An object without a mask has a box only, so n may be smaller than in detection.
+            (n,) int64, places in `classes["segmentation"]`, by default among COCO's 80 categories, "frame": (2,) int64,
+            height and width}. The frame is the image: nothing is padded. An object without a mask has a box only, so n
+            may be smaller than in detection.
         "captioning": {"tokens": (T,) int64, "references": (captions,) str objects}: one caption among those with 1 to
             `max_words` words, chosen as by `CaptionTransform`.
 
     Args:
         tasks: one or more of `JOINT_TASKS`, each once.
         vocabulary: the ids of words; captioning needs it, the others do not.
+        classes: task -> raw ids of its classes, see above.
 
     Raises:
         ValueError: no, unknown or repeated tasks; captioning without a vocabulary; an unknown choice of captions;
-            sizes, numbers of words or probabilities out of range; when called with segmentation, a category that is
-            not one of COCO's 80 or a segmentation that cannot be read (names image and annotation).
+            sizes, numbers of words or probabilities out of range; when called, a category without a class or a
+            segmentation that cannot be read (names image and annotation).
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class JointTransform:
         mask_stride: int = 4,
         caption_choice: CaptionChoice = "random",
         max_words: int = 50,
+        classes: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         # a bare string would be read letter by letter
         if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(JOINT_TASKS):
@@ -96,6 +101,8 @@ class JointTransform:
         self.mask_stride = mask_stride
         self.caption_choice = choice_for(train, caption_choice)
         self.max_words = max_words
+        self.boxes = places(classes["detection"]) if "detection" in classes else None
+        self.masks = places(classes.get("segmentation", COCO_CATEGORY_IDS))
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
@@ -125,11 +132,11 @@ class JointTransform:
         targets: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
         if "detection" in self.tasks:
             with span("boxes"):
-                targets["detection"] = detection_targets(raw.annotations, raw.size, ops)
+                targets["detection"] = detection_targets(raw.annotations, raw.size, ops, self.boxes)
         if "segmentation" in self.tasks:
             try:
                 with span("masks"):
-                    masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+                    masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride, self.masks)
             except ValueError as error:
                 raise ValueError(f"image {raw.image_id}: {error}") from error
             targets["segmentation"] = {**masks, "frame": np.array(final_size(raw.size, ops))}

@@ -22,11 +22,11 @@ from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.masks import Placement, grid_size, rasterise, rasterise_all
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.spans import span
-from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image
+from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
 
-#: The raw ids of COCO's 80 categories; a label is a position in here.
+#: The raw ids of COCO's 80 categories. Where nothing else is said, a label is a place in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-_LABELS = {category: label for label, category in enumerate(COCO_CATEGORY_IDS)}
+_LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SegmentationTargets:
     """Masks of a batch, packed: image b owns the next `counts[b]` rows. `counts` and `keys` stay on the host."""
 
     masks: Tensor  #: (N, hm, wm) uint8, covered part of each cell, 0 to 255
-    labels: Tensor  #: (N,) int64, positions in `COCO_CATEGORY_IDS`, 0..79
+    labels: Tensor  #: (N,) int64, classes from 0: places among the categories of the head
     extents: Tensor  #: (B, 2) float32, height and width of each image as a share of the padded batch
     mask_extents: Tensor  #: (B, 2) float32, the same as a share of the grid (hm, wm)
     counts: Tensor  #: (B,) int64, sums to N
@@ -74,15 +74,15 @@ class SegmentationTransform:
     target; images without targets stay.
 
     The sample's `targets["segmentation"]` is {"masks": (n, hm, wm) uint8 with cells of at most `mask_stride` pixels,
-    "labels": (n,) int64 in 0..79, "frame": (2,) height and width including padding}.
+    "labels": (n,) int64, places in `classes`, "frame": (2,) height and width including padding}.
 
     Why cells of 4 pixels: against masks of full size, rasterised four times finer, the dice loss of a good prediction
     is then 0.5 % higher and its BCE 2 % (8 pixels: 1.8 % and 10 %; 2 pixels: under 0.1 %), with 64 KiB a mask at 1,024
     pixels instead of 1 MiB, and 40 times less work.
 
     Raises:
-        ValueError: sizes, scales or probabilities out of range; a category that is not one of COCO's 80; a
-            segmentation that cannot be read (names image and annotation).
+        ValueError: sizes, scales or probabilities out of range; when called, a category that is not in
+            `classes` or a segmentation that cannot be read (names image and annotation).
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class SegmentationTransform:
         mask_stride: int = 4,
         content_only: bool = False,
         content_multiple: int = 14,
+        classes: Sequence[int] = COCO_CATEGORY_IDS,
     ) -> None:
         if min(size, eval_short, eval_max_long, eval_multiple, fixed_size or 1, mask_stride, content_multiple) < 1:
             raise ValueError(
@@ -123,6 +124,7 @@ class SegmentationTransform:
         self.mask_stride = mask_stride
         self.content_only = content_only
         self.content_multiple = content_multiple
+        self.labels = places(classes)
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
@@ -135,7 +137,7 @@ class SegmentationTransform:
             image = transform_image(raw.image, [*ops, Pad(*frame)], self.pad_value)
         try:
             with span("masks"):
-                targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride)
+                targets = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride, self.labels)
         except ValueError as error:
             raise ValueError(f"image {raw.image_id}: {error}") from error
         return Sample(
@@ -231,9 +233,15 @@ def transform_image(image: npt.NDArray[np.uint8], ops: Sequence[Op | Pad], pad_v
 
 
 def segmentation_targets(
-    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op | Pad], mask_stride: int
+    annotations: Sequence[Mapping[str, Any]],
+    size: Size,
+    ops: Sequence[Op | Pad],
+    mask_stride: int,
+    labels: Mapping[int, int] = _LABELS_OF_COCO,
 ) -> dict[str, npt.NDArray[Any]]:
     """Masks (n, hm, wm) uint8 and labels (n,) int64 of the image after `ops`; `size` is that of the stored image.
+
+    `labels` maps category ids.
 
     Raises ValueError for an unknown category or an unreadable segmentation, naming the annotation.
     """
@@ -241,21 +249,14 @@ def segmentation_targets(
     grid = grid_size(after, mask_stride)
     used = [annotation for annotation in annotations if not annotation["iscrowd"] and annotation.get("segmentation")]
     used = list(compress(used, _seen([annotation["bbox"] for annotation in used], size, place, after)))
-    for annotation in used:
-        if annotation["category_id"] not in _LABELS:
-            raise ValueError(
-                f"annotation {annotation.get('id')} has category {annotation['category_id']}, which is not one of "
-                "COCO's 80: segmentation heads know those only; map the categories before packing, or train detection "
-                "alone"
-            )
+    classes = labels_of(used, labels)
     try:
         masks = rasterise_all([annotation["segmentation"] for annotation in used], size, place, after, grid)
     except ValueError:
         _name_unreadable(used, size, place, after, grid)
         raise
     covered = masks.any(axis=(1, 2))
-    labels = np.array([_LABELS[annotation["category_id"]] for annotation in used], dtype=np.int64)
-    return {"masks": masks[covered], "labels": labels[covered]}
+    return {"masks": masks[covered], "labels": classes[covered]}
 
 
 def _name_unreadable(

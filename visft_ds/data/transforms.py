@@ -188,10 +188,10 @@ class DetectionTransform:
     Crowd regions and boxes without area (before or after a crop) give no target; images without targets stay.
 
     The sample's `targets["detection"]` is {"boxes": (n, 4) float32, cxcywh relative to the transformed image,
-    "labels": (n,) int64, raw COCO category ids}.
+    "labels": (n,) int64, raw category ids, or places in `classes` where it is given}.
 
     Raises:
-        ValueError: an empty or not positive list of sizes.
+        ValueError: an empty or not positive list of sizes; when called, a category that is not in `classes`.
     """
 
     def __init__(
@@ -206,6 +206,7 @@ class DetectionTransform:
         eval_short: int = 800,
         eval_max_long: int = 672,
         fixed_size: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         if not crop_short_sides or min(*crop_short_sides, *crop_range) < 1 or crop_range[0] > crop_range[1]:
             raise ValueError(
@@ -216,13 +217,14 @@ class DetectionTransform:
         self.sides = ShortSides(tuple(short_sides), max_long, flip, eval_short, eval_max_long, fixed_size)
         self.crop_short_sides = tuple(crop_short_sides)
         self.crop_range = crop_range
+        self.labels = None if classes is None else places(classes)
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
         ops = self.geometry(raw.size, generator)
         size = final_size(raw.size, ops)
         with span("boxes"):
-            targets = detection_targets(raw.annotations, raw.size, ops)
+            targets = detection_targets(raw.annotations, raw.size, ops, self.labels)
         return Sample(
             index=raw.index,
             image_id=raw.image_id,
@@ -263,22 +265,42 @@ class DetectionTransform:
         return found
 
 
+def places(classes: Sequence[int]) -> dict[int, int]:
+    """Category id -> its place in `classes`."""
+    return {category: place for place, category in enumerate(classes)}
+
+
+def labels_of(annotations: Sequence[Mapping[str, Any]], labels: Mapping[int, int]) -> npt.NDArray[np.int64]:
+    """(n,) the label of each annotation's category. Raises ValueError for a category without one."""
+    for annotation in annotations:
+        if annotation["category_id"] not in labels:
+            raise ValueError(
+                f"annotation {annotation.get('id')} has category {annotation['category_id']}, which is not one of "
+                f"the {len(labels)} that the head has classes for"
+            )
+    return np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
+
+
 def detection_targets(
-    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op]
+    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op], labels: Mapping[int, int] | None = None
 ) -> dict[str, npt.NDArray[Any]]:
-    """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64."""
+    """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
+
+    `labels` maps category ids; None leaves them as they are.
+    """
     used = [annotation for annotation in annotations if not annotation["iscrowd"]]
     xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    labels = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+    raw = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+    classes = raw if labels is None else labels_of(used, labels)
     boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), size)
     kept = _has_area(boxes)
-    boxes, labels = apply_to_boxes(boxes[kept], size, ops), labels[kept]
+    boxes, classes = apply_to_boxes(boxes[kept], size, ops), classes[kept]
     kept = _has_area(boxes)
-    boxes, labels = boxes[kept], labels[kept]
+    boxes, classes = boxes[kept], classes[kept]
     height, width = final_size(size, ops)
     centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-    return {"boxes": relative.astype(np.float32), "labels": labels}
+    return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
 def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:

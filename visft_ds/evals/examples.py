@@ -139,7 +139,7 @@ def draw_examples(
             batch = pipeline.collate([pipeline.transform(raw, generator(0)) for raw in raws])
             outputs = predict(batch)
             for task in stream.tasks if distributed.is_main() else ():
-                results = TASKS[task].results(outputs[task], batch, vocabulary)
+                results = TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 for place, raw in enumerate(raws):
                     own = [result for result in results if result["image_id"] == raw.image_id]
                     one = Example(raw, own, outputs[task], place, names, threshold)

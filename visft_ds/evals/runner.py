@@ -79,7 +79,7 @@ def collect(
     Results are in the order of the data set, however many ranks there were: files of two models can be compared.
 
     Args:
-        streams: what to evaluate; `micro_batch` is the evaluation batch size.
+        streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
     """
     gathered: dict[str, Results] = {}
@@ -96,7 +96,7 @@ def collect(
         ):
             outputs = predict(batch)
             for task, results in own.items():
-                results += TASKS[task].results(outputs[task], batch, vocabulary)
+                results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
         for task, results in own.items():
             parts = distributed.gather_objects(EVALUATORS[task].pack(results))
             if parts is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files
 from visft_ds.data.manifest import Category
+from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
 from visft_ds.interop.published_heads import (
@@ -26,12 +27,15 @@ from visft_ds.interop.published_heads import (
     write_published_head,
 )
 from visft_ds.interop.writing import save_tensors
-from visft_ds.tasks import get_task
+from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks.classes import are_of_coco, classes_of
 from visft_ds.tasks.segmentation import Labelling
 
 __all__ = [
     "HeadInfo",
     "check_categories",
+    "check_classes",
+    "classes_of_heads",
     "find_head",
     "head_file",
     "load_heads",
@@ -248,18 +252,76 @@ def of_other_base(heads: Mapping[str, HeadInfo], known: Collection[str]) -> list
     ]
 
 
-def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str) -> None:
-    """Refuse to judge a head by categories it was not trained on; ones that the data lacks do no harm.
+def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:
+    """Refuse a head for categories it was not trained on; ones that the data lacks do no harm.
+
+    A published file says nothing of categories: its head knows COCO's 80 ids.
 
     Raises:
-        ValueError: naming the categories of the data set (called `where`) that a head does not know by this id.
+        ValueError: naming the categories of the data set (called `where`) that a head does not know by this id, and the
+            `remedy`.
     """
     for task, info in heads.items():
-        known = {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
-        unknown = [f"{c.coco_id} {c.name!r}" for c in categories if known.get(c.coco_id) != c.name]
-        if known and unknown:
-            trained = examples([f"{id_} {name!r}" for id_, name in known.items()])
+        known, published = _known(info), info.extra.get("format") == "visft" and not TASKS[task].uses_vocabulary
+        unknown = [c for c in categories if known.get(c.coco_id) != c.name]
+        if published:
+            unknown = [c for c in categories if not are_of_coco({c.coco_id: c.name})]
+        if unknown and (known or published):
+            named = [f"{id_} {name!r}" for id_, name in known.items()]
+            trained = "COCO's 80" if published else examples(named)
             raise ValueError(
                 f"the {task} head was trained on other categories than {where} has: it does not know "
-                f"{examples(unknown)}; it knows {trained}. Evaluate it on data with its own categories"
+                f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}, or make the "
+                "shards with its ids and names (tools/make_shards.py build --categories FILE)"
             )
+
+
+def classes_of_heads(heads: Mapping[str, HeadInfo]) -> dict[str, tuple[int, ...]]:
+    """Task -> raw ids of the classes of its head, where they are not those of the published heads.
+
+    Raises:
+        ValueError: a head whose classes stand for categories that its file does not name.
+    """
+    infos = {task: info for task, info in heads.items() if not TASKS[task].uses_vocabulary}
+    found = {task: _classes(info) for task, info in infos.items()}
+    return {task: classes for task, classes in found.items() if classes is not None}
+
+
+def check_classes(
+    heads: Mapping[str, HeadInfo], classes: Mapping[str, tuple[int, ...]], categories: Sequence[Category], where: str
+) -> None:
+    """Refuse heads whose classes stand for other categories than those of a run, both as `classes_of_heads` gives them.
+
+    Raises:
+        ValueError: naming the categories that the data set (called `where`) lacks.
+    """
+    ids = {category.coco_id for category in categories}
+    for task, theirs in classes_of_heads(heads).items():
+        if theirs == classes.get(task):
+            continue
+        lacking = [f"{id_} {name!r}" for id_, name in _known(heads[task]).items() if id_ not in ids]
+        number = heads[task].options["num_classes"]
+        remedy = f"give visft.tasks.{task}.head.num_classes={number}"
+        if lacking:
+            remedy = (
+                f"{where} lacks {examples(lacking)}: list them among the categories of its instances file, with or "
+                "without objects"
+            )
+        raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
+
+
+def _known(info: HeadInfo) -> dict[int, str]:
+    """The categories a head was trained on, id -> name; empty where its file does not tell."""
+    return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
+
+
+def _classes(info: HeadInfo) -> tuple[int, ...] | None:
+    names, number = _known(info), info.options["num_classes"]
+    if not names and info.task == "segmentation" and info.options.get("labelling") == "published":
+        return None
+    if not names and info.task == "segmentation" and number < len(COCO_CATEGORY_IDS):
+        raise ValueError(
+            f"the segmentation head has {number} classes, and its file does not name their categories: give the file "
+            "that a training exported"
+        )
+    return classes_of(info.task, info.options, names)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.models.adapted import AdaptedLayer, lengths, resized
+from visft_ds.ops import no_autocast
 
 
 class LoRAConv2d(AdaptedLayer):
@@ -60,7 +61,7 @@ class LoRAConv2d(AdaptedLayer):
 
     def _update(self) -> Tensor:
         """scale * B A in the shape of the weight, in the precision of the adapters."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with no_autocast(self.lora_A.device):
             return self.scale * torch.einsum("or,rikl->oikl", self.lora_B, self.lora_A)
 
     @torch.no_grad()

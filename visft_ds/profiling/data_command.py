@@ -157,12 +157,11 @@ def _configured(
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import MeasuredSet, open_set
     from visft_ds.profiling.session import _every_word
-    from visft_ds.streams import pipeline_of, vocabulary_of
-    from visft_ds.training_data import cache_of
+    from visft_ds.streams import pipeline_of, streams_of, vocabulary_of
+    from visft_ds.training_data import cache_of, settle_classes
 
     settings = _every_word(config.visft) if options.synthetic else config.visft
-    streams = list(settings.streams().values())
-    wanted = max([images, *(stream.batch_size for stream in streams)])
+    wanted = max([images, *(stream.batch_size for stream in settings.streams().values())])
     with ExitStack() as stack:
         if options.synthetic:
             data = stack.enter_context(open_set(None, "train", wanted))
@@ -171,11 +170,12 @@ def _configured(
             manifest = Manifest.load(where, split, cache=cache_of(settings.data))
             data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
         words = vocabulary_of(settings, data.manifest)
+        own = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
         yield (
             data,
             [
                 StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
-                for stream in streams
+                for stream in own.values()
             ],
         )
 

@@ -35,8 +35,8 @@ from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.profiling.hardware import DTYPES
 from visft_ds.stages import choose_precision, plan_groups, prepare_model
-from visft_ds.streams import pipeline_of, vocabulary_of
-from visft_ds.training_data import workers_of
+from visft_ds.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.training_data import settle_classes, workers_of
 
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
 #: configuration says.
@@ -74,7 +74,7 @@ class Session:
     def of_stream(self, name: str) -> StreamRun:
         """The run as if it had this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
-        stream = settings.streams()[name]
+        stream = streams_of(settings, self.manifest)[name]
         kind, number, _ = workers_of(settings.data)
         if self.manifest.split == SYNTHETIC_SPLIT:
             kind = "threads"  # another process would open the split again, without the repeated samples
@@ -119,6 +119,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     check_compiler(config.visft.model.compile, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
+        config = settle_classes(config, manifest)
         settings = config.visft
         start_process_group()
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})

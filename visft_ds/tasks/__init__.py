@@ -41,7 +41,7 @@ class TaskSpec:
     """What the training loop and the evaluation need to know of a task.
 
     A task with `uses_vocabulary` takes a `Vocabulary` where it makes samples and results, and its size for its head;
-    the methods pass it on to those tasks only.
+    the methods pass it on to those tasks only. `classes` are the raw ids of the head's classes, see `classes_of`.
     """
 
     name: str
@@ -70,15 +70,26 @@ class TaskSpec:
             )
         return self.build_criterion(**shared, **loss_options)
 
-    def build_transform(self, train: bool, options: Mapping[str, Any], vocabulary: Vocabulary | None) -> Transform:
+    def build_transform(
+        self,
+        train: bool,
+        options: Mapping[str, Any],
+        vocabulary: Vocabulary | None,
+        classes: Sequence[int] | None = None,
+    ) -> Transform:
         """From a raw sample to one with this task's targets."""
-        own = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
+        own = self._of_data(vocabulary, classes)
         return self.transform(train=train, **options, **own)
 
-    def results(self, output: Any, batch: Batch, vocabulary: Vocabulary | None) -> Results:
+    def results(
+        self, output: Any, batch: Batch, vocabulary: Vocabulary | None, classes: Sequence[int] | None = None
+    ) -> Results:
         """What the head says about the real images of a batch, in COCO's results format."""
-        own = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
-        return self.postprocess(output, batch, **own)
+        return self.postprocess(output, batch, **self._of_data(vocabulary, classes))
+
+    def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
+        own: dict[str, Any] = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
+        return own if classes is None else {**own, "classes": classes}
 
 
 Given = TypeVar("Given")

@@ -1,12 +1,12 @@
 """Detection: head, criterion and post-processing of the set-prediction detector (DETR, arXiv 2005.12872).
 
-Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids, 0..90), L decoder layers,
-N objects packed over the batch, M matched pairs of all layers.
+Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids, 0..90, or places
+among other categories), L decoder layers, N objects packed over the batch, M matched pairs of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,17 +227,17 @@ def _for_the_log(logits: Tensor, wanted: Tensor, counts: Tensor, boxes: Tensor) 
 
 
 @torch.no_grad()
-def postprocess(output: DetectionOutput, batch: Batch) -> list[dict[str, Any]]:
+def postprocess(output: DetectionOutput, batch: Batch, classes: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, bbox, score.
 
-    bbox is (x, y, w, h) in pixels of the stored image, category_id the raw COCO id. As in DETR
-    every query gives one result, its best class apart from "no object" with the softmax probability; nothing
+    bbox is (x, y, w, h) in pixels of the stored image, category_id the class, or its entry in `classes`. As
+    in DETR every query gives one result, its best class apart from "no object" with the softmax probability; nothing
     is suppressed and boxes are not clipped. Only images with `batch.real` appear. The batch must have been resized
     without cropping, as evaluation transforms do.
     """
-    scores, classes = at_least_float32(output.logits).softmax(dim=-1)[..., :-1].max(dim=-1)
+    scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., :-1].max(dim=-1)
     corners = centers_to_corners(at_least_float32(output.boxes))
-    numbers = torch.cat((corners, scores[..., None], classes[..., None].to(scores.dtype)), dim=-1).cpu().double()
+    numbers = torch.cat((corners, scores[..., None], best[..., None].to(scores.dtype)), dim=-1).cpu().double()
     sizes = batch.original_sizes.cpu().flip(dims=(1,)).repeat(1, 2)  # (B, 4): width, height, width, height
     numbers[..., :4] *= sizes[:, None]
     results = []
@@ -245,7 +245,8 @@ def postprocess(output: DetectionOutput, batch: Batch) -> list[dict[str, Any]]:
     for image_id, wanted, rows in zip(image_ids, real, numbers.tolist(), strict=True):
         for x0, y0, x1, y1, score, category in rows if wanted else ():
             bbox = [x0, y0, x1 - x0, y1 - y0]
-            results.append({"image_id": image_id, "category_id": int(category), "bbox": bbox, "score": score})
+            id_ = int(category) if classes is None else classes[int(category)]
+            results.append({"image_id": image_id, "category_id": id_, "bbox": bbox, "score": score})
     return results
 
 

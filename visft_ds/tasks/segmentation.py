@@ -6,7 +6,7 @@ N objects packed over the batch, n objects and m matched pairs of one image, P p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,7 @@ from visft_ds.tasks.mask_points import PointCounts, Points, draw_points, sample,
 from visft_ds.tasks.matching import Matches, at_least_float32
 from visft_ds.tasks.pixel_decoder import GROUPS, PixelDecoder
 
-#: How classes are numbered: "contiguous" 0..79; "published" 1..80, as the published heads were trained, where the last
+#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
 #: category (toothbrush) coincides with "no object" and class 0 is never used.
 Labelling = Literal["contiguous", "published"]
 
@@ -267,19 +267,29 @@ def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -
 
 
 @torch.no_grad()
-def postprocess(output: SegmentationOutput, batch: Batch) -> list[dict[str, Any]]:
+def postprocess(
+    output: SegmentationOutput, batch: Batch, classes: Sequence[int] = COCO_CATEGORY_IDS
+) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
-    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
-    around it in pixels, category_id the raw COCO id. As in the reference, a query gives its best class apart from "no
-    object" with the softmax probability, and the cells' logits interpolated bilinearly, with probability above one
-    half. Unlike there, a query without a single pixel gives nothing: it would count as a confident mistake. Only images
-    with `batch.real` appear. The batch must have been resized without cropping, as evaluation transforms do. A few
-    queries are worked on at a time, so that memory does not grow with their number.
+        segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
+    <<<<<<< HEAD
+        around it in pixels, category_id the raw COCO id. As in the reference, a query gives its best class apart from "no
+        object" with the softmax probability, and the cells' logits interpolated bilinearly, with probability above one
+        half. Unlike there, a query without a single pixel gives nothing: it would count as a confident mistake. Only images
+        with `batch.real` appear. The batch must have been resized without cropping, as evaluation transforms do. A few
+        queries are worked on at a time, so that memory does not grow with their number.
+    =======
+        around it in pixels, category_id the entry of `classes` for the class. As in the reference, every query gives one
+        result: its best class apart from "no object" with the softmax probability, and the cells' logits interpolated
+        bilinearly, with probability above one half. Only images with `batch.real` appear. The batch must have been resized
+        without cropping, as evaluation transforms do. A few queries are worked on at a time, so that memory does not grow
+        with their number.
+    >>>>>>> wt-own
     """
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
-    scores, classes = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1].max(dim=-1)
-    scores_host, classes_host = scores.tolist(), classes.tolist()
+    scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
+    scores_host, best_host = scores.tolist(), best.tolist()
     extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
     if output.extents is not None:
         extents = output.extents
@@ -295,7 +305,7 @@ def postprocess(output: SegmentationOutput, batch: Batch) -> list[dict[str, Any]
             results.append(
                 {
                     "image_id": image_id,
-                    "category_id": COCO_CATEGORY_IDS[classes_host[image][query]],
+                    "category_id": classes[best_host[image][query]],
                     "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
                     "bbox": coco_mask.toBbox(code).tolist(),
                     "score": scores_host[image][query],

@@ -1,0 +1,62 @@
+"""Categories of the data and classes of the heads: which category each class stands for.
+
+Heads for COCO's ids have the classes of the published ones, which data of some of its categories share: in detection a
+class is a raw id (91 of them, with holes), in segmentation a place among COCO's 80 categories. Heads for categories of
+other ids have as many classes as there are categories, in the order of their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from visft_ds.data.segmentation import COCO_CATEGORY_IDS
+
+_COCO = frozenset(COCO_CATEGORY_IDS)
+_EXAMPLES = 3
+
+
+def are_of_coco(ids: Mapping[int, str]) -> bool:
+    """Whether heads for these categories (id -> name) have the classes of the published ones unless told otherwise."""
+    return _COCO.issuperset(ids)
+
+
+def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
+    """The raw id that each class of a head stands for; None: a class is what it is in the published heads.
+
+    Args:
+        task: "detection" or "segmentation".
+        options: of the head.
+        names: id -> name of all categories of its training data.
+
+    Raises:
+        ValueError: no such head has classes for these categories.
+    """
+    number, published = options["num_classes"], options.get("labelling") == "published"
+    if task == "segmentation" and published and not are_of_coco(names):
+        raise ValueError(
+            f"visft.tasks.segmentation.head.labelling = published is the numbering of COCO's 80 categories only, and "
+            f"the data has {_few(names, _COCO)}: leave it at contiguous and train heads of your own in stage 1"
+        )
+    if task == "detection" and all(0 <= one < number for one in names):
+        return None
+    if task == "segmentation" and are_of_coco(names) and number >= len(COCO_CATEGORY_IDS):
+        return None
+    if number == len(names) and not published:
+        return tuple(sorted(names))
+    further = ""
+    if task == "detection":
+        further = f", or at least {max(names) + 1}, so that classes are raw ids"
+    elif are_of_coco(names):
+        further = f", or {len(COCO_CATEGORY_IDS)}, those of COCO"
+    allowed = f"{len(COCO_CATEGORY_IDS)}" if published else f"{len(names)}{further}"
+    raise ValueError(
+        f"visft.tasks.{task}.head.num_classes is {number}, and the data has {len(names)} categories ({_few(names)}): "
+        f"leave num_classes out, then it comes from the data, or give {allowed}"
+    )
+
+
+def _few(names: Mapping[int, str], but: frozenset[int] = frozenset()) -> str:
+    """The first categories, without those of some ids, and how many more there are."""
+    shown = [f"{one} {names[one]!r}" for one in sorted(names) if one not in but]
+    return ", ".join(shown[:_EXAMPLES]) + f" and {len(shown) - _EXAMPLES} more" * (len(shown) > _EXAMPLES)
