@@ -43,8 +43,9 @@ from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.verify import Verification, merge_tolerance, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
-from visft_ds.interop.writing import refuse_existing, write_text
+from visft_ds.interop.writing import FULL, refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
+from visft_ds.parallel.disk import reason
 from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
 
 ADAPTER_FORMATS = ("peft", "peft_split", "visft")
@@ -285,6 +286,10 @@ def _staged(out: Path) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{out} cannot be written: {reason(error, out.parent, 0)}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

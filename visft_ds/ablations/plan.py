@@ -269,7 +269,7 @@ class Planner:
         return self.steps.add("benchmarks", title, lambda out: [*words, "--out", str(out)], needs=needs, resumes=True)
 
     def _check_no_text(self, arm: Arm, kind: str) -> None:
-        """Raise ValueError where a model without text side would need one, which shows after all trainings otherwise."""
+        """Raise ValueError where a model without text side would need one; else it shows after all trainings."""
         asked = [f"--benchmark {one}" for one in self.scale.benchmarks if one.startswith(_BY_TEXT)]
         asked += ["learning of texts"] if arm.text else []
         if asked:
