@@ -11,7 +11,9 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -108,6 +110,15 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[
             for name, info in infos.items()
         }
         with full_disk_told(size):
-            write_atomically(path, lambda out: torch.save(tensors, out))
+            write_atomically(path, partial(_save, tensors))
     finally:
         raw.unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], out: BinaryIO) -> None:
+    try:
+        torch.save(tensors, out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # why the file could not be written; torch went on and ended it
+            raise error.__context__ from error
+        raise
