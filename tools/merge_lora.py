@@ -5,8 +5,8 @@ python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapt
 
 Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
 Adapter: a run (also one that trained its backbone itself), a checkpoint folder, a PEFT folder, or a LoRA file as ViSFT
-published them; several are averaged. An --out without suffix is a folder: weights, the configuration of the library
-that reads them, and a model card.
+published them; several are averaged; without any the base is written as it is, in another form. An --out without suffix
+is a folder: weights, the configuration of the library that reads them, and a model card.
 
 Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
 """
@@ -43,8 +43,9 @@ from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.verify import Verification, merge_tolerance, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
-from visft_ds.interop.writing import refuse_existing, write_text
+from visft_ds.interop.writing import FULL, refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
+from visft_ds.parallel.disk import reason
 from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
 
 ADAPTER_FORMATS = ("peft", "peft_split", "visft")
@@ -62,9 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         type=Path,
         action="append",
-        required=True,
+        default=[],
         metavar="PATH",
-        help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average",
+        help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average; none: --base in another "
+        "--format",
     )
     source.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
@@ -115,9 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
+    if absent := [str(path) for path in given.adapter if not path.exists()]:
+        raise ValueError(
+            f"{', '.join(absent)}: no such adapter; give a run, one of its checkpoints, a PEFT folder or a LoRA file"
+        )
     if given.base is None and not given.model and not given.unmerge and len(given.adapter) == 1:
         given.base = base_of(given.adapter[0])
     _check(given)
+    if not given.adapter:
+        return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
     if any(change.timm is not None for change in adapters if not isinstance(change, LoraAdapter)):
@@ -183,8 +191,12 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
                 return 1
         if _is_folder(given.out):
             write_text(stage / peft.README, timm_card(given.out.name, change, report))
+            if report.settings is not None:
+                write_text(stage / "config.json", json.dumps(report.settings, indent=2) + "\n")
         _publish(stage, given.out, [file])
-    print(f"load it  {report.create_call()}")
+    if call := report.create_call():
+        whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
+        print(f"load it  {whole if _is_folder(given.out) else call}")
     return 0
 
 
@@ -208,6 +220,13 @@ def _check(given: argparse.Namespace) -> None:
             f"--unmerge, --verify, --dtype and --max-shard-size are about full weights; --format {given.format} writes "
             f"the adapter alone"
         )
+    if not given.adapter:
+        if given.base is None:
+            raise ValueError("--adapter PATH is needed, or --base FILE to write in another form")
+        if alone or given.unmerge or given.weights or given.scale != 1 or given.allow_other_base:
+            raise ValueError("--adapter PATH is needed: without one only --format, --dtype and shards of --base change")
+        if _is_folder(given.out):
+            raise ValueError(f"{given.out}: without --adapter a file is written: end its name in .safetensors")
     if given.base is None and not (alone and given.model):
         needed = "--base FILE or --model PRESET" if alone else "--base FILE"
         raise ValueError(f"{needed} is needed: the model the adapter belongs to")
@@ -267,6 +286,10 @@ def _staged(out: Path) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{out} cannot be written: {reason(error, out.parent, 0)}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -283,7 +306,7 @@ def _publish(stage: Path, out: Path, files: Sequence[Path]) -> None:
         os.replace(file, out.with_name(file.name))
 
 
-def _write_merged(given: argparse.Namespace, adapter: Change, origin: Origin) -> int:
+def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Origin) -> int:
     form, dtype = FORMATS[given.format], DTYPES[given.dtype]
     file, layout = open_tower(given.base)
     tower = tower_in(file, layout)
@@ -320,6 +343,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change, origin: Origin) ->
                 )
                 return 1
         if _is_folder(given.out):
+            assert adapter is not None
             sharded = len(report.files) > 1
             beside = side_files(given.format, report.weights, report.tower, dtype, sharded=sharded)
             origin = replace(origin, base=Source(given.base.name, report.base_sha256))
@@ -394,10 +418,12 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
         f"out      {given.out} ({given.format}, {given.dtype}, {len(report.weights)} tensors{in_shards}, "
         f"{size:,.1f} MB, {seconds:.1f} s)"
     )
-    print("block    retained     error   (share of the change that is in the file; |missing| / |change|)")
-    rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
-    for name, share in [*rows, ("all", report.total)]:
-        print(f"{name:>5} {share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else f"{name:>5}   no change")
+    if given.adapter:
+        print("block    retained     error   (share of the change that is in the file; |missing| / |change|)")
+        rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
+        for name, share in [*rows, ("all", report.total)]:
+            told = f"{share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else "  no change"
+            print(f"{name:>5} {told}")
     if report.total.lost:
         print(
             f"warning: {given.dtype} cannot hold this change: its numbers near the weights are farther apart than the "
@@ -414,7 +440,7 @@ def _print_verification(result: Verification, images: int) -> None:
         f"verify   {images} random images: largest difference {result.max_abs:.3g}, relative "
         f"{result.relative:.3g} (allowed {result.tolerance:.2g}); the effect of the change {result.effect:.3g}"
     )
-    if result.passed and result.relative > 0.5 * result.effect:
+    if result.passed and 0 < 0.5 * result.effect < result.relative:
         print("warning: the difference is as large as that effect; write --dtype fp32 or fp16 to keep it")
 
 

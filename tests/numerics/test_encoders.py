@@ -107,6 +107,42 @@ def test_timm_vision_transformer_and_convolutions(tmp_path: Path) -> None:
         assert found["patches"].shape[2:] == (grid, grid) and encoder.text is None
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet", "levit_128s"])
+@torch.no_grad()
+def test_the_classifier_of_a_timm_checkpoint_is_left_out_by_name(tmp_path: Path, name: str) -> None:
+    """As published for ImageNet; levit has norms with its two classifiers, which are no part of what it computes."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=11).eval()
+    values = {key: value.contiguous() for key, value in model.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    save_file(values, path)
+    encoder = load_encoder(parse_model(f"timm:{name}:{path}"), LoadOptions("fp32"))
+    image = torch.randn(1, 3, encoder.side, encoder.side)
+    wanted = model.forward_head(model.forward_features(image), pre_logits=True)
+    assert torch.equal(encoder.module(image, ("pooled",))["pooled"], wanted)
+    classifier = model.pretrained_cfg["classifier"]
+    own = [f"{one}.weight" for one in ([classifier] if isinstance(classifier, str) else classifier)]
+    assert all(key in encoder.facts["left out"] for key in own)
+    assert not set(own) & {key.removeprefix("model.") for key in encoder.module.state_dict()}
+    first = next(key for key in values if key not in own)
+    other = {
+        "Unexpected": values | {"extra.weight": torch.zeros(3)},
+        "Missing": {key: value for key, value in values.items() if key != first},
+        "size mismatch": values | {own[0]: torch.zeros(11, 3)},
+    }
+    for message, tensors in other.items():
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            load_encoder(parse_model(f"timm:{name}:{path}"), LoadOptions("fp32"))
+
+
+def test_what_is_no_checkpoint_of_timm_is_told_in_one_line(tmp_path: Path) -> None:
+    for name in ("page.safetensors", "page.pth", "empty.safetensors", "empty.pth"):
+        (tmp_path / name).write_text("<html>" * 20 if name.startswith("page") else "")
+        with pytest.raises(ValueError, match=f"timm:test_vit: {tmp_path}/{name}"):
+            load_encoder(parse_model(f"timm:test_vit:{tmp_path}/{name}"), LoadOptions("fp32"))
+
+
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (28, 28), (9, 200)])
 def test_images_are_prepared_as_by_open_clip(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

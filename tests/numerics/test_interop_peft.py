@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.random_tower import move_adapters, random_tower, relative
+from tools.merge_lora import main
 from visft_ds.interop.adapters import adapter_of, install_adapter
 from visft_ds.interop.backbones import save_backbone
-from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.peft import CONFIG, README, WEIGHTS, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.timm import model_arguments
 from visft_ds.models.eva_vit import EvaViT
@@ -37,6 +39,19 @@ def _adapted(targets: tuple[str, ...] = ("q", "v"), **kind: bool) -> EvaViT:
 def _export(model: EvaViT, folder: Path, *, split: bool = False) -> Path:
     adapter = adapter_of(model, base_sha256="0" * 64)
     return save_peft_adapter(adapter, folder / "adapter", tower_of(model), split=split)
+
+
+def _base_file(model: EvaViT, path: Path, layout: str) -> Path:
+    """The tower under timm's names, or in another layout as part of a CLIP, with class token, projection and texts."""
+    save_backbone(model, path, layout)
+    if layout == "timm":
+        return path
+    prefix, width = LAYOUTS[layout].prefix, model.width
+    whole = {f"{prefix}cls_token": torch.randn(1, 1, width), "text.ln_final.weight": torch.randn(5)}
+    head = {"weight": torch.randn(7, width), "bias": torch.randn(7)}
+    whole |= {f"{prefix}head.{name}": value for name, value in head.items()}
+    save_file(whole | load_file(path), path, open_weights(path).metadata)
+    return path
 
 
 def _timm_twin(model: EvaViT, *, separate: bool) -> torch.nn.Module:
@@ -76,18 +91,26 @@ def test_without_the_separate_bias_peft_is_a_silent_no_op_on_timm(tmp_path: Path
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused qkv", "separate q, k, v"])
-@pytest.mark.parametrize("class_token", [True, False])
-def test_the_snippet_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_token: bool, split: bool
+@pytest.mark.parametrize(
+    ("layout", "class_token"),
+    [("timm", True), ("timm", False), ("open_clip", True), ("open_clip", False), ("eva_clip", False)],
+)
+def test_the_readme_runs_as_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, class_token: bool, split: bool
 ) -> None:
+    """Command, then code. Towers are trained without the class token that the file of a whole CLIP has."""
     ours = _adapted(class_token=class_token)
     folder = _export(ours, tmp_path, split=split)
     base = random_tower(class_token=class_token)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             parameter.copy_(ours.get_parameter(name))
-    save_backbone(base, folder / "base.safetensors", "timm")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(encoding="utf-8"), flags=re.DOTALL)
+    file = _base_file(base, tmp_path / "clip.safetensors", layout)
+    text = (folder / README).read_text(encoding="utf-8")
+    (command,) = re.findall(r"```sh\npython tools/merge_lora.py (.*?)\n```", text)
+    words = {"FILE": str(file), "FOLDER/base.safetensors": str(folder / "base.safetensors")}
+    assert main([words.get(word, word) for word in command.split()]) == 0
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict[str, object] = {}
     exec(compile(snippet, README, "exec"), names)

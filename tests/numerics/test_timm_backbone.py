@@ -241,6 +241,54 @@ def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
         merge_timm(tmp_path / "merged.safetensors", adapter, tmp_path / "twice.safetensors")
 
 
+@pytest.mark.parametrize("classes", [0, 7])
+@pytest.mark.parametrize(("name", "size"), [("test_vit", None), ("test_vit", 96), ("test_convnext", None)])
+def test_timm_loads_the_folder_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int | None, classes: int
+) -> None:
+    """A run on a checkpoint with a classifier or without one, merged into a folder, as the README in it says."""
+    sized = {} if size is None else {"img_size": size}
+    torch.manual_seed(0)
+    whole = timm.create_model(name, num_classes=classes, **sized)
+    base = tmp_path / "base.safetensors"
+    save_file({key: value.contiguous() for key, value in whole.state_dict().items()}, base)
+    ours = build_timm(name, image_size=size).eval()
+    ours.load_state_dict({key: value for key, value in load_file(base).items() if key in ours.state_dict()})
+    inject_lora(ours, rank=3, alpha=1.5, targets=ADAPTED[name])
+    move_adapters(ours, spread=0.1)
+    folder = save_module_adapter(_adapter(ours, name), tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert loaded.num_classes == classes and tuple(loaded.pretrained_cfg["mean"]) == ours.pixel_mean
+    assert loaded.state_dict().keys() == whole.state_dict().keys()
+    (snippet,) = re.findall(r"```python\n(.*?)```", (out / README).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, README, "exec"), names)
+    images = torch.randn(1, 3, size or 160, size or 160)
+    with torch.no_grad():
+        for model in (loaded, names["model"].eval()):
+            assert relative(_map_of(model, images), ours(images)) < TOLERANCE
+        if classes:
+            assert torch.equal(loaded.get_classifier().weight, whole.get_classifier().weight)
+
+
+def test_a_base_without_what_timms_model_has_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backbone that trained itself is written without the norm that ConvNeXt has behind its feature map."""
+    base, ours = tmp_path / "base.safetensors", _adapted("test_convnext")
+    save_tensors(base, build_timm("test_convnext").state_dict(), {})
+    folder = save_module_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for told in (printed, (out / README).read_text()):
+        assert "head.norm.weight" in told and "create_model" not in told
+    assert not (out / "config.json").exists()
+
+
 def test_an_adapter_of_another_base_is_not_written_for_peft_either(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from visft_ds.ablations.statistics import estimate
 from visft_ds.ablations.steps import Step, StepList
 from visft_ds.ablations.tables import markdown, remarks, sections
 from visft_ds.ablations.write import read_outcome, write_question, write_report
+from visft_ds.run_folder import BACKBONE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,6 +133,45 @@ def test_given_heads_take_the_place_of_stage_1(tmp_path: Path) -> None:
     assert not any(stem.startswith("stage1") for stem in planner.steps.steps)
     assert "--adapter none" in " ".join(trial.before.command) and "--heads" in trial.after.command
     assert f"visft.heads.path={tmp_path}" in " ".join(planner.steps.steps[trial.before.needs[0]].command)
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["stage 1", "given heads"])
+def test_a_model_without_weights_is_compared_with_the_base_that_a_training_wrote(tmp_path: Path, heads: bool) -> None:
+    """Random base weights are no file of the user's: the first training of a seed leaves them."""
+    given = str(tmp_path) if heads else None
+    planner = Planner(Path("out"), Scale(data="data/own", benchmarks=("digits",), heads=given))
+    for trial in planner.plan("tuning", choose_arms(QUESTIONS["tuning"], ["all"]), [0, 1]).trials:
+        words = trial.benchmarks.command
+        base = Path(next(word for word in words if word.startswith("before=")).removeprefix("before="))
+        makes = [step for step in planner.steps.steps.values() if base == step.out / "export" / BACKBONE_FILE]
+        assert [step.stem for step in makes] == [need for need in trial.benchmarks.needs if need == makes[0].stem]
+        assert "launchers/train.py" in makes[0].command and f"visft.seed={trial.seed}" in makes[0].command
+
+
+def test_a_model_without_weights_has_no_text_to_learn_or_to_compare_with() -> None:
+    for question, benchmark in (("text", "digits"), ("heads", "zero_shot=imagenet-a")):
+        planner = Planner(Path("out"), Scale(data="data/own", benchmarks=(benchmark, "digits")))
+        with pytest.raises(ValueError, match=r"no text side.*visft\.model\.weights=FILE"):
+            planner.plan(question, QUESTIONS[question], [0])
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["stage 1", "given heads"])
+def test_a_model_of_timm_is_named_by_a_run_that_knows_it(tmp_path: Path, heads: bool) -> None:
+    """Its file alone does not tell that it is one of timm."""
+    given = str(tmp_path) if heads else None
+    planner = Planner(Path("out"), Scale(model="clip_vit_b", data="data/own", benchmarks=("digits",), heads=given))
+    [trial, _] = planner.plan("tuning", choose_arms(QUESTIONS["tuning"], ["last blocks at a tenth"]), [0]).trials
+    [base] = [word for word in trial.benchmarks.command if word.startswith("before=")]
+    [run] = [step for step in planner.steps.steps.values() if str(step.out) in base]
+    assert run.stem in trial.benchmarks.needs and base == f"before={run.out}{'@0' if heads else ''}"
+    assert any("backbone.blocks.11.*" in " ".join(step.command) for step in planner.steps.steps.values())
+
+
+def test_whole_weights_of_a_model_of_timm_are_written_as_timm_reads_them() -> None:
+    planner = Planner(Path("out"), Scale(model="debug_convnext", data="data/own", benchmarks=("digits",)))
+    planner.plan("tuning", choose_arms(QUESTIONS["tuning"], ["norms"]), [0])
+    [merge] = [step.command for step in planner.steps.steps.values() if step.stem.startswith("merged")]
+    assert merge[merge.index("--format") + 1] == "timm"
 
 
 # ----------------------------------------------------------------------------------------------------- running

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,3 +246,71 @@ def test_the_tool_warns_about_bfloat16_and_asks_for_what_it_cannot_know(
     said = capsys.readouterr().out
     assert "warning: bf16 cannot hold this change" in said and "note: allowed" in said
     assert json.loads(open_weights(out).metadata["tower"])["num_heads"] == 2
+
+
+def test_without_adapter_the_base_is_written_in_another_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, _ = _case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    assert main(["--base", str(base), "--out", str(out), "--verify"]) == 0
+    before, after = load_file(base), load_file(out)
+    inner = {name: name.removeprefix("visual.") for name in before if name.startswith("visual.")}
+    assert set(after) == set(inner.values())
+    assert all(torch.equal(before[name].float(), after[new].float()) for name, new in inner.items())
+    assert "no change" not in capsys.readouterr().out
+    # What was trained on the base belongs to the same values in another form, not to rounded ones.
+    assert not merge_into_file(out, adapter, tmp_path / "merged.safetensors").notes
+    half = tmp_path / "half.safetensors"
+    assert main(["--base", str(base), "--out", str(half), "--dtype", "bf16"]) == 0
+    with pytest.raises(ValueError, match="was trained on the base with sha256"):
+        merge_into_file(half, adapter, tmp_path / "other.safetensors")
+    # A merged file stays one.
+    assert main(["--base", str(tmp_path / "merged.safetensors"), "--out", str(tmp_path / "again.safetensors")]) == 0
+    with pytest.raises(ValueError, match="count it twice"):
+        merge_into_file(tmp_path / "again.safetensors", adapter, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--adapter", "NOT_THERE"), "NOT_THERE: no such adapter"),
+        (("--base", "base.safetensors", "--adapter", "NOT_THERE"), "NOT_THERE: no such adapter"),
+        ((), "--adapter PATH is needed, or --base FILE"),
+        (("--base", "base.safetensors", "--scale", "2"), "--adapter PATH is needed"),
+        (("--base", "base.safetensors", "--format", "peft"), "--adapter PATH is needed"),
+        (("--base", "base.safetensors", "--out", "folder"), "folder: without --adapter a file is written"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    told: str,
+) -> None:
+    _case(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    assert main(["--out", "out.safetensors", *words]) == 2
+    assert told in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
+def test_a_full_disk_is_told_with_path_and_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base, _, _ = _case(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    given = ["--base", str(base), "--out", str(tmp_path / name), "--format", "eva_clip"]
+    assert main(given) == 2
+    size = base.stat().st_size / 1e6
+    told = (
+        rf"{tmp_path / name} cannot be written: No space left on device, {size:.1f} MB are to be written \(.* MB free\)"
+    )
+    assert re.search(told, capsys.readouterr().err) and sorted(os.listdir(tmp_path)) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from tests.adapter_bounds import same_change
 from tools.merge_lora import main
 from visft_ds.config import resolve
-from visft_ds.interop import hub
+from visft_ds.interop import hub, writers
 from visft_ds.interop.adapters import LoraAdapter, average
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
@@ -250,6 +253,25 @@ def test_torch_files_hold_each_tensor_in_a_storage_of_its_own(tmp_path: Path) ->
 
 
 # -- the adapter alone, and where it comes from
+
+
+class _Full(io.BytesIO):
+    """A file on a disk that takes a part of what is written, as a full one does."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 1000:
+            super().write(bytes(data)[:500])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_torch_on_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save replaces the error of the disk by one of its own about a position."""
+    monkeypatch.setattr(writers, "write_atomically", lambda path, write: write(_Full()))
+    value = torch.zeros(500_000)
+    with pytest.raises(OSError, match=r"No space left on device, 2\.0 MB are to be written"):
+        write_torch(tmp_path / "x.pt", {"a": TensorInfo.of(value)}, lambda name: value)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["peft", "peft_split", "visft"])

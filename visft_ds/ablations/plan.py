@@ -22,14 +22,17 @@ from visft_ds.ablations.scales import TOY_SIDE, Scale
 from visft_ds.ablations.steps import STEPS, Step, StepList
 from visft_ds.ablations.toy import Toy, clip_file
 from visft_ds.config import Missing, ResolvedConfig, missing_inputs, resolve_arguments
-from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.layouts import depth_of, is_lora
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.run_folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
+from visft_ds.models.timm_backbone import build_timm
+from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.stages import plan_groups
 
 #: Labels of the two models of a trial in the table of benchmarks.
 BEFORE, AFTER = "before", "after"
 MERGED = "merged.safetensors"
+#: Beginnings of benchmarks that need a text side.
+_BY_TEXT = ("zero_shot=", "retrieval=")
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,18 @@ class Planner:
     def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
         """What settings of arms may name beside $second, see `questions`."""
         rate, model, stage1 = recipe.optimizer.params.lr, recipe.visft.model, self._recipe(1)
-        depth = model.overrides.depth or PRESETS[model.preset].depth
+        depth = _depth_of_timm(model.timm) if model.timm else model.overrides.depth or PRESETS[model.preset].depth
         last = range(depth - max(1, depth // 4), depth)
-        return {
+        values = {
             "rate": f"{rate:g}",
             "tenth": f"{rate / 10:g}",
             "heads": f"{stage1.optimizer.params.lr:g}",
             "mode": stage1.visft.mode,
             "shared": str(stage1.visft.shared.batch_size if stage1.visft.shared else 1),
-            "last": ",".join(f"backbone.blocks.{number}.*" for number in last),
         }
+        if depth:
+            values["last"] = ",".join(f"backbone.blocks.{number}.*" for number in last)
+        return values
 
     def _training(
         self, kind: str, title: str, stage: int, settings: Sequence[str], seed: int, needs: Sequence[Step]
@@ -203,6 +208,11 @@ class Planner:
     def _data(self) -> str:
         return str(self._toy.shards("a").out) if self.scale.data is None else self.scale.data
 
+    def _first(self, recipe: Arm, seed: int) -> _Training:
+        """The first training of a seed: stage 1, or where its heads are given the stage 2 of the recipe."""
+        given = self._given_heads(recipe)
+        return self._stage2(f"seed {seed}: recipe", recipe, seed) if given else self._stage1(recipe, seed)
+
     # ----------------------------------------------------------------------------------------- evaluations
 
     def _in_domain(self, title: str, arm: Arm, seed: int, trained: _Training | None) -> Step:
@@ -212,8 +222,7 @@ class Planner:
         """
         tasks = ",".join(self._recipe(1).visft.tasks.enabled())
         recipe = replace(RECIPE, tower=arm.tower)
-        given = self._given_heads(arm)
-        run = self._stage2(f"seed {seed}: recipe", recipe, seed) if given else self._stage1(recipe, seed)
+        run = self._first(recipe, seed)
         words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", tasks]
         parts = trained.parts() if trained else []
         words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
@@ -234,7 +243,16 @@ class Planner:
             needs.append(self._base(seed))
             base = str(clip_file(needs[-1]))
         else:
-            base = self._recipe(2).visft.model.weights or ""
+            model = self._recipe(2).visft.model
+            base = model.weights or ""
+            if model.weights is None or model.timm:
+                self._check_no_text(arm, "without weights" if model.weights is None else "of timm")
+                first = self._first(RECIPE, seed)
+                needs.append(first.step)
+                if model.weights is None:
+                    base = str(first.export / BACKBONE_FILE)  # every training writes its random base
+                else:  # the run knows which model of timm its file is of
+                    base = f"{first.step.out}@0" if self._given_heads(RECIPE) else str(first.step.out)
         after = base
         if trained is not None:
             step, after = self._whole(title, trained, merge=arm.text)
@@ -250,6 +268,17 @@ class Planner:
         title = f"{title}: out of domain"
         return self.steps.add("benchmarks", title, lambda out: [*words, "--out", str(out)], needs=needs, resumes=True)
 
+    def _check_no_text(self, arm: Arm, kind: str) -> None:
+        """Raise ValueError where a model without text side would need one; else it shows after all trainings."""
+        asked = [f"--benchmark {one}" for one in self.scale.benchmarks if one.startswith(_BY_TEXT)]
+        asked += ["learning of texts"] if arm.text else []
+        if asked:
+            raise ValueError(
+                f"--model {self.scale.model} is a model {kind} and has no text side for {', '.join(asked)}: give base "
+                f"weights of a CLIP (--set visft.model.weights=FILE, or another --model), or ask for --benchmark "
+                f"probe=SOURCE or digits"
+            )
+
     def _whole(self, title: str, trained: _Training, *, merge: bool) -> tuple[Step, str]:
         """A step and what names its result to tools/evaluate.py benchmarks.
 
@@ -261,7 +290,8 @@ class Planner:
         """
         if "backbone" not in trained.trained and not merge:
             return trained.step, str(trained.step.out)
-        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", self.scale.layout]
+        layout = "timm" if trained.config.visft.model.timm else self.scale.layout
+        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", layout]
         title = f"{title}: whole weights"
         step = self.steps.add("merged", title, lambda out: [*words, "--out", str(out / MERGED)], needs=[trained.step])
         return step, str(step.out / MERGED)
@@ -273,6 +303,12 @@ class Planner:
         needs = [*needs, self._toy.shards("a")] if self.scale.toy else needs
         title = f"{title}: text"
         return self.steps.add("text", title, lambda out: [*words, "--out", str(out)], needs=needs)
+
+
+@cache
+def _depth_of_timm(name: str) -> int:
+    """Number of blocks of a plain ViT, 0 for other networks."""
+    return depth_of(build_timm(name, device="meta").state_dict())
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
@@ -290,7 +326,7 @@ def _of(arm: Arm, seed: int) -> str:
 
 def _without_text(benchmarks: Sequence[str]) -> list[str]:
     """Those that a tower without a text side can take part in. Raises ValueError where there is none."""
-    kept = [one for one in benchmarks if not one.startswith(("zero_shot=", "retrieval="))]
+    kept = [one for one in benchmarks if not one.startswith(_BY_TEXT)]
     if not kept:
         raise ValueError("towers without a text side are judged by probes: give a --benchmark probe=SOURCE or digits")
     return kept

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
 from visft_ds.interop.text_towers import TextTower, tower_of_model
+from visft_ds.interop.timm_files import classes_in
 from visft_ds.models.eva_vit import EvaViT
 
 KINDS = ("pooled", "clip", "patches")
@@ -266,10 +268,13 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     own_file = weights is not None and weights != RANDOM
     if own_file and not Path(str(weights)).is_file():
         raise ValueError(f"timm:{name}: {weights} is no file; give one, {RANDOM}, or nothing for timm's own weights")
+    facts = {"backbone": f"timm {name}, weights {weights or 'of timm'}"}
     try:
-        model = timm.create_model(name, pretrained=weights is None, num_classes=0)
-        if own_file:  # not left to create_model, which in older versions runs the code of a pickle
-            timm.models.load_checkpoint(model, str(weights), weights_only=True)
+        if own_file:
+            model, left_out = _timm_of_file(name, str(weights))
+            facts |= {"left out": f"the classifier: {', '.join(left_out)}"} if left_out else {}
+        else:
+            model = timm.create_model(name, pretrained=weights is None, num_classes=0)
     # Its words for tensors that do not fit, for weights it does not have, and for pickles (by version).
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"timm:{name}: {error}") from error
@@ -281,8 +286,31 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
         int(config["input_size"][-1]),
         {"preprocess": json.dumps({key: config[key] for key in sorted(config)})},
         None,
-        {"backbone": f"timm {name}, weights {weights or 'of timm'}"},
+        facts,
     )
+
+
+def _timm_of_file(name: str, path: str) -> tuple[Any, list[str]]:
+    """(a model of timm without classifier, names of the classifier's tensors that its file has).
+
+    timm itself accounts for every key of the file, against the model with as many classes.
+    """
+    import timm
+
+    if Path(path).suffix in (".npz", ".npy"):  # of JAX: timm's models read these themselves
+        return timm.create_model(name, num_classes=0, checkpoint_path=path), []
+    try:
+        values = timm.models.load_state_dict(path, weights_only=True)  # older versions would run the code of a pickle
+    except (SafetensorError, EOFError) as error:  # the latter of an empty file
+        raise ValueError(f"timm:{name}: {path} is no whole weight file ({error})") from error
+    except RuntimeError as error:
+        raise ValueError(f"timm:{name}: {path}: {error}") from error
+    known = timm.get_pretrained_cfg(name)
+    shapes = {key: value.shape for key, value in values.items()}
+    model = timm.create_model(name, num_classes=classes_in(known.classifier if known else None, shapes))
+    model.load_state_dict(values)
+    model.reset_classifier(0)
+    return model, sorted(values.keys() - model.state_dict().keys())
 
 
 def _side(size: int | tuple[int, int] | list[int]) -> int:

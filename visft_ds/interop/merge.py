@@ -22,6 +22,7 @@ from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import cast, check_names, is_merged
 from visft_ds.interop.files import (
     BASE_SHA256,
+    VISION_OF,
     Entry,
     TensorInfo,
     WeightFile,
@@ -126,7 +127,7 @@ def scaled(adapter: ChangeT, scale: float) -> ChangeT:
 
 def merge_into_file(
     base: str | Path,
-    adapter: Change,
+    adapter: Change | None,
     out: str | Path,
     *,
     layout: str = "timm",
@@ -137,7 +138,7 @@ def merge_into_file(
     shard_bytes: int | None = None,
 ) -> MergeReport:
     """Write base + adapter, or weights that trained themselves in place of the base's, in one of `FORMATS`, tensor by
-    tensor; `unmerge`: merged - adapter.
+    tensor; `unmerge`: merged - adapter; without adapter: the base as it is, in another form.
 
     Peak memory is about two of the largest tensors above the map. The tower is cast to `dtype`; class token, CLIP
     projection and (eva_clip, open_clip) text side are carried over as they are. `tower` adds what the base file does
@@ -155,17 +156,22 @@ def merge_into_file(
     check_format(layout, out, tower, sharded=shard_bytes is not None)
     refuse_existing(out)
     check_names(file, source, tower_names(found), found)
-    adapter = adapter.fit(found)
-    if unmerge and (isinstance(adapter, TunedWeights) or adapter.magnitude):
+    if adapter is not None:
+        adapter = adapter.fit(found)
+    if unmerge and adapter is not None and (isinstance(adapter, TunedWeights) or adapter.magnitude):
         raise ValueError(
             f"{adapter.describe()}: this cannot be taken out again, what stood in its place is gone; take the base file"
         )
-    base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
+    base_sha256, notes = sha256_file(base), list[str]()
+    if adapter is not None:
+        base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
     blocks, total = tuple(Share() for _ in range(found.depth)), Share()
     merged = _merged(file, source, found, adapter, dtype, -1.0 if unmerge else 1.0, (blocks, total))
     entries = FORMATS[layout].entries(merged, source)
     told = {"tower": tower.to_json(), "lora_merged": "false", "unmerged_from": base_sha256}
-    if not unmerge:
+    if adapter is None:
+        told = _carried(file, source, found, dtype) | {"tower": tower.to_json()}
+    elif not unmerge:
         kind = "tuned" if isinstance(adapter, TunedWeights) else "lora"
         told = {
             # Weights that trained themselves are a base like any other.
@@ -181,25 +187,34 @@ def merge_into_file(
         notes.append("the base has no class token: models that pool by it need class_token=False")
     if layout == "eva_clip" and (missing := eva_clip.missing_parts(entries)):
         notes.append(f"no whole EVA-CLIP: its own code would leave at random {', '.join(missing)}")
-    if not total.wanted:
+    if adapter is not None and not total.wanted:
         notes.append("nothing changes: every lora_B is zero, or what trained is as it was")
     used = {source for entry in entries.values() for source in entry.sources}
     left_out = tuple(name for name in file if name not in used)
     return MergeReport(tower, source.name, base_sha256, result, left_out, blocks, total, tuple(notes), tuple(files))
 
 
+def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
+    """What a base in another form still says of itself; where no value was rounded, also to adapters that know it."""
+    names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from")
+    told = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
+    own = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
+    exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in own)
+    return told | ({VISION_OF: base_identity(file)} if exact else {})
+
+
 def _merged(
     file: WeightFile,
     source: Layout,
     tower: Tower,
-    adapter: Change,
+    adapter: Change | None,
     dtype: torch.dtype,
     sign: float,
     shares: tuple[tuple[Share, ...], Share],
 ) -> WeightFile:
     """A view of the base with `sign` times the adapter's change in its weights; what is read counts into `shares`."""
     own = {source.prefix + name for name in tower_names(replace(tower, class_token=False))}
-    changed = {source.prefix + name for name in adapter.weights()}
+    changed = {source.prefix + name for name in adapter.weights()} if adapter is not None else set()
     blocks, total = shares
 
     def make(name: str, value: Tensor) -> Tensor:
@@ -207,6 +222,7 @@ def _merged(
             raise ValueError(f"{file.path}: {name} holds NaN or infinity")
         if name not in changed:
             return cast(value, dtype, name)
+        assert adapter is not None
         inner = name[len(source.prefix) :]
         weight = value.float()
         moved, delta = adapter.apply(inner, weight)

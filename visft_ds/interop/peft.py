@@ -74,6 +74,15 @@ The model is built with separate projections of q, k and v (`qkv_fused=False`), 
 _LOADING = """\
 {fused}## Load it with timm and PEFT
 
+The base weights under timm's names, out of the base file FILE in whatever layout, into this folder FOLDER; by
+visft_ds:
+
+```sh
+python tools/merge_lora.py --base FILE --out FOLDER/base.safetensors
+```
+
+Then, in this folder:
+
 ```python
 import timm
 from peft import PeftModel
@@ -84,6 +93,8 @@ BASE = "base.safetensors"  # the base weights, under timm's names
 
 model = {create}
 weights = load_file(BASE)
+for name in {beside}:  # of a whole CLIP
+    weights.pop(name, None)
 {adjust}model.load_state_dict(weights)
 {separate}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
@@ -159,6 +170,7 @@ def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
     return _LOADING.format(
         fused=_FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if fused else "",
         create=create_model_call(tower, **({"qkv_fused": False} if split else {})),
+        beside=("head.weight", "head.bias") if tower.class_token else ("head.weight", "head.bias", "cls_token"),
         adjust=adjust + (_SPLIT if split else ""),
         separate="" if split else _SEPARATE,
         why=_UNFUSED if split else _NECESSARY,

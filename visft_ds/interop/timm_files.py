@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +71,18 @@ def open_timm(backbone: TimmBackbone, path: str | Path) -> TimmFile:
     return TimmFile(file, tuple(buffers), summary)
 
 
+def classes_in(classifier: str | Sequence[str] | None, shapes: Mapping[str, Sequence[int]]) -> int:
+    """`num_classes` of the model of timm that has these tensors, by the names of its classifiers; 0 without one."""
+    return next((shapes[f"{name}.weight"][0] for name in _listed(classifier) if f"{name}.weight" in shapes), 0)
+
+
+def _listed(classifier: str | Sequence[str] | None) -> list[str]:
+    return [classifier] if isinstance(classifier, str) else list(classifier or ())
+
+
 def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
     """Beginnings of names of what a file may hold beyond the feature map."""
-    classifier: Any = backbone.classifier_names
-    named = [classifier] if isinstance(classifier, str) else list(classifier)
-    tops = {str(name).partition(".")[0] for name in (*named, *backbone.left_out)}
+    tops = {name.partition(".")[0] for name in (*_listed(backbone.classifier_names), *backbone.left_out)}
     return tuple(f"{name}." for name in sorted(tops | {"fc_norm"}))
 
 

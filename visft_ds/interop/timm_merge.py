@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,19 @@ from visft_ds.interop.files import BASE_SHA256, TensorInfo, examples, recipe_of_
 from visft_ds.interop.layouts import TIMM_KEY, base_parameters
 from visft_ds.interop.merge import Share, scaled
 from visft_ds.interop.module_adapters import ModuleAdapter
-from visft_ds.interop.timm_files import load_timm, open_timm
+from visft_ds.interop.timm_files import classes_in, load_timm, open_timm
 from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.writing import refuse_existing, write_safetensors
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 
 Change = ModuleAdapter | TunedWeights
+#: What timm knows of pretrained weights that holds for trained ones too; the latter where positions keep their size.
+_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
+_SETTINGS = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("first_conv", "classifier"),
+    *_SIZES,
+)
 
 
 @dataclass(frozen=True)
@@ -33,18 +41,43 @@ class TimmMerge:
     tensors: Mapping[str, TensorInfo]
     shares: Mapping[str, Share]  #: by name of the changed weight
     total: Share
+    settings: Mapping[str, Any] | None  #: config.json of a folder; None: timm cannot load it, as a note says
     notes: tuple[str, ...]
 
-    def create_call(self) -> str:
-        """Python that builds the model and loads a file FILE of these weights, strictly."""
-        rows = [
-            info.shape[0]
-            for name, info in self.tensors.items()
-            if name.removesuffix(".weight") == self.backbone.classifier_names
-        ]
+    def create_call(self) -> str | None:
+        """Python that builds the model and loads a file FILE of these weights, strictly; None where timm cannot."""
+        if self.settings is None:
+            return None
         size = "".join(f", {key}={value}" for key, value in self.backbone.options.items())
-        classes = rows[0] if rows else 0
+        classes = self.settings["num_classes"]
         return f'timm.create_model("{self.backbone.name}", num_classes={classes}{size}, checkpoint_path=FILE)'
+
+
+def _settings(backbone: TimmBackbone, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads these tensors;
+    notes). None, and why, where they are not all that timm's model has, and no more.
+    """
+    import timm
+
+    classes = classes_in(backbone.classifier_names, shapes)
+    with torch.device("meta"):
+        model = timm.create_model(backbone.name, num_classes=classes, **backbone.options)
+    wanted = model.state_dict().keys()
+    lacks, more = [key for key in wanted if key not in shapes], [key for key in shapes if key not in wanted]
+    if lacks or more:
+        facts = [f"lacks {examples(lacks)}"] * bool(lacks) + [f"has {examples(more)} beside it"] * bool(more)
+        return None, [f"timm does not load this by itself: of its {backbone.name} the base {' and '.join(facts)}"]
+    known = model.pretrained_cfg
+    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
+    if side := backbone.options.get("img_size"):
+        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
+    return {
+        "architecture": known["architecture"],
+        "num_classes": classes,
+        "num_features": model.num_features,
+        "model_args": backbone.options,
+        "pretrained_cfg": kept | {"num_classes": classes},
+    }, []
 
 
 def merge_timm(
@@ -97,7 +130,8 @@ def merge_timm(
         "lora" if merged else "tuned": json.dumps({**change.record(), "sha256": change.fingerprint()}),
     }
     write_safetensors(out, infos, make, told)
-    return TimmMerge(backbone, sha256, infos, shares, total, tuple(notes))
+    settings, unfit = _settings(backbone, {key: info.shape for key, info in infos.items()})
+    return TimmMerge(backbone, sha256, infos, shares, total, settings, (*notes, *unfit))
 
 
 def scaled_module(change: Change, scale: float) -> Change:
@@ -121,7 +155,10 @@ def check_timm_base(base: str | Path, change: Change, *, allow_other: bool) -> t
 def timm_card(title: str, change: Change, report: TimmMerge) -> str:
     """README.md of merged weights."""
     what = "with its LoRA merged in" if isinstance(change, ModuleAdapter) else "trained itself"
-    snippet = ["import timm", "", 'FILE = "model.safetensors"', f"model = {report.create_call()}"]
+    snippet = ["```python", 'FOLDER = "."  # this folder', "import timm", ""]
+    snippet += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)', "```"]
+    if report.settings is None:
+        snippet = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
     return "\n".join(
         [
             *("---", "library_name: timm", "tags: [vision, visft]", "---", ""),
@@ -132,7 +169,8 @@ def timm_card(title: str, change: Change, report: TimmMerge) -> str:
             f"Base weights: sha256 {report.base_sha256}. Change: sha256 {change.fingerprint()}. "
             f"{report.total.retained:.2%} of the change is in the file.",
             "",
-            *("```python", *snippet, "```", ""),
+            *snippet,
+            "",
         ]
     )
 

@@ -35,7 +35,7 @@ class Verification:
 
 def verify_merge(
     base: str | Path,
-    adapter: LoraAdapter | TunedWeights,
+    adapter: LoraAdapter | TunedWeights | None,
     merged: str | Path,
     tower: Tower,
     *,
@@ -50,7 +50,8 @@ def verify_merge(
     load_backbone(model, base)
     with torch.no_grad():
         plain = model(pixels)
-        adapter.install(model)
+        if adapter is not None:
+            adapter.install(model)
         wanted = model(pixels)
         del model
         model = build_tower(tower).eval()

@@ -11,13 +11,15 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from visft_ds.interop.files import INDEX, TensorInfo
-from visft_ds.interop.writing import refuse_existing, write_atomically, write_safetensors, write_text
+from visft_ds.interop.writing import full_disk_told, refuse_existing, write_atomically, write_safetensors, write_text
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _ALIGNMENT = 64  # bytes, as torch.save aligns storages itself
@@ -91,8 +93,9 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.with_name(f".{path.name}.raw-{os.getpid()}")
     offsets: dict[str, int] = {}
+    size = sum(info.nbytes for info in infos.values())
     try:
-        with raw.open("w+b") as file:
+        with full_disk_told(2 * size), raw.open("w+b") as file:
             for name in infos:
                 tensor = produce(name).detach().cpu().contiguous()
                 assert TensorInfo.of(tensor) == infos[name], name
@@ -106,6 +109,16 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[
             name: torch.frombuffer(pages, dtype=info.dtype, count=info.numel, offset=offsets[name]).reshape(info.shape)
             for name, info in infos.items()
         }
-        write_atomically(path, lambda out: torch.save(tensors, out))
+        with full_disk_told(size):
+            write_atomically(path, partial(_save, tensors))
     finally:
         raw.unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, Tensor], out: BinaryIO) -> None:
+    try:
+        torch.save(tensors, out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # why the file could not be written; torch went on and ended it
+            raise error.__context__ from error
+        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from visft_ds import __version__
 from visft_ds.interop.files import SAFETENSORS_DTYPES, TensorInfo
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+#: Numbers of the errors of a disk, or of a user's share of it, that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def refuse_existing(path: Path) -> None:
@@ -52,6 +56,18 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, overwrite: boo
         os.close(folder)
 
 
+@contextmanager
+def full_disk_told(size: int) -> Iterator[None]:
+    """Have the OSError of a full disk say how many bytes were to be written; it names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        told = f"{error.strerror}, {size / 1e6:,.1f} MB are to be written"
+        raise OSError(error.errno, told, error.filename) from error
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what `write_atomically` left anywhere below `folder` in a process that was killed meanwhile."""
     for path in folder.rglob(".*.tmp-*"):
@@ -84,7 +100,8 @@ def write_safetensors(
         for piece in pieces:
             file.write(piece)
 
-    write_atomically(path, write, overwrite=overwrite)
+    with full_disk_told(sum(info.nbytes for info in infos.values())):
+        write_atomically(path, write, overwrite=overwrite)
 
 
 def safetensors_pieces(

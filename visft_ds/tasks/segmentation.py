@@ -272,12 +272,12 @@ def postprocess(
 ) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
-    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h) around
-    it in pixels, category_id the entry of `classes` for the class. As in the reference, a query gives its best class apart
-    from "no object" with the softmax probability, and the cells' logits interpolated bilinearly, with probability above one
-    half. Unlike there, a query without a single pixel gives nothing: it would count as a confident mistake. Only images
-    with `batch.real` appear. The batch must have been resized without cropping, as evaluation transforms do. A few queries
-    are worked on at a time, so that memory does not grow with their number.
+    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
+    around it in pixels, category_id the entry of `classes` for the class. As in the reference, a query gives its best
+    class apart from "no object" with the softmax probability, and the cells' logits interpolated bilinearly, with
+    probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
+    confident mistake. Only images with `batch.real` appear. The batch must have been resized without cropping, as
+    evaluation transforms do. A few queries are worked on at a time, so that memory does not grow with their number.
     """
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
