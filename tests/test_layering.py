@@ -1,6 +1,7 @@
 """The shape of the code: who imports whom, and what no file may contain.
 
-A new module of the package needs a place in `LAYERS`; if it fits nowhere, the plan has changed and says so here.
+Floors are computed: a unit stands one floor above the highest it imports. `python -m tests.test_layering` prints the
+picture that CONTRIBUTING.md shows.
 """
 
 from __future__ import annotations
@@ -9,30 +10,17 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
 
-#: Lowest first. A unit imports from lower lines only; units on one line do not know each other.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("parallel.processes",),
-    ("host_memory", "parallel.faults"),
-    ("config", "monitor", "parallel.distributed"),
-    ("data", "ops"),
-    ("conversion", "models", "tasks"),
-    ("profiling.counting", "profiling.flops", "profiling.hardware", "profiling.ledger", "training_data"),
-    ("interop", "multitask", "run_folder", "streams"),
-    ("bundle", "examine", "run_lock", "values"),
-    ("machine", "stages"),
-    ("evals", "parallel"),
-    ("changes", "contrastive", "guard", "planner", "validation", "which"),
-    ("out_of_memory", "run_state", "start_report"),
-    ("rehearsal",),
-    ("train",),
-    ("ablations", "launch", "profiling", "replay", "supervisor"),
-    ("doctor",),
-)
+#: Modules that stand on another floor than the rest of their room; every other unit is a room, or a module outside any.
+APART = ("parallel.distributed", "resilience.processes", "resilience.signals", "run.folder")
 #: Package -> the only places of visft_ds, tools and launchers that may import it.
 RESERVED = {
     "deepspeed": ("visft_ds.parallel",),
@@ -71,30 +59,70 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def unit(module: str) -> str | None:
-    """The entry of LAYERS a dotted name of the package belongs to; None for the package itself."""
+    """The unit a dotted name of the package belongs to; None for the package itself."""
     inner = module.removeprefix(PACKAGE).removeprefix(".")
-    units = [name for layer in LAYERS for name in layer if inner == name or inner.startswith(f"{name}.")]
-    return max(units, key=len, default=None)
+    apart = [name for name in APART if inner == name or inner.startswith(f"{name}.")]
+    first = inner.split(".")[0]
+    known = (ROOT / PACKAGE / first).is_dir() or (ROOT / PACKAGE / f"{first}.py").is_file()
+    return apart[0] if apart else first if first and known else None
 
 
-def height(name: str) -> int:
-    return next(number for number, layer in enumerate(LAYERS) if name in layer)
+@cache
+def uses() -> dict[str, dict[str, str]]:
+    """Unit -> the units it imports, each with the first import that says so."""
+    found: dict[str, dict[str, str]] = {}
+    for path in (path for path in CODE if path.is_relative_to(ROOT / PACKAGE)):
+        module = module_name(path)
+        own = unit(module)
+        if own is None:
+            continue
+        below = found.setdefault(own, {})
+        for target in imports(path):
+            other = unit(target) if target.split(".")[0] == PACKAGE else None
+            if other is not None and other != own:
+                below.setdefault(other, f"{module} imports {target}")
+    return found
 
 
-def test_every_module_has_a_place() -> None:
-    modules = [module_name(path) for path in CODE if path.is_relative_to(ROOT / PACKAGE)]
-    assert len(modules) > 20
-    assert [name for name in modules if name != PACKAGE and unit(name) is None] == []
+def floors() -> list[list[str]]:
+    """Units by floor, lowest first.
+
+    Raises:
+        CycleError: units that import each other.
+    """
+    heights: dict[str, int] = {}
+    for name in TopologicalSorter(uses()).static_order():
+        heights[name] = 1 + max((heights[below] for below in uses().get(name, ())), default=-1)
+    return [sorted(name for name in heights if heights[name] == floor) for floor in range(max(heights.values()) + 1)]
+
+
+def picture() -> str:
+    """The floors as text, highest first."""
+    return "\n".join(f"{number:2}  {'  '.join(names)}" for number, names in reversed(list(enumerate(floors()))))
 
 
 def test_imports_point_down() -> None:
-    wrong = []
-    for path in (path for path in CODE if path.is_relative_to(ROOT / PACKAGE)):
-        own = unit(module_name(path))
-        for target in imports(path):
-            other = unit(target) if target.split(".")[0] == PACKAGE else None
-            if own is not None and other is not None and other != own and height(other) >= height(own):
-                wrong.append(f"{module_name(path)} ({own}) imports {target} ({other})")
+    try:
+        assert len(floors()) > 5
+    except CycleError as error:
+        ring = error.args[1]
+        steps = [uses()[upper][lower] for lower, upper in pairwise(ring)]
+        pytest.fail("these units import each other:\n" + "\n".join(steps))
+
+
+def test_contributing_shows_the_floors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert picture() in text, f"CONTRIBUTING.md shows other floors; they are now:\n{picture()}"
+
+
+def test_units_that_stand_apart_exist() -> None:
+    modules = {module_name(path) for path in CODE}
+    assert [name for name in APART if f"{PACKAGE}.{name}" not in modules] == []
+
+
+def test_nothing_imports_experiments() -> None:
+    """Experiments are programs on top; only command lines may know them, lazily."""
+    wrong = [f"{name}: {how}" for name, below in uses().items() for to, how in below.items() if to == "experiments"]
     assert wrong == []
 
 
@@ -182,10 +210,13 @@ def test_the_rules_catch_what_they_are_for(tmp_path: Path) -> None:
     bad = "try:\n    f()\nexcept (OSError, Exception):\n    pass\ntry:\n    g()\nexcept Exception:\n    raise\n"
     handlers = [node for node in ast.walk(ast.parse(bad)) if isinstance(node, ast.ExceptHandler)]
     assert [is_broad(handler) for handler in handlers] == [True, False]
-    assert (
-        unit("visft_ds.parallel.distributed.rank") == "parallel.distributed"
-        and unit("visft_ds.parallel.engine") == "parallel"
-    )
-    assert unit("visft_ds.nowhere") is None and height("models") < height("stages")
+    assert unit("visft_ds.parallel.distributed.rank") == "parallel.distributed"
+    assert unit("visft_ds.parallel.engine") == "parallel" and unit("visft_ds") is None
+    order = [name for floor in floors() for name in floor]
+    assert order.index("models") < order.index("prepare") < order.index("train")
     (tmp_path / "f.py").write_text("def f():\n    from visft_ds.train import main\n")
     assert list(imports(tmp_path / "f.py")) == ["visft_ds.train.main"]
+
+
+if __name__ == "__main__":
+    print(picture())

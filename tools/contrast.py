@@ -13,9 +13,9 @@ configuration as open_clip loads them, a record and a model card. Exit status: 0
 import argparse
 from collections.abc import Sequence
 
-from visft_ds.contrastive.pretrain_command import add_pretrain_parser
-from visft_ds.contrastive.text_command import add_text_parser
 from visft_ds.data.store import StoreFailed
+from visft_ds.experiments.contrastive.pretrain_command import add_pretrain_parser
+from visft_ds.experiments.contrastive.text_command import add_text_parser
 from visft_ds.parallel import distributed
 
 

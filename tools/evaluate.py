@@ -27,12 +27,12 @@ import orjson
 
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions, StoreFailed
 from visft_ds.evals.benchmarks.command import run as run_benchmarks
 from visft_ds.evals.captions import TOKENIZER
+from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
     EvaluationModel,
@@ -45,17 +45,17 @@ from visft_ds.evals.model import (
 )
 from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
-from visft_ds.evals.stored import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.interop.heads import check_categories, classes_of_heads
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.run_folder import recorded_config
-from visft_ds.stages import choose_precision
-from visft_ds.streams import read_vocabulary
+from visft_ds.prepare.datasets import cache_of
+from visft_ds.prepare.model import choose_precision
+from visft_ds.prepare.streams import read_vocabulary
+from visft_ds.run.folder import recorded_config
+from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
-from visft_ds.training_data import cache_of
 
 DEFAULT_BATCH = 8  # without a run that tells
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}

@@ -17,10 +17,10 @@ annotations would be lost (nothing is written), 130 interrupted.
 import argparse
 from collections.abc import Sequence
 
-from visft_ds.conversion.build_command import add_build_parser
-from visft_ds.conversion.commands import PARSERS
-from visft_ds.conversion.drops import TooManyDropsError
-from visft_ds.which import add_which_parser, which
+from visft_ds.shards.build_command import add_build_parser
+from visft_ds.shards.commands import PARSERS
+from visft_ds.shards.drops import TooManyDropsError
+from visft_ds.shards.which import add_which_parser, which
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

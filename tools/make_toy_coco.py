@@ -18,9 +18,9 @@ import argparse
 import os
 import re
 
-from visft_ds.data.toy import write_toy_coco
-from visft_ds.data.toy_classes import KINDS, write_toy_classes
-from visft_ds.data.toy_scenes import MAX_SHAPES, STYLES
+from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.classes import KINDS, write_toy_classes
+from visft_ds.toy.scenes import MAX_SHAPES, STYLES
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -26,9 +26,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from visft_ds.changes import base_of, place_of, read_change
+from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig, tower_setting
-from visft_ds.evals.stored import read_evaluation
+from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
 from visft_ds.interop.card import Origin, Source, adapter_card, merged_card
@@ -45,8 +45,8 @@ from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size
 from visft_ds.interop.writing import FULL, refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
-from visft_ds.parallel.disk import reason
-from visft_ds.run_folder import ADAPTER_FOLDER, recorded_config
+from visft_ds.run.adapter import base_of, place_of, read_change
+from visft_ds.run.folder import ADAPTER_FOLDER, recorded_config
 
 ADAPTER_FORMATS = ("peft", "peft_split", "visft")
 _VISFT_FILE = "visft_lora.pt"

@@ -23,7 +23,6 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from visft_ds.parallel.faults import LOST_PEER
 from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import (
@@ -38,6 +37,7 @@ from visft_ds.profiling.operations_command import add_operations_parser
 from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.profiling.save_command import add_save_parser
+from visft_ds.resilience.signals import LOST_PEER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input.
 """
 
-from visft_ds.replay import main
+from visft_ds.resilience.replay import main
 
 if __name__ == "__main__":
     sys.exit(main())

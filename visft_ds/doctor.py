@@ -165,7 +165,7 @@ def check_device() -> Iterator[Finding]:
     import torch
 
     from visft_ds.ops.attention import attention_backend
-    from visft_ds.stages import choose_precision
+    from visft_ds.prepare.model import choose_precision
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -231,8 +231,8 @@ def check_memory(plan: Plan) -> Iterator[Finding]:
     """
     import torch
 
-    from visft_ds.host_memory import host_memory_available
     from visft_ds.models.eva_vit import build_backbone
+    from visft_ds.resilience.host_memory import host_memory_available
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     smallest = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0)

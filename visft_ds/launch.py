@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
-from visft_ds.parallel.faults import LOST_PEER, LostRank, RanksDiffer, StopFlag
-from visft_ds.parallel.heartbeat import exit_code
+from visft_ds.resilience.heartbeat import exit_code
+from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         arguments, config = resolve_arguments(argv)
         missing = missing_inputs(config)
         if arguments.dry_run:
-            from visft_ds.start_report import print_dry_run
+            from visft_ds.run.start_report import print_dry_run
 
             if rank == 0:
                 print_dry_run(config, world_size, render_missing(missing) if missing else "")

@@ -9,13 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from visft_ds.bundle import bundle_path
-from visft_ds.config import (
-    Batches,
-    ResolvedConfig,
-    deepspeed_dict,
-    derive_batches,
-)
+from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.export import export_weights, save_base
+from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.features import FeatureCache
@@ -26,38 +22,22 @@ from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
-from visft_ds.host_memory import peak_memory
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import told_of
 from visft_ds.interop.writing import remove_unfinished
-from visft_ds.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
+from visft_ds.model import Normaliser, counts_of, normaliser_of
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
-from visft_ds.multitask import Normaliser, counts_of, normaliser_of
 from visft_ds.ops import use_kernels
-from visft_ds.out_of_memory import MemoryWatch, largest_shape
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.disk import explained
 from visft_ds.parallel.engine import Engine, StepReport, start_process_group
-from visft_ds.parallel.export import export_weights, save_base
-from visft_ds.parallel.faults import StopFlag
-from visft_ds.parallel.heartbeat import stopped_because
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.placement import placement_for
-from visft_ds.parallel.watchdog import Watchdog, watch
 from visft_ds.planner import settle_recompute
-from visft_ds.rehearsal import rehearse
-from visft_ds.run_folder import BACKBONE_FILE, open_run_folder, recorded_config, saved_something, set_aside
-from visft_ds.run_state import RunState
-from visft_ds.stages import PreparedModel, choose_precision, prepare_model
-from visft_ds.start_report import data_section, print_start
-from visft_ds.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
-from visft_ds.training_data import (
+from visft_ds.prepare.datasets import (
     TrainingSet,
     captioned,
     data_identity,
@@ -67,8 +47,23 @@ from visft_ds.training_data import (
     shuffle_of,
     workers_of,
 )
-from visft_ds.validation import Validation, open_validation
-from visft_ds.values import Placement
+from visft_ds.prepare.materialize import Placement
+from visft_ds.prepare.model import PreparedModel, choose_precision, prepare_model
+from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
+from visft_ds.resilience.bundle import bundle_path
+from visft_ds.resilience.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
+from visft_ds.resilience.heartbeat import stopped_because
+from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.resilience.memory import rehearse
+from visft_ds.resilience.out_of_memory import MemoryWatch, largest_shape
+from visft_ds.resilience.signals import StopFlag
+from visft_ds.resilience.watchdog import Watchdog, watch
+from visft_ds.run.folder import BACKBONE_FILE, open_run_folder, recorded_config, saved_something, set_aside
+from visft_ds.run.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
+from visft_ds.run.start_report import data_section, print_start
+from visft_ds.run.state import RunState
+from visft_ds.run.validation import Validation, open_validation
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from visft_ds.conversion.build import Options, build
-from visft_ds.data.toy import write_toy_coco
+from visft_ds.shards.build import Options, build
+from visft_ds.toy.annotations import write_toy_coco
 
 FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parents[1]

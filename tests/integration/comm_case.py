@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from tests.integration.tiny import TINY
 from visft_ds.config import deepspeed_dict, derive_batches, resolve
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.memory import run_of
-from visft_ds.profiling.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, messages_of
+from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, messages_of
+from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.plan_validation import VOCABULARY, made_up_batch
-from visft_ds.stages import prepare_model
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 #: Operators of torch.distributed -> our name, and which argument holds all that is sent.
 CALLS = {

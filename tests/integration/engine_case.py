@@ -21,15 +21,15 @@ import torch
 
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
-from visft_ds.data.joint import collate_joint
 from visft_ds.data.samples import Batch, Sample
+from visft_ds.model import MultiTaskModel, Normaliser, TaskModule
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.multitask import MultiTaskModel, Normaliser, TaskModule
-from visft_ds.stages import TrainedGroup, apply_groups
-from visft_ds.tasks.captioning import CaptioningCriterion, CaptioningHead
-from visft_ds.tasks.detection import DetectionCriterion, DetectionHead
-from visft_ds.tasks.segmentation import SegmentationCriterion, SegmentationHead
+from visft_ds.prepare.model import TrainedGroup, apply_groups
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead
+from visft_ds.tasks.transform import collate_joint
 
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
 TASKS = ("detection", "segmentation", "captioning")
@@ -289,10 +289,10 @@ def run_steps(
     engine: Any, start: int, stop: int, folder: Path | None, average: Any = None, feed: Feed = fed
 ) -> dict[str, Any]:
     """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
+    from visft_ds.checkpoint.averaging import gather_all
+    from visft_ds.checkpoint.format import save_checkpoint
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.averaging import gather_all
-    from visft_ds.parallel.checkpoint import save_checkpoint
-    from visft_ds.parallel.engine_state import gather_parameters
+    from visft_ds.parallel.state import gather_parameters
 
     reports = []
     for step in range(start, stop):
@@ -319,9 +319,9 @@ def run_steps(
 
 def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, bool]:
     """Take up the checkpoint in a folder. Returns its moving average, and whether the engine holds it bit for bit."""
-    from visft_ds.parallel.averaging import MovingAverage, gather_all
-    from visft_ds.parallel.checkpoint import newest_checkpoint
-    from visft_ds.parallel.engine_state import restore_state
+    from visft_ds.checkpoint.averaging import MovingAverage, gather_all
+    from visft_ds.checkpoint.format import newest_checkpoint
+    from visft_ds.parallel.state import restore_state
 
     found, _ = newest_checkpoint(folder)
     assert found is not None
@@ -340,7 +340,7 @@ def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, boo
 
 def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
     """What `safe_get` and `safe_set` do to two parameters of each group, and the average in place of the values."""
-    from visft_ds.parallel.engine_state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
+    from visft_ds.parallel.state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
 
     def in_module(name: str) -> torch.Tensor | None:
         parameter = trainable(engine)[name]
@@ -368,9 +368,9 @@ def main(out: str, name: str) -> None:
     Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
     """
     from tests.integration import start_case
+    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import distributed
     from visft_ds.parallel import engine as engine_module
-    from visft_ds.parallel.averaging import MovingAverage
 
     torch.set_num_threads(1)
     engine_module.start_process_group()

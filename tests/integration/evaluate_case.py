@@ -18,11 +18,8 @@ from coco_tree import Tree, write_tree
 from tests.integration.ranks import REPOSITORY
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Category, Manifest
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
 from visft_ds.evals.runner import collect
 from visft_ds.interop.adapters import adapter_of
@@ -33,10 +30,13 @@ from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE
-from visft_ds.stages import prepare_model
-from visft_ds.streams import vocabulary_of
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import vocabulary_of
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
+from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 
 IMAGES = 7  # two ranks with batches of two cannot share them evenly
 QUERIES = 12

@@ -13,9 +13,9 @@ import torch
 
 from tests.integration import engine_case as case
 from tests.integration import pipeline_case
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.low_bit import compare_with_full, frozen_matrices, store_in_few_bits
-from visft_ds.multitask import MultiTaskModel
-from visft_ds.stages import TrainedGroup
+from visft_ds.prepare.model import TrainedGroup
 
 #: (stage, precision, storage of the base); nf4 needs rows of 64 values, the tiny model has 32.
 RUNS = ((2, "fp32", "int8"), (2, "bf16", "fp8"), (1, "fp32", "fp8"))

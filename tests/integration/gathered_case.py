@@ -16,8 +16,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from tests.integration.start_case import configured, prepare
 from visft_ds.config import ResolvedConfig, deepspeed_dict
+from visft_ds.model import counts_of, normaliser_of
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group

@@ -39,8 +39,8 @@ def start(engine: str, stage: int, precision: str) -> tuple[Any, Feed]:
 
 def main(what: str, folder: Path, engine: str) -> None:
     """Save or resume; FOLDER/<engine>-<world>-<what>.pt holds what every run gave."""
+    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.averaging import MovingAverage
     from visft_ds.parallel.engine import start_process_group
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ import torch
 from tests.integration import engine_case as case
 from tests.integration import pipeline_case
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.multitask import Normaliser
+from visft_ds.model import Normaliser
 
 #: (height, width) of the images of a step: every micro-batch has two sizes.
 SIZES = ((56, 112), (112, 56), (28, 112), (84, 70))

@@ -22,7 +22,7 @@ from tests.integration import engine_case as case
 from tests.integration.start_case import started
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.data.samples import Batch
-from visft_ds.multitask import Normaliser
+from visft_ds.model import Normaliser
 
 #: Images change their shape from step to step, except where a run of another engine is to go on.
 SIDES, SQUARE = ((56, 56), (28, 84), (84, 56)), ((case.SIDE, case.SIDE),)
@@ -161,7 +161,7 @@ def other_samples(engine: Any) -> str:
 def overflowing(engine: Any) -> dict[str, Any]:
     """One step in which a gradient overflows on the first stage alone, between two healthy ones."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.engine_state import gather_state
+    from visft_ds.parallel.state import gather_state
 
     def state() -> dict[str, Any]:
         held = gather_state(engine)
@@ -188,8 +188,8 @@ def overflowing(engine: Any) -> dict[str, Any]:
 
 def one_run(engine_name: str, name: str, folder: Path) -> dict[str, Any]:
     """What RUN asks for."""
+    from visft_ds.checkpoint.averaging import MovingAverage
     from visft_ds.parallel import pipeline
-    from visft_ds.parallel.averaging import MovingAverage
 
     stage, precision, order_name, *options = name.split(":")
     option = options[0] if options else ""

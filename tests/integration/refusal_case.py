@@ -16,8 +16,8 @@ from tests.integration.engine_case import ORDER, Feed
 from tests.integration.matrix_case import start
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, start_process_group
-from visft_ds.parallel.engine_state import gather_parameters
-from visft_ds.parallel.faults import RanksDiffer
+from visft_ds.parallel.state import gather_parameters
+from visft_ds.resilience.signals import RanksDiffer
 
 #: Detection, segmentation, captioning, all of them; BAD is passed over in the reference and refused in the others.
 STEPS, BAD = (0, 1, 2, 3), 2

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
 from visft_ds.config.schema import Precision
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.stages import PreparedModel, prepare_model
-from visft_ds.values import HOST, Placement
+from visft_ds.prepare.materialize import HOST, Placement
+from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 #: Seconds between two looks at the memory; copying the largest tensor takes longer.
@@ -51,7 +51,7 @@ def precision_of(config: ResolvedConfig) -> Precision:
 
 def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
     """Names of what is not bit for bit what one process has, or not trained as there. Collective."""
-    from visft_ds.parallel.engine_state import _gathered
+    from visft_ds.parallel.state import _gathered
 
     plain, ours = prepare(config, HOST), prepare(config, placement)
     found = []
@@ -90,7 +90,8 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
 
     One value is replaced, as those of an average are.
     """
-    from visft_ds.parallel import distributed, export
+    from visft_ds.checkpoint import export
+    from visft_ds.parallel import distributed
     from visft_ds.parallel.build import build_engine
     from visft_ds.parallel.placement import placement_for
 

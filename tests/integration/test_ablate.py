@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.tiny import TINY
-from visft_ds.ablations import command, scales, toy
+from visft_ds.experiments.ablations import cli as command
+from visft_ds.experiments.ablations import scales, toy
 
 
 @pytest.mark.slow

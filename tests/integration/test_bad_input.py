@@ -13,10 +13,10 @@ from tests.integration.engine_case import VOCABULARY, build, normaliser
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.multitask import MultiTaskModel
-from visft_ds.streams import pipeline_of
+from visft_ds.model import MultiTaskModel
+from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 WORDS = Vocabulary(tuple(f"word{number}" for number in range(VOCABULARY - 4)))
 SQUARE = [[10.0, 10.0, 40.0, 10.0, 40.0, 30.0, 10.0, 30.0]]

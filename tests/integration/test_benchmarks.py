@@ -33,7 +33,7 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.run_folder import BACKBONE_FILE
+from visft_ds.run.folder import BACKBONE_FILE
 
 CLASSES = ("circle", "square")
 

@@ -24,16 +24,16 @@ import pytest
 from coco_tree import Tree, write_tree
 from PIL import Image
 
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.build_command import ProgressLine
-from visft_ds.conversion.finish import Report
-from visft_ds.conversion.reencode import Reencoding
-from visft_ds.conversion.verify import verify
-from visft_ds.conversion.workers import Progress
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.decode import decode_image
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.build_command import ProgressLine
+from visft_ds.shards.finish import Report
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.verify import verify
+from visft_ds.shards.workers import Progress
 
 TOOL = [sys.executable, str(Path(__file__).resolve().parents[2] / "tools/make_shards.py")]
 
@@ -311,7 +311,7 @@ def test_a_server_that_is_busy_is_asked_again_and_never_taken_for_missing_files(
     tree: Tree, tmp_path: Path, web: str, busy: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images left out because a server was down for a moment would be a silent loss."""
-    monkeypatch.setattr("visft_ds.conversion.inputs._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("visft_ds.shards.inputs._FIRST_PAUSE", 0.001)
     options = _options(tree, tmp_path / "out", images=f"{web}/tree/images")
     busy["/tree/images/picture.5.jpg"] = 3  # HEAD and GET make one question
     assert build(options).quarantine == [] and busy["/tree/images/picture.5.jpg"] == 0

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tests.coco_tree import write_tree
 from tests.integration.ranks import REPOSITORY, run_ranks
 from tests.integration.tiny import TINY
-from visft_ds.conversion.build import Options, build
-from visft_ds.parallel.checkpoint import newest_checkpoint, open_checkpoint, saved_steps
+from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint, saved_steps
+from visft_ds.shards.build import Options, build
 
 STEPS = 8
 SETTINGS = {

@@ -20,12 +20,9 @@ from clip_case import make_clip, save_clip
 from safetensors.torch import load_file, save_file
 
 from tests.integration.ranks import REPOSITORY, run_ranks
-from visft_ds.contrastive.output import RECORD
-from visft_ds.conversion.build import Options, build
-from visft_ds.data.toy import write_toy_coco
-from visft_ds.data.toy_classes import class_names, write_toy_classes
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.experiments.contrastive.output import RECORD
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
@@ -35,6 +32,9 @@ from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
+from visft_ds.shards.build import Options, build
+from visft_ds.toy.annotations import write_toy_coco
+from visft_ds.toy.classes import class_names, write_toy_classes
 
 SIDE, TRAIN, VAL = 28, 96, 48
 TOWER = {"width": 32, "depth": 1, "num_heads": 2, "image_size": SIDE, "patch_size": 7}

@@ -25,8 +25,8 @@ from tests.integration.engine_case import (
 from tests.integration.ranks import run_ranks
 from tests.integration.test_refusal import check as check_refusal
 from tests.integration.test_unchanged import check as check_unchanged
-from visft_ds.parallel.checkpoint import save_checkpoint
-from visft_ds.parallel.engine_state import EngineState
+from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.parallel.state import EngineState
 
 #: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides:
 #: these run with the slow tests.

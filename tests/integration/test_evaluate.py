@@ -26,10 +26,9 @@ from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.captions import TOKENIZER, caption_metrics
+from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.runner import EVALUATORS
-from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
@@ -37,10 +36,11 @@ from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.published_heads import KINDS
 from visft_ds.interop.writing import save_tensors
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.run_folder import BACKBONE_FILE
-from visft_ds.stages import prepare_model
-from visft_ds.streams import pipeline_of
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import pipeline_of
+from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from tests.coco_tree import write_tree
 from tests.integration.ranks import run_ranks
 from tests.integration.test_train import command, trained
-from visft_ds.conversion.build import Options, build
+from visft_ds.shards.build import Options, build
 
 
 @pytest.fixture(scope="module")

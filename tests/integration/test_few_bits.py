@@ -13,7 +13,7 @@ from tests.integration import few_bits_case
 from tests.integration.ranks import run_ranks
 from tests.integration.test_engines import BF16_LOSS, BF16_NORM, BF16_WEIGHTS, LOSS, NORM, WEIGHTS, differences
 from visft_ds.models.low_bit import compare_with_full, frozen_matrices, store_in_few_bits
-from visft_ds.values import HOST
+from visft_ds.prepare.materialize import HOST
 
 pytestmark = pytest.mark.slow
 

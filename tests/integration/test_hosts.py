@@ -19,7 +19,7 @@ import torch
 from tests.integration.hosts import Host, two_hosts, why_not
 from tests.integration.ranks import finish, free_port, run_ranks, wait_for
 from tests.integration.test_train import STEPS, command, shards, steps_recorded, trained
-from visft_ds.parallel.heartbeat import FOLDER, read_beats
+from visft_ds.resilience.heartbeat import FOLDER, read_beats
 
 __all__ = ["shards"]  # a fixture
 

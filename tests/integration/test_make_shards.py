@@ -21,11 +21,11 @@ from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from tools.make_shards import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.verify import verify
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_ID = 1000 + 7 * 15  # of a tree of 16

@@ -51,7 +51,7 @@ def under_limit(arguments: list[str], limit: int) -> subprocess.CompletedProcess
 def taken_by_imports() -> int:
     """Bytes of data of a process that has everything imported."""
     code = (
-        "import resource, visft_ds.train; from visft_ds.host_memory import memory_in_use; "
+        "import resource, visft_ds.train; from visft_ds.resilience.host_memory import memory_in_use; "
         "print(memory_in_use()[resource.RLIMIT_DATA])"
     )
     done = subprocess.run(

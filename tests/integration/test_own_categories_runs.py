@@ -12,9 +12,9 @@ from tests.coco_tree import write_tree
 from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
-from visft_ds.conversion.build import Options, build
-from visft_ds.evals.stored import read_evaluation
+from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import load_heads
+from visft_ds.shards.build import Options, build
 
 OWN = {0: "paint", 1: "scratch", 12: "rust", 500: "hole"}  # no object is of the first
 INTO = {3: 1, 8: 12, 13: 500}

@@ -12,10 +12,10 @@ from tests.coco_tree import write_tree
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from tools.profile import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.profiling.ledger import KINDS
+from visft_ds.costs.ledger import KINDS
 from visft_ds.profiling.report import FORMAT, VERSION, make_sections, make_title
 from visft_ds.profiling.timing import MATCHER, PARTS
+from visft_ds.shards.build import Options, build
 
 #: One task: of the three heads detection alone has a formula for its operations.
 ONE_TASK = {

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from coco_tree import NO_PHOTOS, PHOTOS
 
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.store import CacheMode, CacheOptions
+from visft_ds.shards.build import Options, build
 
 ROUNDS = 9
 #: (name, cache, hint, whether the folder of the cache is that of the line before)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.ranks import REPOSITORY, below, deepspeed, start_command, wait_for
 from tests.integration.test_train import command, shards
-from visft_ds.parallel.faults import StopFlag
+from visft_ds.resilience.signals import StopFlag
 
 __all__ = ["shards"]  # a fixture
 

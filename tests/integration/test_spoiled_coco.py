@@ -14,9 +14,9 @@ from coco_tree import NO_PHOTOS, PHOTOS, Tree, write_tree
 from PIL import Image
 
 from tools.make_shards import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.finish import Report
-from visft_ds.data.toy import write_toy_coco
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.finish import Report
+from visft_ds.toy.annotations import write_toy_coco
 
 Content = dict[str, Any]
 Change = Callable[[Content], Any]

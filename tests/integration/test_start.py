@@ -11,10 +11,10 @@ import torch
 
 from tests.integration.ranks import run_ranks
 from tests.integration.start_case import configured
+from visft_ds.checkpoint.export import save_base
 from visft_ds.interop.layouts import told_of
-from visft_ds.parallel.export import save_base
-from visft_ds.stages import plan_model
-from visft_ds.values import open_base
+from visft_ds.prepare.materialize import open_base
+from visft_ds.prepare.model import plan_model
 
 #: 101 million values in fp32, of which the largest tensor has 4.2 million.
 OVERRIDES = {"width": 1024, "depth": 8, "num_heads": 8, "image_size": 56}

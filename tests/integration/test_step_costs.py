@@ -19,12 +19,12 @@ from tests.integration import engine_case as case
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample
-from visft_ds.data.segmentation import SegmentationTransform, collate_segmentation
 from visft_ds.data.transforms import DetectionTransform
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.multitask import MultiTaskModel
+from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tests.coco_tree import write_tree
 from tests.integration.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
 from tests.integration.tiny import TINY
-from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
-from visft_ds.replay import main as replay
+from visft_ds.resilience.replay import main as replay
+from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 
 STEPS = 8

@@ -14,12 +14,12 @@ from tests.coco_tree import write_tree
 from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import run_ranks
 from tests.integration.tiny import TINY
-from visft_ds.changes import base_of, place_of, read_change
-from visft_ds.conversion.build import Options, build
 from visft_ds.interop.module_adapters import ModuleAdapter
 from visft_ds.interop.timm_files import load_timm
 from visft_ds.interop.timm_merge import merge_timm, verify_timm
-from visft_ds.run_folder import BACKBONE_FILE
+from visft_ds.run.adapter import base_of, place_of, read_change
+from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.shards.build import Options, build
 
 pytest.importorskip("timm")
 pytestmark = pytest.mark.slow

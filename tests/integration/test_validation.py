@@ -25,20 +25,20 @@ from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.evals import judge as judging
-from visft_ds.evals.judge import Judge
-from visft_ds.evals.stored import read_evaluation
+from visft_ds.evals.compare import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
-from visft_ds.parallel.faults import StopFlag
-from visft_ds.stages import prepare_model
-from visft_ds.streams import vocabulary_of
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import vocabulary_of
+from visft_ds.resilience.signals import StopFlag
+from visft_ds.run import async_eval as judging
+from visft_ds.run.async_eval import Judge
+from visft_ds.run.validation import SHOWN, Validation
+from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-from visft_ds.validation import SHOWN, Validation
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 SETTINGS = {
     **TINY,
@@ -80,7 +80,7 @@ def _hold_judge(of: subprocess.Popen[str]) -> int:
         assert of.poll() is None, of.stdout and of.stdout.read()
         for children in Path(f"/proc/{of.pid}/task").glob("*/children"):
             for child in children.read_text().split():
-                if b"visft_ds.evals.judge" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"visft_ds.run.async_eval" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGSTOP)
                     return int(child)
         time.sleep(0.02)
@@ -391,7 +391,7 @@ def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) ->
     (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
     os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.evals.judge import Judge\n"
+        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import Judge\n"
         "from visft_ds.data.manifest import Manifest\n"
         "judge = Judge(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
         "judge.again(4, set())\ntime.sleep(600)\n"

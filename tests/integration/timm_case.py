@@ -15,11 +15,11 @@ import torch
 from tests.integration import engine_case as case
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch
+from visft_ds.model import MultiTaskModel, Normaliser
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
-from visft_ds.multitask import MultiTaskModel, Normaliser
-from visft_ds.stages import TrainedGroup, apply_groups
-from visft_ds.values import is_small
+from visft_ds.prepare.materialize import is_small
+from visft_ds.prepare.model import TrainedGroup, apply_groups
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tests.integration.engine_case import STEPS, Feed
 from tests.integration.matrix_case import start
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import start_process_group
-from visft_ds.parallel.engine_state import gather_parameters, gather_state, updates_done
+from visft_ds.parallel.state import gather_parameters, gather_state, updates_done
 from visft_ds.parallel.unchanged import unchanged
 
 #: Before these steps others are made without a trace; at 0 there are no moments yet.

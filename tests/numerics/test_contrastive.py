@@ -11,10 +11,10 @@ from open_clip.loss import ClipLoss
 from torch import nn
 from torch.nn import functional as F
 
-from visft_ds.contrastive import text_lora
-from visft_ds.contrastive.fitting import Recipe, fit
-from visft_ds.contrastive.loss import LARGEST_LOG_SCALE, clip_loss
-from visft_ds.contrastive.pairs import PairOrder
+from visft_ds.experiments.contrastive import text_lora
+from visft_ds.experiments.contrastive.fitting import Recipe, fit
+from visft_ds.experiments.contrastive.loss import LARGEST_LOG_SCALE, clip_loss
+from visft_ds.experiments.contrastive.pairs import PairOrder
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 33])

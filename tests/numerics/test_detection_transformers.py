@@ -14,9 +14,9 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer, DetrSinePositionEmbedding
 
 from visft_ds.data.samples import DetectionTargets
-from visft_ds.tasks.detection import DetectionCriterion, DetectionOutput
-from visft_ds.tasks.detr import DecoderLayer, EncoderLayer, sine_positions
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionOutput
 from visft_ds.tasks.matching import MatchingCosts, match
+from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, sine_positions
 
 LAYERS, QUERIES, CLASSES = 3, 20, 91
 COUNTS = [4, 0, 11, 25]  # none; more than there are queries

@@ -17,18 +17,11 @@ from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, scaled
 from visft_ds.interop.peft import CONFIG, read_peft_adapter, save_peft_adapter
-from visft_ds.interop.timm import model_arguments
+from visft_ds.interop.timm_names import model_arguments
 from visft_ds.interop.verify import verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import (
-    has_effect,
-    inject_lora,
-    lora_layers,
-    lora_parameters,
-    merge_lora,
-    unmerge_lora,
-)
+from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.ops.dora import dora_linear, row_lengths
 from visft_ds.ops.lora import Slices, lora_linear
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
-from visft_ds.evals.benchmarks.scores import class_embeddings, sentences
+from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
 from visft_ds.interop.encoders import KINDS, eva_preprocess
 from visft_ds.interop.text_towers import text_tower_in
 

@@ -18,7 +18,7 @@ from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.peft import CONFIG, README, WEIGHTS, read_peft_adapter, save_peft_adapter
-from visft_ds.interop.timm import model_arguments
+from visft_ds.interop.timm_names import model_arguments
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import inject_lora, lora_parameters
 

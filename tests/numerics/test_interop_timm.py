@@ -18,7 +18,7 @@ from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file
 from visft_ds.interop.peft import save_peft_adapter
-from visft_ds.interop.timm import create_model_call, model_arguments
+from visft_ds.interop.timm_names import create_model_call, model_arguments
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 

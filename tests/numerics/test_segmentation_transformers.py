@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from visft_ds.data.segmentation import SegmentationTargets
-from visft_ds.tasks.detr import sine_positions
-from visft_ds.tasks.mask_matching import MaskCosts, match_masks
-from visft_ds.tasks.mask_points import PointCounts, draw_points
-from visft_ds.tasks.segmentation import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points
+from visft_ds.tasks.transformer import sine_positions
 
 CHANNELS, WIDTH, HEADS, POINTS, QUERIES, CLASSES = 24, 64, 4, 4, 7, 5
 ENCODER_LAYERS, DECODER_LAYERS = 2, 3

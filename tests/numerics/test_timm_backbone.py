@@ -30,7 +30,7 @@ from visft_ds.interop.timm_merge import merge_timm, verify_timm
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
-from visft_ds.values import open_base
+from visft_ds.prepare.materialize import open_base
 
 timm = pytest.importorskip("timm")
 # fp32, a few layers: both sides differ by the order of additions only (measured below 1e-6).

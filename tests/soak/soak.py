@@ -20,8 +20,8 @@ from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
 from tests.soak.schedule import Fault, schedule
 from tests.soak.trial import SoakFailed, Trial, supervised
-from visft_ds.conversion.build import Options, build
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.shards.build import Options, build
 
 SAVE_EVERY, EVAL_EVERY = 10, 100
 #: Steps at the end without a fault, so that the same checkpoints are left: as many as are kept, and some.

@@ -7,8 +7,8 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from visft_ds.ablations.run import Runner
-from visft_ds.ablations.steps import Step, StepList
+from visft_ds.experiments.ablations.run import Runner
+from visft_ds.experiments.ablations.steps import Step, StepList
 
 TELL = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); out.mkdir(); (out / 'told').write_text('done')"
 

@@ -20,8 +20,8 @@ from unittest import mock
 
 import torch
 
-from visft_ds.parallel.checkpoint import delete_checkpoints, newest_checkpoint, open_checkpoint, save_checkpoint
-from visft_ds.parallel.engine_state import MOMENTS, EngineState
+from visft_ds.checkpoint.format import delete_checkpoints, newest_checkpoint, open_checkpoint, save_checkpoint
+from visft_ds.parallel.state import MOMENTS, EngineState
 
 CHANGES = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir")
 

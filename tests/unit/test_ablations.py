@@ -16,18 +16,18 @@ import pytest
 from ablation_steps import TELL, run_steps, steps_of
 from scipy import stats
 
-from visft_ds.ablations import command
-from visft_ds.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
-from visft_ds.ablations.draw import chart
-from visft_ds.ablations.plan import Plan, Planner, Trial
-from visft_ds.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
-from visft_ds.ablations.run import Failure
-from visft_ds.ablations.scales import Scale
-from visft_ds.ablations.statistics import estimate
-from visft_ds.ablations.steps import Step, StepList
-from visft_ds.ablations.tables import markdown, remarks, sections
-from visft_ds.ablations.write import read_outcome, write_question, write_report
-from visft_ds.run_folder import BACKBONE_FILE
+from visft_ds.experiments.ablations import cli as command
+from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
+from visft_ds.experiments.ablations.draw import chart
+from visft_ds.experiments.ablations.plan import Plan, Planner, Trial
+from visft_ds.experiments.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
+from visft_ds.experiments.ablations.run import Failure
+from visft_ds.experiments.ablations.scales import Scale
+from visft_ds.experiments.ablations.statistics import estimate
+from visft_ds.experiments.ablations.steps import Step, StepList
+from visft_ds.experiments.ablations.tables import markdown, remarks, sections
+from visft_ds.experiments.ablations.write import read_outcome, write_question, write_report
+from visft_ds.run.folder import BACKBONE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from visft_ds.evals.benchmarks.bootstrap import interval, resampled_means
 from visft_ds.evals.benchmarks.class_sets import ClassSet
 from visft_ds.evals.benchmarks.images import from_arrays
 from visft_ds.evals.benchmarks.probes import Probe, linear_probe, nearest_neighbours
-from visft_ds.evals.benchmarks.scores import Features, Score, rank_of
+from visft_ds.evals.benchmarks.protocol import Features, Score, rank_of
 from visft_ds.evals.benchmarks.table import rows_of, section
 from visft_ds.evals.benchmarks.words import edit_distance, fit, read, steps_needed
 from visft_ds.evals.charts import Bar, interval_chart

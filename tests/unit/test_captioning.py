@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.captions import CaptionTargets
 from visft_ds.data.samples import Batch
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.tasks.captioning import (
+from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.captioning.head import (
     PUBLISHED_NAMES,
     CaptioningCriterion,
     CaptioningHead,
@@ -21,6 +20,7 @@ from visft_ds.tasks.captioning import (
     pool_valid,
     postprocess,
 )
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
 START, END = SIZE - 2, SIZE - 1

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from visft_ds.data.captions import CaptionChoice, CaptionTransform, collate_captioning
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.tasks.captioning.data import CaptionChoice, CaptionTransform, collate_captioning
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
 LONG = "a " * 51

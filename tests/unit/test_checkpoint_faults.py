@@ -16,7 +16,8 @@ import pytest
 
 from tests.integration.ranks import REPOSITORY
 from tests.unit.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
-from visft_ds.parallel.checkpoint import (
+from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.format import (
     CheckpointError,
     delete_checkpoints,
     newest_checkpoint,
@@ -24,7 +25,6 @@ from visft_ds.parallel.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from visft_ds.parallel.disk import explained
 
 FILES = ("parameters.safetensors", "moments.safetensors", "average.safetensors", "state.json")
 

@@ -16,15 +16,15 @@ from coco_tree import NO_PHOTOS, PHOTOS
 from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
-from visft_ds.conversion.categories import COCO_NAMES, map_categories
-from visft_ds.conversion.check import check_image, difference_hash
-from visft_ds.conversion.duplicates import NEAR, Fingerprint, find_duplicates, find_in_other, near_hashes
-from visft_ds.conversion.json_lists import read_lists
-from visft_ds.conversion.reencode import Reencoding
-from visft_ds.conversion.segmentations import stored_segmentation
-from visft_ds.conversion.source import SourceImage
 from visft_ds.data.decode import decode_image
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
+from visft_ds.shards.categories import COCO_NAMES, map_categories
+from visft_ds.shards.duplicates import NEAR, Fingerprint, find_duplicates, find_in_other, near_hashes
+from visft_ds.shards.images import check_image, difference_hash
+from visft_ds.shards.json_lists import read_lists
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.source import SourceImage
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 
 TRIANGLE = [1, 1, 5, 1, 5, 5.5]
 

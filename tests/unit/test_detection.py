@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.tasks import TASKS, get_task
-from visft_ds.tasks.detection import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
-from visft_ds.tasks.detr import Attention
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
+from visft_ds.tasks.transformer import Attention
 
 SMALL = {"num_queries": 7, "encoder_dim": 16, "decoder_dim": 32, "num_heads": 4, "ffn_dim": 24, "num_classes": 6}
 

@@ -12,12 +12,12 @@ from coco_tree import NO_PHOTOS, PHOTOS, Tree, make_split, write_tree
 from PIL import Image
 
 from tools.make_shards import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.compare_source import compare_source, same_mask
-from visft_ds.conversion.diff import diff
-from visft_ds.conversion.export import export
-from visft_ds.conversion.info import describe
 from visft_ds.data.manifest import Manifest
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.compare_source import compare_source, same_mask
+from visft_ds.shards.diff import diff
+from visft_ds.shards.export import export
+from visft_ds.shards.info import describe
 
 
 def _pack(tree: Tree, out: Path, **options: Any) -> Manifest:

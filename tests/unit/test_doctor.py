@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tools.doctor import main
-from visft_ds import doctor, host_memory
+from visft_ds import doctor
 from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Plan
+from visft_ds.resilience import host_memory
 
 
 def statuses(findings: Iterator[Finding]) -> dict[str, str]:

@@ -17,13 +17,13 @@ from visft_ds.config import resolve
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.examples import draw_examples, example_positions
 from visft_ds.evals.pictures import Picture, split_panels
-from visft_ds.multitask import MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.stages import prepare_model
-from visft_ds.streams import vocabulary_of
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import vocabulary_of
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 TASKS = ("detection", "segmentation", "captioning")
 

@@ -23,13 +23,13 @@ from visft_ds.data import features as kept
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, Pipeline
 from visft_ds.data.features import FeatureCache, StoredFeatures, View
-from visft_ds.data.joint import collate_joint
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.transforms import DetectionTransform
+from visft_ds.tasks.transform import collate_joint
 
 IDENTITY = {"base weights": "a", "data": "b"}
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visft_ds.costs.ledger import FROZEN, Allocations, Ledger, saved_tensors_counted
 from visft_ds.models.layers import Mlp
 from visft_ds.models.lora import LoRALinear
 from visft_ds.ops.gelu import STEPS, gelu
-from visft_ds.profiling.ledger import FROZEN, Allocations, Ledger, saved_tensors_counted
 
 
 def _slope(x: Tensor, *, coded: bool) -> Tensor:

@@ -14,8 +14,8 @@ import pytest
 from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.selection import Selection
-from visft_ds.guard import StepGuard, resumed_guard, robust_score
 from visft_ds.parallel.engine import StepReport
+from visft_ds.resilience.guard import StepGuard, resumed_guard, robust_score
 
 PLAN = Plan(
     {

@@ -14,18 +14,11 @@ from torch import nn
 
 from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import open_weights
-from visft_ds.interop.heads import (
-    HeadInfo,
-    find_head,
-    head_file,
-    open_head,
-    read_head_info,
-    save_head_files,
-)
+from visft_ds.interop.heads import HeadInfo, find_head, head_file, open_head, read_head_info, save_head_files
 from visft_ds.interop.writing import save_tensors
-from visft_ds.tasks.captioning import CaptioningHead
-from visft_ds.tasks.detection import DetectionHead
-from visft_ds.tasks.segmentation import SegmentationHead
+from visft_ds.tasks.captioning.head import CaptioningHead
+from visft_ds.tasks.detection.head import DetectionHead
+from visft_ds.tasks.segmentation.loss import SegmentationHead
 
 WIDTH = 12
 # Each with an option that no tensor tells.

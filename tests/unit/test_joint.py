@@ -12,14 +12,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from visft_ds.data.captions import CaptionTransform, collate_captioning
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.joint import JOINT_TASKS, JointTransform, collate_joint
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.segmentation import SegmentationTransform, collate_segmentation
 from visft_ds.data.transforms import DetectionTransform, Flip, Op, Resize, final_size
-from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.tasks.captioning.data import CaptionTransform, collate_captioning
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
+from visft_ds.tasks.transform import JOINT_TASKS, JointTransform, collate_joint
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
 SMALL: dict[str, Any] = {"short_sides": (40, 48, 56), "max_long": 90, "eval_short": 48, "eval_max_long": 90}

@@ -21,8 +21,6 @@ import pytest
 import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, Pipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
@@ -33,6 +31,8 @@ from visft_ds.data.selection import Selection
 from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.data.transforms import DetectionTransform
 from visft_ds.data.workers import choose_workers
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.reencode import Reencoding
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
 TRAIN = Pipeline(DetectionTransform(True, **SIZES), collate_detection)

@@ -29,7 +29,7 @@ from visft_ds.ops import low_bit
 from visft_ds.ops.lora import BACKENDS, lora_linear
 from visft_ds.ops.low_bit import FORMATS, LowBit, low_bit_linear
 from visft_ds.planner import plan_memory
-from visft_ds.stages import plan_groups
+from visft_ds.prepare.model import plan_groups
 
 WIDTH = 128
 

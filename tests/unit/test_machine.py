@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
-from visft_ds.machine import check_shared_memory, check_space, rank_facts
+from visft_ds.run.machine import check_shared_memory, check_space, rank_facts
 
 
 class Usage(NamedTuple):

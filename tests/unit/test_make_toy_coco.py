@@ -17,8 +17,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from visft_ds.data.toy import SPLITS, describe, write_toy_coco
-from visft_ds.data.toy_scenes import CATEGORIES, NAMES, OUTLINES, STYLES, draw_scene, rasterise, trace
+from visft_ds.toy.annotations import SPLITS, describe, write_toy_coco
+from visft_ds.toy.scenes import CATEGORIES, NAMES, OUTLINES, STYLES, draw_scene, rasterise, trace
 
 # The oracle's own decode() under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

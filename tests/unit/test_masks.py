@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from faster_coco_eval import mask as coco_mask
 
-from visft_ds.data.masks import Placement, grid_size, rasterise, rasterise_all
+from visft_ds.tasks.segmentation.masks import Placement, grid_size, rasterise, rasterise_all
 
 SIZE = (40, 60)
 GRID = (10, 15)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.integration.engine_case import build, global_batch, normaliser, samples
-from visft_ds.data.joint import collate_joint
+from visft_ds.model import normalise_pixels, valid_region
 from visft_ds.models.eva_vit import PIXEL_MEAN
-from visft_ds.multitask import normalise_pixels, valid_region
+from visft_ds.tasks.transform import collate_joint
 
 
 def test_padding_has_the_mean_colour_and_pixels_are_imagenet_normalised() -> None:

@@ -13,21 +13,21 @@ import torch
 from tests.coco_tree import write_tree
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.config.resolve import resolve_values
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.dataset import DataSet, coco_dataset
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.samples import Batch
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.data.shards import ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
-from visft_ds.rehearsal import largest_batches
-from visft_ds.streams import pipelines_of, plan_of, streams_of
+from visft_ds.prepare.datasets import open_training_data, settle_classes
+from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
+from visft_ds.resilience.memory import largest_batches
+from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import classes_of
-from visft_ds.tasks.detection import DetectionOutput
-from visft_ds.tasks.segmentation import SegmentationOutput
-from visft_ds.training_data import open_training_data, settle_classes
+from visft_ds.tasks.detection.head import DetectionOutput
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.segmentation.loss import SegmentationOutput
 
 BOTH = ("detection", "segmentation")
 #: Those of the small tree, and what they become. In the last there are more than COCO has.

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tests.integration import engine_case as case
-from visft_ds.data.joint import collate_joint
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.segmentation import collate_segmentation
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.eva_vit import RECOMPUTE
-from visft_ds.multitask import MultiTaskModel
 from visft_ds.parallel.pipeline_layers import padded_size
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.segmentation.data import collate_segmentation
+from visft_ds.tasks.transform import collate_joint
 
 SIZES = ((56, 112), (112, 56), (28, 112), (56, 112))
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from coco_tree import make_split
 
-from visft_ds.conversion.shard_writer import TarWriter
-from visft_ds.data import plain_webdataset
+from visft_ds.data import open_webdataset as plain_webdataset
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.plain_webdataset import check_secure, open_split
+from visft_ds.data.open_webdataset import check_secure, open_split
 from visft_ds.data.shards import ShardReader
+from visft_ds.shards.shard_writer import TarWriter
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_an_insecure_import_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_security_is_on_where_the_environment_says_nothing() -> None:
     """In a process of its own, because an import happens once."""
     code = (
-        "import os; os.environ.pop('WDS_SECURE', None); import visft_ds.data.plain_webdataset as ours, webdataset; "
+        "import os; os.environ.pop('WDS_SECURE', None); import visft_ds.data.open_webdataset as ours, webdataset; "
         "ours.check_secure(); print(webdataset.utils.enforce_security, os.environ['WDS_SECURE'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

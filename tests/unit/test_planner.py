@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
-from visft_ds.data.vocabulary import Vocabulary
+from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.planner import Content, fitting_settings, plan_memory, settle_recompute
 from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of
@@ -21,10 +21,10 @@ from visft_ds.planner.step import Run, rehearse
 from visft_ds.planner.time import step_time
 from visft_ds.planner.work import Work
 from visft_ds.planner.zero import Zero
-from visft_ds.profiling.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
+from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.plan_validation import FIRST_IDS, OBJECTS, VOCABULARY, made_up_batch
-from visft_ds.stages import prepare_model
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_AGAIN = ("visft.model.checkpoint_every=1", "visft.model.recompute=block")

@@ -38,7 +38,7 @@ def test_commands_of_the_preflight_use_flags_that_exist() -> None:
     root = Path(__file__).parents[2]
     shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command.split()
     assert shards[:3] == ["python", "tools/make_shards.py", "build"] and (root / shards[1]).is_file()
-    flags = (root / "visft_ds/conversion/build_command.py").read_text()
+    flags = (root / "visft_ds/shards/build_command.py").read_text()
     assert all(f'"{word}"' in flags for word in shards if word.startswith("--"))
     heads = missing_inputs(resolve(stage=2, settings=["visft.heads.path=nowhere", "visft.data.root=nowhere"]))[
         -1

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.conversion.source import Selection, read_source
 from visft_ds.profiling.conversion import (
     COCO_SIZES,
     ConversionOptions,
@@ -18,6 +17,7 @@ from visft_ds.profiling.conversion import (
     measure_conversion,
     write_annotations,
 )
+from visft_ds.shards.source import Selection, read_source
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/profile.py"
 

@@ -15,8 +15,8 @@ from visft_ds.profiling import average_precision, heads
 from visft_ds.profiling.heads import SAMPLING, WHOLE, HeadOptions, measure_heads
 from visft_ds.profiling.sampling import BOTH, FORWARD, NEIGHBOURS, OURS, formulations, four_neighbours
 from visft_ds.profiling.timing import BACKWARD, CRITERION, HEAD, MATCHER, matchers
-from visft_ds.tasks import pixel_decoder
-from visft_ds.tasks.segmentation import SegmentationCriterion
+from visft_ds.tasks.segmentation import pixel_decoder
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion
 
 SMALL = ["heads", "--small", "--repeats", "2", "--grid", "5x6", "--objects", "3"]
 
@@ -85,7 +85,7 @@ def test_memory_grows_with_the_images_and_parameters_do_not() -> None:
 def test_the_hooks_are_gone(measured: dict[str, Any]) -> None:
     assert pixel_decoder.deform_attn is deform_attn
     ((_, _, function),) = matchers(SegmentationCriterion())
-    assert function.__module__ == "visft_ds.tasks.mask_matching"
+    assert function.__module__ == "visft_ds.tasks.segmentation.mask_matching"
 
 
 def test_inputs_are_the_same_whatever_else_is_measured() -> None:

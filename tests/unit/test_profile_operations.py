@@ -10,7 +10,7 @@ import torch
 
 from tools.profile import main
 from visft_ds.ops.lora import lora_linear
-from visft_ds.profiling.operations import AFTERWARDS, DENSE, FROZEN_LAYERS, OURS, added_afterwards, dense_update
+from visft_ds.profiling.blocks import AFTERWARDS, DENSE, FROZEN_LAYERS, OURS, added_afterwards, dense_update
 
 #: Blocks of 64 channels, 16 tokens of 4 heads; hidden width 256.
 SMALL = ["ops", "--small", "--repeats", "1", "--pixels", "56", "--rank", "2"]

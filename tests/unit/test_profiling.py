@@ -11,17 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from visft_ds import host_memory
 from visft_ds.config import resolve
-from visft_ds.data.samples import Batch, DetectionTargets
-from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.models.lora import inject_lora
-from visft_ds.multitask import MultiTaskModel, TaskModule
-from visft_ds.profiling import hardware, session
-from visft_ds.profiling.communication import covered
-from visft_ds.profiling.counting import FlopMeter
-from visft_ds.profiling.flops import Flops, Tower, detection_flops, packed_flops, tower_flops
-from visft_ds.profiling.ledger import (
+from visft_ds.costs import hardware
+from visft_ds.costs.counting import FlopMeter
+from visft_ds.costs.flops import Flops, Tower, detection_flops, packed_flops, tower_flops
+from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
     GATHERED,
@@ -32,6 +26,12 @@ from visft_ds.profiling.ledger import (
     Ledger,
     saved_tensors_counted,
 )
+from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.model import MultiTaskModel, TaskModule
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import inject_lora
+from visft_ds.profiling import session
+from visft_ds.profiling.communication import covered
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.timing import (
     BACKBONE,
@@ -49,8 +49,9 @@ from visft_ds.profiling.timing import (
     metered,
     typical_parts,
 )
+from visft_ds.resilience import host_memory
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.detection import DetectionHead
+from visft_ds.tasks.detection.head import DetectionHead
 
 CPU = torch.device("cpu")
 

@@ -26,9 +26,9 @@ from visft_ds.interop.heads import find_head, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, read_published_head, sort_names
 from visft_ds.interop.visft import read_visft_lora
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning import PUBLISHED_NAMES, CaptioningHead
-from visft_ds.tasks.detection import DetectionHead
-from visft_ds.tasks.segmentation import SegmentationHead
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead
+from visft_ds.tasks.detection.head import DetectionHead
+from visft_ds.tasks.segmentation.loss import SegmentationHead
 
 FILES = {
     task: f"eva_e_{kind}_heads.ckpt" for task, kind in zip(TASKS, ("detection", "segment", "caption"), strict=True)

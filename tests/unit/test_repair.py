@@ -16,12 +16,12 @@ import simplejpeg
 from coco_tree import write_tree
 
 from tools.make_shards import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.reencode import Reencoding
-from visft_ds.conversion.repair import repair
-from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.repair import repair
+from visft_ds.shards.verify import verify
 
 FILES = ("toy.index.npy", "toy.manifest.json")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.integration.engine_case import TASKS, build, global_batch, normaliser
-from visft_ds.bundle import RECORD, TARGETS, Bundle, RankPart, open_bundle, write_part
-from visft_ds.examine import Found, examine_batch
-from visft_ds.multitask import MultiTaskModel
-from visft_ds.replay import main
+from visft_ds.model import MultiTaskModel
+from visft_ds.resilience.bundle import RECORD, TARGETS, Bundle, RankPart, open_bundle, write_part
+from visft_ds.resilience.nan_debug import Found, examine_batch
+from visft_ds.resilience.replay import main
 
 STEP_OF_ALL = 3  #: in which all three tasks learn
 IMAGE = 2  #: the id of the image that goes wrong, also its place in the batch
@@ -120,7 +120,7 @@ def test_a_bundle_of_a_pipeline_has_the_pixels_of_its_first_stage(
 def test_what_is_too_large_is_not_kept(
     case: tuple[MultiTaskModel, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visft_ds.bundle.LARGEST", 1000)
+    monkeypatch.setattr("visft_ds.resilience.bundle.LARGEST", 1000)
     assert not write_part(tmp_path / "b", RankPart(0, 0, (case[1],), case[2]))
     assert not (tmp_path / "b").exists()
 

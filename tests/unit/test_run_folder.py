@@ -9,7 +9,7 @@ import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.run_folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, set_aside
+from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, set_aside
 
 RECORDS = ("run.json", "metrics.jsonl", "bundles/step_00000003/bundle.json", f"export/{BACKBONE_FILE}")
 

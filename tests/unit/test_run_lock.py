@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from visft_ds.run_folder import LOCK_FILE
-from visft_ds.run_lock import locked
+from visft_ds.run.folder import LOCK_FILE
+from visft_ds.run.lock import locked
 
 #: Keeps a folder until it is killed; its child must not keep it any longer.
 HOLDER = """

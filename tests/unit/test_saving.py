@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.unit.faulty_disk import state
-from visft_ds.parallel import saving
-from visft_ds.parallel.averaging import average_last
-from visft_ds.parallel.checkpoint import newest_checkpoint, save_checkpoint, saved_steps
-from visft_ds.parallel.engine_state import EngineState, ToHost
-from visft_ds.parallel.saving import HostBuffers, Retention, Saver, best_step, recorded_scores
+from visft_ds.checkpoint import saver as saving
+from visft_ds.checkpoint.averaging import average_last
+from visft_ds.checkpoint.format import newest_checkpoint, save_checkpoint, saved_steps
+from visft_ds.checkpoint.saver import HostBuffers, Retention, Saver, best_step, recorded_scores
+from visft_ds.parallel.state import EngineState, ToHost
 
 
 def never(step: int) -> bool:

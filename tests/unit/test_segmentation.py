@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.data.segmentation import SegmentationTargets
-from visft_ds.tasks.mask2former import MaskedAttention
-from visft_ds.tasks.mask_points import PointCounts, draw_points, uncertain_points
-from visft_ds.tasks.pixel_decoder import MaskedGroupNorm
-from visft_ds.tasks.segmentation import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.segmentation.head import MaskedAttention
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points, uncertain_points
+from visft_ds.tasks.segmentation.pixel_decoder import MaskedGroupNorm
 
 #: Our names -> those of the published ViSFT head files (after `visft_heads.`); {n} is a layer's number.
 PUBLISHED_KEYS = {

@@ -13,7 +13,8 @@ from faster_coco_eval import mask as coco_mask
 
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.segmentation import (
+from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes
+from visft_ds.tasks.segmentation.data import (
     COCO_CATEGORY_IDS,
     SegmentationTransform,
     collate_segmentation,
@@ -21,7 +22,6 @@ from visft_ds.data.segmentation import (
     placement,
     segmentation_targets,
 )
-from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 

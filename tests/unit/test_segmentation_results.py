@@ -13,7 +13,7 @@ from faster_coco_eval import mask as coco_mask
 from torch import Tensor
 
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.segmentation import SegmentationOutput, postprocess
+from visft_ds.tasks.segmentation.loss import SegmentationOutput, postprocess
 
 
 def _batch(count: int, **fields: Tensor) -> Batch:

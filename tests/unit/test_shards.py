@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from coco_tree import make_split
 
-from visft_ds.conversion.problem import Problem
-from visft_ds.conversion.verify import verify
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import DamagedSample, ShardReader
+from visft_ds.shards.problem import Problem
+from visft_ds.shards.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from tests.soak.compare import differences
 from tests.soak.schedule import HARM, REQUESTS, schedule
 from tests.soak.trial import Trial
 from tests.unit.faulty_disk import state
-from visft_ds.parallel.checkpoint import save_checkpoint
-from visft_ds.parallel.engine_state import EngineState
+from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.parallel.state import EngineState
 
 
 def test_the_seed_alone_decides_and_a_longer_run_has_the_same_faults_and_more() -> None:

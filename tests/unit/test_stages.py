@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from tests.integration.tiny import TINY
+from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.data.manifest import Category
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import told_of
-from visft_ds.parallel.export import save_base
-from visft_ds.stages import PreparedModel, prepare_model
+from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))

@@ -8,11 +8,11 @@ import pytest
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
-from visft_ds.conversion.build import Options, build
 from visft_ds.launch import main
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.stages import PUBLISHED_VOCABULARY
-from visft_ds.start_report import print_dry_run
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY
+from visft_ds.run.start_report import print_dry_run
+from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
 BY_ID = 64 + 128 + 1

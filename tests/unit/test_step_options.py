@@ -17,7 +17,7 @@ from visft_ds.models.lora import inject_lora
 from visft_ds.parallel.partition import plan_partition
 from visft_ds.planner.rehearsal import Content
 from visft_ds.planner.step import Run
-from visft_ds.stages import plan_groups
+from visft_ds.prepare.model import plan_groups
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.

@@ -15,12 +15,10 @@ from tests.coco_tree import write_tree
 from tools.make_shards import main as make_shards
 from visft_ds.config import resolve
 from visft_ds.config.schema import VisftConfig
-from visft_ds.conversion.build import Options, build
-from visft_ds.data.joint import JointTransform
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.streams import (
+from visft_ds.prepare.datasets import TrainingSet, check_samples
+from visft_ds.prepare.streams import (
     known_vocabulary,
     needs_vocabulary,
     pipeline_of,
@@ -28,7 +26,9 @@ from visft_ds.streams import (
     read_vocabulary,
     vocabulary_of,
 )
-from visft_ds.training_data import TrainingSet, check_samples
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.transform import JointTransform
 
 SPLIT = "toy"
 SILENT = (1, 4, 5)  #: places of the pictures without captions in `partly`

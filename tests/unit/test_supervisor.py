@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from visft_ds.run_folder import newest_step
-from visft_ds.supervisor import GAVE_UP, Attempt, main, supervise
+from visft_ds.resilience.supervisor import GAVE_UP, Attempt, main, supervise
+from visft_ds.run.folder import newest_step
 
 
 class Script:

@@ -408,9 +408,9 @@ def test_defaults_are_those_of_the_constructors(task: str) -> None:
 
 
 def test_defaults_of_what_tasks_share_words_and_decoding() -> None:
-    from visft_ds.data.joint import JointTransform
-    from visft_ds.data.vocabulary import Vocabulary
-    from visft_ds.tasks.captioning import CaptioningHead
+    from visft_ds.tasks.captioning.head import CaptioningHead
+    from visft_ds.tasks.captioning.vocabulary import Vocabulary
+    from visft_ds.tasks.transform import JointTransform
 
     shared = task_schema.SharedImage().model_dump()
     assert keyword_defaults(JointTransform.__init__, without=("vocabulary", "classes")) == shared
@@ -421,8 +421,8 @@ def test_defaults_of_what_tasks_share_words_and_decoding() -> None:
 
 
 def test_choices_are_those_of_the_code() -> None:
-    from visft_ds.data.captions import CaptionChoice
-    from visft_ds.tasks.segmentation import Labelling
+    from visft_ds.tasks.captioning.data import CaptionChoice
+    from visft_ds.tasks.segmentation.loss import Labelling
 
     labelling = task_schema.SegmentationHead.model_fields["labelling"].annotation
     assert get_args(labelling) == get_args(Labelling)

@@ -12,13 +12,13 @@ import torch
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
 from visft_ds.config.schema import DataConfig, VisftConfig
-from visft_ds.conversion.build import Options, build
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
-from visft_ds.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.prepare.datasets import captioned, data_identity, open_training_data, shuffle_of, workers_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.shards.build import Options, build
 from visft_ds.train import settle_shuffle
-from visft_ds.training_data import captioned, data_identity, open_training_data, shuffle_of, workers_of
 
 #: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
 OTHER = {0: "sneakers", 7: "car", 200: "person"}
@@ -205,7 +205,7 @@ def test_remote_shards_are_read_in_windows() -> None:
 
 def test_remote_shards_without_a_cache_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes could share what is read ahead through a cache only, and would ask for sample after sample."""
-    monkeypatch.setattr("visft_ds.training_data.usable_cores", lambda: 64)
+    monkeypatch.setattr("visft_ds.prepare.datasets.usable_cores", lambda: 64)
     kinds = [
         workers_of(DataConfig(root=root, cache=cache))[0]
         for root, cache in (("shards", None), ("s3://bucket/coco", None), ("s3://bucket/coco", "cache"))

@@ -12,7 +12,6 @@ import torch
 
 from tests.integration.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve, resolve_values
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
@@ -20,7 +19,8 @@ from visft_ds.interop.merge import merge_into_file, scaled
 from visft_ds.interop.tuned import TunedWeights, tuned_of
 from visft_ds.interop.verify import verify_merge
 from visft_ds.models.eva_vit import build_backbone
-from visft_ds.stages import PreparedModel, prepare_model, stage_of, trains_backbone
+from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}

@@ -14,14 +14,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integration.start_case import WORDS, configured
+from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import told_of
-from visft_ds.multitask import MultiTaskModel
-from visft_ds.parallel.export import save_base
-from visft_ds.stages import PreparedModel, prepare_model
-from visft_ds.values import HOST, InHostMemory, Placement
+from visft_ds.model import MultiTaskModel
+from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
+from visft_ds.prepare.model import PreparedModel, prepare_model
 
 #: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
 DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}

@@ -18,15 +18,15 @@ import simplejpeg
 from coco_tree import Tree, make_split, write_tree
 
 from tools.make_shards import main
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.compare_source import compare_source, same_mask
-from visft_ds.conversion.problem import Problem
-from visft_ds.conversion.shard_content import read_shard
-from visft_ds.conversion.shard_writer import TarWriter
-from visft_ds.conversion.tar_scan import BLOCK, Damage, Member, TarScan
-from visft_ds.conversion.verify import Progress, verify
 from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.compare_source import compare_source, same_mask
+from visft_ds.shards.problem import Problem
+from visft_ds.shards.shard_content import read_shard
+from visft_ds.shards.shard_writer import TarWriter
+from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
+from visft_ds.shards.verify import Progress, verify
 
 KEY = "000000001035"  # of the first sample
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from visft_ds.data.shards import DamagedSample
-from visft_ds.parallel.faults import LostRank
-from visft_ds.parallel.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
-from visft_ds.parallel.processes import machine, started
-from visft_ds.parallel.watchdog import Peers, Watchdog
+from visft_ds.resilience.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
+from visft_ds.resilience.processes import machine, started
+from visft_ds.resilience.signals import LostRank
+from visft_ds.resilience.watchdog import Peers, Watchdog
 
 ELSEWHERE = "another machine"  # nothing is known of processes there
 PATIENCE, STEP = 10.0, 60.0

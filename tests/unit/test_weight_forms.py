@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests.adapter_bounds import same_change
 from tools.merge_lora import main
+from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
 from visft_ds.interop import hub, writers
 from visft_ds.interop.adapters import LoraAdapter, average
@@ -31,8 +32,7 @@ from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.interop.writers import parse_size, plan_shards, write_shards, write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
-from visft_ds.parallel.checkpoint import save_checkpoint
-from visft_ds.parallel.engine_state import EngineState
+from visft_ds.parallel.state import EngineState
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
 PRE_NORM = ["--set", "num_heads=2", "--set", "post_norm=false"]

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from visft_ds.data.manifest import Manifest
+from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.pictures import save_png
 from visft_ds.evals.report import Report, comparison, write_report
-from visft_ds.evals.stored import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.layouts import tower_in
-from visft_ds.interop.timm import create_model_call
+from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.towers import open_tower
 from visft_ds.monitor.console import Section, print_plan
 

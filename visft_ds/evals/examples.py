@@ -16,14 +16,14 @@ from visft_ds.data.dataset import read_raw
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.caption_pictures import draw_caption
 from visft_ds.evals.mask_pictures import decode_mask, draw_masks
 from visft_ds.evals.pictures import Picture, draw_detections, palette
 from visft_ds.evals.runner import Predict
 from visft_ds.parallel import distributed
-from visft_ds.streams import pipeline_of
+from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

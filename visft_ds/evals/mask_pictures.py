@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from visft_ds.data.masks import Placement, rasterise
 from visft_ds.evals.pictures import (
     Colour,
     Picture,
@@ -28,6 +27,7 @@ from visft_ds.evals.pictures import (
     tag_size,
     two_panels,
 )
+from visft_ds.tasks.segmentation.masks import Placement, rasterise
 
 MaskArray = npt.NDArray[np.bool_]
 

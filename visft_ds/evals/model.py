@@ -17,7 +17,6 @@ from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, TasksConfig
 from visft_ds.data.samples import Batch
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
@@ -28,13 +27,14 @@ from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
 from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
+from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
-from visft_ds.multitask import MultiTaskModel, TaskModule
-from visft_ds.run_folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
-from visft_ds.stages import trains_backbone
-from visft_ds.streams import needs_vocabulary
+from visft_ds.prepare.model import trains_backbone
+from visft_ds.prepare.streams import needs_vocabulary
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

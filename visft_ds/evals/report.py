@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
+from visft_ds.evals.compare import MAIN, Evaluation, compare_results
 from visft_ds.evals.page import embed, page, section, table
 from visft_ds.evals.pictures import INK, Picture, grid, letters, paper, split_panels
-from visft_ds.evals.stored import MAIN, Evaluation, compare_results
 from visft_ds.monitor.metrics import read_metrics
 
 #: Name of a metric, without the part before the slash -> what it means.

@@ -14,12 +14,12 @@ from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.evals.captions import results_metrics
 from visft_ds.evals.coco import check_ground_truth, coco_average_precision, pack_results, unpack_results
 from visft_ds.parallel import distributed
-from visft_ds.streams import pipeline_of
+from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
 

@@ -22,14 +22,7 @@ from visft_ds.interop.files import examples
 from visft_ds.interop.layouts import Tower, depth_of, tower_of
 from visft_ds.models.adapted import resized
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import (
-    TARGETS,
-    LoraSettings,
-    inject_lora,
-    lora_layers,
-    lora_parameters,
-    lora_settings,
-)
+from visft_ds.models.lora import TARGETS, LoraSettings, inject_lora, lora_layers, lora_parameters, lora_settings
 
 SLICES = ("q", "k", "v")
 # Target -> module inside a block.

@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, sha256_file
-from visft_ds.interop.layouts import (
-    LAYOUTS,
-    PROJECTION,
-    Layout,
-    Tower,
-    base_parameters,
-    is_lora,
-    tower_in,
-    tower_of,
-)
+from visft_ds.interop.layouts import LAYOUTS, PROJECTION, Layout, Tower, base_parameters, is_lora, tower_in, tower_of
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_safetensors
 from visft_ds.models.eva_vit import EvaViT

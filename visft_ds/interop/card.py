@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from visft_ds.interop import peft, timm, visft
+from visft_ds.interop import peft, visft
+from visft_ds.interop import timm_names as timm
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visft_ds.interop import open_clip, timm
+from visft_ds.interop import open_clip
+from visft_ds.interop import timm_names as timm
 from visft_ds.interop.encoders import EvaEncoder
 from visft_ds.interop.files import WeightFile, open_weights
 from visft_ds.interop.foreign_code import LOCAL

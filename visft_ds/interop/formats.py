@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from visft_ds.interop import eva_clip, lavis, open_clip, timm, transformers
+from visft_ds.interop import eva_clip, lavis, open_clip, transformers
+from visft_ds.interop import timm_names as timm
 from visft_ds.interop.files import Entry, WeightFile
 from visft_ds.interop.layouts import Layout, Tower
 

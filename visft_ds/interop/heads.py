@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files
 from visft_ds.data.manifest import Category
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
 from visft_ds.interop.published_heads import (
@@ -29,7 +28,8 @@ from visft_ds.interop.published_heads import (
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.classes import are_of_coco, classes_of
-from visft_ds.tasks.segmentation import Labelling
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.segmentation.loss import Labelling
 
 __all__ = [
     "HeadInfo",
@@ -152,10 +152,10 @@ def save_heads(head: nn.Module, path: str | Path, format: str = "visft", *, over
 def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = None) -> nn.Module:
     """Build the head of a task from a file alone: ours, a published one of ViSFT, or a checkpoint of its training.
 
-    Widths, numbers of layers, queries, classes and words are those of the tensors. A published file is taken to have
-    8 attention heads. In the file of one task, ViSFT left the heads of others as they were before training: take each
-    head from its own file. `labelling` (segmentation only, see `visft_ds.tasks.segmentation`) replaces what our file
-    says; published files say nothing and are read as "published", which is how they were trained.
+    Widths, numbers of layers, queries, classes and words are those of the tensors. A published file is taken to have 8
+    attention heads. In the file of one task, ViSFT left the heads of others as they were before training: take each
+    head from its own file. `labelling` (segmentation only, see `visft_ds.tasks.segmentation.loss`) replaces what our
+    file says; published files say nothing and are read as "published", which is how they were trained.
 
     The head is fp32, on the CPU, in evaluation mode.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from visft_ds.interop import eva_clip, timm
+from visft_ds.interop import eva_clip
+from visft_ds.interop import timm_names as timm
 from visft_ds.interop.files import Entry, WeightFile
 from visft_ds.interop.layouts import LAYOUTS, Layout, Tower
 

@@ -23,7 +23,7 @@ from visft_ds.interop.adapters import MODULES, SLICES, LoraAdapter, canonical_ta
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
 from visft_ds.interop.layouts import Tower
-from visft_ds.interop.timm import create_model_call
+from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"

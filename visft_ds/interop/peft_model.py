@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.layouts import is_lora, tower_of
 from visft_ds.interop.peft import adapter_config, peft_tensors
-from visft_ds.interop.timm import model_arguments
+from visft_ds.interop.timm_names import model_arguments
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.low_bit import import_torchao
 

@@ -29,7 +29,7 @@ from visft_ds.interop.head_info import HeadFile, HeadInfo, attention_heads, read
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
 from visft_ds.tasks import TASKS, get_task
-from visft_ds.tasks.captioning import PUBLISHED_NAMES
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
 
 PREFIX = "visft_heads."
 NUM_HEADS = 8  #: attention heads of the published detection and segmentation heads

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.interop.heads import HeadInfo
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 
 def vocabulary_in(infos: Mapping[str, HeadInfo]) -> Vocabulary | None:

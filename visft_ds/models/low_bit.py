@@ -122,7 +122,7 @@ def compare_with_full(
 
     Args:
         read: name of a parameter -> its values in full precision, on the host.
-        whole: see `visft_ds.values.Placement`.
+        whole: see `visft_ds.prepare.materialize.Placement`.
 
     Returns:
         None where nothing is stored so, or nothing of it is here.

@@ -10,7 +10,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.parallel.engine import Engine, Schedule, ZeroEngine
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline import PipelineEngine
-from visft_ds.stages import PreparedModel
+from visft_ds.prepare.model import PreparedModel
 
 
 def build_engine(

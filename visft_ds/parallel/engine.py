@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed import DistNetworkError
 
 from visft_ds.data.samples import Batch
-from visft_ds.multitask import MultiTaskModel, Normaliser
+from visft_ds.model import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
-from visft_ds.parallel.faults import LostRank
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
+from visft_ds.resilience.signals import LostRank
 
 #: The engine and the checkpoints use private names of exactly these releases.
 TESTED_DEEPSPEED = ("0.19.8",)

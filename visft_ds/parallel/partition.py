@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.flops import Flops, block_flops, product, tower_from
 from visft_ds.data.roles import role_of_stage
 from visft_ds.data.shards import Role
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import own_tower
-from visft_ds.multitask import MultiTaskModel
-from visft_ds.profiling.flops import Flops, block_flops, product, tower_from
-from visft_ds.stages import PUBLISHED_VOCABULARY, plan_model
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 
 #: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
 _CAPTION_IDS = 13

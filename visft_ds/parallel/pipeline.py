@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.roles import check_same_samples
 from visft_ds.data.samples import Batch
-from visft_ds.multitask import MultiTaskModel, Normaliser
+from visft_ds.model import MultiTaskModel, Normaliser
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, judge_gradient, step_seed
 from visft_ds.parallel.loss_scale import LossScale

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from visft_ds.data.roles import sample_checksum
 from visft_ds.data.samples import Batch
+from visft_ds.model import MultiTaskModel, Normaliser, valid_region
 from visft_ds.models.backbone import own_tower
 from visft_ds.models.eva_vit import Grids
-from visft_ds.multitask import MultiTaskModel, Normaliser, valid_region
 from visft_ds.ops.attention import Packing
 from visft_ds.tasks.matching import at_least_float32
 

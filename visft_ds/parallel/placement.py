@@ -1,4 +1,4 @@
-"""Where each engine wants the values of a model as they come in (`visft_ds.values.Placement`).
+"""Where each engine wants the values of a model as they come in (`visft_ds.prepare.materialize.Placement`).
 
 Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which the
 system may drop at any time, so that nobody holds them; and each comes upon a damaged value at the same tensor as all
@@ -14,11 +14,11 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from visft_ds.multitask import MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, Place
 from visft_ds.parallel.pipeline_layers import owners
-from visft_ds.values import InHostMemory, Placement
+from visft_ds.prepare.materialize import InHostMemory, Placement
 
 
 def placement_for(config: dict[str, Any], partition: Partition | None) -> Placement:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.engine_state import MOMENTS, base_optimizer, ensure_moments
+from visft_ds.parallel.state import MOMENTS, base_optimizer, ensure_moments
 
 #: What DeepSpeed counts as steps go by. Without a scheduler it has none to move on.
 _COUNTED = ("lr_scheduler", "micro_steps", "global_steps", "global_samples", "skipped_steps")

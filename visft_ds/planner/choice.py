@@ -12,9 +12,9 @@ from visft_ds.parallel import distributed
 from visft_ds.planner.cluster import MEMORY_SHARE
 from visft_ds.planner.fitting import POLICIES, fitting_settings, policy_settings
 from visft_ds.planner.memory import plan_memory
-from visft_ds.run_folder import recorded_config, saved_something
-from visft_ds.stages import choose_precision
-from visft_ds.streams import known_vocabulary
+from visft_ds.prepare.model import choose_precision
+from visft_ds.prepare.streams import known_vocabulary
+from visft_ds.run.folder import recorded_config, saved_something
 
 
 def memory_of(device: torch.device) -> int:

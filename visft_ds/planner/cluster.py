@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from visft_ds.config.schema import Precision
+from visft_ds.costs.hardware import find_peak
 from visft_ds.planner.work import Kind, Total
-from visft_ds.profiling.hardware import find_peak
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
 #: TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88 and 112.

@@ -14,11 +14,11 @@ import torch
 from visft_ds.config import ResolvedConfig, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.ledger import ACTIVATIONS, BUCKETS, GATHERED, GRADIENTS, TRANSIENT
 from visft_ds.parallel import distributed
 from visft_ds.planner.rehearsal import Content
 from visft_ds.planner.step import Rehearsed, Run, rehearse
-from visft_ds.profiling.ledger import ACTIVATIONS, BUCKETS, GATHERED, GRADIENTS, TRANSIENT
-from visft_ds.stages import PUBLISHED_VOCABULARY
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.captions import CaptionTargets
-from visft_ds.data.masks import grid_size
 from visft_ds.data.samples import Batch, DetectionTargets
-from visft_ds.data.segmentation import SegmentationTargets
-from visft_ds.multitask import MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.ops import rehearsing_on
 from visft_ds.planner.work import Total, Work, work_of
+from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.segmentation.masks import grid_size
 
 META = torch.device("meta")
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

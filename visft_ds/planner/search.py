@@ -15,7 +15,7 @@ from visft_ds.planner.memory import MemoryPlan, plan_stream
 from visft_ds.planner.rehearsal import Content
 from visft_ds.planner.step import Run, rehearse
 from visft_ds.planner.time import StepTime, step_time
-from visft_ds.stages import PUBLISHED_VOCABULARY
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 
 CUDA = torch.device("cuda")
 

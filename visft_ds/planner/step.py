@@ -17,15 +17,7 @@ from torch import Tensor, nn
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import own_tower
-from visft_ds.models.low_bit import store_in_few_bits
-from visft_ds.parallel.partition import Partition, plan_partition
-from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
-from visft_ds.planner.work import Total
-from visft_ds.planner.zero import Groups, Zero, gradients_reduced
-from visft_ds.profiling.ledger import (
+from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
     FROZEN,
@@ -37,7 +29,15 @@ from visft_ds.profiling.ledger import (
     Ledger,
     saved_tensors_counted,
 )
-from visft_ds.stages import plan_model
+from visft_ds.data.samples import Batch
+from visft_ds.models.backbone import own_tower
+from visft_ds.models.low_bit import store_in_few_bits
+from visft_ds.parallel.partition import Partition, plan_partition
+from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
+from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
+from visft_ds.planner.work import Total
+from visft_ds.planner.zero import Groups, Zero, gradients_reduced
+from visft_ds.prepare.model import plan_model
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from visft_ds.profiling.counting import NOT_COUNTED_BY_TORCH
+from visft_ds.costs.counting import NOT_COUNTED_BY_TORCH
 
 #: "product": matrix products and convolutions. "attention": fused kernels. "curve": one transcendental function or
 #: more for each value. "sampling": bilinear reads. "plain": everything else, which only moves bytes.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.profiling.ledger import ACTIVATIONS, BUCKETS, GRADIENTS, TRANSIENT, Ledger
+from visft_ds.costs.ledger import ACTIVATIONS, BUCKETS, GRADIENTS, TRANSIENT, Ledger
 
 _FP32 = 4
 #: Elements that a rank's share under ZeRO-1 and 2 is a multiple of (nccl_start_alignment_factor).

@@ -21,12 +21,12 @@ import pycocotools.coco
 import pycocotools.cocoeval
 from faster_coco_eval import mask as coco_mask  # pycocotools' own warns under NumPy 2
 
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
 from visft_ds.evals.coco import IouType, coco_average_precision
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import versions
 from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 
 FORMAT, VERSION = "visft_ds average precision", 1
 #: Largest difference that counts as equal: float64 means of some thousand numbers, in another order.

@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 from visft_ds.config import ResolvedConfig, deepspeed_dict
 from visft_ds.config.schema import Precision
-from visft_ds.multitask import MultiTaskModel
+from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
 from visft_ds.planner.cluster import GPUS, Rates, rates_of
 from visft_ds.planner.memory import run_of
-from visft_ds.planner.step import Run
-from visft_ds.planner.time import step_time
-from visft_ds.profiling.communication import measure_communication
-from visft_ds.profiling.messages import (
+from visft_ds.planner.messages import (
     ALL_GATHER,
     ALL_REDUCE,
     BROADCAST,
@@ -41,10 +38,13 @@ from visft_ds.profiling.messages import (
     broadcasts_of,
     messages_of,
 )
+from visft_ds.planner.step import Run
+from visft_ds.planner.time import step_time
+from visft_ds.prepare.model import choose_precision, plan_groups
+from visft_ds.profiling.communication import measure_communication
 from visft_ds.profiling.plan_validation import measured_rates
 from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread, synchronize
-from visft_ds.stages import choose_precision, plan_groups
 
 FORMAT, VERSION = "visft_ds comm profile", 1
 COPY = "copy in memory"

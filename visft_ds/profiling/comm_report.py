@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.monitor.console import Section
+from visft_ds.planner.messages import COLLECTIVES
 from visft_ds.profiling.collectives import COPY
-from visft_ds.profiling.messages import COLLECTIVES
 
 
 def write_csv(record: Mapping[str, Any], file: Path) -> None:

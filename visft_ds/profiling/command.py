@@ -355,7 +355,7 @@ def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic:
     if not arguments.dry_run:
         return config
     from visft_ds.parallel import distributed
-    from visft_ds.start_report import print_dry_run
+    from visft_ds.run.start_report import print_dry_run
 
     if distributed.is_main():
         print_dry_run(config, distributed.world_size(), render_missing(missing) if missing else "")

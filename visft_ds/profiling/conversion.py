@@ -24,12 +24,12 @@ import numpy as np
 import orjson
 import simplejpeg
 
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.check import CHECK_LEVELS, CheckLevel
-from visft_ds.conversion.source import Selection, read_source
 from visft_ds.monitor.console import Section
 from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
+from visft_ds.shards.source import Selection, read_source
 
 FORMAT, VERSION = "visft_ds conversion", 1
 #: COCO train2017 (https://cocodataset.org): images with instances, instances, captions.

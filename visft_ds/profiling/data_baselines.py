@@ -29,11 +29,11 @@ from torchvision.transforms import v2
 
 from visft_ds.data.dataset import Pipeline
 from visft_ds.data.decode import decode_image
-from visft_ds.data.plain_webdataset import check_secure
+from visft_ds.data.open_webdataset import check_secure
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.profiling.data_source import SIDE, MeasuredSet
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 check_secure()  # the program may have imported the library before
 #: CLIP's mean and standard deviation of the channels.

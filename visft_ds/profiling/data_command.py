@@ -154,11 +154,11 @@ def _configured(
 ) -> Iterator[tuple[MeasuredSet, Sequence[StreamData]]]:
     """The set and the streams of a configuration, with its transforms and batches."""
     from visft_ds.data.manifest import Manifest
+    from visft_ds.prepare.datasets import cache_of, settle_classes
+    from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import MeasuredSet, open_set
     from visft_ds.profiling.session import _every_word
-    from visft_ds.streams import pipeline_of, streams_of, vocabulary_of
-    from visft_ds.training_data import cache_of, settle_classes
 
     settings = _every_word(config.visft) if options.synthetic else config.visft
     wanted = max([images, *(stream.batch_size for stream in settings.streams().values())])

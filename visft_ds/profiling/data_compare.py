@@ -16,13 +16,13 @@ from typing import Any
 
 import orjson
 
-from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import Section
 from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
 from visft_ds.profiling.timing import CpuClock, Spread
+from visft_ds.shards.reencode import Reencoding
 
 FORMAT, VERSION = "visft_ds data comparison", 1
 #: Passes of one kind; each returns how many samples it had.

@@ -17,18 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from visft_ds.conversion.build import Options, build
-from visft_ds.conversion.reencode import Reencoding
 from visft_ds.data.dataset import DataSet, Pipeline
-from visft_ds.data.joint import JointTransform, collate_joint
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, Shuffle, TaskPlan
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import Role, ShardReader
-from visft_ds.data.toy import write_toy_coco
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.data.workers import WorkerKind
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.toy.annotations import write_toy_coco
 
 #: Pixels of a side of the plain three-task sample, and the name of its only task.
 SIDE, TASK = 224, "joint"

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from visft_ds.config import ResolvedConfig
+from visft_ds.costs.hardware import describe
 from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.session import Session, StreamRun, make_step, open_session
 from visft_ds.profiling.timing import Spread, synchronize
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from visft_ds.costs.flops import HEAD_FORMULAS, Flops, packed_flops, tower_flops, tower_from
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import own_tower
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import plain_below
-from visft_ds.profiling.flops import (
-    HEAD_FORMULAS,
-    Flops,
-    packed_flops,
-    tower_flops,
-    tower_from,
-)
-from visft_ds.profiling.hardware import DTYPES
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
 

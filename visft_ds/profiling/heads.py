@@ -18,23 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.data.captions import CaptionTargets
-from visft_ds.data.masks import grid_size
+from visft_ds.costs.ledger import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger
 from visft_ds.data.samples import Batch, DetectionTargets
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS, SegmentationTargets
-from visft_ds.host_memory import memory_bounded
+from visft_ds.model import sum_weighted
 from visft_ds.monitor.console import Section
-from visft_ds.multitask import sum_weighted
 from visft_ds.ops.deform_attn import deform_attn
-from visft_ds.profiling.ledger import ACTIVATIONS, GRADIENTS, OTHER, TRAINED, TRANSIENT, Ledger
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.record import circumstances, measured_on
 from visft_ds.profiling.sampling import measure_sampling, sampling_section
 from visft_ds.profiling.timing import BACKWARD, CRITERION, HEAD, MATCHER, Spread, Stopwatch, in_turn, matchers
-from visft_ds.tasks import Criterion, pixel_decoder
-from visft_ds.tasks.captioning import CaptioningCriterion, CaptioningHead
-from visft_ds.tasks.detection import DetectionCriterion, DetectionHead
-from visft_ds.tasks.segmentation import SegmentationCriterion, SegmentationHead
+from visft_ds.resilience.host_memory import memory_bounded
+from visft_ds.tasks import Criterion
+from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead
+from visft_ds.tasks.segmentation import pixel_decoder
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead
+from visft_ds.tasks.segmentation.masks import grid_size
 
 FORMAT, VERSION = "visft_ds heads", 1
 WHOLE, SAMPLING = "whole", "deformable attention"

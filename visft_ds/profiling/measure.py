@@ -16,28 +16,19 @@ from typing import Any
 import torch
 
 from visft_ds.config.task_schema import SHARED
+from visft_ds.costs.counting import FlopMeter
+from visft_ds.costs.flops import Flops
+from visft_ds.costs.hardware import reference_rate
+from visft_ds.costs.ledger import Ledger
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.host_memory import peak_memory
 from visft_ds.parallel import distributed
 from visft_ds.profiling.communication import measure_communication
-from visft_ds.profiling.counting import FlopMeter
-from visft_ds.profiling.flops import Flops
 from visft_ds.profiling.formula import formula_of
-from visft_ds.profiling.hardware import reference_rate
-from visft_ds.profiling.ledger import Ledger
 from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, StreamRun, make_step
-from visft_ds.profiling.timing import (
-    BACKWARD,
-    Spread,
-    StepTime,
-    Stopwatch,
-    divide,
-    metered,
-    synchronize,
-    typical_parts,
-)
+from visft_ds.profiling.timing import BACKWARD, Spread, StepTime, Stopwatch, divide, metered, synchronize, typical_parts
+from visft_ds.resilience.host_memory import peak_memory
 
 Steps = Iterator[tuple[StepPlan, list[Batch]]]
 

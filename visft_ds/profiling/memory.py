@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.parallel.engine import Engine
-from visft_ds.profiling.ledger import (
+from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
     FROZEN,
@@ -24,6 +23,7 @@ from visft_ds.profiling.ledger import (
     Ledger,
     saved_tensors_counted,
 )
+from visft_ds.parallel.engine import Engine
 
 
 @contextmanager

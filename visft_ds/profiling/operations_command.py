@@ -39,7 +39,7 @@ def profile_operations(options: argparse.Namespace, rest: Sequence[str], command
     """
 
     def load() -> tuple[Any, Any, Any, Any]:
-        from visft_ds.profiling.operations import OperationOptions, make_sections, make_title, measure_operations
+        from visft_ds.profiling.blocks import OperationOptions, make_sections, make_title, measure_operations
 
         return OperationOptions, measure_operations, make_title, make_sections
 

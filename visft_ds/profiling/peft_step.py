@@ -21,16 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.costs.hardware import DTYPES
+from visft_ds.costs.ledger import FROZEN, OTHER, TRAINED, Ledger
 from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
 from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
-from visft_ds.profiling.hardware import DTYPES
-from visft_ds.profiling.ledger import FROZEN, OTHER, TRAINED, Ledger
+from visft_ds.prepare.materialize import is_small
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.record import circumstances, measured_on
 from visft_ds.profiling.timing import Spread, clock, in_turn
-from visft_ds.values import is_small
 
 FORMAT, VERSION = "visft_ds peft profile", 1
 BASELINE, PLAIN = "timm + PEFT, every block again", "timm + PEFT, nothing again"

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.ledger import OTHER, Ledger
 from visft_ds.data.samples import Batch
-from visft_ds.data.vocabulary import Vocabulary
 from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
@@ -34,10 +34,10 @@ from visft_ds.planner.memory import plan_memory
 from visft_ds.planner.rehearsal import DTYPES, Content, rehearsing
 from visft_ds.planner.step import Run
 from visft_ds.planner.time import step_time
+from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
-from visft_ds.profiling.ledger import OTHER, Ledger
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
-from visft_ds.stages import prepare_model
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 FORMAT, VERSION = "visft_ds plan validation", 1
 #: Objects to an image, and words: `heads` makes captions of 8 words for the first image, one more for each further one.

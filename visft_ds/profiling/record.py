@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from visft_ds.costs.hardware import describe
 from visft_ds.monitor.metrics import git_revision, versions
-from visft_ds.profiling.hardware import describe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

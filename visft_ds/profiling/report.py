@@ -6,16 +6,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from visft_ds.costs.hardware import DTYPES, describe
+from visft_ds.costs.ledger import KINDS, TRANSIENT
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import git_revision, versions
 from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel import distributed
-from visft_ds.profiling.hardware import DTYPES, describe
-from visft_ds.profiling.ledger import KINDS, TRANSIENT
+from visft_ds.prepare.model import stage_of
 from visft_ds.profiling.record import REPOSITORY
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKWARD, CRITERION, MATCHER, PARTS
-from visft_ds.stages import stage_of
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.costs.ledger import ACTIVATIONS, OTHER, Ledger
 from visft_ds.monitor.console import Section
 from visft_ds.ops.deform_attn import cell_centres, deform_attn
-from visft_ds.profiling.ledger import ACTIVATIONS, OTHER, Ledger
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.timing import BACKWARD, Spread, Stopwatch, in_turn
 

@@ -17,16 +17,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from visft_ds.checkpoint.format import delete_checkpoints, save_checkpoint, saved_steps
+from visft_ds.checkpoint.saver import Retention, Saver
 from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.costs.hardware import describe
+from visft_ds.model import MultiTaskModel
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import versions
-from visft_ds.multitask import MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.parallel.checkpoint import delete_checkpoints, save_checkpoint, saved_steps
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
-from visft_ds.parallel.engine_state import gather_state
-from visft_ds.parallel.saving import Retention, Saver
-from visft_ds.profiling.hardware import describe
+from visft_ds.parallel.state import gather_state
 from visft_ds.profiling.timing import Spread, synchronize
 
 FORMAT, VERSION = "visft_ds save profile", 1

@@ -14,29 +14,29 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.preflight import head_files
 from visft_ds.config.schema import Precision, VisftConfig
-from visft_ds.conversion.build import Options, build
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.toy import write_toy_coco
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.host_memory import host_memory_available, memory_bounded
+from visft_ds.model import counts_of, normaliser_of
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.models.low_bit import store_in_few_bits
-from visft_ds.multitask import counts_of, normaliser_of
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
-from visft_ds.profiling.hardware import DTYPES
-from visft_ds.stages import choose_precision, plan_groups, prepare_model
-from visft_ds.streams import pipeline_of, streams_of, vocabulary_of
-from visft_ds.training_data import settle_classes, workers_of
+from visft_ds.prepare.datasets import settle_classes, workers_of
+from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
+from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.toy.annotations import write_toy_coco
 
 #: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
 #: configuration says.

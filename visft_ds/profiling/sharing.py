@@ -13,10 +13,10 @@ from typing import Any
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
+from visft_ds.costs.hardware import describe
 from visft_ds.monitor.console import Section
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.profiling.hardware import describe
 from visft_ds.profiling.session import Session, make_step, open_session
 from visft_ds.profiling.timing import BACKBONE, Spread, Stopwatch, clock, metered, synchronize
 

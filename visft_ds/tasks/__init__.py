@@ -8,14 +8,16 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from visft_ds.data.captions import CaptionTransform, collate_captioning
 from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import Transform
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.data.segmentation import SegmentationTransform, collate_segmentation
 from visft_ds.data.transforms import DetectionTransform
-from visft_ds.data.vocabulary import Vocabulary
-from visft_ds.tasks import captioning, detection, segmentation
+from visft_ds.tasks.captioning import head as captioning
+from visft_ds.tasks.captioning.data import CaptionTransform, collate_captioning
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.detection import head as detection
+from visft_ds.tasks.segmentation import loss as segmentation
+from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
 
 Results = list[dict[str, Any]]  #: COCO results format
 

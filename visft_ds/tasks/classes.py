@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from visft_ds.data.segmentation import COCO_CATEGORY_IDS
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 
 _COCO = frozenset(COCO_CATEGORY_IDS)
 _EXAMPLES = 3

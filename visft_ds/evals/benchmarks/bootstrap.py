@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from visft_ds.evals.benchmarks.scores import FloatArray, IntArray
+from visft_ds.evals.benchmarks.protocol import FloatArray, IntArray
 
 DRAWS = 4000
 LEVEL = 0.95

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
-from visft_ds.evals.benchmarks.scores import ImageSet, IntArray
+from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 from visft_ds.interop import imagenet
 
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)

@@ -16,8 +16,8 @@ import orjson
 from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
+from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
-from visft_ds.evals.benchmarks.scores import Benchmark, Score
 from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
 from visft_ds.evals.pictures import save_png
@@ -27,7 +27,7 @@ from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
-from visft_ds.stages import choose_precision
+from visft_ds.prepare.model import choose_precision
 
 _EXTRA = ("open_clip", "sklearn", "timm")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Chunk, Stored
 from visft_ds.evals.benchmarks.models import identity
-from visft_ds.evals.benchmarks.scores import ImageSet
+from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.model import DTYPES
 from visft_ds.interop.encoders import Encoder
 from visft_ds.parallel import distributed

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.benchmarks.scores import Benchmark, IntArray, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, IntArray, Score
 from visft_ds.evals.pictures import INK, Colour, Picture, grid, letters, paper, scaled
 
 _SIDE, _SIZE, _LINE = 220, 13, 18  # of an image; of letters and lines of text, pixels

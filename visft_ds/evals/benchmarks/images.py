@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from visft_ds.evals.benchmarks.scores import ImageSet
+from visft_ds.evals.benchmarks.protocol import ImageSet
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
 from visft_ds.evals.benchmarks.objects import Objects
 from visft_ds.evals.benchmarks.probes import Probe
+from visft_ds.evals.benchmarks.protocol import Benchmark
 from visft_ds.evals.benchmarks.retrieval import Retrieval
-from visft_ds.evals.benchmarks.scores import Benchmark
 from visft_ds.evals.benchmarks.words import Words
 from visft_ds.evals.benchmarks.zero_shot import ZeroShot
 

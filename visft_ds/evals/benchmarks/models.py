@@ -21,14 +21,7 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import Precision
-from visft_ds.evals.model import (
-    DTYPES,
-    adapter_for,
-    empty_backbone,
-    files_of_run,
-    module_adapter_for,
-    refuse_merged,
-)
+from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, module_adapter_for, refuse_merged
 from visft_ds.interop.adapters import install_adapter
 from visft_ds.interop.backbones import is_merged, load_backbone
 from visft_ds.interop.encoders import (
@@ -46,7 +39,7 @@ from visft_ds.interop.merge import scaled
 from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
 from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import open_tower, resolve_tower
-from visft_ds.run_folder import recorded_config
+from visft_ds.run.folder import recorded_config
 
 _LABEL = re.compile(r"([\w .-]+)=(.+)")
 _SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")

@@ -25,8 +25,7 @@ from PIL import Image, ImageDraw
 from visft_ds.evals.benchmarks.class_sets import PLAIN
 from visft_ds.evals.benchmarks.images import changed, chosen, from_files
 from visft_ds.evals.benchmarks.probes import linear_probe
-from visft_ds.evals.benchmarks.retrieval import load_json
-from visft_ds.evals.benchmarks.scores import (
+from visft_ds.evals.benchmarks.protocol import (
     Features,
     ImageSet,
     IntArray,
@@ -36,6 +35,7 @@ from visft_ds.evals.benchmarks.scores import (
     rank_of,
     sentences,
 )
+from visft_ds.evals.benchmarks.retrieval import load_json
 
 VIEWS = ("crop", "marked")
 MARGIN = 1.2

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.class_sets import ClassSet
-from visft_ds.evals.benchmarks.scores import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
+from visft_ds.evals.benchmarks.protocol import Features, FloatArray, ImageSet, IntArray, Score, hits, rank_of
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  #: scikit-learn's C

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.evals.benchmarks.images import from_files
-from visft_ds.evals.benchmarks.scores import Features, ImageSet, IntArray, Score, hits
+from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)

@@ -16,7 +16,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Stored, key_of, load_record
 from visft_ds.evals.benchmarks.encoding import Worker, encode_images, encode_texts, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder
-from visft_ds.evals.benchmarks.scores import Benchmark, Features, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score
 from visft_ds.interop.writing import save_tensors
 from visft_ds.parallel import distributed
 

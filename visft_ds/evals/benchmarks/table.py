@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from visft_ds.evals.benchmarks.bootstrap import LEVEL, Interval, interval, resampled_means
-from visft_ds.evals.benchmarks.scores import FloatArray, IntArray, Score
+from visft_ds.evals.benchmarks.protocol import FloatArray, IntArray, Score
 from visft_ds.monitor.console import Section
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.evals.benchmarks.images import chosen, from_files
-from visft_ds.evals.benchmarks.scores import ImageSet
+from visft_ds.evals.benchmarks.protocol import ImageSet
 
 _FILES = ("gt.txt", "labels.txt", "label.txt", "labels.tsv")
 _NAMED = ("{}_label.txt", "{}_labels.txt", "{}_gt.txt", "annotation_{}.txt")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visft_ds.evals.benchmarks.scores import Features, ImageSet, Score
+from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score
 from visft_ds.evals.benchmarks.word_sets import WordSet
 
 WIDTH = 128  #: of the reader

@@ -12,15 +12,7 @@ from typing import Any
 import torch
 
 from visft_ds.evals.benchmarks.class_sets import ClassSet
-from visft_ds.evals.benchmarks.scores import (
-    Features,
-    ImageSet,
-    Score,
-    class_embeddings,
-    hits,
-    rank_of,
-    sentences,
-)
+from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, class_embeddings, hits, rank_of, sentences
 
 _ROWS = 4096  # images compared with all classes at once
 

@@ -1,0 +1,1 @@
+"""Checkpoints, averages and exports: what leaves an engine."""

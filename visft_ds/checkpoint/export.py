@@ -1,0 +1,163 @@
+"""What leaves a run: heads, adapters and base weights in files that other programs read, in <run>/export.
+
+Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter as a PEFT folder. A backbone that was trained
+itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
+written at the start of the run.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.config import ResolvedConfig
+from visft_ds.data.manifest import Category
+from visft_ds.interop.adapters import adapter_of_run
+from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
+from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.layouts import is_lora, told_of, tower_of
+from visft_ds.interop.module_adapters import module_adapter, save_module_adapter
+from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.interop.writing import file_order, write_safetensors
+from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine
+from visft_ds.parallel.state import gather_parameters, trainable
+from visft_ds.prepare.materialize import BaseWeights
+from visft_ds.run.folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+
+
+def export_weights(
+    engine: Engine,
+    config: ResolvedConfig,
+    folder: Path,
+    *,
+    step: int,
+    categories: Sequence[Category],
+    base_weights: str,
+    base_sha256: str,
+    vocabulary: Vocabulary | None = None,
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
+) -> list[Path]:
+    """Write everything that trained. Collective; returns the paths on the main process.
+
+    Args:
+        base_weights: what the heads were trained on, as stage 2 compares it.
+        vocabulary: goes along with heads that work with words.
+        instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
+        base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
+    """
+    written = []
+    lora, backbone = config.visft.lora, engine.module.backbone
+    names = trainable(engine)
+    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
+    if names.keys() & set(whole):
+        path = folder / TRAINED_BACKBONE_FILE
+        began = {TRAINED_ON: base_sha256}
+        began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
+        written.append(_export_tower(engine, whole, path, instead, began))
+    # Heads and adapters: small.
+    trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
+    if not distributed.is_main():
+        return []
+    if written:
+        base_sha256 = sha256_file(written[0])
+    trained.update({name: value for name, value in instead.items() if name in trained})
+    heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
+    heads = {task: tensors for task, tensors in heads.items() if tensors}
+    if heads:
+        extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
+        extra |= {"base": config.visft.model.base} if config.visft.model.base != "full" else {}
+        infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
+        written += save_head_files(heads, folder, infos, overwrite=True)
+    adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
+    if adapter and lora is not None:
+        place = folder / ADAPTER_FOLDER
+        if isinstance(backbone, TimmBackbone):
+            whole_module = module_adapter(lora, adapter, backbone, base_sha256)
+            written.append(save_module_adapter(whole_module, place, overwrite=True))
+            return written
+        storage, tower = config.visft.model.base, tower_of(backbone)
+        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256, storage)
+        # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
+        split = lora.magnitude
+        written.append(save_peft_adapter(whole_adapter, place, tower, split=split, overwrite=True))
+    return written
+
+
+def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
+    """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
+
+    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`told_of`).
+    """
+    more = {**base.buffers(), **base.beside()}
+    infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
+    drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**told, **drawn})
+
+
+def _export_tower(
+    engine: Engine, names: Sequence[str], path: Path, instead: Mapping[str, Tensor], began: Mapping[str, str]
+) -> Path:
+    """Gather and write a tower one tensor at a time. Collective; the main process writes.
+
+    Args:
+        names: qualified, of all of its parameters.
+        instead: see `export_weights`.
+        began: what the file says of the base.
+    """
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    infos = {name.removeprefix("backbone."): TensorInfo(shapes[name], torch.float32) for name in names}
+    backbone = engine.module.backbone
+    # Statistics of batch norms are the same on every process, and as they were.
+    buffers = backbone.stored_buffers() if isinstance(backbone, TimmBackbone) else {}
+
+    def gather(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name].cpu()
+        qualified = f"backbone.{name}"
+        found = gather_parameters(engine, (qualified,))
+        return {**found, **instead}[qualified]
+
+    if distributed.is_main():
+        whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
+        _write_tower(path, whole, gather, {**told_of(backbone), **began})
+    else:
+        for name in file_order(infos):
+            gather_parameters(engine, (f"backbone.{name}",))
+    return path
+
+
+def _write_tower(
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], told: Mapping[str, str]
+) -> None:
+    write_safetensors(path, infos, produce, {**told, "lora_merged": "false"}, overwrite=True)
+
+
+def _head_info(
+    task: str,
+    config: ResolvedConfig,
+    engine: Engine,
+    extra: Mapping[str, Any],
+    categories: Sequence[Category],
+    vocabulary: Vocabulary | None,
+) -> HeadInfo:
+    options: dict[str, Any] = config.visft.tasks.enabled()[task].head.model_dump(mode="json")
+    width = engine.module.backbone.width
+    if TASKS[task].uses_vocabulary:  # its classes are words, not categories
+        assert vocabulary is not None
+        options["vocabulary_size"] = vocabulary.size
+        return HeadInfo(task, width, options, [], {**extra, "vocabulary": vocabulary.to_dict()})
+    return HeadInfo(task, width, options, [asdict(c) for c in categories], extra)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

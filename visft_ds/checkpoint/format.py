@@ -1,0 +1,257 @@
+"""Checkpoint files: what trains and where the run stands, as safetensors and JSON, free of any topology.
+
+    <run>/checkpoints/step_00000500/parameters.safetensors   fp32 values, by qualified name
+                                    moments.safetensors      "exp_avg/<name>", "exp_avg_sq/<name>"
+                                    average.safetensors      moving average of the values, where the run keeps one
+                                    state.json               step, fingerprints, sha256 of the files and of itself
+
+A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
+renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
+does: it is half written or half deleted, and the next save removes it.
+Base weights are not stored; their sha256 is. Nor are generators of random numbers: every step draws from
+(seed, step, rank), and the seed is in the fingerprint of the configuration. The step is also the position in the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visft_ds.checkpoint.disk import Written, reason, remove_folder, sync_folder, write_file
+from visft_ds.interop.files import TensorInfo, sha256_file
+from visft_ds.interop.writing import safetensors_pieces
+from visft_ds.parallel.state import MOMENTS, EngineState
+
+FORMAT = "visft_ds.checkpoint"
+VERSION = 2
+_PARAMETERS, _MOMENTS, _AVERAGE, _STATE = (
+    "parameters.safetensors",
+    "moments.safetensors",
+    "average.safetensors",
+    "state.json",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk that passed its checks."""
+
+    path: Path
+    step: int  #: optimiser steps done
+    record: Mapping[str, Any]  #: state.json
+
+    def load(self) -> EngineState:
+        """The tensors. Every rank reads them; they are small (what trains, three or four times)."""
+        moments: dict[str, dict[str, Any]] = {key: {} for key in MOMENTS}
+        for name, tensor in load_file(self.path / _MOMENTS).items():
+            key, _, parameter = name.partition("/")
+            moments[key][parameter] = tensor
+        return EngineState(
+            parameters=self.parameters(),
+            moments=moments,
+            updates=self.record["updates"],
+            loss_scale=self.record["loss_scale"],
+            average=load_file(self.path / _AVERAGE) if _AVERAGE in self.record["files"] else {},
+        )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The fp32 values alone, by qualified name."""
+        return load_file(self.path / _PARAMETERS)
+
+
+def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mapping[str, str]) -> Path:
+    """Write one checkpoint; returns its folder when it is on disk. Main process only.
+
+    Args:
+        folder: <run>/checkpoints.
+        identity: what must be equal for a resume, e.g. {"configuration": ..., "data": ..., "base_weights": ...}.
+
+    Raises:
+        OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
+    """
+    final, temporary = _final(folder, step), _temporary(folder, step)
+    files = _contents(state)
+    needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        os.mkdir(temporary)
+        written = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
+        # Last: a folder with this file is whole.
+        write_file(temporary / _STATE, [_state_json(step, state, identity, written)])
+        sync_folder(temporary)
+        _publish(temporary, final)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {reason(error, folder, needed)}. Earlier "
+            "checkpoints are untouched; the same command goes on from the newest"
+        ) from error
+    return final
+
+
+def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
+    """Delete the checkpoints of these steps, oldest first.
+
+    Raises:
+        OSError: one that cannot be deleted.
+    """
+    for step in sorted(steps):
+        try:
+            remove_folder(_final(folder, step), _temporary(folder, step))
+        except OSError as error:
+            raise OSError(f"{_final(folder, step)} cannot be deleted: {reason(error, folder, 0)}") from error
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint under its final name, whole or damaged, in order."""
+    return [step for step, final, _ in _folders(folder) if final]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are whole, and one line for each newer one that was passed over."""
+    checkpoints, skipped = newest_checkpoints(folder, 1)
+    return next(iter(checkpoints), None), skipped
+
+
+def newest_checkpoints(folder: Path, count: int) -> tuple[list[Checkpoint], list[str]]:
+    """Up to `count` whole checkpoints, newest first, and one line for each that was passed over on the way."""
+    found: list[Checkpoint] = []
+    skipped: list[str] = []
+    for step, _, path in reversed(_folders(folder)):
+        if len(found) == count:
+            break
+        if found and found[-1].step == step:  # what it replaced
+            continue
+        try:
+            found.append(open_checkpoint(path))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return found, skipped
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check one checkpoint's files against their sha256.
+
+    Raises:
+        CheckpointError: missing, cut or changed files, or another format.
+    """
+    try:
+        record = json.loads((path / _STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {_STATE} cannot be read ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
+        found = f"{record.get('format')} {record.get('version')}" if isinstance(record, dict) else "something else"
+        raise CheckpointError(f"{path}: format {found}; this release reads {FORMAT} {VERSION}")
+    if record.pop("sha256", None) != _digest(record):
+        raise CheckpointError(f"{path / _STATE}: content does not match its sha256; the file was changed or damaged")
+    for name, expected in record["files"].items():
+        file = path / name
+        try:
+            size = file.stat().st_size if file.exists() else None
+            if size != expected["bytes"]:
+                raise CheckpointError(
+                    f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {expected['bytes']}"
+                )
+            if sha256_file(file) != expected["sha256"]:
+                raise CheckpointError(f"{file}: content does not match its sha256; the file was changed or damaged")
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+    return Checkpoint(path, record["step"], record)
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Refuse to go on from a checkpoint of another configuration, data set or base model.
+
+    Raises:
+        CheckpointError: naming each difference.
+    """
+    recorded = checkpoint.record["identity"]
+    names = sorted(name for name in recorded.keys() | identity.keys() if recorded.get(name) != identity.get(name))
+    if names:
+        lines = [f"  {name}: this run {identity.get(name)}, the checkpoint {recorded.get(name)}" for name in names]
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run:\n" + "\n".join(lines) + "\nchoose another --out, or give the "
+            "settings of that run (its resolved configuration is in run.json)"
+        )
+
+
+def _contents(state: EngineState) -> dict[str, dict[str, Tensor]]:
+    """File name -> its tensors."""
+    moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
+    files = {_PARAMETERS: dict(state.parameters), _MOMENTS: moments}
+    return files | ({_AVERAGE: dict(state.average)} if state.average else {})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+    return write_file(path, safetensors_pieces(path, infos, lambda name: tensors[name], {}))
+
+
+def _state_json(step: int, state: EngineState, identity: Mapping[str, str], files: Mapping[str, Written]) -> bytes:
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "updates": state.updates,
+        "loss_scale": dict(state.loss_scale),
+        "identity": dict(identity),
+        "files": {name: asdict(written) for name, written in files.items()},
+    }
+    return (json.dumps(record | {"sha256": _digest(record)}, indent=1) + "\n").encode()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name. Whatever happens on the way, one of this step can be loaded."""
+    replaced = final.with_name(f"{final.name}.old")
+    if final.exists():  # saved again after a resume from an earlier step, because this one was damaged
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    if replaced.exists():
+        remove_folder(replaced, temporary)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove or put back what a process left that was killed while it saved."""
+    for path in folder.glob("step_*"):
+        if re.fullmatch(r"step_\d{8,}\.tmp", path.name):
+            shutil.rmtree(path)
+    for path in folder.glob("step_*.old"):
+        if path.with_suffix("").exists():
+            remove_folder(path, path.with_suffix(".tmp"))
+        else:
+            os.replace(path, path.with_suffix(""))
+
+
+def _final(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.tmp"
+
+
+def _folders(folder: Path) -> list[tuple[int, bool, Path]]:
+    """(step, whether it has its final name, path) of what may be a checkpoint; the last one is the first to try."""
+    found = [(re.fullmatch(r"step_(\d{8,})(\.old)?", path.name), path) for path in folder.glob("step_*")]
+    named = [(int(match[1]), not match[2], path) for match, path in found if match and path.is_dir()]
+    return sorted((step, final, path) for step, final, path in named)

@@ -1,0 +1,1 @@
+"""Arithmetic, bytes and rates of a step, for partition, planner and profiler."""

@@ -1,0 +1,1 @@
+"""Programs built on the package; nothing in the package imports them."""

@@ -1,0 +1,144 @@
+"""From the results of steps to the numbers of a question: one before and one after of each arm, metric and seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visft_ds.evals.benchmarks.command import RECORD
+from visft_ds.evals.compare import MAIN, METRICS
+from visft_ds.experiments.ablations.plan import AFTER, BEFORE, Plan, Trial
+from visft_ds.experiments.ablations.run import Failure
+from visft_ds.experiments.ablations.statistics import Estimate, estimate
+from visft_ds.experiments.ablations.steps import Step
+from visft_ds.experiments.ablations.toy import HOME
+
+#: Of the numbers of a benchmark, those that tables and charts show; the others are in the record.
+_SHOWN = re.compile(r" (top1|knn|linear|image to text R@1|text to image R@1|words|.*, (text top1|probe))$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One number of one trial, times 100."""
+
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """What stage 2 did to it."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that all arms are compared by."""
+
+    name: str
+    in_domain: bool  #: on images like those that were trained on
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What there is of an arm."""
+
+    name: str
+    numbers: Mapping[str, Mapping[int, Pair]]  #: metric -> seed -> numbers
+    failures: Sequence[str]  #: why trials are missing, one line each
+
+    def change(self, metric: str) -> Estimate | None:
+        """After minus before, over seeds; None without any."""
+        found = self.numbers.get(metric, {})
+        return estimate([found[seed].change for seed in sorted(found)]) if found else None
+
+    def against(self, other: ArmResult, metric: str) -> Estimate | None:
+        """After minus that of another arm, over the seeds that both have."""
+        own, theirs = self.numbers.get(metric, {}), other.numbers.get(metric, {})
+        seeds = sorted(own.keys() & theirs.keys())
+        return estimate([own[seed].after - theirs[seed].after for seed in seeds]) if seeds else None
+
+    def mean(self, metric: str, side: str) -> float | None:
+        """Mean over seeds of "before" or "after"."""
+        found = self.numbers.get(metric, {})
+        return estimate([getattr(pair, side) for pair in found.values()]).mean if found else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a question came to."""
+
+    name: str
+    asks: str
+    note: str
+    seeds: tuple[int, ...]
+    metrics: Sequence[Metric]
+    arms: Sequence[ArmResult]  #: the first is the reference
+
+    @property
+    def failed(self) -> bool:
+        """Whether any trial is missing."""
+        return any(arm.failures for arm in self.arms)
+
+
+def collect(plan: Plan, steps: Mapping[str, Step], failures: Mapping[str, Failure]) -> Outcome:
+    """Read the results of a plan that was run.
+
+    Args:
+        failures: stem -> why there is no result.
+    """
+    metrics: dict[str, Metric] = {}
+    arms = []
+    for arm in plan.question.arms:
+        numbers: dict[str, dict[int, Pair]] = {}
+        missing = []
+        for trial in (trial for trial in plan.trials if trial.arm == arm.name):
+            missing += _why(trial, steps, failures)
+            for metric, pair in _numbers(trial):
+                metrics.setdefault(metric.name, metric)
+                numbers.setdefault(metric.name, {})[trial.seed] = pair
+        arms.append(ArmResult(arm.name, numbers, tuple(dict.fromkeys(missing))))
+    seeds = tuple(dict.fromkeys(trial.seed for trial in plan.trials))
+    ordered = sorted(metrics.values(), key=lambda metric: not metric.in_domain)
+    return Outcome(plan.name, plan.question.asks, plan.question.note, seeds, ordered, arms)
+
+
+def _why(trial: Trial, steps: Mapping[str, Step], failures: Mapping[str, Failure]) -> list[str]:
+    """The first causes of what is missing of a trial."""
+    causes: dict[str, str] = {}
+
+    def follow(stem: str) -> None:
+        if stem in failures:
+            before = [need for need in steps[stem].needs if need in failures]
+            for need in before:
+                follow(need)
+            if not before:
+                causes[stem] = f"seed {trial.seed}: {steps[stem].title}: {failures[stem].reason}"
+
+    for step in (trial.before, trial.after, trial.benchmarks):
+        follow(step.stem)
+    return list(causes.values())
+
+
+def _numbers(trial: Trial) -> list[tuple[Metric, Pair]]:
+    found = []
+    if trial.before.marker.is_file() and trial.after.marker.is_file():
+        before, after = (_read(step.out / METRICS)["metrics"] for step in (trial.before, trial.after))
+        for name in MAIN.values():
+            # -1 is COCO's mark for "there is nothing of this kind to find".
+            if before.get(name, -1) >= 0 and after.get(name, -1) >= 0:
+                found.append((Metric(name, True), Pair(100 * before[name], 100 * after[name])))
+    if trial.benchmarks.marker.is_file():
+        for row in _read(trial.benchmarks.out / RECORD)["rows"]:
+            values = row["values"]
+            if _SHOWN.search(row["name"]) and values.keys() >= {BEFORE, AFTER}:
+                pair = Pair(100 * values[BEFORE]["value"], 100 * values[AFTER]["value"])
+                found.append((Metric(row["name"], HOME in row["name"]), pair))
+    return found
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,89 @@
+"""What a folder of comparisons holds for people: tables and a chart of each question, one page over all of them."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from visft_ds.evals.page import page, section
+from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair
+from visft_ds.experiments.ablations.draw import chart
+from visft_ds.experiments.ablations.tables import as_json, markdown, remarks, sections
+from visft_ds.interop.writing import write_text
+from visft_ds.monitor.console import Section, print_plan
+
+TABLE, CHART, PAGE, MARKDOWN = "table", "chart.svg", "report.html", "report.md"
+
+
+def write_question(root: Path, outcome: Outcome) -> list[Path]:
+    """Write table.txt, .md, .json and chart.svg of a question; returns their paths."""
+    folder = root / outcome.name
+    text = io.StringIO()
+    print_plan(outcome.asks, shown(outcome), stream=text)
+    content = {
+        f"{TABLE}.txt": text.getvalue(),
+        f"{TABLE}.md": markdown(outcome),
+        f"{TABLE}.json": json.dumps(as_json(outcome), indent=1) + "\n",
+        CHART: chart(outcome),
+    }
+    for name, what in content.items():
+        write_text(folder / name, what, overwrite=True)
+    return [folder / name for name in content]
+
+
+def shown(outcome: Outcome) -> list[Section]:
+    """All of a question for a terminal."""
+    return [*sections(outcome), Section("how to read it", [(line,) for line in remarks(outcome)])]
+
+
+def write_report(root: Path, names: Sequence[str]) -> list[Path]:
+    """One page over all questions that have been run in this folder, in the order of `names`."""
+    outcomes = [read_outcome(root / name) for name in names if (root / name / f"{TABLE}.json").is_file()]
+    body = [f"<header><h1>Ablations</h1><p>{html.escape(_summary(outcomes))}</p></header>"]
+    body += [_section(outcome) for outcome in outcomes]
+    write_text(root / PAGE, page("Ablations", "\n".join(body)), overwrite=True)
+    text = "\n".join(["# Ablations", "", _summary(outcomes), "", *map(markdown, outcomes)])
+    write_text(root / MARKDOWN, text, overwrite=True)
+    return [root / PAGE, root / MARKDOWN]
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """What `write_question` left in a folder."""
+    record = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
+    arms = [
+        ArmResult(
+            arm["name"],
+            {
+                metric: {int(seed): Pair(pair["before"], pair["after"]) for seed, pair in of.items()}
+                for metric, of in arm["numbers"].items()
+            },
+            tuple(arm["failures"]),
+        )
+        for arm in record["arms"]
+    ]
+    metrics = [Metric(metric["name"], metric["in_domain"]) for metric in record["metrics"]]
+    return Outcome(record["question"], record["asks"], record["note"], tuple(record["seeds"]), metrics, arms)
+
+
+def _summary(outcomes: Sequence[Outcome]) -> str:
+    arms = sum(len(outcome.arms) for outcome in outcomes)
+    failed = sum(bool(arm.failures) for outcome in outcomes for arm in outcome.arms)
+    return f"{len(outcomes)} questions, {arms} arms" + (f", {failed} of them incomplete" if failed else "")
+
+
+def _section(outcome: Outcome) -> str:
+    parts = [f"<p>{html.escape(outcome.asks)}</p><figure>{chart(outcome)}</figure>"]
+    for one in sections(outcome):
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in one.columns)
+        rows = "".join(
+            f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row[1:])}</tr>"
+            for row in one.rows
+        )
+        parts.append(
+            f"<h3>{html.escape(one.title)}</h3><table class=numbers><thead><tr>{head}</tr></thead>{rows}</table>"
+        )
+    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks(outcome))}</ul>")
+    return section(outcome.name, "".join(parts))

@@ -1,0 +1,89 @@
+"""What both sub-commands of tools/contrast.py share: flags, the reading of data, and what is printed at the end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from visft_ds.evals.benchmarks.retrieval import CaptionSet
+from visft_ds.experiments.contrastive.fitting import Recipe
+from visft_ds.experiments.contrastive.pairs import PairOrder, read_pairs
+from visft_ds.experiments.contrastive.recall import table
+from visft_ds.interop.writing import refuse_existing
+from visft_ds.monitor.console import Section, print_plan
+
+_EXTRA = ("open_clip", "timm")  # as they are imported
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Where pairs come from, where the result goes."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="DIR|URL", help="shards, COCO tree, Karpathy's or Flickr30k")
+    data.add_argument("--split", default="train", help="to learn from (default %(default)s)")
+    data.add_argument("--val-data", metavar="DIR|URL", help="to measure recall on (default: --data)")
+    data.add_argument("--val-split", default="val", help="of it, or none (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--log-every", type=int, default=20, metavar="N", help="steps (default %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+
+
+def add_recipe(parser: argparse.ArgumentParser, default: Recipe) -> None:
+    """How long and how fast."""
+    how = parser.add_argument_group("training")
+    how.add_argument("--steps", type=int, default=default.steps, metavar="N", help="default %(default)s")
+    how.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
+    how.add_argument("--lr", type=float, default=default.lr, help="highest learning rate (default %(default)s)")
+    how.add_argument("--weight-decay", type=float, default=default.weight_decay, help="default %(default)s")
+    how.add_argument("--warmup", type=float, default=default.warmup, help="share of the steps (default %(default)s)")
+    how.add_argument("--max-norm", type=float, default=default.max_norm, help="of the gradient (default %(default)s)")
+    how.add_argument("--seed", type=int, default=default.seed, help="default %(default)s")
+
+
+def recipe_of(given: argparse.Namespace) -> Recipe:
+    """What `add_recipe` asked for. Raises ValueError for a number out of range."""
+    return Recipe(given.steps, given.batch_size, given.lr, given.weight_decay, given.warmup, given.max_norm, given.seed)
+
+
+def check_common(given: argparse.Namespace) -> None:
+    """Raise ValueError for packages that are missing, an `--out` that exists, nonsense in common flags."""
+    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ValueError(f"not installed: {', '.join(lacking)}. This needs the extra eval: pip install '.[eval]'")
+    if given.log_every < 1:
+        raise ValueError(f"--log-every {given.log_every} is not allowed: give at least 1")
+    refuse_existing(given.out)
+
+
+def read_sets(given: argparse.Namespace) -> tuple[CaptionSet, CaptionSet | None]:
+    """What is learnt from, and what is measured on. Raises ValueError where one of them cannot be read."""
+    validation = None
+    if given.val_split != "none":
+        validation = read_pairs(given.val_data or given.data, given.val_split)
+    elif given.val_data:
+        raise ValueError("--val-data and --val-split none contradict each other: give one of them")
+    return read_pairs(given.data, given.split), validation
+
+
+def data_section(
+    given: argparse.Namespace, train: CaptionSet, validation: CaptionSet | None, order: PairOrder, kept: str
+) -> Section:
+    """The part of the plan about pairs; `kept` says what becomes of the images."""
+    measured = "nothing" if validation is None else f"{len(validation.images)} images"
+    return Section(
+        "data",
+        [
+            ("learnt from", f"{len(train.images)} images, {len(train.captions)} captions of {given.split}; {kept}"),
+            ("measured on", measured),
+            ("steps", f"{given.steps} of {order.batch_size} pairs, {given.steps / order.steps_in_epoch:.1f} epochs"),
+        ],
+    )
+
+
+def finished(recalls: Mapping[str, Mapping[str, float]], seconds: float, weights: Path) -> None:
+    """Print what came of it."""
+    columns, *rows = table(recalls)
+    sections = [Section("recall on images that were not learnt from", rows, columns)] if rows else []
+    rest = [("seconds", f"{seconds:.1f}"), ("weights", str(weights))]
+    print_plan("visft_ds contrastive training: done", [*sections, Section("run", rest)])

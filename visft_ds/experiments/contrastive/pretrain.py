@@ -1,0 +1,183 @@
+"""A small CLIP from random weights, so that a toy backbone knows something before ViSFT.
+
+CLIP as in https://arxiv.org/abs/2103.00020, sections 2.3 to 2.5, less what needs 400 million pairs: no augmentation,
+one process, images kept in memory as bytes. One of an image's captions is drawn anew each time the image comes.
+
+Letters: n images, B pairs, E width of the embedding, S side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visft_ds.evals.benchmarks.protocol import ImageSet
+from visft_ds.evals.benchmarks.retrieval import CaptionSet
+from visft_ds.experiments.contrastive.fitting import Curve, Recipe, fit
+from visft_ds.experiments.contrastive.loss import INITIAL_LOG_SCALE, clip_loss
+from visft_ds.experiments.contrastive.output import Result, staged, write_result
+from visft_ds.experiments.contrastive.pairs import PairOrder
+from visft_ds.experiments.contrastive.recall import encode_captions, recall
+from visft_ds.experiments.contrastive.tokens import Tokens, tokens_of
+from visft_ds.interop.clip_models import Clip, TextShape, build_clip, save_clip, text_tower_of
+from visft_ds.interop.encoders import NORMALISATIONS, eva_crop
+from visft_ds.interop.open_clip import FILE
+from visft_ds.parallel import distributed
+from visft_ds.resilience.host_memory import host_memory_available
+
+#: Of the debug preset on the toy set, see docs/contrastive.md.
+DEFAULT_TEXT = TextShape()
+DEFAULT_RECIPE = Recipe(steps=400, batch_size=128, lr=1e-3)
+_ROWS = 256  # images encoded at once where nothing is learnt
+_READERS = 4  # threads that decode
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What is built and how it learns."""
+
+    preset: str = "debug"
+    overrides: Mapping[str, Any] = field(default_factory=dict)  #: fields of the preset that are replaced
+    text: TextShape = DEFAULT_TEXT
+    recipe: Recipe = DEFAULT_RECIPE
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What `pretrain` leaves."""
+
+    weights: Path  #: the file for `visft.model.weights` and `tools/evaluate.py benchmarks --model`
+    losses: tuple[float, ...]  #: of every step
+    before: Mapping[str, float]  #: recall on the validation images with random weights; empty without such images
+    after: Mapping[str, float]
+    seconds: float
+
+
+def pretrain(
+    train: CaptionSet,
+    out: Path,
+    how: Pretraining,
+    *,
+    validation: CaptionSet | None = None,
+    device: torch.device | None = None,
+    log_every: int = 20,
+    quiet: bool = False,
+) -> Pretrained:
+    """Train both towers on captions and write a folder with one file of weights, configurations and a model card.
+
+    The same arguments give the same bits on one kind of device with one number of threads.
+
+    Args:
+        train: images with captions, see `pairs.read_pairs`.
+        out: a new folder; it appears whole or not at all.
+        validation: images to measure recall with, before and after.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: sizes that do not work out, more images than memory, fewer than a batch, a loss that is not finite,
+            several processes, or `out` exists.
+    """
+    check_alone()
+    began = time.perf_counter()
+    clip = build(how)
+    side = clip.images.backbone.image_size
+    order = PairOrder(train.owners, how.recipe.batch_size, how.recipe.seed)
+    tokens = tokens_of(text_tower_of(clip), train.captions)
+    check_memory(train.images, side)
+    with staged(out) as folder:
+        device = device or distributed.local_device()
+        clip.to(device).train()
+        pixels = read_pixels(train.images, side)
+        judge = None if validation is None else (read_pixels(validation.images, side), validation)
+        before = _measure(clip, judge)
+        curve = _fit(clip, pixels, tokens, order, how.recipe, log_every, quiet)
+        after = _measure(clip, judge)
+        configs = save_clip(clip.cpu().eval(), folder, named=out)
+        seconds = time.perf_counter() - began
+        result = Result("pretrain", how.recipe, curve, {"before": before, "after": after}, seconds)
+        write_result(folder, out.name, result, _facts(how, clip, train, tokens), configs)
+    return Pretrained(out / FILE, curve.losses, before, after, seconds)
+
+
+def check_alone() -> None:
+    """Raise ValueError where a launcher has started several processes."""
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"pretraining runs in one process, and the launcher started {distributed.world_size()}: start it without "
+            f"deepspeed or torchrun"
+        )
+
+
+def build(how: Pretraining) -> Clip:
+    """The random model that training starts from. Raises ValueError for sizes that do not work out."""
+    return build_clip(how.preset, how.text, log_scale=INITIAL_LOG_SCALE, seed=how.recipe.seed, **dict(how.overrides))
+
+
+def check_memory(images: ImageSet, side: int) -> int:
+    """Bytes of all images in memory. Raises ValueError where that is more than half of what is free."""
+    needed, free = len(images) * 3 * side**2, host_memory_available()
+    if 2 * needed > free:
+        raise ValueError(
+            f"{len(images)} images of {side} pixels take {needed / 2**30:.1f} GiB of memory, and "
+            f"{free / 2**30:.1f} GiB are free: give fewer or smaller images (pretraining is for toy sets)"
+        )
+    return needed
+
+
+def read_pixels(images: ImageSet, side: int) -> Tensor:
+    """(n, 3, S, S) uint8, the middle square of every image."""
+    crop = eva_crop(side)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return torch.stack(list(pool.map(lambda place: crop(images.read(place)), range(len(images)))))
+
+
+def normalised(pixels: Tensor, device: torch.device) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32 as EVA-CLIP normalises it."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in NORMALISATIONS["clip"])
+    return (pixels.to(device).float() / 255 - mean) / std
+
+
+def _fit(
+    clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: Recipe, log_every: int, quiet: bool
+) -> Curve:
+    device = clip.logit_scale.device
+
+    def compute(step: int) -> float:
+        images, captions = (torch.from_numpy(places) for places in order.step(step))
+        embedded, said = clip(normalised(pixels[images], device), tokens.rows(captions).to(device))
+        loss = clip_loss(embedded, said, clip.logit_scale)
+        loss.backward()
+        return loss.item()
+
+    parameters = dict(clip.named_parameters())
+    return fit(compute, parameters, clip.logit_scale, recipe, log_every=log_every, quiet=quiet)
+
+
+@torch.no_grad()
+def _measure(clip: Clip, judge: tuple[Tensor, CaptionSet] | None) -> dict[str, float]:
+    if judge is None:
+        return {}
+    pixels, captions = judge
+    device = clip.logit_scale.device
+    images = [clip.images(normalised(part, device), ("clip",))["clip"].cpu() for part in pixels.split(_ROWS)]
+    return recall(torch.cat(images), encode_captions(text_tower_of(clip), captions.captions), captions.owners)
+
+
+def _facts(how: Pretraining, clip: Clip, train: CaptionSet, tokens: Tokens) -> dict[str, str]:
+    backbone = clip.images.backbone
+    return {
+        "vision tower": f"{how.preset}, width {backbone.width}, depth {backbone.depth}, patches of "
+        f"{backbone.patch_size}, {backbone.image_size} pixels, random weights of seed {how.recipe.seed}",
+        "text tower": f"width {how.text.width}, {how.text.layers} layers, {how.text.context_length} tokens",
+        "data": f"{len(train.images)} images, {len(train.captions)} captions, fingerprint "
+        f"{train.images.fingerprint[:12]}",
+        "captions as long as the tower reads, or longer": str(tokens.cut),
+        "temperature": f"1 / {float(clip.logit_scale.detach().exp()):.1f}",
+    }

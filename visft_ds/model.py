@@ -1,0 +1,288 @@
+"""The model that trains: one backbone, one head per task, and the losses, in one forward.
+
+Heads and criteria run inside `forward` because ZeRO's hooks see the module's own forward only.
+Letters: B images, H W pixels, h w patch grid, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.data.features import FeatureCache, StoredFeatures
+from visft_ds.data.samples import Batch
+from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
+from visft_ds.models.layers import stack_padded
+from visft_ds.ops import no_autocast
+from visft_ds.tasks import Criterion
+from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.segmentation.loss import SegmentationOutput
+
+Normaliser = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+
+
+@dataclass(frozen=True)
+class TaskModule:
+    """What a task adds to the model."""
+
+    head: nn.Module
+    criterion: Criterion
+    decoding: Mapping[str, Any] = field(default_factory=dict)  #: what the head is also called with in evaluation
+
+
+def normalise_pixels(
+    images: Tensor, sizes: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
+) -> Tensor:
+    """uint8 images to the numbers a backbone sees; padding becomes 0, the mean colour.
+
+    Args:
+        images: (B, 3, H, W) uint8, padded right and bottom.
+        sizes: (B, 2) int64, height and width of the valid part.
+        mean, std: of the channels of RGB in [0, 1].
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
+    middle, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255.0 for values in (mean, std))
+    pixels = (images.float() - middle) / spread
+    return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
+
+
+def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Which cells of a grid over the padded image show image: nearest-neighbour sampling of the pixel mask.
+
+    Args:
+        sizes: (B, 2) int64, height and width of the valid part in pixels.
+        image_size: (H, W) of the padded batch.
+        grid: (h, w) of the wanted mask.
+
+    Returns:
+        (B, h, w) bool, True = image.
+    """
+    axes = []
+    for axis in (0, 1):
+        # The same arithmetic as F.interpolate(mode="nearest"), which the reference applies to the padding mask.
+        cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
+        axes.append(cells[None, :] < sizes[:, axis, None])
+    return axes[0][:, :, None] & axes[1][:, None, :]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Images of different sizes in a padded batch, each with the padding that it has by itself."""
+
+    pixels: Grids  #: (height, width) of each, at least one patch
+    grids: Grids  #: the same in patches
+
+    @classmethod
+    def of(cls, batch: Batch, backbone: Backbone) -> Frames | None:
+        """None where all images of the batch are of one size: then there is no padding to save."""
+        if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
+            return None
+        smallest = backbone.patch_size
+        pixels = [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
+        return cls(pixels, own_tower(backbone).grids(pixels))
+
+    def valid(self, sizes: Tensor) -> Tensor:
+        """`valid_region` of each image alone, (B, h, w) bool, as large as the largest grid and False beyond each."""
+        parts = [
+            valid_region(size[None], frame, grid)[0]
+            for size, frame, grid in zip(sizes, self.pixels, self.grids, strict=True)
+        ]
+        return stack_padded(parts)
+
+    def extents(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 2) height and width of each image's valid part as a share of the largest grid."""
+        grids, pixels = (torch.tensor(one, dtype=dtype) for one in (self.grids, self.pixels))
+        shares = (grids / grids.amax(dim=0) / pixels).to(sizes.device, non_blocking=True)
+        return shares * sizes
+
+
+class MultiTaskModel(nn.Module):
+    """Backbone and heads. In training the result is a dict of losses, in evaluation one output per head.
+
+    Args:
+        backbone: images (B, 3, H, W) -> features (B, D, h, w).
+        tasks: task name -> head and criterion.
+        train_backbone: False in stage 1, where the backbone runs without a graph.
+        heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
+
+    `faults` is None as long as a loss that cannot be computed (a matching cost that is no number) is an error. With a
+    list, its message goes there and the loss is NaN, so that all ranks can finish the backward pass together.
+
+    `feature_cache` keeps the features of a frozen backbone, where batches have views.
+
+    With `packed`, images of different sizes pass through the backbone without padding, in training and in evaluation:
+    their features are those of each image alone, whatever else is in its batch.
+    """
+
+    def __init__(
+        self, backbone: Backbone, tasks: Mapping[str, TaskModule], *, train_backbone: bool, heads_active: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({name: task.head for name, task in tasks.items()})
+        self.criteria = {name: task.criterion for name, task in tasks.items()}
+        self.decoding = {name: task.decoding for name, task in tasks.items()}
+        self.train_backbone = train_backbone
+        self.heads_active = heads_active
+        self.faults: list[str] | None = None
+        self.feature_cache: FeatureCache | None = None
+        self.packed = False
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """Training mode for what trains only: frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.backbone.train(mode and self.train_backbone)
+        self.heads.train(mode and self.heads_active)
+        return self
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, D, h, w), at least float32, and their valid mask (B, h, w) bool."""
+        if batch.views is not None:
+            return self._features_of_views(batch)
+        pixels, frames = self.pixels(batch.images, batch.sizes), self.frames(batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_backbone):
+            features = self.backbone(pixels) if frames is None else self.backbone(pixels, frames.pixels)
+            features = at_least_float32(features)
+        if frames is not None:
+            return features, frames.valid(batch.sizes)
+        return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
+
+    def frames(self, batch: Batch) -> Frames | None:
+        """How the images of a batch are packed; None where they are not."""
+        return Frames.of(batch, self.backbone) if self.packed else None
+
+    def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`features` of images that pass through the backbone one by one, rounded as they are kept.
+
+        So the features of an image depend neither on its neighbours in a batch nor on whether they were kept, and
+        those that were need no pixels.
+        """
+        assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
+        images: list[tuple[Tensor, Tensor]] = []
+        for place, view in enumerate(batch.views):
+            height, width = (max(side, self.backbone.patch_size) for side in view.frame)
+            size, stored = batch.sizes[place : place + 1], view.features
+            if stored is None:
+                pixels = self.pixels(batch.images[place : place + 1, :, : view.frame[0], : view.frame[1]], size)
+                with torch.no_grad():
+                    features = self.backbone(pixels)[0].float().permute(1, 2, 0)
+                stored = StoredFeatures.pack(features, self.feature_cache.storage)
+                key, index = int(batch.random_keys[place]), int(batch.indices[place])
+                self.feature_cache.put(key, index, view.frame, stored)
+            features = stored.unpack()
+            images.append((features, valid_region(size, (height, width), tuple(features.shape[:2]))[0]))
+        features, valid = (stack_padded(parts) for parts in zip(*images, strict=True))
+        return features.permute(0, 3, 1, 2), valid
+
+    def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """What the backbone is fed: `normalise_pixels`, and never less than one patch.
+
+        A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
+        """
+        pixels = normalise_pixels(images, sizes, self.backbone.pixel_mean, self.backbone.pixel_std)
+        short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
+        return F.pad(pixels, (0, short[1], 0, short[0]))
+
+    def forward(self, batch: Batch, normaliser: Normaliser | None = None) -> dict[str, Any]:
+        """Losses of a batch, or predictions when no normaliser is given.
+
+        Args:
+            batch: images and the targets of one or more tasks.
+            normaliser: per task the numbers its losses are divided by; they hold for the whole optimiser step (all
+                ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
+
+        Returns:
+            With a normaliser, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
+            "<task>/<name>": each unweighted loss}.
+            Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
+        """
+        features, valid = self.features(batch)
+        return self.outputs(features, valid, batch, normaliser)
+
+    def outputs(
+        self, features: Tensor, valid: Tensor, batch: Batch, normaliser: Normaliser | None = None
+    ) -> dict[str, Any]:
+        """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
+        frames = self.frames(batch)
+        # Heads and losses stay in float32 whatever the backbone computes in.
+        with no_autocast(features.device):
+            if normaliser is None:
+                wanted = batch.tasks or tuple(self.heads)
+                predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
+                return {task: _placed(output, frames, batch, features) for task, output in predicted.items()}
+            losses: dict[str, Tensor] = {}
+            for task in batch.tasks:
+                criterion, targets = self.criteria[task], batch.targets[task]
+                output = self.heads[task](features, valid, **targets.head_inputs())
+                output = _placed(output, frames, batch, features)
+                try:
+                    parts = criterion(output, targets, normaliser[task], batch.image_ids)
+                except FloatingPointError as error:
+                    if self.faults is None:
+                        raise
+                    self.faults.append(f"{task}: {error}")
+                    losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
+                    continue
+                losses[task] = sum_weighted(parts, criterion.weights)
+                losses.update({f"{task}/{name}": value for name, value in parts.items()})
+            return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Numbers "<task>/<name>" whose sums over ranks and micro-batches normalise the losses; from labels alone."""
+        return {
+            f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
+        }
+
+
+def _placed(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
+    """The output of a head; maps over packed images also say where each image lies in them."""
+    if frames is None or not isinstance(output, SegmentationOutput):
+        return output
+    return replace(output, extents=frames.extents(batch.sizes, features.dtype))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
+    for value in (getattr(output, entry.name) for entry in fields(output)):
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Tensor):
+                yield from [one] * one.requires_grad
+            elif is_dataclass(one):
+                yield from _tensors(one)
+
+
+def sum_weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Weighted sum of the named losses; names without a weight are for the log only."""
+    terms = [weight * losses[name] for name, weight in weights.items()]
+    return torch.stack(terms).sum()
+
+
+def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """This rank's counts of a step, from its labels: sums of `MultiTaskModel.count` over its micro-batches."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        for name, value in module.count(batch).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def normaliser_of(counts: Mapping[str, float], parts: int, device: torch.device) -> Normaliser:
+    """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
+
+    Args:
+        counts: summed over ranks.
+        parts: data-parallel ranks times micro-batches.
+    """
+    result: dict[str, dict[str, Tensor]] = {}
+    for name, total in counts.items():
+        task, _, count = name.partition("/")
+        result.setdefault(task, {})[count] = torch.tensor(max(total, 1.0) / parts, device=device)
+    return result

@@ -1,0 +1,228 @@
+"""The values of a model that was built from shapes alone: each tensor is read or drawn, handed over, and forgotten.
+
+Which processes need which values, and what becomes of them (all kept, a share kept, moved to a GPU), is a `Placement`;
+those of the engines are in `parallel.placement`. A value is the same whatever the placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.config.schema import ModelConfig, VisftConfig
+from visft_ds.interop.backbones import open_backbone
+from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
+from visft_ds.interop.head_info import HeadFile
+from visft_ds.interop.layouts import base_parameters, is_lora
+from visft_ds.interop.timm_files import open_timm
+from visft_ds.model import MultiTaskModel
+from visft_ds.models.backbone import Backbone
+from visft_ds.models.eva_vit import random_weight
+from visft_ds.models.lora import first_value
+from visft_ds.models.low_bit import frozen_matrices
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.tasks import TASKS
+
+
+class Placement(Protocol):
+    """Where values go as they come in, one tensor at a time. Every process asks in the same order."""
+
+    def held(self, module: MultiTaskModel) -> Container[str]:
+        """Names of the parameters whose values this process needs; the others stay on the meta device."""
+        ...
+
+    def place(self, parameter: nn.Parameter) -> None:
+        """Take over a parameter, in place, that has its whole value in host memory. May be collective."""
+        ...
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """In this context each module inside has its own parameters whole while it runs, whoever holds them."""
+        ...
+
+
+class InHostMemory:
+    """All of the model in this process, on the host."""
+
+    def held(self, module: MultiTaskModel) -> Container[str]:
+        """All names."""
+        return {name for name, _ in module.named_parameters()}
+
+    def place(self, parameter: nn.Parameter) -> None:
+        """It is where it belongs."""
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """They always are."""
+        return nullcontext()
+
+
+#: The placement of tools and tests that need no engine.
+HOST = InHostMemory()
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The frozen tower under adapters and heads."""
+
+    identity: str  #: sha256 of the file, or the recipe of the random weights
+    note: str
+    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before it is stored in few bits
+    load: Callable[[str], Tensor]
+    buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
+    beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
+    drawn_as: str | None = None  #: recipe of random weights, also of those that were written to a file
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By what heads may know these weights: those of a run without a file know the recipe."""
+        return tuple(dict.fromkeys(name for name in (self.identity, self.drawn_as) if name is not None))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as the model starts with it, in memory of its own on the host.
+
+        Raises ValueError for values that are not finite.
+        """
+        return self.load(name).to(self.infos[name].dtype)
+
+
+def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> BaseWeights:
+    """The base weights of a configuration; nothing but names and shapes is read of a file.
+
+    Args:
+        backbone: on any device, with every dtype as it will be.
+        storage: of matrices. Those that train pass through it as well, so that both stages start from the same values.
+
+    Raises:
+        ValueError: a file of another model, see `open_backbone`.
+    """
+    infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
+    if isinstance(backbone, TimmBackbone):
+        return _open_timm_base(model, backbone, infos, storage)
+    if model.weights is None:
+        seed = model.weights_seed
+        recipe = f"random {model.preset} {model.backbone_options()} seed {seed}"
+        return BaseWeights(
+            recipe,
+            f"base weights: random, a function of visft.model.weights_seed={seed}",
+            infos,
+            lambda name: random_weight(name, infos[name].shape, seed).to(storage),
+            drawn_as=recipe,
+        )
+    path = Path(model.weights)
+    opened = open_backbone(backbone, path)
+    return BaseWeights(
+        sha256_file(path),
+        f"base weights: {opened.report.summary()}",
+        infos,
+        lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
+        drawn_as=opened.file.metadata.get(DRAWN_AS),
+    )
+
+
+def _open_timm_base(
+    model: ModelConfig, backbone: TimmBackbone, infos: Mapping[str, TensorInfo], storage: torch.dtype
+) -> BaseWeights:
+    @cache
+    def drawn() -> TimmBackbone:
+        """timm draws a model as a whole. Of one that is read from a file only buffers are taken, if it has any."""
+        return build_timm(backbone.name, image_size=model.overrides.image_size, seed=model.weights_seed)
+
+    def first_buffers() -> dict[str, Tensor]:
+        return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
+
+    if model.weights is None:
+        recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
+        return BaseWeights(
+            recipe,
+            f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
+            infos,
+            lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
+            first_buffers,
+            lambda: drawn().left_out,
+            recipe,
+        )
+    path = Path(model.weights)
+    opened = open_timm(backbone, path)
+    return BaseWeights(
+        sha256_file(path),
+        f"base weights: {opened.summary}",
+        infos,
+        lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
+        lambda: {**first_buffers(), **opened.buffers()},
+        drawn_as=opened.file.metadata.get(DRAWN_AS),
+    )
+
+
+def is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a tower is one of the few small ones that stay in fp32: norms, biases, positions."""
+    return len(shape) < 2 or name in ("pos_embed", "cls_token", "reg_token")
+
+
+def fill_model(
+    module: MultiTaskModel,
+    config: VisftConfig,
+    base: BaseWeights,
+    heads: Mapping[str, HeadFile],
+    vocabulary_size: int | None,
+    placement: Placement,
+) -> None:
+    """Give every parameter that this process holds its value, in the module's order.
+
+    Of the backbone one tensor exists at a time. Heads without a file draw from one generator, one head after the other,
+    so of these one head does (at most 14 million values, half of EVA-ViT-E's largest tensor).
+
+    Args:
+        module: on the meta device, each parameter of the dtype it is to have.
+        heads: files of all tasks, or none: then they start at random from `config.seed`, as in every process.
+
+    Raises:
+        ValueError: values that are not finite; on one process alone where it does not hold all, which the error says
+            (`of_one_rank`).
+    """
+    backbone, held = module.backbone, placement.held(module)
+    stored = {f"{name}.weight": one.low_bit for name, one in frozen_matrices(backbone).items() if one.low_bit}
+
+    def of_backbone(name: str) -> Tensor:
+        if is_lora(name):
+            return first_value(backbone, name, config.seed, base.read)
+        value = base.read(name)
+        return stored[name].pack(value) if name in stored else value
+
+    try:
+        _fill(backbone, "backbone.", of_backbone, held, placement)
+        if isinstance(backbone, TimmBackbone):
+            backbone.set_buffers(base.buffers())
+    except ValueError as error:
+        error.of_one_rank = not all(name in held for name, _ in module.named_parameters())  # type: ignore[attr-defined]
+        raise
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for task, head in module.heads.items():
+            if task in heads:
+                _fill(head, f"heads.{task}.", _reader(heads[task]), held, placement)
+                continue
+            options = config.tasks.enabled()[task].head.model_dump()
+            drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
+            _fill(head, f"heads.{task}.", drawn.pop, held, placement)
+
+
+def _reader(file: HeadFile) -> Callable[[str], Tensor]:
+    return lambda name: file.read(name, torch.float32)
+
+
+def _fill(
+    module: nn.Module, prefix: str, read: Callable[[str], Tensor], held: Container[str], placement: Placement
+) -> None:
+    """Replace each parameter `prefix` + name that is held by one with its value."""
+    for name, shape in list(module.named_parameters()):
+        if prefix + name in held:
+            parameter = nn.Parameter(read(name).detach().to(shape.dtype), shape.requires_grad)
+            placement.place(parameter)
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(leaf, parameter)

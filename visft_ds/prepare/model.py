@@ -1,0 +1,366 @@
+"""Stages: what is adapted and what trains. `prepare_model` is the one ordered list of steps that makes a model.
+
+Stage 1 ("heads"): the backbone is frozen and plain, the heads train. Stage 2: the backbone trains, through low-rank
+adapters ("lora") as in arXiv 2401.10222, section 3, or itself ("backbone"); the heads are frozen unless a group says
+otherwise. What trains is decided by the parameter groups of the configuration; a stage only says what must be among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
+from visft_ds.config.task_schema import CaptioningTask
+from visft_ds.data.manifest import Category
+from visft_ds.interop.head_info import HeadFile, HeadInfo
+from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
+from visft_ds.interop.layouts import is_lora
+from visft_ds.interop.published_heads import GRID
+from visft_ds.interop.vocabularies import check_vocabulary
+from visft_ds.model import MultiTaskModel, TaskModule
+from visft_ds.models.backbone import Backbone, build_empty, own_tower
+from visft_ds.models.lora import has_effect, inject_lora
+from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
+from visft_ds.models.timm_backbone import TimmBackbone
+from visft_ds.prepare.datasets import classes_of_run
+from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+
+#: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
+PUBLISHED_VOCABULARY = 9490
+#: Relative change of the features when every LoRA B is perturbed; below it the adapters are not in the forward.
+SMALLEST_EFFECT = 1e-6
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage demands of the parameter groups.
+
+    Attributes:
+        name: as printed.
+        must_train: globs over qualified names; every parameter they match has to be in a group.
+        must_touch: glob over qualified names; some parameter that it matches has to be in a group.
+    """
+
+    name: str
+    must_train: tuple[str, ...]
+    must_touch: str
+
+
+def stage_of(config: VisftConfig) -> StageSpec:
+    """The stage of a configuration, with the adapters and the heads that it asks for."""
+    if config.stage == 1:
+        return StageSpec("heads", ("heads.*",), "heads.*")
+    lora, heads = config.lora is not None, config.heads.start == "random"
+    must_train = ("backbone.*.lora_*",) * lora + ("heads.*",) * heads
+    name = ("lora" if lora else "backbone") + " and heads" * heads
+    return StageSpec(name, must_train, "backbone.*")
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """One parameter group after matching."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    names: tuple[str, ...]  #: qualified parameter names
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of trained values."""
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.parameters)  # ZeRO-3 empties its tensors
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model ready for any engine."""
+
+    module: MultiTaskModel
+    groups: tuple[TrainedGroup, ...]
+    base: BaseWeights
+    notes: tuple[str, ...] = field(default_factory=tuple)  #: checks passed, one line each
+
+    @property
+    def base_weights(self) -> str:
+        """sha256 of the file, or the recipe of the random weights."""
+        return self.base.identity
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The groups as torch optimisers take them."""
+        return [
+            {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name}
+            for g in self.groups
+        ]
+
+
+def prepare_model(
+    config: VisftConfig,
+    defaults: OptimizerParams,
+    *,
+    precision: Precision = "fp32",
+    heads_from: Path | None = None,
+    categories: Sequence[Category] = (),
+    vocabulary: Vocabulary | None = None,
+    placement: Placement = HOST,
+) -> PreparedModel:
+    """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
+
+    Nothing is allocated before everything that shapes and descriptions tell has been checked.
+
+    Args:
+        config: the "visft" block.
+        defaults: learning rate and weight decay of groups that set none.
+        precision: "fp32", "bf16" or "fp16": storage of the frozen matrices. What trains is fp32 in any case.
+        heads_from: folder of stage-1 heads; None starts them at random.
+        categories: of the data set; heads that know them by other ids are refused.
+        vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
+        placement: what this process holds, and where.
+
+    Raises:
+        ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
+            must train but does not, adapters without effect.
+    """
+    storage = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    words = vocabulary.size if vocabulary else None
+    module, planned = plan_model(config, defaults, words, storage)
+    base = open_base(config.model, module.backbone, storage)
+    notes = [base.note]
+    heads: dict[str, HeadFile] = {}
+    if heads_from is not None:
+        files = {task: find_head(heads_from, task) for task in module.heads}
+        infos = {task: read_head_info(path, task) for task, path in files.items()}
+        remedy = "Start new heads with stage 1 on this data, or train on data of the heads' categories"
+        check_categories(infos, categories, "the training data", remedy)
+        if categories:
+            check_classes(infos, classes_of_run(config, categories), categories, "the training data")
+        check_vocabulary(infos, vocabulary, "the training data")
+        notes += _check_heads(infos, config, base)
+        heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
+        notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
+    store_in_few_bits(module.backbone, config.model.base)
+    fill_model(module, config, base, heads, words, placement)
+    named = dict(module.named_parameters())
+    groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
+    if config.lora is not None:
+        notes += _check_effect(module.backbone, placement)
+    if config.model.base != "full":
+        difference = compare_with_full(own_tower(module.backbone), base.read, placement.whole)
+        notes += difference.lines() if difference else []
+    return PreparedModel(module, groups, base, tuple(notes))
+
+
+def plan_groups(
+    config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
+) -> tuple[TrainedGroup, ...]:
+    """What would train, see `plan_model`."""
+    return plan_model(config, defaults, vocabulary_size)[1]
+
+
+def plan_model(
+    config: VisftConfig,
+    defaults: OptimizerParams,
+    vocabulary_size: int | None = PUBLISHED_VOCABULARY,
+    storage: torch.dtype = torch.float32,
+) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
+    """The model on the meta device and what would train, from shapes alone: no file is read.
+
+    Its matrices have the shapes and dtypes of full precision; `store_in_few_bits` comes next.
+
+    Args:
+        vocabulary_size: that of the published captioning heads unless the data's own is known.
+        storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
+
+    Raises:
+        ValueError: as `prepare_model`, as far as shapes tell.
+    """
+    model = config.model
+    backbone = build_empty(model.preset, storage, model.backbone_options())
+    for name, parameter in backbone.named_parameters():
+        if is_small(name, parameter.shape):
+            parameter.data = parameter.data.float()
+    module = _build_module(config, backbone, vocabulary_size)
+    if config.lora is not None:
+        inject_lora(backbone, **config.lora.model_dump())
+    _check_content(config, backbone.patch_size)
+    groups = apply_groups(module, config.param_groups, defaults)
+    _check_stage(module, stage_of(config))
+    plan_few_bits(backbone, model.base)
+    for parameter in (parameter for group in groups for parameter in group.parameters):
+        parameter.data = parameter.data.float()
+    _set_modes(module, config, groups)
+    return module, groups
+
+
+def trains_backbone(config: VisftConfig) -> bool:
+    """Whether a parameter group holds anything of the backbone itself, apart from adapters."""
+    groups = plan_groups(config, OptimizerParams(lr=1.0, weight_decay=0.0))
+    return any(name.startswith("backbone.") and not is_lora(name) for group in groups for name in group.names)
+
+
+def apply_groups(
+    module: nn.Module, groups: Iterable[ParamGroup], defaults: OptimizerParams
+) -> tuple[TrainedGroup, ...]:
+    """Match groups to parameters by glob and make exactly the matched ones trainable.
+
+    Raises:
+        ValueError: all problems at once: groups that match nothing, parameters in more than one group.
+    """
+    named = dict(module.named_parameters())
+    owner: dict[str, str] = {}
+    problems, matched = [], []
+    for group in groups:
+        found = {glob: [name for name in named if fnmatchcase(name, glob)] for glob in group.globs()}
+        for glob in (glob for glob, of_glob in found.items() if not of_glob):
+            examples = ", ".join(_prefixes(named))
+            problems.append(f"group {group.name!r}: {glob!r} matches no parameter (names begin with {examples})")
+        chosen = {name for of_glob in found.values() for name in of_glob}
+        names = tuple(name for name in named if name in chosen)
+        problems += [f"{name} is in groups {owner[name]!r} and {group.name!r}" for name in names if name in owner][:3]
+        owner.update(dict.fromkeys(names, group.name))
+        lr = defaults.lr if group.lr is None else group.lr
+        decay = defaults.weight_decay if group.weight_decay is None else group.weight_decay
+        matched.append(TrainedGroup(group.name, lr, decay, names, tuple(named[name] for name in names)))
+    if problems:
+        raise ValueError("visft.param_groups:\n" + "\n".join(f"  {problem}" for problem in problems))
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in owner)
+    return tuple(matched)
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[Precision, str]:
+    """The precision of a run and why.
+
+    Raises:
+        ValueError: the hardware cannot do what was asked for.
+    """
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "auto":
+        if device.type == "cpu":
+            return "fp32", "auto: a CPU"
+        name = torch.cuda.get_device_name(device)
+        return ("bf16", f"auto: {name} has bf16") if has_bf16 else ("fp16", f"auto: {name} has no bf16")
+    if requested == "bf16" and not has_bf16:
+        raise ValueError(
+            f"visft.model.precision: bf16 asked for, {torch.cuda.get_device_name(device)} has none; use fp16 or auto"
+        )
+    assert requested in ("fp32", "bf16", "fp16")  # the schema allows nothing else
+    return cast(Precision, requested), "as configured"
+
+
+def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[TrainedGroup]) -> None:
+    """What runs with a graph and with dropout, and what is computed again in the backward pass."""
+    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    module.packed = config.model.packed
+
+
+def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
+    """Backbone, heads on the meta device, and criteria."""
+    tasks = {}
+    for name, task in config.tasks.enabled().items():
+        with torch.device("meta"):
+            head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
+        criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
+        decoding = task.decoding.model_dump() if isinstance(task, CaptioningTask) else {}
+        tasks[name] = TaskModule(head, criterion, decoding)
+    return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
+
+
+def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
+    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained.
+
+    Returns what is worth a note: heads that have learnt from images prepared in another way.
+    """
+    notes = []
+    for task, info in infos.items():
+        options = config.tasks.enabled()[task].head.model_dump(mode="json")
+        assumed = {"grid": GRID} if info.extra.get("format") == "visft" else {}
+        built = {**assumed, **info.options}
+        names = sorted(n for n in options if n != "dropout" and n in built and options[n] != built[n])
+        if names:
+            told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
+            raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        for problem in of_other_base({task: info}, base.names):
+            raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
+        storage = info.extra.get("base", "full")
+        if storage != config.model.base:
+            notes.append(f"the {task} head learnt over a base in {storage}, this run has {config.model.base}")
+        mode = info.extra.get("mode", config.mode)
+        if mode != config.mode:
+            notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")
+    return notes
+
+
+def _check_stage(module: nn.Module, stage: StageSpec) -> None:
+    named = dict(module.named_parameters())
+    idle = [
+        name
+        for name, parameter in named.items()
+        if not parameter.requires_grad and any(fnmatchcase(name, glob) for glob in stage.must_train)
+    ]
+    if idle:
+        raise ValueError(
+            f"stage {stage.name!r} must train {', '.join(stage.must_train)}, but {len(idle)} of these parameters are "
+            f"in no group, e.g. {idle[0]}; widen a glob of visft.param_groups{_without_adapters(idle[0])}"
+        )
+    if not any(parameter.requires_grad and fnmatchcase(name, stage.must_touch) for name, parameter in named.items()):
+        raise ValueError(
+            f"stage {stage.name!r} must train something of {stage.must_touch}, but no group of visft.param_groups "
+            "holds any of it; give adapters (visft.lora) or a glob such as backbone.*bias, see docs/tuning.md"
+        )
+
+
+def _without_adapters(idle: str) -> str:
+    return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
+
+
+def _check_content(config: VisftConfig, patch_size: int) -> None:
+    """What is left of an image ends where a patch does; the transform does not know the backbone."""
+    task = config.tasks.segmentation
+    if config.mode == "shared" or task is None or not task.image.content_only:
+        return
+    if task.image.content_multiple % patch_size:
+        raise ValueError(
+            f"visft.tasks.segmentation.image.content_multiple = {task.image.content_multiple}: the patches of this "
+            f"backbone have {patch_size} pixels; give {patch_size} or a multiple of it"
+        )
+
+
+def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:
+    """Adapters that the forward bypasses would train nothing, silently; refuse them at start.
+
+    Looks at the blocks that this process holds, one after the other as in the tower, or at the whole of a model of
+    timm; returns a note if there are any.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(backbone, TimmBackbone):
+        run: nn.Module = backbone
+        side = min(backbone.image_size, 4 * backbone.patch_size)  # cheap even for the largest model
+        inputs = torch.randn(1, 3, side, side, generator=generator)
+    else:
+        run = nn.Sequential(*(block for block in backbone.blocks if not any(p.is_meta for p in block.parameters())))
+        inputs = torch.randn(1, 5, backbone.width, generator=generator)  # five tokens
+        if not run:
+            return []
+    with placement.whole(run):
+        effect = has_effect(run, inputs.to(next(run.parameters()).device))
+    if not effect > SMALLEST_EFFECT:
+        raise ValueError(
+            f"the LoRA adapters do not change the features (relative change {effect:.1e}); check visft.lora"
+        )
+    return [f"LoRA changes the features (relative change {effect:.1e} when B is perturbed)"]
+
+
+def _prefixes(named: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[:2]) for name in named})[:6]

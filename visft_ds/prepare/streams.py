@@ -1,0 +1,188 @@
+"""What a run reads: the vocabulary, the order of the samples, and how raw samples become batches of each stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+
+from visft_ds.config.preflight import is_url
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.data.dataset import Pipeline
+from visft_ds.data.features import FeatureCache
+from visft_ds.data.manifest import Manifest, manifest_path
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import FORMAT, Vocabulary
+from visft_ds.tasks.transform import JointTransform, collate_joint
+
+
+def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> Pipeline:
+    """Transform and collate of a stream, with the sizes of its configuration."""
+    if stream.name == SHARED:
+        joint = JointTransform(train, stream.tasks, vocabulary=vocabulary, classes=stream.classes, **stream.image)
+        return Pipeline(joint, collate_joint)
+    spec, classes = TASKS[stream.name], stream.classes.get(stream.name)
+    return Pipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
+
+
+def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
+    """The streams of a run with the classes of its heads, which the categories of ROOT/TRAIN (`first`) decide.
+
+    Raises:
+        ValueError: see `visft_ds.tasks.classes.classes_of`.
+    """
+    found = classes_of_run(config, first.categories)
+    return {
+        name: replace(stream, classes={task: found[task] for task in stream.tasks if task in found})
+        for name, stream in config.streams().items()
+    }
+
+
+def pipelines_of(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
+) -> dict[str, dict[str, Pipeline]]:
+    """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
+    return {
+        stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}
+        for stream in streams_of(config, first_of(sets)).values()
+    }
+
+
+def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
+    """The order of a run's samples.
+
+    Raises:
+        ValueError: fewer samples that a stream can learn from than its batch size.
+    """
+    tasks = {
+        stream.name: TaskPlan(
+            {
+                name: SetPlan(sets[name].manifest.selection(selection_of(part)), sets[name].weight)
+                for name, part in parts_of(stream, sets).items()
+            },
+            stream.batch_size,
+            stream.share,
+        )
+        for stream in config.streams().values()
+    }
+    views = None if config.features is None else config.features.views
+    return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
+
+
+def features_of(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
+) -> FeatureCache | None:
+    """Where a run keeps the features of its frozen backbone; None where geometries do not come again.
+
+    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
+
+    Raises:
+        ValueError: a folder that holds something else.
+    """
+    if config.features is None:
+        return None
+    shape = {"preset": config.model.preset, **config.model.backbone_options()}
+    streams = {stream.name: stream.image for stream in config.streams().values()}
+    identity = {
+        "base weights": base_weights,
+        "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
+        "precision": f"{precision} on {device}",
+        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
+        "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
+    }
+    if config.model.base != "full":  # else as it was before there was a choice
+        identity["base stored as"] = config.model.base
+    root = None if config.features.cache is None else Path(config.features.cache)
+    return FeatureCache(root, identity, config.features.storage)
+
+
+def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:
+    """Data set -> the stream as far as the set has labels for it; without sets that have none."""
+    taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
+    return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
+
+
+def selection_of(stream: Stream) -> str:
+    """Which samples teach at least one of the tasks of a stream, as `Manifest.selection` names them."""
+    selections = {TASKS[task].learns_from for task in stream.tasks}
+    return selections.pop() if len(selections) == 1 else "any"
+
+
+def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
+    """Whether one of the tasks works with words."""
+    return any(TASKS[task].uses_vocabulary for task in tasks)
+
+
+def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | None:
+    """The words of a run: those of the captions of `manifests`, or of a file; None where no task works with words.
+
+    Raises:
+        ValueError: shards without captions, a tokenizer of another release, or an unusable file.
+    """
+    task = config.tasks.captioning
+    if task is None:
+        return None
+    if task.vocabulary.file is not None:
+        return read_vocabulary(Path(task.vocabulary.file))
+    where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
+    tokenizers = {str(manifest.options.get("tokenizer")) for manifest in manifests}
+    if len(tokenizers) > 1:
+        raise ValueError(f"{where}: captions cut into words by {' and '.join(sorted(tokenizers))}: build them anew")
+    words: Counter[str] = Counter()
+    for manifest in manifests:
+        words.update(manifest.vocabulary)
+    try:
+        return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count, tokenizer=tokenizers.pop())
+    except ValueError as error:
+        raise ValueError(
+            f"{where}, visft.tasks.captioning.vocabulary.min_count = {task.vocabulary.min_count}: {error}"
+        ) from error
+
+
+def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
+    """`vocabulary_of` before a run: None also where the shards, or the file of words, are not there yet.
+
+    Raises:
+        ValueError: as `vocabulary_of` and `open_training_data`.
+    """
+    task, data = config.tasks.captioning, config.data
+    if task is None:
+        return None
+    if task.vocabulary.file is not None:
+        path = Path(task.vocabulary.file)
+        return read_vocabulary(path) if path.is_file() else None
+    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    if any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places):
+        return None
+    return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """A vocabulary of ours (JSON), or the word map of a published head (JSON, word -> id).
+
+    Raises:
+        ValueError: no such file, or neither of the two.
+    """
+    try:
+        fields = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no readable vocabulary: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: a vocabulary is a JSON object, this is {type(fields).__name__}")
+    ours = fields.get("format") == FORMAT
+    wrong = [word for word, number in fields.items() if type(number) is not int]
+    if wrong and not ours:
+        raise ValueError(
+            f"{path}: neither a {FORMAT} nor the word map of a captioning head, word -> id: {wrong[0]!r} is "
+            f"{fields[wrong[0]]!r:.60}, which is no whole number"
+        )
+    try:
+        return Vocabulary.from_dict(fields) if ours else Vocabulary.from_word_map(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

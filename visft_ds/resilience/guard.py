@@ -1,0 +1,273 @@
+"""Which steps may change the weights: losses that are no numbers or leap, judged alike on every rank."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import RunConfig
+from visft_ds.data.plan import Plan, StepPlan
+from visft_ds.data.samples import Batch
+from visft_ds.model import Normaliser
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine, StepReport, step_seed
+from visft_ds.parallel.state import gather_parameters
+from visft_ds.resilience.bundle import RankPart, clear, write_part, write_record
+from visft_ds.resilience.nan_debug import not_finite, watched
+
+#: Losses of a task that have to be known before one can leap.
+FEWEST = 20
+#: The median distance of a normal distribution from its median, in standard deviations.
+_MEDIAN_DEVIATION = 0.6745
+#: Overflows whose loss scales are told when it has collapsed: from the first one at 65,536 down to 1.
+_FALLS = 17
+#: Modules and ranks that are named then.
+_SHOWN = 3
+#: A task whose losses hardly differ: deviations below this share of the median do not count.
+_FLAT = 1e-3
+
+
+@dataclass(frozen=True)
+class Past:
+    """One step as a run remembers it."""
+
+    task: str
+    loss: float
+    refused: bool  #: no update was made
+    finite: bool = True  #: loss and gradient were
+    overflow: tuple[int, float] | None = None  #: step and loss scale where the gradient overflowed in fp16
+
+
+def robust_score(past: Iterable[float], loss: float) -> float:
+    """Standard deviations by which a loss lies above the median of others, by their median absolute deviation.
+
+    Unlike mean and standard deviation, neither is moved by a few leaps that were let through.
+    """
+    known = list(past)
+    middle = statistics.median(known)
+    deviation = statistics.median(abs(one - middle) for one in known)
+    return _MEDIAN_DEVIATION * (loss - middle) / max(deviation, _FLAT * abs(middle), 1e-12)
+
+
+class StepGuard:
+    """Accepts or refuses the step that is expected; `accept` is what an engine asks before its update.
+
+    Args:
+        settings: `skip_bad_steps`, `skip_spikes`, `spike_threshold`, `spike_window`, `min_loss_scale`.
+        past: what went before, the oldest first.
+    """
+
+    def __init__(self, settings: RunConfig, past: Iterable[Past] = ()) -> None:
+        self._settings = settings
+        self._losses: dict[str, deque[float]] = {}
+        self._task, self.score, self._spikes, self.bad = "", 0.0, 0, 0
+        self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
+        self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
+        for one in past:
+            self.expect(one.task)
+            if one.refused:
+                self.accept(one.loss)  # for its score
+            self._note(one)
+
+    def expect(self, task: str) -> None:
+        """Say which task the next step trains."""
+        self._task, self.score = task, 0.0
+
+    def accept(self, loss: float) -> bool:
+        """Whether a step of this loss, a mean over the global batch, may change the weights."""
+        if not math.isfinite(loss):
+            return False
+        known = self._known()
+        if self._settings.spike_threshold and len(known) >= min(FEWEST, self._settings.spike_window):
+            self.score = robust_score(known, loss)
+        return not self._leaps() or self._spikes >= self._settings.skip_spikes
+
+    def judge(self, whole: StepPlan, report: StepReport) -> str:
+        """Take note of a finished step. Returns what to say of it, "" for nothing."""
+        loss = report.losses["loss"]
+        overflow = (whole.step + 1, report.loss_scale or 1.0) if report.skipped else None
+        now = Past(whole.task, loss, bool(report.refused), is_finite(report), overflow)
+        leaps = now.finite and self._leaps()
+        known = self._known()
+        where = f"step {whole.step + 1} ({whole.task})"
+        said = ""
+        if leaps:
+            done = "no update was made" if report.refused else "the update was made all the same"
+            said = (
+                f"{where}: loss {loss:.4g} leaps: {self.score:.1f} robust standard deviations above the median "
+                f"{statistics.median(known):.4g} of the last {len(known)}; {done}"
+            )
+        self._note(now)
+        if report.refused and not leaps:
+            what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
+            found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
+            said = f"{where}: {what}, no update was made on any rank{found}"
+        if overflow is not None and overflow[1] <= self._settings.min_loss_scale:
+            self.collapsed = True
+            falls = ", ".join(f"{scale:g} (step {step})" for step, scale in self._falls)
+            said = (
+                f"{where}: the gradient overflows in fp16 at a loss scale of {overflow[1]:g}, which may not fall below "
+                f"{self._settings.min_loss_scale:g} (visft.run.min_loss_scale); it overflowed at {falls}"
+            )
+        return said
+
+    @property
+    def event(self) -> str:
+        """What kind of thing the last step was, if there is anything to say of it."""
+        return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
+
+    def check(self, said: str, saved: int) -> None:
+        """Stop where more steps in a row went wrong than may be skipped.
+
+        Args:
+            said: of the last step.
+            saved: step of the newest checkpoint, 0 for none.
+
+        Raises:
+            FloatingPointError: on every rank.
+        """
+        allowed = self._settings.skip_bad_steps
+        if self.bad <= allowed and not self.collapsed:
+            return
+        after = f" after {allowed} others in a row (visft.run.skip_bad_steps)" if self.bad and allowed else ""
+        good = f"the last good checkpoint is that of step {saved}" if saved else "nothing was saved yet"
+        advice = "A smaller learning rate or a longer warm-up usually helps"
+        if self.collapsed:
+            advice = (
+                "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
+            )
+        error = FloatingPointError(f"{said}\nstopped{after}; {good}. {advice}")
+        error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
+        raise error
+
+    def _known(self) -> deque[float]:
+        return self._losses.setdefault(self._task, deque(maxlen=self._settings.spike_window))
+
+    def _leaps(self) -> bool:
+        return self._settings.spike_threshold is not None and self.score > self._settings.spike_threshold
+
+    def _note(self, step: Past) -> None:
+        self.bad = self.bad + 1 if step.refused and not step.finite else 0
+        self._spikes = self._spikes + 1 if step.refused and step.finite else 0
+        if step.overflow is not None:
+            self._falls.append(step.overflow)
+        if not step.refused:
+            self._known().append(step.loss)
+
+
+def is_finite(report: StepReport) -> bool:
+    """Whether loss and gradient of a step were numbers; overflows of fp16 do not count."""
+    return math.isfinite(report.losses["loss"]) and report.refused != "gradient"
+
+
+def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> StepGuard:
+    """The guard of a run that goes on after `start` steps, as it was then, from the records of the run. Collective."""
+    past = list(_past(out / METRICS_FILE, plan, start)) if distributed.is_main() and start else []
+    return StepGuard(settings, distributed.broadcast_object(past))
+
+
+def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
+    for record in read_metrics(path) if path.is_file() else ():
+        if record.get("kind") == "step" and record["step"] <= start and "loss/loss" in record:
+            refused, finite = bool(record.get("refused", 0.0)), not record.get("not_finite", 0.0)
+            overflow = (record["step"], float(record.get("loss_scale", 1.0))) if record.get("skipped") else None
+            yield Past(plan.task_of(record["step"] - 1), float(record["loss/loss"]), refused, finite, overflow)
+
+
+def find_overflow(
+    engine: Engine, step: int, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+) -> str:
+    """Make a step whose gradient has overflowed once more, without an update, and say where it does. Collective.
+
+    Through the engine, at the loss scale of then, so that every rank and every pipeline stage sees what it saw. The run
+    is to stop: what the engine counts as done is not right afterwards.
+
+    Returns:
+        For each rank the first modules and parameters, in the order of the backward pass; the same on every rank.
+    """
+    found: dict[str, str] = {}
+
+    def note(what: str, tensor: Tensor) -> None:
+        if what not in found and (one := not_finite(what, tensor)) is not None:
+            found[what] = one.text()
+
+    engine.accept = lambda loss: False
+    engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})
+    with watched(engine.module, note):
+        engine.train_step(step, batches, normaliser)
+    everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(list(found.values())[:_SHOWN]))
+    lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
+    more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
+    return "".join(lines[:_SHOWN] + more) or "\n  made again, nothing overflows: faulty hardware?"
+
+
+def capture(
+    engine: Engine,
+    path: Path,
+    whole: StepPlan,
+    batches: Sequence[Batch],
+    normaliser: Normaliser,
+    report: StepReport,
+    *,
+    plan: Plan,
+    config: ResolvedConfig,
+    stages: int = 1,
+    **facts: Any,
+) -> str:
+    """Write the bundle of a step that was refused. Collective. Returns what to say of it, the same on every rank.
+
+    The ranks that found something keep their tensors, or all of them where the gradient alone was no number: after the
+    reduction it tells nothing of where it came from. A disk that does not take it is no reason to lose the message.
+
+    Args:
+        stages: of a pipeline. What its last stage worked on, pixels aside, is with its first one.
+    """
+    rank = distributed.rank()
+    last_of_pipeline = rank + distributed.world_size() // stages * (stages - 1)
+    if distributed.is_main():
+        clear(path)
+    distributed.barrier()
+    kept, problem = False, ""
+    if batches and (not report.faults or not report.faults.keys().isdisjoint((rank, last_of_pipeline))):
+        seed = step_seed(engine.seed, whole.step, rank)
+        try:
+            kept = write_part(path, RankPart(rank, seed, tuple(batches), normaliser))
+        except OSError as error:
+            problem = f"rank {rank}: {error}"
+    parameters = gather_parameters(engine)
+    ids = [int(number) for batch in batches for number in batch.image_ids]
+    everyone = distributed.gather_objects((ids, kept, problem))
+    said = ""
+    if everyone is not None:
+        problems = [problem for _, _, problem in everyone if problem]
+        try:
+            write_record(
+                path,
+                whole,
+                plan,
+                config,
+                image_ids=[ids for ids, _, _ in everyone],
+                kept=[number for number, (_, kept, _) in enumerate(everyone) if kept],
+                parameters=parameters,
+                refused=report.refused or "overflow",
+                loss_scale=report.loss_scale,
+                faults={str(number): list(texts) for number, texts in report.faults.items()},
+                world_size=distributed.world_size(),
+                stages=stages,
+                **facts,
+            )
+        except OSError as error:
+            problems.append(str(error))
+        said = f"python tools/replay.py {path}"
+        if problems:
+            said = f"its bundle could not be written: {'; '.join(problems)}"
+    return str(distributed.broadcast_object(said))

@@ -1,0 +1,78 @@
+"""What a rank says of itself while it lives, as a file for the others. Light: no tensor library.
+
+<run>/heartbeats/rank_00000.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from visft_ds.data.store import StoreFailed
+from visft_ds.resilience.processes import state
+from visft_ds.resilience.signals import LostRank, RanksDiffer
+
+FOLDER = "heartbeats"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    start: str  #: which start of the run it belongs to; files of earlier starts stay behind
+    rank: int
+    host: str
+    pid: int
+    born: str  #: when the process started, by its kernel: process ids come again
+    count: int = 0  #: grows while the process lives
+    position: int = 0  #: grows with every part of a step, equally on all ranks
+    doing: str = "starting"
+    collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
+    ended: str = ""  #: why it left in good order
+    code: int = 0  #: its exit code, where that was an error
+    machine: str = ""  #: where its process id means this process, see `machine`; "" where that is not known
+
+    def where(self) -> str:
+        """Rank, process and what it was last seen doing."""
+        return f"rank {self.rank} (process {self.pid} on {self.host}, last seen: {self.doing})"
+
+
+def read_beats(folder: Path) -> Iterator[Beat]:
+    """All heartbeats in a folder, also those of earlier starts; files that cannot be read now are left out."""
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            yield Beat(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+
+
+def stopped_because(reason: str) -> str:
+    """`Beat.ended` of a rank that stopped as it was asked to; `reason` is empty where another rank was asked."""
+    return f"stopped: {reason or 'asked by another rank'}"
+
+
+def exit_code(error: BaseException) -> int:
+    """What a rank ends with: 2 for what the user can mend (a server of the data that does not answer counts as such),
+    4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
+
+    Launchers report the first code that they find, in the order of ranks: who follows must not hide the reason.
+    """
+    if isinstance(error, LostRank):
+        return error.code
+    if isinstance(error, FloatingPointError):
+        return 4
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
+
+
+def asked_to_stop(folder: Path) -> bool:
+    """Whether the ranks of the last start ended because somebody sent one of them a signal."""
+    return any(beat.ended.startswith("stopped: signal") for beat in read_beats(folder))
+
+
+def process_state(beat: Beat) -> str:
+    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    return state(beat.pid, beat.born, beat.machine)

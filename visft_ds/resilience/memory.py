@@ -1,0 +1,225 @@
+"""Before the first step: the largest micro-batches of every stream, through the real engine, without a trace.
+
+Images differ in size and in what is in them, so that a step that needs more memory than all before may come after days.
+Here it comes first. What is made up are pixels and labels; everything else is what training does.
+Letters: B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.dataset import Pipeline
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.shards import Role
+from visft_ds.data.transforms import Size
+from visft_ds.model import counts_of, normaliser_of
+from visft_ds.models.compiled import compilations
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine
+from visft_ds.parallel.partition import Place
+from visft_ds.parallel.unchanged import unchanged
+from visft_ds.prepare.datasets import TrainingSet, first_of, needs_categories
+from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
+from visft_ds.resilience.host_memory import memory_bounded, peak_memory
+from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
+from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.transform import JointTransform
+
+_WORD = "a"
+#: What the transform of a stream says of its labels' sizes.
+_LABEL_OPTIONS = ("mask_stride", "max_words")
+
+
+@dataclass(frozen=True)
+class Largest:
+    """A micro-batch than which a run meets none that needs more memory.
+
+    The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
+    batch is padded to the height of the one and the width of the other. Where images are packed, the heads still see
+    that; the backbone has most to do with images of most pixels, which are a micro-batch of their own then. Captions
+    have `max_words` words.
+    """
+
+    stream: Stream  #: with the tasks only that the data set teaches
+    sizes: tuple[Size, ...]  #: (height, width) of each image
+    objects: tuple[int, ...]  #: in each image
+    category: int  #: of all of them, an id of the first data set, whose ids the heads know
+    packed: bool = False  #: the backbone sees no padding
+
+    @property
+    def frame(self) -> Size:
+        """(height, width) of the padded batch."""
+        return max(height for height, _ in self.sizes), max(width for _, width in self.sizes)
+
+    def describe(self) -> str:
+        """Its shapes for a message."""
+        tasks = self.stream.tasks
+        objects = sum(self.objects) if needs_categories(tasks) else None
+        ids = self.stream.image["max_words"] + 2 if "max_words" in self.stream.image else None
+        return shape_text(len(self.sizes), self.frame, objects, ids)
+
+    def covers(self, other: Largest) -> bool:
+        """Whether it needs no less memory than another one."""
+        sides = zip(self._needs(), other._needs(), strict=True)
+        return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
+
+    def _needs(self) -> tuple[int, ...]:
+        """Numbers that memory grows with."""
+        return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
+
+    def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
+        """It, as far as a process that reads with this role has it."""
+        options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
+        labelling = JointTransform(
+            True,
+            self.stream.tasks,
+            vocabulary=vocabulary,
+            caption_choice="first",
+            classes=self.stream.classes,
+            **options,
+        )
+        caption = " ".join([_WORD] * labelling.max_words)
+        samples = []
+        for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
+            raw = RawSample(number, number, size, None, [_object(size, self.category)] * objects, [caption])
+            samples.append(
+                Sample(
+                    index=number,
+                    image_id=number,
+                    original_size=size,
+                    size=size,
+                    image=None if role == "labels" else torch.zeros((3, *size), dtype=torch.uint8),
+                    random_key=number,
+                    targets={} if role == "images" else labelling.targets(raw, (), generator(number)),
+                )
+            )
+        return pipeline.collate(samples)
+
+
+def largest_batches(
+    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
+) -> list[tuple[Largest, Pipeline]]:
+    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
+    lies, one stands), or where images are packed."""
+    found: list[tuple[Largest, Pipeline]] = []
+    pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
+    category = next((one.coco_id for one in first.categories), 0)
+    for name, stream in streams_of(settings, first).items():
+        own: list[tuple[Largest, Pipeline]] = []
+        for dataset, part in parts_of(stream, sets).items():
+            manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
+            objects = _most_objects(manifest, batches.micro[name])
+            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
+            packed = settings.model.packed
+            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+                largest = Largest(part, sizes, objects, category, packed)
+                if not any(other.covers(largest) for other, _ in own):
+                    own = [(other, made) for other, made in own if not largest.covers(other)]
+                    own.append((largest, pipeline))
+        found += own
+    return found
+
+
+def rehearse(
+    config: ResolvedConfig,
+    engine: Engine,
+    batches: Batches,
+    sets: Mapping[str, TrainingSet],
+    vocabulary: Vocabulary | None,
+    *,
+    watchdog: Watchdog,
+    memory: MemoryWatch,
+) -> None:
+    """Make a step of the largest micro-batches of every stream that leaves no trace, and print its cost. Collective.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
+    compiles = config.visft.model.compile != "none"
+    device, rows, compiling = engine.device, [], 0.0
+    with unchanged(engine), memory_bounded(device, distributed.processes_here()):
+        for largest, pipeline in largest_batches(config.visft, sets, vocabulary, batches):
+            name, shape = largest.stream.name, largest.describe()
+            times = []
+            for _ in range(1 + compiles):  # what the second time takes less was for compiling
+                watchdog.begin(f"rehearsal of {name}")
+                began = time.perf_counter()
+                with memory.watched(f"the rehearsal of {name}", name, largest.describe):
+                    micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
+                    own = counts_of(engine.module, micro)
+                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
+                    parts = batches.dp * batches.accumulation
+                    engine.train_step(0, micro, normaliser_of(agreement.counts, parts, device))
+                times.append(time.perf_counter() - began)
+            compiling += times[0] - times[-1]
+            rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))
+    memory.rehearsed = True
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if distributed.is_main():
+        columns = ("stream", "largest micro-batch", "took", "peak")
+        sections = [Section("steps", rows, columns), memory.planned()]
+        sections += [_compiled_section(config.visft.model.compile, compiling)] if compiles else []
+        print_plan("rehearsal, of which nothing is kept", sections)
+
+
+def _compiled_section(how: str, seconds: float) -> Section:
+    """What was compiled before the first step, and what it took. What evaluation runs is compiled there."""
+    graphs, breaks = compilations()
+    told = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
+    rows = [("blocks", told), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
+    if how == "cuda_graphs":
+        rows.append(
+            ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")
+        )
+    return Section("compiled", rows)
+
+
+def _object(size: Size, category: int) -> Mapping[str, Any]:
+    """An annotation that fills the picture."""
+    height, width = size
+    outline = [0, 0, width, 0, width, height, 0, height]
+    return {"bbox": [0, 0, width, height], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
+
+
+def _sizes(manifest: Manifest) -> Iterator[Size]:
+    """(height, width) of all pictures of a split, each once."""
+    found: set[int] = set()
+    for rows in manifest.parts():
+        found.update(np.unique(rows["height"].astype(np.int64) << 32 | rows["width"]).tolist())
+    return (divmod(one, 1 << 32) for one in sorted(found))
+
+
+def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
+    """How many objects those `count` pictures have that have most."""
+    most = np.zeros(count, dtype=np.int64)
+    for rows in manifest.parts():
+        most = np.sort(np.concatenate([most, rows["num_annotations"]]))[-count:]
+    return tuple(most[::-1].tolist())
+
+
+def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
+    """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
+    one, or one batch with the highest and the widest; where they are packed, also one of the largest alone."""
+    known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
+    if count == 1:
+        lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
+        return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
+    highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
+    gathered = [(highest, widest, *[known[0]] * (count - 2))]
+    return [*gathered, (known[0],) * count] if packed else gathered

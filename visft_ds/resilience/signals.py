@@ -1,0 +1,100 @@
+"""Stopping cleanly: signals, a lost launcher or supervisor become one flag that all ranks read at the step boundary.
+
+Imports nothing heavy, so that what it offers is there before torch is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from types import FrameType
+
+from visft_ds.resilience import processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: The program between the `deepspeed` command and the ranks of a machine.
+_LAUNCHER = "deepspeed.launcher.launch"
+#: Where a supervisor says who it is, in the environment of its command.
+_SUPERVISOR = "VISFT_SUPERVISOR"
+#: What gloo and NCCL say to a rank whose peer is gone.
+LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks that ought to have or do the same do not; every rank knows and stops."""
+
+
+#: Exit code of a rank that stops because another one was killed or hangs.
+LOST_CODE = 3
+
+
+class LostRank(RuntimeError):
+    """Another rank died or ended with an error; this one cannot go on.
+
+    Args:
+        code: exit code of the other one, where it left one.
+    """
+
+    def __init__(self, told: str, code: int = LOST_CODE) -> None:
+        super().__init__(told)
+        self.code = code
+
+
+def supervised() -> dict[str, str]:
+    """Environment for a command that this process supervises: its ranks stop when this process is gone."""
+    pid = os.getpid()
+    return {**os.environ, _SUPERVISOR: f"{pid} {processes.started(pid)} {processes.machine()}"}
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1, or when the launcher or supervisor above this process is gone.
+
+    The `deepspeed` command does not pass signals on: killed alone, it leaves launcher and ranks running as orphans.
+    So every rank also watches its parent and, if that is DeepSpeed's launcher, its grandparent. (Above torchrun or a
+    task of SLURM are shells and daemons, which may end before the run.) A supervisor is found by what it left in the
+    environment, however many programs are between. The ranks agree on stopping in the all-reduce that each step makes
+    anyway: all stop after the same step and save the same step.
+
+    SIGUSR1 is what schedulers send some time before they end a job: it also asks for the job to be queued again.
+
+    Make one before anything slow is imported, or a launcher that dies during the start is never missed.
+
+    Args:
+        launched: whether a launcher started this process.
+    """
+
+    def __init__(self, *, launched: bool) -> None:
+        self.reason = ""
+        self.requeue = False  #: the job is to be queued again
+        # Without a launcher (nohup, a shell that ends) there is nobody to miss.
+        self._launcher = os.getppid() if launched else 0
+        self._runner = processes.parent(self._launcher) if _LAUNCHER in processes.command(self._launcher) else 0
+        self._supervisor = os.environ.get(_SUPERVISOR, "")
+
+    def listen(self) -> None:
+        """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.reason and number == signal.SIGINT:  # a second Ctrl-C: the user does not want to wait for the step
+            raise KeyboardInterrupt
+        self.reason = f"signal {signal.Signals(number).name}"
+        self.requeue = self.requeue or number == signal.SIGUSR1
+
+    def __bool__(self) -> bool:
+        if not self.reason and self._launcher and self._is_orphan():
+            self.reason = "the launcher is gone"
+        if not self.reason and self._supervisor and self._is_unsupervised():
+            self.reason = "the supervisor is gone"
+        return bool(self.reason)
+
+    def _is_orphan(self) -> bool:
+        if os.getppid() != self._launcher:
+            return True
+        return self._runner != 0 and processes.parent(self._launcher) != self._runner
+
+    def _is_unsupervised(self) -> bool:
+        pid, born, home = self._supervisor.split(" ", 2)
+        return processes.state(int(pid), born, home) == "gone"

@@ -1,0 +1,199 @@
+"""Measuring in a process of its own: training goes on while average precision is computed.
+
+As a command: `python -m visft_ds.run.async_eval FOLDER SHARDS PARENT` measures what `Judge.start` wrote into FOLDER,
+while the process PARENT lives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.runner import as_metrics, measure
+from visft_ds.tasks import Results
+
+_ORDER, _METRICS, _LOG = "evaluation.json", "metrics.json", "judge.log"
+_CODE = Path(__file__).resolve().parents[2]  #: where this package is imported from
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of one step."""
+
+    step: int
+    metrics: Mapping[str, float]
+    problems: Sequence[str] = ()  #: why numbers are missing
+
+
+class Judge:
+    """Compares results with a split, one evaluation after the other, without ever making the caller wait for one.
+
+    Each has a folder `folder`/step_<step> with <task>_results.json (COCO results format), metrics.json and judge.log.
+    Those of the newest measured evaluation stay, earlier ones are removed. An evaluation whose process fails, or that
+    cannot be written, gives a verdict with a problem: it never raises.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, limit: int | None) -> None:
+        self.folder = folder.resolve()
+        self._shards = manifest.root.resolve() if isinstance(manifest.root, Path) else manifest.root
+        self._data = {"split": manifest.split, "limit": limit}
+        self._waiting: deque[int] = deque()
+        self._working: tuple[int, subprocess.Popen[bytes]] | None = None
+        self._failed: list[Verdict] = []
+
+    def start(self, step: int, collected: Mapping[str, Results]) -> None:
+        """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
+        place = self._place(step)
+        try:
+            shutil.rmtree(place, ignore_errors=True)  # of an interrupted run
+            place.mkdir(parents=True, exist_ok=True)
+            for task, results in collected.items():
+                (place / f"{task}_results.json").write_bytes(orjson.dumps(results))
+            # Last and in one move: without it there is nothing to measure.
+            _write(place / _ORDER, {"step": step, "tasks": list(collected), **self._data})
+        except OSError as error:
+            self._failed.append(Verdict(step, {}, (f"results cannot be written: {error}",)))
+            return
+        self._waiting.append(step)
+        self._next()
+
+    def again(self, before: int, recorded: set[int]) -> None:
+        """Take up what an interrupted run left unmeasured of steps below `before`; later steps will be done anew."""
+        for step, place in self._places():
+            if step > before:
+                shutil.rmtree(place, ignore_errors=True)
+            elif step < before and step not in recorded and (place / _ORDER).is_file():
+                self._waiting.append(step)
+        self._next()
+
+    def verdicts(self, *, wait: bool = False) -> list[Verdict]:
+        """Outcomes that were not returned before; with `wait` those of all steps handed in."""
+        done: list[Verdict] = []
+        while self._working is not None:
+            step, process = self._working
+            if not wait and process.poll() is None:
+                break
+            done.append(self._outcome(step, process.wait()))
+            self._working = None
+            self._next()
+        done, self._failed = done + self._failed, []
+        return done
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being measured, as far as `verdicts` knows."""
+        return self._working is not None
+
+    def abandon(self) -> None:
+        """End what is being measured; `again` takes it up in the next run."""
+        self._waiting.clear()
+        if self._working is not None:
+            self._working[1].kill()
+            self._working[1].wait()
+            self._working = None
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _places(self) -> list[tuple[int, Path]]:
+        """Steps that have a folder, in order."""
+        found = [(re.fullmatch(r"step_(\d{8,})", path.name), path) for path in self.folder.glob("step_*")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def _next(self) -> None:
+        while self._working is None and self._waiting:
+            step = self._waiting.popleft()
+            place = self._place(step)
+            try:
+                with (place / _LOG).open("wb") as log:  # a file, because nobody empties a pipe meanwhile
+                    self._working = step, _spawn(place, self._shards, log)
+            except OSError as error:
+                self._failed.append(Verdict(step, {}, (f"no process for it: {error}",)))
+
+    def _outcome(self, step: int, code: int) -> Verdict:
+        place = self._place(step)
+        try:
+            if code:
+                said = (place / _LOG).read_text(errors="replace").strip().splitlines()
+                return Verdict(step, {}, (said[-1] if said else f"exit status {code}",))
+            found = orjson.loads((place / _METRICS).read_bytes())
+        except (OSError, ValueError) as error:
+            return Verdict(step, {}, (f"its outcome cannot be read: {error}",))
+        for earlier, folder in self._places():
+            if earlier < step:
+                shutil.rmtree(folder, ignore_errors=True)
+        return Verdict(step, found["metrics"], tuple(found["problems"]))
+
+
+def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "visft_ds.run.async_eval", str(place), str(shards), str(os.getpid())],
+        cwd=_CODE,  # `-m` looks there first: the training may have been started in another copy of the code
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        # A session of its own: an interrupt of the training must not reach it, the run waits for it at its end.
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(orjson.dumps(fields))
+    temporary.replace(path)
+
+
+def _read_results(path: Path) -> Results:
+    try:
+        results: Results = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return results
+
+
+def main(folder: Path, shards: Path | str) -> int:
+    """Measure what lies in `folder`; returns the exit status.
+
+    A task that cannot be judged is named in metrics.json and takes nothing from the others.
+    """
+    order = orjson.loads((folder / _ORDER).read_bytes())
+    collected: dict[str, Results] = {}
+    unread = []
+    for task in order["tasks"]:
+        try:
+            collected[task] = _read_results(folder / f"{task}_results.json")
+        except (ValueError, OSError) as error:
+            unread.append(f"{task}: {error}")
+    with ShardReader(Manifest.load(shards, order["split"])) as reader:
+        outcome, problems = measure(collected, reader, limit=order["limit"])
+    whole = {"step": order["step"], "metrics": as_metrics(outcome), "problems": [*unread, *problems]}
+    _write(folder / _METRICS, whole)
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the training has ended, however that was: the next start of the run measures the same step
+    and writes into the same folder."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[3]),), daemon=True).start()
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,242 @@
+"""What a run says before its first step, and what `--dry-run` says instead of running."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from visft_ds.config import Batches, ResolvedConfig, derive_batches
+from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
+from visft_ds.data.features import FeatureCache
+from visft_ds.data.plan import Plan
+from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.low_bit import number_of_values
+from visft_ds.monitor.console import Section, print_plan
+from visft_ds.ops.attention import attention_backend, packed_backend
+from visft_ds.parallel import distributed
+from visft_ds.parallel.partition import Partition, plan_partition
+from visft_ds.planner import memory_of, plan_memory
+from visft_ds.prepare.datasets import TrainingSet, classes_of_run, first_of, known_classes, workers_of
+from visft_ds.prepare.model import (
+    PUBLISHED_VOCABULARY,
+    PreparedModel,
+    TrainedGroup,
+    choose_precision,
+    plan_groups,
+    stage_of,
+)
+from visft_ds.prepare.streams import known_vocabulary
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+
+
+def print_start(
+    config: ResolvedConfig,
+    prepared: PreparedModel,
+    batches: Batches,
+    data: Section,
+    partition: Partition | None,
+    *,
+    precision: str,
+    recompute: str,
+    device: torch.device,
+    start: int,
+) -> None:
+    """The plan of a run that is about to train. Main process only."""
+    module = prepared.module
+    total = number_of_values(module)
+    trained = sum(group.count for group in prepared.groups)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
+    model = config.visft.model
+    sections = [
+        Section(
+            "model",
+            [
+                ("backbone", f"{model.name}: {module.backbone.describe()}"),
+                ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
+                ("precision", precision),
+                ("frozen matrices", "as computed in" if model.base == "full" else model.base),
+                ("attention", ": ".join(_attention(module.backbone, device, dtype))),
+                ("kernels", model.kernels),
+                ("compiled", model.compile),
+                (
+                    "padding",
+                    _padding(own_tower(module.backbone), device, dtype) if model.packed else "up to the largest image",
+                ),
+                ("recompute", f"{_recompute(model)} ({recompute})"),
+            ],
+        ),
+        _groups_section(prepared.groups),
+        _batch_section(config, batches),
+        *_pipeline_sections(partition, batches),
+        data,
+        Section("checks passed", [("-", note) for note in prepared.notes]),
+        _run_section(config, start),
+    ]
+    print_plan(_title(config), sections)
+
+
+def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """For an image of the size that the position embeddings belong to."""
+    if not isinstance(backbone, EvaViT):
+        return "timm's own", "its models choose for themselves"
+    tokens = (backbone.image_size // backbone.patch_size) ** 2
+    return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+
+
+def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    tower = own_tower(backbone)
+    name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
+    return f"none: images of different sizes are packed, attention {name} ({why})"
+
+
+def _recompute(model: ModelConfig) -> str:
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
+    if model.checkpoint_every and model.recompute == "gelu_8bit":
+        return f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
+    return f"{what[model.recompute]}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
+
+
+def data_section(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str, features: FeatureCache | None
+) -> Section:
+    """What is read, in which order, by whom."""
+    rows = []
+    for name, one in sets.items():
+        manifest = one.manifest
+        shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if len(sets) > 1 else ""
+        mapped = "" if one.categories is None else ", categories mapped"
+        where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
+        rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
+    for task, classes in classes_of_run(config, first_of(sets).categories).items():
+        rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
+    for task, part in plan.tasks.items():
+        epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
+        rows.append((f"epoch, {task}", ", ".join(epochs)))
+    kind, number, why = workers_of(config.data)
+    rows += [
+        ("order", f"{plan.shuffle} shuffle ({why_shuffled})"),
+        ("workers", f"{number} {kind} ({why})"),
+    ]
+    if config.data.skip_damaged:
+        rows.append(("damage", f"up to {config.data.skip_damaged} samples of each process may be replaced"))
+    if config.features is not None and features is not None:
+        rows.append(("features", _features_row(plan, features)))
+        rows += [("", f"not used: {line}") for line in features.others()]
+    return Section("data", rows)
+
+
+def _features_row(plan: Plan, features: FeatureCache) -> str:
+    samples = sum(len(part.samples) for task in plan.tasks.values() for part in task.sets.values())
+    views = f"{plan.views} geometr{'y' if plan.views == 1 else 'ies'} of each image, rounded to {features.storage}"
+    if features.folder is None:
+        return f"{views}, not kept (visft.features.cache)"
+    return f"{views}; {len(features)} of {samples * (plan.views or 1)} are in {features.folder}"
+
+
+def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None:
+    """The resolved configuration, what would train, how batches divide, and what is missing on disk.
+
+    Raises:
+        ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
+            captions give no vocabulary.
+    """
+    config = known_classes(config)
+    print(json.dumps(config.to_dict(), indent=2))
+    # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
+    batches = derive_batches(config, max(world_size, config.pipeline_stages))
+    vocabulary = known_vocabulary(config.visft)
+    partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
+    processes = batches.dp * batches.stages
+    sections = [
+        Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
+        _planned_groups(config, vocabulary),
+        _batch_section(config, batches),
+        *_pipeline_sections(partition, batches),
+        _memory_section(config, processes, vocabulary.size if vocabulary else None),
+        _run_section(config, 0),
+    ]
+    print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
+    if missing:
+        print(missing)
+
+
+def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int | None) -> Section:
+    """What a process of this machine would hold at most, by part, and whether it fits."""
+    device = distributed.local_device()
+    precision, _ = choose_precision(config.visft.model.precision, device)
+    model = config.visft.model
+    capacity = model.memory_limit or memory_of(device)
+    plan = plan_memory(config, processes, precision=precision, vocabulary_size=vocabulary_size, device=device)
+    verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
+    rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({device.type}, {precision})")]
+    if model.fit_memory:
+        rows.append(("recompute", "a start chooses the fastest policy that fits (visft.model.fit_memory)"))
+    return Section("memory of a process at its fullest, predicted", rows)
+
+
+def _title(config: ResolvedConfig) -> str:
+    return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
+
+
+def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:
+    """What would train; says where a number rests on a vocabulary that is not there yet."""
+    size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
+    groups = plan_groups(config.visft, config.optimizer.params, size)
+    with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)
+    if not any(name.startswith(with_words) for group in groups for name in group.names):
+        return _groups_section(groups)
+    origin = "of the data" if vocabulary else "ASSUMED, that of the data is not known yet"
+    return _groups_section(groups, f", with a vocabulary of {size:,} ids ({origin})")
+
+
+def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:
+    rows = [(g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0]) for g in groups]
+    return Section(f"what trains{note}", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
+
+
+def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
+    streams = config.visft.streams().values()
+    total = sum(stream.share for stream in streams)
+    shares = [
+        (stream.name, f"{100 * stream.share / total:.0f} % of the steps, learnt by {', '.join(stream.tasks)}")
+        for stream in streams
+    ]
+    equations = [("batch", line) for line in batches.equations()]
+    zero = config.deepspeed["zero_optimization"]["stage"]
+    engine = f"ZeRO-{zero} on {batches.dp} processes"
+    if batches.stages > 1:
+        engine = f"pipeline of {batches.stages} stages, {batches.dp} times, ZeRO-{zero} between them"
+    return Section("batches", [("engine", engine), *equations, *shares])
+
+
+def _pipeline_sections(partition: Partition | None, batches: Batches) -> list[Section]:
+    """Who does what in a pipeline; nothing without one."""
+    return [Section("pipeline", partition.rows(batches.accumulation))] if partition else []
+
+
+def _kept(run: RunConfig) -> str:
+    kept = [f"the last {run.keep_last}"]
+    kept += [f"every {run.keep_every} steps"] if run.keep_every else []
+    kept += [f"the best by {run.keep_best}"] if run.keep_best else []
+    averages = [f"; moving average with decay {run.ema:g}"] if run.ema else []
+    averages += [f"; mean of the last {run.average_last} exported"] if run.average_last else []
+    return f"kept: {' and '.join(kept)}" + "".join(averages)
+
+
+def _run_section(config: ResolvedConfig, start: int) -> Section:
+    schedule, run = config.scheduler, config.visft.run
+    steps = config.total_steps
+    return Section(
+        "run",
+        [
+            ("steps", f"{steps}, from step {start}" if start else f"{steps}"),
+            ("schedule", f"{schedule.type}, {schedule.params.warmup_num_steps} steps of warm-up"),
+            ("clipping", f"{config.gradient_clipping:g} (global L2 norm)"),
+            ("saved", f"every {run.save_every} steps in {run.out}/checkpoints, {_kept(run)}"),
+            ("evaluated", f"every {run.eval_every} steps" if run.eval_every else "not during training"),
+        ],
+    )

@@ -1,0 +1,138 @@
+"""What a run carries from step to step beside the loop: its checkpoints, its moving average, where it goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from visft_ds.checkpoint.averaging import MovingAverage, average_last, gather_all
+from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
+from visft_ds.config import ResolvedConfig
+from visft_ds.monitor.console import Progress
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import Engine
+from visft_ds.parallel.state import restore_state
+from visft_ds.run.validation import evaluation_is_due
+
+#: A wait for the save before this one is told of from here on, in seconds.
+_WORTH_TELLING = 0.01
+
+
+class RunState:
+    """The state of one run; a context manager that waits for a save that is on its way.
+
+    Args:
+        config: `visft.run` says what is kept.
+        engine: whose state is saved and restored.
+        identity: what a checkpoint of this run must have been made with.
+    """
+
+    def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str]) -> None:
+        run = config.visft.run
+        self.identity = dict(identity)
+        self._out, self._engine, self._average_last = Path(run.out or ""), engine, run.average_last
+        self._average = MovingAverage(engine, run.ema) if run.ema else None
+        due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
+        retention = Retention(run.keep_last, run.keep_every, run.keep_best)
+        self._saver = Saver(self._out / "checkpoints", self.identity, retention, due)
+
+    @property
+    def saved(self) -> int:
+        """Step of the newest checkpoint that this rank knows to be on disk; 0 before the first."""
+        return self._saver.saved
+
+    def resume(self, how: str) -> int:
+        """Go on from the newest whole checkpoint. Returns the number of steps done, 0 for a fresh start.
+
+        Args:
+            how: "auto", "must" or "no".
+
+        Raises:
+            ValueError: damaged checkpoints only, none although one is a must, one of another run.
+        """
+        found, problem = None, None
+        folder = self._saver.folder
+        if distributed.is_main() and how != "no":
+            checkpoint, skipped = newest_checkpoint(folder)
+            for line in skipped:
+                print(f"warning: not used: {line}", file=sys.stderr, flush=True)
+            found = str(checkpoint.path) if checkpoint else None
+            if checkpoint is None and (skipped or how == "must"):
+                problem = f"--resume {how}: no whole checkpoint in {folder}"
+                problem += "; move the damaged ones away to start anew" if skipped else "; use --resume auto to start"
+        found, problem = distributed.broadcast_object((found, problem))
+        if problem:
+            raise ValueError(problem)
+        if found is None:
+            return 0
+        checkpoint = open_checkpoint(Path(found))
+        check_identity(checkpoint, self.identity)
+        state = checkpoint.load()
+        restore_state(self._engine, state, checkpoint.step)
+        if self._average:
+            self._average.restore(state.average)
+        best = self._saver.retention.best
+        self._saver.resume(checkpoint.step, recorded_scores(self._out / METRICS_FILE, best) if best else {})
+        return checkpoint.step
+
+    def follow_step(self) -> None:
+        """Let the moving average follow the step that was just made."""
+        if self._average:
+            self._average.update()
+
+    def save(self, step: int) -> None:
+        """Take a snapshot; it is written while training goes on. Collective.
+
+        Raises:
+            OSError: the save before this one failed.
+        """
+        self._saver.save(step, partial(gather_all, self._engine, self._average))
+
+    def report_saves(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
+        """Record the saves that are on disk by now; with `wait`, all of them.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        for save in self._saver.finished(wait=wait):
+            seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
+            writer.step(save.step, seconds, kind="save")
+            told = f"training stood still for {save.stall_seconds:.2f} s"
+            if save.waited_seconds > _WORTH_TELLING:
+                told += f", {save.waited_seconds:.2f} s of it for the save before"
+            progress.message(
+                f"saved step {save.step} in {self._saver.folder} ({told}; written in {save.write_seconds:.2f} s)"
+            )
+
+    def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Take the numbers of an evaluation into account. Returns whether `step` is the best so far."""
+        return self._saver.judged(step, metrics)
+
+    def delete_obsolete(self) -> None:
+        """Delete what need not stay, now that all evaluations are known."""
+        if distributed.is_main():
+            self._saver.delete_obsolete()
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """Averages to export: folder name -> values by qualified name (empty but on the main process). Collective."""
+        found = {"ema": self._average.gather()} if self._average else {}
+        if self._average_last:
+            main = distributed.is_main()
+            found["average"] = average_last(self._saver.folder, self._average_last) if main else {}
+        return found
+
+    def __enter__(self) -> RunState:
+        self._saver.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saver.__exit__(kind, error, trace)

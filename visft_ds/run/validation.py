@@ -1,0 +1,168 @@
+"""Evaluation during training: results from all ranks, numbers from a process beside, pictures for TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.examples import draw_examples
+from visft_ds.evals.runner import Predict, collect
+from visft_ds.monitor.console import Progress
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from visft_ds.parallel import distributed
+from visft_ds.prepare.datasets import cache_of, check_samples, evaluation_threads
+from visft_ds.resilience.signals import StopFlag
+from visft_ds.run.async_eval import Judge, Verdict
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+
+#: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
+SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+#: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
+_PATIENCE = 15.0
+
+
+def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
+    data = config.data
+    if not config.run.eval_every:
+        return None
+    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    check_samples(config.tasks.enabled(), validation)
+    names = {category.coco_id: category.name for category in training.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
+    if other:
+        raise ValueError(
+            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
+            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
+            "same categories"
+        )
+    return validation
+
+
+def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
+    """Whether a step of a run is followed by an evaluation; `every` 0: none is."""
+    return every > 0 and (step == total_steps or step % every == 0)
+
+
+class Validation:
+    """The evaluations of one run, on its validation split.
+
+    Args:
+        streams: those of the run, with the classes of its heads.
+        judged: is told the numbers of each evaluation; returns whether this step is the best so far.
+    """
+
+    def __init__(
+        self,
+        config: VisftConfig,
+        streams: Mapping[str, Stream],
+        manifest: Manifest,
+        vocabulary: Vocabulary | None,
+        out: Path,
+        judged: Callable[[int, Mapping[str, float]], bool] = lambda step, metrics: False,
+    ) -> None:
+        self._streams = streams
+        self._config, self._vocabulary, self._out, self._judged = config, vocabulary, out, judged
+        self._reader = ShardReader(manifest)
+        self._judge = Judge(out / "validation", manifest, config.run.eval_limit)
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether step (of `total_steps`) is followed by an evaluation."""
+        return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
+
+    def resume(self, step: int) -> bool:
+        """Take up what an interrupted run left. Returns whether the evaluation after `step` is still to be done.
+
+        The same answer on every rank.
+        """
+        recorded: set[int] = set()
+        if distributed.is_main():
+            path = self._out / METRICS_FILE
+            records = read_metrics(path) if path.is_file() else ()
+            recorded = {r["step"] for r in records if any(name.startswith("val/") for name in r)}
+            self._judge.again(step, recorded)
+        return step not in distributed.broadcast_object(recorded)
+
+    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress, stop: StopFlag) -> bool:
+        """Predict the split. Collective; the numbers come later, see `poll`.
+
+        Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
+        that goes on from this very step makes up for it.
+        """
+        config = self._config
+        try:
+            collected = collect(
+                _unless_asked(predict, stop),
+                self._reader,
+                self._streams,
+                self._vocabulary,
+                limit=config.run.eval_limit,
+                threads=evaluation_threads(config.data),
+            )
+        except _AskedError:
+            return False
+        if collected is not None:
+            self._judge.start(step, collected)
+            self.poll(writer, progress)
+        self.draw(predict, step, writer)
+        return True
+
+    def draw(self, predict: Predict, step: int, writer: MetricsWriter) -> None:
+        """Pictures of the fixed images, after `step`. Collective."""
+        config = self._config
+        pictures = draw_examples(
+            predict,
+            self._reader,
+            self._streams,
+            self._vocabulary,
+            config.run.pictures,
+            limit=config.run.eval_limit,
+        )
+        for task, by_image in pictures.items():
+            for image_id, picture in by_image.items():
+                writer.image(step, f"{task}/{image_id:012d}", picture)
+
+    def poll(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
+        """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
+        for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
+            _record(verdict, writer, progress, best=self._judged(verdict.step, verdict.metrics))
+
+    def leave(self, writer: MetricsWriter, progress: Progress) -> None:
+        """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._judge.busy and time.monotonic() < deadline:
+            self.poll(writer, progress)
+            time.sleep(0.1)
+        self._judge.abandon()
+
+
+class _AskedError(Exception):
+    """Some rank was asked to stop."""
+
+
+def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
+    """`predict`, which all ranks call equally often, until one of them is asked to stop."""
+
+    def predict_or_stop(batch: Batch) -> Mapping[str, Any]:
+        if distributed.any_rank(bool(stop), distributed.local_device()):
+            raise _AskedError
+        return predict(batch)
+
+    return predict_or_stop
+
+
+def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:
+    for problem in verdict.problems:
+        print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
+    if verdict.metrics:
+        writer.step(verdict.step, {f"val/{name}": value for name, value in verdict.metrics.items()})
+        shown = [f"{name} {verdict.metrics[name]:.3f}" for name in SHOWN if name in verdict.metrics]
+        progress.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")

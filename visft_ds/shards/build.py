@@ -1,0 +1,399 @@
+"""COCO -> shards: deterministic, checked, atomic, resumable.
+
+Which sample goes into which shard is settled first, from the sizes of the files. Shards are then independent of each
+other: any number of workers writes the same bytes, and a build that was killed goes on with the missing ones. A shard
+gets its final name only when it is complete and on disk; the manifest is written last.
+
+Beside the shards, the hidden folder `.NAME.build` keeps one record per finished shard.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+
+from visft_ds.data.manifest import VERSION, Manifest, index_path, manifest_path, shard_name, shards_among
+from visft_ds.shards.duplicates import Duplicate
+from visft_ds.shards.finish import Comparison, Report, dry_report, left_out, write_manifest
+from visft_ds.shards.images import CHECK_LEVELS, Checked, CheckLevel
+from visft_ds.shards.inputs import open_images
+from visft_ds.shards.outputs import Output, exclusive, open_output
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.remote import is_url, local_path
+from visft_ds.shards.scan import duplicates, scan
+from visft_ds.shards.shard_writer import (
+    Planned,
+    Prepared,
+    Treatment,
+    finished_shard,
+    quarantined,
+    sample_bytes,
+    tar_bytes,
+    write_shard,
+)
+from visft_ds.shards.source import CATEGORY_RULES, Selection, Source, SourceImage, read_source
+from visft_ds.shards.workers import Progress, Workers
+from visft_ds.tasks.captioning.vocabulary import TOKENIZER
+
+#: Of the order of samples. It is part of the random key and independent of the manifest's version.
+_ORDER_VERSION = 1
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+Dedup = Literal["report", "drop", "off"]
+DEDUP: tuple[Dedup, ...] = ("report", "drop", "off")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build depends on; every place is a local path or a URL that fsspec knows.
+
+    Raises ValueError for values out of range, and for combinations that cannot be.
+    """
+
+    images: Path | str
+    instances: Path | str | None
+    captions: Path | str | None
+    out: Path | str
+    split: str
+    max_size: int = 256_000_000  #: bytes of a shard; of the files as they are, where they are re-encoded
+    max_count: int | None = None
+    seed: int | None = 0  #: None keeps the order of image ids, else the order is a random permutation
+    fail_on_bad: bool = False
+    keep_crowd: bool = True
+    limit: int | None = None  #: only the first so many images of the order
+    categories: str = "keep"  #: "keep", "coco80" or a file, see `Selection`
+    keep_empty: bool = True
+    ids: Path | str | None = None
+    licenses: tuple[int, ...] | None = None
+    check: CheckLevel = "decode"
+    reencode: Reencoding | None = None
+    dedup: Dedup = "report"
+    allow_drops: bool = (
+        False  #: go on where more than a tenth of the annotations is lost; the shards do not depend on it
+    )
+    against: tuple[str, ...] = ()  #: finished splits, FOLDER/NAME, whose images should not be in this one
+
+    def __post_init__(self) -> None:
+        if not self.split or not all(c.isalnum() or c in "-_" for c in self.split):
+            raise ValueError(f"split name {self.split!r} is not allowed: use letters, digits, '-' and '_'")
+        for name, value in (("max size", self.max_size), ("max count", self.max_count), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not allowed: give at least 1")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed {self.seed} is not allowed: give an integer from 0 to 2**63 - 1, or none")
+        if self.instances is None and self.captions is None:
+            raise ValueError("there is nothing to learn: give --instances, --captions or both")
+        for name, given, allowed in (("check", self.check, CHECK_LEVELS), ("dedup", self.dedup, DEDUP)):
+            if given not in allowed:
+                raise ValueError(f"--{name} {given} is not allowed; allowed are {', '.join(allowed)}")
+        if self.reencode is not None and self.check != "decode":
+            raise ValueError(f"--reencode decodes every image anyway: leave out --check {self.check}")
+        if self.categories != "keep" and self.instances is None:
+            raise ValueError(f"--categories {self.categories} needs --instances, where categories come from")
+        for place in self.against:
+            if not all(split_place(place)):
+                raise ValueError(f"--against {place!r} is not of the form FOLDER/SPLIT")
+        if not is_url(self.images) and not local_path(self.images).is_dir():
+            raise ValueError(f"the images folder {self.images} does not exist")
+
+    def selection(self) -> Selection:
+        """Which annotations and images are taken."""
+        return Selection(
+            categories=self.categories,
+            keep_crowd=self.keep_crowd,
+            keep_empty=self.keep_empty,
+            ids=self.ids,
+            licenses=self.licenses,
+            reencoding=self.reencode,
+            allow_drops=self.allow_drops,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """What decides about the shards, apart from the input files."""
+        return {
+            "max_size": self.max_size,
+            "max_count": self.max_count,
+            "seed": self.seed,
+            "keep_crowd": self.keep_crowd,
+            "keep_empty": self.keep_empty,
+            "limit": self.limit,
+            # of a file, the digest among the sources tells more than its name
+            "categories": self.categories if self.categories in CATEGORY_RULES else "file",
+            "licenses": None if self.licenses is None else sorted(self.licenses),
+            "check": self.check,
+            "reencode": None if self.reencode is None else self.reencode.described(),
+            "drop_duplicates": self.dedup == "drop",
+            "tokenizer": TOKENIZER,
+        }
+
+    def recorded(self, others: Sequence[Manifest]) -> dict[str, Any]:
+        """What the manifest remembers: `content`, and what its findings depend on."""
+        compared = [{"split": other.split, "fingerprint": other.fingerprint} for other in others]
+        return {**self.content(), "dedup": self.dedup, "against": compared}
+
+
+def build(
+    options: Options,
+    *,
+    workers: int = 1,
+    dry_run: bool = False,
+    replace: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Report:
+    """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
+
+    Args:
+        options: input, output and what the samples look like.
+        workers: threads; the result does not depend on it.
+        dry_run: read the JSON files, look at file sizes, plan, and write nothing.
+        replace: throw away a split of this name that was built with other options or from other JSON files.
+        on_progress: called a few times a second in the calling thread.
+
+    Raises:
+        ValueError: unusable input; another build of this split with other options; another build running.
+        TooManyDropsError: one of these; more than a tenth of the annotations would be lost. Nothing is written.
+        KeyboardInterrupt: passed on after the workers have stopped; what is finished is kept.
+        OSError: writing failed; what is finished is kept.
+        RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
+    """
+    on_progress(Progress())
+    images, output = open_images(options.images), open_output(options.out, options.split)
+    others = [Manifest.load(*split_place(place), check_shards=False) for place in options.against]
+    source = read_source(options.instances, options.captions, options.selection())
+    treatment = Treatment(images, options.check, options.reencode)
+    missing: list[dict[str, Any]] = []
+    samples = _locate(_ordered(source.images, options), options, treatment, missing)
+    if not samples:
+        raise ValueError(
+            f"no image of the data set is usable in {options.images}: {'; '.join(left_out(missing))}. File names are "
+            "relative to --images."
+        )
+    if dry_run:
+        return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
+    with _clear_errors(options):
+        output.open()
+        with exclusive(output.scratch), Workers(workers, on_progress) as threads:
+            _claim(options, source, output, replace=replace)
+            verdicts: dict[int, Checked] = {}
+            dropped: list[Duplicate] = []
+            if options.dedup == "drop":
+                verdicts = scan(samples, treatment, output, threads)
+                dropped = duplicates(samples, treatment, verdicts)
+                gone = {one.image_id for one in dropped}
+                samples = [sample for sample in samples if sample.image.image_id not in gone]
+            plan = _cut(samples, options)
+            _refuse_strangers(options, output, len(plan))
+            threads.progress.total_images, threads.progress.total_shards = len(samples), len(plan)
+            records = _Builder(options, plan, treatment, output, threads, verdicts).run()
+            quarantine = missing + [bad for record in records for bad in record["quarantine"]]
+            _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
+            by_id = {sample.image.image_id: sample for sample in samples}
+            comparison = Comparison(
+                within=options.dedup == "report",
+                same=lambda one, two: treatment.read(by_id[one]) == treatment.read(by_id[two]),
+                dropped=dropped,
+                others=others,
+            )
+            return write_manifest(
+                output,
+                options.split,
+                options.recorded(others),
+                source,
+                records,
+                quarantine,
+                comparison,
+                out=str(options.out),
+                kept=threads.progress.kept,
+            )
+
+
+class _Builder:
+    """Writes the planned shards with a number of threads."""
+
+    def __init__(
+        self,
+        options: Options,
+        plan: Sequence[Sequence[Planned]],
+        treatment: Treatment,
+        output: Output,
+        threads: Workers,
+        verdicts: Mapping[int, Checked],
+    ) -> None:
+        self._options, self._plan, self._treatment = options, plan, treatment
+        self._output, self._threads, self._verdicts = output, threads, verdicts
+
+    def run(self) -> list[dict[str, Any]]:
+        """The records of all shards in order."""
+        self._threads.progress.phase = "writing shards"
+        return self._threads.run(self._shard, range(len(self._plan)))
+
+    def _shard(self, number: int) -> dict[str, Any]:
+        name, samples = shard_name(self._options.split, number), self._plan[number]
+        record = finished_shard(name, self._output, samples)
+        kept = record is not None
+        if record is None:
+            # From here on the old manifest would describe other shards.
+            with self._threads.lock:
+                self._output.remove(_manifest_name(self._options))
+            prepared = self._threads.ahead(self._prepare, samples)
+            record = write_shard(name, self._output, samples, prepared, lambda bad: _refuse_bad(self._options, [bad]))
+        with self._threads.lock:
+            progress = self._threads.progress
+            progress.shards += 1
+            progress.kept += kept
+            progress.images += len(samples) if kept else 0
+        return record
+
+    def _prepare(self, sample: Planned) -> Prepared:
+        prepared = self._treatment.prepare(sample, self._verdicts.get(sample.image.image_id))
+        self._threads.count(prepared.size)
+        return prepared
+
+
+def _manifest_name(options: Options) -> str:
+    return manifest_path(Path(), options.split).name
+
+
+def _ordered(images: Sequence[SourceImage], options: Options) -> list[SourceImage]:
+    order = np.arange(len(images))
+    if options.seed is not None:
+        # Raw words of a bit generator stay the same over numpy's versions; `permutation` may not.
+        key = np.array([options.seed, _ORDER_VERSION], dtype=np.uint64)
+        order = np.argsort(np.random.Philox(key=key).random_raw(len(images)), kind="stable")
+    return [images[place] for place in order[: options.limit].tolist()]
+
+
+def _locate(
+    images: Sequence[SourceImage], options: Options, treatment: Treatment, quarantine: list[dict[str, Any]]
+) -> list[Planned]:
+    """Find the files; those that are not there are quarantined."""
+    safe = []
+    for image in images:
+        path = PurePath(image.file_name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
+            quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
+        else:
+            safe.append(image)
+    samples = []
+    for image, found in zip(safe, treatment.images.find([image.file_name for image in safe]), strict=True):
+        if found is None:
+            quarantine.append(quarantined(image, "missing", "no such file in the images folder"))
+        else:
+            samples.append(Planned(image, found.size, found.stamp))
+    _refuse_bad(options, quarantine)
+    return samples
+
+
+def _refuse_bad(options: Options, quarantine: Sequence[Mapping[str, Any]]) -> None:
+    if quarantine and options.fail_on_bad:
+        shown = "; ".join(f"{bad['file_name']}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3])
+        raise ValueError(f"{len(quarantine)} unusable images: {shown}. Repair them, or use --bad quarantine.")
+
+
+def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
+    """Fill shards in order up to the limits; a sample larger than the limit gets a shard of its own."""
+    shards: list[list[Planned]] = []
+    used = 0
+    for sample in samples:
+        size = sample_bytes(sample.size, len(sample.image.label))
+        full = bool(shards) and len(shards[-1]) == options.max_count
+        if not shards or full or tar_bytes(used + size) > options.max_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(sample)
+        used += size
+    return shards
+
+
+def _claim(options: Options, source: Source, output: Output, *, replace: bool) -> None:
+    """Bind the output to these options and JSON files, so that two different builds never mix."""
+    wanted = {"version": VERSION, **options.content(), "sources": source.files}
+    name = f"{output.work}/options.json"
+    shards = shards_among(output.names(), options.split)
+    data = output.read(name)
+    if data is None and shards and not replace:
+        # Copied without their hidden records: nothing tells whether this build would make the same ones.
+        raise ValueError(
+            f"{options.out} holds shards of {options.split!r} without the records of their build ({output.work}/). "
+            "Use another --out or --split, or --replace to throw them away."
+        )
+    known = _known_options(data)
+    if data is not None and not known and not replace:
+        raise ValueError(f"{options.out}/{name} is damaged: give --replace to throw the split away and make it anew")
+    differing = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    if known and differing and not replace:
+        shown = "; ".join(_difference(name, known.get(name), wanted.get(name)) for name in differing)
+        raise ValueError(
+            f"{options.out} holds a split {options.split!r} that was built otherwise ({shown}). "
+            "Use another --out or --split, the same options, or --replace to throw it away."
+        )
+    if differing:
+        # The manifest first: what it describes must never be half gone.
+        for old in (_manifest_name(options), index_path(Path(), options.split).name, *shards, *output.work_names()):
+            output.remove(old)
+    for left_over in output.scratch.glob("*.tmp"):
+        left_over.unlink()
+    output.write(name, orjson.dumps(wanted, option=orjson.OPT_INDENT_2))
+
+
+def _known_options(data: bytes | None) -> dict[str, Any]:
+    """The options of an earlier build; empty if there was none or its record is damaged."""
+    try:
+        content = orjson.loads(data or b"{}")
+    except orjson.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _difference(name: str, there: Any, asked: Any) -> str:
+    if name != "sources" or not isinstance(there, dict):
+        return f"{name}: {there!r} there, {asked!r} asked"
+    roles = [role for role in sorted(there.keys() | asked.keys()) if there.get(role) != asked.get(role)]
+    return "; ".join(f"{role}: {_file(there.get(role))} there, {_file(asked.get(role))} asked" for role in roles)
+
+
+def _file(source: Any) -> str:
+    """A file among the sources, in words."""
+    if not isinstance(source, dict):
+        return "none"
+    return f"{source.get('name')} (sha256 {source.get('sha256')!s:.12}...)"
+
+
+def _refuse_strangers(options: Options, output: Output, shards: int) -> None:
+    ours = {shard_name(options.split, number) for number in range(shards)}
+    others = [name for name in shards_among(output.names(), options.split) if name not in ours]
+    if others:
+        raise ValueError(
+            f"{options.out} has {len(others)} shards that this build would not make: {', '.join(others[:3])}. "
+            "Move them away; they would be taken for a part of the split."
+        )
+
+
+@contextmanager
+def _clear_errors(options: Options) -> Iterator[None]:
+    """Say what a full or protected disk means for the build."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: cannot write to {options.out}{where}. Nothing that is finished is lost: mend it and "
+            "run the same command again",
+        ) from error
+
+
+def split_place(place: str) -> tuple[str, str]:
+    """("shards", "val") of "shards/val"."""
+    folder, _, split = place.rstrip("/").rpartition("/")
+    return folder, split

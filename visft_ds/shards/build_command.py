@@ -1,0 +1,224 @@
+"""The sub-command `build` of `tools/make_shards.py`: its flags, its line of progress, its report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from visft_ds.data.manifest import manifest_path
+from visft_ds.shards.build import DEDUP, Options, build
+from visft_ds.shards.finish import Report, left_out, report_dict
+from visft_ds.shards.images import CHECK_LEVELS
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.workers import Progress
+
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_EPILOG = """places are local or URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
+
+examples:
+  python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
+      --captions captions_train2017.json --out shards --split train
+  python tools/make_shards.py build --images s3://bucket/val2017 --instances s3://bucket/instances_val2017.json \\
+      --out s3://bucket/shards --split val --against shards/train
+  python tools/make_shards.py build ... --dry-run          what would be made; nothing is written
+"""
+
+
+def add_build_parser(commands: Any) -> None:
+    """Add the sub-command that makes shards."""
+    parser = commands.add_parser(
+        "build",
+        help="make shards, index and manifest; goes on where it was interrupted",
+        description="Make shards, index and manifest of a COCO data set; goes on where it was interrupted.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", required=True, metavar="DIR|URL", help="folder of the image files")
+    add("--instances", metavar="FILE|URL", help="instances_*.json of COCO")
+    add("--captions", metavar="FILE|URL", help="captions_*.json of COCO; at least one of the two")
+    add("--out", required=True, metavar="DIR|URL", help="where the shards go")
+    add("--split", required=True, metavar="NAME", help="name of the split, first part of all file names")
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--max-size", type=_size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
+    shards.add_argument("--max-count", type=int, metavar="N", help="samples in a shard (default: no limit)")
+    shards.add_argument("--seed", type=_seed, default=0, metavar="N|none", help="order of samples; none: by image id")
+    chosen = parser.add_argument_group("what is taken")
+    add = chosen.add_argument
+    add("--limit", type=int, metavar="N", help="only the first N images of the order")
+    add("--ids", metavar="FILE|URL", help="only these images: one image id or file name a line")
+    add("--license", type=_licenses, metavar="ID,ID", help="only images with one of these licence ids")
+    add("--empty", choices=("keep", "drop"), default="keep", help="images with neither annotation nor caption (keep)")
+    add("--crowd", choices=("keep", "drop"), default="keep", help="crowd annotations (default keep)")
+    add(
+        "--categories",
+        default="keep",
+        metavar="keep|coco80|FILE",
+        help='as in the JSON; COCO\'s 80; or a JSON file of {"name or id": {"id": .., "name": ..} or null, "*": null}',
+    )
+    add(
+        "--allow-drops",
+        action="store_true",
+        help="go on where more than a tenth of the annotations cannot be used or contradict their masks (else exit 3)",
+    )
+    images = parser.add_argument_group("images")
+    add = images.add_argument
+    add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
+    add("--bad", choices=("quarantine", "fail"), default="quarantine", help="unusable images: leave out, or stop")
+    add("--dedup", choices=DEDUP, default="report", help="what to do with images that repeat others (default report)")
+    add("--against", action="append", default=[], metavar="DIR/SPLIT", help="report images that this split has as well")
+    add("--reencode", type=_reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
+    running = parser.add_argument_group("how it runs")
+    add = running.add_argument
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="threads (default: cores)")
+    add("--replace", action="store_true", help="throw away a split of this name built otherwise")
+    add("--dry-run", action="store_true", help="check the JSON files and plan, write nothing")
+    add("--json", action="store_true", help="print JSON")
+    add("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run_build)
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Build and print the report. Returns the exit status. Raises what `build` raises."""
+    if options.workers < 1:
+        raise ValueError(f"--workers {options.workers} is not allowed: give at least 1")
+    settings = Options(
+        images=options.images,
+        instances=options.instances,
+        captions=options.captions,
+        out=options.out,
+        split=options.split,
+        max_size=options.max_size,
+        max_count=options.max_count,
+        seed=options.seed,
+        fail_on_bad=options.bad == "fail",
+        keep_crowd=options.crowd == "keep",
+        limit=options.limit,
+        categories=options.categories,
+        keep_empty=options.empty == "keep",
+        ids=options.ids,
+        licenses=options.license,
+        check=options.check,
+        reencode=options.reencode,
+        dedup=options.dedup,
+        allow_drops=options.allow_drops,
+        against=tuple(options.against),
+    )
+    began = time.perf_counter()
+    line = ProgressLine(enabled=not options.quiet)
+    try:
+        report = build(
+            settings,
+            workers=options.workers,
+            dry_run=options.dry_run,
+            replace=options.replace,
+            on_progress=line,
+        )
+    finally:
+        line.close()
+    if options.json:
+        print(orjson.dumps(report_dict(report), option=orjson.OPT_INDENT_2).decode())
+    else:
+        _print_report(report, time.perf_counter() - began)
+    return 0
+
+
+class ProgressLine:
+    """One line of progress, rewritten on a terminal, repeated every ten seconds elsewhere."""
+
+    def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._enabled = enabled
+        self._terminal = sys.stderr.isatty()
+        self._open = False  # whether the cursor stands behind a line
+        self._clock = clock
+        self._phase = ""
+        self._began = self._shown = clock()
+        self._at_start = 0  # images that the phase did not have to look at
+
+    def __call__(self, progress: Progress) -> None:
+        if not self._enabled:
+            return
+        now = self._clock()
+        if progress.phase != self._phase:
+            self._phase, self._began, self._at_start = progress.phase, now, progress.images
+        if not self._terminal and now - self._shown < 10:
+            return
+        self._shown = now
+        line = self._text(progress, now - self._began)
+        if self._terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line, so that what comes next stands on its own."""
+        if self._open:
+            print(file=sys.stderr, flush=True)
+            self._open = False
+
+    def _text(self, progress: Progress, seconds: float) -> str:
+        if not progress.total_images:
+            return f"{progress.phase} ..."
+        seconds = max(seconds, 1e-9)
+        rate = (progress.images - self._at_start) / seconds
+        left = f"{(progress.total_images - progress.images) / rate:.0f} s left" if rate else "no image yet"
+        shards = f", {progress.shards}/{progress.total_shards} shards" if progress.total_shards else ""
+        return (
+            f"{progress.phase}: {progress.images}/{progress.total_images} images{shards}, {rate:.0f} images/s, "
+            f"{progress.bytes / seconds / 1e6:.1f} MB/s, {left}"
+        )
+
+
+def _print_report(report: Report, seconds: float) -> None:
+    verb = "would make" if report.dry_run else "made"
+    kept = f" ({report.shards_kept} were there already)" if report.shards_kept else ""
+    print(f"{verb} {report.shards} shards{kept}, {report.bytes / 1e6:.1f} MB, in {report.out}, {seconds:.1f} s")
+    print("  " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in report.counts.items()))
+    for finding in report.findings:
+        print(f"  {finding['count']:>7} x {finding['kind']}: {finding['action']}")
+        for example in finding["examples"]:
+            print(f"            {example}")
+    if report.quarantine:
+        place = "--json" if report.dry_run else f"{report.out.rstrip('/')}/{manifest_path(Path(), report.split).name}"
+        print(f"  images left out ({place} lists all, under 'quarantine'):")
+        for line in left_out(report.quarantine):
+            print(f"    {line}")
+    if report.fingerprint:
+        print(f"  fingerprint {report.fingerprint}")
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if found is None or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for instance 256MB ({', '.join(_UNITS)[2:]})")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _seed(text: str) -> int | None:
+    if text == "none":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer from 0 nor 'none'")
+    return int(text)
+
+
+def _licenses(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of licence ids; write for instance 4,5")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _reencoding(text: str) -> Reencoding:
+    try:
+        return Reencoding.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

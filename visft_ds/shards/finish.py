@@ -1,0 +1,205 @@
+"""The last step of a conversion: duplicates are named, index and manifest written, everything is reported."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from visft_ds.data.manifest import INDEX_DTYPE, Manifest, ShardFile, index_path, manifest_bytes, manifest_path
+from visft_ds.shards.duplicates import Duplicate, Fingerprint, find_duplicates, find_in_other
+from visft_ds.shards.outputs import Output
+from visft_ds.shards.shard_writer import Planned
+from visft_ds.shards.source import Source, SourceImage
+from visft_ds.tasks.captioning.vocabulary import caption_words
+
+_DETAILS = 8  # why images were left out: so many are shown, all are in the manifest
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a build did, or what it would do (`dry_run`)."""
+
+    split: str
+    out: str
+    dry_run: bool
+    shards: int
+    shards_kept: int
+    bytes: int
+    counts: Mapping[str, int]
+    findings: Sequence[Mapping[str, Any]]
+    quarantine: Sequence[Mapping[str, Any]]
+    duplicates: Sequence[Mapping[str, Any]]  #: fields of `Duplicate`, and the split that the image `of` is in
+    fingerprint: str | None
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """The report as plain data, for JSON."""
+    return asdict(report)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What images are compared with."""
+
+    within: bool  #: with each other
+    same: Callable[[int, int], bool]  #: whether the files of two image ids have the same content
+    dropped: Sequence[Duplicate] = ()  #: what was left out for it
+    others: Sequence[Manifest] = field(default=())  #: finished splits
+
+    def run(self, split: str, index: npt.NDArray[Any], source: Source) -> list[dict[str, Any]]:
+        """Note all repetitions among the findings, and list them."""
+        found = []
+        images = _fingerprints(index)
+        for one in self.dropped:
+            source.findings.add(f"{'exact' if one.exact else 'near'} duplicate dropped", _shown(one, ""))
+            found.append({**asdict(one), "split": split})
+        for one in find_duplicates(images, self.same) if self.within else ():
+            source.findings.add(f"{'exact' if one.exact else 'near'} duplicate", _shown(one, ""))
+            found.append({**asdict(one), "split": split})
+        for other in self.others:
+            for one in find_in_other(images, _fingerprints(other.index)):
+                kind = "also in another split" if one.exact else "like an image of another split"
+                source.findings.add(kind, _shown(one, f" of {other.split}"))
+                found.append({**asdict(one), "split": other.split})
+        return found
+
+
+def _fingerprints(index: npt.NDArray[Any]) -> list[Fingerprint]:
+    columns = (index[name].tolist() for name in ("image_id", "image_size", "image_crc32", "dhash"))
+    return [Fingerprint(*row) for row in zip(*columns, strict=True)]
+
+
+def _shown(one: Duplicate, where: str) -> str:
+    bits = "" if one.exact else f", {one.distance} of 64 bits differ"
+    return f"image {one.image_id} = image {one.of}{where}{bits}"
+
+
+def write_manifest(
+    output: Output,
+    split: str,
+    options: Mapping[str, Any],
+    source: Source,
+    records: Sequence[Mapping[str, Any]],
+    quarantine: Sequence[Mapping[str, Any]],
+    comparison: Comparison,
+    *,
+    out: str,
+    kept: int,
+) -> Report:
+    """Write index and manifest.
+
+    Args:
+        output, out: where the shards are; its name for the report.
+        split: name of the split.
+        options: what the manifest remembers of them.
+        source: the annotations; its findings are completed.
+        records: of all shards in order.
+        quarantine: all images that were left out as unusable.
+        comparison: how duplicates are found.
+        kept: how many shards were there already, for the report.
+
+    Raises:
+        ValueError: no usable image.
+    """
+    rows = [(number, *row) for number, record in enumerate(records) for row in record["rows"]]
+    if not rows:
+        raise ValueError(f"no image of the data set is usable: {'; '.join(left_out(quarantine))}")
+    index = np.array(rows, dtype=INDEX_DTYPE)
+    for record in records:
+        source.findings.extend(record["findings"])
+    repeated = comparison.run(split, index, source)
+    source.findings.extend(_quarantined(quarantine))
+    chosen = set(index["image_id"].tolist())
+    images = [image for image in source.images if image.image_id in chosen]
+    counts = {**_counts(images), "quarantined": len(quarantine)}
+    shards = [ShardFile(r["name"], r["count"], r["bytes"], r["sha256"]) for r in records]
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    manifest = manifest_bytes(
+        split=split,
+        categories=source.categories,
+        counts=counts,
+        shards=shards,
+        index=index,
+        index_file=buffer.getvalue(),
+        vocabulary=_vocabulary(images),
+        quarantine=quarantine,
+        findings=source.findings.listed(),
+        options=options,
+        sources=source.files,
+    )
+    output.write(index_path(Path(), split).name, buffer.getvalue())
+    output.write(manifest_path(Path(), split).name, manifest)
+    return Report(
+        split=split,
+        out=out,
+        dry_run=False,
+        shards=len(shards),
+        shards_kept=kept,
+        bytes=sum(shard.bytes for shard in shards),
+        counts=counts,
+        findings=source.findings.listed(),
+        quarantine=quarantine,
+        duplicates=repeated,
+        fingerprint=orjson.loads(manifest)["fingerprint"],
+    )
+
+
+def dry_report(
+    split: str, out: str, source: Source, plan: Sequence[Sequence[Planned]], quarantine: Sequence[Mapping[str, Any]]
+) -> Report:
+    """What a build would do, as far as the JSON files and the sizes of the images tell."""
+    source.findings.extend(_quarantined(quarantine))
+    samples = [sample for shard in plan for sample in shard]
+    return Report(
+        split=split,
+        out=out,
+        dry_run=True,
+        shards=len(plan),
+        shards_kept=0,
+        bytes=sum(sample.size + len(sample.image.label) for sample in samples),
+        counts={**_counts([sample.image for sample in samples]), "quarantined": len(quarantine)},
+        findings=source.findings.listed(),
+        quarantine=quarantine,
+        duplicates=(),
+        fingerprint=None,
+    )
+
+
+def _quarantined(quarantine: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for bad in quarantine:
+        yield "quarantined", f"{bad['file_name']}: {bad['reason']} ({bad['detail']})"
+
+
+def left_out(quarantine: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why images were left out, a line for each of the most frequent details with an example."""
+    first = {(bad["reason"], bad["detail"]): bad["file_name"] for bad in reversed(quarantine)}
+    counts = Counter((bad["reason"], bad["detail"]) for bad in quarantine).most_common(_DETAILS)
+    lines = [f"{count} x {why[0]} ({why[1]}), for instance {first[why]}" for why, count in counts]
+    rest = len(quarantine) - sum(count for _, count in counts)
+    return [*lines, f"{rest} for other reasons"] if rest else lines
+
+
+def _counts(images: Sequence[SourceImage]) -> dict[str, int]:
+    return {
+        "images": len(images),
+        "annotations": sum(image.annotations for image in images),
+        "crowds": sum(image.crowds for image in images),
+        "trainable": sum(image.trainable for image in images),
+        "captions": sum(len(image.captions) for image in images),
+        "images_without_trainable": sum(image.trainable == 0 for image in images),
+        "images_without_captions": sum(not image.captions for image in images),
+        "empty": sum(not image.annotations and not image.captions for image in images),
+    }
+
+
+def _vocabulary(images: Sequence[SourceImage]) -> dict[str, int]:
+    return dict(Counter(word for image in images for caption in image.captions for word in caption_words(caption)))

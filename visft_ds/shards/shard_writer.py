@@ -1,0 +1,225 @@
+"""Writing one shard: every image is checked, then stored with its labels in a tar with reproducible bytes.
+
+A shard is written under a temporary name in a work folder, brought to the disk and only then given its place. A record
+says what it was made from, so that a later build can tell whether it still fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+from isal import isal_zlib
+
+from visft_ds.data.manifest import INDEX_DTYPE, VERSION
+from visft_ds.shards.images import Checked, CheckLevel, check_image
+from visft_ds.shards.inputs import ImageFolder
+from visft_ds.shards.outputs import Output
+from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.source import SourceImage
+
+_BLOCK = 512
+_RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this
+Refusal = Callable[[dict[str, Any]], None]
+_COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One sample of a shard to be: how large its image file is, and what changes when the file does."""
+
+    image: SourceImage
+    size: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What happens to an image file between the folder and the shard."""
+
+    images: ImageFolder
+    level: CheckLevel = "decode"
+    reencoding: Reencoding | None = None
+
+    def read(self, sample: Planned) -> bytes:
+        """The file. Raises RuntimeError if it cannot be read or is no longer what was planned."""
+        data = self.images.read(sample.image.file_name)
+        if len(data) != sample.size:
+            raise RuntimeError(f"{sample.image.file_name} changed while the shards were built; run the build again")
+        return data
+
+    def check(self, data: bytes, sample: Planned) -> Checked:
+        """The verdict on it."""
+        return check_image(data, sample.image, self.level, convert=self.reencoding is not None)
+
+    def prepare(self, sample: Planned, verdict: Checked | None) -> Prepared:
+        """Read, check and, if it is asked for, re-encode an image; `verdict` holds for a file with the same crc32."""
+        data = self.read(sample)
+        checked = (
+            verdict if verdict is not None and verdict.crc32 == isal_zlib.crc32(data) else self.check(data, sample)
+        )
+        if checked.reason is not None:
+            return Prepared(sample, len(data), checked, b"")
+        if self.reencoding is None:
+            return Prepared(sample, len(data), checked, data)
+        return Prepared(sample, len(data), replace(checked, extension="jpg"), self.reencoding.encode(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image that is ready for its shard."""
+
+    sample: Planned
+    size: int  #: bytes of the source file
+    checked: Checked
+    stored: bytes  #: the file that goes into the shard; empty if it is unusable
+
+
+def write_shard(
+    name: str, output: Output, samples: Sequence[Planned], prepared: Iterable[Prepared], refuse: Refusal
+) -> dict[str, Any]:
+    """Write a shard and its record.
+
+    Args:
+        name: the final name.
+        output: where it goes.
+        samples: what belongs into it, in order.
+        prepared: the same, made ready.
+        refuse: called with why an image is unusable; may raise to stop.
+
+    Returns:
+        The record: key, name, count, bytes, sha256, index rows, quarantined images, findings as (kind, example).
+    """
+    temporary = output.scratch / f"{name}.tmp"
+    rows: list[list[int]] = []
+    quarantine: list[dict[str, Any]] = []
+    findings: list[tuple[str, str]] = []
+    try:
+        with open(temporary, "wb") as file:
+            tar = TarWriter(file)
+            for one in prepared:
+                image, checked = one.sample.image, one.checked
+                findings += [(kind, f"image {image.image_id}") for kind in checked.findings]
+                if checked.reason is None:
+                    rows.append(_add_sample(tar, image, checked, one.stored))
+                else:
+                    quarantine.append(quarantined(image, checked.reason, checked.detail))
+                    refuse(quarantine[-1])
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+        output.finish(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = {
+        "key": _shard_key(samples),
+        "name": name,
+        "count": len(rows),
+        "bytes": tar.offset,
+        "sha256": tar.digest.hexdigest(),
+        "rows": rows,
+        "quarantine": quarantine,
+        "findings": findings,
+    }
+    output.write(_record_name(name, output), orjson.dumps(record))
+    return record
+
+
+def finished_shard(name: str, output: Output, samples: Sequence[Planned]) -> dict[str, Any] | None:
+    """The record of a shard that is complete and made from the same input, else None."""
+    data = output.read(_record_name(name, output))
+    if data is None:
+        return None
+    try:
+        record: dict[str, Any] = orjson.loads(data)
+        fits = record["key"] == _shard_key(samples)
+        return record if fits and output.holds(name, record["bytes"], record["sha256"]) else None
+    except (
+        orjson.JSONDecodeError,
+        KeyError,
+        TypeError,
+    ):  # damaged: it vouches for nothing
+        return None
+
+
+def sample_bytes(image_size: int, label_size: int) -> int:
+    """How much room a sample takes in a tar."""
+    return sum(_BLOCK + length + -length % _BLOCK for length in (image_size, label_size))
+
+
+def tar_bytes(samples: int) -> int:
+    """Size of a tar whose samples take this much room."""
+    return -(-(samples + 2 * _BLOCK) // _RECORD) * _RECORD
+
+
+class TarWriter:
+    """A USTAR archive whose bytes depend on nothing but its members."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.offset = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its payload."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        place = self.offset
+        self._put(data)
+        self._put(bytes(-len(data) % _BLOCK))
+        return place
+
+    def close(self) -> None:
+        """Two empty blocks end an archive; padding as other tar programs write it."""
+        self._put(bytes(2 * _BLOCK))
+        self._put(bytes(-self.offset % _RECORD))
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.offset += len(data)
+
+
+def _add_sample(tar: TarWriter, image: SourceImage, checked: Checked, data: bytes) -> list[int]:
+    """Append both members; returns the index row without its shard."""
+    key = f"{image.image_id:012d}"
+    row = {
+        "image_offset": tar.add(f"{key}.{checked.extension}", data),
+        "image_size": len(data),
+        "image_crc32": isal_zlib.crc32(data),
+        "label_offset": tar.add(f"{key}.json", image.label),
+        "label_size": len(image.label),
+        "label_crc32": isal_zlib.crc32(image.label),
+        "width": image.width,
+        "height": image.height,
+        "image_id": image.image_id,
+        "num_annotations": image.trainable,
+        "num_captions": len(image.captions),
+        "dhash": checked.dhash,
+    }
+    return [row[column] for column in _COLUMNS]
+
+
+def quarantined(image: SourceImage, reason: str, detail: str) -> dict[str, Any]:
+    """An entry of the quarantine list."""
+    return {"image_id": image.image_id, "file_name": image.file_name, "reason": reason, "detail": detail}
+
+
+def _shard_key(samples: Sequence[Planned]) -> str:
+    """Identity of everything that goes into a shard; the modification time stands for the pixels."""
+    files = [(sample.image.image_id, sample.image.file_name, sample.size, sample.stamp) for sample in samples]
+    digest = hashlib.sha256(orjson.dumps([VERSION, files]))
+    for sample in samples:
+        digest.update(hashlib.sha256(sample.image.label).digest())
+    return digest.hexdigest()
+
+
+def _record_name(name: str, output: Output) -> str:
+    return f"{output.work}/{name}.json"

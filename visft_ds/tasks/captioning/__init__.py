@@ -1,0 +1,1 @@
+"""Captioning: an LSTM with attention (Show, Attend and Tell)."""

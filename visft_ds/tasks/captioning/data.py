@@ -1,0 +1,163 @@
+"""Captions of a sample: which one a head learns from, as ids, and all of them as references.
+
+Letters: B images, T caption length in ids, `<start>` and `<end>` included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import fsum
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from visft_ds.data.collate import has_targets, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.spans import span
+from visft_ds.data.transforms import Resize, Size, apply_to_image
+from visft_ds.tasks.captioning.vocabulary import Vocabulary, caption_words
+
+#: Which caption of an image a head learns from: one drawn anew each time, always the first one, or always the one that
+#: shares most words with the others. The last two give a small set of images one answer each.
+CaptionChoice = Literal["random", "first", "consensus"]
+
+
+@dataclass(frozen=True)
+class CaptionTargets:
+    """One caption per image, and all its reference captions.
+
+    An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted for it,
+    and it counts neither as a caption nor as tokens.
+    """
+
+    tokens: Tensor  #: (B, T) int64, `<start> word ... <end>`, filled up with 0; T is at least 2
+    lengths: Tensor  #: (B,) int64, ids of each caption, `<start>` and `<end>` included; at least 1
+    references: tuple[tuple[str, ...], ...]  #: the captions of each image as stored; they stay on the host
+
+    def to(self, device: torch.device) -> CaptionTargets:
+        """The same targets on `device`."""
+        return CaptionTargets(
+            self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), self.references
+        )
+
+    def head_inputs(self) -> dict[str, Tensor]:
+        """What the head must be given besides the features in order to learn: the words it is to say."""
+        return {"captions": self.tokens, "lengths": self.lengths}
+
+
+class CaptionTransform:
+    """Image and caption of one sample, as the published heads had them.
+
+    The image is scaled to a square of `size` pixels, whatever its shape, without augmentation. The caption is one of
+    those with 1 to `max_words` words: with `caption_choice` "random" a drawn one (in evaluation the first), else always
+    the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`), never an
+    empty or a cut one.
+
+    The sample's `targets["captioning"]` is {"tokens": (T,) int64, "references": (captions,) str objects}.
+
+    Raises:
+        ValueError: a size or number of words below 1, an unknown choice.
+    """
+
+    def __init__(
+        self,
+        train: bool,
+        *,
+        vocabulary: Vocabulary,
+        size: int = 256,
+        caption_choice: CaptionChoice = "random",
+        max_words: int = 50,
+    ) -> None:
+        if size < 1 or max_words < 1:
+            raise ValueError(f"size={size} (pixels) and max_words={max_words} must be at least 1")
+        self.caption_choice = choice_for(train, caption_choice)
+        self.vocabulary = vocabulary
+        self.size = size
+        self.max_words = max_words
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
+        """Transform one sample; evaluation draws nothing from `generator`."""
+        size = (self.size, self.size)
+        with span("tokens"):
+            targets = caption_targets(raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words)
+        return Sample(
+            index=raw.index,
+            image_id=raw.image_id,
+            original_size=raw.size,
+            size=size,
+            image=None if raw.image is None else apply_to_image(raw.image, [Resize(*size)]),
+            random_key=0,
+            targets={"captioning": targets},
+        )
+
+    def extremes(self, size: Size) -> set[Size]:
+        """The one size that every image gets."""
+        return {(self.size, self.size)}
+
+
+def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
+    """The choice as it holds in training or evaluation, which draws nothing. Raises ValueError for an unknown one."""
+    if choice not in get_args(CaptionChoice):
+        raise ValueError(f"caption_choice={choice!r} is not known: give one of {', '.join(get_args(CaptionChoice))}")
+    return "first" if choice == "random" and not train else choice
+
+
+def caption_targets(
+    captions: Sequence[str],
+    vocabulary: Vocabulary,
+    choice: CaptionChoice,
+    generator: np.random.Generator,
+    max_words: int = 50,
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Ids (T,) int64 of one of the captions, and all of them as they are; only "random" draws from `generator`."""
+    cut = [caption_words(caption) for caption in captions]
+    usable = [words for words in cut if 1 <= len(words) <= max_words]
+    tokens = [vocabulary.start]
+    if usable:
+        place = 0
+        if choice == "random":
+            place = int(generator.integers(0, len(usable)))
+        elif choice == "consensus":
+            place = consensus(usable)
+        tokens = vocabulary.encode_words(usable[place])
+    references = np.array(list(captions), dtype=object)
+    return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
+
+
+def consensus(captions: Sequence[Sequence[str]]) -> int:
+    """Position of the caption that agrees most with the others, the first among equals; `captions` are words.
+
+    Agreement of two captions is the F-score of their words as multisets: twice the number of words they share, divided
+    by the number of words they have. A caption's agreements with all others are averaged. Scoring a caption by what it
+    shares with several people's is the idea of CIDEr (arXiv 1411.5726); the word order and the other images, on which
+    CIDEr depends as well, are left out, so that the choice follows from the image's own captions.
+    """
+    counts = [Counter(words) for words in captions]
+    # Each caption also meets itself, which adds 1 to all. The sum is exact, lest the order of its terms decide a tie.
+    sums = [fsum(2 * (own & other).total() / (own.total() + other.total()) for other in counts) for own in counts]
+    return max(range(len(sums)), key=sums.__getitem__)
+
+
+def collate_captioning(samples: Sequence[Sample]) -> Batch:
+    """A batch with `targets["captioning"]`; without targets where no labels were read (`Sample.targets` empty)."""
+    batch = stack_samples(samples)
+    if not has_targets(samples, "captioning"):
+        return batch
+    return replace(batch, targets={"captioning": pack_captions(samples)})
+
+
+def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:
+    """The captions of all samples, as long as the longest of them."""
+    parts = [sample.targets["captioning"] for sample in samples]
+    lengths = [len(part["tokens"]) for part in parts]
+    # At least one step for the head: without any, its parameters would take no part in the loss.
+    tokens = torch.zeros((len(parts), max(2, *lengths)), dtype=torch.int64)
+    for row, part in zip(tokens, parts, strict=True):
+        row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
+    references = tuple(tuple(part["references"].tolist()) for part in parts)
+    return CaptionTargets(tokens, torch.tensor(lengths), references)

@@ -1,0 +1,411 @@
+"""Captioning: head, criterion and post-processing of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
+
+Letters: B images, h w patch grid, D backbone width, P pixels of the pooled grid, T caption length in ids (`<start>` and
+`<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent width, V vocabulary, K beams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.data.samples import Batch
+from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.matching import at_least_float32
+
+_PAD = 0
+#: Counted from the end of the vocabulary, see `data.vocabulary`.
+_UNKNOWN, _START, _END = -3, -2, -1
+
+#: Parameter of `CaptioningHead` -> its name in the published files, behind `visft_heads.caption_decoder.`.
+PUBLISHED_NAMES: Mapping[str, str] = {
+    **{f"encoder_att.{kind}": f"attention.encoder_att.{kind}" for kind in ("weight", "bias")},
+    **{f"recurrence.decoder_att_{kind}": f"attention.decoder_att.{kind}" for kind in ("weight", "bias")},
+    **{f"recurrence.full_att_{kind}": f"attention.full_att.{kind}" for kind in ("weight", "bias")},
+    **{f"recurrence.f_beta_{kind}": f"f_beta.{kind}" for kind in ("weight", "bias")},
+    **{f"recurrence.{name}": f"decode_step.{name}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    "embedding.weight": "embedding.weight",
+    **{f"{name}.{kind}": f"{name}.{kind}" for name in ("init_h", "init_c", "fc") for kind in ("weight", "bias")},
+}
+
+
+@dataclass(frozen=True)
+class CaptioningOutput:
+    """What the head says at each step, in the order of the batch; zero behind the end of a caption."""
+
+    scores: Tensor  #: (B, S, V) logits of the next word: step t answers to the first t + 1 ids
+    attention: Tensor  #: (B, S, P) weights over the pooled pixels in row-major order, sum 1
+    tokens: Tensor | None = None  #: (B, T) int64 ids that the head chose itself; None where captions were given
+
+
+@dataclass(frozen=True)
+class GeneratedCaption:
+    """The best caption found for one image."""
+
+    tokens: list[int]  #: ids of its words, without `<start>` and `<end>`; may be empty
+    score: float  #: sum of the log-probabilities of all words and `<end>`
+    attention: Tensor  #: (len(tokens), grid, grid) where the head looked for each word
+
+
+class CaptioningHead(nn.Module):
+    """Feature map -> scores of the next word, step by step, with the attention that led to them.
+
+    The published ViSFT head: average pooling to `grid` x `grid` pixels, LSTM cell whose input is the embedded last word
+    and a gated, attention-weighted mean of the pixels, initial state from the mean pixel, dropout ahead of the words.
+    `vocabulary_size` counts the special ids (`Vocabulary.size`). Initialisation: U(-0.1, 0.1) for embedding and word
+    layer, whose bias is 0; PyTorch's defaults elsewhere.
+
+    Given captions it answers to the true previous words (teacher forcing); without, it generates greedily.
+
+    Raises ValueError for sizes below 1, fewer than 5 ids (four are special) and dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        vocabulary_size: int,
+        attention_dim: int = 384,
+        embed_dim: int = 384,
+        decoder_dim: int = 384,
+        grid: int = 14,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        widths = {"attention_dim": attention_dim, "embed_dim": embed_dim, "decoder_dim": decoder_dim, "grid": grid}
+        for name, value in widths.items():
+            if value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        if vocabulary_size < 5:
+            raise ValueError(f"vocabulary_size {vocabulary_size} must be at least 5: four ids are special tokens")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout} is not allowed: give a probability from 0 to below 1")
+        self.vocabulary_size = vocabulary_size
+        self.grid = grid
+        self.encoder_att = nn.Linear(in_channels, attention_dim)
+        self.embedding = nn.Embedding(vocabulary_size, embed_dim)
+        self.init_h = nn.Linear(in_channels, decoder_dim)
+        self.init_c = nn.Linear(in_channels, decoder_dim)
+        self.recurrence = Recurrence(in_channels, attention_dim, embed_dim, decoder_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(decoder_dim, vocabulary_size)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.fc.weight, -0.1, 0.1)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(
+        self,
+        features: Tensor,
+        valid: Tensor,
+        captions: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        beam_size: int = 1,
+        max_length: int = 50,
+    ) -> CaptioningOutput:
+        """features (B, D, h, w), valid (B, h, w) bool with True inside the image.
+
+        With `captions` (B, T) int64 and `lengths` (B,), the ids of each caption, `<start>` and `<end>` included: scores
+        of captions[:, 1:]. Without: the caption that the head finds itself, `beam_size` and `max_length` as in
+        `generate`.
+
+        Raises ValueError for captions without lengths, and for captions too short for one step.
+        """
+        if captions is None:
+            if lengths is not None:
+                raise ValueError("lengths without captions: give both to learn from captions, neither to generate")
+            _check_search(beam_size, max_length)
+            if beam_size == 1:
+                return self._greedy(features, valid, max_length)
+            words, _, _ = self._beam_search(features, valid, beam_size, max_length)
+            tokens = F.pad(words, (1, 0), value=self.vocabulary_size + _START)
+            # The search keeps no scores of its steps: the head answers once more, to what it has found.
+            with torch.no_grad():
+                found = self._answer(features, valid, tokens, (tokens != _PAD).sum(dim=1), dropout=False)
+            return replace(found, tokens=tokens)
+        if lengths is None or captions.shape[1] < 2:
+            raise ValueError(
+                f"captions {tuple(captions.shape)} need lengths (B,) and at least two ids (<start> and one to "
+                "predict); collate_captioning gives both"
+            )
+        return self._answer(features, valid, captions, lengths, dropout=True)
+
+    def _answer(
+        self, features: Tensor, valid: Tensor, captions: Tensor, lengths: Tensor, *, dropout: bool
+    ) -> CaptioningOutput:
+        """Scores of each next word of given captions."""
+        pixels, keys, hidden, cell = self._look(features, valid)
+        embedded = self.embedding(captions[:, :-1])
+        hidden, attention, _ = self.recurrence(embedded, pixels, keys, hidden, cell)
+        scores = at_least_float32(self.fc(self.dropout(hidden) if dropout else hidden))
+        behind = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
+        return CaptioningOutput(scores.masked_fill(behind, 0), attention.masked_fill(behind, 0))
+
+    def generate(
+        self, features: Tensor, valid: Tensor, *, beam_size: int = 1, max_length: int = 50
+    ) -> list[GeneratedCaption]:
+        """The best caption of each image: of the greedy choice (`beam_size` 1), or of a search with several beams.
+
+        features and valid as in `forward`; `max_length` is the largest number of words, after which `<end>` is forced.
+        A beam's score is the plain sum of log-probabilities, without any length term, and finished beams keep their
+        place among the K. `<pad>`, `<start>` and `<unk>` are no words and never chosen. Dropout is off in training mode
+        too. Among exactly equal scores the choice is PyTorch's.
+
+        The number of steps is always `max_length` + 1: stopping as soon as all captions have ended would ask the device
+        after each step, and under ZeRO-3 ranks would no longer agree on how often to gather the weights.
+
+        Raises ValueError for a `beam_size` or `max_length` below 1.
+        """
+        _check_search(beam_size, max_length)
+        if beam_size == 1:
+            output = self._greedy(features, valid, max_length)
+            assert output.tokens is not None
+            words, attention = output.tokens[:, 1:], output.attention
+            own = at_least_float32(self._allowed(output.scores)).log_softmax(dim=-1)
+            chosen = own.gather(2, words.unsqueeze(-1)).squeeze(-1)
+            scores = chosen.masked_fill(words == _PAD, 0).sum(dim=1)
+        else:
+            words, scores, attention = self._beam_search(features, valid, beam_size, max_length)
+        found = []
+        rows, end = words.tolist(), self.vocabulary_size + _END
+        for row, score, maps in zip(rows, scores.tolist(), attention.cpu(), strict=True):
+            count = row.index(end)
+            found.append(GeneratedCaption(row[:count], score, maps[:count].unflatten(1, (self.grid, self.grid))))
+        return found
+
+    def _look(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels (B, P, D), their attention keys (B, P, A) and the initial state, two times (B, R)."""
+        pixels = pool_valid(features, valid, self.grid)
+        mean = pixels.mean(dim=1)
+        return pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
+
+    def _allowed(self, scores: Tensor) -> Tensor:
+        """Scores (..., V) with minus infinity for ids that cannot follow."""
+        banned = torch.zeros(self.vocabulary_size, dtype=torch.bool, device=scores.device)
+        # Slices, because an index list would be copied to the device.
+        banned[: _PAD + 1] = True
+        banned[_UNKNOWN:_END] = True
+        return scores.masked_fill(banned, -math.inf)
+
+    @torch.no_grad()
+    def _greedy(self, features: Tensor, valid: Tensor, max_length: int) -> CaptioningOutput:
+        pixels, keys, hidden, cell = self._look(features, valid)
+        end = self.vocabulary_size + _END
+        word = torch.full((features.shape[0],), self.vocabulary_size + _START, device=features.device)
+        running = torch.ones_like(word, dtype=torch.bool)
+        tokens, scores, attention = [word], [], []
+        for step in range(max_length + 1):
+            states, weights, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
+            hidden = states[:, 0]
+            score = at_least_float32(self.fc(hidden))
+            best = self._allowed(score).argmax(dim=-1) if step < max_length else torch.full_like(word, end)
+            word = torch.where(running, best, _PAD)
+            tokens.append(word)
+            scores.append(score * running.unsqueeze(-1))
+            attention.append(weights[:, 0] * running.unsqueeze(-1))
+            running = running & (word != end)
+        return CaptioningOutput(torch.stack(scores, 1), torch.stack(attention, 1), torch.stack(tokens, 1))
+
+    @torch.no_grad()
+    def _beam_search(
+        self, features: Tensor, valid: Tensor, beams: int, max_length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Best captions (B, max_length + 1), their scores (B,) and attention (B, max_length + 1, P)."""
+        images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
+        # Row b * K + k is beam k of image b.
+        pixels, keys, hidden, cell = (each.repeat_interleave(beams, dim=0) for each in self._look(features, valid))
+        first = torch.arange(images, device=features.device).unsqueeze(1) * beams  # (B, 1)
+        word = torch.full((images * beams,), size + _START, device=features.device)
+        ended = torch.zeros_like(word, dtype=torch.bool)
+        # All beams begin alike, so only one of them may be continued.
+        totals = at_least_float32(hidden).new_full((images, beams), -math.inf)
+        totals[:, 0] = 0
+        stays = totals.new_full((size,), -math.inf)  # an ended beam goes on with <pad>, at no cost
+        stays[_PAD] = 0
+        ends = totals.new_full((size,), -math.inf)
+        ends[end] = 0
+        words, parents, attention = [], [], []
+        for step in range(max_length + 1):
+            states, weights, cell = self.recurrence(self.embedding(word).unsqueeze(1), pixels, keys, hidden, cell)
+            gains = self._allowed(at_least_float32(self.fc(states[:, 0]))).log_softmax(dim=-1)
+            gains = gains if step < max_length else gains + ends
+            gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
+            totals, places = (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)  # (B, K)
+            rows = (first + places // size).flatten()
+            word = (places % size).flatten()
+            ended = ended[rows] | (word == end)
+            hidden, cell = states[rows, 0], cell[rows]
+            words.append(word)
+            parents.append(rows)
+            attention.append(weights[:, 0])
+        best = totals.argmax(dim=1)
+        row = first.squeeze(1) + best
+        taken, looked = [], []
+        for word, parent, weights in zip(reversed(words), reversed(parents), reversed(attention), strict=True):
+            taken.append(word[row])
+            row = parent[row]
+            looked.append(weights[row])
+        chosen = totals.gather(1, best.unsqueeze(1)).squeeze(1)
+        return torch.stack(taken[::-1], 1), chosen, torch.stack(looked[::-1], 1)
+
+
+class Recurrence(nn.Module):
+    """All steps of the decoder: attention, gate and LSTM cell.
+
+    One module that owns all weights the steps share, instead of a small module for each of them, has three reasons.
+    ZeRO-3 gathers weights when the module that owns them is called: once for all steps here, so that ranks whose
+    captions differ in length still gather equally often. What depends on the words alone is computed for all steps at
+    once. And the three products with the last hidden state become one.
+    """
+
+    def __init__(self, in_channels: int, attention_dim: int, embed_dim: int, decoder_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.splits = (attention_dim, in_channels, 4 * decoder_dim)
+        # Bounds are those of nn.Linear (1 / sqrt of the inputs) and nn.LSTMCell (1 / sqrt of the state).
+        of_state, of_attention = decoder_dim**-0.5, attention_dim**-0.5
+        self.decoder_att_weight = _uniform(of_state, attention_dim, decoder_dim)
+        self.decoder_att_bias = _uniform(of_state, attention_dim)
+        self.full_att_weight = _uniform(of_attention, 1, attention_dim)
+        self.full_att_bias = _uniform(of_attention, 1)
+        self.f_beta_weight = _uniform(of_state, in_channels, decoder_dim)
+        self.f_beta_bias = _uniform(of_state, in_channels)
+        self.weight_ih = _uniform(of_state, 4 * decoder_dim, embed_dim + in_channels)
+        self.weight_hh = _uniform(of_state, 4 * decoder_dim, decoder_dim)
+        self.bias_ih = _uniform(of_state, 4 * decoder_dim)
+        self.bias_hh = _uniform(of_state, 4 * decoder_dim)
+
+    def forward(
+        self, embedded: Tensor, pixels: Tensor, keys: Tensor, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, S, R), attention (B, S, P) and the last cell state (B, R).
+
+        embedded (B, S, E), pixels (B, P, D), keys (B, P, A), hidden and cell (B, R).
+        """
+        from_words = F.linear(embedded, self.weight_ih[:, : self.embed_dim], self.bias_ih)  # (B, S, 4 R)
+        from_pixels = self.weight_ih[:, self.embed_dim :]
+        weight = torch.cat((self.decoder_att_weight, self.f_beta_weight, self.weight_hh))
+        bias = torch.cat((self.decoder_att_bias, self.f_beta_bias, self.bias_hh))
+        states, attention = [], []
+        for word in from_words.unbind(dim=1):
+            query, gate, from_state = F.linear(hidden, weight, bias).split(self.splits, dim=1)
+            looked_for = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
+            weights = at_least_float32(looked_for.squeeze(-1)).softmax(dim=1)  # (B, P)
+            seen = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()  # (B, D)
+            # Gates in PyTorch's order: input, forget, cell, output.
+            enter, forget, new, out = (word + from_state + F.linear(seen, from_pixels)).chunk(4, dim=1)
+            cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            hidden = out.sigmoid() * cell.tanh()
+            states.append(hidden)
+            attention.append(weights)
+        return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
+
+
+def _check_search(beam_size: int, max_length: int) -> None:
+    if beam_size < 1 or max_length < 1:
+        raise ValueError(f"beam_size={beam_size} and max_length={max_length} must be at least 1")
+
+
+def _uniform(bound: float, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
+    """Adaptive average pooling of the part of each feature map that shows image: (B, grid * grid, D).
+
+    features (B, D, h, w); valid (B, h, w) bool, a rectangle in the upper left corner with at least one cell. Cells are
+    those of torch.nn.AdaptiveAvgPool2d, on the size of each image's own rectangle: cell i averages the rows from
+    floor(i n / grid) to ceil((i + 1) n / grid). Rows and columns are averaged one after the other, which for such cells
+    is the same and a product of two small matrices.
+    """
+    batch, width, height = features.shape[:3]
+    rows = _averages(valid.any(dim=2).sum(dim=1), height, grid, features.dtype)  # (B, grid, h)
+    columns = _averages(valid.any(dim=1).sum(dim=1), features.shape[3], grid, features.dtype)  # (B, grid, w)
+    narrow = torch.bmm(features.flatten(start_dim=1, end_dim=2), columns.transpose(1, 2))  # (B, D * h, grid)
+    narrow = narrow.view(batch, width, height, grid).permute(0, 2, 3, 1)  # (B, h, grid, D)
+    return torch.bmm(rows, narrow.reshape(batch, height, grid * width)).view(batch, grid * grid, width)
+
+
+def _averages(counts: Tensor, length: int, grid: int, dtype: torch.dtype) -> Tensor:
+    """(B, grid, length): row i averages cell i of the first `counts` places."""
+    cells, places = torch.arange(grid, device=counts.device), torch.arange(length, device=counts.device)
+    counts = counts.unsqueeze(1)
+    first = (cells * counts // grid).unsqueeze(-1)  # (B, grid, 1)
+    last = (((cells + 1) * counts + grid - 1) // grid).unsqueeze(-1)
+    return ((places >= first) & (places < last)).to(dtype) / (last - first)
+
+
+def predicted_steps(lengths: Tensor, length: int) -> Tensor:
+    """(B, length - 1) bool: the steps whose answer is an id of the caption, for captions filled up to `length` ids."""
+    return torch.arange(1, length, device=lengths.device) < lengths.unsqueeze(1)
+
+
+class CaptioningCriterion:
+    """Cross-entropy of the words and the doubly stochastic attention penalty (arXiv 1502.03044, section 4.2.1).
+
+    Calling it gives *unweighted* losses by name; `weights` holds the factor of each.
+
+    - `ce`: mean cross-entropy over all ids to be predicted, `<end>` included.
+    - `attention`: mean over images and pixels of (1 - sum of the pixel's attention over the caption)^2.
+    - `top5_accuracy`, for the log only: percentage of the ids that are among the five with the highest scores (ids with
+      an equal score do not push one another out).
+
+    Each is a sum over the micro-batch divided by a given normaliser, so that its mean over ranks and micro-batches is
+    that of one process on the global batch, if the normaliser is the global sum of `count` divided by the number of
+    ranks times micro-batches. Images without a caption take no part.
+    """
+
+    def __init__(self, *, ce: float = 1.0, attention: float = 1.0) -> None:
+        self.weights: dict[str, float] = {"ce": ce, "attention": attention}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """What normalises the losses, from the labels alone: ids to be predicted, and images with a caption."""
+        lengths = batch.targets["captioning"].lengths
+        return {"tokens": float((lengths - 1).sum()), "images": float((lengths > 1).sum())}
+
+    def __call__(
+        self,
+        output: CaptioningOutput,
+        targets: CaptionTargets,
+        normaliser: Mapping[str, Tensor],
+        image_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses by name, scalars. `normaliser` has `tokens` and `images`.
+
+        Raises ValueError where the output does not belong to these captions.
+        """
+        wanted = targets.tokens[:, 1:]
+        if output.scores.shape[:2] != wanted.shape:
+            raise ValueError(
+                f"scores {tuple(output.scores.shape)} do not answer to captions {tuple(targets.tokens.shape)}: the "
+                "head must be called with these captions and lengths"
+            )
+        scores, attention = at_least_float32(output.scores), at_least_float32(output.attention)
+        inside = predicted_steps(targets.lengths, targets.tokens.shape[1])
+        terms = F.cross_entropy(scores.flatten(end_dim=1), wanted.flatten(), reduction="none").view_as(wanted)
+        uneven = (1 - attention.sum(dim=1)).square().mean(dim=1)  # (B,)
+        losses = {
+            "ce": terms.masked_fill(~inside, 0).sum() / normaliser["tokens"],
+            "attention": (uneven * (targets.lengths > 1)).sum() / normaliser["images"],
+        }
+        scores = scores.detach()
+        better = (scores > scores.gather(2, wanted.unsqueeze(-1))).sum(dim=-1)
+        return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / normaliser["tokens"]}
+
+
+def postprocess(output: CaptioningOutput, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Captions in COCO's results format: image_id, caption. Only images with `batch.real` appear.
+
+    Raises ValueError where the head has another number of ids than the vocabulary.
+    """
+    assert output.tokens is not None, "this output answers to given captions; call the head without captions"
+    vocabulary.check_size(output.scores.shape[-1])
+    rows = zip(batch.image_ids.tolist(), batch.real.tolist(), output.tokens.tolist(), strict=True)
+    return [{"image_id": image_id, "caption": vocabulary.decode(tokens)} for image_id, real, tokens in rows if real]

@@ -1,0 +1,1 @@
+"""Detection: an asymmetric DETR on one feature map."""

@@ -1,0 +1,1 @@
+"""Instance segmentation: Mask2Former on one feature map."""

@@ -1,0 +1,134 @@
+"""Transformer decoder of the segmentation head: queries that look only at the cells their own mask covers.
+
+Letters: B images, h w patch grid, S = h*w cells, Q queries, E width, C classes, L prediction sets = decoder layers + 1.
+
+Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
+then among the queries, then the feed-forward; post-norm. Every layer looks where the mask predicted before it is at
+least one half; the queries predict masks before the first layer already, hence L = layers + 1.
+
+A parameter is used only in the forward of the module that owns it (see `pixel_decoder`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.tasks.transformer import Mlp, sine_positions
+
+
+class MaskedAttention(nn.Module):
+    """Multi-head attention with a mask for each query; parameter names and shapes of `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        for weight in (self.in_proj_weight, self.out_proj.weight):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """query (B, Q, E), key and value (B, S, E) -> (B, Q, E).
+
+        `allowed` (B, Q, S) bool: what each query may look at, at least one entry, else its output is NaN.
+        """
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
+        mask = None if allowed is None else allowed[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
+        return out
+
+
+class MaskedDecoderLayer(nn.Module):
+    """Masked attention into the memory, attention among the queries, feed-forward; post-norm."""
+
+    def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.cross_attn = MaskedAttention(width, num_heads, dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = MaskedAttention(width, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, width)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, state: Tensor, query: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor) -> Tensor:
+        """state, query (B, Q, E); memory, memory_key = memory + positions (B, S, E); allowed (B, Q, S) -> (B, Q, E)."""
+        seen = self.cross_attn(state + query, memory_key, memory, allowed)
+        state = self.norm1(state + self.dropout(seen))
+        placed = state + query
+        state = self.norm2(state + self.dropout(self.self_attn(placed, placed, state)))
+        inner = self.dropout(F.relu(self.linear1(state)))
+        out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
+        return out
+
+
+class MaskedDecoder(nn.Module):
+    """Queries -> classes and masks, before the first layer and after each."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_classes: int,
+        num_queries: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.width, self.num_queries = width, num_queries
+        self.query_feat = nn.Embedding(num_queries, width)  # what the queries are at the start
+        self.query_pos = nn.Embedding(num_queries, width)  # added to queries and keys of every attention
+        self.level_embed = nn.Embedding(1, width)
+        layers = [MaskedDecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width)
+        self.class_embed = nn.Linear(width, num_classes + 1)
+        self.mask_embed = Mlp(width, width, width, num_layers=3)
+
+    def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """memory (B, S, E), mask_features (B, E, h, w), valid (B, h, w) bool, True at least once for each image.
+
+        Returns logits (L, B, Q, C + 1) and mask logits (L, B, Q, h, w), which are 0 at padded cells.
+        """
+        device = memory.device
+        level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=device))
+        memory = memory + level
+        memory_key = memory + sine_positions(valid, self.width).to(memory.dtype).flatten(1, 2)
+        everyone = torch.arange(self.num_queries, device=device)
+        query = self.query_pos(everyone).expand(len(memory), -1, -1)
+        state = self.query_feat(everyone).expand(len(memory), -1, -1)
+        inside = valid[:, None].flatten(2)  # (B, 1, S)
+        logits, masks = self._predict(state, mask_features, valid)
+        predictions = [(logits, masks)]
+        for layer in self.layers:
+            state = layer(state, query, memory, memory_key, _allowed(masks.detach().flatten(2), inside))
+            logits, masks = self._predict(state, mask_features, valid)
+            predictions.append((logits, masks))
+        return torch.stack([logits for logits, _ in predictions]), torch.stack([masks for _, masks in predictions])
+
+    def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norm(state)
+        masks = torch.einsum("bqe,behw->bqhw", self.mask_embed(normed), mask_features)
+        return self.class_embed(normed), masks.masked_fill(~valid[:, None], 0.0)
+
+
+def _allowed(masks: Tensor, inside: Tensor) -> Tensor:
+    """masks (B, Q, S) logits, inside (B, 1, S) -> (B, Q, S) bool: where each query may look.
+
+    A query whose mask covers no cell looks at all of the image; it would look at nothing otherwise.
+    """
+    covered = (masks.sigmoid() >= 0.5) & inside
+    return torch.where(covered.any(dim=-1, keepdim=True), covered, inside)

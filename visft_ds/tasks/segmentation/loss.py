@@ -1,0 +1,344 @@
+"""Segmentation: head, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
+
+Letters: B images, h w patch grid, D backbone width, Q queries, C classes, L prediction sets = decoder layers + 1,
+N objects packed over the batch, n objects and m matched pairs of one image, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
+from torch import Tensor, nn
+
+from visft_ds.data.samples import Batch
+from visft_ds.tasks.matching import Matches, at_least_float32
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.head import MaskedDecoder
+from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.mask_points import (
+    PointCounts,
+    Points,
+    draw_points,
+    sample,
+    sample_targets,
+    uncertain_points,
+)
+from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, PixelDecoder
+
+#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
+#: category (toothbrush) coincides with "no object" and class 0 is never used.
+Labelling = Literal["contiguous", "published"]
+
+#: Numbers that post-processing holds at a time besides its result: 128 MiB of float32.
+_MASK_BUDGET = 1 << 25
+
+
+@dataclass(frozen=True)
+class SegmentationOutput:
+    """Predictions of the last decoder layer; `aux` holds those before the first layer and of the earlier layers."""
+
+    logits: Tensor  #: (B, Q, C + 1), the last class is "no object"
+    masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
+    aux: tuple[SegmentationOutput, ...] = ()
+    labelling: Labelling = "contiguous"  #: of the head
+    #: (B, 2) height and width of each image as a share of (h, w); None: as a share of the padded batch, in pixels.
+    extents: Tensor | None = None
+
+
+class SegmentationHead(nn.Module):
+    """Feature map -> a fixed set of Q masks with classes, from every decoder layer.
+
+    The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
+    image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
+    weights; the loss and the results follow it. Raises ValueError for widths that heads, positions or norms do not
+    divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        num_classes: int = 80,
+        num_queries: int = 100,
+        hidden_dim: int = 256,
+        encoder_layers: int = 6,
+        decoder_layers: int = 9,
+        num_heads: int = 8,
+        num_points: int = 4,
+        encoder_ffn_dim: int = 512,
+        decoder_ffn_dim: int = 1024,
+        dropout: float = 0.0,
+        labelling: Labelling = "contiguous",
+    ) -> None:
+        super().__init__()
+        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
+        _check_options(labelling, encoder_layers=encoder_layers, num_heads=num_heads, num_points=num_points)
+        if hidden_dim % num_heads or hidden_dim % GROUPS:
+            raise ValueError(
+                f"hidden_dim {hidden_dim} must be a multiple of num_heads {num_heads} and of the {GROUPS} norm groups"
+            )
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        self.decoder_layers = decoder_layers
+        self.labelling: Labelling = labelling
+        self.pixel_decoder = PixelDecoder(
+            in_channels,
+            hidden_dim,
+            num_layers=encoder_layers,
+            num_heads=num_heads,
+            num_points=num_points,
+            ffn_dim=encoder_ffn_dim,
+            dropout=dropout,
+        )
+        self.decoder = MaskedDecoder(
+            hidden_dim,
+            num_classes=num_classes,
+            num_queries=num_queries,
+            num_layers=decoder_layers,
+            num_heads=num_heads,
+            ffn_dim=decoder_ffn_dim,
+            dropout=dropout,
+        )
+
+    def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
+        """features (B, D, h, w), valid (B, h, w) bool with True inside the image, at least once for each image."""
+        assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
+        memory, mask_features = self.pixel_decoder(features, valid)
+        logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
+        sets = zip(logits[:-1], masks[:-1], strict=True)
+        aux = tuple(SegmentationOutput(*one, labelling=self.labelling) for one in sets)
+        return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
+
+
+class SegmentationCriterion:
+    """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
+
+    `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
+    within the cross-entropy. The masks of a matched pair are compared at `num_points` points: the share `importance`
+    are those of `num_points * oversample` random ones where the prediction is least certain, the others uniform.
+    `num_classes`, `num_queries`, `decoder_layers` and `labelling` are the head's.
+
+    Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
+    the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
+    `class_error` (percent of the objects whose matched query names another class) is for the log only.
+
+    Each loss is a sum over the micro-batch divided by a given normaliser (see `count`), so that its mean over ranks and
+    micro-batches is the loss of one process on the global batch. The points depend on an image's random key and on the
+    layer alone, so this holds exactly: how the batch is split changes nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 80,
+        num_queries: int = 100,
+        decoder_layers: int = 9,
+        labelling: Labelling = "contiguous",
+        ce: float = 2.0,
+        bce: float = 5.0,
+        dice: float = 5.0,
+        no_object: float = 0.1,
+        num_points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+    ) -> None:
+        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
+        self.num_classes = num_classes
+        self.num_queries = num_queries
+        self.decoder_layers = decoder_layers
+        self.labelling: Labelling = labelling
+        self.no_object = no_object
+        self.points = PointCounts.of(num_points, oversample, importance)
+        self.costs = MaskCosts(ce, bce, dice)
+        self._suffixes = [*(f"_{layer}" for layer in range(decoder_layers)), ""]
+        by_name = {"ce": ce, "bce": bce, "dice": dice}
+        self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """What normalises the losses, from the labels alone; to be summed over ranks and micro-batches.
+
+        `masks` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
+        every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`. In the
+        published labelling, the last category has the index and therefore the weight of "no object".
+        """
+        targets: SegmentationTargets = batch.targets["segmentation"]
+        counts = targets.counts
+        matched = int(counts.clamp(max=self.num_queries).sum())
+        light = len(counts) * self.num_queries - matched
+        if self.labelling == "published":
+            last = (targets.labels == self.num_classes - 1).cpu()
+            owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            per_image = torch.bincount(owner[last], minlength=len(counts)).clamp(max=self.num_queries)
+            matched, light = matched - int(per_image.sum()), light + int(per_image.sum())
+        return {"masks": float(counts.sum()), "class_weight": matched + self.no_object * light}
+
+    def __call__(
+        self,
+        output: SegmentationOutput,
+        targets: SegmentationTargets,
+        normaliser: Mapping[str, Tensor],
+        image_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses by name, scalars. `normaliser` has `masks` and `class_weight`; `image_ids` (B,) only serve in errors.
+
+        Raises ValueError where the head's options are not those this criterion was built for, and what
+        `mask_matching.match_masks` raises.
+        """
+        sets = (*output.aux, output)
+        self._check(sets)
+        if output.extents is not None:
+            targets = replace(targets, extents=output.extents)
+        logits = at_least_float32(torch.stack([one.logits for one in sets]))  # (L, B, Q, C + 1)
+        masks = at_least_float32(torch.stack([one.masks for one in sets]))  # (L, B, Q, h, w)
+        filled = targets.counts.nonzero().flatten().tolist()  # images with objects
+        points = draw_points(targets.keys[filled].tolist(), len(sets), self.points, masks.device)
+        first = 0 if self.labelling == "contiguous" else 1
+        labels, classes = targets.labels + first, range(first, self.num_classes + first)
+        matches = match_masks(logits, masks, targets, labels, classes, points.matching, self.costs, image_ids)
+        wanted = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
+        wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
+        bce, dice = self._mask_sums(masks, targets, matches, points)
+        by_name = {
+            "ce": self._cross_entropy(logits, wanted) / normaliser["class_weight"],
+            "bce": bce / normaliser["masks"],
+            "dice": dice / normaliser["masks"],
+        }
+        losses = {
+            name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
+        }
+        named = logits[-1].detach().argmax(dim=-1)
+        right = ((named == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
+        total = int(targets.counts.sum())
+        return losses | {"class_error": 100 * (total - right) / normaliser["masks"]}
+
+    def _check(self, sets: tuple[SegmentationOutput, ...]) -> None:
+        given = {
+            "num_classes": sets[-1].logits.shape[2] - 1,
+            "num_queries": sets[-1].logits.shape[1],
+            "decoder_layers": len(sets) - 1,
+            "labelling": sets[-1].labelling,
+        }
+        for name, value in given.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"the segmentation head has {name} {value}, its criterion was built with {getattr(self, name)}: "
+                    f"give both the same {name}"
+                )
+
+    def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """(L,) sums over images and queries, each term with the weight of its wanted class."""
+        weight = logits.new_ones(logits.shape[-1])
+        weight[-1] = self.no_object
+        terms = F.cross_entropy(logits.flatten(end_dim=2), wanted.flatten(), weight, reduction="none")
+        return terms.view(len(logits), -1).sum(dim=1)
+
+    def _mask_sums(
+        self, masks: Tensor, targets: SegmentationTargets, matches: Matches, points: Points
+    ) -> tuple[Tensor, Tensor]:
+        """Sums (L,) of BCE and dice over the matched pairs; without any, zeros that still carry a (zero) gradient."""
+        layers = len(masks)
+        bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
+        # the pairs are ordered by set and then by image, and every set has the same number of them
+        queries, objects = matches.queries.view(layers, -1), matches.objects.view(layers, -1)
+        every = torch.arange(layers, device=masks.device)[:, None]
+        pair = row = place = 0
+        for image, count in enumerate(targets.counts.tolist()):
+            if count == 0:
+                continue
+            pairs = slice(pair, pair + min(count, self.num_queries))
+            predicted = masks[every, image, queries[:, pairs]]  # (L, m, h, w)
+            extent = targets.extents[image]
+            chosen = uncertain_points(
+                predicted.detach(), points.candidates[place], points.uniform[place], self.points.uncertain, extent
+            )
+            wanted = targets.masks[row : row + count].to(masks.dtype) / 255
+            wanted = sample_targets(wanted, objects[:, pairs] - row, chosen, targets.mask_extents[image])
+            terms = _pair_terms(predicted, wanted, chosen, extent)
+            bce, dice = bce + terms[0], dice + terms[1]
+            pair, row, place = pairs.stop, row + count, place + 1
+        return bce, dice
+
+
+def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (L,) of BCE and dice over the pairs of one image: masks (L, m, h, w) logits, wanted (L, m, P) in [0, 1]."""
+    logits = sample(masks.flatten(0, 1)[:, None], points.flatten(0, 1), extent).view_as(wanted)
+    bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1)
+    share = logits.sigmoid()
+    dice = 1 - (2 * (share * wanted).sum(dim=-1) + 1) / (share.sum(dim=-1) + wanted.sum(dim=-1) + 1)
+    return bce.sum(dim=1), dice.sum(dim=1)
+
+
+@torch.no_grad()
+def postprocess(
+    output: SegmentationOutput, batch: Batch, classes: Sequence[int] = COCO_CATEGORY_IDS
+) -> list[dict[str, Any]]:
+    """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
+
+    segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
+    around it in pixels, category_id the entry of `classes` for the class. As in the reference, a query gives its best
+    class apart from "no object" with the softmax probability, and the cells' logits interpolated bilinearly, with
+    probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
+    confident mistake. Only images with `batch.real` appear. The batch must have been resized without cropping, as
+    evaluation transforms do. A few queries are worked on at a time, so that memory does not grow with their number.
+    """
+    first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
+    scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
+    scores_host, best_host = scores.tolist(), best.tolist()
+    extents = batch.sizes.double().cpu() / torch.tensor(batch.images.shape[-2:])
+    if output.extents is not None:
+        extents = output.extents
+    results = []
+    for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
+        if not real:
+            continue
+        masks = at_least_float32(output.masks[image])
+        shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
+        for query, code in enumerate(_mask_codes(masks, shares, stored)):
+            if not coco_mask.area(code):
+                continue
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": classes[best_host[image][query]],
+                    "segmentation": {"size": stored, "counts": code["counts"].decode("ascii")},
+                    "bbox": coco_mask.toBbox(code).tolist(),
+                    "score": scores_host[image][query],
+                }
+            )
+    return results
+
+
+def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> list[dict[str, Any]]:
+    """(Q, h, w) logits, of which `shares` (height, width) show the image -> run-length codes at the stored size."""
+    rows = _interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
+    columns = _interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
+    step = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
+    codes: list[dict[str, Any]] = []
+    for part in masks.split(step):
+        # bilinear interpolation is one linear map along each axis; transposed, as run-length codes go down columns
+        inside = columns @ (rows @ part).transpose(1, 2) > 0  # (q, W, H)
+        codes += coco_mask.encode(inside.to(torch.uint8).cpu().numpy().transpose(2, 1, 0))
+    return codes
+
+
+def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
+    """(pixels, cells): linear interpolation from cell centres to pixel centres spread over the first `share` of them.
+
+    The numbers of `F.interpolate(mode="bilinear", align_corners=False)`, which knows whole shares only.
+    """
+    place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (share * cells / pixels) - 0.5
+    place = place.clamp(0, cells - 1)[:, None]
+    return (1 - (place - torch.arange(cells, device=like.device)).abs()).clamp(min=0).to(like.dtype)
+
+
+def _check_options(labelling: str, **numbers: int) -> None:
+    if labelling not in get_args(Labelling):
+        raise ValueError(f"labelling {labelling!r} is not known: give one of {', '.join(get_args(Labelling))}")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")

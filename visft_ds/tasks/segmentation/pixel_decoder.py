@@ -1,0 +1,169 @@
+"""Pixel decoder of the segmentation head: deformable-attention layers over one feature map, and features for masks.
+
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M heads, P points.
+
+Architecture after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2 and appendix A), reduced to a single scale
+as in the published ViSFT heads: one level of deformable attention and one lateral connection at the same resolution.
+
+Padded cells (`valid` False) have no influence on the others: their values are never sampled, norms over space leave
+them out, and convolutions see zeros there as they do beyond the border of an unpadded map.
+
+A parameter is used only in the forward of the module that owns it, and modules that own parameters directly take and
+return tensors: ZeRO-3 gathers parameters in hooks at module boundaries.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.ops.deform_attn import cell_centres, deform_attn
+from visft_ds.tasks.transformer import sine_positions
+
+#: Groups of every group norm, as in Mask2Former.
+GROUPS = 32
+
+
+class MaskedGroupNorm(nn.Module):
+    """Group norm whose mean and variance are those of the valid cells; parameters of `nn.GroupNorm`."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """x (B, E, h, w), valid (B, h, w) bool, at least one True for each image -> (B, E, h, w)."""
+        inside = valid[:, None, None].to(x.dtype)  # (B, 1, 1, h, w)
+        grouped = x.unflatten(1, (self.groups, -1)) * inside
+        count = inside.sum(dim=(2, 3, 4), keepdim=True) * grouped.shape[2]
+        mean = grouped.sum(dim=(2, 3, 4), keepdim=True) / count
+        centred = (grouped - mean) * inside
+        variance = centred.square().sum(dim=(2, 3, 4), keepdim=True) / count
+        normed = (centred * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+        return normed * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class DeformableAttention(nn.Module):
+    """Deformable self-attention over feature levels: offsets and weights of the points come from the query alone."""
+
+    def __init__(self, width: int, num_heads: int, num_points: int, num_levels: int = 1) -> None:
+        super().__init__()
+        self.num_heads, self.num_points, self.num_levels = num_heads, num_points, num_levels
+        total = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(width, 2 * total)
+        self.attention_weights = nn.Linear(width, total)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Every head starts looking in its own direction, with its points 1, 2, ... cells away, all weighted alike.
+
+        Deformable DETR, appendix A.4 of arXiv 2010.04159.
+        """
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the unit square
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * steps[:, None]  # (M, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """query, entries (B, S, E), valid (B, S) bool, shapes (h, w) of each level -> (B, S, E)."""
+        value = self.value_proj(entries).masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
+        sizes = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))  # (B, S, M, L, P, 2), in cells
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
+        centres = cell_centres(shapes, query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
+        # made from Python numbers on the device, so that the host does not wait for a copy
+        extent = torch.stack([torch.stack([offsets.new_full((), w), offsets.new_full((), h)]) for h, w in shapes])
+        locations = centres + offsets / extent[:, None]
+        out: Tensor = self.output_proj(deform_attn(value, shapes, locations, weights.unflatten(-1, sizes[1:])))
+        return out
+
+
+class PixelLayer(nn.Module):
+    """Deformable attention and feed-forward, each followed by dropout, residual and norm."""
+
+    def __init__(self, width: int, num_heads: int, num_points: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = DeformableAttention(width, num_heads, num_points)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, entries: Tensor, positions: Tensor, valid: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """entries, positions (B, S, E), valid (B, S) bool -> (B, S, E)."""
+        seen = self.self_attn(entries + positions, entries, valid, shapes)
+        entries = self.norm1(entries + self.dropout(seen))
+        inner = self.dropout(F.relu(self.linear1(entries)))
+        out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
+        return out
+
+
+class PixelDecoder(nn.Module):
+    """Feature map -> memory that queries attend to, and per-cell embeddings whose products with queries are masks."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.input_proj = nn.Conv2d(in_channels, width, kernel_size=1)
+        self.input_norm = MaskedGroupNorm(GROUPS, width)
+        self.level_embed = nn.Embedding(1, width)
+        layers = [PixelLayer(width, num_heads, num_points, ffn_dim, dropout) for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.lateral_proj = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+        self.lateral_norm = MaskedGroupNorm(GROUPS, width)
+        self.output_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        self.output_norm = MaskedGroupNorm(GROUPS, width)
+        self.mask_proj = nn.Conv2d(width, width, kernel_size=1)
+        nn.init.xavier_uniform_(self.input_proj.weight)
+        for conv in (self.lateral_proj, self.output_conv, self.mask_proj):
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # bound sqrt(3 / fan_in), "xavier fill" in Caffe2
+        for conv in (self.input_proj, self.mask_proj):
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """features (B, D, h, w), valid (B, h, w) bool -> memory (B, S, E), mask features (B, E, h, w).
+
+        What both hold at padded cells has no meaning.
+        """
+        shape = (features.shape[2], features.shape[3])
+        entries = self.input_norm(self.input_proj(features), valid).flatten(2).transpose(1, 2)
+        level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=features.device))
+        positions = sine_positions(valid, self.width).to(entries.dtype).flatten(1, 2) + level
+        inside = valid.flatten(1)
+        for layer in self.layers:
+            entries = layer(entries, positions, inside, [shape])
+        lateral = self.lateral_norm(self.lateral_proj(features), valid)
+        merged = lateral + entries.transpose(1, 2).unflatten(2, shape)
+        merged = self.output_conv(merged.masked_fill(~valid[:, None], 0.0))
+        return entries, self.mask_proj(F.relu(self.output_norm(merged, valid)))

@@ -1,0 +1,303 @@
+"""A toy data set in COCO's own form: pictures of shapes with polygons, RLE crowds and five captions each.
+
+Everything about image i of a split is a function of (seed, style, split, size, most shapes, i): the number of workers
+changes nothing, and `train=100` gives the first hundred images of `train=1000`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from PIL import Image
+
+from visft_ds.toy.scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Scene, Shape, draw_scene
+
+SPLITS = ("train2017", "val2017")
+MIN_SIDE = 28
+JPEG_QUALITY = 92
+CAPTIONS_PER_IMAGE = 5
+_NUMBERS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def with_article(words: str) -> str:
+    """`a star`, `an hourglass`."""
+    return f"{'an' if words[0] in 'aeiou' or words.startswith('hour') else 'a'} {words}"
+
+
+def _plural(words: str) -> str:
+    """`red stars` of `red star`: the last word is the noun."""
+    return f"{words}es" if words.endswith("s") else f"{words}s"
+
+
+def _counted(words: str, count: int) -> str:
+    """`a red star`, `two red stars`."""
+    return with_article(words) if count == 1 else f"{_NUMBERS[count]} {_plural(words)}"
+
+
+def _middle(shape: Shape) -> tuple[float, float]:
+    """Mean of the visible pixels, (x, y) relative to the picture."""
+    y, x = np.nonzero(shape.visible)
+    return float(x.mean() + 0.5) / shape.visible.shape[1], float(y.mean() + 0.5) / shape.visible.shape[0]
+
+
+def _where(shape: Shape) -> str:
+    x, y = _middle(shape)
+    column = "left" if x < 0.38 else "right" if x > 0.62 else ""
+    row = "top" if y < 0.38 else "bottom" if y > 0.62 else ""
+    if row and column:
+        return f"in the {row} {column} corner"
+    if row or column:
+        return f"at the {row}" if row else f"on the {column}"
+    return "in the middle"
+
+
+def _details(shape: Shape, share: float) -> str:
+    """Size, texture, colour and name of a shape; `share` is its part of the picture's pixels."""
+    size = "large " if share > 0.11 else "small " if share < 0.045 else ""
+    return f"{size}{'' if shape.texture == 'plain' else shape.texture + ' '}{shape.colour} {NAMES[shape.category]}"
+
+
+def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
+    """Where one shape is as seen from another, along the axis on which they are further apart."""
+    first, second = (shapes[int(i)] for i in rng.choice(len(shapes), 2, replace=False))
+    (x1, y1), (x2, y2) = _middle(first), _middle(second)
+    if abs(x1 - x2) >= abs(y1 - y2):
+        place = "to the left of" if x1 < x2 else "to the right of"
+    else:
+        place = "above" if y1 < y2 else "below"
+    one, two = (with_article(f"{shape.colour} {NAMES[shape.category]}") for shape in (first, second))
+    return f"{one} {place} {two}"
+
+
+def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
+    """Five true sentences about a scene: what is there, how many, where, how two shapes lie, how one looks.
+
+    Several shapes are named from left to right.
+    """
+    ground = with_article(scene.background)
+    crowd = ""
+    if scene.crowd is not None:
+        crowd = f"a crowd of tiny {_plural(f'{scene.crowd.colour} {NAMES[scene.crowd.category]}')}"
+    if not scene.shapes:
+        there = crowd or "nothing"
+        sentences = [
+            f"{there} on {ground}",
+            f"{ground} with {there} on it",
+            f"a picture of {crowd or 'an empty ' + scene.background}",
+            f"there is {there} in this picture",
+            f"{ground} and {crowd or 'no shapes'}",
+        ]
+        return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+    # From left to right: an order that a picture tells, unlike that in which its shapes were painted.
+    ordered = sorted(scene.shapes, key=_middle)
+    coloured = Counter(f"{shape.colour} {NAMES[shape.category]}" for shape in ordered)
+    plain = Counter(NAMES[shape.category] for shape in ordered)
+    shares = [shape.whole / shape.visible.size for shape in scene.shapes]
+    biggest = int(np.argmax(shares))
+    one = int(rng.integers(len(scene.shapes)))
+    total = len(scene.shapes)
+    every = _join([_counted(name, count) for name, count in plain.items()])
+    listed = _join([_counted(words, count) for words, count in coloured.items()] + ([crowd] if crowd else []))
+    sentences = [
+        f"{listed} on {ground}",
+        f"{_counted('shape', total) if total > 1 else 'one shape'}: {every}",
+        f"{with_article(_details(scene.shapes[one], shares[one]))} {_where(scene.shapes[one])}",
+        f"the largest shape is {with_article(_details(scene.shapes[biggest], shares[biggest]))}",
+        _relation(rng, scene.shapes) if total > 1 else f"{listed} and no other shape",
+    ]
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+
+
+# ------------------------------------------------------------------------------------------------- annotations
+
+
+def _uncompressed_rle(mask: Array) -> dict[str, Any]:
+    """COCO's uncompressed run lengths: column by column, the first run counts pixels outside."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"counts": [0, *runs] if flat[0] else runs, "size": list(mask.shape)}
+
+
+def _annotate(shape: Shape, image_id: int, crowd: bool) -> dict[str, Any]:
+    """A COCO instance without an id; box corners follow the polygons, or the pixels of a crowd."""
+    segmentation: Any
+    if crowd:
+        y, x = np.nonzero(shape.visible)
+        low, high = np.asarray([x.min(), y.min()]), np.asarray([x.max() + 1, y.max() + 1])
+        segmentation = _uncompressed_rle(shape.visible)
+    else:
+        polygons = shape.segmentation()
+        corners = np.concatenate(polygons)
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        segmentation = [polygon.ravel().tolist() for polygon in polygons]
+    return {
+        "segmentation": segmentation,
+        "area": float(shape.visible.sum()),
+        "iscrowd": int(crowd),
+        "image_id": image_id,
+        "bbox": np.round(np.concatenate([low, high - low]), 2).astype(float).tolist(),
+        "category_id": CATEGORIES[shape.category][0],
+    }
+
+
+def image_id(split: str, index: int) -> int:
+    """Ids of the two splits never meet, and leave holes."""
+    return 10 * index + 3 + 4 * SPLITS.index(split)
+
+
+def make_image(
+    split: str, index: int, *, style: str, seed: int, height: int, width: int, max_shapes: int = MAX_SHAPES
+) -> tuple[bytes, dict[str, Any]]:
+    """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
+    rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
+    scene = draw_scene(rng, STYLES[style], height, width, max_shapes=max_shapes)
+    key = image_id(split, index)
+    instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
+    if scene.crowd is not None and scene.crowd.visible.any():
+        instances.append(_annotate(scene.crowd, key, crowd=True))
+    image = {
+        "license": 1,
+        "file_name": f"{key:012d}.jpg",
+        "coco_url": "",
+        "height": height,
+        "width": width,
+        "date_captured": "2017-01-01 00:00:00",
+        "flickr_url": "",
+        "id": key,
+    }
+    captions = [{"image_id": key, "caption": sentence} for sentence in describe(rng, scene)]
+    return jpeg(scene), {"image": image, "instances": instances, "captions": captions}
+
+
+def _save_image(index: int, *, folder: Path, split: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    picture, record = make_image(split, index, **options)
+    (folder / record["image"]["file_name"]).write_bytes(picture)
+    return record
+
+
+def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any]], style: str, seed: int) -> None:
+    head = {
+        "info": {
+            "description": f"Toy shapes, style {style}, seed {seed}",
+            "url": "",
+            "version": "1.0",
+            "year": 2017,
+            "contributor": "visft_ds",
+            "date_created": "2017/01/01",
+        },
+        "licenses": [{"url": "https://creativecommons.org/publicdomain/zero/1.0/", "id": 1, "name": "CC0 1.0"}],
+        "images": [record["image"] for record in records],
+    }
+    for kind in ("instances", "captions"):
+        annotations = [annotation for record in records for annotation in record[kind]]
+        numbered = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
+        content: dict[str, Any] = {**head, "annotations": numbered}
+        if kind == "instances":
+            content["categories"] = [{"supercategory": s, "id": i, "name": name} for i, name, s in CATEGORIES]
+        (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
+
+
+def check_drawing(out: Path, style: str, height: int, width: int) -> None:
+    """Raise ValueError for a folder that holds anything, sides under 28 pixels, or an unknown style."""
+    if style not in STYLES:
+        raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(sorted(STYLES))}")
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder and nothing is overwritten; name a new folder or remove it")
+
+
+def jpeg(scene: Scene) -> bytes:
+    """The picture as a JPEG file."""
+    buffer = BytesIO()
+    Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def write_toy_coco(
+    out: Path,
+    *,
+    train: int,
+    val: int,
+    height: int,
+    width: int,
+    style: str = "a",
+    seed: int = 0,
+    max_shapes: int = MAX_SHAPES,
+    workers: int = 1,
+) -> dict[str, int | float]:
+    """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
+
+    Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
+    that holds anything, sides under 28 pixels, an unknown style, negative counts or seeds, `max_shapes` outside of 1 to
+    20, or fewer than one worker.
+    """
+    check_drawing(out, style, height, width)
+    if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
+        raise ValueError(
+            f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
+            "at least one image is needed and at least one worker"
+        )
+    if not 0 < max_shapes < len(_NUMBERS):
+        raise ValueError(f"max_shapes={max_shapes}: allowed are 1 to {len(_NUMBERS) - 1} shapes to a picture")
+    started = time.monotonic()
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    options = {"style": style, "seed": seed, "height": height, "width": width, "max_shapes": max_shapes}
+    everything: list[dict[str, Any]] = []
+    for split, count in zip(SPLITS, (train, val), strict=True):
+        (out / split).mkdir()
+        save = partial(_save_image, folder=out / split, split=split, options=options)
+        if workers == 1:
+            records = [save(index) for index in range(count)]
+        else:
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                records = pool.map(save, range(count), chunksize=16)
+        _write_annotations(out, split, records, style, seed)
+        everything += records
+    instances = [instance for record in everything for instance in record["instances"]]
+    return {
+        "images": len(everything),
+        "instances": len(instances),
+        "crowds": sum(instance["iscrowd"] for instance in instances),
+        "empty": sum(not record["instances"] for record in everything),
+        "seconds": time.monotonic() - started,
+    }
