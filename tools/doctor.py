@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds.doctor import MODELS, OK, PROBLEM, WARNING, Plan, examine
+from visft_ds.doctor import MODELS, OK, PROBLEM, WARNING, Purpose, examine
 from visft_ds.monitor.console import Section, print_plan
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        findings = list(examine(Plan(options.folder, options.model, options.port)))
+        findings = list(examine(Purpose(options.folder, options.model, options.port)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

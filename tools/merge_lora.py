@@ -31,7 +31,7 @@ from visft_ds.config import ResolvedConfig, tower_setting
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
-from visft_ds.interop.card import Origin, Source, adapter_card, merged_card
+from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
@@ -141,7 +141,7 @@ def _run(given: argparse.Namespace) -> int:
         print(f"adapter  {path}{where}: {one.describe()}")
     origin = Origin(
         None,
-        tuple(Source(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
+        tuple(CardSource(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
         _trained(places[0]) if len(places) == 1 else {},
         _measured(given.results) if given.results else {},
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
@@ -346,7 +346,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
             assert adapter is not None
             sharded = len(report.files) > 1
             beside = side_files(given.format, report.weights, report.tower, dtype, sharded=sharded)
-            origin = replace(origin, base=Source(given.base.name, report.base_sha256))
+            origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
             for name, content in beside.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")
             card = merged_card(
@@ -363,7 +363,7 @@ def _write_adapter(given: argparse.Namespace, adapter: LoraAdapter, origin: Orig
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
-        origin = replace(origin, base=Source("not named", adapter.base_sha256))
+        origin = replace(origin, base=CardSource("not named", adapter.base_sha256))
     if given.format != "visft" and not _is_folder(given.out):
         raise ValueError(f"--format {given.format} is a folder of files: give an --out without suffix")
     if not _is_folder(given.out) and given.out.suffix != ".pt":
@@ -384,7 +384,7 @@ def _write_adapter(given: argparse.Namespace, adapter: LoraAdapter, origin: Orig
     return _push(given)
 
 
-def _tower_of_adapter(given: argparse.Namespace, adapter: LoraAdapter) -> tuple[Tower, list[str], Source | None]:
+def _tower_of_adapter(given: argparse.Namespace, adapter: LoraAdapter) -> tuple[Tower, list[str], CardSource | None]:
     if given.base is None:
         if given.model not in PRESETS:
             raise ValueError(f"unknown model {given.model!r}; allowed: {', '.join(PRESETS)}")
@@ -392,7 +392,7 @@ def _tower_of_adapter(given: argparse.Namespace, adapter: LoraAdapter) -> tuple[
     file, layout = open_tower(given.base)
     tower = resolve_tower(tower_in(file, layout), given.model, dict(given.set))
     sha256, notes = check_base(file, adapter, given.allow_other_base)
-    return tower, notes, Source(given.base.name, sha256)
+    return tower, notes, CardSource(given.base.name, sha256)
 
 
 def _push(given: argparse.Namespace) -> int:

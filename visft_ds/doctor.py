@@ -40,7 +40,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Purpose:
     """What the machine is to be used for."""
 
     folder: Path = Path(".")  #: where runs will be written
@@ -50,7 +50,7 @@ class Plan:
     port: int = 29500  #: on which the processes of a run meet
 
 
-def examine(plan: Plan) -> Iterator[Finding]:
+def examine(plan: Purpose) -> Iterator[Finding]:
     """Every check in the order in which a person reads it; the two processes of the last one start first.
 
     Raises:
@@ -63,7 +63,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
     if not 1 <= plan.port < 1 << 16:
         raise ValueError(f"--port {plan.port}: ports go from 1 to 65535")
     with _Pair() as pair:
-        checks: tuple[Callable[[Plan], Iterator[Finding]], ...] = (
+        checks: tuple[Callable[[Purpose], Iterator[Finding]], ...] = (
             lambda _: check_python(),
             lambda _: check_packages(),
             lambda _: check_optional(),
@@ -82,7 +82,7 @@ def examine(plan: Plan) -> Iterator[Finding]:
             yield from _guarded(check, plan)
 
 
-def _guarded(check: Callable[[Plan], Iterator[Finding]], plan: Plan) -> Iterator[Finding]:
+def _guarded(check: Callable[[Purpose], Iterator[Finding]], plan: Purpose) -> Iterator[Finding]:
     """A check that itself fails is a finding too; the others still run."""
     try:
         yield from check(plan)
@@ -224,7 +224,7 @@ def check_lora() -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------ resources
 
 
-def check_memory(plan: Plan) -> Iterator[Finding]:
+def check_memory(plan: Purpose) -> Iterator[Finding]:
     """Weights of the models in 16 bit against the memory of the host and of the GPUs.
 
     With GPUs, the host has one tensor of the model at a time.
@@ -270,7 +270,7 @@ def check_shared_memory() -> Iterator[Finding]:
         yield Finding(OK, "/dev/shm", text)
 
 
-def check_disk(plan: Plan) -> Iterator[Finding]:
+def check_disk(plan: Purpose) -> Iterator[Finding]:
     """Room for weights, shards and checkpoints."""
     free = shutil.disk_usage(plan.folder).free
     text = f"{free / _GB:.0f} GB free in {plan.folder.resolve()}"
@@ -283,7 +283,7 @@ def check_disk(plan: Plan) -> Iterator[Finding]:
         yield Finding(OK, "disk", text)
 
 
-def check_write_speed(plan: Plan) -> Iterator[Finding]:
+def check_write_speed(plan: Purpose) -> Iterator[Finding]:
     """How fast a checkpoint gets to the disk of the run folder, fsync included."""
     size = 32 * 2**20
     block = os.urandom(2**20)  # a file system that compresses would flatter zeros
@@ -301,7 +301,7 @@ def check_write_speed(plan: Plan) -> Iterator[Finding]:
         yield Finding(OK, "write speed", text)
 
 
-def check_port(plan: Plan) -> Iterator[Finding]:
+def check_port(plan: Purpose) -> Iterator[Finding]:
     """The port on which DeepSpeed's launcher lets processes meet."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.features import FeatureCache, StoredFeatures
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
 from visft_ds.models.layers import stack_padded
 from visft_ds.ops import no_autocast
@@ -24,7 +24,7 @@ from visft_ds.tasks import Criterion
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.segmentation.loss import SegmentationOutput
 
-Normaliser = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
+LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Frames:
             return None
         smallest = backbone.patch_size
         pixels = [(max(height, smallest), max(width, smallest)) for height, width in batch.frames.tolist()]
-        return cls(pixels, own_tower(backbone).grids(pixels))
+        return cls(pixels, require_eva_vit(backbone).grids(pixels))
 
     def valid(self, sizes: Tensor) -> Tensor:
         """`valid_region` of each image alone, (B, h, w) bool, as large as the largest grid and False beyond each."""
@@ -191,7 +191,7 @@ class MultiTaskModel(nn.Module):
         short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
         return F.pad(pixels, (0, short[1], 0, short[0]))
 
-    def forward(self, batch: Batch, normaliser: Normaliser | None = None) -> dict[str, Any]:
+    def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
         """Losses of a batch, or predictions when no normaliser is given.
 
         Args:
@@ -205,16 +205,16 @@ class MultiTaskModel(nn.Module):
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """
         features, valid = self.features(batch)
-        return self.outputs(features, valid, batch, normaliser)
+        return self.outputs(features, valid, batch, loss_denominators)
 
     def outputs(
-        self, features: Tensor, valid: Tensor, batch: Batch, normaliser: Normaliser | None = None
+        self, features: Tensor, valid: Tensor, batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
         """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
         frames = self.frames(batch)
         # Heads and losses stay in float32 whatever the backbone computes in.
         with no_autocast(features.device):
-            if normaliser is None:
+            if loss_denominators is None:
                 wanted = batch.tasks or tuple(self.heads)
                 predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
                 return {task: _placed(output, frames, batch, features) for task, output in predicted.items()}
@@ -224,7 +224,7 @@ class MultiTaskModel(nn.Module):
                 output = self.heads[task](features, valid, **targets.head_inputs())
                 output = _placed(output, frames, batch, features)
                 try:
-                    parts = criterion(output, targets, normaliser[task], batch.image_ids)
+                    parts = criterion(output, targets, loss_denominators[task], batch.image_ids)
                 except FloatingPointError as error:
                     if self.faults is None:
                         raise
@@ -274,7 +274,7 @@ def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, flo
     return sums
 
 
-def normaliser_of(counts: Mapping[str, float], parts: int, device: torch.device) -> Normaliser:
+def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.device) -> LossDenominators:
     """Divisors of the losses such that their mean over ranks and micro-batches is the loss of the global batch.
 
     Args:

@@ -24,9 +24,9 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
-from visft_ds.interop.layouts import told_of
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished
-from visft_ds.model import Normaliser, counts_of, normaliser_of
+from visft_ds.model import LossDenominators, counts_of, loss_denominators_of
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
@@ -51,7 +51,7 @@ from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import PreparedModel, choose_precision, prepare_model
 from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
 from visft_ds.resilience.bundle import bundle_path
-from visft_ds.resilience.guard import StepGuard, capture, find_overflow, is_finite, resumed_guard
+from visft_ds.resilience.guard import LossGuard, capture, find_overflow, is_finite, resumed_guard
 from visft_ds.resilience.heartbeat import stopped_because
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.resilience.memory import rehearse
@@ -308,7 +308,7 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
     stop, begin, saved, step, skipped = run.stop, run.watchdog.begin, start, start, 0
     stop.listen()
     guard = resumed_guard(settings, run.out, run.loader.plan, start)
-    run.engine.accept = guard.accept
+    run.engine.should_update = guard.should_update
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
@@ -317,27 +317,32 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         return start  # the run had ended between saving this step and judging it, and is asked to end again
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
-    for whole, batches in run.loader.steps(start, run.total_steps):
-        begin(f"step {whole.step + 1} ({whole.task}): agreeing on it")
+    for step_plan, batches in run.loader.steps(start, run.total_steps):
+        begin(f"step {step_plan.step + 1} ({step_plan.task}): agreeing on it")
+        counts = counts_of(run.engine.module, batches)
         agreement = distributed.agree_on_step(
-            f"step {whole.step} {whole.task}", counts_of(run.engine.module, batches), bool(stop), run.engine.device
+            f"step {step_plan.step} {step_plan.task}", counts, bool(stop), run.engine.device
         )
-        begin(f"step {whole.step + 1} ({whole.task}): forward, backward, update")
-        normaliser = normaliser_of(agreement.counts, run.batches.dp * run.batches.accumulation, run.engine.device)
-        guard.expect(whole.task)
-        with run.memory.watched(f"step {whole.step + 1} ({whole.task})", whole.task, partial(largest_shape, batches)):
-            report = run.engine.train_step(whole.step, batches, normaliser)
-        step = whole.step + 1
+        begin(f"step {step_plan.step + 1} ({step_plan.task}): forward, backward, update")
+        loss_denominators = loss_denominators_of(
+            agreement.counts, run.batches.dp * run.batches.accumulation, run.engine.device
+        )
+        guard.expect(step_plan.task)
+        with run.memory.watched(
+            f"step {step_plan.step + 1} ({step_plan.task})", step_plan.task, partial(largest_shape, batches)
+        ):
+            report = run.engine.train_step(step_plan.step, batches, loss_denominators)
+        step = step_plan.step + 1
         run.state.follow_step()
-        if said := _judge(run, guard, whole, batches, normaliser, report):
-            writer.event(step, guard.event, details=said)
+        if message := _observe(run, guard, step_plan, batches, loss_denominators, report):
+            writer.event(step, guard.event, details=message)
             run.state.report_saves(writer, progress, wait=True)  # the last good checkpoint may be on its way
-            guard.check(said, run.state.saved)
-            progress.message(said)
+            guard.check(message, run.state.saved)
+            progress.message(message)
         _report_skipped(run, progress, skipped)
         skipped = len(run.loader.skipped)
         now = time.perf_counter()
-        _record(run, writer, progress, whole, report, seconds=now - began)
+        _record(run, writer, progress, step_plan, report, seconds=now - began)
         began = now
         if step == run.total_steps or agreement.stop or step % settings.save_every == 0:
             begin(f"step {step}: saving")
@@ -375,9 +380,9 @@ def _report_skipped(run: Run, progress: Progress, known: int) -> None:
 
 
 def _record(
-    run: Run, writer: MetricsWriter, progress: Progress, whole: StepPlan, report: StepReport, *, seconds: float
+    run: Run, writer: MetricsWriter, progress: Progress, step_plan: StepPlan, report: StepReport, *, seconds: float
 ) -> None:
-    step, images = whole.step + 1, len(whole.indices)
+    step, images = step_plan.step + 1, len(step_plan.indices)
     progress.update(
         StepLine(
             step=step,
@@ -407,18 +412,23 @@ def _record(
     writer.step(step, values)
 
 
-def _judge(
-    run: Run, guard: StepGuard, whole: StepPlan, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+def _observe(
+    run: Run,
+    guard: LossGuard,
+    step_plan: StepPlan,
+    batches: Sequence[Batch],
+    loss_denominators: LossDenominators,
+    report: StepReport,
 ) -> str:
     """What to say of a step; one that went wrong leaves a bundle."""
-    said = guard.judge(whole, report)
+    message = guard.observe(step_plan, report)
     if guard.bad or guard.collapsed:
-        said += "\n  to find where it begins: " + capture(
+        message += "\n  to find where it begins: " + capture(
             run.engine,
-            bundle_path(run.out, whole.step + 1),
-            whole,
+            bundle_path(run.out, step_plan.step + 1),
+            step_plan,
             batches,
-            normaliser,
+            loss_denominators,
             report,
             plan=run.loader.plan,
             config=run.config,
@@ -426,8 +436,8 @@ def _judge(
             stages=run.batches.stages,
         )
     if guard.collapsed:
-        said += find_overflow(run.engine, whole.step, batches, normaliser, report)
-    return said
+        message += find_overflow(run.engine, step_plan.step, batches, loss_denominators, report)
+    return message
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:
@@ -437,7 +447,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
     path = out / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         with explained("the base weights", path.parent, "The same command goes on"):
-            save_base(prepared.base, told_of(prepared.module.backbone), path)
+            save_base(prepared.base, tower_metadata(prepared.module.backbone), path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

@@ -24,12 +24,12 @@ def disturb(factor: Callable[[int], float]) -> None:
 def _disturb(kind: Any, factor: Callable[[int], float]) -> None:
     original = kind.train_step
 
-    def train_step(engine: Any, step: int, batches: Sequence[Any], normaliser: Any) -> Any:
+    def train_step(engine: Any, step: int, batches: Sequence[Any], loss_denominators: Any) -> Any:
         weights = {task: dict(criterion.weights) for task, criterion in engine.module.criteria.items()}
         for criterion in engine.module.criteria.values():
             criterion.weights.update({name: factor(step) * weight for name, weight in criterion.weights.items()})
         try:
-            return original(engine, step, batches, normaliser)
+            return original(engine, step, batches, loss_denominators)
         finally:
             for task, criterion in engine.module.criteria.items():
                 criterion.weights.update(weights[task])

@@ -22,7 +22,7 @@ import torch
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import MultiTaskModel, Normaliser, TaskModule
+from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.model import TrainedGroup, apply_groups
@@ -40,7 +40,7 @@ STEPS, VOCABULARY = len(ORDER), 12
 DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
 Order = Sequence[tuple[str, ...]]  #: the tasks of each step
 Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
-Feed = Callable[[Any, int], tuple[list[Batch], Normaliser]]  #: (engine, step) -> what a rank is given
+Feed = Callable[[Any, int], tuple[list[Batch], LossDenominators]]  #: (engine, step) -> what a rank is given
 #: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
 REFUSING = "zero1"
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
@@ -170,7 +170,7 @@ def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = 
     return collate_joint(samples(step, order, sides)[start:stop])
 
 
-def normaliser(module: MultiTaskModel, whole: Batch, parts: int) -> Normaliser:
+def loss_denominators(module: MultiTaskModel, whole: Batch, parts: int) -> LossDenominators:
     """What the trainer derives from the counts of all ranks."""
     result: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in module.count(whole).items():
@@ -209,7 +209,7 @@ def train_plain(
         for start in range(0, GLOBAL_BATCH, GLOBAL_BATCH // parts):
             batch = whole if parts == 1 else part(step, start, start + GLOBAL_BATCH // parts, order, sides)
             with torch.autocast("cpu", STORAGE[precision], enabled=precision != "fp32"):
-                found = module(batch, normaliser(module, whole, parts))
+                found = module(batch, loss_denominators(module, whole, parts))
             (found["loss"] / parts * scale).backward()
             sums = {name: sums.get(name, 0.0) + value.item() / parts for name, value in found.items()}
         for parameter in trained:
@@ -274,7 +274,7 @@ def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -
     return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
 
 
-def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
+def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
     """This rank's share of a step, and what its losses are divided by."""
     from visft_ds.parallel import distributed
 
@@ -282,7 +282,7 @@ def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
     micro = GLOBAL_BATCH // (world * engine.accumulation)
     starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
     batches = [part(step, first, first + micro) for first in starts]
-    return batches, normaliser(engine.module, global_batch(step), world * engine.accumulation)
+    return batches, loss_denominators(engine.module, global_batch(step), world * engine.accumulation)
 
 
 def run_steps(

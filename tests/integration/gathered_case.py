@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from tests.integration.start_case import configured, prepare
 from visft_ds.config import ResolvedConfig, deepspeed_dict
-from visft_ds.model import counts_of, normaliser_of
+from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
@@ -68,7 +68,7 @@ def measured(config: ResolvedConfig) -> dict[str, Any]:
     for module in engine.module.backbone.modules():
         module.register_forward_pre_hook(note)
     for step in range(STEPS):
-        engine.train_step(step, [batch] * engine.accumulation, normaliser_of(counts, world, engine.device))
+        engine.train_step(step, [batch] * engine.accumulation, loss_denominators_of(counts, world, engine.device))
     shapes = [torch.nn.Parameter(torch.empty(p.ds_shape, device="meta")) for p in blocks]
     zero = Zero.of(for_deepspeed, world, engine.accumulation, engine.device)
     return {"most": most, "predicted": zero.ahead(shapes) // 4, "all": sum(p.ds_numel for p in blocks)}

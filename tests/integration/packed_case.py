@@ -19,7 +19,7 @@ import torch
 from tests.integration import engine_case as case
 from tests.integration import pipeline_case
 from visft_ds.data.samples import Batch, Sample
-from visft_ds.model import Normaliser
+from visft_ds.model import LossDenominators
 
 #: (height, width) of the images of a step: every micro-batch has two sizes.
 SIZES = ((56, 112), (112, 56), (28, 112), (84, 70))
@@ -53,11 +53,11 @@ def mixed_sizes() -> Iterator[None]:
         case.samples, case.build = plain, build
 
 
-def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
+def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
     """This rank's micro-batches of a step; in a pipeline as far as its stage reads them."""
     from visft_ds.parallel import distributed
 
-    whole = case.normaliser(engine.module, case.global_batch(step, ORDER), case.GLOBAL_BATCH // MICRO)
+    whole = case.loss_denominators(engine.module, case.global_batch(step, ORDER), case.GLOBAL_BATCH // MICRO)
     if not hasattr(engine, "place"):
         first = distributed.rank() * MICRO
         return [case.part(step, first, first + MICRO, ORDER)], whole

@@ -22,7 +22,7 @@ from tests.integration import engine_case as case
 from tests.integration.start_case import started
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.data.samples import Batch
-from visft_ds.model import Normaliser
+from visft_ds.model import LossDenominators
 
 #: Images change their shape from step to step, except where a run of another engine is to go on.
 SIDES, SQUARE = ((56, 56), (28, 84), (84, 56)), ((case.SIDE, case.SIDE),)
@@ -77,7 +77,7 @@ def build_engine(stage: int, precision: str, stages: int, option: str = "") -> A
     )
 
 
-def fed(engine: Any, step: int, order: case.Order, sides: case.Sides) -> tuple[list[Batch], Normaliser]:
+def fed(engine: Any, step: int, order: case.Order, sides: case.Sides) -> tuple[list[Batch], LossDenominators]:
     """What this rank has read of a step: pixels only, labels only, or nothing."""
     place = engine.place
     if place.role is None:
@@ -89,8 +89,10 @@ def fed(engine: Any, step: int, order: case.Order, sides: case.Sides) -> tuple[l
         empty = torch.zeros((1, 3, 0, 0), dtype=torch.uint8)
         batches.append(replace(batch, targets={}) if place.role == "images" else replace(batch, images=empty))
     whole = case.global_batch(step, order, sides)
-    normaliser = case.normaliser(engine.module, whole, case.GLOBAL_BATCH) if place.role == "labels" else {}
-    return batches, normaliser
+    loss_denominators = (
+        case.loss_denominators(engine.module, whole, case.GLOBAL_BATCH) if place.role == "labels" else {}
+    )
+    return batches, loss_denominators
 
 
 def run(
@@ -150,9 +152,9 @@ def other_samples(engine: Any) -> str:
     """The error of the stage whose labels belong to other samples than the pixels."""
     order, sides = ORDERS["square"]
     step = 1 if engine.place.role == "labels" else 0
-    batches, normaliser = fed(engine, step, order, sides)
+    batches, loss_denominators = fed(engine, step, order, sides)
     try:
-        engine.train_step(20, batches, normaliser)
+        engine.train_step(20, batches, loss_denominators)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -19,7 +19,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
@@ -54,7 +54,7 @@ class Second(Layer):
 
 def loader_of(manifest: Manifest, seed: int, stage: int) -> StepLoader:
     plan = Plan({"detection": TaskPlan({"toy": SetPlan(manifest.selection())}, 4)}, seed)
-    pipeline = Pipeline(DetectionTransform(True, fixed_size=32), collate_detection)
+    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_detection)
     role = role_of_stage(stage, 2)
     assert role in ("images", "labels")
     workers = {"images": 1, "labels": 3}[role]

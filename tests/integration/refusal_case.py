@@ -49,15 +49,15 @@ def run(engine: Any, feed: Feed, mode: str) -> tuple[dict[str, Tensor], list[Ste
     for step in STEPS:
         if step == BAD and not mode:
             continue
-        criteria, accept = dict(engine.module.criteria), engine.accept
+        criteria, accept = dict(engine.module.criteria), engine.should_update
         if step == BAD and mode == "leap":
-            engine.accept = lambda loss: False
+            engine.should_update = lambda loss: False
         elif step == BAD:
             for task in ORDER[BAD]:
                 engine.module.criteria[task] = Disturbed(criteria[task], mode)
         reports.append(engine.train_step(step, *feed(engine, step)))
         engine.module.criteria.update(criteria)
-        engine.accept = accept
+        engine.should_update = accept
     return gather_parameters(engine), reports
 
 

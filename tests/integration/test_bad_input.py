@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.engine_case import VOCABULARY, build, normaliser
+from tests.integration.engine_case import VOCABULARY, build, loss_denominators
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
@@ -80,7 +80,7 @@ def test_it_trains_and_predicts(case: str, stream: Stream, model: MultiTaskModel
         pipeline = pipeline_of(stream, WORDS, train=True)
         batch = pipeline.collate([pipeline.transform(raw(CASES[case]), generator(key))])
         assert batch.tasks == stream.tasks
-        losses = model.train()(batch, normaliser(model, batch, 1))
+        losses = model.train()(batch, loss_denominators(model, batch, 1))
         assert all(value.isfinite() for value in losses.values()), losses
         losses["loss"].backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -109,4 +109,4 @@ def test_a_prediction_that_is_no_number_is_named(task: str) -> None:
     pipeline = pipeline_of(stream, WORDS, train=True)
     batch = pipeline.collate([pipeline.transform(raw({}), generator(0))])
     with pytest.raises(FloatingPointError, match=r"(?s)ce.*image_id 7|image_id 7.*ce"):
-        broken(batch, normaliser(broken, batch, 1))
+        broken(batch, loss_denominators(broken, batch, 1))

@@ -30,10 +30,10 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.build_command import ProgressLine
-from visft_ds.shards.finish import Report
+from visft_ds.shards.finish import BuildReport
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.verify import verify
-from visft_ds.shards.workers import Progress
+from visft_ds.shards.workers import BuildProgress
 
 TOOL = [sys.executable, str(Path(__file__).resolve().parents[2] / "tools/make_shards.py")]
 
@@ -47,7 +47,7 @@ def _digests(root: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()}
 
 
-def _found(report: Report) -> dict[str, int]:
+def _found(report: BuildReport) -> dict[str, int]:
     return {finding["kind"]: finding["count"] for finding in report.findings}
 
 
@@ -396,7 +396,7 @@ def test_a_missing_package_is_named_with_its_extra(tree: Tree, monkeypatch: pyte
 def test_progress_is_one_line_every_ten_seconds_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 0.0, 1.0, 9.9, 10.1, 11.0, 20.5])
     line = ProgressLine(clock=lambda: next(seconds))
-    progress = Progress()
+    progress = BuildProgress()
     for images in (0, 0, 100, 200, 300, 400):
         if images:
             progress.phase, progress.total_images, progress.total_shards = "writing shards", 1000, 4

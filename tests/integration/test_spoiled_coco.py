@@ -15,7 +15,7 @@ from PIL import Image
 
 from tools.make_shards import main
 from visft_ds.shards.build import Options, build
-from visft_ds.shards.finish import Report
+from visft_ds.shards.finish import BuildReport
 from visft_ds.toy.annotations import write_toy_coco
 
 Content = dict[str, Any]
@@ -52,7 +52,7 @@ def _digests(root: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.iterdir() if path.is_file()}
 
 
-def _found(report: Report) -> dict[str, int]:
+def _found(report: BuildReport) -> dict[str, int]:
     return {finding["kind"]: finding["count"] for finding in report.findings}
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.integration.ranks import run_ranks
 from tests.integration.start_case import configured
 from visft_ds.checkpoint.export import save_base
-from visft_ds.interop.layouts import told_of
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.prepare.materialize import open_base
 from visft_ds.prepare.model import plan_model
 
@@ -30,7 +30,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("weights") / "base.safetensors"
     config = configured("zero1", {"visft.model.overrides": OVERRIDES}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
-    save_base(open_base(config.visft.model, backbone, torch.float32), told_of(backbone), path)
+    save_base(open_base(config.visft.model, backbone, torch.float32), tower_metadata(backbone), path)
     return path
 
 

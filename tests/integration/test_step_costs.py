@@ -64,7 +64,7 @@ def picture(key: int) -> RawSample:
 
 def seconds(module: MultiTaskModel, batch: Batch) -> float:
     """Of one forward and backward, in processor time."""
-    counts = case.normaliser(module, batch, 1)
+    counts = case.loss_denominators(module, batch, 1)
     began = time.process_time()
     module(batch, counts)["loss"].backward()
     return time.process_time() - began

@@ -34,7 +34,7 @@ from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run import async_eval as judging
-from visft_ds.run.async_eval import Judge
+from visft_ds.run.async_eval import AsyncEvaluation
 from visft_ds.run.validation import SHOWN, Validation
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
@@ -298,7 +298,7 @@ def test_a_judge_that_cannot_work(
     """There is no room for what it needs, it cannot be started, it dies: each is a warning."""
     (tmp_path / "file").write_text("in the way")
     validation = parts.validation(tmp_path)
-    judge = Judge(tmp_path / "file", parts.manifest, None)
+    judge = AsyncEvaluation(tmp_path / "file", parts.manifest, None)
     monkeypatch.setattr(validation, "_judge", judge)
     judge.start(2, {"captioning": []})
     judge.folder = tmp_path / "validation"
@@ -341,7 +341,7 @@ def test_a_talkative_judge_and_relative_paths(parts: Parts, tmp_path: Path, monk
     (tmp_path / "visft_ds/__init__.py").write_text("raise SystemExit('the wrong copy')")
     monkeypatch.setenv("PYTHONVERBOSE", "1")  # a line for every import
     root = Path(os.path.relpath(parts.manifest.root, tmp_path))
-    judge = Judge(Path("validation"), Manifest.load(root, "val"), 4)
+    judge = AsyncEvaluation(Path("validation"), Manifest.load(root, "val"), 4)
     results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"][:4]]
     judge.start(2, {"captioning": results})
     verdicts = judge.verdicts()

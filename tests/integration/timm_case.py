@@ -15,7 +15,7 @@ import torch
 from tests.integration import engine_case as case
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel, Normaliser
+from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.models.lora import inject_lora
 from visft_ds.models.timm_backbone import build_timm
 from visft_ds.prepare.materialize import is_small
@@ -92,7 +92,7 @@ def train_plain(run: Run) -> dict[str, Any]:
     return case.train_plain(2, run.precision, ORDER, SIDES, parts=1 if run.precision == "fp32" else case.GLOBAL_BATCH)
 
 
-def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
+def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
     """This rank's share of a step, and what its losses are divided by."""
     from visft_ds.parallel import distributed
 
@@ -100,7 +100,7 @@ def fed(engine: Any, step: int) -> tuple[list[Batch], Normaliser]:
     starts = [index * world + rank for index in range(engine.accumulation)]
     batches = [case.part(step, first, first + 1, ORDER, SIDES) for first in starts]
     whole = case.global_batch(step, ORDER, SIDES)
-    return batches, case.normaliser(engine.module, whole, world * engine.accumulation)
+    return batches, case.loss_denominators(engine.module, whole, world * engine.accumulation)
 
 
 def main(out: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from visft_ds.experiments.contrastive import text_lora
-from visft_ds.experiments.contrastive.fitting import Recipe, fit
+from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, fit
 from visft_ds.experiments.contrastive.loss import LARGEST_LOG_SCALE, clip_loss
 from visft_ds.experiments.contrastive.pairs import PairOrder
 
@@ -95,7 +95,7 @@ def test_lora_says_where_it_has_no_place() -> None:
 
 
 def test_recipe_and_loop() -> None:
-    recipe = Recipe(steps=10, batch_size=2, lr=0.5, warmup=0.2, weight_decay=0.0)
+    recipe = ContrastiveRecipe(steps=10, batch_size=2, lr=0.5, warmup=0.2, weight_decay=0.0)
     factors = [recipe.factor(step) for step in range(10)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and factors[3:] == sorted(factors[3:], reverse=True)
     assert 0 < factors[-1] < 0.1
@@ -113,4 +113,4 @@ def test_recipe_and_loop() -> None:
         fit(lambda step: math.nan, {"value": value}, scale, recipe, quiet=True)
     for wrong in ({"steps": 0}, {"lr": 0.0}, {"warmup": 1.0}, {"seed": -1}, {"max_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Recipe(**{"steps": 1, "batch_size": 2, "lr": 1.0, **wrong})
+            ContrastiveRecipe(**{"steps": 1, "batch_size": 2, "lr": 1.0, **wrong})

@@ -60,11 +60,11 @@ def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None
     each = [DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True)]
     output = DetectionOutput(each[-1].logits, each[-1].boxes, tuple(each[:-1]))
     matched = sum(min(count, QUERIES) for count in COUNTS)
-    normaliser = {
+    loss_denominators = {
         "boxes": torch.tensor(float(sum(COUNTS))),
         "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
     }
-    ours = DetectionCriterion(num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, normaliser)
+    ours = DetectionCriterion(num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, loss_denominators)
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
@@ -80,11 +80,11 @@ def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> N
     boxes.requires_grad_()
     criterion = DetectionCriterion(num_queries=QUERIES, decoder_layers=1)
     matched = sum(min(count, QUERIES) for count in COUNTS)
-    normaliser = {
+    loss_denominators = {
         "boxes": torch.tensor(float(sum(COUNTS))),
         "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
     }
-    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, normaliser)
+    losses = criterion(DetectionOutput(logits[0], boxes[0]), targets, loss_denominators)
     total = sum(weight * losses[name] for name, weight in criterion.weights.items())
     ours = torch.autograd.grad(total, (logits, boxes))
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
-from visft_ds.interop.layouts import told_of
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.module_adapters import (
     ModuleAdapter,
     module_adapter,
@@ -60,7 +60,7 @@ def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
     """All that timm's model has without classifier, as a run writes it."""
     backbone = build_timm(name)
     values = {**backbone.state_dict(), **backbone.left_out, **more}
-    save_tensors(folder / "base.safetensors", values, told_of(backbone))
+    save_tensors(folder / "base.safetensors", values, tower_metadata(backbone))
     return folder / "base.safetensors"
 
 

@@ -19,7 +19,7 @@ from scipy import stats
 from visft_ds.experiments.ablations import cli as command
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
 from visft_ds.experiments.ablations.draw import chart
-from visft_ds.experiments.ablations.plan import Plan, Planner, Trial
+from visft_ds.experiments.ablations.plan import AblationPlan, Planner, Trial
 from visft_ds.experiments.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.scales import Scale
@@ -36,12 +36,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def toy() -> tuple[Planner, Mapping[str, Plan]]:
+def toy() -> tuple[Planner, Mapping[str, AblationPlan]]:
     planner = Planner(Path("out"), Scale())
     return planner, {name: planner.plan(name, question, [0]) for name, question in QUESTIONS.items()}
 
 
-def test_every_arm_of_every_question_resolves(toy: tuple[Planner, Mapping[str, Plan]]) -> None:
+def test_every_arm_of_every_question_resolves(toy: tuple[Planner, Mapping[str, AblationPlan]]) -> None:
     planner, plans = toy
     for plan in plans.values():
         assert [trial.arm for trial in plan.trials] == [arm.name for arm in plan.question.arms]
@@ -55,7 +55,7 @@ def test_every_arm_of_every_question_resolves(toy: tuple[Planner, Mapping[str, P
     assert all(order.index(need) < order.index(stem) for stem in order for need in known[stem].needs)
 
 
-def test_text_learns_with_merged_weights(toy: tuple[Planner, Mapping[str, Plan]]) -> None:
+def test_text_learns_with_merged_weights(toy: tuple[Planner, Mapping[str, AblationPlan]]) -> None:
     """tools/contrast.py leaves an adapter out of what it writes: the comparison would be about the base."""
     planner, plans = toy
     after = plans["text"].trials[1].benchmarks
@@ -65,7 +65,7 @@ def test_text_learns_with_merged_weights(toy: tuple[Planner, Mapping[str, Plan]]
     assert model.parent == merged.out and f"after={text.out}" in " ".join(after.command)
 
 
-def test_what_arms_share_is_one_step(toy: tuple[Planner, Mapping[str, Plan]]) -> None:
+def test_what_arms_share_is_one_step(toy: tuple[Planner, Mapping[str, AblationPlan]]) -> None:
     """The reference arms of most questions are the recipe: one training for all, and one stage 1 for every arm."""
     planner, plans = toy
     kinds = [stem.partition("-")[0] for stem in planner.steps.steps]
@@ -321,7 +321,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
     trials = [Trial("recipe", 0, before, after, benchmarks), Trial("broken", 0, before, lost, lost)]
     steps = {one.stem: one for one in (before, after, benchmarks, lost)}
     failure = Failure("exit status 2: error: why")
-    outcome = collect(Plan("mine", question, trials), steps, {"lost": failure})
+    outcome = collect(AblationPlan("mine", question, trials), steps, {"lost": failure})
     assert [metric.name for metric in outcome.metrics] == [
         *("box/AP50", "caption/CIDEr-D"),
         *("probe/digits knn", "zero_shot/b top1"),

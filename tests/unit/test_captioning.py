@@ -301,7 +301,7 @@ def test_beams_of_a_vocabulary_smaller_than_the_beam() -> None:
         assert caption.tokens in ([], [1], [1, 1])
 
 
-def normaliser_of(counts: dict[str, float], parts: int) -> dict[str, Tensor]:
+def loss_denominators_of(counts: dict[str, float], parts: int) -> dict[str, Tensor]:
     return {name: torch.tensor(value / parts, dtype=torch.float64) for name, value in counts.items()}
 
 
@@ -312,7 +312,7 @@ def test_losses_by_their_definition() -> None:
     counts = criterion.count(batch_of(targets))
     assert counts == {"tokens": 3 + 5 + 0 + 1, "images": 3}
     output = head(features, valid, targets.tokens, targets.lengths)
-    losses = criterion(output, targets, normaliser_of(counts, 1))
+    losses = criterion(output, targets, loss_denominators_of(counts, 1))
     rows = [(image, step) for image in range(4) for step in range(int(targets.lengths[image]) - 1)]
     logits = torch.stack([output.scores[image, step] for image, step in rows])
     wanted = torch.tensor([int(targets.tokens[image, step + 1]) for image, step in rows])
@@ -336,7 +336,7 @@ def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
         tokens = targets.tokens[images, : max(2, int(own.max()))]  # each micro-batch is as long as its longest caption
         part = CaptionTargets(tokens, own, ())
         output = head(features[images], valid[images], part.tokens, part.lengths)
-        return criterion(output, part, normaliser_of(counts, parts))
+        return criterion(output, part, loss_denominators_of(counts, parts))
 
     def gradients(losses: dict[str, Tensor]) -> list[Tensor]:
         loss = sum(weight * losses[name] for name, weight in criterion.weights.items())

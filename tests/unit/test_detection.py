@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
-from visft_ds.tasks.transformer import Attention
+from visft_ds.tasks.transformer import MultiHeadAttention
 
 SMALL = {"num_queries": 7, "encoder_dim": 16, "decoder_dim": 32, "num_heads": 4, "ffn_dim": 24, "num_classes": 6}
 
@@ -123,7 +123,7 @@ def test_initialisation() -> None:
 
 
 def test_attention_equals_torch() -> None:
-    ours, theirs = Attention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours, theirs = MultiHeadAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
     query, key, value = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     valid = torch.rand(2, 9) > 0.4
@@ -236,8 +236,8 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
             targets.boxes[first:last], targets.labels[first:last], targets.counts[start : start + size]
         )
         pieces.append((_image(output, slice(start, start + size)), own))
-    normaliser = _normaliser([criterion.count(_batch(own)) for _, own in pieces], parts)
-    split = [criterion(part, own, normaliser) for part, own in pieces]
+    loss_denominators = _normaliser([criterion.count(_batch(own)) for _, own in pieces], parts)
+    split = [criterion(part, own, loss_denominators) for part, own in pieces]
     assert set(whole) == {*criterion.weights, "class_error", "cardinality_error"}
     for name, value in whole.items():
         mean = torch.stack([losses[name].double() for losses in split]).mean()
@@ -295,11 +295,11 @@ def test_degenerate_boxes_give_finite_gradients() -> None:
 def test_criterion_of_another_head() -> None:
     """A wrong number of queries would make the normaliser wrong without any other sign."""
     targets = _targets([1])
-    normaliser = {"boxes": torch.tensor(1.0), "class_weight": torch.tensor(1.0)}
+    loss_denominators = {"boxes": torch.tensor(1.0), "class_weight": torch.tensor(1.0)}
     with pytest.raises(ValueError, match="head has num_queries 7, its criterion was built with 100"):
-        DetectionCriterion(decoder_layers=3)(_random_output(1), targets, normaliser)
+        DetectionCriterion(decoder_layers=3)(_random_output(1), targets, loss_denominators)
     with pytest.raises(ValueError, match="head has decoder_layers 3, its criterion was built with 6"):
-        DetectionCriterion(num_queries=7)(_random_output(1), targets, normaliser)
+        DetectionCriterion(num_queries=7)(_random_output(1), targets, loss_denominators)
 
 
 # ---- task ----

@@ -14,7 +14,7 @@ import torch
 
 from tools.doctor import main
 from visft_ds import doctor
-from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Plan
+from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Purpose
 from visft_ds.resilience import host_memory
 
 
@@ -27,9 +27,9 @@ def test_a_taken_port_is_named_with_the_way_around() -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (finding,) = doctor.check_port(Plan(port=port))
+        (finding,) = doctor.check_port(Purpose(port=port))
         assert finding.status == WARNING and f"--master_port {port + 1}" in finding.remedy
-    (finding,) = doctor.check_port(Plan(port=port))
+    (finding,) = doctor.check_port(Purpose(port=port))
     assert finding.status == OK
 
 
@@ -48,9 +48,9 @@ def test_locks_of_killed_builds_are_found_wherever_torch_puts_them(tmp_path: Pat
 
 def test_a_model_that_does_not_fit_is_a_problem_only_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "host_memory_available", lambda: 4 * 2**30)  # between EVA-G and EVA-E
-    assert statuses(doctor.check_memory(Plan())) == {"host memory": OK, "debug": OK, "eva_g": OK, "eva_e": WARNING}
-    assert statuses(doctor.check_memory(Plan(model="eva_e")))["eva_e"] == PROBLEM
-    assert statuses(doctor.check_memory(Plan(model="eva_g")))["eva_g"] == OK
+    assert statuses(doctor.check_memory(Purpose())) == {"host memory": OK, "debug": OK, "eva_g": OK, "eva_e": WARNING}
+    assert statuses(doctor.check_memory(Purpose(model="eva_e")))["eva_e"] == PROBLEM
+    assert statuses(doctor.check_memory(Purpose(model="eva_g")))["eva_g"] == OK
 
 
 def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,9 @@ def test_adapters_without_effect_are_a_problem(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_check_that_fails_is_a_finding_and_the_others_go_on(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
-    (finding,) = doctor._guarded(doctor.check_write_speed, Plan(folder=gone))
+    (finding,) = doctor._guarded(doctor.check_write_speed, Purpose(folder=gone))
     assert finding.status == PROBLEM and "FileNotFoundError" in finding.found
-    (finding,) = doctor._guarded(doctor.check_write_speed, Plan(folder=tmp_path))
+    (finding,) = doctor._guarded(doctor.check_write_speed, Purpose(folder=tmp_path))
     assert finding.status in (OK, WARNING) and list(tmp_path.iterdir()) == []
 
 

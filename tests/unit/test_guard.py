@@ -15,7 +15,7 @@ from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.selection import Selection
 from visft_ds.parallel.engine import StepReport
-from visft_ds.resilience.guard import StepGuard, resumed_guard, robust_score
+from visft_ds.resilience.guard import LossGuard, resumed_guard, robust_score
 
 PLAN = Plan(
     {
@@ -36,16 +36,16 @@ def normal_losses(count: int) -> list[float]:
     return [LEVELS[PLAN.task_of(step)] + random.Random(step).gauss(0, 0.5) for step in range(count)]
 
 
-def play(guard: StepGuard, losses: Sequence[float], start: int = 0) -> list[tuple[bool, str]]:
+def play(guard: LossGuard, losses: Sequence[float], start: int = 0) -> list[tuple[bool, str]]:
     """What the guard says of each step: (updated, text)."""
     said = []
     for step, loss in enumerate(losses, start):
-        whole = PLAN.step(step)
-        guard.expect(whole.task)
-        accepted = guard.accept(loss)
+        step_plan = PLAN.step(step)
+        guard.expect(step_plan.task)
+        accepted = guard.should_update(loss)
         refused: Literal["", "loss"] = "" if accepted else "loss"
         report = StepReport({"loss": loss}, 1.0, {}, False, refused, {1: ["detection/ce is nan"]} if refused else {})
-        said.append((accepted, guard.judge(whole, report)))
+        said.append((accepted, guard.observe(step_plan, report)))
     return said
 
 
@@ -62,28 +62,28 @@ def test_a_leap_is_reported_against_its_own_task_and_the_update_is_made() -> Non
     losses = normal_losses(160)
     leap = next(step for step in range(150, 160) if PLAN.task_of(step) == "captioning")
     losses[leap] = 20.0  # an ordinary loss of detection
-    said = play(StepGuard(settings()), losses)
+    said = play(LossGuard(settings()), losses)
     assert all(updated for updated, _ in said)
     assert [step for step, (_, text) in enumerate(said) if text] == [leap]
     assert said[leap][1].startswith(f"step {leap + 1} (captioning): loss 20 leaps: ")
     assert "the update was made all the same" in said[leap][1]
-    assert not any(text for _, text in play(StepGuard(settings(spike_threshold=None)), losses))
+    assert not any(text for _, text in play(LossGuard(settings(spike_threshold=None)), losses))
 
 
 def test_leaps_are_refused_as_often_as_allowed_and_leave_no_trace() -> None:
     losses = normal_losses(120)
-    said = play(StepGuard(settings(skip_spikes=2)), [*losses, 500.0, 500.0, 500.0, LEVELS[PLAN.task_of(123)]])
+    said = play(LossGuard(settings(skip_spikes=2)), [*losses, 500.0, 500.0, 500.0, LEVELS[PLAN.task_of(123)]])
     assert [updated for updated, _ in said[-4:]] == [False, False, True, True]
     assert "no update was made" in said[120][1]
 
 
 def test_the_first_losses_of_a_task_are_never_leaps() -> None:
-    said = play(StepGuard(settings(skip_spikes=5)), [1000.0 * (step % 7) for step in range(19)])
+    said = play(LossGuard(settings(skip_spikes=5)), [1000.0 * (step % 7) for step in range(19)])
     assert all(updated and not text for updated, text in said)
 
 
 def test_bad_steps_stop_a_run_only_in_a_row() -> None:
-    guard = StepGuard(settings(skip_bad_steps=2))
+    guard = LossGuard(settings(skip_bad_steps=2))
     for losses in ([math.nan, math.inf], [5.0, -math.inf, math.nan]):
         said = play(guard, losses)
         guard.check(said[-1][1], saved=500)
@@ -92,19 +92,19 @@ def test_bad_steps_stop_a_run_only_in_a_row() -> None:
     said = play(guard, [math.nan])
     with pytest.raises(FloatingPointError, match=r"(?s)after 2 others in a row.*checkpoint is that of step 500"):
         guard.check(said[-1][1], saved=500)
-    strict = StepGuard(settings())
+    strict = LossGuard(settings())
     said = play(strict, [math.nan])
     with pytest.raises(FloatingPointError, match="nothing was saved yet"):
         strict.check(said[-1][1], saved=0)
 
 
 def test_a_gradient_that_is_no_number_is_bad_even_where_the_loss_leaps() -> None:
-    guard = StepGuard(settings(skip_bad_steps=3))
+    guard = LossGuard(settings(skip_bad_steps=3))
     play(guard, normal_losses(120))
-    whole = PLAN.step(120)
-    guard.expect(whole.task)
-    assert guard.accept(1e4)
-    said = guard.judge(whole, StepReport({"loss": 1e4}, math.inf, {}, False, "gradient"))
+    step_plan = PLAN.step(120)
+    guard.expect(step_plan.task)
+    assert guard.should_update(1e4)
+    said = guard.observe(step_plan, StepReport({"loss": 1e4}, math.inf, {}, False, "gradient"))
     assert guard.bad == 1 and "the gradient is not finite, no update was made on any rank" in said
 
 
@@ -116,7 +116,7 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
     for step in (130, 131):
         losses[step] = math.nan
     options = settings(skip_spikes=2, skip_bad_steps=5)
-    straight = play(StepGuard(options), losses)
+    straight = play(LossGuard(options), losses)
     assert [step for step, (updated, _) in enumerate(straight) if not updated] == [
         110,
         111,
@@ -139,22 +139,24 @@ def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
         assert resumed == straight[cut:], cut
 
 
-def overflows(guard: StepGuard, steps: int, scale: float, start: int = 0) -> list[str]:
+def overflows(guard: LossGuard, steps: int, scale: float, start: int = 0) -> list[str]:
     """What the guard says of steps whose gradient overflows, each at half the loss scale of the one before."""
     said = []
     for step in range(start, start + steps):
-        whole = PLAN.step(step)
-        guard.expect(whole.task)
-        assert guard.accept(5.0)
+        step_plan = PLAN.step(step)
+        guard.expect(step_plan.task)
+        assert guard.should_update(5.0)
         said.append(
-            guard.judge(whole, StepReport({"loss": 5.0}, math.inf, {}, True, loss_scale=scale / 2 ** (step - start)))
+            guard.observe(
+                step_plan, StepReport({"loss": 5.0}, math.inf, {}, True, loss_scale=scale / 2 ** (step - start))
+            )
         )
         guard.check(said[-1], saved=12)
     return said
 
 
 def test_a_loss_scale_may_fall_as_far_as_allowed() -> None:
-    guard = StepGuard(settings())
+    guard = LossGuard(settings())
     assert overflows(guard, 14, 65536.0) == [""] * 14  # down to 8: it has begun far too high, as always
     play(guard, normal_losses(4))
     with pytest.raises(FloatingPointError) as stopped:
@@ -164,8 +166,8 @@ def test_a_loss_scale_may_fall_as_far_as_allowed() -> None:
     assert "65536 (step 1), 32768 (step 2), " in told and "4 (step 19), 2 (step 20), 1 (step 21)" in told
     assert "the last good checkpoint is that of step 12" in told and "visft.model.precision" in told
     with pytest.raises(FloatingPointError, match="may not fall below 1024"):
-        overflows(StepGuard(settings(min_loss_scale=1024.0)), 7, 65536.0)
-    assert overflows(StepGuard(settings(min_loss_scale=0.0)), 40, 65536.0) == [""] * 40
+        overflows(LossGuard(settings(min_loss_scale=1024.0)), 7, 65536.0)
+    assert overflows(LossGuard(settings(min_loss_scale=0.0)), 40, 65536.0) == [""] * 40
 
 
 def test_a_resumed_run_remembers_where_its_loss_scale_fell(tmp_path: Path) -> None:

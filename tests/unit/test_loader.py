@@ -22,7 +22,7 @@ import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
 from visft_ds.data.collate import collate_detection
-from visft_ds.data.dataset import DataSet, Pipeline, coco_dataset, read_raw
+from visft_ds.data.dataset import DataSet, SamplePipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
@@ -35,8 +35,8 @@ from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
-TRAIN = Pipeline(DetectionTransform(True, **SIZES), collate_detection)
-EVALUATE = Pipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_detection)
+TRAIN = SamplePipeline(DetectionTransform(True, **SIZES), collate_detection)
+EVALUATE = SamplePipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_detection)
 #: Of the two tasks, "other" stands for any second one.
 PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
 
@@ -62,19 +62,21 @@ def plan(reader: ShardReader) -> Plan:
 
 def _collect(reader: ShardReader, plan: Plan, start: int, stop: int, **options: Any) -> list[tuple[StepPlan, Batch]]:
     return [
-        (whole, batch) for whole, batches in loader_of(reader, plan, **options).steps(start, stop) for batch in batches
+        (step_plan, batch)
+        for step_plan, batches in loader_of(reader, plan, **options).steps(start, stop)
+        for batch in batches
     ]
 
 
 def _by_sample(batches: list[tuple[StepPlan, Batch]]) -> dict[tuple[int, int], list[Any]]:
     """(step, index) -> everything about that sample, without what depends on its neighbours (padding)."""
     table = {}
-    for whole, batch in batches:
+    for step_plan, batch in batches:
         boxes = batch.targets["detection"].boxes.split(batch.targets["detection"].counts.tolist())
         for place, index in enumerate(batch.indices.tolist()):
             height, width = batch.sizes[place].tolist()
             image = batch.images[place, :, :height, :width]
-            table[whole.step, index] = [image.tolist(), boxes[place].tolist(), batch.random_keys[place].item()]
+            table[step_plan.step, index] = [image.tolist(), boxes[place].tolist(), batch.random_keys[place].item()]
     return table
 
 
@@ -100,7 +102,7 @@ def test_any_split_gives_the_same_samples(
         options = {"dp_rank": rank, "dp_size": ranks, "accumulation": accumulation}
         part = _collect(reader, plan, 0, 6, num_workers=threads, prefetch_steps=prefetch, **options)
         assert len(part) == 6 * accumulation
-        assert [whole.step for whole, _ in part[::accumulation]] == list(range(6))
+        assert [step_plan.step for step_plan, _ in part[::accumulation]] == list(range(6))
         got |= _by_sample(part)
     assert got == reference
 
@@ -169,20 +171,20 @@ def test_a_damaged_sample_has_the_same_substitute_everywhere(
         for rank in range(ranks):
             options = {"dp_rank": rank, "dp_size": ranks, "accumulation": accumulation, "skip_damaged": 2}
             loader = loader_of(damaged, plan, **options)
-            for whole, batches in loader.steps(0, 12):
-                parts = plan.split(whole, rank, ranks, accumulation)
+            for step_plan, batches in loader.steps(0, 12):
+                parts = plan.split(step_plan, rank, ranks, accumulation)
                 for part, batch in zip(parts, batches, strict=True):
                     got.update(zip(part.keys.tolist(), batch.indices.tolist(), strict=True))
                     assert batch.random_keys.tolist() == part.keys.tolist(), "the numbers of the sample stay the same"
             skipped += loader.skipped
     expected = {}
     for step in range(12):
-        whole = plan.step(step)
-        for index, key in zip(whole.indices.tolist(), whole.keys.tolist(), strict=True):
+        step_plan = plan.step(step)
+        for index, key in zip(step_plan.indices.tolist(), step_plan.keys.tolist(), strict=True):
             attempt, place = 0, index
             while place in hurt:
                 attempt += 1
-                place = plan.substitute(whole, key, attempt)
+                place = plan.substitute(step_plan, key, attempt)
             expected[key] = place
     assert got == expected and {one.index for one in skipped} == set(hurt)
     assert all("damaged" in one.reason and one.instead not in hurt for one in skipped if one.step in (3, 5))
@@ -223,8 +225,8 @@ def test_worker_processes_make_the_same_batches_and_the_same_errors(
         untouched = torch.get_rng_state()
         loop = loader.steps(0, 6)
         for _ in range(first):
-            whole, batches = next(loop)
-            got += [(whole, batch) for batch in batches]
+            step_plan, batches = next(loop)
+            got += [(step_plan, batch) for batch in batches]
         with pytest.raises(DamagedSample, match=r"key \d{12}\): the image at offset") as caught:
             next(loop)
     assert torch.equal(torch.get_rng_state(), untouched), "dropout would differ from a run with threads"
@@ -315,7 +317,7 @@ def test_read_ahead_hides_the_work_and_is_bounded(reader: ShardReader) -> None:
         return TRAIN.transform(raw, rng)
 
     plan = Plan({"detection": one(len(reader), 2)}, seed=0)
-    pipelines = {"detection": {"toy": Pipeline(slow, collate_detection)}}
+    pipelines = {"detection": {"toy": SamplePipeline(slow, collate_detection)}}
     loader = loader_of(reader, plan, pipelines, num_workers=2, prefetch_steps=2)
     loop = loader.steps(0)
     next(loop)
@@ -367,10 +369,10 @@ def test_the_stored_annotations_are_a_coco_data_set(reader: ShardReader) -> None
 def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: ShardReader, tmp_path: Path) -> None:
     manifest = make_split(tmp_path, 18, reencode=Reencoding(90, 20))
     raws = [(read_raw(reader, index), read_raw(ShardReader(manifest), index)) for index in range(18)]
-    assert all(min(small.image.shape[:2]) == 20 < min(whole.image.shape[:2]) for whole, small in raws)  # type: ignore[union-attr]
-    for whole, small in raws:
-        first, second = (TRAIN.transform(raw, np.random.default_rng(3)) for raw in (whole, small))
-        assert whole.size == small.size and first.size == second.size and first.image is not None
+    assert all(min(small.image.shape[:2]) == 20 < min(step_plan.image.shape[:2]) for step_plan, small in raws)  # type: ignore[union-attr]
+    for step_plan, small in raws:
+        first, second = (TRAIN.transform(raw, np.random.default_rng(3)) for raw in (step_plan, small))
+        assert step_plan.size == small.size and first.size == second.size and first.image is not None
         assert second.image is not None and first.image.shape == second.image.shape
         for name, values in first.targets["detection"].items():
             np.testing.assert_array_equal(values, second.targets["detection"][name])
@@ -383,7 +385,7 @@ def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: Sha
 def test_real_photographs_at_full_size(tmp_path: Path) -> None:
     labels = PHOTOS / "annotations"
     build(Options(PHOTOS / "val2017", labels / "instances_val2017.json", None, tmp_path, "val"))
-    pipelines = {"detection": {"toy": Pipeline(DetectionTransform(True), collate_detection)}}
+    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True), collate_detection)}}
     with ShardReader(Manifest.load(tmp_path, "val")) as photos:
         plan = Plan({"detection": one(len(photos), 8)}, seed=0)
         for _, (batch,) in loader_of(photos, plan, pipelines).steps(0, 3):

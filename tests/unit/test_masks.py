@@ -11,18 +11,18 @@ import numpy.typing as npt
 import pytest
 from faster_coco_eval import mask as coco_mask
 
-from visft_ds.tasks.segmentation.masks import Placement, grid_size, rasterise, rasterise_all
+from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
 SIZE = (40, 60)
 GRID = (10, 15)
-STAY = Placement()
+STAY = MaskPlacement()
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
 
-def _mask(segmentation: Any, placement: Placement = STAY, size: tuple[int, int] = SIZE) -> npt.NDArray[np.uint8]:
+def _mask(segmentation: Any, placement: MaskPlacement = STAY, size: tuple[int, int] = SIZE) -> npt.NDArray[np.uint8]:
     return rasterise(segmentation, SIZE, placement, size, grid_size(size, 4))
 
 
@@ -43,10 +43,10 @@ def test_parts_are_united() -> None:
 
 @pytest.mark.parametrize(
     "placement",
-    [STAY, Placement(-1.0, 60.0), Placement(1.5, -20.0, 1.5, -10.0), Placement(-0.4, 30.0, 0.3, 5.0)],
+    [STAY, MaskPlacement(-1.0, 60.0), MaskPlacement(1.5, -20.0, 1.5, -10.0), MaskPlacement(-0.4, 30.0, 0.3, 5.0)],
     ids=["as it is", "mirrored", "enlarged and cropped", "mirrored, shrunk and moved"],
 )
-def test_near_the_full_size_mask(placement: Placement) -> None:
+def test_near_the_full_size_mask(placement: MaskPlacement) -> None:
     """Against the same polygon filled 16 times finer over the whole image; edges at other angles than 0 and 90."""
     points = np.array([[5.3, 7.1], [50.2, 3.4], [58.0, 36.6], [30.7, 20.2], [9.9, 38.0]])
     fine = placement.points(points) * 16
@@ -71,12 +71,17 @@ def test_run_length_codes(corners: tuple[int, int, int, int]) -> None:
     ends = np.flatnonzero(np.diff(column)) + 1
     runs = np.diff([0, *([0] if column[0] else []), *ends, len(column)])  # the first run is one of zeros
     plain = {"size": list(SIZE), "counts": runs.tolist()}
-    for placement in (STAY, Placement(-1.0, 60.0), Placement(2.0, -20.0, 2.0, -16.0), Placement(0.5, 8.0, 0.5, 0.0)):
+    for placement in (
+        STAY,
+        MaskPlacement(-1.0, 60.0),
+        MaskPlacement(2.0, -20.0, 2.0, -16.0),
+        MaskPlacement(0.5, 8.0, 0.5, 0.0),
+    ):
         expected = _mask(polygon, placement)
         assert expected.any()
         for code in (text, plain):
             np.testing.assert_array_equal(_mask(code, placement), expected)
-    assert not _mask(text, Placement(offset_x=-70.0)).any()
+    assert not _mask(text, MaskPlacement(offset_x=-70.0)).any()
 
 
 @pytest.mark.parametrize("segmentation", [[], [[1, 2, 30, 20]], [[5, 5]], [[]], [[3, 3, 9, 9, 15, 15]]])
@@ -95,7 +100,7 @@ def test_objects_of_an_image_are_drawn_as_each_alone() -> None:
         [[1, 2, 30, 20], [3, 3, 20, 4, 9, 30, 7]],
         [_box(-20, -9, 70, 50)],
     ]
-    for placement in (STAY, Placement(-1.3, 70.0, 0.7, 3.0)):
+    for placement in (STAY, MaskPlacement(-1.3, 70.0, 0.7, 3.0)):
         together = rasterise_all(objects, SIZE, placement, SIZE, GRID)
         assert together.shape == (6, *GRID) and together[[0, 2, 4, 5]].any(axis=(1, 2)).all()
         for mask, segmentation in zip(together, objects, strict=True):
@@ -125,8 +130,8 @@ def test_one_pixel() -> None:
 
 
 def test_outside() -> None:
-    assert not _mask([_box(8, 8, 16, 16)], Placement(offset_x=60.0)).any()
-    assert not _mask([_box(8, 8, 16, 16)], Placement(offset_y=-16.0)).any()
+    assert not _mask([_box(8, 8, 16, 16)], MaskPlacement(offset_x=60.0)).any()
+    assert not _mask([_box(8, 8, 16, 16)], MaskPlacement(offset_y=-16.0)).any()
 
 
 @pytest.mark.parametrize(

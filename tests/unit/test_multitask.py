@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.integration.engine_case import build, global_batch, normaliser, samples
+from tests.integration.engine_case import build, global_batch, loss_denominators, samples
 from visft_ds.model import normalise_pixels, valid_region
 from visft_ds.models.eva_vit import PIXEL_MEAN
 from visft_ds.tasks.transform import collate_joint
@@ -37,7 +37,7 @@ def test_an_image_lower_than_a_patch_trains() -> None:
     batch = collate_joint([replace(sample, size=(7, 7), image=low) for sample in samples(3)])
     features, valid = module.features(batch)
     assert features.shape[-2:] == (1, 1) and valid.all()
-    losses = module(batch, normaliser(module, batch, 1))
+    losses = module(batch, loss_denominators(module, batch, 1))
     assert all(value.isfinite() for value in losses.values())
 
 
@@ -46,7 +46,7 @@ def test_tasks_of_one_forward_have_the_losses_and_gradients_of_their_own() -> No
     module, _ = build(1)
     whole = global_batch(3)
     assert set(whole.tasks) == {"detection", "segmentation", "captioning"}
-    divisors = normaliser(module, whole, 1)
+    divisors = loss_denominators(module, whole, 1)
     module(whole, divisors)["loss"].backward()
     together = {name: p.grad.clone() for name, p in module.heads.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)

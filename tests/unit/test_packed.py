@@ -41,7 +41,7 @@ def model(*, packed: bool = True) -> MultiTaskModel:
 def learnt(module: MultiTaskModel, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses of all batches together, and the gradients of the adapters."""
     whole = collate_joint(mixed())
-    counts = case.normaliser(module, whole, 1)
+    counts = case.loss_denominators(module, whole, 1)
     module.zero_grad()
     sums: dict[str, Tensor] = {}
     for batch in batches:

@@ -17,7 +17,7 @@ from visft_ds.planner import Content, fitting_settings, plan_memory, settle_reco
 from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of
 from visft_ds.planner.rehearsal import chosen_kernels
 from visft_ds.planner.search import forecast
-from visft_ds.planner.step import Run, rehearse
+from visft_ds.planner.step import PlannedRun, rehearse
 from visft_ds.planner.time import step_time
 from visft_ds.planner.work import Work
 from visft_ds.planner.zero import Zero
@@ -53,16 +53,16 @@ def real_peak(config: ResolvedConfig, task: str) -> dict[str, int]:
     module = prepare_model(config.visft, config.optimizer.params, vocabulary=words).module
     module.train()
     batch = made_up_batch(config.visft.streams()[task], 2)
-    normaliser: dict[str, Any] = {task: {}}
+    loss_denominators: dict[str, Any] = {task: {}}
     for key, value in module.count(batch).items():
-        normaliser[task][key.partition("/")[2]] = torch.tensor(value)
+        loss_denominators[task][key.partition("/")[2]] = torch.tensor(value)
     ledger = Ledger("cpu")
     ledger.add_all(module.parameters(), FROZEN)
     targets = [value for value in vars(batch.targets[task]).values() if isinstance(value, torch.Tensor)]
     ledger.add_all([batch.images, batch.sizes, *targets], OTHER)
     ledger.forget_peaks()
     with step_watched(ledger, module):
-        module(batch, normaliser)["loss"].backward()
+        module(batch, loss_denominators)["loss"].backward()
     return ledger.at_peak
 
 
@@ -81,7 +81,7 @@ def test_a_rehearsed_step_keeps_what_a_real_one_keeps(
     config = debug(stage, "zero_optimization.stage=0", *settings)
     real = real_peak(config, task)
     content = Content(OBJECTS, FIRST_IDS + 1)
-    run = Run(config, derive_batches(config, 1), precision, VOCABULARY, CPU, content)
+    run = PlannedRun(config, derive_batches(config, 1), precision, VOCABULARY, CPU, content)
     moment = rehearse(run, config.visft.streams()[task]).moments[0]
     if settings == BLOCK_AGAIN:
         # Of a block that is computed again two moments are as full, in which the same tensors go by other names: the
@@ -101,7 +101,7 @@ def test_adapted_convolutions_are_planned(magnitude: str) -> None:
     tuned = (targets, f"visft.lora.magnitude={magnitude}", "zero_optimization.stage=0")
     config = debug(2, *tuned, model="debug_convnext")
     real = real_peak(config, "detection")
-    run = Run(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
+    run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
     moment = rehearse(run, config.visft.streams()["detection"]).moments[0]
     assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.01)
     assert rehearse(replace(run, precision="bf16", device=CUDA), config.visft.streams()["detection"]).moments
@@ -113,7 +113,7 @@ def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
     for depth in (2, 4):
         sets = ("visft.model.checkpoint_every=0", f'visft.model.overrides={{"depth": {depth}}}')
         config = resolve(stage=2, model="eva_e", settings=(*sets, "visft.tasks.captioning.image.size=224"))
-        run = Run(config, derive_batches(config, 8), "bf16", 100, CUDA, Content(caption_ids=4))
+        run = PlannedRun(config, derive_batches(config, 8), "bf16", 100, CUDA, Content(caption_ids=4))
         peaks.append(rehearse(run, config.visft.streams()["captioning"]).moments[0][ACTIVATIONS])
     a_token = (peaks[1] - peaks[0]) / (2 * 8 * 256)
     assert a_token == pytest.approx(15.6 * 1792 * 2, rel=0.05)
@@ -203,7 +203,7 @@ def test_time_grows_with_recomputing_and_falls_with_ranks() -> None:
     seconds = {}
     for name, sets in (("nothing", ()), ("again", BLOCK_AGAIN)):
         config = debug(2, 'visft.model.overrides={"width": 512, "depth": 2, "num_heads": 4}', *sets)
-        run = Run(config, derive_batches(config, 1), "bf16", VOCABULARY, CUDA, Content())
+        run = PlannedRun(config, derive_batches(config, 1), "bf16", VOCABULARY, CUDA, Content())
         work = rehearse(run, config.visft.streams()["detection"]).work
         seconds[name] = sum(what.operations * count for what, count in work.items())
         assert step_time(run, config.visft.streams()["detection"], rates, link).communication == 0
@@ -258,7 +258,7 @@ def test_a_stage_of_a_pipeline_holds_its_layers() -> None:
         engine="pipeline",
         settings=("visft.mode=sampled", "visft.data.prefetch_steps=0", "visft.tasks=detection"),
     )
-    run = Run(config, derive_batches(config, 2), "fp32", VOCABULARY, CPU, Content())
+    run = PlannedRun(config, derive_batches(config, 2), "fp32", VOCABULARY, CPU, Content())
     stream = config.visft.streams()["detection"]
     first, last, whole = (rehearse(run, stream, stage) for stage in (0, 1, None))
     assert first.parameters + last.parameters == whole.parameters

@@ -17,7 +17,7 @@ from visft_ds.profiling.conversion import (
     measure_conversion,
     write_annotations,
 )
-from visft_ds.shards.source import Selection, read_source
+from visft_ds.shards.source import SourceSelection, read_source
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/profile.py"
 
@@ -36,7 +36,7 @@ def test_rates_of_all_depths_and_workers() -> None:
 
 def test_made_up_annotations_have_cocos_proportions(tmp_path: Path) -> None:
     size = write_annotations(tmp_path, 3000)
-    source = read_source(tmp_path / "instances.json", tmp_path / "captions.json", Selection())
+    source = read_source(tmp_path / "instances.json", tmp_path / "captions.json", SourceSelection())
     assert sum(image.annotations for image in source.images) == 3000
     assert sum(len(image.captions) for image in source.images) == 3000 * COCO_SIZES[2] // COCO_SIZES[1]
     assert len(source.images) == 3000 * COCO_SIZES[0] // COCO_SIZES[1]

@@ -14,7 +14,7 @@ from torch import nn
 from visft_ds.config import resolve
 from visft_ds.costs import hardware
 from visft_ds.costs.counting import FlopMeter
-from visft_ds.costs.flops import Flops, Tower, detection_flops, packed_flops, tower_flops
+from visft_ds.costs.flops import Flops, TowerShape, detection_flops, packed_flops, tower_flops
 from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -63,26 +63,28 @@ LORA_E = frozenset(f"blocks.{index}.attn.qkv.lora_{name}" for index in range(64)
 
 def test_the_formula_reproduces_the_known_figures_of_eva_e() -> None:
     """At 224 pixels with a class token: 257 tokens of 256 patches. Figures rounded as they are usually quoted."""
-    forward = tower_flops(Tower(**EVA_E), images=1, tokens=257, patches=256).forward
+    forward = tower_flops(TowerShape(**EVA_E), images=1, tokens=257, patches=256).forward
     attention = 64 * 4 * 257**2 * 1792
     patches = 2 * 256 * 3 * 14**2 * 1792
     assert (forward - attention - patches) / (64 * 257) / 1e6 == pytest.approx(135.8, abs=0.05)
     assert forward / 1e12 == pytest.approx(2.264, abs=0.001)
-    step = tower_flops(Tower(**EVA_E, rank=64, targets=("q", "v"), trainable=LORA_E, checkpoint_every=1), 1, 257, 256)
+    step = tower_flops(
+        TowerShape(**EVA_E, rank=64, targets=("q", "v"), trainable=LORA_E, checkpoint_every=1), 1, 257, 256
+    )
     assert step.forward / 1e12 == pytest.approx(2.28, abs=0.005)
     assert step.backward / 1e12 == pytest.approx(2.34, abs=0.01)
     assert (step.forward + step.backward + step.recompute) / 1e12 == pytest.approx(6.90, abs=0.01)
 
 
 def test_operations_grow_with_images_and_nothing_trains_without_a_backward_pass() -> None:
-    one, four = (tower_flops(Tower(**EVA_E), images, 256, 256) for images in (1, 4))
+    one, four = (tower_flops(TowerShape(**EVA_E), images, 256, 256) for images in (1, 4))
     assert four == Flops(4 * one.forward) and one.backward == one.recompute == 0
 
 
-def tower_of(backbone: EvaViT, **options: Any) -> Tower:
+def tower_of(backbone: EvaViT, **options: Any) -> TowerShape:
     hidden = backbone.get_submodule("blocks.0.mlp.fc1").out_features
     assert isinstance(hidden, int)
-    return Tower(
+    return TowerShape(
         width=backbone.width,
         depth=backbone.depth,
         hidden=hidden,
@@ -175,7 +177,9 @@ def test_a_detection_head_costs_what_the_formula_says(trains: bool, dropout: flo
 
 def test_naive_attention_costs_one_product_less_backward() -> None:
     fused, naive = (
-        tower_flops(Tower(**EVA_E, trainable=LORA_E, rank=64, targets=("q", "v"), plain_attention_below=limit), 1, 2, 2)
+        tower_flops(
+            TowerShape(**EVA_E, trainable=LORA_E, rank=64, targets=("q", "v"), plain_attention_below=limit), 1, 2, 2
+        )
         for limit in (2, 3)
     )
     assert fused.backward - naive.backward == 64 * 2 * 2 * 2 * 1792

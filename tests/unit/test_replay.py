@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.engine_case import TASKS, build, global_batch, normaliser
+from tests.integration.engine_case import TASKS, build, global_batch, loss_denominators
 from visft_ds.model import MultiTaskModel
 from visft_ds.resilience.bundle import RECORD, TARGETS, Bundle, RankPart, open_bundle, write_part
-from visft_ds.resilience.nan_debug import Found, examine_batch
+from visft_ds.resilience.nan_debug import NonFinite, examine_batch
 from visft_ds.resilience.replay import main
 
 STEP_OF_ALL = 3  #: in which all three tasks learn
@@ -24,10 +24,10 @@ IMAGE = 2  #: the id of the image that goes wrong, also its place in the batch
 def _case() -> tuple[MultiTaskModel, Any, Any]:
     module, _ = build(1)
     batch = global_batch(STEP_OF_ALL)
-    return module.train(), batch, normaliser(module, batch, 1)
+    return module.train(), batch, loss_denominators(module, batch, 1)
 
 
-def examine(case: tuple[MultiTaskModel, Any, Any]) -> list[Found]:
+def examine(case: tuple[MultiTaskModel, Any, Any]) -> list[NonFinite]:
     return examine_batch(*case, "fp32")
 
 
@@ -78,7 +78,7 @@ def test_a_gradient_that_overflows_in_fp16_is_found_at_the_loss_scale_of_the_run
     module, _ = build(2, storage=torch.float16)
     batch = global_batch(0)
     module.train()
-    divisors = normaliser(module, batch, 1)
+    divisors = loss_denominators(module, batch, 1)
     assert examine_batch(module, batch, divisors, "fp16", 1.0) == []
     found = examine_batch(module, batch, divisors, "fp16", 2.0**40)
     assert found[0].what.startswith("gradient of the output of backbone.blocks.1.")
@@ -99,7 +99,7 @@ def test_a_bundle_gives_back_what_a_rank_worked_on(case: tuple[MultiTaskModel, A
         for entry in fields(batch.targets[task]):
             ours, theirs = (getattr(one.targets[task], entry.name) for one in (got, batch))
             assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
-    assert {t: {n: float(v) for n, v in c.items()} for t, c in part.normaliser.items()} == {
+    assert {t: {n: float(v) for n, v in c.items()} for t, c in part.loss_denominators.items()} == {
         t: {n: float(v) for n, v in c.items()} for t, c in divisors.items()
     }
 
@@ -113,7 +113,7 @@ def test_a_bundle_of_a_pipeline_has_the_pixels_of_its_first_stage(
     assert write_part(tmp_path, RankPart(1, 7, (replace(batch, targets={}),), {}))
     assert write_part(tmp_path, RankPart(5, 77, (blind,), divisors))
     (part,) = Bundle(tmp_path, {"kept": [1, 5], "stages": 3, "world_size": 6}).parts()
-    assert (part.rank, part.seed) == (5, 77) and part.normaliser.keys() == divisors.keys()
+    assert (part.rank, part.seed) == (5, 77) and part.loss_denominators.keys() == divisors.keys()
     assert torch.equal(part.batches[0].images, batch.images) and part.batches[0].tasks == TASKS
 
 

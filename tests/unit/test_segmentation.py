@@ -303,9 +303,9 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
     whole = criterion(output, targets, _normaliser([_count(criterion, targets)], 1))
     size = len(counts) // parts
     pieces = [(_rows(output, slice(s, s + size)), _images(targets, s, s + size)) for s in range(0, 8, size)]
-    normaliser = _normaliser([_count(criterion, own) for _, own in pieces], parts)
+    loss_denominators = _normaliser([_count(criterion, own) for _, own in pieces], parts)
     torch.manual_seed(123)  # nothing may be drawn from here
-    split = [criterion(part, own, normaliser) for part, own in pieces]
+    split = [criterion(part, own, loss_denominators) for part, own in pieces]
     assert set(whole) == {*criterion.weights, "class_error"} and len(criterion.weights) == 3 * (LAYERS + 1)
     for name, value in whole.items():
         mean = torch.stack([losses[name] for losses in split]).mean()
@@ -315,8 +315,8 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
 def test_padding_of_batch_and_masks_changes_nothing() -> None:
     """The loss of an image that covers a part of the predicted grid and of the mask grid, as in a mixed batch."""
     targets, output, criterion = _targets([3]), _output(1, (5, 6)), _criterion()
-    normaliser = _normaliser([_count(criterion, targets)], 1)
-    alone = criterion(output, targets, normaliser)
+    loss_denominators = _normaliser([_count(criterion, targets)], 1)
+    alone = criterion(output, targets, loss_denominators)
 
     def padded(one: SegmentationOutput) -> SegmentationOutput:
         return SegmentationOutput(one.logits, F.pad(one.masks, (0, 2, 0, 5)), tuple(padded(aux) for aux in one.aux))
@@ -327,7 +327,7 @@ def test_padding_of_batch_and_masks_changes_nothing() -> None:
         extents=torch.tensor([[5 / 10, 6 / 8]]),
         mask_extents=torch.tensor([[12 / 16, 16 / 32]]),
     )
-    mixed = criterion(padded(output), wider, normaliser)
+    mixed = criterion(padded(output), wider, loss_denominators)
     for name, value in alone.items():
         # the points are float32, and so is their place on the grid
         torch.testing.assert_close(mixed[name], value, rtol=1e-5, atol=1e-6)
@@ -346,14 +346,14 @@ def test_a_perfect_prediction_costs_next_to_nothing() -> None:
         masks[0, query] = hard[row] / 255.0 * 12 - 6
     output = SegmentationOutput(logits, masks)
     output = replace(output, aux=(output,) * LAYERS)
-    normaliser = _normaliser([_count(criterion, targets)], 1)
-    losses = criterion(output, targets, normaliser)
+    loss_denominators = _normaliser([_count(criterion, targets)], 1)
+    losses = criterion(output, targets, loss_denominators)
     assert losses["ce"] < 1e-3 and losses["class_error"] == 0
     # along the edges, the probability passes from 0 to 1 more steeply than the target does
     assert losses["dice"] < 0.1 and losses["bce"] < 0.3
-    broken = criterion(replace(output, masks=-masks), targets, normaliser)
+    broken = criterion(replace(output, masks=-masks), targets, loss_denominators)
     assert broken["dice"] > 0.3 and broken["bce"] > 2
-    renamed = criterion(output, replace(targets, labels=torch.tensor([4, 0, 3])), normaliser)
+    renamed = criterion(output, replace(targets, labels=torch.tensor([4, 0, 3])), loss_denominators)
     assert renamed["ce"] > 1 and renamed["class_error"].item() == pytest.approx(100 / 3)
 
 
@@ -369,9 +369,9 @@ def test_more_objects_than_queries() -> None:
 def test_broken_prediction_names_term_and_image(where: str, term: str) -> None:
     output, targets, criterion = _output(2), _targets([1, 2]), _criterion()
     getattr(output.aux[1], where)[1, 2] = float("nan")
-    normaliser = _normaliser([_count(criterion, targets)], 1)
+    loss_denominators = _normaliser([_count(criterion, targets)], 1)
     with pytest.raises(FloatingPointError, match=f"'{term}' of image_id 77 is nan in decoder layer 1, query 2"):
-        criterion(output, targets, normaliser, torch.tensor([5, 77]))
+        criterion(output, targets, loss_denominators, torch.tensor([5, 77]))
 
 
 def test_class_outside_the_head() -> None:
@@ -428,10 +428,10 @@ def test_learns_one_picture() -> None:
     targets = replace(_targets([3]), masks=masks, labels=torch.tensor([4, 0, 2]))
     features, valid = torch.randn(1, CHANNELS, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
-    normaliser = {name: value.float() for name, value in _normaliser([_count(criterion, targets)], 1).items()}
+    loss_denominators = {name: value.float() for name, value in _normaliser([_count(criterion, targets)], 1).items()}
     for step in range(60):
         one = replace(targets, keys=torch.tensor([step]))
-        losses = criterion(head(features, valid), one, normaliser)
+        losses = criterion(head(features, valid), one, loss_denominators)
         optimizer.zero_grad()
         sum(weight * losses[name] for name, weight in criterion.weights.items()).backward()
         optimizer.step()

@@ -16,7 +16,7 @@ from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.parallel.partition import plan_partition
 from visft_ds.planner.rehearsal import Content
-from visft_ds.planner.step import Run
+from visft_ds.planner.step import PlannedRun
 from visft_ds.prepare.model import plan_groups
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_plans_know_how_large_an_average_image_is() -> None:
     assert streams["segmentation"].largest_side() == 1024
     small = ("visft.tasks.segmentation.image.fixed_size=null", "visft.tasks.segmentation.image.size=112")
     config = configured(*small, CONTENT, PACKED, model="debug")
-    run = Run(config, derive_batches(config, 1), "fp32", 20, CPU, Content())
+    run = PlannedRun(config, derive_batches(config, 1), "fp32", 20, CPU, Content())
     stream = config.visft.streams()["segmentation"]
     assert run.typical(config.visft.streams()["captioning"]) is run
     height, width = run.typical(stream).content.size or (0, 0)

@@ -424,6 +424,6 @@ def test_choices_are_those_of_the_code() -> None:
     from visft_ds.tasks.captioning.data import CaptionChoice
     from visft_ds.tasks.segmentation.loss import Labelling
 
-    labelling = task_schema.SegmentationHead.model_fields["labelling"].annotation
+    labelling = task_schema.SegmentationHeadConfig.model_fields["labelling"].annotation
     assert get_args(labelling) == get_args(Labelling)
     assert get_args(task_schema.CaptionChoice) == get_args(CaptionChoice)

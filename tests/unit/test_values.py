@@ -18,7 +18,7 @@ from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import told_of
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
@@ -147,7 +147,7 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
     made = prepare_model(
         config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS, placement=Only("heads.")
     )
-    save_base(made.base, told_of(made.module.backbone), tmp_path / "base.safetensors")
+    save_base(made.base, tower_metadata(made.module.backbone), tmp_path / "base.safetensors")
     written = load_file(tmp_path / "base.safetensors")
     named = dict(expected.module.backbone.named_parameters())
     assert written.keys() == named.keys()

@@ -26,7 +26,7 @@ from visft_ds.shards.problem import Problem
 from visft_ds.shards.shard_content import read_shard
 from visft_ds.shards.shard_writer import TarWriter
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
-from visft_ds.shards.verify import Progress, verify
+from visft_ds.shards.verify import VerifyProgress, verify
 
 KEY = "000000001035"  # of the first sample
 
@@ -248,7 +248,7 @@ def test_problems_name_key_and_offset_whatever_the_number_of_workers(copy: Path,
         (copy / shard).write_bytes(data)
     seen: list[int] = []
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: VerifyProgress) -> None:
         seen.append(progress.bytes)
         assert progress.bytes <= progress.total_bytes == sum(shard.bytes for shard in split.shards)
 

@@ -9,7 +9,7 @@ import torch
 from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint
 from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
-from visft_ds.interop.layouts import is_lora, told_of
+from visft_ds.interop.layouts import is_lora, tower_metadata
 from visft_ds.interop.merge import Change
 from visft_ds.interop.module_adapters import ModuleAdapter, module_adapter
 from visft_ds.interop.tuned import tuned_of
@@ -45,7 +45,7 @@ def change_of_checkpoint(folder: Path) -> Change | ModuleAdapter:
     model = config.visft.model
     empty = build_empty(model.preset, torch.float32, model.backbone_options())
     if lora is None:
-        return tuned_of(tensors, folder, base, told_of(empty))
+        return tuned_of(tensors, folder, base, tower_metadata(empty))
     if others := [name for name in tensors if not is_lora(name)]:
         raise ValueError(
             f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "

@@ -21,7 +21,7 @@ from visft_ds.data.manifest import Category
 from visft_ds.interop.adapters import adapter_of_run
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import is_lora, told_of, tower_of
+from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.module_adapters import module_adapter, save_module_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.writing import file_order, write_safetensors
@@ -96,7 +96,7 @@ def export_weights(
 def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`told_of`).
+    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
@@ -129,7 +129,7 @@ def _export_tower(
 
     if distributed.is_main():
         whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
-        _write_tower(path, whole, gather, {**told_of(backbone), **began})
+        _write_tower(path, whole, gather, {**tower_metadata(backbone), **began})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))

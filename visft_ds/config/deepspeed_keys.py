@@ -154,7 +154,7 @@ class ZeroOptimization(BaseModel):
     leaf_module: dict[str, Any] | None = None
 
 
-class Pipeline(BaseModel):
+class PipelineKeys(BaseModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
 
     model_config = STRICT
@@ -166,7 +166,7 @@ class DeepSpeedKeys(BaseModel):
 
     model_config = STRICT
     zero_optimization: ZeroOptimization
-    pipeline: Pipeline | None = None  #: absent: every process has all layers
+    pipeline: PipelineKeys | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None
     zero_force_ds_cpu_optimizer: bool | None = None
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None = None

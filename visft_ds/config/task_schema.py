@@ -54,7 +54,7 @@ class DetectionImage(BaseModel):
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
 
 
-class DetectionHead(BaseModel):
+class DetectionHeadConfig(BaseModel):
     """Keyword arguments of the detection head (asymmetric DETR)."""
 
     model_config = STRICT
@@ -83,7 +83,7 @@ class DetectionTask(_Share):
     """`visft.tasks.detection`."""
 
     image: DetectionImage = DetectionImage()
-    head: DetectionHead = DetectionHead()
+    head: DetectionHeadConfig = DetectionHeadConfig()
     loss: DetectionLoss = DetectionLoss()
 
 
@@ -104,7 +104,7 @@ class SegmentationImage(BaseModel):
     content_multiple: Positive = 14  #: and extend it only to multiples of so many pixels: the backbone's patch
 
 
-class SegmentationHead(BaseModel):
+class SegmentationHeadConfig(BaseModel):
     """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
 
     model_config = STRICT
@@ -138,7 +138,7 @@ class SegmentationTask(_Share):
     """`visft.tasks.segmentation`."""
 
     image: SegmentationImage = SegmentationImage()
-    head: SegmentationHead = SegmentationHead()
+    head: SegmentationHeadConfig = SegmentationHeadConfig()
     loss: SegmentationLoss = SegmentationLoss()
 
 
@@ -151,7 +151,7 @@ class CaptioningImage(BaseModel):
     max_words: Positive = 50
 
 
-class CaptioningHead(BaseModel):
+class CaptioningHeadConfig(BaseModel):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
     model_config = STRICT
@@ -190,7 +190,7 @@ class CaptioningTask(_Share):
     """`visft.tasks.captioning`."""
 
     image: CaptioningImage = CaptioningImage()
-    head: CaptioningHead = CaptioningHead()
+    head: CaptioningHeadConfig = CaptioningHeadConfig()
     loss: CaptioningLoss = CaptioningLoss()
     vocabulary: CaptioningVocabulary = CaptioningVocabulary()
     decoding: CaptioningDecoding = CaptioningDecoding()

@@ -66,7 +66,7 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerShape:
     """What the arithmetic of a backbone depends on."""
 
     width: int
@@ -90,15 +90,15 @@ def tower_from(
     *,
     plain_attention_below: int = 0,
     linear_keeps_late: bool = False,
-) -> Tower:
+) -> TowerShape:
     """The arithmetic's view of a backbone.
 
     Args:
         lora: of the adapters in it, if any.
         trained: names of its parameters that train.
-        plain_attention_below, linear_keeps_late: as in `Tower`.
+        plain_attention_below, linear_keeps_late: as in `TowerShape`.
     """
-    return Tower(
+    return TowerShape(
         width=backbone.width,
         depth=backbone.depth,
         hidden=int(backbone.blocks[0].mlp.fc1.out_features),  # type: ignore[union-attr, arg-type]
@@ -114,7 +114,7 @@ def tower_from(
     )
 
 
-def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
+def tower_flops(tower: TowerShape, images: int, tokens: int, patches: int) -> Flops:
     """Operations of the backbone for `images` images of `patches` patches (`tokens`: with a class token, if any)."""
     inner = 3 * tower.patch_size**2
     trains = "patch_embed.proj.weight" in tower.trainable
@@ -124,13 +124,13 @@ def tower_flops(tower: Tower, images: int, tokens: int, patches: int) -> Flops:
     return total
 
 
-def packed_flops(tower: Tower, tokens: Sequence[int], patches: int) -> Flops:
+def packed_flops(tower: TowerShape, tokens: Sequence[int], patches: int) -> Flops:
     """Operations of the backbone for packed images of these numbers of tokens, out of `patches` that are embedded."""
     embedding = tower_flops(tower, 1, 0, patches)
     return sum((tower_flops(tower, 1, own, 0) for own in tokens), embedding)
 
 
-def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
+def block_flops(tower: TowerShape, images: int, tokens: int) -> list[Flops]:
     """Operations of each block for `images` images of `tokens` tokens."""
     flows = _any(tower, ("cls_token", "pos_embed", "patch_embed."))  # whether the residual stream needs a gradient
     blocks = []
@@ -140,7 +140,7 @@ def block_flops(tower: Tower, images: int, tokens: int) -> list[Flops]:
     return blocks
 
 
-def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
+def _block(tower: TowerShape, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
     """One block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
     products = KEPT_SCORES if tokens < tower.plain_attention_below else FUSED_ATTENTION
@@ -164,7 +164,7 @@ def _block(tower: Tower, index: int, images: int, tokens: int, flows: bool) -> t
     return total, flows
 
 
-def _again(tower: Tower, start: str, costs: Mapping[str, Flops], *, attention_kept: bool) -> int:
+def _again(tower: TowerShape, start: str, costs: Mapping[str, Flops], *, attention_kept: bool) -> int:
     """Operations of the second forward of a block, or of what of it is recomputed."""
     chosen = {layer: cost.forward for layer, cost in costs.items()}
     if tower.recompute == "mlp":
@@ -180,7 +180,7 @@ def _again(tower: Tower, start: str, costs: Mapping[str, Flops], *, attention_ke
     return sum(chosen.values())
 
 
-def _linear(tower: Tower, start: str, layer: str, rows: int, flows: bool) -> Flops:
+def _linear(tower: TowerShape, start: str, layer: str, rows: int, flows: bool) -> Flops:
     """A linear layer of a block with its adapters; `flows`: its input needs a gradient."""
     width, hidden = tower.width, tower.hidden
     sizes = {"attn.qkv": (width, 3 * width), "attn.proj": (width, width), "mlp.fc1": (width, hidden)}
@@ -195,7 +195,7 @@ def _linear(tower: Tower, start: str, layer: str, rows: int, flows: bool) -> Flo
     return total + down + up
 
 
-def _any(tower: Tower, prefixes: Sequence[str]) -> bool:
+def _any(tower: TowerShape, prefixes: Sequence[str]) -> bool:
     return any(name.startswith(prefix) for name in tower.trainable for prefix in prefixes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from visft_ds.data.dataset import DataSet, Pipeline, read_raw
+from visft_ds.data.dataset import DataSet, SamplePipeline, read_raw
 from visft_ds.data.features import FeatureCache, View
 from visft_ds.data.plan import Plan, StepPlan, generator
 from visft_ds.data.samples import Batch, RawSample, Sample
@@ -39,7 +39,7 @@ class BatchMaker:
     """
 
     sets: Mapping[str, DataSet]
-    pipelines: Mapping[str, Mapping[str, Pipeline]]  #: task -> data set -> what makes its batches
+    pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: task -> data set -> what makes its batches
     role: Role = "both"
     substitutes: Plan | None = None
     features: FeatureCache | None = None

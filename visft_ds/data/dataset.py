@@ -42,7 +42,7 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class SamplePipeline:
     """What turns the raw samples of a task into a batch."""
 
     transform: Transform

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from visft_ds.data.batches import BatchMaker, Skipped
-from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.permutation import BLOCK, WINDOW
 from visft_ds.data.plan import Plan, StepPlan
@@ -53,7 +53,7 @@ class StepLoader:
         self,
         sets: Mapping[str, DataSet],
         plan: Plan,
-        pipelines: Mapping[str, Mapping[str, Pipeline]],
+        pipelines: Mapping[str, Mapping[str, SamplePipeline]],
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -103,11 +103,11 @@ class StepLoader:
         The StepPlan is that of the whole global batch. An error in a worker appears here, at its step. Leaving the loop
         in any way, or closing the iterator, ends the workers.
         """
-        wholes: dict[int, StepPlan] = {}
+        step_plans: dict[int, StepPlan] = {}
         workers: Workers = Caller(self._maker)
         if self._number:
             workers = (Threads if self._kind == "threads" else Processes)(self._maker, self._number)
-        made = workers.made(self._parts(start, stop, wholes), self._prefetch * self._accumulation)
+        made = workers.made(self._parts(start, stop, step_plans), self._prefetch * self._accumulation)
         step = start
         try:
             while stop is None or step < stop:
@@ -118,10 +118,10 @@ class StepLoader:
                     self._note(one.skipped, one.elsewhere)
                     batches.append(one.batch)
                 self.wait_seconds = time.perf_counter() - began
-                whole = wholes.pop(step)
+                step_plan = step_plans.pop(step)
                 if self._hints and self._read_elsewhere:
-                    self._reader(whole).passed(self._own(whole), self._role)
-                yield whole, batches
+                    self._reader(step_plan).passed(self._own(step_plan), self._role)
+                yield step_plan, batches
                 step += 1
         finally:
             made.close()  # type: ignore[attr-defined]  # a generator
@@ -135,7 +135,7 @@ class StepLoader:
         """What reading and making samples has cost so far, in this process and in those that work for it."""
         return {name: here + self._elsewhere.get(name, Spent()) for name, here in spent().items()}
 
-    def _parts(self, start: int, stop: int | None, wholes: dict[int, StepPlan]) -> Iterator[StepPlan]:
+    def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:
         """This rank's micro-batches; remote stores hear of each some steps before it is yielded."""
         planned = deque[list[StepPlan]]()
         step = start
@@ -143,9 +143,9 @@ class StepLoader:
             if not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES // 2):
                 coming: dict[str, list[int]] = {}
                 while stop is None or step + len(planned) < stop:
-                    whole = wholes[step + len(planned)] = self.plan.step(step + len(planned))
-                    planned.append(self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation))
-                    coming.setdefault(whole.dataset, []).extend(self._own(whole))
+                    step_plan = step_plans[step + len(planned)] = self.plan.step(step + len(planned))
+                    planned.append(self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation))
+                    coming.setdefault(step_plan.dataset, []).extend(self._own(step_plan))
                     if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
                         break
                 if self._hints:
@@ -155,12 +155,12 @@ class StepLoader:
             yield from planned.popleft()
             step += 1
 
-    def _reader(self, whole: StepPlan) -> ShardReader:
-        return self._sets[whole.dataset].reader
+    def _reader(self, step_plan: StepPlan) -> ShardReader:
+        return self._sets[step_plan.dataset].reader
 
-    def _own(self, whole: StepPlan) -> list[int]:
+    def _own(self, step_plan: StepPlan) -> list[int]:
         """This rank's samples of a step."""
-        parts = self.plan.split(whole, self._dp_rank, self._dp_size, self._accumulation)
+        parts = self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation)
         return [index for part in parts for index in part.indices.tolist()]
 
     def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
@@ -180,7 +180,9 @@ def _samples(parts: list[StepPlan]) -> int:
     return sum(len(part.indices) for part in parts)
 
 
-def _check_complete(sets: Mapping[str, DataSet], plan: Plan, pipelines: Mapping[str, Mapping[str, Pipeline]]) -> None:
+def _check_complete(
+    sets: Mapping[str, DataSet], plan: Plan, pipelines: Mapping[str, Mapping[str, SamplePipeline]]
+) -> None:
     missing = [task for task in plan.tasks if task not in pipelines]
     if missing:
         raise ValueError(f"no pipeline for {', '.join(missing)}; the plan has {', '.join(plan.tasks)}")
@@ -192,7 +194,7 @@ def _check_complete(sets: Mapping[str, DataSet], plan: Plan, pipelines: Mapping[
 
 def evaluation_batches(
     reader: ShardReader,
-    pipeline: Pipeline,
+    pipeline: SamplePipeline,
     batch_size: int,
     rank: int,
     world_size: int,

@@ -184,14 +184,17 @@ class Plan:
         """
         return self.split(self.step(step), dp_rank, dp_size, accumulation)[micro]
 
-    def split(self, whole: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
+    def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
         """All micro-batches of one rank for a step planned by `step`, in order."""
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} is not allowed: ranks go from 0 to {dp_size - 1}")
         self.check_split(dp_size, accumulation)
-        size = len(whole.indices) // (dp_size * accumulation)
+        size = len(step_plan.indices) // (dp_size * accumulation)
         starts = [(micro * dp_size + dp_rank) * size for micro in range(accumulation)]
-        return [replace(whole, indices=whole.indices[s : s + size], keys=whole.keys[s : s + size]) for s in starts]
+        return [
+            replace(step_plan, indices=step_plan.indices[s : s + size], keys=step_plan.keys[s : s + size])
+            for s in starts
+        ]
 
     def check_split(self, dp_size: int, accumulation: int) -> None:
         """Raise ValueError unless every task's global batch divides evenly over ranks and micro-batches."""

@@ -27,7 +27,7 @@ from visft_ds.evals.pictures import (
     tag_size,
     two_panels,
 )
-from visft_ds.tasks.segmentation.masks import Placement, rasterise
+from visft_ds.tasks.segmentation.masks import MaskPlacement, rasterise
 
 MaskArray = npt.NDArray[np.bool_]
 
@@ -47,7 +47,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> MaskArray:
     Raises ValueError for anything else, for a code of another size and for one that does not cover it exactly.
     """
     size = (height, width)
-    return rasterise(segmentation, size, Placement(), size, size, subsamples=1) > 0
+    return rasterise(segmentation, size, MaskPlacement(), size, size, subsamples=1) > 0
 
 
 def draw_masks(

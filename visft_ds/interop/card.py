@@ -22,7 +22,7 @@ _METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
 
 
 @dataclass(frozen=True)
-class Source:
+class CardSource:
     """A file that something was made from, without its folder."""
 
     name: str
@@ -34,8 +34,8 @@ class Origin:
     """Where weights come from. `trained`: setting -> value; `measured`: quantity -> value, of an evaluation; both empty
     where nothing is known."""
 
-    base: Source | None
-    adapters: tuple[Source, ...]
+    base: CardSource | None
+    adapters: tuple[CardSource, ...]
     trained: Mapping[str, str] = field(default_factory=dict)
     measured: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

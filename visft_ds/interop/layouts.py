@@ -145,7 +145,7 @@ def tower_of(backbone: EvaViT) -> Tower:
     )
 
 
-def told_of(backbone: Backbone) -> dict[str, str]:
+def tower_metadata(backbone: Backbone) -> dict[str, str]:
     """What the metadata of its weights say of a backbone."""
     if isinstance(backbone, TimmBackbone):
         return {TIMM_KEY: backbone.settings()}

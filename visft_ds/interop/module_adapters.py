@@ -62,7 +62,7 @@ model = PeftModel.from_pretrained(model, ADAPTER).eval()
 
 
 @dataclass(frozen=True)
-class Place:
+class AdaptedPlace:
     """An adapted layer: output slices of a linear one, groups of a convolution."""
 
     slices: tuple[tuple[int, int], ...]
@@ -78,7 +78,7 @@ class ModuleAdapter:
     alpha: float
     targets: tuple[str, ...]  #: as configured
     magnitude: bool
-    places: Mapping[str, Place]  #: by name of the layer
+    places: Mapping[str, AdaptedPlace]  #: by name of the layer
     tensors: Mapping[str, Tensor]
     base_sha256: str | None = None
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
@@ -158,10 +158,10 @@ def module_adapter(
     places = {}
     for name, layer in lora_layers(backbone).items():
         if isinstance(layer, LoRAConv2d):
-            places[name] = Place(((0, layer.out_channels),), layer.groups)
+            places[name] = AdaptedPlace(((0, layer.out_channels),), layer.groups)
         else:
             assert isinstance(layer, LoRALinear)
-            places[name] = Place(layer.slices)
+            places[name] = AdaptedPlace(layer.slices)
     return ModuleAdapter(
         backbone.name,
         lora.rank,
@@ -208,7 +208,7 @@ def read_module_adapter(folder: str | Path) -> ModuleAdapter:
         raise ValueError(f"{file.path} is no adapter that this project wrote for a model of timm")
     told = json.loads(file.metadata[_KEY])
     places = {
-        name: Place(tuple((lo, hi) for lo, hi in place["slices"]), place["groups"])
+        name: AdaptedPlace(tuple((lo, hi) for lo, hi in place["slices"]), place["groups"])
         for name, place in told.pop("places").items()
     }
     told["targets"] = tuple(told["targets"])
@@ -239,7 +239,7 @@ def _fan_in(adapter: ModuleAdapter) -> dict[str, int]:
     return {name: adapter.tensors[f"{name}.lora_A"].shape[1] * p.groups for name, p in adapter.places.items()}
 
 
-def _factor(place: Place) -> int:
+def _factor(place: AdaptedPlace) -> int:
     """PEFT's rank of a layer over ours."""
     return max(len(place.slices), place.groups)
 

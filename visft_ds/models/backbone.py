@@ -29,7 +29,7 @@ def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     return build_backbone(preset, device="meta", dtype=dtype, seed=None, **options)
 
 
-def own_tower(backbone: Backbone) -> EvaViT:
+def require_eva_vit(backbone: Backbone) -> EvaViT:
     """A backbone that is a tower of our own, where the configuration allows no other (pipelines)."""
     assert isinstance(backbone, EvaViT), type(backbone)
     return backbone

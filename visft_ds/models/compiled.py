@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import recomputed, run_block
 from visft_ds.ops.attention import Packing
 
@@ -82,7 +82,7 @@ def compile_blocks(backbone: Backbone, how: str, *, backend: str = "inductor") -
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     # Otherwise a block that is compiled too often would run uncompiled, in silence.
     config.fail_on_recompile_limit_hit = True
-    own_tower(backbone).compiled = CompiledBlocks(how, backend=backend)
+    require_eva_vit(backbone).compiled = CompiledBlocks(how, backend=backend)
 
 
 def check_compiler(how: str, device: torch.device) -> None:

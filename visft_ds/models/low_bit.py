@@ -87,7 +87,7 @@ def number_of_values(module: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LowBitDifference:
     """A tower with matrices in few bits beside the same one in full precision."""
 
     format: str
@@ -114,7 +114,7 @@ class Difference:
 @torch.no_grad()
 def compare_with_full(
     backbone: EvaViT, read: Callable[[str], Tensor], whole: Callable[[nn.Module], AbstractContextManager[None]]
-) -> Difference | None:
+) -> LowBitDifference | None:
     """What storing in few bits does to the features, and to each block alone. Collective where `whole` is.
 
     The probe is one fixed picture of 4 x 4 patches, computed in fp32. A process that holds part of the blocks compares
@@ -150,7 +150,7 @@ def compare_with_full(
             exact = tower(probe)
     worst = max(changes, key=lambda name: changes[name])
     sizes = [(layer.out_features, low_bit) for layer in layers.values() if (low_bit := layer.low_bit) is not None]
-    return Difference(
+    return LowBitDifference(
         format=formats.pop(),
         blocks=tuple(held),
         whole=everything,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import DistNetworkError
 
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel, Normaliser
+from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
@@ -54,9 +54,9 @@ class Engine(Protocol):
     seed: int
     deepspeed: Any  #: the engine inside
     loss_scale: LossScale
-    accept: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
+    should_update: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
 
-    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport: ...
+    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport: ...
 
     def predict(self, batch: Batch) -> dict[str, Any]: ...
 
@@ -178,7 +178,7 @@ class ZeroEngine:
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
-    `accept` decides, from the mean loss of the global batch, whether a step may change the weights. It has to answer
+    `should_update` decides, from the mean loss of the global batch, if a step may change the weights. It has to answer
     alike on every rank. Nothing that is not finite may pass.
     """
 
@@ -207,9 +207,9 @@ class ZeroEngine:
         self.accumulation: int = self.deepspeed.gradient_accumulation_steps()
         self.stage: int = self.deepspeed.zero_optimization_stage()
         self.loss_scale = LossScale(self.deepspeed)
-        self.accept: Callable[[float], bool] = math.isfinite
+        self.should_update: Callable[[float], bool] = math.isfinite
 
-    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
+    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
         """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
         torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
@@ -220,7 +220,7 @@ class ZeroEngine:
         sums: dict[str, Tensor] = {}
         self.module.faults = []
         for number, batch in enumerate(batches, 1):
-            losses = self.deepspeed(batch.to(self.device), normaliser)
+            losses = self.deepspeed(batch.to(self.device), loss_denominators)
             self.deepspeed.backward(losses["loss"])
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
@@ -240,7 +240,7 @@ class ZeroEngine:
 
         Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
         """
-        accepted = self.accept(loss)
+        accepted = self.should_update(loss)
         norm = self._dense_gradient_norm() if self.stage == 0 else math.inf  # ZeRO-0 keeps no norm
         if not accepted or (self.stage == 0 and not math.isfinite(norm)):
             step_without_update(self.deepspeed, self.stage, self.deepspeed.step)

@@ -21,7 +21,7 @@ from visft_ds.costs.flops import Flops, block_flops, product, tower_from
 from visft_ds.data.roles import role_of_stage
 from visft_ds.data.shards import Role
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.backbone import own_tower
+from visft_ds.models.backbone import require_eva_vit
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 
 #: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
@@ -105,7 +105,7 @@ def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: in
         return None
     visft, stages = config.visft, batches.stages
     module, _ = plan_model(visft, config.optimizer.params, vocabulary_size or PUBLISHED_VOCABULARY)
-    depth = own_tower(module.backbone).depth
+    depth = require_eva_vit(module.backbone).depth
     names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
     if stages > len(names):
         raise ValueError(
@@ -155,7 +155,7 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, images: int) -> list[float]:
     """Operations of each layer for one micro-batch of a stream, of its typical images."""
-    backbone = own_tower(module.backbone)
+    backbone = require_eva_vit(module.backbone)
     together = 1 if module.packed else images
     side = stream.typical_side(together) // backbone.patch_size or 1
     patches = side * side

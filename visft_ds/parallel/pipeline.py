@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.roles import check_same_samples
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel, Normaliser
+from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, judge_gradient, step_seed
 from visft_ds.parallel.loss_scale import LossScale
@@ -102,7 +102,7 @@ class PipelineEngine:
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
-    `accept` decides as in `ZeroEngine`: every stage is told the mean loss of the global batch before the update.
+    `should_update` decides as in `ZeroEngine`: every stage is told the mean loss of the global batch before the update.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class PipelineEngine:
         first_trained = min(self._owners[name] for name in trained)
         # An attribute of the object hides the table of its class: no other engine is changed.
         self.deepspeed._INSTRUCTION_MAP = instructions(self.place.stage, first_trained, self._update)
-        self.accept: Callable[[float], bool] = math.isfinite
+        self.should_update: Callable[[float], bool] = math.isfinite
         self._steps_here = 0
         self._sums: dict[str, Tensor] = {}  # of the micro-batches of a step, where the losses are
         self._losses: dict[str, float] = {}
@@ -150,7 +150,7 @@ class PipelineEngine:
         """The rank that speaks for a parameter: the first one of the stage that holds it."""
         return self._owners[name] * self.place.dp_size
 
-    def train_step(self, step: int, batches: Sequence[Batch], normaliser: Normaliser) -> StepReport:
+    def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
         """One optimiser step over this pipeline's micro-batches (as many as `accumulation`, none in the middle).
 
         Args:
@@ -176,7 +176,7 @@ class PipelineEngine:
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
 
-        self._run(self.deepspeed.train_batch, batches, normaliser, note)
+        self._run(self.deepspeed.train_batch, batches, loss_denominators, note)
         self._steps_here += 1
         norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
         refused: Literal["", "loss", "gradient"] = "loss"
@@ -192,7 +192,7 @@ class PipelineEngine:
         self._losses, scale = self._share_losses()
         # It multiplied the gradients that came from the last stage; no stage may divide by another one.
         assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
-        self._accepted = self.accept(self._losses["loss"])
+        self._accepted = self.should_update(self._losses["loss"])
         step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
         if self._accepted:
             step()
@@ -226,14 +226,14 @@ class PipelineEngine:
         self,
         start: Callable[[Iterator[Any]], Any],
         batches: Sequence[Batch],
-        normaliser: Normaliser | None,
+        loss_denominators: LossDenominators | None,
         note: Callable[[Any, Tensor, Batch], None],
     ) -> None:
         """Send micro-batches through the stages; `note` sees each output on the last one."""
         heads = self._stages.heads
         self.deepspeed.module.loss_fn = _loss_of
         if heads is not None:
-            heads.normaliser = normaliser
+            heads.loss_denominators = loss_denominators
 
             def loss(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
                 assert heads is not None and heads.received is not None

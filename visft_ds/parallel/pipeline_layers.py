@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.roles import sample_checksum
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel, Normaliser, valid_region
-from visft_ds.models.backbone import own_tower
+from visft_ds.model import LossDenominators, MultiTaskModel, valid_region
+from visft_ds.models.backbone import require_eva_vit
 from visft_ds.models.eva_vit import Grids
 from visft_ds.ops.attention import Packing
 from visft_ds.tasks.matching import at_least_float32
@@ -38,7 +38,7 @@ class _Packings:
             return None, None
         if self._read is None or self._read[0] is not label:
             grids = [(height, width) for height, width in label[1:].view(-1, 2).tolist()]
-            self._read = (label, grids, own_tower(model.backbone).packing(grids, label.device))
+            self._read = (label, grids, require_eva_vit(model.backbone).packing(grids, label.device))
         return self._read[1:]
 
 
@@ -47,7 +47,7 @@ class EmbeddingLayer(nn.Module):
 
     def __init__(self, model: MultiTaskModel, packings: _Packings) -> None:
         super().__init__()
-        backbone = own_tower(model.backbone)
+        backbone = require_eva_vit(model.backbone)
         self._packings = packings
         self._model = (model,)  # a tuple, so that the whole model is not part of this layer
         self.patch_embed = backbone.patch_embed
@@ -58,7 +58,7 @@ class EmbeddingLayer(nn.Module):
         images, sizes, label = fed
         model = self._model[0]
         grids, _ = self._packings.of(model, label)
-        tokens = own_tower(model.backbone).embed(model.pixels(images, sizes), grids)
+        tokens = require_eva_vit(model.backbone).embed(model.pixels(images, sizes), grids)
         return tokens.contiguous(), label  # a transposed view cannot be sent
 
 
@@ -70,14 +70,14 @@ class BlockLayer(nn.Module):
         self._model = (model,)
         self._packings = packings
         self._index = index
-        self.block = own_tower(model.backbone).blocks[index]
+        self.block = require_eva_vit(model.backbone).blocks[index]
 
     def forward(self, travelling: Travelling) -> Travelling:
         """Tokens to tokens of the same shape."""
         tokens, label = travelling
         model = self._model[0]
         _, packing = self._packings.of(model, label)
-        return own_tower(model.backbone).run_block(self._index, self.block, tokens, packing), label
+        return require_eva_vit(model.backbone).run_block(self._index, self.block, tokens, packing), label
 
 
 class HeadsLayer(nn.Module):
@@ -92,10 +92,10 @@ class HeadsLayer(nn.Module):
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         self._model = (model,)
-        self.norm = own_tower(model.backbone).norm
+        self.norm = require_eva_vit(model.backbone).norm
         self.heads = model.heads
         self.batch: Batch | None = None
-        self.normaliser: Normaliser | None = None
+        self.loss_denominators: LossDenominators | None = None
         self.received: Tensor | None = None
 
     def forward(self, travelling: Travelling) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class HeadsLayer(nn.Module):
         tokens, self.received = travelling
         model, batch = self._model[0], self.batch
         assert batch is not None, "no batch was handed to the heads"
-        backbone = own_tower(model.backbone)
+        backbone = require_eva_vit(model.backbone)
         size, frames = padded_size(batch, backbone.patch_size), model.frames(batch)
         grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
         expected = (len(batch.sizes), grid[0] * grid[1] + (backbone.cls_token is not None))
@@ -123,7 +123,7 @@ class HeadsLayer(nn.Module):
             features, valid = backbone.feature_map(tokens, grid), valid_region(batch.sizes, size, grid)
         else:
             features, valid = backbone.feature_maps(tokens, frames.grids), frames.valid(batch.sizes)
-        return model.outputs(at_least_float32(features), valid, batch, self.normaliser)
+        return model.outputs(at_least_float32(features), valid, batch, self.loss_denominators)
 
 
 def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
@@ -140,7 +140,7 @@ def travelling_label(model: MultiTaskModel, batch: Batch) -> Tensor:
 
 def pipeline_layers(model: MultiTaskModel) -> list[tuple[str, nn.Module]]:
     """The layers by name, in order: "embedding", "blocks.0", ..., "heads". Parameters are the model's own."""
-    packings, depth = _Packings(), own_tower(model.backbone).depth
+    packings, depth = _Packings(), require_eva_vit(model.backbone).depth
     blocks = [(f"blocks.{index}", BlockLayer(model, index, packings)) for index in range(depth)]
     return [("embedding", EmbeddingLayer(model, packings)), *blocks, ("heads", HeadsLayer(model))]
 
@@ -160,5 +160,5 @@ def release(model: MultiTaskModel, layer: nn.Module) -> None:
     """Free what a layer of another stage holds, if anything; names and shapes stay in the model, on the meta device."""
     layer.to("meta")
     if isinstance(layer, EmbeddingLayer):  # parameters of the backbone itself, which the line above does not reach
-        backbone = own_tower(model.backbone)
+        backbone = require_eva_vit(model.backbone)
         backbone.pos_embed, backbone.cls_token = layer.pos_embed, layer.cls_token

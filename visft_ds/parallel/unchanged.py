@@ -36,7 +36,7 @@ def unchanged(engine: Engine) -> Iterator[None]:
     own = {name: value for name, value in vars(engine).items() if name in _OWN}
     step, scale = optimizer.step, engine.loss_scale.state()
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-        inside.lr_scheduler, engine.accept = None, lambda loss: True
+        inside.lr_scheduler, engine.should_update = None, lambda loss: True
         optimizer.step = partial(_step_over_gradients, optimizer)
         engine.loss_scale.restore({**scale, "scale": 1.0} if scale else {})
         try:

@@ -11,7 +11,7 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
 from visft_ds.planner.memory import MemoryPlan, plan_stream, run_of
-from visft_ds.planner.step import Run, rehearse
+from visft_ds.planner.step import PlannedRun, rehearse
 
 #: (checkpoint_every, recompute), from the one that costs least time to the one that keeps least.
 POLICIES = (
@@ -54,7 +54,7 @@ def fitting_settings(
     Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
     """
 
-    def run(of: ResolvedConfig) -> Run:
+    def run(of: ResolvedConfig) -> PlannedRun:
         return run_of(of, world_size, precision, vocabulary_size, device)
 
     now = run(config)
@@ -80,7 +80,7 @@ def fitting_settings(
     return sorted(found, key=lambda suggestion: suggestion.relative_time)[:3]
 
 
-def operations(run: Run) -> float:
+def operations(run: PlannedRun) -> float:
     """Of one rank's mean step, forward and backward."""
     streams = run.config.visft.streams().values()
     whole = sum(stream.share for stream in streams)

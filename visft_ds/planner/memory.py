@@ -17,7 +17,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.costs.ledger import ACTIVATIONS, BUCKETS, GATHERED, GRADIENTS, TRANSIENT
 from visft_ds.parallel import distributed
 from visft_ds.planner.rehearsal import Content
-from visft_ds.planner.step import Rehearsed, Run, rehearse
+from visft_ds.planner.step import PlannedRun, Rehearsed, rehearse
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 
 
@@ -82,9 +82,9 @@ def run_of(
     vocabulary_size: int | None,
     device: torch.device | None,
     content: Content | None = None,
-) -> Run:
+) -> PlannedRun:
     """What is to be planned; arguments as those of `plan_memory`."""
-    return Run(
+    return PlannedRun(
         config=config,
         batches=derive_batches(config, world_size),
         precision=precision,
@@ -94,7 +94,7 @@ def run_of(
     )
 
 
-def plan_stream(run: Run, stream: Stream) -> MemoryPlan:
+def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
     """The fullest moment of one kind of step."""
     stages = range(run.batches.stages) if run.batches.stages > 1 else [None]
     plans = [plan for stage in stages for plan in _plans(rehearse(run, stream, stage))]

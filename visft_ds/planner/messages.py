@@ -16,7 +16,7 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.planner.rehearsal import DTYPES
-from visft_ds.planner.step import Run, rehearse
+from visft_ds.planner.step import PlannedRun, rehearse
 from visft_ds.prepare.model import plan_model
 
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND = (
@@ -43,7 +43,7 @@ class Message:
     hidden: bool = False  #: beside computation, as far as that takes long enough
 
 
-def messages_of(run: Run, stream: Stream) -> list[Message]:
+def messages_of(run: PlannedRun, stream: Stream) -> list[Message]:
     """The messages of one optimiser step of a stream, those of a rank in the middle where ranks differ."""
     batches, zero = run.batches, run.zero()
     found = list(_pipeline(run, stream)) if batches.stages > 1 else []
@@ -56,7 +56,7 @@ def messages_of(run: Run, stream: Stream) -> list[Message]:
     return found
 
 
-def broadcasts_of(run: Run) -> list[Message]:
+def broadcasts_of(run: PlannedRun) -> list[Message]:
     """What is sent once, when an engine is built: every parameter, from one rank to all (ZeRO 0-2)."""
     if run.batches.dp < 2 or run.zero().stage == 3:
         return []
@@ -64,7 +64,7 @@ def broadcasts_of(run: Run) -> list[Message]:
     return [Message("weights at the start", BROADCAST, size, count) for size, count in sorted(sizes.items())]
 
 
-def _model(run: Run) -> MultiTaskModel:
+def _model(run: PlannedRun) -> MultiTaskModel:
     """On the meta device, every parameter as it is stored."""
     visft = run.config.visft
     module, _ = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, DTYPES[run.precision])
@@ -72,7 +72,7 @@ def _model(run: Run) -> MultiTaskModel:
     return module
 
 
-def _gradients(run: Run, stream: Stream) -> Iterator[Message]:
+def _gradients(run: PlannedRun, stream: Stream) -> Iterator[Message]:
     """Sums of gradients, and what comes back after the update."""
     zero, stages, accumulation = run.zero(), run.batches.stages, run.batches.accumulation
     sizes = _trained(run, stream)
@@ -87,7 +87,7 @@ def _gradients(run: Run, stream: Stream) -> Iterator[Message]:
         yield Message("what was updated", ALL_GATHER, whole, 1)
 
 
-def _trained(run: Run, stream: Stream) -> list[int]:
+def _trained(run: PlannedRun, stream: Stream) -> list[int]:
     """Bytes of what learns from this stream; idle heads have no gradient to send."""
     module, groups = plan_model(run.config.visft, run.config.optimizer.params, run.vocabulary_size)
     names = [name for group in groups for name in group.names]
@@ -100,7 +100,7 @@ def _buckets(whole: int, size: int) -> list[int]:
     return [size] * full + [rest] * bool(rest)
 
 
-def _weights(run: Run, stream: Stream) -> Iterator[Message]:
+def _weights(run: PlannedRun, stream: Stream) -> Iterator[Message]:
     """ZeRO-3: whole weights, gathered for the forward pass, and again for the backward pass unless that comes soon."""
     zero, found = run.zero(), rehearse(run, stream)
     gathered: Counter[int] = Counter()
@@ -118,7 +118,7 @@ def _is_idle(name: str, tasks: Sequence[str]) -> bool:
     return name.startswith("heads.") and name.split(".")[1] not in tasks
 
 
-def _pipeline(run: Run, stream: Stream) -> Iterator[Message]:
+def _pipeline(run: PlannedRun, stream: Stream) -> Iterator[Message]:
     """Tokens to the next stage, and their gradients back where something before it trains."""
     found, accumulation = rehearse(run, stream, run.batches.stages - 1), run.batches.accumulation
     yield Message("tokens to the next stage", SEND, found.tokens, accumulation)

@@ -86,7 +86,7 @@ def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input
         yield tracer
 
 
-def normaliser_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
+def loss_denominators_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
     """The names that the criteria divide by, as 0-d tensors on the meta device. The batch is still on the host."""
     found: dict[str, dict[str, Tensor]] = {}
     for name in module.count(batch):

@@ -13,8 +13,8 @@ from visft_ds.planner.cluster import MEMORY_SHARE, Cluster, rates_of
 from visft_ds.planner.fitting import POLICIES, policy_settings
 from visft_ds.planner.memory import MemoryPlan, plan_stream
 from visft_ds.planner.rehearsal import Content
-from visft_ds.planner.step import Run, rehearse
-from visft_ds.planner.time import StepTime, step_time
+from visft_ds.planner.step import PlannedRun, rehearse
+from visft_ds.planner.time import PlannedTime, step_time
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 
 CUDA = torch.device("cuda")
@@ -27,7 +27,7 @@ class StreamForecast:
     images: int  #: of an optimiser step, over all GPUs
     micro: int  #: of one GPU at once
     memory: MemoryPlan
-    time: StepTime
+    time: PlannedTime
     limit: float  #: seconds at the GPUs' peak, all arithmetic needed once, nothing else
 
     @property
@@ -37,7 +37,7 @@ class StreamForecast:
 
 
 @dataclass(frozen=True)
-class Arm:
+class SearchArm:
     """A configuration on a cluster."""
 
     flags: tuple[str, ...]  #: of launchers/train.py that lead to it
@@ -80,7 +80,7 @@ class Arm:
         return sum(self.shares[name] * one.limit for name, one in self.streams.items()) / self.step_seconds
 
 
-def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> Arm:
+def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
     """Memory and time of a configuration on a cluster.
 
     Raises:
@@ -93,8 +93,10 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}; it has {', '.join(gpu.tflops)}")
     batches = derive_batches(config, cluster.count)
     # Typical batches for the time, full ones for the memory.
-    full = Run(config, batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
-    plain = Run(changed(config, policy_settings(0, "block")), batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
+    full = PlannedRun(config, batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
+    plain = PlannedRun(
+        changed(config, policy_settings(0, "block")), batches, precision, PUBLISHED_VOCABULARY, CUDA, Content()
+    )
     rates, streams = rates_of(gpu), {}
     for name, stream in config.visft.streams().items():
         work = rehearse(plain.typical(stream), stream).work
@@ -112,7 +114,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     model = config.visft.model
     recomputes = model.checkpoint_every and config.visft.stage == 2
     policy = f"{model.recompute}, every {model.checkpoint_every}" if recomputes else "nothing"
-    return Arm(
+    return SearchArm(
         flags=tuple(flags),
         engine=engine,
         policy=policy,
@@ -124,13 +126,13 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     )
 
 
-def search(config: ResolvedConfig, cluster: Cluster) -> list[Arm]:
+def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
     """One arm for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
 
     Where nothing fits, an engine's arm is the one that needs least. Policies are tried from the fastest to the
     smallest, and the smallest number of micro-batches first.
     """
-    arms: list[Arm] = []
+    arms: list[SearchArm] = []
     for flags, of_engine in _engines(config, cluster):
         if of_engine.pipeline_stages > 1 and any(arm.fits for arm in arms):
             break  # a pipeline divides what does not fit; it waits while it fills

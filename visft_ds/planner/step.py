@@ -30,18 +30,18 @@ from visft_ds.costs.ledger import (
     saved_tensors_counted,
 )
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import own_tower
+from visft_ds.models.backbone import require_eva_vit
 from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, normaliser_of, rehearsing
+from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, loss_denominators_of, rehearsing
 from visft_ds.planner.work import Total
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
 from visft_ds.prepare.model import plan_model
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A configuration on processes of one kind."""
 
     config: ResolvedConfig
@@ -56,7 +56,7 @@ class Run:
         batches = self.batches
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
 
-    def typical(self, stream: Stream) -> Run:
+    def typical(self, stream: Stream) -> PlannedRun:
         """The same with images of average size, where the largest say too little of the time."""
         together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
         side = stream.typical_side(together)
@@ -103,7 +103,7 @@ class _Key:
 _KNOWN: dict[_Key, Rehearsed] = {}
 
 
-def rehearse(run: Run, stream: Stream, stage: int | None = None) -> Rehearsed:
+def rehearse(run: PlannedRun, stream: Stream, stage: int | None = None) -> Rehearsed:
     """One micro-batch of a stream on one rank; what was rehearsed before is not done again.
 
     Args:
@@ -131,7 +131,7 @@ def rehearse(run: Run, stream: Stream, stage: int | None = None) -> Rehearsed:
 class _Rehearsal:
     """The model of a run on the meta device, with everything that a micro-batch needs."""
 
-    def __init__(self, run: Run, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> None:
+    def __init__(self, run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> None:
         self.run, self.stage, self.bounds, self.zero = run, stage, bounds, run.zero()
         visft = run.config.visft
         storage = DTYPES[run.precision]
@@ -147,7 +147,7 @@ class _Rehearsal:
         own = [[p for p in group.parameters if id(p) in here] for group in groups]
         self.groups: Groups = [group for group in own if group]
         batch = blank_batch(stream, run.batches.micro[stream.name], run.content)
-        self.normaliser = normaliser_of(self.module, batch)
+        self.loss_denominators = loss_denominators_of(self.module, batch)
         self.batch = batch.to(META)
         self.labels = replace(self.batch, sizes=batch.sizes)  # the heads of a pipeline ask the host for sizes
 
@@ -227,7 +227,7 @@ class _Rehearsal:
             if self.layers:
                 self._stage_steps()
             else:
-                torch.autograd.backward(self.module(self.batch, self.normaliser)["loss"])
+                torch.autograd.backward(self.module(self.batch, self.loss_denominators)["loss"])
         return {kind: ledger.at_peak[kind] for kind in (ACTIVATIONS, TRANSIENT, GRADIENTS, BUCKETS)}, tracer.work
 
     def _accumulated(self) -> Sequence[nn.Parameter]:
@@ -253,7 +253,7 @@ class _Rehearsal:
                 travelling = (torch.empty(shape, device=META, requires_grad=trains_before), checksum)
             for layer in self.layers:
                 if isinstance(layer, HeadsLayer):
-                    layer.batch, layer.normaliser = self.labels, self.normaliser
+                    layer.batch, layer.loss_denominators = self.labels, self.loss_denominators
                 travelling = layer(travelling)
             outputs.append(travelling)
         last = outputs[0]
@@ -264,7 +264,7 @@ class _Rehearsal:
 
     def _tokens(self) -> tuple[int, int, int]:
         """Shape (B, N, D) of what travels from block to block."""
-        backbone = own_tower(self.module.backbone)
+        backbone = require_eva_vit(self.module.backbone)
         height, width = backbone.grid(self.batch.images)
         return len(self.batch.images), height * width + (backbone.cls_token is not None), backbone.width
 

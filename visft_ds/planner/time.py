@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.planner.cluster import LINK_SHARE, Rates
-from visft_ds.planner.step import Run, rehearse
+from visft_ds.planner.step import PlannedRun, rehearse
 
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 _UPDATE_BYTES = 32
 
 
 @dataclass(frozen=True)
-class StepTime:
+class PlannedTime:
     """Seconds of one optimiser step."""
 
     compute: float  #: forward and backward of all micro-batches
@@ -27,7 +27,7 @@ class StepTime:
         return self.compute + self.update + self.communication + self.waiting
 
 
-def step_time(run: Run, stream: Stream, rates: Rates, link: float) -> StepTime:
+def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> PlannedTime:
     """Of one kind of step.
 
     Args:
@@ -45,16 +45,16 @@ def step_time(run: Run, stream: Stream, rates: Rates, link: float) -> StepTime:
         busy, whole = _of_pipeline(run, micro)
         # Tokens go forward and their gradients back; what the stages in between send lies beside computation.
         sent = 2 * (batches.stages - 1) * found.tokens / reached
-        return StepTime(busy, update, exchanged + sent, whole - busy)
+        return PlannedTime(busy, update, exchanged + sent, whole - busy)
     compute = batches.accumulation * micro
     gathering = 0.0
     if zero.stage == 3:  # weights arrive ahead of what is computed with them: what takes longer decides
         passes = batches.accumulation * (1 + found.backbone_trains)
         gathering = passes * found.parameters * (batches.dp - 1) / batches.dp / reached
-    return StepTime(compute, update, exchanged + max(0.0, gathering - compute), 0.0)
+    return PlannedTime(compute, update, exchanged + max(0.0, gathering - compute), 0.0)
 
 
-def _of_pipeline(run: Run, micro: float) -> tuple[float, float]:
+def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:
     """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
     assert run.partition is not None
     costs, accumulation = run.partition.stage_costs(), run.batches.accumulation

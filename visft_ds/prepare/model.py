@@ -25,7 +25,7 @@ from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.backbone import Backbone, build_empty, own_tower
+from visft_ds.models.backbone import Backbone, build_empty, require_eva_vit
 from visft_ds.models.lora import has_effect, inject_lora
 from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
 from visft_ds.models.timm_backbone import TimmBackbone
@@ -154,7 +154,7 @@ def prepare_model(
     if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
     if config.model.base != "full":
-        difference = compare_with_full(own_tower(module.backbone), base.read, placement.whole)
+        difference = compare_with_full(require_eva_vit(module.backbone), base.read, placement.whole)
         notes += difference.lines() if difference else []
     return PreparedModel(module, groups, base, tuple(notes))
 

@@ -12,7 +12,7 @@ import orjson
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
-from visft_ds.data.dataset import Pipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
@@ -22,13 +22,13 @@ from visft_ds.tasks.captioning.vocabulary import FORMAT, Vocabulary
 from visft_ds.tasks.transform import JointTransform, collate_joint
 
 
-def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> Pipeline:
+def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
     if stream.name == SHARED:
         joint = JointTransform(train, stream.tasks, vocabulary=vocabulary, classes=stream.classes, **stream.image)
-        return Pipeline(joint, collate_joint)
+        return SamplePipeline(joint, collate_joint)
     spec, classes = TASKS[stream.name], stream.classes.get(stream.name)
-    return Pipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
+    return SamplePipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
 
 
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
@@ -46,7 +46,7 @@ def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
 
 def pipelines_of(
     config: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None
-) -> dict[str, dict[str, Pipeline]]:
+) -> dict[str, dict[str, SamplePipeline]]:
     """Stream -> data set -> what makes its training batches, with targets of those tasks only that the set teaches."""
     return {
         stream.name: {name: pipeline_of(part, vocabulary, train=True) for name, part in parts_of(stream, sets).items()}

@@ -38,7 +38,7 @@ from visft_ds.planner.messages import (
     broadcasts_of,
     messages_of,
 )
-from visft_ds.planner.step import Run
+from visft_ds.planner.step import PlannedRun
 from visft_ds.planner.time import step_time
 from visft_ds.prepare.model import choose_precision, plan_groups
 from visft_ds.profiling.communication import measure_communication
@@ -125,7 +125,7 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
     return record
 
 
-def _engine_name(run: Run) -> str:
+def _engine_name(run: PlannedRun) -> str:
     stages = run.batches.stages
     kind = f"pipeline of {stages} stages, " if stages > 1 else ""
     return f"{kind}ZeRO-{run.zero().stage} over {run.batches.dp}"
@@ -251,7 +251,7 @@ def seconds_of(size: int, known: Mapping[int, float]) -> float:
 # ------------------------------------------------------------------------------------------------------- engine
 
 
-def _measure_engine(config: ResolvedConfig, run: Run, precision: Precision, repeats: int) -> dict[str, Any]:
+def _measure_engine(config: ResolvedConfig, run: PlannedRun, precision: Precision, repeats: int) -> dict[str, Any]:
     """Averaging and update by the engine itself, of tensors of the sizes that train; nothing is computed for them.
 
     In turn with plain calls of the same bytes; both are seen by torch's profiler, and waiting for the other ranks
@@ -332,7 +332,7 @@ def _rates(device: torch.device) -> tuple[Rates | None, str]:
     return rates_of(gpu), f"planned for {gpu.name}"
 
 
-def _share(run: Run, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates, source: str) -> dict[str, Any]:
+def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates, source: str) -> dict[str, Any]:
     """Of a step: computed seconds as planned, sent seconds as measured; what lies beside computation, hidden."""
     planned = step_time(run, run.config.visft.streams()[name], rates, 1e30)  # without anything sent
     computed = planned.compute + planned.update + planned.waiting

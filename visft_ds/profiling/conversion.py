@@ -29,7 +29,7 @@ from visft_ds.profiling.record import circumstances
 from visft_ds.profiling.timing import Spread
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
-from visft_ds.shards.source import Selection, read_source
+from visft_ds.shards.source import SourceSelection, read_source
 
 FORMAT, VERSION = "visft_ds conversion", 1
 #: COCO train2017 (https://cocodataset.org): images with instances, instances, captions.
@@ -193,7 +193,7 @@ def _annotations(options: ConversionOptions) -> dict[str, Any]:
 def read_annotations(folder: Path) -> dict[str, Any]:
     """Read what `write_annotations` wrote; seconds of processor time and the peak memory of this process."""
     before = time.process_time()
-    source = read_source(folder / "instances.json", folder / "captions.json", Selection())
+    source = read_source(folder / "instances.json", folder / "captions.json", SourceSelection())
     seconds = time.process_time() - before
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {

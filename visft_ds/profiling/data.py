@@ -18,7 +18,7 @@ import simplejpeg
 import torch.nn.functional
 from isal import isal_zlib
 
-from visft_ds.data.dataset import Pipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.shards import ROLES, Role, ShardReader
 from visft_ds.data.spans import SPANS, Spent, measure_cpu
 from visft_ds.data.workers import WorkerKind
@@ -74,7 +74,7 @@ class StreamData:
     """What one stream of a configuration makes of the samples."""
 
     name: str
-    pipeline: Pipeline
+    pipeline: SamplePipeline
     batch: int  #: samples of a step
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from visft_ds.data.dataset import Pipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.decode import decode_image
 from visft_ds.data.open_webdataset import check_secure
 from visft_ds.data.plan import generator
@@ -63,7 +63,7 @@ def naive(urls: Sequence[str], vocabulary: Vocabulary, batch: int, *, workers: i
 
 def tuned(
     urls: Sequence[str],
-    pipeline: Pipeline,
+    pipeline: SamplePipeline,
     batch: int,
     *,
     workers: int,
@@ -90,7 +90,7 @@ def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
     return iter(dataset.map(_parse) if parse else dataset)
 
 
-def label_batches(urls: Sequence[str], pipeline: Pipeline, batch: int, *, buffer: int) -> Iterator[Any]:
+def label_batches(urls: Sequence[str], pipeline: SamplePipeline, batch: int, *, buffer: int) -> Iterator[Any]:
     """Batches of targets without pixels, shuffled."""
     dataset = (
         _shards(urls, buffer, select_files=_is_label)
@@ -175,7 +175,7 @@ def _parse(sample: WdsSample) -> Any:
 # ------------------------------------------------------------------------------------------------------- tuned
 
 
-def _tuned_sample(sample: WdsSample, *, pipeline: Pipeline, key_of: Callable[[int], int]) -> Any:
+def _tuned_sample(sample: WdsSample, *, pipeline: SamplePipeline, key_of: Callable[[int], int]) -> Any:
     label = orjson.loads(sample["json"])
     raw_sample = RawSample(
         index=0,  # a stream does not know

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from visft_ds.data.dataset import DataSet, Pipeline
+from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, Shuffle, TaskPlan
@@ -206,10 +206,10 @@ def _file_name(image: Mapping[str, Any], repetition: int) -> str:
     return f"{image['id'] + _REPETITION * repetition:012d}.jpg"
 
 
-def joint_pipeline(vocabulary: Vocabulary) -> Pipeline:
+def joint_pipeline(vocabulary: Vocabulary) -> SamplePipeline:
     """The plain three-task sample: boxes, masks of 56 x 56 cells and one caption on a square of 224 pixels."""
     tasks = ("detection", "segmentation", "captioning")
-    return Pipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
+    return SamplePipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
 
 
 def plan_over(samples: int, batch: int, name: str = TASK, shuffle: Shuffle = "full") -> Plan:
@@ -220,7 +220,7 @@ def plan_over(samples: int, batch: int, name: str = TASK, shuffle: Shuffle = "fu
 def our_loader(
     data: MeasuredSet,
     reader: ShardReader,
-    pipeline: Pipeline,
+    pipeline: SamplePipeline,
     batch: int,
     *,
     workers: WorkerKind = "threads",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from visft_ds.costs.flops import HEAD_FORMULAS, Flops, packed_flops, tower_flops, tower_from
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
-from visft_ds.models.backbone import own_tower
+from visft_ds.models.backbone import require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import plain_below
 from visft_ds.profiling.session import Session
@@ -55,7 +55,7 @@ def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
 
 def _backbone(session: Session, batch: Batch) -> Flops:
     module, config = session.engine.module, session.config.visft
-    backbone = own_tower(module.backbone)
+    backbone = require_eva_vit(module.backbone)
     lora = config.lora if config.stage == 2 else None
     trained = (name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
     tower = tower_from(
@@ -91,5 +91,5 @@ def _head(session: Session, task: str, batch: Batch) -> Flops | None:
 
 
 def _patches(session: Session, batch: Batch) -> int:
-    height, width = own_tower(session.engine.module.backbone).grid(batch.images)
+    height, width = require_eva_vit(session.engine.module.backbone).grid(batch.images)
     return height * width

@@ -121,12 +121,12 @@ class _Case:
     features: Tensor  #: (B, D, h, w)
     valid: Tensor  #: (B, h, w) bool, all True
     targets: Any
-    normaliser: Mapping[str, Tensor]
+    loss_denominators: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  #: what the head is given besides
 
     def tensors(self) -> list[Tensor]:
         """All that lives outside of the step, but the parameters."""
-        found = [self.features, self.valid, *self.normaliser.values(), *vars(self.targets).values()]
+        found = [self.features, self.valid, *self.loss_denominators.values(), *vars(self.targets).values()]
         return [thing for thing in found if isinstance(thing, Tensor)]
 
 
@@ -203,11 +203,11 @@ def _build(task: str, options: HeadOptions, device: torch.device) -> _Case:
             targets = _caption_targets(images, vocabulary)
     head.to(device).train()
     count = criterion.count(_batch(task, targets, images))
-    normaliser = {name: torch.tensor(max(value, 1.0), device=device) for name, value in count.items()}
+    loss_denominators = {name: torch.tensor(max(value, 1.0), device=device) for name, value in count.items()}
     targets = targets.to(device)
     inputs = targets.head_inputs() if task == "captioning" else {}
     valid = torch.ones(images, *grid, dtype=torch.bool, device=device)
-    return _Case(head, criterion, features, valid, targets, normaliser, inputs)
+    return _Case(head, criterion, features, valid, targets, loss_denominators, inputs)
 
 
 def _detection_targets(images: int, objects: int) -> DetectionTargets:
@@ -269,7 +269,7 @@ def _step(case: _Case, watch: Stopwatch) -> None:
     output = case.head(case.features, case.valid, **case.inputs)
     watch.stop(HEAD)
     watch.start(CRITERION)
-    losses = case.criterion(output, case.targets, case.normaliser)
+    losses = case.criterion(output, case.targets, case.loss_denominators)
     watch.stop(CRITERION)
     loss = sum_weighted(losses, case.criterion.weights)
     watch.start(BACKWARD)

@@ -27,7 +27,16 @@ from visft_ds.profiling.communication import measure_communication
 from visft_ds.profiling.formula import formula_of
 from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, StreamRun, make_step
-from visft_ds.profiling.timing import BACKWARD, Spread, StepTime, Stopwatch, divide, metered, synchronize, typical_parts
+from visft_ds.profiling.timing import (
+    BACKWARD,
+    MeasuredStep,
+    Spread,
+    Stopwatch,
+    divide,
+    metered,
+    synchronize,
+    typical_parts,
+)
 from visft_ds.resilience.host_memory import peak_memory
 
 Steps = Iterator[tuple[StepPlan, list[Batch]]]
@@ -52,7 +61,7 @@ class Lengths:
 class _Timed:
     """A step that was run."""
 
-    time: StepTime
+    time: MeasuredStep
     images: int  #: over all processes
     flops: Flops | None  #: of this process, by formula
     losses: dict[str, float]
@@ -117,14 +126,14 @@ def _timed_step(session: Session, run: StreamRun, steps: Steps, watch: Stopwatch
     device = run.engine.device
     synchronize(device)
     began = time.perf_counter()
-    whole, batches = next(steps)
+    step_plan, batches = next(steps)
     wait = run.loader.wait_seconds
-    report = make_step(run, whole.step, batches)
+    report = make_step(run, step_plan.step, batches)
     synchronize(device)
     seconds = time.perf_counter() - began
     return _Timed(
         divide(seconds, wait, watch.seconds() if watch else {}),
-        len(whole.indices),
+        len(step_plan.indices),
         formula_of(session, batches).total,
         dict(report.losses),
         report.skipped,
@@ -133,7 +142,7 @@ def _timed_step(session: Session, run: StreamRun, steps: Steps, watch: Stopwatch
 
 def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, Any]:
     """The last step: operations by part, counted and by formula, and bytes by kind."""
-    whole, batches = next(steps)
+    step_plan, batches = next(steps)
     ledger, meter = Ledger(run.engine.device.type), FlopMeter()
     note_residents(ledger, run.engine)
     ledger.forget_peaks()
@@ -142,7 +151,7 @@ def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, A
         stack.enter_context(metered(run.engine, _AtBackward(meter, ledger, run.engine.deepspeed.optimizer)))
         stack.enter_context(meter.counting())
         stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))
-        make_step(run, whole.step, batches)
+        make_step(run, step_plan.step, batches)
     steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
     formula = formula_of(session, batches)
     whole_formula = formula.total

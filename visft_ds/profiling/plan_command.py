@@ -59,14 +59,14 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if options.validate:
         return _validate(options.json, command)
     from visft_ds.planner.cluster import parse_cluster
-    from visft_ds.planner.search import Arm, forecast, search
+    from visft_ds.planner.search import SearchArm, forecast, search
 
     cluster = parse_cluster(options.cluster)
     plans = []
     for model in [options.model] if options.model else ["eva_e", "eva_g"]:
         for stage in [options.stage] if options.stage else [1, 2]:
             config = resolve(stage=stage, model=model, engine=options.engine or "zero1", settings=options.set)
-            arms: list[Arm] = (
+            arms: list[SearchArm] = (
                 [forecast(config, cluster, (f"--engine {options.engine}",))]
                 if options.engine
                 else search(config, cluster)

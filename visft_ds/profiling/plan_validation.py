@@ -32,7 +32,7 @@ from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.planner.cluster import Rates
 from visft_ds.planner.memory import plan_memory
 from visft_ds.planner.rehearsal import DTYPES, Content, rehearsing
-from visft_ds.planner.step import Run
+from visft_ds.planner.step import PlannedRun
 from visft_ds.planner.time import step_time
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
@@ -157,14 +157,14 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     for number, (name, stream) in enumerate(visft.streams().items()):
         whole = made_up_batch(stream, batches.micro[name])
         content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], 11) - 1)
-        run = Run(config, batches, precision, words.size, engine.device, content)
+        run = PlannedRun(config, batches, precision, words.size, engine.device, content)
         plan = plan_memory(config, world, precision=precision, task=name, vocabulary_size=words.size, content=content)
         parts = _parts_of(whole, batches.accumulation, batches.stages)
-        normaliser: dict[str, dict[str, torch.Tensor]] = {}
+        loss_denominators: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in engine.module.count(whole).items():
-            normaliser.setdefault(name, {})[key.partition("/")[2]] = torch.tensor(max(value, 1.0))
+            loss_denominators.setdefault(name, {})[key.partition("/")[2]] = torch.tensor(max(value, 1.0))
         del whole
-        step = partial(engine.train_step, number, parts, normaliser)
+        step = partial(engine.train_step, number, parts, loss_denominators)
         for _ in range(2):
             step()
         seconds = min(_cpu_seconds(step) for _ in range(3))

@@ -21,7 +21,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.model import counts_of, normaliser_of
+from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.models.low_bit import store_in_few_bits
@@ -153,7 +153,7 @@ def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport
         f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
     )
     parts = run.batches.dp * run.batches.accumulation
-    return run.engine.train_step(step, batches, normaliser_of(agreement.counts, parts, run.engine.device))
+    return run.engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, run.engine.device))
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:

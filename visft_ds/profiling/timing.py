@@ -126,10 +126,10 @@ class _MeteredCriterion:
         return self._criterion.count(batch)
 
     def __call__(
-        self, output: Any, targets: Any, normaliser: Mapping[str, Tensor], image_ids: Tensor | None = None
+        self, output: Any, targets: Any, loss_denominators: Mapping[str, Tensor], image_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
         self._meter.start(CRITERION)
-        losses = self._criterion(output, targets, normaliser, image_ids)
+        losses = self._criterion(output, targets, loss_denominators, image_ids)
         self._meter.stop(CRITERION)
         return losses
 
@@ -178,18 +178,18 @@ def _wrapped(function: Callable[..., Any], meter: Meter, part: str) -> Callable[
 
 
 @dataclass(frozen=True)
-class StepTime:
+class MeasuredStep:
     """One measured step."""
 
     seconds: float  #: wall time, waiting for data included
     parts: Mapping[str, float]  #: seconds; PARTS sum to `seconds`, MATCHER lies inside CRITERION
 
 
-def divide(seconds: float, wait_seconds: float, measured: Mapping[str, float]) -> StepTime:
+def divide(seconds: float, wait_seconds: float, measured: Mapping[str, float]) -> MeasuredStep:
     """A step by part: what was measured, in the order of PARTS, and the rest."""
     parts = {part: measured.get(part, 0.0) for part in PARTS} | {DATA_WAIT: wait_seconds}
     parts[REST] = seconds - sum(parts[part] for part in PARTS if part != REST)
-    return StepTime(seconds, parts | {MATCHER: measured.get(MATCHER, 0.0)})
+    return MeasuredStep(seconds, parts | {MATCHER: measured.get(MATCHER, 0.0)})
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _living_seconds() -> float:
     return sum(ticks[process] for process in descend - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
 
 
-def typical_parts(steps: Sequence[StepTime]) -> dict[str, float]:
+def typical_parts(steps: Sequence[MeasuredStep]) -> dict[str, float]:
     """Mean of every part over the middle half of the steps, by duration; the parts sum to the mean of these steps.
 
     Medians taken part by part would not sum to any step.

@@ -25,7 +25,7 @@ from visft_ds.data.features import StoredFeatures, View
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.interop.writing import save_tensors
-from visft_ds.model import Normaliser
+from visft_ds.model import LossDenominators
 from visft_ds.monitor.metrics import versions
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.segmentation.data import SegmentationTargets
@@ -49,7 +49,7 @@ class RankPart:
     rank: int
     seed: int  #: of torch's generators at the beginning of the step
     batches: tuple[Batch, ...]  #: its micro-batches, in order
-    normaliser: Normaliser
+    loss_denominators: LossDenominators
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def write_part(path: Path, part: RankPart) -> bool:
                     tensors[name] = value
                 else:
                     texts[name] = value
-    for task, counts in part.normaliser.items():
+    for task, counts in part.loss_denominators.items():
         tensors |= {f"normaliser/{task}/{name}": value for name, value in counts.items()}
     if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST:
         return False
@@ -109,7 +109,7 @@ def write_part(path: Path, part: RankPart) -> bool:
 
 def write_record(
     path: Path,
-    whole: StepPlan,
+    step_plan: StepPlan,
     plan: Plan,
     config: ResolvedConfig,
     *,
@@ -132,15 +132,15 @@ def write_record(
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "step": whole.step + 1,
-        "task": whole.task,
-        "dataset": whole.dataset,
-        "position": whole.position,
-        "epoch": whole.epoch,
-        "indices": whole.indices.tolist(),
-        "random_keys": whole.keys.tolist(),
+        "step": step_plan.step + 1,
+        "task": step_plan.task,
+        "dataset": step_plan.dataset,
+        "position": step_plan.position,
+        "epoch": step_plan.epoch,
+        "indices": step_plan.indices.tolist(),
+        "random_keys": step_plan.keys.tolist(),
         "image_ids": [list(ids) for ids in image_ids],
-        "plan": plan.state(whole.step),
+        "plan": plan.state(step_plan.step),
         "kept": list(kept),
         **facts,
         "versions": versions(),
@@ -194,12 +194,12 @@ def _read_part(path: Path, rank: int) -> RankPart:
         views, frames = _views(tensors, f"{number}/views/"), tensors.get(f"{number}/frames")
         values = {name: tensors[f"{number}/{name}"] for name in _BATCH}
         batches.append(Batch(targets=targets, views=views, frames=frames, **values))
-    normaliser: dict[str, dict[str, Tensor]] = {}
+    loss_denominators: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("normaliser/"):
             _, task, count = name.split("/", 2)
-            normaliser.setdefault(task, {})[count] = tensor
-    return RankPart(rank, texts["seed"], tuple(batches), normaliser)
+            loss_denominators.setdefault(task, {})[count] = tensor
+    return RankPart(rank, texts["seed"], tuple(batches), loss_denominators)
 
 
 def _of_views(views: Sequence[View], prefix: str) -> dict[str, Tensor]:

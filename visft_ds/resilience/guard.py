@@ -16,7 +16,7 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
-from visft_ds.model import Normaliser
+from visft_ds.model import LossDenominators
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport, step_seed
@@ -58,8 +58,8 @@ def robust_score(past: Iterable[float], loss: float) -> float:
     return _MEDIAN_DEVIATION * (loss - middle) / max(deviation, _FLAT * abs(middle), 1e-12)
 
 
-class StepGuard:
-    """Accepts or refuses the step that is expected; `accept` is what an engine asks before its update.
+class LossGuard:
+    """Accepts or refuses the step that is expected; `should_update` is what an engine asks before its update.
 
     Args:
         settings: `skip_bad_steps`, `skip_spikes`, `spike_threshold`, `spike_window`, `min_loss_scale`.
@@ -75,14 +75,14 @@ class StepGuard:
         for one in past:
             self.expect(one.task)
             if one.refused:
-                self.accept(one.loss)  # for its score
+                self.should_update(one.loss)  # for its score
             self._note(one)
 
     def expect(self, task: str) -> None:
         """Say which task the next step trains."""
         self._task, self.score = task, 0.0
 
-    def accept(self, loss: float) -> bool:
+    def should_update(self, loss: float) -> bool:
         """Whether a step of this loss, a mean over the global batch, may change the weights."""
         if not math.isfinite(loss):
             return False
@@ -91,18 +91,18 @@ class StepGuard:
             self.score = robust_score(known, loss)
         return not self._leaps() or self._spikes >= self._settings.skip_spikes
 
-    def judge(self, whole: StepPlan, report: StepReport) -> str:
+    def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take note of a finished step. Returns what to say of it, "" for nothing."""
         loss = report.losses["loss"]
-        overflow = (whole.step + 1, report.loss_scale or 1.0) if report.skipped else None
-        now = Past(whole.task, loss, bool(report.refused), is_finite(report), overflow)
+        overflow = (step_plan.step + 1, report.loss_scale or 1.0) if report.skipped else None
+        now = Past(step_plan.task, loss, bool(report.refused), is_finite(report), overflow)
         leaps = now.finite and self._leaps()
         known = self._known()
-        where = f"step {whole.step + 1} ({whole.task})"
-        said = ""
+        where = f"step {step_plan.step + 1} ({step_plan.task})"
+        message = ""
         if leaps:
             done = "no update was made" if report.refused else "the update was made all the same"
-            said = (
+            message = (
                 f"{where}: loss {loss:.4g} leaps: {self.score:.1f} robust standard deviations above the median "
                 f"{statistics.median(known):.4g} of the last {len(known)}; {done}"
             )
@@ -110,26 +110,26 @@ class StepGuard:
         if report.refused and not leaps:
             what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
             found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
-            said = f"{where}: {what}, no update was made on any rank{found}"
+            message = f"{where}: {what}, no update was made on any rank{found}"
         if overflow is not None and overflow[1] <= self._settings.min_loss_scale:
             self.collapsed = True
             falls = ", ".join(f"{scale:g} (step {step})" for step, scale in self._falls)
-            said = (
+            message = (
                 f"{where}: the gradient overflows in fp16 at a loss scale of {overflow[1]:g}, which may not fall below "
                 f"{self._settings.min_loss_scale:g} (visft.run.min_loss_scale); it overflowed at {falls}"
             )
-        return said
+        return message
 
     @property
     def event(self) -> str:
         """What kind of thing the last step was, if there is anything to say of it."""
         return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
 
-    def check(self, said: str, saved: int) -> None:
+    def check(self, message: str, saved: int) -> None:
         """Stop where more steps in a row went wrong than may be skipped.
 
         Args:
-            said: of the last step.
+            message: of the last step.
             saved: step of the newest checkpoint, 0 for none.
 
         Raises:
@@ -145,7 +145,7 @@ class StepGuard:
             advice = (
                 "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
             )
-        error = FloatingPointError(f"{said}\nstopped{after}; {good}. {advice}")
+        error = FloatingPointError(f"{message}\nstopped{after}; {good}. {advice}")
         error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
         raise error
 
@@ -169,10 +169,10 @@ def is_finite(report: StepReport) -> bool:
     return math.isfinite(report.losses["loss"]) and report.refused != "gradient"
 
 
-def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> StepGuard:
+def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> LossGuard:
     """The guard of a run that goes on after `start` steps, as it was then, from the records of the run. Collective."""
     past = list(_past(out / METRICS_FILE, plan, start)) if distributed.is_main() and start else []
-    return StepGuard(settings, distributed.broadcast_object(past))
+    return LossGuard(settings, distributed.broadcast_object(past))
 
 
 def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
@@ -184,7 +184,7 @@ def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
 
 
 def find_overflow(
-    engine: Engine, step: int, batches: Sequence[Batch], normaliser: Normaliser, report: StepReport
+    engine: Engine, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators, report: StepReport
 ) -> str:
     """Make a step whose gradient has overflowed once more, without an update, and say where it does. Collective.
 
@@ -200,10 +200,10 @@ def find_overflow(
         if what not in found and (one := not_finite(what, tensor)) is not None:
             found[what] = one.text()
 
-    engine.accept = lambda loss: False
+    engine.should_update = lambda loss: False
     engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})
     with watched(engine.module, note):
-        engine.train_step(step, batches, normaliser)
+        engine.train_step(step, batches, loss_denominators)
     everyone: list[list[str]] = distributed.broadcast_object(distributed.gather_objects(list(found.values())[:_SHOWN]))
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
     more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
@@ -213,9 +213,9 @@ def find_overflow(
 def capture(
     engine: Engine,
     path: Path,
-    whole: StepPlan,
+    step_plan: StepPlan,
     batches: Sequence[Batch],
-    normaliser: Normaliser,
+    loss_denominators: LossDenominators,
     report: StepReport,
     *,
     plan: Plan,
@@ -238,21 +238,21 @@ def capture(
     distributed.barrier()
     kept, problem = False, ""
     if batches and (not report.faults or not report.faults.keys().isdisjoint((rank, last_of_pipeline))):
-        seed = step_seed(engine.seed, whole.step, rank)
+        seed = step_seed(engine.seed, step_plan.step, rank)
         try:
-            kept = write_part(path, RankPart(rank, seed, tuple(batches), normaliser))
+            kept = write_part(path, RankPart(rank, seed, tuple(batches), loss_denominators))
         except OSError as error:
             problem = f"rank {rank}: {error}"
     parameters = gather_parameters(engine)
     ids = [int(number) for batch in batches for number in batch.image_ids]
     everyone = distributed.gather_objects((ids, kept, problem))
-    said = ""
+    message = ""
     if everyone is not None:
         problems = [problem for _, _, problem in everyone if problem]
         try:
             write_record(
                 path,
-                whole,
+                step_plan,
                 plan,
                 config,
                 image_ids=[ids for ids, _, _ in everyone],
@@ -267,7 +267,7 @@ def capture(
             )
         except OSError as error:
             problems.append(str(error))
-        said = f"python tools/replay.py {path}"
+        message = f"python tools/replay.py {path}"
         if problems:
-            said = f"its bundle could not be written: {'; '.join(problems)}"
-    return str(distributed.broadcast_object(said))
+            message = f"its bundle could not be written: {'; '.join(problems)}"
+    return str(distributed.broadcast_object(message))

@@ -18,13 +18,13 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.dataset import Pipeline
+from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
-from visft_ds.model import counts_of, normaliser_of
+from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
@@ -81,7 +81,7 @@ class Largest:
         """Numbers that memory grows with."""
         return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
-    def batch(self, pipeline: Pipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
+    def batch(self, pipeline: SamplePipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
         """It, as far as a process that reads with this role has it."""
         options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
         labelling = JointTransform(
@@ -112,14 +112,14 @@ class Largest:
 
 def largest_batches(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
-) -> list[tuple[Largest, Pipeline]]:
+) -> list[tuple[Largest, SamplePipeline]]:
     """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
     lies, one stands), or where images are packed."""
-    found: list[tuple[Largest, Pipeline]] = []
+    found: list[tuple[Largest, SamplePipeline]] = []
     pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
     category = next((one.coco_id for one in first.categories), 0)
     for name, stream in streams_of(settings, first).items():
-        own: list[tuple[Largest, Pipeline]] = []
+        own: list[tuple[Largest, SamplePipeline]] = []
         for dataset, part in parts_of(stream, sets).items():
             manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
             objects = _most_objects(manifest, batches.micro[name])
@@ -164,7 +164,7 @@ def rehearse(
                     own = counts_of(engine.module, micro)
                     agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
                     parts = batches.dp * batches.accumulation
-                    engine.train_step(0, micro, normaliser_of(agreement.counts, parts, device))
+                    engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
                 times.append(time.perf_counter() - began)
             compiling += times[0] - times[-1]
             rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel, Normaliser
+from visft_ds.model import LossDenominators, MultiTaskModel
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Note = Callable[[str, Tensor], None]  #: is told what a tensor is, and the tensor
 
 
 @dataclass(frozen=True)
-class Found:
+class NonFinite:
     """A tensor with numbers that are none."""
 
     what: str  #: e.g. "output of heads.detection.decoder.layers.0"
@@ -36,8 +36,8 @@ class Found:
 
 
 def examine_batch(
-    module: MultiTaskModel, batch: Batch, normaliser: Normaliser, autocast: str, scale: float = 1.0
-) -> list[Found]:
+    module: MultiTaskModel, batch: Batch, loss_denominators: LossDenominators, autocast: str, scale: float = 1.0
+) -> list[NonFinite]:
     """Forward and backward of a micro-batch. What is not finite, in the order in which it came to be.
 
     Parameters and targets come first, then outputs of modules, losses, and gradients from the loss down.
@@ -45,7 +45,7 @@ def examine_batch(
     Args:
         scale: what the loss is multiplied by before it goes backward.
     """
-    found: list[Found] = []
+    found: list[NonFinite] = []
 
     def note(what: str, tensor: Tensor) -> None:
         if (one := not_finite(what, tensor, batch)) is not None:
@@ -60,8 +60,8 @@ def examine_batch(
     device = batch.images.device.type
     with watched(module, note):
         with torch.autocast(device, _AUTOCAST.get(autocast, torch.bfloat16), enabled=autocast in _AUTOCAST):
-            losses = module(batch, normaliser)
-        found += [Found(f"criterion: {text}", 1, 1) for text in module.faults]
+            losses = module(batch, loss_denominators)
+        found += [NonFinite(f"criterion: {text}", 1, 1) for text in module.faults]
         for name, value in losses.items():
             note(f"loss {name}", value)
         if losses["loss"].requires_grad:
@@ -69,7 +69,7 @@ def examine_batch(
     return found
 
 
-def not_finite(what: str, tensor: Tensor, batch: Batch | None = None) -> Found | None:
+def not_finite(what: str, tensor: Tensor, batch: Batch | None = None) -> NonFinite | None:
     """What is wrong with a tensor, None if nothing is.
 
     Args:
@@ -81,7 +81,7 @@ def not_finite(what: str, tensor: Tensor, batch: Batch | None = None) -> Found |
     images: tuple[int, ...] = ()
     if batch is not None and tensor.ndim > 1 and tensor.shape[0] == len(batch.image_ids):
         images = tuple(batch.image_ids[bad.flatten(1).any(1).cpu()].tolist())
-    return Found(what, int(bad.sum()), bad.numel(), images)
+    return NonFinite(what, int(bad.sum()), bad.numel(), images)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from visft_ds.prepare.datasets import captioned, open_training_data
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.bundle import Bundle, RankPart, open_bundle
-from visft_ds.resilience.nan_debug import Found, examine_batch
+from visft_ds.resilience.nan_debug import NonFinite, examine_batch
 
 
 def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) -> tuple[MultiTaskModel, str, list[str]]:
@@ -60,14 +60,16 @@ def build_model(config: ResolvedConfig, bundle: Bundle, device: torch.device) ->
 
 def replay_part(
     module: MultiTaskModel, part: RankPart, precision: str, device: torch.device, loss_scale: float
-) -> Iterator[list[Found]]:
+) -> Iterator[list[NonFinite]]:
     """Every micro-batch of a rank, with the random numbers and, in fp16, the loss scale it had."""
     module.train()
     torch.manual_seed(part.seed)
-    normaliser = {task: {name: v.to(device) for name, v in counts.items()} for task, counts in part.normaliser.items()}
+    loss_denominators = {
+        task: {name: v.to(device) for name, v in counts.items()} for task, counts in part.loss_denominators.items()
+    }
     for batch in part.batches:
         module.zero_grad(set_to_none=True)
-        yield examine_batch(module, batch.to(device), normaliser, precision, loss_scale / len(part.batches))
+        yield examine_batch(module, batch.to(device), loss_denominators, precision, loss_scale / len(part.batches))
 
 
 def replay(path: Path, settings: Sequence[str], limit: int) -> int:

@@ -1,7 +1,7 @@
 """Measuring in a process of its own: training goes on while average precision is computed.
 
-As a command: `python -m visft_ds.run.async_eval FOLDER SHARDS PARENT` measures what `Judge.start` wrote into FOLDER,
-while the process PARENT lives.
+As a command: `python -m visft_ds.run.async_eval FOLDER SHARDS PARENT` measures what
+`AsyncEvaluation.start` wrote into FOLDER, while the process PARENT lives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CODE = Path(__file__).resolve().parents[2]  #: where this package is imported f
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EvalResult:
     """What was measured of one step."""
 
     step: int
@@ -39,7 +39,7 @@ class Verdict:
     problems: Sequence[str] = ()  #: why numbers are missing
 
 
-class Judge:
+class AsyncEvaluation:
     """Compares results with a split, one evaluation after the other, without ever making the caller wait for one.
 
     Each has a folder `folder`/step_<step> with <task>_results.json (COCO results format), metrics.json and judge.log.
@@ -53,7 +53,7 @@ class Judge:
         self._data = {"split": manifest.split, "limit": limit}
         self._waiting: deque[int] = deque()
         self._working: tuple[int, subprocess.Popen[bytes]] | None = None
-        self._failed: list[Verdict] = []
+        self._failed: list[EvalResult] = []
 
     def start(self, step: int, collected: Mapping[str, Results]) -> None:
         """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
@@ -66,7 +66,7 @@ class Judge:
             # Last and in one move: without it there is nothing to measure.
             _write(place / _ORDER, {"step": step, "tasks": list(collected), **self._data})
         except OSError as error:
-            self._failed.append(Verdict(step, {}, (f"results cannot be written: {error}",)))
+            self._failed.append(EvalResult(step, {}, (f"results cannot be written: {error}",)))
             return
         self._waiting.append(step)
         self._next()
@@ -80,9 +80,9 @@ class Judge:
                 self._waiting.append(step)
         self._next()
 
-    def verdicts(self, *, wait: bool = False) -> list[Verdict]:
+    def verdicts(self, *, wait: bool = False) -> list[EvalResult]:
         """Outcomes that were not returned before; with `wait` those of all steps handed in."""
-        done: list[Verdict] = []
+        done: list[EvalResult] = []
         while self._working is not None:
             step, process = self._working
             if not wait and process.poll() is None:
@@ -122,21 +122,21 @@ class Judge:
                 with (place / _LOG).open("wb") as log:  # a file, because nobody empties a pipe meanwhile
                     self._working = step, _spawn(place, self._shards, log)
             except OSError as error:
-                self._failed.append(Verdict(step, {}, (f"no process for it: {error}",)))
+                self._failed.append(EvalResult(step, {}, (f"no process for it: {error}",)))
 
-    def _outcome(self, step: int, code: int) -> Verdict:
+    def _outcome(self, step: int, code: int) -> EvalResult:
         place = self._place(step)
         try:
             if code:
                 said = (place / _LOG).read_text(errors="replace").strip().splitlines()
-                return Verdict(step, {}, (said[-1] if said else f"exit status {code}",))
+                return EvalResult(step, {}, (said[-1] if said else f"exit status {code}",))
             found = orjson.loads((place / _METRICS).read_bytes())
         except (OSError, ValueError) as error:
-            return Verdict(step, {}, (f"its outcome cannot be read: {error}",))
+            return EvalResult(step, {}, (f"its outcome cannot be read: {error}",))
         for earlier, folder in self._places():
             if earlier < step:
                 shutil.rmtree(folder, ignore_errors=True)
-        return Verdict(step, found["metrics"], tuple(found["problems"]))
+        return EvalResult(step, found["metrics"], tuple(found["problems"]))
 
 
 def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
-from visft_ds.models.backbone import Backbone, own_tower
+from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
@@ -64,7 +64,9 @@ def print_start(
                 ("compiled", model.compile),
                 (
                     "padding",
-                    _padding(own_tower(module.backbone), device, dtype) if model.packed else "up to the largest image",
+                    _padding(require_eva_vit(module.backbone), device, dtype)
+                    if model.packed
+                    else "up to the largest image",
                 ),
                 ("recompute", f"{_recompute(model)} ({recompute})"),
             ],
@@ -88,7 +90,7 @@ def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
-    tower = own_tower(backbone)
+    tower = require_eva_vit(backbone)
     name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
     return f"none: images of different sizes are packed, attention {name} ({why})"
 

@@ -20,7 +20,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of, check_samples, evaluation_threads
 from visft_ds.resilience.signals import StopFlag
-from visft_ds.run.async_eval import Judge, Verdict
+from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
@@ -72,7 +72,7 @@ class Validation:
         self._streams = streams
         self._config, self._vocabulary, self._out, self._judged = config, vocabulary, out, judged
         self._reader = ShardReader(manifest)
-        self._judge = Judge(out / "validation", manifest, config.run.eval_limit)
+        self._judge = AsyncEvaluation(out / "validation", manifest, config.run.eval_limit)
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether step (of `total_steps`) is followed by an evaluation."""
@@ -159,7 +159,7 @@ def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
     return predict_or_stop
 
 
-def _record(verdict: Verdict, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:
+def _record(verdict: EvalResult, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:
     for problem in verdict.problems:
         print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
     if verdict.metrics:

@@ -21,7 +21,7 @@ import orjson
 
 from visft_ds.data.manifest import VERSION, Manifest, index_path, manifest_path, shard_name, shards_among
 from visft_ds.shards.duplicates import Duplicate
-from visft_ds.shards.finish import Comparison, Report, dry_report, left_out, write_manifest
+from visft_ds.shards.finish import BuildReport, Comparison, dry_report, left_out, write_manifest
 from visft_ds.shards.images import CHECK_LEVELS, Checked, CheckLevel
 from visft_ds.shards.inputs import open_images
 from visft_ds.shards.outputs import Output, exclusive, open_output
@@ -38,8 +38,8 @@ from visft_ds.shards.shard_writer import (
     tar_bytes,
     write_shard,
 )
-from visft_ds.shards.source import CATEGORY_RULES, Selection, Source, SourceImage, read_source
-from visft_ds.shards.workers import Progress, Workers
+from visft_ds.shards.source import CATEGORY_RULES, CocoSource, SourceImage, SourceSelection, read_source
+from visft_ds.shards.workers import BuildProgress, BuildWorkers
 from visft_ds.tasks.captioning.vocabulary import TOKENIZER
 
 #: Of the order of samples. It is part of the random key and independent of the manifest's version.
@@ -69,7 +69,7 @@ class Options:
     fail_on_bad: bool = False
     keep_crowd: bool = True
     limit: int | None = None  #: only the first so many images of the order
-    categories: str = "keep"  #: "keep", "coco80" or a file, see `Selection`
+    categories: str = "keep"  #: "keep", "coco80" or a file, see `SourceSelection`
     keep_empty: bool = True
     ids: Path | str | None = None
     licenses: tuple[int, ...] | None = None
@@ -104,9 +104,9 @@ class Options:
         if not is_url(self.images) and not local_path(self.images).is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 
-    def selection(self) -> Selection:
+    def selection(self) -> SourceSelection:
         """Which annotations and images are taken."""
-        return Selection(
+        return SourceSelection(
             categories=self.categories,
             keep_crowd=self.keep_crowd,
             keep_empty=self.keep_empty,
@@ -146,8 +146,8 @@ def build(
     workers: int = 1,
     dry_run: bool = False,
     replace: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Report:
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+) -> BuildReport:
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
     Args:
@@ -164,7 +164,7 @@ def build(
         OSError: writing failed; what is finished is kept.
         RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
     """
-    on_progress(Progress())
+    on_progress(BuildProgress())
     images, output = open_images(options.images), open_output(options.out, options.split)
     others = [Manifest.load(*split_place(place), check_shards=False) for place in options.against]
     source = read_source(options.instances, options.captions, options.selection())
@@ -180,7 +180,7 @@ def build(
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
     with _clear_errors(options):
         output.open()
-        with exclusive(output.scratch), Workers(workers, on_progress) as threads:
+        with exclusive(output.scratch), BuildWorkers(workers, on_progress) as threads:
             _claim(options, source, output, replace=replace)
             verdicts: dict[int, Checked] = {}
             dropped: list[Duplicate] = []
@@ -224,7 +224,7 @@ class _Builder:
         plan: Sequence[Sequence[Planned]],
         treatment: Treatment,
         output: Output,
-        threads: Workers,
+        threads: BuildWorkers,
         verdicts: Mapping[int, Checked],
     ) -> None:
         self._options, self._plan, self._treatment = options, plan, treatment
@@ -313,7 +313,7 @@ def _cut(samples: Sequence[Planned], options: Options) -> list[list[Planned]]:
     return shards
 
 
-def _claim(options: Options, source: Source, output: Output, *, replace: bool) -> None:
+def _claim(options: Options, source: CocoSource, output: Output, *, replace: bool) -> None:
     """Bind the output to these options and JSON files, so that two different builds never mix."""
     wanted = {"version": VERSION, **options.content(), "sources": source.files}
     name = f"{output.work}/options.json"

@@ -15,10 +15,10 @@ import orjson
 
 from visft_ds.data.manifest import manifest_path
 from visft_ds.shards.build import DEDUP, Options, build
-from visft_ds.shards.finish import Report, left_out, report_dict
+from visft_ds.shards.finish import BuildReport, left_out, report_dict
 from visft_ds.shards.images import CHECK_LEVELS
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.shards.workers import Progress
+from visft_ds.shards.workers import BuildProgress
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _EPILOG = """places are local or URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
@@ -143,7 +143,7 @@ class ProgressLine:
         self._began = self._shown = clock()
         self._at_start = 0  # images that the phase did not have to look at
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: BuildProgress) -> None:
         if not self._enabled:
             return
         now = self._clock()
@@ -165,7 +165,7 @@ class ProgressLine:
             print(file=sys.stderr, flush=True)
             self._open = False
 
-    def _text(self, progress: Progress, seconds: float) -> str:
+    def _text(self, progress: BuildProgress, seconds: float) -> str:
         if not progress.total_images:
             return f"{progress.phase} ..."
         seconds = max(seconds, 1e-9)
@@ -178,7 +178,7 @@ class ProgressLine:
         )
 
 
-def _print_report(report: Report, seconds: float) -> None:
+def _print_report(report: BuildReport, seconds: float) -> None:
     verb = "would make" if report.dry_run else "made"
     kept = f" ({report.shards_kept} were there already)" if report.shards_kept else ""
     print(f"{verb} {report.shards} shards{kept}, {report.bytes / 1e6:.1f} MB, in {report.out}, {seconds:.1f} s")

@@ -18,13 +18,13 @@ import orjson
 
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.shards.compare_source import compare_source, load_coco
-from visft_ds.shards.diff import Difference, LabelChange, diff, report
+from visft_ds.shards.diff import LabelChange, SplitDifference, diff, report
 from visft_ds.shards.export import export
 from visft_ds.shards.info import describe
 from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.repair import repair
-from visft_ds.shards.verify import Progress, repair_hint, traces_of_splits, verify
+from visft_ds.shards.verify import VerifyProgress, repair_hint, traces_of_splits, verify
 
 _SHOWN = 20
 
@@ -266,7 +266,7 @@ def _open(path: Path | str) -> Manifest:
     return Manifest.load(path.parent, path.name)
 
 
-def _print_difference(difference: Difference, limit: int) -> None:
+def _print_difference(difference: SplitDifference, limit: int) -> None:
     for kind in ("options", "counts"):
         for name, (first, second) in getattr(difference, kind).items():
             print(f"{kind.removesuffix('s')} {name.replace('_', ' ')}: {first} -> {second}")
@@ -342,7 +342,7 @@ class _Line:
         if self._terminal and not self._quiet:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def bytes(self, progress: Progress) -> None:
+    def bytes(self, progress: VerifyProgress) -> None:
         """Show how many bytes were read."""
         now = time.monotonic()
         if self._quiet or now - self._shown < (0.2 if self._terminal else 10):

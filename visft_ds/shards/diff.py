@@ -33,7 +33,7 @@ class LabelChange:
 
 
 @dataclass(frozen=True)
-class Difference:
+class SplitDifference:
     """What the second split has otherwise than the first."""
 
     options: Mapping[str, tuple[Any, Any]]  #: name -> (first, second); tells of the making, not of the content
@@ -54,7 +54,7 @@ class Difference:
         return not (any(parts) or self.labels or self.order)
 
 
-def diff(first: Manifest, second: Manifest) -> Difference:
+def diff(first: Manifest, second: Manifest) -> SplitDifference:
     """Compare two splits. Raises ValueError where a label that must be read is damaged."""
     tables = [{(one.coco_id, one.name) for one in manifest.categories} for manifest in (first, second)]
     a, b = _shared_rows(first, second)
@@ -63,7 +63,7 @@ def diff(first: Manifest, second: Manifest) -> Difference:
     kinds = sorted(first.counts.keys() | second.counts.keys())
     counts = {kind: (first.counts.get(kind, 0), second.counts.get(kind, 0)) for kind in kinds}
     one, other = first.index["image_id"], second.index["image_id"]
-    return Difference(
+    return SplitDifference(
         options=_differing_options(first.options, second.options),
         categories_added=tuple(sorted(tables[1] - tables[0])),
         categories_removed=tuple(sorted(tables[0] - tables[1])),
@@ -77,7 +77,7 @@ def diff(first: Manifest, second: Manifest) -> Difference:
     )
 
 
-def report(difference: Difference) -> dict[str, Any]:
+def report(difference: SplitDifference) -> dict[str, Any]:
     """The difference as plain data, for JSON."""
     return {**asdict(difference), "same_content": difference.same_content}
 

@@ -17,14 +17,14 @@ from visft_ds.data.manifest import INDEX_DTYPE, Manifest, ShardFile, index_path,
 from visft_ds.shards.duplicates import Duplicate, Fingerprint, find_duplicates, find_in_other
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned
-from visft_ds.shards.source import Source, SourceImage
+from visft_ds.shards.source import CocoSource, SourceImage
 from visft_ds.tasks.captioning.vocabulary import caption_words
 
 _DETAILS = 8  # why images were left out: so many are shown, all are in the manifest
 
 
 @dataclass(frozen=True)
-class Report:
+class BuildReport:
     """What a build did, or what it would do (`dry_run`)."""
 
     split: str
@@ -40,7 +40,7 @@ class Report:
     fingerprint: str | None
 
 
-def report_dict(report: Report) -> dict[str, Any]:
+def report_dict(report: BuildReport) -> dict[str, Any]:
     """The report as plain data, for JSON."""
     return asdict(report)
 
@@ -54,7 +54,7 @@ class Comparison:
     dropped: Sequence[Duplicate] = ()  #: what was left out for it
     others: Sequence[Manifest] = field(default=())  #: finished splits
 
-    def run(self, split: str, index: npt.NDArray[Any], source: Source) -> list[dict[str, Any]]:
+    def run(self, split: str, index: npt.NDArray[Any], source: CocoSource) -> list[dict[str, Any]]:
         """Note all repetitions among the findings, and list them."""
         found = []
         images = _fingerprints(index)
@@ -86,14 +86,14 @@ def write_manifest(
     output: Output,
     split: str,
     options: Mapping[str, Any],
-    source: Source,
+    source: CocoSource,
     records: Sequence[Mapping[str, Any]],
     quarantine: Sequence[Mapping[str, Any]],
     comparison: Comparison,
     *,
     out: str,
     kept: int,
-) -> Report:
+) -> BuildReport:
     """Write index and manifest.
 
     Args:
@@ -138,7 +138,7 @@ def write_manifest(
     )
     output.write(index_path(Path(), split).name, buffer.getvalue())
     output.write(manifest_path(Path(), split).name, manifest)
-    return Report(
+    return BuildReport(
         split=split,
         out=out,
         dry_run=False,
@@ -154,12 +154,12 @@ def write_manifest(
 
 
 def dry_report(
-    split: str, out: str, source: Source, plan: Sequence[Sequence[Planned]], quarantine: Sequence[Mapping[str, Any]]
-) -> Report:
+    split: str, out: str, source: CocoSource, plan: Sequence[Sequence[Planned]], quarantine: Sequence[Mapping[str, Any]]
+) -> BuildReport:
     """What a build would do, as far as the JSON files and the sizes of the images tell."""
     source.findings.extend(_quarantined(quarantine))
     samples = [sample for shard in plan for sample in shard]
-    return Report(
+    return BuildReport(
         split=split,
         out=out,
         dry_run=True,

@@ -43,7 +43,7 @@ def read_file(place: str | Path) -> bytes:
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageFile:
     """One file of an image folder."""
 
     size: int
@@ -53,7 +53,7 @@ class Found:
 class ImageFolder(Protocol):
     """The images of a data set; safe for threads."""
 
-    def find(self, names: Sequence[str]) -> list[Found | None]:
+    def find(self, names: Sequence[str]) -> list[ImageFile | None]:
         """Sizes of these files, None for each that is not there."""
         ...
 
@@ -80,17 +80,17 @@ class _LocalImages:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, names: Sequence[str]) -> list[Found | None]:
+    def find(self, names: Sequence[str]) -> list[ImageFile | None]:
         return [self._find(name) for name in names]
 
-    def _find(self, name: str) -> Found | None:
+    def _find(self, name: str) -> ImageFile | None:
         try:
             status = os.stat(self._folder / name)
         except OSError as error:
             if error.errno in _NOT_THERE:
                 return None
             raise
-        return Found(status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
+        return ImageFile(status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, name: str) -> bytes:
         path = self._folder / name
@@ -105,7 +105,7 @@ class _RemoteImages:
         self._url = url
         self._filesystem, self._root = open_url(url)
 
-    def find(self, names: Sequence[str]) -> list[Found | None]:
+    def find(self, names: Sequence[str]) -> list[ImageFile | None]:
         if self._url.lower().startswith(("http://", "https://")):  # HTTP has no listing
             with ThreadPoolExecutor(_REQUESTS) as pool:
                 return list(pool.map(self._ask, names))
@@ -116,7 +116,7 @@ class _RemoteImages:
         known = {path.removeprefix(prefix): entry for path, entry in listing.items()}
         return [_found(known[name]) if name in known else None for name in names]
 
-    def _ask(self, name: str) -> Found | None:
+    def _ask(self, name: str) -> ImageFile | None:
         place = f"{self._root}/{name}"
         entry = _patiently(place, lambda: self._info(place))
         found = None if entry is None else _found(entry)
@@ -154,7 +154,7 @@ def _patiently(place: str, request: Callable[[], Answer]) -> Answer:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _found(entry: dict[str, Any]) -> Found | None:
+def _found(entry: dict[str, Any]) -> ImageFile | None:
     """What a store says about a file; None if it does not say how large it is."""
     stamp = next(
         (
@@ -164,4 +164,4 @@ def _found(entry: dict[str, Any]) -> Found | None:
         ),
         "",
     )
-    return None if entry.get("size") is None else Found(int(entry["size"]), stamp)
+    return None if entry.get("size") is None else ImageFile(int(entry["size"]), stamp)

@@ -15,12 +15,12 @@ from visft_ds.shards.duplicates import Duplicate, Fingerprint, find_duplicates
 from visft_ds.shards.images import Checked
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned, Treatment
-from visft_ds.shards.workers import Workers
+from visft_ds.shards.workers import BuildWorkers
 
 _FILE = "scan.jsonl"
 
 
-def scan(samples: Sequence[Planned], treatment: Treatment, output: Output, workers: Workers) -> dict[int, Checked]:
+def scan(samples: Sequence[Planned], treatment: Treatment, output: Output, workers: BuildWorkers) -> dict[int, Checked]:
     """Image id -> verdict of every image."""
     verdicts = _noted(samples, treatment, output)
     rest = [sample for sample in samples if sample.image.image_id not in verdicts]

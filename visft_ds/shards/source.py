@@ -47,7 +47,7 @@ _NO_IMAGE = "'image_id' is not among the ids of 'images'"
 
 
 @dataclass(frozen=True)
-class Selection:
+class SourceSelection:
     """Which annotations and images are taken."""
 
     categories: str = "keep"  #: "keep", "coco80", or a path or URL of a JSON file, see `categories.map_categories`
@@ -75,7 +75,7 @@ class SourceImage:
 
 
 @dataclass(frozen=True)
-class Source:
+class CocoSource:
     """A COCO data set, images by ascending id."""
 
     images: list[SourceImage]
@@ -84,7 +84,7 @@ class Source:
     files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256 of each file that was read
 
 
-def read_source(instances: str | Path | None, captions: str | Path | None, selection: Selection) -> Source:
+def read_source(instances: str | Path | None, captions: str | Path | None, selection: SourceSelection) -> CocoSource:
     """Read and check COCO JSON files; without instances, the images are those of the captions file.
 
     Raises:
@@ -130,7 +130,7 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
         flags = {"--ids": selection.ids, "--license": selection.licenses, "--empty drop": not selection.keep_empty}
         given = " and ".join(flag for flag, value in flags.items() if value)
         raise ValueError(f"the data set has {len(drafts)} images; none is left by {given}")
-    return Source(images, table, findings, files)
+    return CocoSource(images, table, findings, files)
 
 
 @contextmanager
@@ -432,7 +432,7 @@ def _add_captions(
 
 
 def _selected(
-    drafts: dict[int, _Draft], selection: Selection, files: dict[str, Mapping[str, Any]]
+    drafts: dict[int, _Draft], selection: SourceSelection, files: dict[str, Mapping[str, Any]]
 ) -> dict[int, _Draft | None]:
     """The images that were asked for; of the others only the ids are left, as None."""
     chosen = list(drafts.values())

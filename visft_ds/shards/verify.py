@@ -56,14 +56,14 @@ _CATEGORY: Mapping[str, type] = {"id": int, "coco_id": int, "name": str}
 
 
 @dataclass
-class Progress:
+class VerifyProgress:
     """How far reading is; updated by the workers."""
 
     bytes: int = 0
     total_bytes: int = 0
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[VerifyProgress], None]
 _Result = TypeVar("_Result")
 
 
@@ -250,7 +250,7 @@ def read_shards(
 
     Results come in order; contents are dropped as soon as they are finished.
     """
-    progress = Progress(total_bytes=sum(path.stat().st_size for path, _ in jobs))
+    progress = VerifyProgress(total_bytes=sum(path.stat().st_size for path, _ in jobs))
     lock, stop = threading.Lock(), threading.Event()
 
     def on_bytes(count: int) -> None:

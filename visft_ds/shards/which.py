@@ -69,24 +69,28 @@ def which(options: argparse.Namespace) -> int:
     config = _configuration(options)
     sets = open_training_data(config, check_shards=False)
     plan = plan_of(config, sets)
-    whole = plan.step(options.step)
-    parts = {"all": whole}
+    step_plan = plan.step(options.step)
+    parts = {"all": step_plan}
     if options.dp_size is not None:
         plan.check_split(options.dp_size, options.accumulation)
         parts = {
             f"rank {rank} micro-batch {micro}": part
             for rank in range(options.dp_size)
-            for micro, part in enumerate(plan.split(whole, rank, options.dp_size, options.accumulation))
+            for micro, part in enumerate(plan.split(step_plan, rank, options.dp_size, options.accumulation))
         }
-    manifest = sets[whole.dataset].manifest
+    manifest = sets[step_plan.dataset].manifest
     images = {name: _image_ids(manifest, part) for name, part in parts.items()}
     if options.json:
-        facts = {name: getattr(whole, name) for name in ("step", "task", "dataset", "position", "epoch")}
-        facts |= {"split": f"{manifest.root}/{manifest.split}", "state": plan.state(whole.step), "image_ids": images}
+        facts = {name: getattr(step_plan, name) for name in ("step", "task", "dataset", "position", "epoch")}
+        facts |= {
+            "split": f"{manifest.root}/{manifest.split}",
+            "state": plan.state(step_plan.step),
+            "image_ids": images,
+        }
         print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
         return 0
     print(
-        f"step {whole.step}: {whole.task}, step {whole.position} of this task, epoch {whole.epoch} of "
+        f"step {step_plan.step}: {step_plan.task}, step {step_plan.position} of this task, epoch {step_plan.epoch} of "
         f"{manifest.root}/{manifest.split}"
     )
     for name, ids in images.items():

@@ -25,7 +25,7 @@ _AHEAD = 2
 
 
 @dataclass
-class Progress:
+class BuildProgress:
     """How far a build is."""
 
     phase: str = "reading annotations"  #: then "comparing images" where duplicates are dropped, then "writing shards"
@@ -37,11 +37,11 @@ class Progress:
     total_shards: int = 0
 
 
-class Workers:
+class BuildWorkers:
     """A number of threads for images, a few for shards, and what they have done. Use as a context manager."""
 
-    def __init__(self, count: int, on_progress: Callable[[Progress], None]) -> None:
-        self.progress = Progress()
+    def __init__(self, count: int, on_progress: Callable[[BuildProgress], None]) -> None:
+        self.progress = BuildProgress()
         self.lock = threading.Lock()  #: for whoever changes `progress`
         self._on_progress = on_progress
         self._stop = threading.Event()
@@ -49,7 +49,7 @@ class Workers:
         self._images = ThreadPoolExecutor(count, "images")
         self._writers = ThreadPoolExecutor(min(count, _WRITERS), "shards")
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> BuildWorkers:
         return self
 
     def __exit__(

@@ -32,9 +32,9 @@ class Criterion(Protocol):
         ...
 
     def __call__(
-        self, output: Any, targets: Any, normaliser: Mapping[str, Tensor], image_ids: Tensor | None = None
+        self, output: Any, targets: Any, loss_denominators: Mapping[str, Tensor], image_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Unweighted losses by name: sums over the micro-batch divided by `normaliser` (the keys of `count`)."""
+        """Unweighted losses by name: sums over the micro-batch divided by `loss_denominators` (the keys of `count`)."""
         ...
 
 

@@ -40,7 +40,7 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     return torch.cat(halves, dim=-1)
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention; parameter names, shapes and initialisation of `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
@@ -72,7 +72,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn = Attention(width, num_heads, dropout)
+        self.self_attn = MultiHeadAttention(width, num_heads, dropout)
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
         self.norm1 = nn.LayerNorm(width)
@@ -93,8 +93,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn = Attention(width, num_heads, dropout)
-        self.cross_attn = Attention(width, num_heads, dropout)
+        self.self_attn = MultiHeadAttention(width, num_heads, dropout)
+        self.cross_attn = MultiHeadAttention(width, num_heads, dropout)
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
         self.norm1 = nn.LayerNorm(width)
@@ -112,7 +112,7 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
+class TransformerEncoder(nn.Module):
     """A stack of encoder layers without a norm of its own (post-norm layers end in one)."""
 
     def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         return out
 
 
-class Mlp(nn.Module):
+class FeedForward(nn.Module):
     """Linear layers with ReLU between them."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:

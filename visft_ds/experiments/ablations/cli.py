@@ -17,7 +17,7 @@ from typing import Any
 
 from visft_ds.config import render_missing
 from visft_ds.experiments.ablations.collect import collect
-from visft_ds.experiments.ablations.plan import Plan, Planner
+from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure, Runner
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL, Scale, check_scale
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plan(given: argparse.Namespace) -> tuple[Planner, list[Plan]]:
+def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
     """Everything that can be wrong with the command line is told here.
 
     Raises:
@@ -176,7 +176,7 @@ def _claim(out: Path, scale: Scale) -> None:
     write_text(out / MARKER, json.dumps(_record(scale), indent=1) + "\n", overwrite=True)
 
 
-def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[Plan]) -> int:
+def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPlan]) -> int:
     began, steps = time.monotonic(), planner.steps.steps
     forks = prepare_environment(given.jobs)
     failures: dict[str, Failure] = {}
@@ -194,7 +194,7 @@ def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[Plan]) -> 
     return 1 if failed else 0
 
 
-def needed(plan: Plan, steps: Mapping[str, Step]) -> dict[str, Step]:
+def needed(plan: AblationPlan, steps: Mapping[str, Step]) -> dict[str, Step]:
     """The steps of a plan and all before them, in the order of the list."""
     wanted = {step.stem for trial in plan.trials for step in (trial.before, trial.after, trial.benchmarks)}
     for stem in reversed(list(steps)):  # a step comes after all that it needs
@@ -216,7 +216,7 @@ def prepare_environment(jobs: int) -> bool:
     return True
 
 
-def _print_plan(plans: Sequence[Plan], steps: Mapping[str, Step]) -> None:
+def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> None:
     done = sum(step.marker.is_file() for step in steps.values())
     trials = sum(len(plan.trials) for plan in plans)
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")

@@ -11,7 +11,7 @@ from typing import Any
 
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.compare import MAIN, METRICS
-from visft_ds.experiments.ablations.plan import AFTER, BEFORE, Plan, Trial
+from visft_ds.experiments.ablations.plan import AFTER, BEFORE, AblationPlan, Trial
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.statistics import Estimate, estimate
 from visft_ds.experiments.ablations.steps import Step
@@ -84,7 +84,7 @@ class Outcome:
         return any(arm.failures for arm in self.arms)
 
 
-def collect(plan: Plan, steps: Mapping[str, Step], failures: Mapping[str, Failure]) -> Outcome:
+def collect(plan: AblationPlan, steps: Mapping[str, Step], failures: Mapping[str, Failure]) -> Outcome:
     """Read the results of a plan that was run.
 
     Args:

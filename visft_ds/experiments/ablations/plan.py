@@ -47,7 +47,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AblationPlan:
     """All of a question."""
 
     name: str
@@ -83,7 +83,7 @@ class Planner:
         self.missing: dict[str, Missing] = {}  #: by path: files of the user's that are not there
         self._toy = Toy(self.steps)
 
-    def plan(self, name: str, question: Question, seeds: Sequence[int]) -> Plan:
+    def plan(self, name: str, question: Question, seeds: Sequence[int]) -> AblationPlan:
         """Every arm with every seed.
 
         Raises:
@@ -96,7 +96,7 @@ class Planner:
                     trials.append(self._trial(f"{name}: {arm.name}, seed {seed}", arm, seed))
                 except ValueError as error:
                     raise ValueError(f"{name}, arm {arm.name!r}: {error}") from error
-        return Plan(name, question, trials)
+        return AblationPlan(name, question, trials)
 
     def _trial(self, title: str, arm: Arm, seed: int) -> Trial:
         stage2 = self._stage2(title, arm, seed) if arm.updates else None

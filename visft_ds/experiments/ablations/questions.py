@@ -21,7 +21,7 @@ SHORT = {"detection": "boxes", "segmentation": "masks", "captioning": "captions"
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerChoice:
     """Another backbone; its weights at full scale are a file of its name in weights/, at toy scale random."""
 
     toy: str  #: visft.model.preset
@@ -42,13 +42,13 @@ class Tower:
 
 
 #: Towers by name. Those of timm have no text side here.
-TOWERS: Mapping[str, Tower] = {
-    "ConvNeXt": Tower(
+TOWERS: Mapping[str, TowerChoice] = {
+    "ConvNeXt": TowerChoice(
         "timm:test_convnext2", "timm:convnext_base.clip_laion2b", ("stages.*.mlp.fc1", "stages.*.mlp.fc2")
     ),
-    "ResNet": Tower("timm:test_resnet", "timm:resnet50.a1_in1k", ("layer*.conv2",)),
-    "CLIP ViT": Tower("timm:test_vit", "timm:vit_base_patch16_clip_224.openai", ("q", "v")),
-    "SigLIP": Tower("timm:test_vit4", "timm:vit_base_patch16_siglip_224.webli", ("q", "v")),
+    "ResNet": TowerChoice("timm:test_resnet", "timm:resnet50.a1_in1k", ("layer*.conv2",)),
+    "CLIP ViT": TowerChoice("timm:test_vit", "timm:vit_base_patch16_clip_224.openai", ("q", "v")),
+    "SigLIP": TowerChoice("timm:test_vit4", "timm:vit_base_patch16_siglip_224.webli", ("q", "v")),
 }
 
 

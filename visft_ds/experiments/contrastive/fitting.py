@@ -17,7 +17,7 @@ from visft_ds.parallel import distributed
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ContrastiveRecipe:
     """How long and how fast. Betas and epsilon of AdamW are CLIP's for transformers (arXiv 2103.00020, table 18).
 
     Raises ValueError for a number that is out of range.
@@ -56,7 +56,7 @@ class Curve:
     norms: tuple[float, ...]  #: of the gradient of all pairs, before it was clipped
 
 
-def optimizer_for(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+def optimizer_for(parameters: Mapping[str, nn.Parameter], recipe: ContrastiveRecipe) -> torch.optim.AdamW:
     """AdamW over named parameters."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -74,7 +74,7 @@ def fit(
     compute: Callable[[int], float],
     parameters: Mapping[str, nn.Parameter],
     log_scale: nn.Parameter,
-    recipe: Recipe,
+    recipe: ContrastiveRecipe,
     *,
     log_every: int = 20,
     quiet: bool = False,

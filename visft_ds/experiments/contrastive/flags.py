@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
-from visft_ds.experiments.contrastive.fitting import Recipe
+from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe
 from visft_ds.experiments.contrastive.pairs import PairOrder, read_pairs
 from visft_ds.experiments.contrastive.recall import table
 from visft_ds.interop.writing import refuse_existing
@@ -30,7 +30,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
 
 
-def add_recipe(parser: argparse.ArgumentParser, default: Recipe) -> None:
+def add_recipe(parser: argparse.ArgumentParser, default: ContrastiveRecipe) -> None:
     """How long and how fast."""
     how = parser.add_argument_group("training")
     how.add_argument("--steps", type=int, default=default.steps, metavar="N", help="default %(default)s")
@@ -42,9 +42,11 @@ def add_recipe(parser: argparse.ArgumentParser, default: Recipe) -> None:
     how.add_argument("--seed", type=int, default=default.seed, help="default %(default)s")
 
 
-def recipe_of(given: argparse.Namespace) -> Recipe:
+def recipe_of(given: argparse.Namespace) -> ContrastiveRecipe:
     """What `add_recipe` asked for. Raises ValueError for a number out of range."""
-    return Recipe(given.steps, given.batch_size, given.lr, given.weight_decay, given.warmup, given.max_norm, given.seed)
+    return ContrastiveRecipe(
+        given.steps, given.batch_size, given.lr, given.weight_decay, given.warmup, given.max_norm, given.seed
+    )
 
 
 def check_common(given: argparse.Namespace) -> None:

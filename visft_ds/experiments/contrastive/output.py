@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from visft_ds.experiments.contrastive.fitting import Curve, Recipe
+from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve
 from visft_ds.interop.card import fact_table
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.writing import refuse_existing, write_atomically, write_text
@@ -32,7 +32,7 @@ class Result:
     """What happened."""
 
     kind: str  #: "pretrain" or "text"
-    recipe: Recipe
+    recipe: ContrastiveRecipe
     curve: Curve
     recalls: Mapping[str, Mapping[str, float]]  #: "before", "after" -> numbers; those of a set that was not learnt from
     seconds: float

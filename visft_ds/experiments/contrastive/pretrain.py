@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
-from visft_ds.experiments.contrastive.fitting import Curve, Recipe, fit
+from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve, fit
 from visft_ds.experiments.contrastive.loss import INITIAL_LOG_SCALE, clip_loss
 from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
@@ -34,7 +34,7 @@ from visft_ds.resilience.host_memory import host_memory_available
 
 #: Of the debug preset on the toy set, see docs/contrastive.md.
 DEFAULT_TEXT = TextShape()
-DEFAULT_RECIPE = Recipe(steps=400, batch_size=128, lr=1e-3)
+DEFAULT_RECIPE = ContrastiveRecipe(steps=400, batch_size=128, lr=1e-3)
 _ROWS = 256  # images encoded at once where nothing is learnt
 _READERS = 4  # threads that decode
 
@@ -46,7 +46,7 @@ class Pretraining:
     preset: str = "debug"
     overrides: Mapping[str, Any] = field(default_factory=dict)  #: fields of the preset that are replaced
     text: TextShape = DEFAULT_TEXT
-    recipe: Recipe = DEFAULT_RECIPE
+    recipe: ContrastiveRecipe = DEFAULT_RECIPE
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def normalised(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def _fit(
-    clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: Recipe, log_every: int, quiet: bool
+    clip: Clip, pixels: Tensor, tokens: Tokens, order: PairOrder, recipe: ContrastiveRecipe, log_every: int, quiet: bool
 ) -> Curve:
     device = clip.logit_scale.device
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.experiments.contrastive import text_lora
-from visft_ds.experiments.contrastive.fitting import Curve, Recipe, fit
+from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve, fit
 from visft_ds.experiments.contrastive.loss import clip_loss
 from visft_ds.experiments.contrastive.pairs import PairOrder
 from visft_ds.experiments.contrastive.tokens import Tokens
@@ -25,7 +25,7 @@ from visft_ds.parallel import distributed
 
 #: What trains: the whole text tower, LoRA on q and v of its attention, or its last map; the temperature with each.
 Trained = Literal["all", "lora", "projection"]
-DEFAULT_RECIPE = Recipe(steps=500, batch_size=256, lr=1e-5)
+DEFAULT_RECIPE = ContrastiveRecipe(steps=500, batch_size=256, lr=1e-5)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TextTuning:
     """What trains, and how. Raises ValueError for a number that is out of range."""
 
     train: Trained = "all"
-    recipe: Recipe = DEFAULT_RECIPE
+    recipe: ContrastiveRecipe = DEFAULT_RECIPE
     rank: int = 16  #: of LoRA
     alpha: float = 16.0
     micro_batch: int | None = None  #: texts of a process whose activations are kept at once; None: all

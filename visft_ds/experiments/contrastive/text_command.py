@@ -66,7 +66,7 @@ def add_text_parser(commands: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TextJob:
     given: argparse.Namespace
     how: TextTuning
     spec: ModelSpec
@@ -99,7 +99,7 @@ def run_text(given: argparse.Namespace) -> None:
             shutil.rmtree(cache, ignore_errors=True)
 
 
-def _prepare(given: argparse.Namespace) -> _Job:
+def _prepare(given: argparse.Namespace) -> _TextJob:
     check_common(given)
     for name, least in {"encode_batch": 1, "threads": 0, "image_size": 1}.items():
         value = getattr(given, name)
@@ -122,10 +122,10 @@ def _prepare(given: argparse.Namespace) -> _Job:
     tokens = tokens_of(side.tower, train.captions)
     if how.train == "projection":
         side.projection()
-    return _Job(given, how, spec, encoder, side, train, validation, tokens, order, device)
+    return _TextJob(given, how, spec, encoder, side, train, validation, tokens, order, device)
 
 
-def _plan(job: _Job) -> list[Section]:
+def _plan(job: _TextJob) -> list[Section]:
     facts = [(name, text) for name, text in job.encoder.facts.items()]
     values = sum(value.numel() for value in job.side.parameters.values())
     processes = distributed.world_size()
@@ -150,7 +150,7 @@ def _what(how: TextTuning) -> str:
     return "all of the text tower" if how.train == "all" else "the text projection"
 
 
-def _train(job: _Job, cache: Path, began: float) -> None:
+def _train(job: _TextJob, cache: Path, began: float) -> None:
     worker = start_worker(
         job.encoder,
         device=job.device,
@@ -181,7 +181,7 @@ def _measure(side: TextSide, judge: tuple[Tensor, CaptionSet] | None) -> dict[st
     return recall(images, encode_captions(side.tower, captions.captions), captions.owners)
 
 
-def _write(job: _Job, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+def _write(job: _TextJob, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], seconds: float) -> None:
     own = Path(job.spec.name)
     source = sha256_file(own) if job.spec.library == "visft_ds" else None
     result = Result("text", job.how.recipe, tuned.curve, recalls, seconds)
@@ -192,7 +192,7 @@ def _write(job: _Job, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], 
     finished(recalls, seconds, job.given.out / FILE)
 
 
-def _facts(job: _Job, tuned: Tuned) -> dict[str, str]:
+def _facts(job: _TextJob, tuned: Tuned) -> dict[str, str]:
     spec = job.spec
     facts = {"made from": Path(spec.name).name if spec.library == "visft_ds" else f"{spec.library} {spec.name}"}
     if spec.adapter is not None:

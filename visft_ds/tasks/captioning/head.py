@@ -374,10 +374,10 @@ class CaptioningCriterion:
         self,
         output: CaptioningOutput,
         targets: CaptionTargets,
-        normaliser: Mapping[str, Tensor],
+        loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, scalars. `normaliser` has `tokens` and `images`.
+        """Losses by name, scalars. `loss_denominators` has `tokens` and `images`.
 
         Raises ValueError where the output does not belong to these captions.
         """
@@ -392,12 +392,12 @@ class CaptioningCriterion:
         terms = F.cross_entropy(scores.flatten(end_dim=1), wanted.flatten(), reduction="none").view_as(wanted)
         uneven = (1 - attention.sum(dim=1)).square().mean(dim=1)  # (B,)
         losses = {
-            "ce": terms.masked_fill(~inside, 0).sum() / normaliser["tokens"],
-            "attention": (uneven * (targets.lengths > 1)).sum() / normaliser["images"],
+            "ce": terms.masked_fill(~inside, 0).sum() / loss_denominators["tokens"],
+            "attention": (uneven * (targets.lengths > 1)).sum() / loss_denominators["images"],
         }
         scores = scores.detach()
         better = (scores > scores.gather(2, wanted.unsqueeze(-1))).sum(dim=-1)
-        return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / normaliser["tokens"]}
+        return losses | {"top5_accuracy": 100 * ((better < 5) & inside).sum() / loss_denominators["tokens"]}
 
 
 def postprocess(output: CaptioningOutput, batch: Batch, vocabulary: Vocabulary) -> list[dict[str, Any]]:

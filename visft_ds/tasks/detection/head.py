@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.matching import Matches, MatchingCosts, at_least_float32, match
-from visft_ds.tasks.transformer import Decoder, Encoder, Mlp, sine_positions
+from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
 # Rows of the task embedding. One row is used; the published heads carry all of them.
 _TASK_ROWS = 256
@@ -70,7 +70,7 @@ class DetectionHead(nn.Module):
         self.encoder_dim = encoder_dim
         self.input_proj = nn.Conv2d(in_channels, encoder_dim, kernel_size=1)
         self.task_embed = nn.Embedding(_TASK_ROWS, encoder_dim)
-        self.encoder = Encoder(encoder_layers, encoder_dim, num_heads, ffn_dim, dropout)
+        self.encoder = TransformerEncoder(encoder_layers, encoder_dim, num_heads, ffn_dim, dropout)
         self.memory_proj = nn.Linear(encoder_dim, decoder_dim)
         self.position_proj = nn.Linear(encoder_dim, decoder_dim)
         for projection in (self.memory_proj, self.position_proj):
@@ -78,7 +78,7 @@ class DetectionHead(nn.Module):
         self.decoder = Decoder(decoder_layers, decoder_dim, num_heads, ffn_dim, dropout)
         self.query_embed = nn.Embedding(num_queries, decoder_dim)
         self.class_embed = nn.Linear(decoder_dim, num_classes + 1)
-        self.box_embed = Mlp(decoder_dim, decoder_dim, 4, num_layers=3)
+        self.box_embed = FeedForward(decoder_dim, decoder_dim, 4, num_layers=3)
 
     def forward(self, features: Tensor, valid: Tensor) -> DetectionOutput:
         """features (B, D, h, w), valid (B, h, w) bool with True inside the image, at least once for each image."""
@@ -156,10 +156,10 @@ class DetectionCriterion:
         self,
         output: DetectionOutput,
         targets: DetectionTargets,
-        normaliser: Mapping[str, Tensor],
+        loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, scalars. `normaliser` has `boxes` and `class_weight`; `image_ids` (B,) only serve in errors.
+        """Losses by name. `loss_denominators` has `boxes` and `class_weight`; `image_ids` (B,) serve errors only.
 
         Raises ValueError where the head's queries or layers are not those this criterion was built for, and what
         `matching.match` raises.
@@ -171,14 +171,14 @@ class DetectionCriterion:
         matches = match(logits, boxes, targets, self.costs, image_ids)
         wanted = self._wanted_classes(logits, targets, matches)
         by_name = {
-            "ce": self._cross_entropy(logits, wanted) / normaliser["class_weight"],
-            **{name: sums / normaliser["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
+            "ce": self._cross_entropy(logits, wanted) / loss_denominators["class_weight"],
+            **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
         }
         suffixes = [*(f"_{layer}" for layer in range(self.decoder_layers - 1)), ""]
         losses = {
             name + s: value for name, values in by_name.items() for s, value in zip(suffixes, values, strict=True)
         }
-        return losses | _for_the_log(logits[-1].detach(), wanted[-1], targets.counts, normaliser["boxes"])
+        return losses | _for_the_log(logits[-1].detach(), wanted[-1], targets.counts, loss_denominators["boxes"])
 
     def _check(self, layers: tuple[DetectionOutput, ...]) -> None:
         given = {"num_queries": layers[-1].logits.shape[1], "decoder_layers": len(layers)}

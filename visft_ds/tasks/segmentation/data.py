@@ -22,7 +22,7 @@ from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
-from visft_ds.tasks.segmentation.masks import Placement, grid_size, rasterise, rasterise_all
+from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
 #: The raw ids of COCO's 80 categories. Where nothing else is said, a label is a place in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -203,7 +203,7 @@ def final_size(size: Size, ops: Sequence[Op | Pad]) -> Size:
     return size
 
 
-def placement(size: Size, ops: Sequence[Op | Pad]) -> Placement:
+def placement(size: Size, ops: Sequence[Op | Pad]) -> MaskPlacement:
     """Where `ops` put the pixels of an image of `size`."""
     scale, offset = np.ones(2), np.zeros(2)  # x, y
     for op in ops:
@@ -215,7 +215,7 @@ def placement(size: Size, ops: Sequence[Op | Pad]) -> Placement:
         elif isinstance(op, Crop):
             offset = offset - [op.left, op.top]
         size = final_size(size, [op])
-    return Placement(float(scale[0]), float(offset[0]), float(scale[1]), float(offset[1]))
+    return MaskPlacement(float(scale[0]), float(offset[0]), float(scale[1]), float(offset[1]))
 
 
 def transform_image(image: npt.NDArray[np.uint8], ops: Sequence[Op | Pad], pad_value: int) -> Tensor:
@@ -260,7 +260,7 @@ def segmentation_targets(
 
 
 def _name_unreadable(
-    annotations: Sequence[Mapping[str, Any]], size: Size, place: Placement, after: Size, grid: Size
+    annotations: Sequence[Mapping[str, Any]], size: Size, place: MaskPlacement, after: Size, grid: Size
 ) -> None:
     """Raise the first annotation's ValueError with its id."""
     for annotation in annotations:
@@ -270,7 +270,7 @@ def _name_unreadable(
             raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
 
 
-def _seen(bboxes: Sequence[Sequence[float]], size: Size, place: Placement, after: Size) -> npt.NDArray[np.bool_]:
+def _seen(bboxes: Sequence[Sequence[float]], size: Size, place: MaskPlacement, after: Size) -> npt.NDArray[np.bool_]:
     """(n,) whether boxes (x, y, w, h) have area inside the stored image and inside the transformed one."""
     boxes = np.array(bboxes, dtype=np.float64).reshape(-1, 4)
     low = boxes[:, :2].clip(0, [size[1], size[0]])

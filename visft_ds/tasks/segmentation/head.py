@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.tasks.transformer import Mlp, sine_positions
+from visft_ds.tasks.transformer import FeedForward, sine_positions
 
 
 class MaskedAttention(nn.Module):
@@ -96,7 +96,7 @@ class MaskedDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.class_embed = nn.Linear(width, num_classes + 1)
-        self.mask_embed = Mlp(width, width, width, num_layers=3)
+        self.mask_embed = FeedForward(width, width, width, num_layers=3)
 
     def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B, S, E), mask_features (B, E, h, w), valid (B, h, w) bool, True at least once for each image.

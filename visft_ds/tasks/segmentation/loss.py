@@ -181,10 +181,10 @@ class SegmentationCriterion:
         self,
         output: SegmentationOutput,
         targets: SegmentationTargets,
-        normaliser: Mapping[str, Tensor],
+        loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name, scalars. `normaliser` has `masks` and `class_weight`; `image_ids` (B,) only serve in errors.
+        """Losses by name. `loss_denominators` has `masks` and `class_weight`; `image_ids` (B,) serve errors only.
 
         Raises ValueError where the head's options are not those this criterion was built for, and what
         `mask_matching.match_masks` raises.
@@ -204,9 +204,9 @@ class SegmentationCriterion:
         wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
         bce, dice = self._mask_sums(masks, targets, matches, points)
         by_name = {
-            "ce": self._cross_entropy(logits, wanted) / normaliser["class_weight"],
-            "bce": bce / normaliser["masks"],
-            "dice": dice / normaliser["masks"],
+            "ce": self._cross_entropy(logits, wanted) / loss_denominators["class_weight"],
+            "bce": bce / loss_denominators["masks"],
+            "dice": dice / loss_denominators["masks"],
         }
         losses = {
             name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
@@ -214,7 +214,7 @@ class SegmentationCriterion:
         named = logits[-1].detach().argmax(dim=-1)
         right = ((named == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
         total = int(targets.counts.sum())
-        return losses | {"class_error": 100 * (total - right) / normaliser["masks"]}
+        return losses | {"class_error": 100 * (total - right) / loss_denominators["masks"]}
 
     def _check(self, sets: tuple[SegmentationOutput, ...]) -> None:
         given = {

@@ -28,7 +28,7 @@ SUBSAMPLES = 4
 
 
 @dataclass(frozen=True)
-class Placement:
+class MaskPlacement:
     """Where the transforms put a pixel of the stored image: x' = scale_x * x + offset_x, the same for y."""
 
     scale_x: float = 1.0
@@ -48,7 +48,7 @@ def grid_size(size: Size, stride: int) -> Size:
 
 
 def rasterise(
-    segmentation: Any, stored: Size, placement: Placement, size: Size, grid: Size, subsamples: int = SUBSAMPLES
+    segmentation: Any, stored: Size, placement: MaskPlacement, size: Size, grid: Size, subsamples: int = SUBSAMPLES
 ) -> Mask:
     """How much of each cell an object covers: `rasterise_all` of one object, (hm, wm) uint8."""
     mask: Mask = rasterise_all([segmentation], stored, placement, size, grid, subsamples)[0]
@@ -58,7 +58,7 @@ def rasterise(
 def rasterise_all(
     segmentations: Sequence[Any],
     stored: Size,
-    placement: Placement,
+    placement: MaskPlacement,
     size: Size,
     grid: Size,
     subsamples: int = SUBSAMPLES,
@@ -83,7 +83,7 @@ def rasterise_all(
     assert 1 <= subsamples <= 15, "counts of subsamples are kept in 8 bits"
     # from pixels of the transformed image to subsamples
     fine_y, fine_x = grid[0] * subsamples / size[0], grid[1] * subsamples / size[1]
-    fine = Placement(
+    fine = MaskPlacement(
         placement.scale_x * fine_x, placement.offset_x * fine_x, placement.scale_y * fine_y, placement.offset_y * fine_y
     )
     masks = np.zeros((len(segmentations), *grid), dtype=np.uint8)
@@ -99,7 +99,9 @@ def rasterise_all(
     return masks
 
 
-def _draw_polygons(drawn: Sequence[tuple[Mask, Sequence[Any]]], stored: Size, fine: Placement, subsamples: int) -> None:
+def _draw_polygons(
+    drawn: Sequence[tuple[Mask, Sequence[Any]]], stored: Size, fine: MaskPlacement, subsamples: int
+) -> None:
     """Fill the polygons of every object into its mask.
 
     The corners of all objects are moved together: an object has few, and each call of numpy costs as much as a hundred.
@@ -152,7 +154,7 @@ def _checked(polygon: Any) -> Sequence[float]:
     return polygon
 
 
-def _draw_code(mask: Mask, code: Mapping[str, Any], stored: Size, fine: Placement, subsamples: int) -> None:
+def _draw_code(mask: Mask, code: Mapping[str, Any], stored: Size, fine: MaskPlacement, subsamples: int) -> None:
     """Fill a run-length code of the stored image into a mask."""
     if not {"size", "counts"} <= code.keys() or tuple(code["size"]) != stored:
         raise ValueError(
