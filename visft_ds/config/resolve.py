@@ -23,6 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
+from visft_ds.config.removed import without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 from visft_ds.config.validate import validate
@@ -238,8 +239,11 @@ def _with_random_heads(visft: VisftConfig) -> VisftConfig:
 
 
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
-    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors."""
-    return _typed(merge([(origin, values)]), recorded=True)
+    """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors.
+
+    Keys that were removed since are left out; those that did something are named on stderr.
+    """
+    return _typed(merge([(origin, without_removed(values, origin))]), recorded=True)
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
+from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig
 from visft_ds.config.task_schema import METRICS, TasksConfig
 
@@ -175,7 +176,7 @@ def _explain(details: Any) -> tuple[str, str]:
     location = [str(part) for part in details["loc"]]
     key, kind, given = ".".join(location), details["type"], details["input"]
     if kind == "extra_forbidden":
-        return key, f"unknown key; {suggest(location)}"
+        return key, removed_key(key) or f"unknown key; {suggest(location)}"
     if kind == "missing":
         return key, f"missing; state it in a file or with --set {key}=VALUE"
     if kind in ("model_type", "dict_type"):

@@ -1,0 +1,48 @@
+"""Keys, commands and flags that are gone, each with what serves instead. Naming one is answered with that."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Dotted key -> what serves instead.
+KEYS: dict[str, str] = {}
+#: Keys that a record written before may hold with a value that changed nothing: key -> that value.
+IDLE: dict[str, Any] = {}
+#: Tool -> its command, flag or "command --flag" -> what serves instead.
+ARGUMENTS: dict[str, dict[str, str]] = {}
+
+
+def removed_key(key: str) -> str | None:
+    """The answer to a removed key, or None for any other."""
+    return f"removed in 0.2: {KEYS[key]}" if key in KEYS else None
+
+
+def refuse_removed(tool: str, arguments: Sequence[str]) -> None:
+    """Check a command line for what its tool had and has no longer.
+
+    Raises:
+        ValueError: a removed command or flag; says what serves instead.
+    """
+    gone = ARGUMENTS.get(tool, {})
+    command = arguments[0] if arguments else ""
+    for word in arguments:
+        flag = word.partition("=")[0]
+        for name in (flag, f"{command} {flag}"):
+            if name in gone and (flag.startswith("-") or flag is word is command):
+                raise ValueError(f"{name}: removed in 0.2: {gone[name]}")
+
+
+def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
+    kept = copy.deepcopy(dict(values))
+    for key, instead in KEYS.items():
+        *parents, name = key.split(".")
+        node: Any = kept
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node and node.pop(name) != IDLE.get(key):
+            print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
+    return kept
