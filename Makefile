@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
+MINUTES ?= 30
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel lint demo golden clean
+.PHONY: help install test test-parallel test-slow reach lint demo golden clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -13,6 +14,8 @@ help:
 	@echo "make install            the environment alone, in .venv; enter it with: . .venv/bin/activate"
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
+	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
+	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make clean              remove the environment and the demo folder"
 
@@ -40,6 +43,12 @@ test-parallel: install
 		tests/integration/test_gathered.py \
 		tests/integration/test_packed_engines.py tests/integration/test_few_bits.py \
 		tests/integration/test_timm_engines.py tests/integration/test_tuning_runs.py
+
+test-slow: install
+	$(BIN)/python -m tests.slow --minutes $(MINUTES)
+
+reach: install
+	$(BIN)/python -m tests.house
 
 demo: install
 	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")
