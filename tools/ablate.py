@@ -1,5 +1,10 @@
-import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
 """Ten questions about the recipe as experiments; see visft_ds/experiments/ablations/cli.py and docs/ablations.md."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 if __name__ == "__main__":  # the processes of steps import this file too, and nothing of it
     from visft_ds.experiments.ablations.cli import main

@@ -1,5 +1,4 @@
-import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
-USAGE = """Contrastive image-text training: a small CLIP from nothing, or the text tower of any CLIP on new captions.
+"""Contrastive image-text training: a small CLIP from nothing, or the text tower of any CLIP on new captions.
 
     python tools/contrast.py pretrain --data toy --out clip
     python tools/contrast.py text --model clip/open_clip_model.safetensors --data shards --train lora --out tuned
@@ -10,13 +9,21 @@ configuration as open_clip loads them, a record and a model card. Exit status: 0
 130 interrupted (nothing is left).
 """
 
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
+
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 
-from visft_ds.data.store import StoreFailed
-from visft_ds.experiments.contrastive.pretrain_command import add_pretrain_parser
-from visft_ds.experiments.contrastive.text_command import add_text_parser
-from visft_ds.parallel import distributed
+#: Command -> (module that has its `add_parser`, its line of help).
+COMMANDS = {
+    "pretrain": ("pretrain_command", "a small CLIP from random weights, as base weights of toy runs"),
+    "text": ("text_command", "the text tower of a CLIP on new captions; the vision tower is frozen"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
         words = words[1:]
-    given = _parser().parse_args(words)
+    given = _parser(words[:1]).parse_args(words)
+    from visft_ds.data.store import StoreFailed
+    from visft_ds.parallel import distributed
+
     rank = distributed.rank()
     try:
         given.run(given)
@@ -38,13 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
+    """Flags of the command that is given; of the others their names, as their modules take seconds to import."""
     parser = argparse.ArgumentParser(
-        prog="contrast.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="contrast.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_pretrain_parser(commands)
-    add_text_parser(commands)
+    for name, (module, text) in COMMANDS.items():
+        parser_of = commands.add_parser(name, help=text)
+        if [name] == list(command):
+            import_module(f"visft_ds.experiments.contrastive.{module}").add_flags(parser_of)
     return parser
 
 

@@ -1,5 +1,4 @@
-import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
-USAGE = """The whole way in small: images -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report.
+"""The whole way in small: images -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report.
 
 Boxes, masks and captions: stage 1 trains the heads of all three from the same images, stage 2 takes them in turns.
 
@@ -9,6 +8,14 @@ Boxes, masks and captions: stage 1 trains the heads of all three from the same i
 Every command is printed before it runs and can be run by hand; whole outputs are in OUT/logs. An interrupted demo goes
 on where it stopped. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
 """
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 import argparse
 import contextlib
@@ -26,13 +33,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import resolve
 from visft_ds.config.task_schema import SHARED
-from visft_ds.data.manifest import Manifest
-from visft_ds.evals.demo import short_path, show_demo
-from visft_ds.tasks import TASKS
+
+if TYPE_CHECKING:
+    from visft_ds.data.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER, FORMAT = "demo.json", "visft_ds demo"
@@ -116,6 +123,8 @@ class Demo:
         if code:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
             lines = [f"  | {line}" for line in said if not NOISE.match(line)][-TAIL:]
+            from visft_ds.evals.demo import short_path
+
             raise StepFailed(
                 f"{name} ended with exit status {code}; the end of {short_path(log)}:\n" + "\n".join(lines)
             )
@@ -142,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demo = _open(given)
         _steps(demo, given)
         print(f"\n[{demo.steps}/{demo.steps}] report", flush=True)
+        from visft_ds.evals.demo import show_demo
+
         show_demo(demo.out, demo.finished, photographs=given.coco, seconds=time.perf_counter() - began)
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -161,7 +172,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="demo.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--coco", type=Path, metavar="DIR", help="train on this COCO tree instead of generated images")
@@ -246,6 +257,8 @@ def _check_tree(coco: Path) -> None:
 
 def _steps(demo: Demo, given: argparse.Namespace) -> None:
     """Every step, in order. A name of a step is also the name of its log."""
+    from visft_ds.data.manifest import Manifest
+
     out = demo.out
     coco, shards = given.coco or out / "coco", out / "shards"
     few = given.coco is not None and _are_few(given.coco)
@@ -322,6 +335,8 @@ def _settings(stage: int, train: Manifest, most_steps: int | None, given: argpar
     A set without captions leaves that task out. Few images need smaller batches and no endless repetition. One
     evaluation at the end of the run, and with it pictures before and after it in TensorBoard, where the user set none.
     """
+    from visft_ds.tasks import TASKS
+
     settings = list(given.set)
     if not len(train.select("captions")):
         settings.append("visft.tasks.captioning=null")
@@ -388,7 +403,7 @@ def _stream(command: Sequence[str], environment: Mapping[str, str], log: Path, h
     return process.returncode
 
 
-def _stop(process: "subprocess.Popen[str]") -> str:
+def _stop(process: subprocess.Popen[str]) -> str:
     """End the group of a child, politely, so that ranks can save, then for certain; returns what they still said."""
     for sign, patience in ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + patience
@@ -411,6 +426,8 @@ def _remove(path: Path) -> None:
 
 def _shown(command: Sequence[str]) -> str:
     """The command as a person would type it here."""
+    from visft_ds.evals.demo import short_path
+
     return shlex.join(short_path(part) if part.startswith("/") else part for part in command)
 
 

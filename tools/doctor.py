@@ -1,4 +1,3 @@
-import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__)))] + [p for p in sys.path if o.realpath(p) != o.dirname(o.realpath(__file__))]  # noqa: E401, E501, E702, I001  # fmt: skip
 """Is this machine ready to train? One line for each check, with what to do where it is not.
 
     python tools/doctor.py
@@ -6,6 +5,12 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
 Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage.
 """
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 import argparse
 from collections.abc import Sequence

@@ -12,7 +12,8 @@ The same arguments give the same bytes, whatever the number of workers.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/, whose profile.py hides the standard library's
+HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
 import argparse
 import os

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.tiny import TINY
-from visft_ds.experiments.ablations import cli as command
+from visft_ds.experiments.ablations import cli
 from visft_ds.experiments.ablations import scales, toy
 
 
@@ -30,7 +30,7 @@ def test_a_question_from_images_to_tables(
     shared = ["--seeds", "2", "--out", str(tmp_path / "out")]
     shared += [part for key, value in TINY.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     for words in (["tuning", "--arms", "DoRA,norms"], ["text"]):
-        status = command.main([*words, *shared])
+        status = cli.main([*words, *shared])
         assert status == 0, capfd.readouterr().out
     table = json.loads((tmp_path / "out/tuning/table.json").read_text())
     assert table["seeds"] == [0, 1] and not any(arm["failures"] for arm in table["arms"])
@@ -47,6 +47,6 @@ def test_a_question_from_images_to_tables(
     alone = texts[2]["numbers"]  # nothing of the images has changed where texts learnt alone
     assert all(pair["before"] == pair["after"] for pair in alone["probe/style-b knn"].values())
     capfd.readouterr()
-    assert command.main(["text", *shared]) == 0
+    assert cli.main(["text", *shared]) == 0
     printed = capfd.readouterr().out
     assert "[1/" not in printed and "steps have finished before" in printed

@@ -16,7 +16,7 @@ import pytest
 from ablation_steps import TELL, run_steps, steps_of
 from scipy import stats
 
-from visft_ds.experiments.ablations import cli as command
+from visft_ds.experiments.ablations import cli, command
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
 from visft_ds.experiments.ablations.draw import chart
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner, Trial
@@ -353,7 +353,7 @@ def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_told(
     words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert cli.main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -361,12 +361,12 @@ def test_folders_of_other_things_and_other_plans_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["heads", "--arms", "frozen", "--seeds", "2", "--dry-run", "--out", str(tmp_path)]
-    assert command.main(words) == 0
+    assert cli.main(words) == 0
     assert "launchers/train.py --stage 2" in capsys.readouterr().out
     (tmp_path / "precious").touch()
-    assert command.main(words) == 2
+    assert cli.main(words) == 2
     assert "holds no ablations" in capsys.readouterr().err
     command._claim(tmp_path, replace(Scale(), settings=("optimizer.params.lr=1e-3",)))
-    assert command.main(words) == 2
+    assert cli.main(words) == 2
     assert "another plan (settings: ['optimizer.params.lr=1e-3'] there, [] here)" in capsys.readouterr().err
     assert set(TASKS) == {"detection", "segmentation", "captioning"} and find_question("tasks").arms[0].stage2

@@ -42,7 +42,7 @@ from visft_ds.interop.writing import refuse_existing, write_safetensors
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: What can come on top of base weights.
 Change = LoraAdapter | TunedWeights
-ChangeT = TypeVar("ChangeT", LoraAdapter, TunedWeights)
+ChangeT = TypeVar("ChangeT", LoraAdapter, TunedWeights, "LoraAdapter | TunedWeights")
 # Below this share, or above this error, the merged weights are not the fine-tuned ones any more.
 MIN_RETAINED, MAX_ERROR = 0.9, 0.5
 

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,8 @@ data: the same command goes on where it was stopped, and another benchmark or mo
 """
 
 
-def run(arguments: Sequence[str], start_process_group: Callable[[], None]) -> int:
-    """Run the command; returns the exit status: 0 fine, 2 wrong usage or unusable input.
-
-    Args:
-        start_process_group: joins the processes of a launcher; called where there are several.
-    """
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit status: 0 fine, 2 wrong usage or unusable input."""
     given = _parser().parse_args(arguments)
     rank = distributed.rank()
     try:
@@ -59,6 +55,8 @@ def run(arguments: Sequence[str], start_process_group: Callable[[], None]) -> in
     began = time.perf_counter()
     try:
         if distributed.world_size() > 1:
+            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
             start_process_group()
             check_same_everywhere(benchmarks)
         facts: dict[str, Mapping[str, str]] = {}

@@ -1,36 +1,18 @@
-"""The command behind tools/ablate.py: its flags, the folder it works in, and what it prints."""
+"""Flags of tools/ablate.py. What costs seconds to import is imported when the flags are right."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from visft_ds.config import render_missing
-from visft_ds.experiments.ablations.collect import collect
-from visft_ds.experiments.ablations.plan import AblationPlan, Planner
-from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
-from visft_ds.experiments.ablations.run import Failure, Runner
-from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL, Scale, check_scale
-from visft_ds.experiments.ablations.statistics import FEWEST
-from visft_ds.experiments.ablations.steps import Step
-from visft_ds.experiments.ablations.write import shown, write_question, write_report
-from visft_ds.interop.writing import write_text
-from visft_ds.monitor.console import clock, print_plan
-from visft_ds.run.folder import LOCK_FILE
-from visft_ds.run.lock import locked
+from visft_ds.experiments.ablations.questions import QUESTIONS
+from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 
 ALL = "all"
-MARKER, FORMAT = "ablations.json", "visft_ds ablations"
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
 stage 2 changed in and out of domain with intervals over seeds, and draws it.
 
@@ -53,17 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signal.getsignal(sign) != signal.SIG_IGN:  # nohup
             signal.signal(sign, _interrupt)
     try:
-        planner, plans = _plan(given)
-        told = render_missing(list(planner.missing.values())) if planner.missing else ""
-        if given.dry_run:
-            _print_plan(plans, planner.steps.steps)
-            print("".join(f"\n# {line}" for line in told.splitlines()).lstrip("\n"))
-            return 0
-        if told:
-            raise ValueError(told)
-        with locked(given.out, patience=1.0):
-            _claim(given.out, planner.scale)
-            return _run(given, planner, plans)
+        from visft_ds.experiments.ablations.command import ask
+
+        return ask(given)
     except (ValueError, OSError) as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
@@ -103,124 +77,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--vary-base", action="store_true", help="toy base weights for each seed, instead of the same for all")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training; repeatable")
     return parser
-
-
-def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
-    """Everything that can be wrong with the command line is told here.
-
-    Raises:
-        ValueError: what is wrong, and what is allowed.
-    """
-    if given.seeds < FEWEST:
-        raise ValueError(f"--seeds {given.seeds}: an interval over seeds needs at least {FEWEST}, better 3 or more")
-    if given.jobs < 1:
-        raise ValueError(f"--jobs {given.jobs} is not allowed: give at least 1")
-    names = list(QUESTIONS) if given.questions == [ALL] else list(dict.fromkeys(given.questions))
-    questions = {name: find_question(name) for name in names}
-    if given.arms is not None:
-        if len(names) != 1:
-            raise ValueError(f"--arms chooses among the arms of one question, and {len(names)} are given")
-        questions = {names[0]: choose_arms(questions[names[0]], [arm.strip() for arm in given.arms.split(",")])}
-    scale = Scale(
-        model=given.model,
-        processes=given.processes,
-        data=given.data,
-        second=given.second_data,
-        heads=given.heads,
-        benchmarks=tuple(given.benchmark),
-        text=given.text,
-        settings=tuple(given.set),
-        vary_base=given.vary_base,
-    )
-    check_scale(scale)
-    if given.jobs > 1 and scale.launcher:
-        raise ValueError(f"--jobs {given.jobs}: trainings started by deepspeed would share its GPUs; leave it at 1")
-    _check_folder(given.out, scale)
-    planner = Planner(given.out, scale)
-    return planner, [planner.plan(name, question, range(given.seeds)) for name, question in questions.items()]
-
-
-def _check_folder(out: Path, scale: Scale) -> None:
-    """Refuse a folder of other things, or of comparisons at another scale: tables of the two would stand side by side.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if not out.exists() or not {path.name for path in out.iterdir()} - {LOCK_FILE}:
-        return
-    try:
-        record = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{out} is not empty and holds no ablations (no {MARKER}); choose another --out")
-    here = _record(scale)["scale"]
-    other = [
-        f"{key}: {record['scale'].get(key)} there, {value} here"
-        for key, value in here.items()
-        if record["scale"].get(key) != value
-    ]
-    if other:
-        raise ValueError(f"{out} holds ablations of another plan ({'; '.join(other)}); choose another --out")
-
-
-def _record(scale: Scale) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "scale": asdict(scale)}))
-    return record
-
-
-def _claim(out: Path, scale: Scale) -> None:
-    write_text(out / MARKER, json.dumps(_record(scale), indent=1) + "\n", overwrite=True)
-
-
-def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPlan]) -> int:
-    began, steps = time.monotonic(), planner.steps.steps
-    forks = prepare_environment(given.jobs)
-    failures: dict[str, Failure] = {}
-    failed = False
-    for plan in plans:
-        own = needed(plan, steps)
-        print(f"\n== {plan.name}: {plan.question.asks}", flush=True)
-        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True)).run(own)
-        outcome = collect(plan, steps, failures)
-        written = [*write_question(given.out, outcome), *write_report(given.out, list(QUESTIONS))]
-        print_plan(outcome.asks, shown(outcome))
-        print(f"written: {', '.join(str(path) for path in written)}", flush=True)
-        failed = failed or outcome.failed
-    print(f"\n{clock(time.monotonic() - began)}", flush=True)
-    return 1 if failed else 0
-
-
-def needed(plan: AblationPlan, steps: Mapping[str, Step]) -> dict[str, Step]:
-    """The steps of a plan and all before them, in the order of the list."""
-    wanted = {step.stem for trial in plan.trials for step in (trial.before, trial.after, trial.benchmarks)}
-    for stem in reversed(list(steps)):  # a step comes after all that it needs
-        if stem in wanted:
-            wanted |= set(steps[stem].needs)
-    return {stem: step for stem, step in steps.items() if stem in wanted}
-
-
-def prepare_environment(jobs: int) -> bool:
-    """Divide the cores among the steps; returns whether steps can be forks: on a GPU they cannot."""
-    import torch  # the only one who knows whether its GPUs can be used
-
-    here = str(Path(sys.executable).parent)  # of an environment that need not be activated: there is deepspeed
-    os.environ["PATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PATH")])])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    if torch.cuda.device_count():
-        return False
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without a GPU DeepSpeed guesses and warns at every start
-    return True
-
-
-def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> None:
-    done = sum(step.marker.is_file() for step in steps.values())
-    trials = sum(len(plan.trials) for plan in plans)
-    print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
-    for step in steps.values():
-        mark = " (finished)" if step.marker.is_file() else ""
-        words = ["python", *step.command] if step.command[0].endswith(".py") else list(step.command)
-        print(f"# {step.title}{mark}\n{shlex.join(words)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from visft_ds.config import tower_setting
 from visft_ds.experiments.contrastive.flags import (
@@ -30,9 +29,8 @@ from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 
 
-def add_pretrain_parser(commands: Any) -> None:
-    """`pretrain`."""
-    parser = commands.add_parser("pretrain", help="a small CLIP from random weights, as base weights of toy runs")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `pretrain`."""
     add_data(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=sorted(PRESETS), default="debug", help="vision tower (default %(default)s)")

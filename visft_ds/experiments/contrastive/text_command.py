@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 
 
-def add_text_parser(commands: Any) -> None:
-    """`text`."""
-    parser = commands.add_parser("text", help="the text tower of a CLIP on new captions; the vision tower is frozen")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `text`."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="FILE[+ADAPTER][@SCALE], RUN, or open_clip:NAME:TAG|FILE"
     )

@@ -1,0 +1,32 @@
+"""`--help` of every program answers without what takes seconds to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = sorted(path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py"))
+WITHOUT_FLAGS = {"reach.py"}  # takes those of launchers/train.py, and trains
+SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "torchvision")
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("IMPORTED", *(name for name in {slow} if name in sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_help_imports_nothing_slow(program: Path) -> None:
+    if program.name in WITHOUT_FLAGS:
+        pytest.skip("has no flags of its own")
+    command = [sys.executable, "-c", RUN.format(slow=SLOW), str(program), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr

@@ -1,0 +1,72 @@
+"""Flags of tools/evaluate.py. What costs seconds to import is imported when the flags are right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from visft_ds.config.schema import PRESETS
+
+USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
+
+    python tools/evaluate.py --run runs/stage2-debug
+    python tools/evaluate.py --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
+    python tools/evaluate.py --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
+        --coco COCO --out evaluation/base
+    deepspeed --num_gpus 8 tools/evaluate.py --run runs/stage2-eva_e
+    python tools/evaluate.py benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
+
+Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
+processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    place = 1 if words and words[0].startswith("--local_rank=") else 0  # the deepspeed launcher puts it in front
+    if words[place : place + 1] == ["benchmarks"]:
+        from visft_ds.evals.benchmarks.command import run
+
+        return run(words[:place] + words[place + 1 :])
+    given = _parser().parse_args(words)
+    from visft_ds.evals.command import evaluate
+
+    return evaluate(given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model: a run, and files that replace the run's")
+    model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
+    model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights, any known layout")
+    model.add_argument(
+        "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
+    )
+    model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    model.add_argument(
+        "--allow-other-base", action="store_true", help="go on although the heads learnt from another base"
+    )
+    model.add_argument("--model", choices=sorted(PRESETS), help="preset, where the backbone file does not tell")
+    model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
+    model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    model.add_argument("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
+    model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
+    data = parser.add_argument_group("data: by default the run's")
+    data.add_argument("--data", metavar="DIR|URL", help="shards made by tools/make_shards.py")
+    data.add_argument("--coco", type=Path, metavar="DIR", help="a COCO tree, packed on the fly, or shards")
+    data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
+    data.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    data.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
+    data.add_argument("--batch-size", type=int, metavar="N", help="of one process (default: the run's, or 8)")
+    data.add_argument("--threads", type=int, default=2, metavar="N", help="that decode (default %(default)s)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder (default RUN/evaluation-SPLIT)")
+    out.add_argument("--images", type=int, default=8, metavar="N", help="pictures to draw (default %(default)s)")
+    out.add_argument("--threshold", type=float, default=0.5, help="least score in pictures (default %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
+    return parser

@@ -1,0 +1,93 @@
+"""Flags of tools/merge_lora.py. What costs seconds to import is imported when the flags are right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from visft_ds.config import tower_setting
+
+USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
+
+python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
+    --out merged.safetensors --format timm --verify
+
+Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
+Adapter: a run (also one that trained its backbone itself), a checkpoint folder, a PEFT folder, or a LoRA file as ViSFT
+published them; several are averaged; without any the base is written as it is, in another form. An --out without suffix
+is a folder: weights, the configuration of the library that reads them, and a model card.
+
+Exit status: 0 written, 1 --verify found other outputs (nothing is kept), 2 wrong usage or input.
+"""
+
+WEIGHT_FORMATS = ("eva_clip", "lavis", "open_clip", "timm", "transformers")
+ADAPTER_FORMATS = ("peft", "peft_split", "visft")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    from visft_ds.interop.command import merge
+
+    try:
+        return merge(given)
+    except (ValueError, OSError) as error:
+        print(f"merge_lora: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_argument_group("from")
+    source.add_argument(
+        "--base", type=Path, metavar="FILE", help="weights the change comes on top of (a run knows its own)"
+    )
+    source.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="run, checkpoint folder, PEFT folder or ViSFT LoRA file; several: their average; none: --base in another "
+        "--format",
+    )
+    source.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="factor of each --adapter (default: 1 / number of them)"
+    )
+    source.add_argument("--scale", type=float, default=1.0, help="times the adapter's effect (%(default)s)")
+    source.add_argument("--unmerge", action="store_true", help="--base is merged: take the adapter out again")
+    source.add_argument("--allow-other-base", action="store_true", help="go on although the base has another sha256")
+    source.add_argument("--model", help="preset, where the file does not tell (eva_e, eva_g, ...)")
+    source.add_argument(
+        "--set",
+        type=tower_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="num_heads or post_norm of the model, where neither file nor preset tells",
+    )
+    out = parser.add_argument_group("to")
+    out.add_argument("--out", type=Path, required=True, metavar="PATH", help="a new file, or a new folder (no suffix)")
+    out.add_argument(
+        "--format",
+        choices=[*WEIGHT_FORMATS, *ADAPTER_FORMATS],
+        default="timm",
+        help="full weights as a library names them, or the adapter alone: peft (fused qkv), peft_split (separate q, k, "
+        "v), visft (%(default)s)",
+    )
+    out.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the tower in the result (%(default)s)"
+    )
+    out.add_argument("--max-shard-size", metavar="SIZE", help="split larger weights into files of at most 5GB, ...")
+    out.add_argument("--verify", action="store_true", help="compare with base + adapter; exit 1 if outputs differ")
+    out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
+    card = parser.add_argument_group("model card and hub (--out must be a folder)")
+    card.add_argument(
+        "--results", type=Path, metavar="DIR", help="folder of tools/evaluate.py whose numbers the card may name"
+    )
+    card.add_argument("--push-to-hub", metavar="USER/NAME", help="say what would be uploaded; nothing is sent")
+    card.add_argument("--upload", action="store_true", help="with --push-to-hub: really upload")
+    card.add_argument("--public", action="store_true", help="with --upload: a repository that everybody sees")
+    return parser
