@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
+DEVICE ?= cuda
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel lint demo golden clean
+.PHONY: help install test test-parallel lint demo gpu golden clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
 	@echo "make demo COCO=FOLDER   the same on an ordinary COCO tree (train2017/ val2017/ annotations/)"
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
+	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make clean              remove the environment and the demo folder"
 
@@ -42,6 +44,10 @@ test-parallel: install
 
 demo: install
 	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")
+
+# With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
+gpu: $(if $(filter file,$(origin BIN)),install)
+	$(BIN)/python tools/gpu.py --device $(DEVICE) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
 
 golden: install
 	$(BIN)/python -m tests.golden.losses

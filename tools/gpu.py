@@ -48,6 +48,7 @@ from visft_ds.ops.deform_attn import deform_attn, deform_attn_reference
 from visft_ds.ops.dora import dora_linear
 from visft_ds.ops.gelu import STEPS, gelu
 from visft_ds.ops.lora import BACKENDS, lora_linear
+from visft_ds.ops.low_bit import FORMATS, LowBit, low_bit_linear
 from visft_ds.ops.norm import layer_norm
 from visft_ds.ops.triton import why_not
 from visft_ds.profiling.record import circumstances
@@ -65,6 +66,7 @@ COLUMNS = ("part", "case", "error", "bound", "seconds", "device", "verdict", "re
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCRIPT = Path(__file__).resolve()
 CPU = torch.device("cpu")
+AT_ONCE = 4  #: runs of the command that trains: most of one is its start
 #: One operation against float64 on the same inputs. fp32: sums of up to 5,000 terms; TF32 makes 3e-4. 16 bit: factors
 #: and result are rounded once or twice, by 3e-4 and 2e-3 in the mean. A scale off by 3 %, a missing term or tile is far
 #: above all three.
@@ -243,11 +245,11 @@ def _compare(
 
 
 def ops(device: torch.device, folder: Path) -> Cases:
-    """GELU, norm and deformable attention, each by the library and by Triton."""
+    """GELU, norm and deformable attention, each by the library and by Triton; matrices in few bits."""
     rows, width, shapes = (1030, 1792, [(64, 48), (32, 24)]) if device.type == "cuda" else (7, 100, [(4, 6), (2, 3)])
     random = partial(torch.randn, device=device)
     weight, bias, x, inner, up = (random(*size) for size in ((width,), (width,), *[(rows, width)] * 3))
-    places, shares = (torch.rand(2, 11, 2, 2, 3, *more, device=device) for more in ((2,), ()))
+    places, shares = (torch.rand(2, 5, 2, 2, 3, *more, device=device) for more in ((2,), ()))
     cells = random(2, sum(height * width for height, width in shapes), 2, 5)
     cases: dict[str, Any] = {
         "gelu": (gelu, F.gelu, [2 * x], up),
@@ -260,9 +262,19 @@ def ops(device: torch.device, folder: Path) -> Cases:
         "deformable attention": (  # samples in and around the maps
             lambda value, *rest: deform_attn(value, shapes, *rest),
             lambda value, *rest: deform_attn_reference(value, shapes, *rest),
-            *([cells, places * 1.3 - 0.15, shares], random(2, 11, 10)),
+            *([cells, places * 1.3 - 0.15, shares], random(2, 5, 10)),
         ),
     }
+
+    # Codes that no quantiser has made will do: scales of 1, and bytes of which none is fp8's NaN.
+    codes = torch.randint(0, 127, (96, 128), dtype=torch.uint8)
+    for form in FORMATS:
+        scales = torch.ones(96, 2 if form == "nf4" else 1).view(torch.uint8)
+        stored = torch.cat([scales, codes], dim=1)[:, : LowBit(form, 128, torch.float32).row_bytes]
+        exact = LowBit(form, 128, torch.float32).unpack(stored, torch.float32).to(device)
+        way = partial(lambda form, stored, x: low_bit_linear(x, stored, None, LowBit(form, 128, x.dtype)), form)
+        exactly = partial(lambda weight, x: F.linear(x, weight), exact.double())
+        cases[f"matrix in {form}"] = partial(way, stored.to(device)), exactly, [random(rows, 128)], random(rows, 96)
 
     def run(kernels: str, name: str, dtypes: Sequence[str]) -> Found:
         if kernels == "triton" and (reason := why_not(device)):
@@ -279,6 +291,8 @@ def ops(device: torch.device, folder: Path) -> Cases:
 
     for kernels in KERNELS:
         for name in cases:
+            if kernels == "triton" and name.startswith("matrix"):
+                continue  # there is one way
             # Heads compute in float32 whatever the backbone computes in.
             yield f"{name}, {kernels}", partial(run, kernels, name, ["fp32"] if name.startswith("def") else [*DTYPES])
 
@@ -296,6 +310,15 @@ def attention(device: torch.device, folder: Path) -> Cases:
         with sdpa_kernel(FUSED[name]) if name in FUSED else sdpa_kernel([*FUSED.values(), SDPBackend.MATH]):
             return F.scaled_dot_product_attention(*qkv)  # by this kernel and no other
 
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+
+    def packed_exactly(length: int, *qkv: Tensor) -> Tensor:
+        images = zip(
+            *(tensor.transpose(0, 1).split([length, len(tensor) - length], dim=1) for tensor in qkv), strict=True
+        )
+        return torch.cat([exactly(*image).transpose(0, 1) for image in images])
+
     def packed(name: str, length: int, *qkv: Tensor) -> Tensor:
         packing = table.Packing.of((length, len(qkv[0]) - length), device)
         return table.attention_packed(*qkv, packing) if name == "the table" else table.PACKED[name](*qkv, packing)
@@ -311,10 +334,10 @@ def attention(device: torch.device, folder: Path) -> Cases:
                 # Numbers so large that shares are uneven: with even ones a wrong scale would not show.
                 if is_packed:
                     qkv = (torch.randn(2 * length - 5, 3, 4, dim, device=device) * 1.5).unbind(1)
-                    ways = [partial(packed, one, length) for one in (name, "one by one")]
+                    ways = [partial(packed, name, length), partial(packed_exactly, length)]
                 else:
                     qkv = (torch.randn(2, length, 3, 4, dim, device=device) * 1.5).permute(2, 0, 3, 1, 4).unbind(0)
-                    ways = [partial(padded, one) for one in (name, "reference")]
+                    ways = [partial(padded, name), exactly]
                 try:
                     errors = _compare(*ways, qkv, torch.randn_like(qkv[0]), dtype)
                 except RuntimeError as error:
@@ -335,7 +358,7 @@ def attention(device: torch.device, folder: Path) -> Cases:
 
 def lora(device: torch.device, folder: Path) -> Cases:
     """Each backend of the adapted projection against the eager one."""
-    rows, width, rank = (1030, 1792, 64) if device.type == "cuda" else (18, 48, 16)
+    rows, width, rank = (1030, 1792, 64) if device.type == "cuda" else (9, 32, 8)
     slices, random = ((0, width), (2 * width, 3 * width)), partial(torch.randn, device=device)
     x, bias, a, b = random(2, rows, width), random(3 * width), random(2 * rank, width), random(2 * width, rank)
     weight, a, b = random(3 * width, width) * width**-0.5, a * width**-0.5, b * rank**-0.5
@@ -433,7 +456,8 @@ def train(folder: Path, out: str, device: torch.device, engine: str, precision: 
         command += training(folder, **{"visft.model.precision": precision})
         # Where DeepSpeed would see a GPU, it has to be hidden.
         hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device.type == "cpu" else {}
-        done = subprocess.run([sys.executable, *command], env=os.environ | hidden, capture_output=True, text=True)
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // AT_ONCE)), **os.environ, **hidden}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
         if done.returncode:
             said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or [""]
             raise RuntimeError(f"launchers/train.py --engine {engine} ended with {done.returncode}: {said[-1]}")
@@ -453,25 +477,28 @@ def _follow(found: Told, wanted: Told, first: float, later: float, saved: int = 
 
 def engines(device: torch.device, folder: Path) -> Cases:
     """Six steps under each engine through the command that trains."""
-    pool = ThreadPoolExecutor(4)  # most of a run is its start
+    pool = ThreadPoolExecutor(AT_ONCE)
 
     @cache
-    def start(engine: str, where: torch.device = device, precision: str = "fp32") -> Any:
-        return pool.submit(train, folder, f"{engine}-{where.type}-{precision}", where, engine, precision)
+    def start(engine: str, kind: str, precision: str) -> Any:
+        return pool.submit(train, folder, f"{engine}-{kind}-{precision}", torch.device(kind), engine, precision)
 
-    ours = ("zero1", "zero2", "zero3", "zero3_offload")
-    runs = [start("zero0", CPU), *map(start, ("zero0", *ours)), *(start("zero1", device, p) for p in ("bf16", "fp16"))]
-    assert len(runs) == 8
-    yield "zero0 and a CPU", lambda: _follow(start("zero0").result(), runs[0].result(), *RUN_BOUND["fp32"])
-    for engine in ours:
+    def told(engine: str, kind: str = device.type, precision: str = "fp32") -> Told:
+        told: Told = start(engine, kind, precision).result()
+        return told
+
+    ours, half = ("zero1", "zero2", "zero3", "zero3_offload"), ("bf16", "fp16")
+    for kind, engine in (("cpu", "zero0"), *((device.type, engine) for engine in ("zero0", *ours))):
+        start(engine, kind, "fp32")
+    for precision in half:
+        start("zero1", device.type, precision)
+    yield "zero0 and a CPU", lambda: _follow(told("zero0"), told("zero0", "cpu"), *RUN_BOUND["fp32"])
+    for one in ours:
+        yield f"{one} and zero0", partial(lambda one: _follow(told(one), told("zero0"), *ENGINE_BOUND), one)
+    for one in half:
         yield (
-            f"{engine} and zero0",
-            partial(lambda e: _follow(start(e).result(), start("zero0").result(), *ENGINE_BOUND), engine),
-        )
-    for precision in ("bf16", "fp16"):
-        yield (
-            f"zero1 in {precision} and a CPU in fp32",
-            partial(lambda p: _follow(start("zero1", device, p).result(), runs[0].result(), *RUN_BOUND[p]), precision),
+            f"zero1 in {one} and a CPU in fp32",
+            partial(lambda p: _follow(told("zero1", precision=p), told("zero0", "cpu"), *RUN_BOUND[p]), one),
         )
 
 
