@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_without_a_gpu_its_absence_is_an_error(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main([]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_folder_named_gpu_skips_no_tests(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", folder)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
+    (folder / "test_one.py").write_text(
+        "import pytest\n\ndef test_one():\n    pass\n\n@pytest.mark.gpu\ndef test_two():\n    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True, text=True)
+    assert re.search(r"\b[12] passed", done.stdout), done.stdout
 
 
 @pytest.mark.slow
