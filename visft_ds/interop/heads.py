@@ -324,4 +324,7 @@ def _classes(info: HeadInfo) -> tuple[int, ...] | None:
             f"the segmentation head has {number} classes, and its file does not name their categories: give the file "
             "that a training exported"
         )
-    return classes_of(info.task, info.options, names)
+    try:
+        return classes_of(info.task, info.options, names)
+    except ValueError as error:
+        raise ValueError(f"the {info.task} head's file contradicts itself: {error}") from error
