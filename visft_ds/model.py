@@ -29,7 +29,7 @@ LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a coun
 
 @dataclass(frozen=True)
 class TaskModule:
-    """What a task adds to the model."""
+    """Head and criterion that a task adds to the model."""
 
     head: nn.Module
     criterion: Criterion
@@ -55,7 +55,7 @@ def normalise_pixels(
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """Which cells of a grid over the padded image show image: nearest-neighbour sampling of the pixel mask.
+    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel mask.
 
     Args:
         sizes: (B, 2) int64, height and width of the valid part in pixels.
@@ -156,7 +156,7 @@ class MultiTaskModel(nn.Module):
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
 
     def frames(self, batch: Batch) -> Frames | None:
-        """How the images of a batch are packed; None where they are not."""
+        """Packing of the images of a batch; None where they are not packed."""
         return Frames.of(batch, self.backbone) if self.packed else None
 
     def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class MultiTaskModel(nn.Module):
         return features.permute(0, 3, 1, 2), valid
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """What the backbone is fed: `normalise_pixels`, and never less than one patch.
+        """Input of the backbone: `normalise_pixels`, padded to at least one patch.
 
         A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
         """

@@ -89,7 +89,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def checkpoint_every(self) -> int:
-        """1: every block, or stage, is computed again in the backward pass; 0: none. timm knows no other numbers."""
+        """1: every block, or stage, is recomputed in the backward pass; 0: none. timm knows no other numbers."""
         return self._every
 
     @checkpoint_every.setter

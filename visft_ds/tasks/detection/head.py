@@ -142,7 +142,7 @@ class DetectionCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """What normalises the losses, from the labels alone; to be summed over ranks and micro-batches.
+        """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
         `boxes` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
         every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`.

@@ -151,7 +151,7 @@ class SegmentationTransform:
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op | Pad]:
-        """What happens to an image of `size`, in order."""
+        """Geometric operations for an image of `size`, in order."""
         ops: list[Op | Pad] = []
         if self.train and generator.random() < self.flip:
             ops.append(Flip())
@@ -204,7 +204,7 @@ def final_size(size: Size, ops: Sequence[Op | Pad]) -> Size:
 
 
 def placement(size: Size, ops: Sequence[Op | Pad]) -> MaskPlacement:
-    """Where `ops` put the pixels of an image of `size`."""
+    """Map from the pixels of an image of `size` to those after `ops`."""
     scale, offset = np.ones(2), np.zeros(2)  # x, y
     for op in ops:
         if isinstance(op, Flip):
