@@ -66,7 +66,7 @@ def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def trainable(label: Mapping[str, Any]) -> int:
-    """How many annotations are neither crowd nor without area inside the image."""
+    """Number of annotations that are not crowd and have area inside the image."""
     width, height = label["width"], label["height"]
     return sum(not one["iscrowd"] and _has_area(one["bbox"], width, height) for one in label["annotations"])
 
@@ -77,7 +77,7 @@ def _has_area(bbox: list[float], width: int, height: int) -> bool:
 
 
 def _wrong_field(annotation: Any) -> str | None:
-    """What is wrong with an annotation; None if nothing is."""
+    """Reason why an annotation is invalid; None if it is valid."""
     if not isinstance(annotation, dict):
         return "is no object"
     for name in ("id", "category_id"):
