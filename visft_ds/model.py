@@ -192,15 +192,15 @@ class MultiTaskModel(nn.Module):
         return F.pad(pixels, (0, short[1], 0, short[0]))
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
-        """Losses of a batch, or predictions when no normaliser is given.
+        """Losses of a batch, or predictions where no denominators are given.
 
         Args:
             batch: images and the targets of one or more tasks.
-            normaliser: per task the numbers its losses are divided by; they hold for the whole optimiser step (all
-                ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
+            loss_denominators: per task the numbers its losses are divided by; they hold for the whole optimiser step
+                (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
 
         Returns:
-            With a normaliser, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
+            With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
             "<task>/<name>": each unweighted loss}.
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """

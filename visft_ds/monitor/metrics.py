@@ -66,7 +66,7 @@ class MetricsWriter:
         self._write({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
-        """A picture (H, W, 3) RGB for TensorBoard."""
+        """An image (H, W, 3) RGB for TensorBoard."""
         if self._events is not None:
             self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, "image": _encode(image)}]))
 
@@ -168,7 +168,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was run, with what, on what: OUT/run.json."""
+    """Record of a run, its settings and its environment: OUT/run.json."""
 
     config: Mapping[str, Any]  #: the resolved configuration
     world_size: int

@@ -357,8 +357,8 @@ class CaptioningCriterion:
     - `top5_accuracy`, for the log only: percentage of the ids that are among the five with the highest scores (ids with
       an equal score do not push one another out).
 
-    Each is a sum over the micro-batch divided by a given normaliser, so that its mean over ranks and micro-batches is
-    that of one process on the global batch, if the normaliser is the global sum of `count` divided by the number of
+    Each is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and micro-batches is
+    that of one process on the global batch, if the denominator is the global sum of `count` divided by the number of
     ranks times micro-batches. Images without a caption take no part.
     """
 

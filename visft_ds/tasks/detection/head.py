@@ -117,9 +117,9 @@ class DetectionCriterion:
     `class_error` (percent of the objects whose matched query names another class) and `cardinality_error` (mean
     absolute difference between the number of objects and of queries that see one).
 
-    Each loss is a sum over the micro-batch divided by a given normaliser, so that its mean over ranks and micro-batches
-    is the loss of one process on the global batch, if the normaliser is the global sum of `count` divided by the number
-    of ranks times micro-batches.
+    Each loss is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and
+    micro-batches is the loss of one process on the global batch, if the denominator is the global sum of `count`
+    divided by the number of ranks times micro-batches.
     """
 
     def __init__(
