@@ -1,4 +1,4 @@
-"""What leaves a run: heads, adapters and base weights in files that other programs read, in <run>/export.
+"""Export of a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
 Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter as a PEFT folder. A backbone that was trained
 itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are

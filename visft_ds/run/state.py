@@ -1,4 +1,4 @@
-"""What a run carries from step to step beside the loop: its checkpoints, its moving average, where it goes on."""
+"""State of a run from step to step beside the loop: its checkpoints, its moving average, its resume."""
 
 from __future__ import annotations
 
