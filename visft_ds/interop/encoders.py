@@ -100,7 +100,7 @@ class EvaEncoder(nn.Module):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it can compute."""
+        """Kinds of features that it can compute."""
         return KINDS if self.head is not None else ("pooled", "patches")
 
 

@@ -51,7 +51,7 @@ _KEY = "visft_head"
 
 
 def head_file(folder: str | Path, task: str) -> Path:
-    """Where a task's head lies in a folder of heads."""
+    """Path of a task's head in a folder of heads."""
     return Path(folder) / f"{task}.safetensors"
 
 
@@ -177,7 +177,7 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
 
 
 def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
-    """How the head in a file was built: enough to build it again.
+    """Read the description of the head in a file: enough to build it again.
 
     `task` is needed only for a published file that holds several heads and does not bear its published name. Raises
     ValueError for a file that is no head, or has none of this task.

@@ -210,7 +210,7 @@ def find_published(content: PublishedFile, task: str, *, assume: bool) -> HeadFi
 
 @dataclass(frozen=True)
 class PublishedHead:
-    """One head of a published file under our names, fp32, and why the rest of the file was left."""
+    """Head of a published file under our names, fp32, and the reasons why the rest of the file was left."""
 
     tensors: Mapping[str, Tensor]
     info: HeadInfo

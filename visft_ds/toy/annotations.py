@@ -96,7 +96,7 @@ def _details(shape: Shape, share: float) -> str:
 
 
 def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
-    """Where one shape is as seen from another, along the axis on which they are further apart."""
+    """Relation of two random shapes' places, along the axis on which they are further apart."""
     first, second = (shapes[int(i)] for i in rng.choice(len(shapes), 2, replace=False))
     (x1, y1), (x2, y2) = _middle(first), _middle(second)
     if abs(x1 - x2) >= abs(y1 - y2):

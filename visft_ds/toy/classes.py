@@ -25,7 +25,7 @@ _STREAM = 77  # of random numbers, apart from those of the toy sets
 
 
 def class_names(kind: str, style: str) -> list[str]:
-    """What the classes are called, in the order of their folders. Raises ValueError for an unknown kind."""
+    """Names of the classes, in the order of their folders. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"there are no toy classes of {kind!r}: choose one of {', '.join(KINDS)}")
     return sorted(NAMES) if kind == "shape" else sorted(STYLES[style].colours)

@@ -98,7 +98,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of a scene. `polygons` are in pixels; `visible` (H, W) bool is what later shapes left of it."""
+    """Shape of a scene. `polygons` are in pixels; `visible` (H, W) bool is what later shapes left of it."""
 
     category: int  #: position in CATEGORIES
     colour: str
@@ -117,7 +117,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
+    """Drawn image. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
 
     image: Array
     background: str
@@ -349,9 +349,9 @@ def _add(
 def draw_scene(
     rng: np.random.Generator, style: Style, height: int, width: int, *, max_shapes: int = MAX_SHAPES
 ) -> Scene:
-    """One random picture with everything that is known about it.
+    """Draw a random image with everything that is known about it.
 
-    About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
+    About 5 % of the images have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
     half of its pixels, and shapes that reach over the border lose at most a fifth.
 
     Args:
@@ -383,7 +383,7 @@ def draw_scene(
 def draw_single(
     rng: np.random.Generator, style: Style, height: int, width: int, *, category: int, colour: str | None = None
 ) -> Scene:
-    """One picture with one shape of a known category that lies inside to at least 85 % of its area.
+    """Draw an image with one shape of a known category that lies inside to at least 85 % of its area.
 
     Args:
         category: position in CATEGORIES.
