@@ -1,4 +1,4 @@
-"""Where images come from: files, members of tar files, arrays; and the hash that tells one set from another.
+"""Sources of images: files, members of tar files, arrays; and the hash that identifies a set.
 
 Files are told apart by name, size and time of change, so that a set of millions is not read twice to be known; arrays
 by their content.
@@ -40,7 +40,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def stamp(path: Path) -> str:
-    """What tells whether a file has changed."""
+    """Size and modification time of a file, to detect changes."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 

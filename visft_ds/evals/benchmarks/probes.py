@@ -1,4 +1,4 @@
-"""How much simple readers find in frozen features: nearest neighbours, logistic regression, and that from few images.
+"""Probes of frozen features: nearest neighbours, logistic regression, and that from few images.
 
 Nearest neighbours vote as in DINO (https://arxiv.org/abs/2104.14294, 4.1): the 20 nearest by cosine, each with
 exp(similarity / 0.07). Logistic regression reads features that are centred and divided by one number for all channels;
