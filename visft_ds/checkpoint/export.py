@@ -96,7 +96,7 @@ def export_weights(
 def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`tower_metadata`).
+    So they need not be gathered from whoever holds them. `told`: the file's metadata (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}

@@ -141,7 +141,7 @@ def block_flops(tower: TowerShape, images: int, tokens: int) -> list[Flops]:
 
 
 def _block(tower: TowerShape, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
-    """Count a block, and tell whether its output needs a gradient, given whether its input does."""
+    """Operations of a block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
     products = KEPT_SCORES if tokens < tower.plain_attention_below else FUSED_ATTENTION
     total, inside, costs = Flops(), False, dict[str, Flops]()

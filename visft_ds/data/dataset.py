@@ -58,7 +58,7 @@ def read_raw(
         categories: see `DataSet`.
 
     Raises:
-        DamagedSample: bytes that are not those of the index, or no picture; names shard, key and offset.
+        DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
     """
     row = reader.row(index)
     image_file, label_file = reader.read(index, role)

@@ -5,7 +5,7 @@
                       "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
      "captions": ["A room with a table.", ...]}
 
-`license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of a picture
+`license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of an image
 of `width` x `height`; where the stored one has another size, `stored_width` and `stored_height` say so. Whoever packs
 shards with another program and writes this gets an index and a manifest from `make_shards.py repair`.
 """
@@ -61,7 +61,7 @@ def parse_label(data: bytes) -> dict[str, Any]:
 
 
 def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the picture in the shard."""
+    """(height, width) of the image in the shard."""
     return label.get("stored_height", label["height"]), label.get("stored_width", label["width"])
 
 

@@ -26,7 +26,7 @@ _Payload = tuple[str, int, int, int]
 
 
 class DamagedSample(ValueError):
-    """A sample whose bytes are not those that the index describes, or that are no picture."""
+    """A sample whose bytes are not those that the index describes, or that are no image."""
 
 
 class ShardReader:

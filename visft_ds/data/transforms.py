@@ -2,7 +2,7 @@
 
 The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image size alone,
 before any pixel is looked at. A process that reads labels only therefore arrives at the same targets as one that also
-has the picture.
+has the image.
 
 Shape letters: H W pixels, n boxes of one image.
 """

@@ -1,6 +1,6 @@
 """A model for evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
 
-Everything that a file tells about itself is checked against the others before a tensor is copied: sizes of the tower,
+Everything that a file records about itself is checked against the others before a tensor is copied: sizes of the tower,
 width of the features, the base an adapter was trained on, the categories a head knows.
 """
 
@@ -156,7 +156,7 @@ def load_model(
         decoding: task -> what its head is also called with.
         packed: images of different sizes pass through the backbone without padding, as the run has trained.
         allow_other_base: go on with heads that learnt from another base, and say so among the facts.
-        preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
+        preset: name in PRESETS, needed only where neither the file nor `files.hints` give the number of heads.
 
     Raises:
         ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,

@@ -235,7 +235,7 @@ def save_backbone(
 ) -> None:
     """Write the tower as safetensors in one of `LAYOUTS`, cast to `dtype` (None: as it is), streaming and atomic.
 
-    The metadata tells sizes, number of heads and norm placement, so that our own readers need no hints, and whether
+    The metadata has sizes, number of heads and norm placement, so that our own readers need no hints, and whether
     adapters are merged into the weights. Raises ValueError for an unknown layout, an existing file (unless
     `overwrite`), adapters that are not merged (they would be lost in silence), and a cast that overflows.
     """

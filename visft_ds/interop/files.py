@@ -362,6 +362,6 @@ def recipe_of_base(file: WeightFile) -> dict[str, str]:
 
 
 def recorded_bases(file: WeightFile) -> set[str]:
-    """By what heads may know the base that a file holds, or that training made it of, as far as its header tells."""
+    """Identities of the base that a file holds, or that training made it of, as far as its header records them."""
     entries = (VISION_OF, DRAWN_AS, BASE_DRAWN_AS, BASE_SHA256, TRAINED_ON)
     return {file.metadata[entry] for entry in entries if entry in file.metadata}

@@ -15,7 +15,7 @@ from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
 
-# Options that no tensor's shape tells, and that are attributes of the head itself.
+# Options that follow from no tensor's shape, and that are attributes of the head itself.
 _OWN_ATTRIBUTES = {"segmentation": ("labelling",), "captioning": ("grid",)}
 # option -> (parameter, axis, summand): the size is that of the axis plus the summand.
 _Size = tuple[str, int, int]
@@ -91,7 +91,7 @@ def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | 
     hold both.
 
     Raises:
-        ValueError: lists the parameters that tell sizes and are missing or have another number of axes.
+        ValueError: lists the parameters that sizes follow from and that are missing or have another number of axes.
     """
     sizes = {"in_channels": _IN_CHANNELS[task], **_SIZES[task]}
     points = task == "segmentation" and num_heads is not None

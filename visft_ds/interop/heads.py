@@ -121,7 +121,7 @@ def save_heads(head: nn.Module, path: str | Path, format: str = "visft", *, over
     """Write one head (DetectionHead, SegmentationHead or CaptioningHead) into one file.
 
     `format` "visft" is the form of the published files (.pt, .pth, .ckpt or .bin): flat, fp32, tensors alone. It does
-    not hold the labelling of segmentation classes, which a reader takes as "published" unless it is told, nor dropout,
+    not hold the labelling of segmentation classes, which a reader takes as "published" by default, nor dropout,
     number of attention heads (8 is assumed) and the caption head's grid (14). "safetensors" is our own form, which
     tells how the head was built and keeps its dtype; categories and vocabulary are not in a head (see
     `save_head_files`).
@@ -199,7 +199,7 @@ def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:
     """Open a saved head, ours or a published one, that fits `head`: same task, same names, same shapes.
 
     Its tensors can be read one by one, or all be loaded into a head; `head` itself may be on the meta device. For a
-    published file, `info` is what its tensors tell: options say nothing of attention heads and sampling points,
+    published file, `info` is what follows from its tensors: options lack attention heads and sampling points,
     labelling is "published", categories are unknown and empty, extra {"format": "visft"}.
 
     Raises ValueError that lists every difference and every value that is not finite (see `load_heads`).
@@ -311,7 +311,7 @@ def check_classes(
 
 
 def _known(info: HeadInfo) -> dict[int, str]:
-    """The categories a head was trained on, id -> name; empty where its file does not tell."""
+    """The categories a head was trained on, id -> name; empty where its file does not record them."""
     return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
 
 

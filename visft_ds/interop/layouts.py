@@ -82,7 +82,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Tower:
-    """Sizes of a vision tower. `num_heads` and `post_norm` are None where nothing tells: no tensor's shape does."""
+    """Sizes of a vision tower. `num_heads` and `post_norm` are None where unknown: no tensor's shape shows them."""
 
     width: int
     depth: int

@@ -85,7 +85,7 @@ class MergeReport:
     """Report of `merge_into_file`.
 
     `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result; `files` what
-    was written, the one to open last. `blocks[N]` and `total` tell the retained share; `left_out` names what of the
+    was written, the one to open last. `blocks[N]` and `total` are the retained shares; `left_out` names what of the
     base was not written.
     """
 

@@ -93,7 +93,7 @@ class AdaptedLayer(nn.Module):
             zero update.
 
         Raises:
-            ValueError: already merged, or a weight of few bits, which would round the update away.
+            ValueError: already merged, or a quantised weight, which would round the update away.
         """
         if self.merged:
             raise ValueError("this LoRA layer is merged already; unmerge it first")

@@ -384,7 +384,7 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
 def sine_positions(side: int, width: int) -> Tensor:
     """Fixed sine-cosine position embeddings of a square grid, (side * side, D) float32 (MAE, arXiv 2111.06377, A.1).
 
-    A frozen random tower must tell where things are: random positions of std .02 drown in its features, and heads on
+    A frozen random tower must encode positions: random positions of std .02 drown in its features, and heads on
     top of it learn boxes half as well. Trained weights bring their own. Channels beyond a multiple of four are 0.
     """
     count = width // 4

@@ -54,7 +54,7 @@ class MetricsWriter:
     def step(self, step: int, values: Mapping[str, float], *, kind: str = "step") -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1.
 
-        `kind` tells readers of metrics.jsonl what the record is: "save" is one that comes after that of the step.
+        `kind` is the type of the record for readers of metrics.jsonl: "save" is one that comes after that of the step.
         """
         self._write({"kind": kind, "step": step, **values})
         if self._events is not None:

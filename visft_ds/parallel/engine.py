@@ -136,7 +136,7 @@ def start_process_group() -> None:
 
 
 def _holder(port: int) -> str:
-    """Who listens on a port of this machine, as far as the system tells."""
+    """Who listens on a port of this machine, as far as the system shows."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             name = " ".join(psutil.Process(connection.pid).cmdline())

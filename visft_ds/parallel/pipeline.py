@@ -102,7 +102,7 @@ class PipelineEngine:
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
-    `should_update` decides as in `ZeroEngine`: every stage is told the mean loss of the global batch before the update.
+    `should_update` decides as in `ZeroEngine`: every stage gets the mean loss of the global batch before the update.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def prepare_model(
 ) -> PreparedModel:
     """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
-    Nothing is allocated before everything that shapes and descriptions tell has been checked.
+    Nothing is allocated before everything that follows from shapes and descriptions has been checked.
 
     Args:
         config: the "visft" block.
@@ -181,7 +181,7 @@ def plan_model(
         storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
 
     Raises:
-        ValueError: as `prepare_model`, as far as shapes tell.
+        ValueError: as `prepare_model`, as far as shapes show.
     """
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
@@ -278,7 +278,7 @@ def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int 
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained.
+    """Shapes alone do not show how a head was built (number of attention heads) or on which features it was trained.
 
     Returns what is worth a note: heads that have learnt from images prepared in another way.
     """

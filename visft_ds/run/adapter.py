@@ -1,6 +1,5 @@
-"""Change of a run's backbone, finished or not, for tools that merge it: an adapter, or weights that trained themselves.
-
-A path may also name an adapter of any other kind.
+"""Change of a run's backbone, finished or not, for tools that merge it: an adapter, or weights that trained
+themselves. A path may also name an adapter of any other kind.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Validation:
 
     Args:
         streams: those of the run, with the classes of its heads.
-        judged: is told the numbers of each evaluation; returns whether this step is the best so far.
+        judged: takes the numbers of each evaluation; returns whether this step is the best so far.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Random pictures of textured shapes, with the exact visible pixels of every shape.
+"""Random images of textured shapes, with the exact visible pixels of every shape.
 
 A scene is a textured background, at times a crowd of tiny shapes, and a few larger shapes painted back to front.
 
@@ -23,7 +23,7 @@ Polygon = npt.NDArray[np.float64]  # (P, 2) x, y
 MAX_SHAPES = 3
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.06
-EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the picture
+EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the image
 USUAL_COLOUR_SHARE = 0.85  #: a category comes in its own colour this often, else in any
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
@@ -46,7 +46,7 @@ NAMES = tuple(name for _, name, _ in CATEGORIES)
 
 @dataclass(frozen=True)
 class Style:
-    """Colours (RGB 0..255), surface textures and background kinds of one family of pictures."""
+    """Colours (RGB 0..255), surface textures and background kinds of one family of images."""
 
     colours: dict[str, tuple[int, int, int]]
     textures: tuple[str, ...]
@@ -104,7 +104,7 @@ class Shape:
     colour: str
     texture: str
     polygons: list[Polygon]
-    whole: int  #: its pixels inside the picture before anything was painted over it
+    whole: int  #: its pixels inside the image before anything was painted over it
     visible: Array = field(repr=False)
 
     def segmentation(self) -> list[Polygon]:

@@ -1,7 +1,7 @@
 """Sources of images: files, members of tar files, arrays; and the hash that identifies a set.
 
-Files are told apart by name, size and time of change, so that a set of millions is not read twice to be known; arrays
-by their content.
+Files are identified by name, size and modification time, so that a set of millions is not read twice to be known;
+arrays by their content.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:
 
 
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:
-    """The same images after something was done to each; `how` tells all that it depends on."""
+    """The same images after something was done to each; `how` states all that it depends on."""
     return replace(
         images,
         read=lambda place: change(place, images.read(place)),

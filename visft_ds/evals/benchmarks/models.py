@@ -64,7 +64,7 @@ class LoadOptions:
     """Options for loading towers of ours and preparing their images."""
 
     precision: Precision
-    preset: str | None = None  #: where neither file nor run tell the number of heads
+    preset: str | None = None  #: where neither file nor run record the number of heads
     text: Path | None = None  #: file with the text tower, where the backbone's own has none
     image_size: int | None = None  #: None: the one that the positions belong to
     normalisation: str = "clip"

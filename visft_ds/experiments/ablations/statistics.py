@@ -32,7 +32,7 @@ class Estimate:
     def sure(self) -> bool:
         """Return True if there is an interval with a width, and it excludes zero.
 
-        Shares of a few hundred items change in steps: seeds that happen to agree on one tell nothing about others.
+        Shares of a few hundred items change in steps: seeds that happen to agree on one predict nothing about others.
         """
         if self.low is None or self.high is None or self.high - self.low < _NO_WIDTH:
             return False
