@@ -135,7 +135,7 @@ def _unfit(flash: str, capability: tuple[int, int], head_dim: int) -> str | None
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each of several images of different lengths lies in one row of T tokens."""
+    """Lengths and offsets of several images of different lengths packed in one row of T tokens."""
 
     lengths: tuple[int, ...]  #: tokens of each image
     offsets: Tensor  #: (images + 1,) int32, where each begins, and T

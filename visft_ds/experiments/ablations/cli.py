@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
-    """Everything that can be wrong with the command line is told here.
+    """Check everything that can be wrong with the command line, and plan.
 
     Raises:
         ValueError: what is wrong, and what is allowed.
