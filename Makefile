@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
 MINUTES ?= 30
+DEVICE ?= cuda
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel test-slow reach lint demo golden clean
+.PHONY: help install test test-parallel test-slow reach lint demo gpu golden clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
+	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make clean              remove the environment and the demo folder"
 
@@ -52,6 +54,10 @@ reach: install
 
 demo: install
 	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")
+
+# With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
+gpu: $(if $(filter file,$(origin BIN)),install)
+	$(BIN)/python tools/gpu.py --device $(DEVICE) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
 
 golden: install
 	$(BIN)/python -m tests.golden.losses

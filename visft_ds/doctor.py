@@ -27,7 +27,7 @@ _GB, _GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """Result of a check."""
 
     status: str  #: OK | WARNING | PROBLEM
     subject: str
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What the machine is to be used for."""
+    """Intended use of the machine."""
 
     folder: Path = Path(".")  #: where runs will be written
     model: str | None = (
@@ -102,7 +102,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """What setup.py asks for against what is installed."""
+    """Compare the requirements of setup.py with the installed packages."""
     from packaging.requirements import Requirement
 
     try:
@@ -284,7 +284,7 @@ def check_disk(plan: Purpose) -> Iterator[Finding]:
 
 
 def check_write_speed(plan: Purpose) -> Iterator[Finding]:
-    """How fast a checkpoint gets to the disk of the run folder, fsync included."""
+    """Measure the write speed to the run folder, fsync included."""
     size = 32 * 2**20
     block = os.urandom(2**20)  # a file system that compresses would flatter zeros
     with tempfile.NamedTemporaryFile(dir=plan.folder, prefix=".visft-doctor-") as file:

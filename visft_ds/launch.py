@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     except RuntimeError as error:
         if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
             raise
-        # The rank that failed tells why; the traceback of one that only waited for it would bury that.
+        # The rank that failed reports why; the traceback of one that only waited for it would bury that.
         lost = error if isinstance(error, LostRank) else LostRank("another rank ended first")
         print(f"[rank {rank}] stopped: {lost}", file=sys.stderr, flush=True)
         return exit_code(lost)

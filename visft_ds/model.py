@@ -29,7 +29,7 @@ LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a coun
 
 @dataclass(frozen=True)
 class TaskModule:
-    """What a task adds to the model."""
+    """Head and criterion that a task adds to the model."""
 
     head: nn.Module
     criterion: Criterion
@@ -55,7 +55,7 @@ def normalise_pixels(
 
 
 def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """Which cells of a grid over the padded image show image: nearest-neighbour sampling of the pixel mask.
+    """Mask of the grid cells over a padded image that show image: nearest-neighbour sampling of the pixel mask.
 
     Args:
         sizes: (B, 2) int64, height and width of the valid part in pixels.
@@ -156,7 +156,7 @@ class MultiTaskModel(nn.Module):
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
 
     def frames(self, batch: Batch) -> Frames | None:
-        """How the images of a batch are packed; None where they are not."""
+        """Packing of the images of a batch; None where they are not packed."""
         return Frames.of(batch, self.backbone) if self.packed else None
 
     def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class MultiTaskModel(nn.Module):
         return features.permute(0, 3, 1, 2), valid
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """What the backbone is fed: `normalise_pixels`, and never less than one patch.
+        """Input of the backbone: `normalise_pixels`, padded to at least one patch.
 
         A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
         """
@@ -192,15 +192,15 @@ class MultiTaskModel(nn.Module):
         return F.pad(pixels, (0, short[1], 0, short[0]))
 
     def forward(self, batch: Batch, loss_denominators: LossDenominators | None = None) -> dict[str, Any]:
-        """Losses of a batch, or predictions when no normaliser is given.
+        """Losses of a batch, or predictions where no denominators are given.
 
         Args:
             batch: images and the targets of one or more tasks.
-            normaliser: per task the numbers its losses are divided by; they hold for the whole optimiser step (all
-                ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
+            loss_denominators: per task the numbers its losses are divided by; they hold for the whole optimiser step
+                (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
 
         Returns:
-            With a normaliser, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
+            With denominators, as 0-d tensors: {"loss": sum over tasks, "<task>": the task's weighted sum,
             "<task>/<name>": each unweighted loss}.
             Without: {task: the head's output} for the tasks of the batch, or for every head where it has no targets.
         """

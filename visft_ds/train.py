@@ -171,7 +171,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
 
 
 def _loop_and_export(run: Run, start: int) -> int:
-    """What follows once everything stands. Returns the exit code."""
+    """Run the loop, then export. Returns the exit code."""
     settings, state, main = run.config.visft.run, run.state, distributed.is_main()
     with (
         Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
@@ -274,7 +274,7 @@ def _validation(
 
 
 def _heads_identity(settings: VisftConfig) -> str:
-    """What a checkpoint remembers of the heads that its run was given."""
+    """Identity of the heads that a run was given, for its checkpoints."""
     if settings.heads.path is None:
         return "trained here"
     return " ".join(sha256_file(find_head(Path(settings.heads.path), task)) for task in settings.tasks.enabled())
@@ -420,7 +420,7 @@ def _observe(
     loss_denominators: LossDenominators,
     report: StepReport,
 ) -> str:
-    """What to say of a step; one that went wrong leaves a bundle."""
+    """Message about a step; write a bundle of one that went wrong."""
     message = guard.observe(step_plan, report)
     if guard.bad or guard.collapsed:
         message += "\n  to find where it begins: " + capture(
@@ -453,7 +453,7 @@ def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path
 
 
 def _export(run: Run, step: int) -> None:
-    """What trained, and beside it its averages in folders of their own."""
+    """Export what trained, and beside it its averages in folders of their own."""
     folder = run.out / "export"
     with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
         if distributed.is_main():

@@ -127,7 +127,7 @@ def _export(world: World, vocabulary: Vocabulary | None) -> None:
         for task, head in heads.items():
             for parameter in head.parameters():
                 parameter.mul_(3 if task == "captioning" else 2)
-    categories = [asdict(Category(place, place, f"thing {place}")) for place in range(91)]
+    categories = [asdict(Category(place, number, f"thing {number}")) for place, number in enumerate(COCO_CATEGORY_IDS)]
     infos = {}
     for task, settings in first.visft.tasks.enabled().items():
         words = task == "captioning"

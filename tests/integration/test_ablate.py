@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.tiny import TINY
-from visft_ds.experiments.ablations import cli
-from visft_ds.experiments.ablations import scales, toy
+from visft_ds.experiments.ablations import cli, scales, toy
 
 
 @pytest.mark.slow

@@ -239,6 +239,8 @@ def test_published_heads_know_cocos_ids_alone(task: str) -> None:
         check_categories(heads, _table({12: "rust"}), "here", "Do it")
 
 
-def test_a_segmentation_head_that_names_no_categories_is_not_guessed_at() -> None:
+def test_segmentation_heads_whose_classes_are_not_told_are_not_guessed_at() -> None:
+    with pytest.raises(ValueError, match=r"file contradicts itself: .*num_classes is 3, and the data has 4 categories"):
+        classes_of_heads({"segmentation": _info("segmentation", 3, OWN)})
     with pytest.raises(ValueError, match="has 3 classes, and its file does not name their categories"):
         classes_of_heads({"segmentation": HeadInfo("segmentation", 8, {"num_classes": 3, "labelling": "contiguous"})})

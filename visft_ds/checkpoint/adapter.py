@@ -1,4 +1,4 @@
-"""What a run that has not written its export yet changed in its backbone, out of one of its checkpoints."""
+"""Change of a run's backbone read from a checkpoint, for runs that have not written their export yet."""
 
 from __future__ import annotations
 

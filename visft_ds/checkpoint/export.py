@@ -1,4 +1,4 @@
-"""What leaves a run: heads, adapters and base weights in files that other programs read, in <run>/export.
+"""Export of a run: heads, adapters and base weights in files that other programs read, in <run>/export.
 
 Stage 1 gives `<task>.safetensors` for every head, stage 2 the adapter as a PEFT folder. A backbone that was trained
 itself is written whole, beside its base; no process holds more than one tensor of it for that. (Random base weights are
@@ -96,7 +96,7 @@ def export_weights(
 def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: what the file says they are of (`tower_metadata`).
+    So they need not be gathered from whoever holds them. `told`: the file's metadata (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}

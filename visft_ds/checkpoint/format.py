@@ -48,7 +48,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint on disk that passed its checks."""
+    """Checkpoint on disk that passed its checks."""
 
     path: Path
     step: int  #: optimiser steps done

@@ -25,7 +25,7 @@ from visft_ds.parallel.state import EngineState, ToHost
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is on disk."""
+    """Retention policy of checkpoints."""
 
     last: int  #: the newest so many
     every: int = 0  #: and those of steps that are multiples of this; 0: none
@@ -69,7 +69,7 @@ def recorded_scores(path: Path, metric: str) -> dict[int, float | None]:
 
 @dataclass(frozen=True)
 class SaveReport:
-    """One finished save."""
+    """Report of a finished save."""
 
     step: int
     stall_seconds: float  #: for which training stood still: waiting, gathering and copying to the host
@@ -159,7 +159,7 @@ class Saver:
         return reports
 
     def finished_writing(self) -> bool:
-        """Whether nothing is on its way to the disk."""
+        """Return True if no write is in progress."""
         return self._writing is None or self._writing.done()
 
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:

@@ -1,6 +1,6 @@
 """Configuration of a run: three layers of JSON, one resolved and validated result. Imports neither torch nor deepspeed.
 
-schema, deepspeed_keys: what may be said. layers: merging. validate: every error at once. resolve: from a stage, an
+schema, deepspeed_keys: the allowed settings. layers: merging. validate: every error at once. resolve: from a stage, an
 engine and a model to a `ResolvedConfig`. batches: what follows for a number of processes. preflight: what must be on
 disk. command_line: the flags.
 """

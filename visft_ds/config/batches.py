@@ -15,7 +15,7 @@ from visft_ds.config.task_schema import SHARED, Stream
 
 @dataclass(frozen=True)
 class Batches:
-    """How the global batches are divided: batch_size = dp x accumulation x micro, for every stream.
+    """Division of the global batches: batch_size = dp x accumulation x micro, for every stream.
 
     A stream is a task, or the one that all tasks share.
     """
@@ -27,7 +27,7 @@ class Batches:
     stages: int = 1  #: of each pipeline
 
     def equations(self) -> list[str]:
-        """One line for each stream."""
+        """Equations of the batch sizes, a line for each stream."""
         parts = _parts(self.stages)
         return [
             f"{task}: {total} images = {self.dp} {parts} x {self.accumulation} accumulation x {self.micro[task]}"
@@ -122,7 +122,7 @@ def deepspeed_dict(config: ResolvedConfig, world_size: int, precision: Precision
     """
     assert config.visft.model.precision in ("auto", precision), (config.visft.model.precision, precision)
     batches = derive_batches(config, world_size)
-    # DeepSpeed knows one batch; where tasks differ it is told the largest. It only checks and reports with it.
+    # DeepSpeed knows one batch; where tasks differ it gets the largest. It only checks and reports with it.
     micro = max(batches.micro.values())
     result = {
         **copy.deepcopy(dict(config.deepspeed)),

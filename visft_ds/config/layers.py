@@ -19,7 +19,7 @@ CONFIG_ROOT = Path(__file__).resolve().parents[2] / "ds_configs"
 
 @dataclass(frozen=True)
 class Replaced:
-    """One value that was replaced on purpose."""
+    """Value that was replaced on purpose."""
 
     key: str  #: dotted
     old: Any  #: None where no layer had set it
@@ -37,7 +37,7 @@ class Tree:
     replaced: list[Replaced] = field(default_factory=list)
 
     def source(self, key: str) -> str | None:
-        """Where `key`, the list it is in, or the first value below it was set."""
+        """Source (file or flag) of `key`, of the list it is in, or of the first value below it; None: not set."""
         while key:
             if key in self.sources:
                 return self.sources[key]
@@ -55,7 +55,7 @@ def display(path: Path) -> str:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """One configuration file.
+    """Read a configuration file.
 
     Raises:
         ValueError: missing file, syntax error (with line and column), a key given twice, NaN, or not an object.

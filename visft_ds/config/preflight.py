@@ -1,4 +1,4 @@
-"""What a run needs on disk, checked before any process allocates a model: names only, no tensor library."""
+"""Check for a run's input files before any process allocates a model: names only, no tensor library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "caption
 
 @dataclass(frozen=True)
 class Missing:
-    """One thing a run needs and does not find."""
+    """Missing input of a run."""
 
     what: str
     path: str  #: where it is looked for
@@ -72,7 +72,7 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
 
 
 def is_url(root: str) -> bool:
-    """Whether shards are read over a network; whether they are there is seen when they are opened."""
+    """Return True if shards are read over a network; they are looked for only when they are opened."""
     return "://" in root and not root.startswith("file://")
 
 
@@ -127,7 +127,7 @@ def head_files(folder: Path, task: str) -> list[Path]:
 
 
 def render_missing(missing: Sequence[Missing]) -> str:
-    """One screen: what is missing, where it was looked for, and the commands that make it, in order."""
+    """Message for missing inputs: what is missing, where it was looked for, and the commands that make it, in order."""
     lines = [f"this run cannot start: {len(missing)} of its inputs {'is' if len(missing) == 1 else 'are'} missing"]
     for item in missing:
         lines += [f"  - {item.what}", f"    not found: {item.path}"]

@@ -1,4 +1,4 @@
-"""One resolved configuration out of ds_configs/ (or one file of the user's own), flags and --set."""
+"""Resolved configuration out of ds_configs/ (or one file of the user's own), flags and --set."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def identity_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each key that differs between two `identity()` dicts: `key: theirs -> ours`."""
+    """Lines for the keys that differ between two `identity()` dicts: `key: theirs -> ours`."""
     keys = sorted({*theirs, *ours})
     absent = "(absent)"
     pairs = ((key, theirs.get(key, absent), ours.get(key, absent)) for key in keys)

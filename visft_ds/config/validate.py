@@ -44,7 +44,7 @@ def _nested_models(annotation: Any, repeated: bool = False) -> Iterator[tuple[ty
 
 
 def suggest(location: Sequence[str]) -> str:
-    """What an unknown key was probably meant to be, as a clause of a message."""
+    """Suggestion for an unknown key, as a clause of a message."""
     if location == ["override"]:
         return "only a file in ds_configs/models may replace values of other files"
     *parents, name = [ITEM if part.isdigit() else part for part in location]
@@ -230,7 +230,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    """What towers of our own and models of timm do not have in common."""
+    """Contradictions between settings for our own towers and settings for models of timm."""
     model, targets = visft.model, visft.lora.targets if visft.lora else ()
     if visft.lora is not None and visft.lora.magnitude and model.base != "full":
         yield "visft.lora.magnitude", f"must be false with visft.model.base = {model.base}: it needs the weights' rows"

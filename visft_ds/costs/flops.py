@@ -56,7 +56,7 @@ def attention(
 
 
 class Adapters(Protocol):
-    """What the arithmetic must know of low-rank adapters, e.g. `visft.lora`."""
+    """Rank and targets of low-rank adapters, e.g. `visft.lora`."""
 
     @property
     def rank(self) -> int: ...
@@ -67,7 +67,7 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What the arithmetic of a backbone depends on."""
+    """Shape and settings that the operations of a backbone depend on."""
 
     width: int
     depth: int
@@ -141,7 +141,7 @@ def block_flops(tower: TowerShape, images: int, tokens: int) -> list[Flops]:
 
 
 def _block(tower: TowerShape, index: int, images: int, tokens: int, flows: bool) -> tuple[Flops, bool]:
-    """One block, and whether its output needs a gradient, given whether its input does."""
+    """Operations of a block, and whether its output needs a gradient, given whether its input does."""
     rows, width, start = images * tokens, tower.width, f"blocks.{index}."
     products = KEPT_SCORES if tokens < tower.plain_attention_below else FUSED_ATTENTION
     total, inside, costs = Flops(), False, dict[str, Flops]()
@@ -172,7 +172,7 @@ def _again(tower: TowerShape, start: str, costs: Mapping[str, Flops], *, attenti
     elif tower.recompute == "all_but_attention" and attention_kept:
         chosen["attention"] = 0  # plain products are not kept
     # Recomputing ends with the last tensor that has to be kept. A plain last layer in front of an addition keeps
-    # nothing of its result, so it is not computed again; in front of a norm, or with adapters, it is. The norm behind
+    # nothing of its result, so it is not recomputed; in front of a norm, or with adapters, it is. The norm behind
     # an MLP that is recomputed alone has kept what it needs.
     normed = tower.post_norm and tower.recompute != "mlp"
     if not (normed or tower.linear_keeps_late or _any(tower, (f"{start}mlp.fc2.",))):

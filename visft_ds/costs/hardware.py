@@ -1,4 +1,4 @@
-"""What a device could do at best: the maker's figure for a known GPU, else a measured rate that is called measured."""
+"""Peak rates of devices: the maker's figure for a known GPU, else a measured rate that is called measured."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ KINDS = (FROZEN, TRAINED, OPTIMIZER, GRADIENTS, BUCKETS, GATHERED, ACTIVATIONS, 
 
 @dataclass
 class _Live:
-    """One storage."""
+    """Storage that is alive."""
 
     reference: Any  #: weak; kept so that it can tell when the storage goes
     size: int
@@ -136,7 +136,7 @@ class _Parameters:
 
 
 def _is_same(parameter: nn.Parameter, tensor: Tensor) -> bool:
-    """Whether a saved tensor is the parameter itself, not a view of it."""
+    """Return True if a saved tensor is the parameter itself, not a view of it."""
     alike = parameter.shape == tensor.shape and parameter.stride() == tensor.stride()
     return alike and parameter.storage_offset() == tensor.storage_offset()
 

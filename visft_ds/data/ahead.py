@@ -36,7 +36,7 @@ def coalesce(parts: Sequence[Part], *, max_gap: int, max_bytes: int) -> list[lis
 
 
 class Ahead:
-    """What was hinted and not yet taken.
+    """Read-ahead of parts that were hinted and not yet taken.
 
     Args:
         limit: bytes of parts that may be under way or waiting to be taken.

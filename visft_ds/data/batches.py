@@ -33,7 +33,7 @@ class BatchMaker:
 
     With `substitutes`, a damaged sample is replaced by one that this plan names, so that a run with the same damage is
     the same run. That is possible only where one process reads images and labels both: two that read apart would not
-    see the same damage and go on with labels of other pictures. None: damage is an error.
+    see the same damage and go on with labels of other images. None: damage is an error.
 
     With `features`, samples whose features are kept come with them, and their pixels are not read.
     """
@@ -65,7 +65,7 @@ class BatchMaker:
         if self.features is not None and view is None:
             assert sample.image is not None
             view = View((sample.image.shape[1], sample.image.shape[2]))
-        # Without labels, empty targets would claim that there is nothing in the picture.
+        # Without labels, empty targets would claim that there is nothing in the image.
         targets = {} if self.role == "images" else sample.targets
         return replace(sample, random_key=key, targets=targets, view=view), skipped
 

@@ -60,11 +60,11 @@ class DiskCache:
         self._closed.set()
 
     def has(self, expected: Expected) -> bool:
-        """Whether the whole file is here."""
+        """Return True if the whole file is cached."""
         return self._whole(expected).is_file()
 
     def has_part(self, expected: Expected, offset: int, size: int) -> bool:
-        """Whether a part is here, by itself or in the whole file."""
+        """Return True if a part is cached, by itself or in the whole file."""
         return self._part(expected, offset, size).is_file() or self.has(expected)
 
     def read(self, expected: Expected, offset: int, size: int) -> bytes | None:

@@ -51,7 +51,7 @@ def pack_detection(samples: Sequence[Sample]) -> DetectionTargets:
 
 
 def has_targets(samples: Sequence[Sample], task: str) -> bool:
-    """Whether these samples carry labels of `task`: all of them or none."""
+    """Return True if these samples carry labels of `task`: all of them or none."""
     found = {task in sample.targets for sample in samples}
     assert len(found) == 1, f"some samples of a batch have {task} targets and some have not"
     return found.pop()

@@ -1,4 +1,4 @@
-"""One data set as training reads it: shards, and what its categories mean to the heads."""
+"""Data set as training reads it: shards, and the map from its categories to the heads' classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DataSet:
 
 
 class Transform(Protocol):
-    """What makes a sample with targets of a raw one."""
+    """Transform from a raw sample to one with targets."""
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample: ...
 
@@ -43,7 +43,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class SamplePipeline:
-    """What turns the raw samples of a task into a batch."""
+    """Transform and collate function of a task: raw samples to a batch."""
 
     transform: Transform
     collate: Callable[[list[Sample]], Batch]
@@ -58,7 +58,7 @@ def read_raw(
         categories: see `DataSet`.
 
     Raises:
-        DamagedSample: bytes that are not those of the index, or no picture; names shard, key and offset.
+        DamagedSample: bytes that are not those of the index, or no image; names shard, key and offset.
     """
     row = reader.row(index)
     image_file, label_file = reader.read(index, role)
@@ -94,10 +94,10 @@ def _place(reader: ShardReader, index: int) -> str:
 
 
 def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bool) -> bool:
-    """Whether a picture has the size of the index, or was scaled down when the shards were made.
+    """Return True if an image has the size of the index, or was scaled down when the shards were made.
 
-    Annotations and index keep the size of the original. Every transform scales, so that a smaller picture only has to
-    have the same shape, but for the rounding of its sides.
+    Annotations and index keep the size of the original. Every transform scales, so that a smaller image only has to
+    have the same aspect ratio, but for the rounding of its sides.
     """
     (height, width), original = image.shape[:2], (row["height"], row["width"])
     if (height, width) == original or not reencoded:

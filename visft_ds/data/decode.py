@@ -1,4 +1,4 @@
-"""Bytes of a picture -> RGB pixels. The converter checks every file with the same function training decodes with.
+"""Bytes of an image -> RGB pixels. The converter checks every file with the same function training decodes with.
 
 Shape letters: H W pixels.
 """
@@ -17,7 +17,7 @@ MAX_PIXELS = 25_000_000
 
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
-#: Other formats people have pictures in, by how their files begin.
+#: Other formats people have images in, by how their files begin.
 _OTHERS = {b"BM": "BMP", b"GIF8": "GIF", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 
 
@@ -49,12 +49,12 @@ def image_size(data: bytes) -> tuple[int, int]:
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """Decode a JPEG or PNG file.
 
-    Grey, palette and CMYK pictures become RGB; transparency is dropped. EXIF orientation is not applied, because COCO
-    annotates the pixels as stored. Cut files are errors, never half-grey pictures.
+    Grey, palette and CMYK images become RGB; transparency is dropped. EXIF orientation is not applied, because COCO
+    annotates the pixels as stored. Cut files are errors, never half-grey images.
 
     Args:
         data: the file.
-        max_pixels: larger pictures are refused before any memory is taken for them.
+        max_pixels: larger images are refused before any memory is taken for them.
 
     Returns:
         (H, W, 3) uint8.

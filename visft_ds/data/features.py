@@ -74,7 +74,7 @@ class View:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an entry lies."""
+    """Location of an entry."""
 
     path: Path
     offset: int
@@ -117,7 +117,7 @@ class FeatureCache:
         return len(self._places)
 
     def others(self) -> list[str]:
-        """How the other caches below the root differ from this one, a line each."""
+        """Differences of the other caches below the root from this one, a line each."""
         if self._root is None or self.folder is None:
             return []
         lines = []

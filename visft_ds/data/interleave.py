@@ -10,7 +10,7 @@ from visft_ds.data.permutation import GOLDEN, WORD
 
 
 class Interleaving:
-    """Which name has the i-th turn, and how many turns it had before: pure functions of i.
+    """Map from the turn i to its name and to the turns that name had before: pure functions of i.
 
     The turns' places on a circle form a golden-ratio sequence, whose points are spread as evenly as possible, so a
     name's count stays within a few of its exact share at every moment; independent draws would be off by the square
@@ -38,7 +38,7 @@ class Interleaving:
         raise AssertionError("the last bound is 2**64")
 
     def before(self, turn: int, name: str) -> int:
-        """How many of the turns [0, turn) are `name`'s; exact, and as fast for turn 10**9 as for 10."""
+        """Number of turns of `name` in [0, turn); exact, and as fast for turn 10**9 as for 10."""
         number = self._names.index(name)
         return self._below(turn, self._bounds[number + 1]) - self._below(turn, self._bounds[number])
 

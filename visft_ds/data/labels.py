@@ -5,7 +5,7 @@
                       "segmentation": [[x, y, x, y, ...], ...] or {"size": [height, width], "counts": ...}}, ...],
      "captions": ["A room with a table.", ...]}
 
-`license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of a picture
+`license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of an image
 of `width` x `height`; where the stored one has another size, `stored_width` and `stored_height` say so. Whoever packs
 shards with another program and writes this gets an index and a manifest from `make_shards.py repair`.
 """
@@ -61,12 +61,12 @@ def parse_label(data: bytes) -> dict[str, Any]:
 
 
 def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the picture in the shard."""
+    """(height, width) of the image in the shard."""
     return label.get("stored_height", label["height"]), label.get("stored_width", label["width"])
 
 
 def trainable(label: Mapping[str, Any]) -> int:
-    """How many annotations are neither crowd nor without area inside the image."""
+    """Number of annotations that are not crowd and have area inside the image."""
     width, height = label["width"], label["height"]
     return sum(not one["iscrowd"] and _has_area(one["bbox"], width, height) for one in label["annotations"])
 
@@ -77,7 +77,7 @@ def _has_area(bbox: list[float], width: int, height: int) -> bool:
 
 
 def _wrong_field(annotation: Any) -> str | None:
-    """What is wrong with an annotation; None if nothing is."""
+    """Reason why an annotation is invalid; None if it is valid."""
     if not isinstance(annotation, dict):
         return "is no object"
     for name in ("id", "category_id"):

@@ -132,7 +132,7 @@ class StepLoader:
             one.reader.close()
 
     def spent(self) -> dict[str, Spent]:
-        """What reading and making samples has cost so far, in this process and in those that work for it."""
+        """Cost of reading and making samples so far, in this process and its workers."""
         return {name: here + self._elsewhere.get(name, Spent()) for name, here in spent().items()}
 
     def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:

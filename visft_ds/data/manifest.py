@@ -1,4 +1,4 @@
-"""What a split consists of: `NAME.manifest.json` and `NAME.index.npy` beside the tars `NAME-000000.tar`, ...
+"""Description of a split: `NAME.manifest.json` and `NAME.index.npy` beside the tars `NAME-000000.tar`, ...
 
 The manifest lists the shards, the categories, counts and everything that was found wrong at conversion. The index has
 one fixed-size row per sample and is memory-mapped, so that a loader starts in milliseconds and needs neither a scan of
@@ -41,7 +41,7 @@ INDEX_DTYPE = np.dtype(
         ("image_id", "<i8"),
         ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
         ("num_captions", "<i4"),
-        ("dhash", "<u8"),  # difference hash of the decoded picture, for duplicates; 0 where it was not decoded
+        ("dhash", "<u8"),  # difference hash of the decoded image, for duplicates; 0 where it was not decoded
     ]
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.
@@ -52,7 +52,7 @@ _SELECTIONS = {"any": None, "annotations": "num_annotations", "captions": "num_c
 
 @dataclass(frozen=True)
 class Category:
-    """One object class: `id` counts from 0 without gaps in the order of `coco_id`, the id in the source."""
+    """Object class: `id` counts from 0 without gaps in the order of `coco_id`, the id in the source."""
 
     id: int
     coco_id: int
@@ -61,7 +61,7 @@ class Category:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One tar of the split."""
+    """Tar of the split."""
 
     name: str
     count: int
@@ -96,7 +96,7 @@ class Manifest:
 
     @property
     def labels(self) -> frozenset[str]:
-        """What the split was made with: "annotations" (of objects), "captions", or both."""
+        """Kinds of labels that the split was made with: "annotations" (of objects), "captions", or both."""
         made_with = {"annotations": "instances", "captions": "captions"}
         return frozenset(name for name, source in made_with.items() if source in self.sources or self.counts[name])
 
@@ -189,12 +189,12 @@ def _load_again(root: Path | str, split: str, cache: CacheOptions | None, finger
 
 
 def manifest_path(root: Path, split: str) -> Path:
-    """Where the manifest of a split is."""
+    """Path of a split's manifest."""
     return root / f"{split}{_MANIFEST}"
 
 
 def index_path(root: Path, split: str) -> Path:
-    """Where the index of a split is."""
+    """Path of a split's index."""
     return root / f"{split}.index.npy"
 
 
@@ -220,7 +220,7 @@ def splits_in(root: Path) -> list[str]:
 
 
 def rebuild_hint(split: str) -> str:
-    """How to get a whole split again."""
+    """Advice for error messages: how to repair a split."""
     return (
         f"Run the same `python tools/make_shards.py build ... --split {split}` again: "
         "it keeps every shard that is whole and makes the others anew."
@@ -344,7 +344,7 @@ def _find_index(store: Store, name: str, described: Expected, split: str) -> npt
 
 
 def _index_header(file: BinaryIO, where: str, split: str) -> tuple[int, tuple[int, ...]]:
-    """Where the rows of an index begin, and how many there are. Raises ValueError for other columns."""
+    """Byte offset of an index's rows, and its shape (rows,). Raises ValueError for other columns."""
     assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype != INDEX_DTYPE:

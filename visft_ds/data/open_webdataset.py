@@ -68,7 +68,7 @@ def _safe(path: str) -> str:
 
 
 def _refuse_others(name: str) -> bool:
-    """Whether a member is read; raises for everything that has no business in a shard."""
+    """Return True for members that are read; raise ValueError for all that are not allowed in a shard."""
     if name.rpartition(".")[2].lower() not in _ALLOWED:
         raise ValueError(f"member {name!r} is not allowed in a shard; allowed are {', '.join(_ALLOWED)}")
     return True

@@ -34,7 +34,7 @@ def mix(words: UInt64Array) -> UInt64Array:
 
 
 def mix_int(*values: int) -> int:
-    """One 64-bit word from several integers, in their order."""
+    """Hash several integers, in their order, to a 64-bit word."""
     state = np.zeros(1, dtype=np.uint64)
     for value in values:
         state = mix(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))

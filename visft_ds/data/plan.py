@@ -1,4 +1,4 @@
-"""Which task a step trains, on which samples and with which random keys: a pure function of (seed, step).
+"""Task, samples and random keys of a step: a pure function of (seed, step).
 
 Nothing here has a state but the step, so a run resumes at any step at no cost, and every rank knows what all others do
 without talking to them. The global batch is fixed; how it is split over data-parallel ranks, micro-batches and workers
@@ -39,7 +39,7 @@ _SHUFFLES = {"full": shuffled, "windowed": shuffled_in_windows}
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One data set as a task draws from it: which of its samples, and how often relative to the task's other sets."""
+    """Share of a data set in a task: its eligible samples, and its weight relative to the task's other sets."""
 
     samples: Selection
     weight: float = 1.0
@@ -47,7 +47,7 @@ class SetPlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How one task takes part: what it may draw from, how much at a time, how often.
+    """Schedule of a task: data sets, batch size, ratio.
 
     `ratio` is the task's share of the steps relative to the other tasks' ratios.
     """
@@ -59,7 +59,7 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step (or one micro-batch of it) works on."""
+    """Work of a step (or of a micro-batch of it)."""
 
     step: int
     task: str
@@ -144,7 +144,7 @@ class Plan:
         return self._turns.at(step)
 
     def steps_before(self, step: int, task: str) -> int:
-        """How many of the steps [0, step) belong to `task`; exact, and as fast at step 10**9 as at step 10."""
+        """Number of steps of `task` in [0, step); exact, and as fast at step 10**9 as at step 10."""
         return self._turns.before(step, task)
 
     def steps_per_epoch(self, task: str, dataset: str) -> int:

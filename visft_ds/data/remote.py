@@ -191,7 +191,7 @@ class Transport:
             raise ValueError(f"{what}: {_told(error)}") from error
 
     def _range(self, address: str, offset: int, size: int) -> bytes | None:
-        """One attempt; None if the server does not give ranges."""
+        """Try once to read a range of bytes; None if the server does not give ranges."""
         if size <= 0:
             return b""
         filesystem = self._open()

@@ -152,7 +152,7 @@ class RemoteStore:
 
 
 class _Process:
-    """What one process has open of a store."""
+    """Transport, cache and read-ahead of a store in one process."""
 
     def __init__(self, transport: Transport, options: CacheOptions | None, expected: Mapping[str, Expected]) -> None:
         self.transport = transport
@@ -182,7 +182,7 @@ class _Process:
         return min(REQUEST_BYTES, room // 4)
 
     def taken(self, part: Part) -> bytes | None:
-        """What was read ahead; None if nothing was, or if it lies in the cache. Raises what went wrong with it."""
+        """Bytes of a part read ahead; None if it was not, or if it lies in the cache. Raises the reader's error."""
         future = self.ahead.take(part)
         try:
             return None if future is None else future.result()
@@ -192,7 +192,7 @@ class _Process:
             ) from error
 
     def source(self, name: str) -> tuple[Callable[[Path], None], str]:
-        """How a whole file is fetched, and what it is called in messages."""
+        """Function that fetches a whole file, and the file's name in messages."""
         return partial(self._copy, name, self._expected[name]), self.transport.address(name)
 
     def _copy(self, name: str, expected: Expected, target: Path) -> None:

@@ -21,7 +21,7 @@ from visft_ds.data.spans import Spent
 
 
 def role_of_stage(stage: int, stages: int) -> Role | None:
-    """What a pipeline stage reads; None in the middle: nothing.
+    """Role of a pipeline stage in reading; None in the middle: nothing.
 
     Raises:
         ValueError: there is no such stage.

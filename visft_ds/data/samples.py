@@ -1,4 +1,4 @@
-"""What flows from a shard to a head: one sample, then one batch.
+"""Data structures between shard and head: a sample, then a batch.
 
 Shape letters: B images, H W pixels, N objects packed over the batch.
 """
@@ -19,7 +19,7 @@ from visft_ds.data.features import View
 
 @dataclass(frozen=True)
 class RawSample:
-    """One record of a shard after decoding, before any transform.
+    """Record of a shard after decoding, before any transform.
 
     `image` is None where a process reads labels only (the last pipeline stage); every transform must then give the
     same targets as with pixels, which is why the image size comes from the index.
@@ -27,7 +27,7 @@ class RawSample:
 
     index: int  #: position in the split's index; identifies the sample everywhere
     image_id: int  #: the COCO image id
-    size: tuple[int, int]  #: (height, width) of the original picture, in whose pixels the annotations are
+    size: tuple[int, int]  #: (height, width) of the original image, in whose pixels the annotations are
     image: npt.NDArray[np.uint8] | None  #: (H, W, 3) RGB; smaller than `size` where shards were made with --reencode
     annotations: Sequence[Mapping[str, Any]]  #: COCO instances as stored in the shard
     captions: Sequence[str]
@@ -35,7 +35,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Sample:
-    """One transformed sample. `targets` maps a task to that task's per-image labels (a mapping of arrays)."""
+    """Transformed sample. `targets` maps a task to that task's per-image labels (a mapping of arrays)."""
 
     index: int
     image_id: int
@@ -53,7 +53,7 @@ class Targets(Protocol):
     def to(self, device: torch.device) -> Targets: ...
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """What the head must be given besides the features in order to learn; most heads need nothing."""
+        """Inputs of the head besides the features in training; most heads need none."""
         ...
 
 
@@ -76,7 +76,7 @@ class DetectionTargets:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. `targets` has an entry for every task that learns from these images."""
+    """Micro-batch. `targets` has an entry for every task that learns from these images."""
 
     images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
     sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image

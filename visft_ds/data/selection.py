@@ -1,4 +1,4 @@
-"""Which samples of a split are eligible, in one bit for each: 12.5 MB for 100 million, where a list takes 800.
+"""Bit set of the eligible samples of a split: 12.5 MB for 100 million, where a list takes 800.
 
 Shape letters: N samples of the split, K samples asked for.
 """
@@ -59,7 +59,7 @@ class Selection:
         return int(self.counts[-1])
 
     def positions(self, ranks: Int64Array) -> Int64Array:
-        """Where the i-th eligible samples are in the split, for each i of `ranks` (K,), in any order.
+        """Positions (K,) int64 of the i-th eligible samples in the split, for each i of `ranks` (K,), in any order.
 
         Raises ValueError for ranks outside 0..len - 1.
         """

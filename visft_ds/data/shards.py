@@ -26,7 +26,7 @@ _Payload = tuple[str, int, int, int]
 
 
 class DamagedSample(ValueError):
-    """A sample whose bytes are not those that the index describes, or that are no picture."""
+    """A sample whose bytes are not those that the index describes, or that are no image."""
 
 
 class ShardReader:
@@ -67,12 +67,12 @@ class ShardReader:
         self._store.close()
 
     def describe(self, index: int) -> str:
-        """Which sample this is, for error messages."""
+        """Identify a sample, for error messages."""
         row = self.row(index)
         return f"sample {index} (shard {self._store.where}/{self._names[row['shard']]}, key {row['image_id']:012d})"
 
     def row(self, index: int) -> dict[str, int]:
-        """One row of the index by column name. Raises ValueError for a position that does not exist."""
+        """Row of the index by column name. Raises ValueError for a position that does not exist."""
         return dict(zip(self._columns, self._row(index), strict=True))
 
     def read(self, index: int, role: Role = "both") -> tuple[bytes | None, bytes | None]:

@@ -1,4 +1,4 @@
-"""Where the time of a sample goes: named spans of work, measured in each thread and summed on request.
+"""Time spent on samples: named spans of work, measured in each thread and summed on request.
 
 A span costs a third of a microsecond, so the data path carries them always: the log of a run and `tools/profile.py
 data` read the same numbers. Processor time costs more to ask for and is measured on request only.
@@ -20,7 +20,7 @@ SPANS = ("features", "read", "crc", "decode", "labels", "resize", "boxes", "mask
 
 @dataclass(frozen=True)
 class Spent:
-    """What a kind of work has cost so far."""
+    """Cost of a kind of work so far."""
 
     count: int = 0
     wall: float = 0.0  #: seconds
@@ -55,7 +55,7 @@ def measure_cpu() -> None:
 
 
 def measures_cpu() -> bool:
-    """Whether `measure_cpu` was called."""
+    """Return True if `measure_cpu` was called."""
     return _with_cpu
 
 
@@ -83,7 +83,7 @@ class span:  # lower case: used like a function
 
 
 def spent() -> dict[str, Spent]:
-    """What this process has spent on each name since it began, over all its threads."""
+    """Cost of each span in this process since it began, over all its threads."""
     with _lock:
         tables = list(_threads)
     return {

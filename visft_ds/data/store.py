@@ -1,7 +1,7 @@
-"""Where bytes come from: the files of one folder on a disk or behind a URL.
+"""Sources of bytes: the files of one folder on a disk or behind a URL.
 
-Everything that reads shards asks a `Store`; whether the folder is local, on a web server or in an object store is said
-once, by `open_store`.
+Everything that reads shards asks a `Store`; `open_store` decides once whether the folder is local, on a web server or
+in an object store.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a manifest says of a file."""
+    """Size and digest of a file according to a manifest."""
 
     bytes: int
     sha256: str

@@ -2,7 +2,7 @@
 
 The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image size alone,
 before any pixel is looked at. A process that reads labels only therefore arrives at the same targets as one that also
-has the picture.
+has the image.
 
 Shape letters: H W pixels, n boxes of one image.
 """
@@ -170,7 +170,7 @@ class ShortSides:
         return Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))
 
     def largest(self, size: Size) -> Size:
-        """What training makes of an image of `size` at most."""
+        """Largest size that training can give an image of `size`."""
         if self.fixed_size is not None:
             return (self.fixed_size, self.fixed_size)
         return short_side_size(size, max(self.short_sides), self.max_long)
@@ -236,7 +236,7 @@ class DetectionTransform:
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
-        """What happens to an image of `size`, in order."""
+        """Geometric operations for an image of `size`, in order."""
         ops = self.sides.mirror(self.train, generator)
         if self.train and self.sides.fixed_size is None and generator.random() >= 0.5:
             first = short_side_size(size, _choose(self.crop_short_sides, generator), None)
@@ -308,7 +308,7 @@ def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
 
 
 def _choose(options: Sequence[int], generator: np.random.Generator) -> int:
-    """One of `options`, each with the same chance."""
+    """Uniform random choice from `options`."""
     return options[int(generator.integers(0, len(options)))]
 
 

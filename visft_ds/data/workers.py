@@ -113,7 +113,7 @@ class Threads:
 
 
 class _Job:
-    """One batch in the making, in runs of a few samples: a hand-over between threads costs a tenth of a sample."""
+    """Batch in the making, in runs of a few samples: a hand-over between threads costs a tenth of a sample."""
 
     def __init__(self, maker: BatchMaker, pool: ThreadPoolExecutor, part: StepPlan, threads: int) -> None:
         self._maker, self._part = maker, part
@@ -180,7 +180,7 @@ class Processes:
             del batches  # its finaliser ends the processes
 
     def _modules(self) -> list[str]:
-        """Where the functions of the pipelines are defined: the fork server loads them once for all processes."""
+        """Modules that define the functions of the pipelines: the fork server loads them once for all processes."""
         pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
         names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
         return sorted(names - {"__main__", "builtins"})

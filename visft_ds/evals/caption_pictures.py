@@ -161,7 +161,7 @@ def _shorten(text: str, width: int) -> str:
 
 
 def _fitting(text: str, width: float) -> int:
-    """How many letters fit into `width`, at least one, so that breaking a word ends."""
+    """Number of letters that fit into `width`, at least one, so that breaking a word ends."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -174,7 +174,7 @@ def _length(text: str) -> float:
 
 
 def _clean(text: str) -> str:
-    """One line, one blank between words: what is not printable cannot be drawn or measured."""
+    """Reduce text to one line with one blank between words: what is not printable cannot be drawn or measured."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 

@@ -1,4 +1,4 @@
-"""How captions are cut into words before caption metrics compare them.
+"""Tokenizer of captions for caption metrics.
 
 COCO's caption scores are defined on the output of Stanford's Penn Treebank tokenizer (release 3.4.1, a Java program, as
 called by https://github.com/tylin/coco-caption) with most punctuation taken out. `ptb_words` follows the same rules, as

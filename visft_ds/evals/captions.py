@@ -91,7 +91,7 @@ def _check(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str
 
 
 def _ngrams(words: Words) -> list[Counts]:
-    """How often each n-gram occurs, for n = 1 to 4."""
+    """Counts of each n-gram, for n = 1 to 4."""
     return [Counter(zip(*(words[start:] for start in range(order)), strict=False)) for order in _ORDERS]
 
 

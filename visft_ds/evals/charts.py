@@ -20,7 +20,7 @@ _TEXT = 'font-family="system-ui, sans-serif" font-size="12" fill="#55585c"'
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points with finite coordinates are drawn, others leave a gap."""
+    """Line of a chart: points with finite coordinates are drawn, others leave a gap."""
 
     xs: Sequence[float]
     ys: Sequence[float]

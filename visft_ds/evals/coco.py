@@ -100,7 +100,7 @@ def _names(data: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _plain_ground_truth(data: Mapping[str, Any], categories: Mapping[int, str], iou_type: IouType) -> dict[str, Any]:
-    """What the evaluator reads, as new objects, because it writes into them.
+    """Copy what the evaluator reads into new objects, because it writes into them.
 
     Annotations are numbered anew from 1: the evaluator marks "unmatched" by id 0, and ids need not be unique.
     """

@@ -1,4 +1,4 @@
-"""What tools/evaluate.py leaves on disk, read back; and how far the predictions of two models are apart."""
+"""Reading of the folders that tools/evaluate.py writes, and differences between the predictions of two models."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  #: the same query of two mod
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the predictions of two models on the same images are apart."""
+    """Difference between the predictions of two models on the same images."""
 
     results: int
     other_class: int = 0  #: results whose best class differs
@@ -99,7 +99,7 @@ class Difference:
     task: str = "detection"
 
     def text(self) -> str:
-        """One sentence."""
+        """Description in a sentence."""
         if self.task == "captioning":
             same = f"{self.results} captions compared: {self.results - self.other_texts} are the same"
             return same + (f", {self.example[0]!r} became {self.example[1]!r}" if self.example else "")

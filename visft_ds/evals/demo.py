@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a report, one sheet of pictures, and a table on the screen.
+"""Output at the end of the demo: a report, one sheet of pictures, and a table on the screen.
 
 The demo's folder holds stage1/ and stage2/ (runs), evaluation/{stage1,stage2,merged}/ and, where there are few images
 to train on, evaluation/{stage1,stage2}-train/, merged/backbone.safetensors and shards/.
@@ -107,7 +107,7 @@ def _introduction(photographs: Path | None, images: int, tasks: list[str]) -> li
 
 
 def _next_commands(out: Path, weights: Path) -> dict[str, str]:
-    """What to do -> text to paste."""
+    """Commands to go on with: purpose -> text to paste."""
     file, layout = open_tower(weights)
     load = [
         "import timm",

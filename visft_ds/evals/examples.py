@@ -28,7 +28,7 @@ from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what a head says about it."""
+    """Image and a head's predictions for it."""
 
     raw: RawSample
     results: Results  #: of this image, in COCO's results format

@@ -1,6 +1,6 @@
 """A model for evaluation, rebuilt from files alone: backbone weights, heads, and an adapter or none.
 
-Everything that a file tells about itself is checked against the others before a tensor is copied: sizes of the tower,
+Everything that a file records about itself is checked against the others before a tensor is copied: sizes of the tower,
 width of the features, the base an adapter was trained on, the categories a head knows.
 """
 
@@ -41,13 +41,13 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the parts of a model lie, and what no tensor tells about the backbone."""
+    """Paths of the parts of a model, and settings of the backbone that no tensor shows."""
 
     backbone: Path
     heads: Path  #: folder of `<task>.safetensors`, or of published files
     adapter: Path | None
     hints: Mapping[str, float | bool]  #: num_heads and post_norm, where they are known from elsewhere
-    timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run tells them
+    timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run records them
     #: Backbone and heads of the run, which its training has compared; None without a run.
     of_run: tuple[Path, Path] | None = None
 
@@ -156,7 +156,7 @@ def load_model(
         decoding: task -> what its head is also called with.
         packed: images of different sizes pass through the backbone without padding, as the run has trained.
         allow_other_base: go on with heads that learnt from another base, and say so among the facts.
-        preset: name in PRESETS, needed only where neither the file nor `files.hints` tell the number of heads.
+        preset: name in PRESETS, needed only where neither the file nor `files.hints` give the number of heads.
 
     Raises:
         ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
@@ -222,7 +222,7 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
 
 
 def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | None) -> dict[str, Stream]:
-    """How tasks are evaluated without a run: images are resized as in the paper, or to squares of `side` pixels.
+    """Streams to evaluate tasks without a run: images are resized as in the paper, or to squares of `side` pixels.
 
     Raises:
         ValueError: numbers that the schema does not allow.
@@ -284,10 +284,10 @@ def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
 
 
 def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str]:
-    """What speaks against the heads on this backbone, see `of_other_base`.
+    """Reasons against these heads on this backbone, see `of_other_base`.
 
-    Heads know their base; the backbone may be that, or what training or merging made of it. Of files that do not say so
-    (by an older release, of a random base) the run's own base may.
+    Heads know their base; the backbone may be that, or what training or merging made of it. Of files that do not record
+    it (by an older release, of a random base) the run's own base may.
     """
     if (files.backbone, files.heads) == files.of_run:
         return []

@@ -152,7 +152,7 @@ def tag_size(tag: str) -> tuple[float, float]:
 
 
 def tag_places(tag: str, box: Rectangle, size: tuple[int, int]) -> list[Rectangle]:
-    """Where the tag of a box may lie on a canvas of `size` (width, height), best first.
+    """Candidate places for the tag of a box on a canvas of `size` (width, height), best first.
 
     Above the box, inside, below, the same at the right edge, else near.
     """

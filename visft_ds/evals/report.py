@@ -101,7 +101,7 @@ def write_report(path: Path, report: Report) -> Path:
 
 
 def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture | None:
-    """One sheet for all tasks: under a line of labels so many images of each, a row an image with its ground truth and
+    """Sheet for all tasks: under a line of labels so many images of each, a row an image with its ground truth and
     the predictions of each evaluation; None without pictures.
     """
     panels: list[Picture] = []
@@ -323,7 +323,7 @@ def _run_facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _step_fact(visft: Mapping[str, Any]) -> str:
-    """What the images of an optimiser step teach."""
+    """Description of the tasks that an optimiser step trains."""
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"

@@ -26,7 +26,7 @@ Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How a task's results are gathered and judged."""
+    """Functions to gather a task's results and to compute its metrics."""
 
     truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
     measure: Callable[[Mapping[str, Any], Results, bool], dict[str, float]]

@@ -111,7 +111,7 @@ class LoraAdapter:
         return base + change, change
 
     def record(self) -> dict[str, object]:
-        """What merged weights tell of it."""
+        """Entry in the metadata of merged weights."""
         return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
 
     def describe(self) -> str:
@@ -138,7 +138,7 @@ class LoraAdapter:
 
 
 def average(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
-    """One adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
+    """Adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
 
     Factors A and B themselves are not averaged: the product of two means is not the mean of two products. (PEFT calls
     this combination "cat".)

@@ -24,7 +24,7 @@ from visft_ds.models.lora import lora_layers
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_backbone` did with each tensor of a file."""
+    """Report of `load_backbone` on each tensor of a file."""
 
     path: Path
     layout: str
@@ -37,7 +37,7 @@ class LoadReport:
     sha256: str | None = None
 
     def summary(self) -> str:
-        """One line for the console."""
+        """Summary in one line for the console."""
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         text = (
             f"{self.path.name}: layout {self.layout}, {self.tensors} tensors, {self.parameters:,} parameters ({kinds})"
@@ -76,7 +76,7 @@ class BackboneFile:
     report: LoadReport
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor by our name, see `read_tensor`."""
+        """Read a tensor by our name, see `read_tensor`."""
         return read_tensor(self.file, self.sources[name], dtype)
 
 
@@ -107,7 +107,7 @@ def open_backbone(backbone: EvaViT, path: str | Path) -> BackboneFile:
 
 
 def is_merged(file: WeightFile) -> bool:
-    """Whether our own metadata says that an adapter was merged into these weights."""
+    """Return True if our own metadata records that an adapter was merged into these weights."""
     return file.metadata.get("lora_merged") == "true"
 
 
@@ -198,7 +198,7 @@ def copy_tensors(file: WeightFile, sources: Mapping[str, str], targets: Mapping[
 
 
 def read_tensor(file: WeightFile, source: str, dtype: torch.dtype) -> Tensor:
-    """One tensor of a file in memory of its own, cast to `dtype`; `copy_tensors` for a target that does not exist yet.
+    """Read a tensor of a file into memory of its own, cast to `dtype`; `copy_tensors` without an existing target.
 
     Raises ValueError for values that are not finite after the cast.
     """
@@ -235,7 +235,7 @@ def save_backbone(
 ) -> None:
     """Write the tower as safetensors in one of `LAYOUTS`, cast to `dtype` (None: as it is), streaming and atomic.
 
-    The metadata tells sizes, number of heads and norm placement, so that our own readers need no hints, and whether
+    The metadata has sizes, number of heads and norm placement, so that our own readers need no hints, and whether
     adapters are merged into the weights. Raises ValueError for an unknown layout, an existing file (unless
     `overwrite`), adapters that are not merged (they would be lost in silence), and a cast that overflows.
     """

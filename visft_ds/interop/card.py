@@ -31,7 +31,7 @@ class CardSource:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from. `trained`: setting -> value; `measured`: quantity -> value, of an evaluation; both empty
+    """Origin of weights. `trained`: setting -> value; `measured`: quantity -> value, of an evaluation; both empty
     where nothing is known."""
 
     base: CardSource | None
@@ -98,7 +98,7 @@ def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, to
 
 
 def _front(library: str) -> list[str]:
-    # Read by the hub. No licence: it is that of the base weights, which nobody has told.
+    # Read by the hub. No licence: it is that of the base weights, which is not known here.
     return ["---", f"library_name: {library.lower()}", "tags: [vision, lora, visft]", "---", ""]
 
 

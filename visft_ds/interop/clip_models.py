@@ -33,7 +33,7 @@ from visft_ds.models.eva_vit import build_backbone, generator_for
 class TextShape:
     """Sizes of a text tower.
 
-    Raises ValueError for a width that no file could tell the number of heads of.
+    Raises ValueError for a width from which no file's number of heads follows.
     """
 
     width: int = 64

@@ -53,7 +53,7 @@ class Encoder:
     kinds: tuple[str, ...]  #: what it can compute
     preprocess: Preprocess
     side: int  #: of its images, pixels
-    settings: Mapping[str, Any]  #: what no weight tells and features depend on
+    settings: Mapping[str, Any]  #: what features depend on beside the weights
     text: TextTower | None
     facts: Mapping[str, str]  #: what was loaded, for people
 
@@ -100,7 +100,7 @@ class EvaEncoder(nn.Module):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it can compute."""
+        """Kinds of features that it can compute."""
         return KINDS if self.head is not None else ("pooled", "patches")
 
 
@@ -119,7 +119,7 @@ class FeatureMapEncoder(nn.Module):
 
 
 class _OpenClipEncoder(nn.Module):
-    """The image side of an open_clip model; `pooled` is what comes before the last projection where timm tells it."""
+    """The image side of an open_clip model; `pooled` is what comes before the last projection where timm gives it."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

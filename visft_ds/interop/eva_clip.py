@@ -30,7 +30,7 @@ def export_entries(file: WeightFile, layout: Layout, target: Layout = LAYOUT) ->
 
 
 def missing_parts(names: Iterable[str], prefix: str = LAYOUT.prefix) -> list[str]:
-    """What a file with these names, tower under `prefix`, lacks of a whole model."""
+    """Parts of a whole model that a file with these names, tower under `prefix`, lacks."""
     given = set(names)
     wanted = {
         "class token": (prefix + "cls_token",),

@@ -157,7 +157,7 @@ def view(file: WeightFile, entries: Mapping[str, Entry], metadata: Mapping[str, 
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether nothing in a floating-point tensor is NaN or infinite.
+    """Return True if nothing in a floating-point tensor is NaN or infinite.
 
     A sum in fp32 is one pass; inf and NaN both survive it. On a CPU torch first makes an fp32 copy of all that it sums,
     hence in pieces.
@@ -324,7 +324,7 @@ def _without_module_prefix(names: list[str]) -> dict[str, str]:
 
 
 def _looks_like(path: Path) -> str:
-    """What a wrong file probably is, from its first bytes, and what to do about it."""
+    """Guess a wrong file's kind from its first bytes, and the remedy, for a message."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -356,12 +356,12 @@ def base_identity(file: WeightFile) -> str:
 
 
 def recipe_of_base(file: WeightFile) -> dict[str, str]:
-    """What the header of weights that are made of a file says of its random start, if it had one."""
+    """Header entries of weights made from a file about its random start; empty without one."""
     recipe = file.metadata.get(DRAWN_AS) or file.metadata.get(BASE_DRAWN_AS)
     return {BASE_DRAWN_AS: recipe} if recipe else {}
 
 
 def recorded_bases(file: WeightFile) -> set[str]:
-    """By what heads may know the base that a file holds, or that training made it of, as far as its header tells."""
+    """Identities of the base that a file holds, or that training made it of, as far as its header records them."""
     entries = (VISION_OF, DRAWN_AS, BASE_DRAWN_AS, BASE_SHA256, TRAINED_ON)
     return {file.metadata[entry] for entry in entries if entry in file.metadata}

@@ -1,4 +1,4 @@
-"""What merged weights can be written as: names, file, and what beside it lets a library load the folder alone."""
+"""Formats of merged weights: names, file, and the files beside it that let a library load the folder alone."""
 
 from __future__ import annotations
 

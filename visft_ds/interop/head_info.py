@@ -1,4 +1,4 @@
-"""How a task head is built, told by its own description or by the shapes of its tensors, and filled from a file."""
+"""Construction of a task head from its own description or the shapes of its tensors, and loading from a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
 
-# Options that no tensor's shape tells, and that are attributes of the head itself.
+# Options that follow from no tensor's shape, and that are attributes of the head itself.
 _OWN_ATTRIBUTES = {"segmentation": ("labelling",), "captioning": ("grid",)}
 # option -> (parameter, axis, summand): the size is that of the axis plus the summand.
 _Size = tuple[str, int, int]
@@ -57,7 +57,7 @@ _POINTS = "pixel_decoder.layers.0.self_attn.attention_weights.weight"
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """How a saved head was built: `build_head(in_channels, **options)` of the task gives the same shapes.
+    """Description of a saved head: `build_head(in_channels, **options)` of the task gives the same shapes.
 
     `categories` is the category table of the data it was trained on, as COCO writes it ({"id", "name", ...}).
     `extra` is whatever the trainer wants to remember (step, data fingerprint, base weights).
@@ -91,7 +91,7 @@ def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | 
     hold both.
 
     Raises:
-        ValueError: lists the parameters that tell sizes and are missing or have another number of axes.
+        ValueError: lists the parameters that sizes follow from and that are missing or have another number of axes.
     """
     sizes = {"in_channels": _IN_CHANNELS[task], **_SIZES[task]}
     points = task == "segmentation" and num_heads is not None
@@ -161,7 +161,7 @@ def build_empty(info: HeadInfo) -> nn.Module:
 
 @dataclass(frozen=True)
 class HeadFile:
-    """One head in an open file."""
+    """Head in an open file."""
 
     file: WeightFile
     info: HeadInfo
@@ -197,7 +197,7 @@ class HeadFile:
         self._check_values()
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor by our name, in memory of its own, cast to `dtype`; see `read_tensor`."""
+        """Read a tensor by our name into memory of its own, cast to `dtype`; see `read_tensor`."""
         return read_tensor(self.file, self.sources[name], dtype)
 
     def _check_names(self, head: nn.Module) -> None:

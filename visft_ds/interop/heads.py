@@ -51,7 +51,7 @@ _KEY = "visft_head"
 
 
 def head_file(folder: str | Path, task: str) -> Path:
-    """Where a task's head lies in a folder of heads."""
+    """Path of a task's head in a folder of heads."""
     return Path(folder) / f"{task}.safetensors"
 
 
@@ -121,7 +121,7 @@ def save_heads(head: nn.Module, path: str | Path, format: str = "visft", *, over
     """Write one head (DetectionHead, SegmentationHead or CaptioningHead) into one file.
 
     `format` "visft" is the form of the published files (.pt, .pth, .ckpt or .bin): flat, fp32, tensors alone. It does
-    not hold the labelling of segmentation classes, which a reader takes as "published" unless it is told, nor dropout,
+    not hold the labelling of segmentation classes, which a reader takes as "published" by default, nor dropout,
     number of attention heads (8 is assumed) and the caption head's grid (14). "safetensors" is our own form, which
     tells how the head was built and keeps its dtype; categories and vocabulary are not in a head (see
     `save_head_files`).
@@ -177,7 +177,7 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
 
 
 def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
-    """How the head in a file was built: enough to build it again.
+    """Read the description of the head in a file: enough to build it again.
 
     `task` is needed only for a published file that holds several heads and does not bear its published name. Raises
     ValueError for a file that is no head, or has none of this task.
@@ -199,7 +199,7 @@ def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:
     """Open a saved head, ours or a published one, that fits `head`: same task, same names, same shapes.
 
     Its tensors can be read one by one, or all be loaded into a head; `head` itself may be on the meta device. For a
-    published file, `info` is what its tensors tell: options say nothing of attention heads and sampling points,
+    published file, `info` is what follows from its tensors: options lack attention heads and sampling points,
     labelling is "published", categories are unknown and empty, extra {"format": "visft"}.
 
     Raises ValueError that lists every difference and every value that is not finite (see `load_heads`).
@@ -311,7 +311,7 @@ def check_classes(
 
 
 def _known(info: HeadInfo) -> dict[int, str]:
-    """The categories a head was trained on, id -> name; empty where its file does not tell."""
+    """The categories a head was trained on, id -> name; empty where its file does not record them."""
     return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
 
 
@@ -324,4 +324,7 @@ def _classes(info: HeadInfo) -> tuple[int, ...] | None:
             f"the segmentation head has {number} classes, and its file does not name their categories: give the file "
             "that a training exported"
         )
-    return classes_of(info.task, info.options, names)
+    try:
+        return classes_of(info.task, info.options, names)
+    except ValueError as error:
+        raise ValueError(f"the {info.task} head's file contradicts itself: {error}") from error

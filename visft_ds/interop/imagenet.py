@@ -23,7 +23,7 @@ def class_names() -> tuple[str, ...]:
 
 @cache
 def templates() -> tuple[str, ...]:
-    """OpenAI's 80 sentences about a picture of a class, `{}` for its name."""
+    """OpenAI's 80 sentences about an image of a class, `{}` for its name."""
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)

@@ -1,4 +1,4 @@
-"""How one vision tower is named in each kind of file.
+"""Names of a vision tower's parameters in each kind of file.
 
 Inside the tower the names are the same everywhere (`patch_embed.proj.weight`, `blocks.N.attn.qkv.weight`, ...); only
 the prefix differs, and what else a file may carry beside the tower. D width, h hidden width of the MLP.
@@ -82,7 +82,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Tower:
-    """Sizes of a vision tower. `num_heads` and `post_norm` are None where nothing tells: no tensor's shape does."""
+    """Sizes of a vision tower. `num_heads` and `post_norm` are None where unknown: no tensor's shape shows them."""
 
     width: int
     depth: int
@@ -146,7 +146,7 @@ def tower_of(backbone: EvaViT) -> Tower:
 
 
 def tower_metadata(backbone: Backbone) -> dict[str, str]:
-    """What the metadata of its weights say of a backbone."""
+    """Metadata that describe a backbone in the file of its weights."""
     if isinstance(backbone, TimmBackbone):
         return {TIMM_KEY: backbone.settings()}
     return {"tower": tower_of(backbone).to_json()}
@@ -158,7 +158,7 @@ def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
+    """Return True if a parameter belongs to an adapter."""
     return name.endswith((".lora_A", ".lora_B", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude"))
 
 

@@ -49,7 +49,7 @@ MIN_RETAINED, MAX_ERROR = 0.9, 0.5
 
 @dataclass
 class Share:
-    """How much of a wanted change D stands in what was written: the change E = W_out - W_base.
+    """Share of a wanted change D in the written one, E = W_out - W_base.
 
     `retained` is <E, D> / |D|^2 (1 = all of it along D); `error` is |E - D| / |D| (0 = exact). Both are needed: where
     the base is finer than the output, rounding W_base itself acts as dither, `retained` stays near 1, and only `error`
@@ -76,16 +76,16 @@ class Share:
 
     @property
     def lost(self) -> bool:
-        """Whether too little of the change is there to speak of the same model."""
+        """Return True if too little of the change is left to speak of the same model."""
         return self.wanted > 0 and (self.retained < MIN_RETAINED or self.error > MAX_ERROR)
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_into_file` did.
+    """Report of `merge_into_file`.
 
     `base_sha256` is the hash of the file given as base. `weights` are the names and shapes of the result; `files` what
-    was written, the one to open last. `blocks[N]` and `total` tell the retained share; `left_out` names what of the
+    was written, the one to open last. `blocks[N]` and `total` are the retained shares; `left_out` names what of the
     base was not written.
     """
 
@@ -195,7 +195,7 @@ def merge_into_file(
 
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
-    """What a base in another form still says of itself; where no value was rounded, also to adapters that know it."""
+    """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
     names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from")
     told = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
     own = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))

@@ -121,7 +121,7 @@ class ModuleAdapter:
         return digest.hexdigest()
 
     def record(self) -> dict[str, object]:
-        """What merged weights tell of it."""
+        """Entry in the metadata of merged weights."""
         return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
 
     def describe(self) -> str:

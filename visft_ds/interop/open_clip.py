@@ -16,7 +16,7 @@ from visft_ds.interop.layouts import LAYOUTS, Layout, Tower
 LAYOUT = LAYOUTS["open_clip"]
 FILE, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 _RESBLOCK = re.compile(r"text\.transformer\.resblocks\.(\d+)\.")
-# Width of a head of the text tower: in every configuration of EVA-CLIP, and of CLIP itself. No tensor's shape tells.
+# Width of a head of the text tower: in every configuration of EVA-CLIP, and of CLIP itself. No tensor's shape shows it.
 _TEXT_HEAD = 64
 
 

@@ -150,7 +150,7 @@ def _readme(adapter: LoraAdapter, tower: Tower, split: bool) -> str:
 
 
 def facts(adapter: LoraAdapter, tower: Tower) -> str:
-    """One sentence about an adapter."""
+    """Description of an adapter in a sentence or two."""
     kind = "DoRA of rank" if adapter.magnitude else "Rank"
     text = (
         f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
@@ -178,7 +178,7 @@ def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
 
 
 def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
-    """What PEFT's LoraConfig is made of; `split` as in `save_peft_adapter`."""
+    """Arguments of PEFT's LoraConfig; `split` as in `save_peft_adapter`."""
     modules = adapter.modules()
     if split:
         modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))

@@ -177,7 +177,7 @@ def _place(inner: str) -> tuple[str, str] | tuple[None, str]:
 
 
 def published_task(path: Path) -> str | None:
-    """The task that a file's published name tells (`eva_e_caption_heads.ckpt`), None for other names."""
+    """The task by a file's published name (`eva_e_caption_heads.ckpt`), None for other names."""
     match = re.fullmatch(r"eva_[eg]_(\w+)_heads\.ckpt", path.name)
     return next((task for task, kind in KINDS.items() if match and match[1] == kind), None)
 
@@ -185,10 +185,10 @@ def published_task(path: Path) -> str | None:
 def find_published(content: PublishedFile, task: str, *, assume: bool) -> HeadFile:
     """The head of a task in a published file.
 
-    Its description has what the tensors tell, and the labelling that all published heads were trained with. With
+    Its description has what the tensors show, and the labelling that all published heads were trained with. With
     `assume` it is enough to build the head: number of attention heads, and points that follow from it.
 
-    Raises ValueError where the file has no head of this task, and where the tensors that tell its sizes are missing.
+    Raises ValueError where the file has no head of this task, and where tensors that show its sizes are missing.
     """
     file = content.file
     if task not in content.heads:
@@ -210,7 +210,7 @@ def find_published(content: PublishedFile, task: str, *, assume: bool) -> HeadFi
 
 @dataclass(frozen=True)
 class PublishedHead:
-    """One head of a published file under our names, fp32, and why the rest of the file was left."""
+    """Head of a published file under our names, fp32, and the reasons why the rest of the file was left."""
 
     tensors: Mapping[str, Tensor]
     info: HeadInfo

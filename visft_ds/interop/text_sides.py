@@ -92,7 +92,7 @@ def _side_of_file(name: str, encoder: Encoder) -> TextSide:
         )
     entries = open_clip.export_entries(file, layout)  # refuses half a model
     assert encoder.text is not None and isinstance(encoder.module, EvaEncoder)
-    # Heads and norms, which no tensor tells, are known by now.
+    # Heads and norms, which follow from no tensor, are known by now.
     whole = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
     parameters = {PREFIX + key: value for key, value in encoder.text.module.named_parameters()}
     scale = nn.Parameter(file.get("logit_scale").float().clone())

@@ -23,7 +23,7 @@ from visft_ds.interop.layouts import PROJECTION, Layout
 from visft_ds.interop.towers import open_tower
 
 PREFIX = "text."
-#: Width of a head in every text tower of CLIP, which no tensor tells: 768 / 12, 1024 / 16, 1280 / 20.
+#: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
 HEAD_WIDTH = 64
 _LAYER = re.compile(r"text\.transformer\.resblocks\.(\d+)\.")
 

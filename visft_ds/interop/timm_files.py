@@ -25,7 +25,7 @@ class TimmFile:
     summary: str  #: one line for the console
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One parameter, see `read_tensor`."""
+        """Read a parameter, see `read_tensor`."""
         return read_tensor(self.file, name, dtype)
 
     def buffers(self) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class TimmMerge:
-    """What `merge_timm` did."""
+    """Report of `merge_timm`."""
 
     backbone: TimmBackbone  #: on the meta device
     base_sha256: str

@@ -29,10 +29,10 @@ def open_tower(path: str | Path) -> tuple[WeightFile, Layout]:
 
 
 def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, float | bool] | None = None) -> Tower:
-    """Complete the sizes read from a file with what no tensor tells: number of heads and norm placement.
+    """Complete the sizes read from a file with what follows from no tensor: number of heads and norm placement.
 
     Sources, first one wins: `given` (num_heads, post_norm), the preset `model`, the file's metadata, the preset of the
-    same sizes. Raises ValueError where nothing tells, where `model` or `given` contradict the file, and for unknown
+    same sizes. Raises ValueError where they stay unknown, where `model` or `given` contradict the file, and for unknown
     names.
     """
     given = dict(given or {})

@@ -62,7 +62,7 @@ class TunedWeights:
         return self._sha256
 
     def record(self) -> dict[str, object]:
-        """What merged weights tell of it."""
+        """Entry in the metadata of merged weights."""
         return {"tensors": len(self.file), "scale": self.scale}
 
     def describe(self) -> str:
@@ -89,7 +89,7 @@ class TunedWeights:
 
 
 def read_tuned(path: Path) -> TunedWeights:
-    """What `<run>/export/trained_backbone.safetensors` holds."""
+    """Read `<run>/export/trained_backbone.safetensors`."""
     file = open_weights(path)
     return TunedWeights(file, file.metadata.get(TRAINED_ON))
 

@@ -1,4 +1,4 @@
-"""What layers with a low-rank adapter have in common: an explicit merge, and files without adapters while merged."""
+"""Base of layers with a low-rank adapter: an explicit merge, and files without adapters while merged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class AdaptedLayer(nn.Module):
             self.lora_magnitude.data.copy_(self.first_magnitude(self.weight))
 
     def random_a(self, generator: torch.Generator | None = None) -> Tensor:
-        """What A starts from, fp32 on the CPU, so that every device starts alike.
+        """Initial values of A, fp32 on the CPU, so that every device starts alike.
 
         kaiming_uniform_(a=sqrt(5)), as loralib initialises it: uniform in +-1/sqrt(fan in).
         """
@@ -70,7 +70,7 @@ class AdaptedLayer(nn.Module):
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
-        """What magnitudes start from, fp32: the lengths of the adapted rows of a weight on any device."""
+        """Initial magnitudes, fp32: the norms of the adapted rows of a weight on any device."""
         raise AssertionError("subclasses say it")
 
     def delta(self) -> Tensor:
@@ -79,7 +79,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the update is part of `weight` right now."""
+        """Return True while the update is part of `weight`."""
         return self._original is not None
 
     _original: Tensor | None = None
@@ -93,7 +93,7 @@ class AdaptedLayer(nn.Module):
             zero update.
 
         Raises:
-            ValueError: already merged, or a weight of few bits, which would round the update away.
+            ValueError: already merged, or a quantised weight, which would round the update away.
         """
         if self.merged:
             raise ValueError("this LoRA layer is merged already; unmerge it first")

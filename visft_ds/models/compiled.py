@@ -63,11 +63,11 @@ class CompiledBlocks:
         self._recording = known + 1 >= _REPEATS
 
     def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
-        """One block; see `eva_vit.run_block`."""
+        """Run a block; see `eva_vit.run_block`."""
         if self._recording and self._recorded is not None:
             return self._recorded(block, x, packing, policy)
         if packing is not None and policy == "block":
-            # Attention over packed images is not compiled, and what is computed again has to be compiled whole.
+            # Attention over packed images is not compiled, and what is recomputed has to be compiled whole.
             out: Tensor = recomputed(self._any_shape)(block, x, packing, None)
             return out
         assert packing is None or policy != "all_but_attention"  # the configuration refuses it
@@ -93,7 +93,7 @@ def check_compiler(how: str, device: torch.device) -> None:
 
 
 def why_not(how: str, device: torch.device) -> str | None:
-    """What is missing on this machine, and the remedy; None where blocks can be compiled."""
+    """Reason why blocks cannot be compiled on this machine, and the remedy; None where they can."""
     if how == "cuda_graphs" and device.type != "cuda":
         return f"CUDA graphs are recorded on a GPU, this process computes on {device.type}; use blocks or none"
     if device.type == "cuda":

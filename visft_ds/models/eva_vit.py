@@ -52,7 +52,7 @@ PRESETS = {
 }
 
 
-#: What of a block is computed again in the backward pass: all of it; the MLP, whose hidden activations are the widest,
+#: What of a block is recomputed in the backward pass: all of it; the MLP, whose hidden activations are the widest,
 #: and the attention's projection in front of it; or all but the attention kernel, whose cost alone grows with the
 #: square of the tokens (its result is kept instead).
 #: With "gelu_8bit" nothing is: hidden activations are kept, but in 8 bits, see `visft_ds.ops.gelu`.
@@ -60,12 +60,12 @@ RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
 
 
 def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The function, computed again in the backward pass. No dropout in a block, so no random state is put back."""
+    """The function with activation checkpointing. No dropout in a block, so no random state is put back."""
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class Block(nn.Module):
-    """One transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
+    """Transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Block(nn.Module):
         # Results of the first branch have no name here that would keep them until the block ends.
         if recompute_mlp:
             # What lies between the attention kernel and the GELU is as wide as the stream, and the one product in
-            # between costs a ninth of the MLP's first: computed again with it.
+            # between costs a ninth of the MLP's first: recomputed with it.
             x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing), coded_gelu)
         else:
             x = self._added(x, self.attn.proj(self._attended(x, packing)))
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
 
 def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
-    """(B, N, D) -> (B, N, D) through one block; `policy`: what of it is computed again, one of RECOMPUTE, or None."""
+    """(B, N, D) -> (B, N, D) through one block; `policy`: what of it is recomputed, one of RECOMPUTE, or None."""
     how: Callable[..., Tensor] = block
     if policy == "mlp":
         how = partial(block, recompute_mlp=True)
@@ -235,7 +235,7 @@ class EvaViT(nn.Module):
         return out
 
     def embed(self, images: Tensor, grids: Grids | None = None) -> Tensor:
-        """What the first block sees: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
+        """Input of the first block: (B, 3, H, W) -> (B, [1 +] h*w, D), or (1, T, D), the patches of `grids` packed."""
         size = self.grid(images)
         x = self.patch_embed(images)
         if autocast_dtype(x.device) is not None:
@@ -256,7 +256,7 @@ class EvaViT(nn.Module):
         return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
 
     def run_block(self, index: int, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """One block, recomputed in the backward pass if `checkpoint_every` says so."""
+        """Run a block, recomputed in the backward pass if `checkpoint_every` selects it."""
         chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
         policy = self.recompute if chosen and self.training and torch.is_grad_enabled() else None
         run = self.compiled or run_block
@@ -292,7 +292,7 @@ class EvaViT(nn.Module):
         return [(height // self.patch_size, width // self.patch_size) for height, width in frames]
 
     def packing(self, grids: Grids, device: torch.device) -> Packing:
-        """Where the tokens of images with these grids lie in one row."""
+        """Offsets of the tokens of images with these grids in one row."""
         return Packing.of([(self.cls_token is not None) + height * width for height, width in grids], device)
 
     def feature_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -357,7 +357,7 @@ def _fill(backbone: EvaViT, seed: int) -> None:
 
 
 def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """One of EVA's random weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
+    """EVA's initial weights: normal(0, .02), branch outputs divided by sqrt(2 * (block + 1)), biases 0, norms 1.
 
     Positions are fixed sines instead, see `sine_positions`. EVA's truncation lies 100 standard deviations out and is
     left out here: it costs twenty times the drawing.
@@ -384,7 +384,7 @@ def random_weight(name: str, shape: Sequence[int], seed: int) -> Tensor:
 def sine_positions(side: int, width: int) -> Tensor:
     """Fixed sine-cosine position embeddings of a square grid, (side * side, D) float32 (MAE, arXiv 2111.06377, A.1).
 
-    A frozen random tower must tell where things are: random positions of std .02 drown in its features, and heads on
+    A frozen random tower must encode positions: random positions of std .02 drown in its features, and heads on
     top of it learn boxes half as well. Trained weights bring their own. Channels beyond a multiple of four are 0.
     """
     count = width // 4

@@ -80,7 +80,7 @@ class LoRALinear(AdaptedLayer):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
         factors = (self.weight, bias, self.lora_A, self.lora_B)
         if self.lora_magnitude is not None:
-            assert self.low_bit is None  # the configuration allows no magnitudes over weights in few bits
+            assert self.low_bit is None  # the configuration allows no magnitudes over quantised weights
             return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices)
         return lora_linear(x, *factors, self.scale, self.slices, low_bit=self.low_bit)
 
@@ -107,7 +107,7 @@ class LoRALinear(AdaptedLayer):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How the adapters of a model were made."""
+    """Hyperparameters of a model's adapters."""
 
     rank: int
     alpha: float
@@ -230,7 +230,7 @@ def _name(backbone: nn.Module) -> str:
 
 
 def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str], Tensor]) -> Tensor:
-    """What `inject_lora` with this seed puts into an adapter's parameter: fp32, on the CPU.
+    """Initial value that `inject_lora` with this seed gives an adapter's parameter: fp32, on the CPU.
 
     For a backbone on the meta device, which `inject_lora` gives shapes only.
 
@@ -305,9 +305,9 @@ def unmerge_lora(module: nn.Module) -> None:
 
 @torch.no_grad()
 def has_effect(module: nn.Module, inputs: Tensor) -> float:
-    """How much the output changes when every lora_B is disturbed, to find adapters that the forward goes around.
+    """Relative change of the output under perturbation of every lora_B, to find adapters that the forward bypasses.
 
-    A lora_B is disturbed only while its layer runs, and holds its old values again afterwards: a module whose
+    A lora_B is perturbed only while its layer runs, and restored afterwards: a module whose
     parameters are gathered for the forward of their own module can be judged, too.
 
     Args:

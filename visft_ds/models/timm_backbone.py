@@ -62,7 +62,7 @@ class TimmBackbone(nn.Module):
         probe = self if next(self.parameters()).is_meta else _on_meta(self)
         self.left_out = self._cut(probe)
         self.width, self.patch_size = self._measure(probe)
-        self.train()  # a module begins in training mode without being told: batch norms would count the first images
+        self.train()  # a module begins in training mode by default: batch norms would count the first images
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -89,7 +89,7 @@ class TimmBackbone(nn.Module):
 
     @property
     def checkpoint_every(self) -> int:
-        """1: every block, or stage, is computed again in the backward pass; 0: none. timm knows no other numbers."""
+        """1: every block, or stage, is recomputed in the backward pass; 0: none. timm knows no other numbers."""
         return self._every
 
     @checkpoint_every.setter
@@ -206,7 +206,7 @@ def _open_gains(backbone: TimmBackbone) -> None:
 
 
 def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0) -> tuple[nn.Module, dict[str, int]]:
-    """timm's model itself, without classifier, and what of its size was told (networks without positions have none).
+    """timm's model itself, without classifier, and what of its size was given (networks without positions have none).
 
     Raises ValueError as `build_timm`.
     """

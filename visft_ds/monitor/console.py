@@ -1,4 +1,4 @@
-"""What a person sees: the plan at the start and one line of progress; a bar on a terminal, else plain text."""
+"""Console output: the plan at the start and one line of progress; a bar on a terminal, else plain text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOW = 50
 
 @dataclass(frozen=True)
 class Section:
-    """One table of the plan: rows of texts; `columns` names them, or is empty for name-value pairs."""
+    """Table of the plan: rows of texts; `columns` names them, or is empty for name-value pairs."""
 
     title: str
     rows: Sequence[Sequence[str]]
@@ -71,7 +71,7 @@ def _plain_table(section: Section) -> list[str]:
 
 @dataclass(frozen=True)
 class StepLine:
-    """One finished optimiser step, as the progress line needs it."""
+    """Finished optimiser step, as the progress line needs it."""
 
     step: int  #: counts from 1
     losses: Mapping[str, float]  #: task -> weighted loss of this step; only tasks that took part

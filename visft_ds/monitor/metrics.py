@@ -54,7 +54,7 @@ class MetricsWriter:
     def step(self, step: int, values: Mapping[str, float], *, kind: str = "step") -> None:
         """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1.
 
-        `kind` tells readers of metrics.jsonl what the record is: "save" is one that comes after that of the step.
+        `kind` is the type of the record for readers of metrics.jsonl: "save" is one that comes after that of the step.
         """
         self._write({"kind": kind, "step": step, **values})
         if self._events is not None:
@@ -66,7 +66,7 @@ class MetricsWriter:
         self._write({"kind": "event", "step": step, "event": event, **details})
 
     def image(self, step: int, tag: str, image: npt.NDArray[np.uint8]) -> None:
-        """A picture (H, W, 3) RGB for TensorBoard."""
+        """An image (H, W, 3) RGB for TensorBoard."""
         if self._events is not None:
             self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, "image": _encode(image)}]))
 
@@ -168,7 +168,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was run, with what, on what: OUT/run.json."""
+    """Record of a run, its settings and its environment: OUT/run.json."""
 
     config: Mapping[str, Any]  #: the resolved configuration
     world_size: int

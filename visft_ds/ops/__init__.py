@@ -87,6 +87,6 @@ def use_kernels(name: str, device: torch.device) -> None:
 
 
 def kernels(device: torch.device) -> str:
-    """What `use_kernels` chose for tensors on this device."""
+    """Name of the kernels that `use_kernels` chose for tensors on this device."""
     name, where = _chosen
     return name if device.type == where else "library"

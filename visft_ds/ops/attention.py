@@ -135,7 +135,7 @@ def _unfit(flash: str, capability: tuple[int, int], head_dim: int) -> str | None
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each of several images of different lengths lies in one row of T tokens."""
+    """Lengths and offsets of several images of different lengths packed in one row of T tokens."""
 
     lengths: tuple[int, ...]  #: tokens of each image
     offsets: Tensor  #: (images + 1,) int32, where each begins, and T
@@ -161,7 +161,7 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tenso
     """
     assert sum(packing.lengths) == len(q), (packing.lengths, q.shape)
     name, _ = packed_backend(q.device, q.dtype, q.shape[-1])
-    return _PACKED[name](q, k, v, packing)
+    return PACKED[name](q, k, v, packing)
 
 
 def packed_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 112) -> tuple[str, str]:
@@ -230,7 +230,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return out
 
 
-_PACKED = {"one by one": _one_by_one, "varlen": _varlen, "flash_attn": _flash_attn}
+PACKED = {"one by one": _one_by_one, "varlen": _varlen, "flash_attn": _flash_attn}
 
 
 @cache

@@ -47,7 +47,7 @@ def local_device() -> torch.device:
 
 
 def joined() -> bool:
-    """Whether this process is in a process group already."""
+    """Return True if this process is in a process group already."""
     return dist.is_initialized()
 
 
@@ -59,14 +59,14 @@ def barrier() -> None:
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """What all ranks know before they compute a step."""
+    """Agreement of all ranks before they compute a step."""
 
     counts: Mapping[str, float]  #: summed over ranks
     stop: bool  #: some rank was asked to stop
 
 
 def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: torch.device) -> StepAgreement:
-    """One all-reduce before a step: sum the counts, pass on a wish to stop, and prove that all ranks do the same.
+    """Sum counts and requests to stop by one all-reduce before a step, and check that all ranks do the same.
 
     Ranks that run different tasks in one step add one head's gradients to another's under ZeRO-1/2, silently. So every
     rank sends a checksum of `what` it is about to do (and its square: equal numbers are the only ones whose sums fit).
@@ -90,7 +90,7 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on some rank; the same answer on every rank."""
+    """Return True, on every rank, if `flag` is set on any rank."""
     vector = torch.tensor([float(flag)], device=device)
     if dist.is_initialized():
         dist.all_reduce(vector)

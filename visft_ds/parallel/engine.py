@@ -33,7 +33,7 @@ TESTED_DEEPSPEED = ("0.19.8",)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did, equal on every rank."""
+    """Report of an optimiser step, equal on every rank."""
 
     losses: Mapping[str, float]  #: "loss" and "<task>/<name>": means over ranks and micro-batches
     gradient_norm: float  #: global L2 norm before clipping
@@ -45,7 +45,7 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """What the trainer and the checkpoints need from an engine."""
+    """Interface of an engine to the trainer and the checkpoints."""
 
     module: MultiTaskModel
     device: torch.device
@@ -136,7 +136,7 @@ def start_process_group() -> None:
 
 
 def _holder(port: int) -> str:
-    """Who listens on a port of this machine, as far as the system tells."""
+    """Who listens on a port of this machine, as far as the system shows."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             name = " ".join(psutil.Process(connection.pid).cmdline())
@@ -157,7 +157,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def faults_of_all(module: MultiTaskModel, sums: Mapping[str, Tensor]) -> dict[int, Sequence[str]]:
-    """What each rank has found in a step that was refused, on all of them. Collective.
+    """Faults that each rank has found in a refused step, gathered on all ranks. Collective.
 
     Args:
         sums: this rank's losses.
@@ -210,7 +210,7 @@ class ZeroEngine:
         self.should_update: Callable[[float], bool] = math.isfinite
 
     def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
-        """One optimiser step over this rank's micro-batches (as many as `accumulation`)."""
+        """Run an optimiser step over this rank's micro-batches (as many as `accumulation`)."""
         assert len(batches) == self.accumulation, (len(batches), self.accumulation)
         torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         self.module.train()
@@ -272,7 +272,7 @@ class ZeroEngine:
 
 
 def judge_gradient(norm: float, loss_scale: LossScale) -> Literal["", "gradient"]:
-    """Whether a step fails for its gradient, of this norm on every rank; in fp16 an overflow only moves the scale."""
+    """Return "gradient" for a norm, equal on every rank, of NaN or infinity, else ""; in fp16 only move the scale."""
     loss_scale.move(overflow=not math.isfinite(norm))
     return "" if loss_scale.dynamic or math.isfinite(norm) else "gradient"
 

@@ -37,12 +37,12 @@ class LossScale:
 
     @property
     def dynamic(self) -> bool:
-        """Whether there is a scale that moves."""
+        """Return True if the loss scale is dynamic."""
         return self._scaler is not None
 
     @property
     def value(self) -> float:
-        """What the loss of the next step is multiplied by."""
+        """Factor on the loss of the next step."""
         return float(self._state.get("scale", 1.0))
 
     def move(self, *, overflow: bool) -> None:
@@ -58,7 +58,7 @@ class LossScale:
         self.restore(state)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps; nothing where there is no scale."""
+        """State for a checkpoint; empty where there is no scale."""
         return dict(self._state)
 
     def restore(self, state: Mapping[str, float]) -> None:

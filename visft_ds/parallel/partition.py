@@ -1,4 +1,4 @@
-"""Which stage of a pipeline does what: places of ranks, what each layer costs, and where the layers are divided.
+"""Partition of a model into pipeline stages: places of ranks, cost of each layer, bounds between layers.
 
 Costs are operations (`profiling.flops`), not parameters: a frozen block has none that train and is most of the work.
 """
@@ -30,7 +30,7 @@ _CAPTION_IDS = 13
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands: which stage of which of the pipelines that train side by side."""
+    """Place of a rank: its stage, and its pipeline among those that train side by side."""
 
     stage: int
     stages: int
@@ -46,7 +46,7 @@ class Place:
 
     @property
     def role(self) -> Role | None:
-        """What this rank reads; None: nothing."""
+        """Role of this rank in reading; None: it reads nothing."""
         return role_of_stage(self.stage, self.stages)
 
 
@@ -73,7 +73,7 @@ class Partition:
         return 1 - busy / (len(stages) * ((micro_batches - 1) * max(stages) + sum(stages)))
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
-        """One line for each stage, and what waits."""
+        """Rows for the stages, and for the idle share of the time."""
         whole = sum(self.costs)
         lines = []
         for number, cost in enumerate(self.stage_costs()):
@@ -175,7 +175,7 @@ def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, i
 
 
 def _head_flops(module: MultiTaskModel, task: str, images: int, side: int, *, flows: bool) -> Flops:
-    """What torch counts in a head's forward and backward, on shapes alone; criteria are not in it.
+    """Operations that torch counts in a head's forward and backward, on shapes alone, without criteria.
 
     Args:
         module: on the meta device.

@@ -40,7 +40,7 @@ CHECK_EVERY = 20
 
 
 class StagesModule(PipelineModule):
-    """DeepSpeed's module over the layers of a model, divided where it is told.
+    """DeepSpeed's module over the layers of a model, divided at given bounds.
 
     Args:
         model: the prepared model; this process keeps the layers of its stage on its device.
@@ -102,7 +102,7 @@ class PipelineEngine:
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
-    `should_update` decides as in `ZeroEngine`: every stage is told the mean loss of the global batch before the update.
+    `should_update` decides as in `ZeroEngine`: every stage gets the mean loss of the global batch before the update.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ class PipelineEngine:
         return self._owners[name] * self.place.dp_size
 
     def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
-        """One optimiser step over this pipeline's micro-batches (as many as `accumulation`, none in the middle).
+        """Run an optimiser step over this pipeline's micro-batches (as many as `accumulation`, none in the middle).
 
         Args:
-            normaliser: as the last stage has counted it; other stages do not look at it.
+            loss_denominators: as the last stage has counted them; other stages ignore them.
 
         Raises:
             RuntimeError: labels and pixels of different samples.
@@ -188,7 +188,7 @@ class PipelineEngine:
         return StepReport(losses, norm / scale, rates, skipped, refused, faults, used)
 
     def _update(self, engine: Any) -> None:
-        """What ends a step in every stage: the update, unless the loss speaks against it."""
+        """End a step in every stage: make the update, unless `should_update` refuses the loss."""
         self._losses, scale = self._share_losses()
         # It multiplied the gradients that came from the last stage; no stage may divide by another one.
         assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
@@ -244,7 +244,7 @@ class PipelineEngine:
         start(_fed(self.module, batches, first=self.place.stage == 0))
 
     def _share_losses(self) -> tuple[dict[str, float], float]:
-        """What the last stages know, on every rank: means over the pipelines, and the scale of the loss.
+        """Broadcast from the last stages to all ranks: mean losses over the pipelines, and the loss scale.
 
         There is "loss" alone where it is not finite.
         """

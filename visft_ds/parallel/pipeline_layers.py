@@ -27,7 +27,7 @@ Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers kno
 
 
 class _Packings:
-    """What a label says of packed tokens. Reading it makes the host wait, so it is read once for all layers here."""
+    """Packing of tokens, from a label. Reading it makes the host wait, so it is read once for all layers here."""
 
     def __init__(self) -> None:
         self._read: tuple[Tensor, Grids, Packing] | None = None
@@ -63,7 +63,7 @@ class EmbeddingLayer(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """One transformer block, recomputed in the backward pass where the model says so."""
+    """Transformer block, recomputed in the backward pass where the model's settings select it."""
 
     def __init__(self, model: MultiTaskModel, index: int, packings: _Packings) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class HeadsLayer(nn.Module):
 
     Attributes:
         batch: labels of the micro-batch whose tokens come next; its pixels are not looked at.
-        normaliser: of the step; None: predict.
+        loss_denominators: of the step; None: predict.
         received: the label that came with the tokens.
     """
 
@@ -99,7 +99,7 @@ class HeadsLayer(nn.Module):
         self.received: Tensor | None = None
 
     def forward(self, travelling: Travelling) -> dict[str, Any]:
-        """What `MultiTaskModel.forward` returns.
+        """Losses or predictions, as `MultiTaskModel.forward` returns them.
 
         Raises:
             RuntimeError: as many tokens as images of another size have.
@@ -133,7 +133,7 @@ def padded_size(batch: Batch, patch_size: int) -> tuple[int, int]:
 
 
 def travelling_label(model: MultiTaskModel, batch: Batch) -> Tensor:
-    """What goes along with the tokens of a batch, from the stage that reads its pixels."""
+    """Label that travels with the tokens of a batch, from the stage that reads its pixels."""
     checksum, frames = sample_checksum(batch), model.frames(batch)
     return checksum if frames is None else torch.cat([checksum, torch.tensor(frames.grids).flatten()])
 

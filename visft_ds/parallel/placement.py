@@ -1,4 +1,4 @@
-"""Where each engine wants the values of a model as they come in (`visft_ds.prepare.materialize.Placement`).
+"""Placements of a model's values for each engine (`visft_ds.prepare.materialize.Placement`).
 
 Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which the
 system may drop at any time, so that nobody holds them; and each comes upon a damaged value at the same tensor as all

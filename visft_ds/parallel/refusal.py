@@ -12,7 +12,7 @@ from typing import Any
 
 
 def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> None:
-    """What `step` does at the end of an optimiser step, without an update; gradients are dropped. Collective.
+    """End an optimiser step as `step` does, without an update; gradients are dropped. Collective.
 
     Weights, moments, schedule and loss scale stay as they are; the step counts as a skipped one.
 

@@ -213,7 +213,7 @@ def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
 
 
 def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """One fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
+    """Gather an fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
     if parameter.is_meta:
         return None
     if engine.stage == 0:

@@ -34,7 +34,7 @@ MEMORY_SHARE = 0.92
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU; rates per second, sizes in bytes."""
+    """Kind of GPU; rates per second, sizes in bytes."""
 
     name: str
     memory: int
@@ -47,7 +47,7 @@ class Gpu:
         return self.tflops[_PRECISION.get(dtype, "fp32")]
 
     def precision(self) -> Precision:
-        """What visft.model.precision "auto" means on it."""
+        """Precision that visft.model.precision "auto" chooses on it."""
         return "bf16" if "bf16" in self.tflops else "fp16"
 
 
@@ -170,7 +170,7 @@ _PRECISION: Mapping[torch.dtype, Precision] = {
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches, per second."""
+    """Rates that a device reaches, per second."""
 
     product: Mapping[Precision, float]  #: operations of matrix products
     attention: Mapping[Precision, float]  #: operations of fused attention

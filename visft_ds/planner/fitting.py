@@ -1,4 +1,4 @@
-"""What to change so that a configuration fits: concrete settings, each predicted to fit, the fastest first."""
+"""Suggestions of settings with which a configuration fits: each predicted to fit, the fastest first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIVIDED = 1.1
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One way to fit."""
+    """Settings that fit."""
 
     settings: tuple[str, ...]  #: flags of launchers/train.py, e.g. "--set visft.model.checkpoint_every=1"
     memory: MemoryPlan

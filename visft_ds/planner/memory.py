@@ -39,7 +39,7 @@ class MemoryPlan:
         return sum(asdict(self).values())
 
     def rows(self) -> list[tuple[str, str]]:
-        """One line for each part, and the sum."""
+        """Rows for the parts, and the sum."""
         parts = [(name, size) for name, size in asdict(self).items() if size]
         return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("whole", self.total)]]
 
@@ -54,7 +54,7 @@ def plan_memory(
     device: torch.device | None = None,
     content: Content | None = None,
 ) -> MemoryPlan:
-    """What a rank of this run holds at most.
+    """Peak memory of a rank of this run, by part.
 
     Args:
         world_size: number of processes.
@@ -83,7 +83,7 @@ def run_of(
     device: torch.device | None,
     content: Content | None = None,
 ) -> PlannedRun:
-    """What is to be planned; arguments as those of `plan_memory`."""
+    """Run to be planned; arguments as those of `plan_memory`."""
     return PlannedRun(
         config=config,
         batches=derive_batches(config, world_size),

@@ -1,4 +1,4 @@
-"""What the processes of a configuration send each other in one optimiser step: how large, how often, by which call.
+"""Messages between the processes of a configuration in an optimiser step: sizes, numbers, collectives.
 
 Followed from deepspeed/runtime/zero/{stage_1_and_2,stage3,partition_parameters}.py, runtime/utils.py and runtime/pipe/
 of the tested release; a test compares with the calls of real steps. From shapes alone: no model is built.
@@ -34,7 +34,7 @@ _AGREEMENT = 8 * 15
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of call."""
+    """Kind of call."""
 
     what: str
     collective: str  #: one of COLLECTIVES
@@ -57,7 +57,7 @@ def messages_of(run: PlannedRun, stream: Stream) -> list[Message]:
 
 
 def broadcasts_of(run: PlannedRun) -> list[Message]:
-    """What is sent once, when an engine is built: every parameter, from one rank to all (ZeRO 0-2)."""
+    """Messages sent once, when an engine is built: every parameter, from one rank to all (ZeRO 0-2)."""
     if run.batches.dp < 2 or run.zero().stage == 3:
         return []
     sizes = Counter(parameter.numel() * parameter.element_size() for parameter in _model(run).parameters())

@@ -36,7 +36,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 
 @dataclass(frozen=True)
 class Content:
-    """What a micro-batch holds besides pixels. The defaults are more than all but a few of COCO's images have."""
+    """Contents of a micro-batch besides pixels. The defaults are more than all but a few of COCO's images have."""
 
     objects: int = 30  #: in every image; COCO's mean is 7.3
     caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
@@ -70,7 +70,7 @@ def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
 
 @contextmanager
 def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[Tracer]:
-    """What runs inside on the meta device does as on `device` under DeepSpeed; gives the sum of its work.
+    """Make code on the meta device run as on `device` under DeepSpeed; gives the sum of its work.
 
     Args:
         device: which need not exist here.
@@ -190,13 +190,13 @@ def _is_on_meta(value: Any) -> bool:
 
 @cache
 def _is_functional(func: Any) -> bool:
-    """Whether an operator changes nothing and returns nothing that looks into its arguments."""
+    """Return True if an operator mutates nothing and returns no view of its arguments."""
     schema = func._schema
     return not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
 
 
 def _signature(value: Any) -> Any:
-    """What is equal for arguments that give equal shapes; unequal to all else for tensors that hold numbers."""
+    """Key that is equal for arguments that give equal shapes; for a tensor that holds numbers, unequal to all else."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, (list, tuple)):
@@ -208,7 +208,7 @@ _SAMPLERS = (torch.ops.aten.grid_sampler_2d.default, torch.ops.aten.grid_sampler
 
 
 def _sampled_shapes(func: Any, args: Sequence[Any]) -> Any:
-    """What sampling a map returns. Torch computes these shapes through dozens of operators."""
+    """Empty results of sampling a map. Torch computes these shapes through dozens of operators."""
     if func is torch.ops.aten.grid_sampler_2d.default:
         maps, grid = args[:2]
         return maps.new_empty(*maps.shape[:2], *grid.shape[1:3])

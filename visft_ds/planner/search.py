@@ -1,4 +1,4 @@
-"""Which engine, accumulation, recomputing and number of pipeline stages suit a cluster: the fastest that fits."""
+"""Search for the fastest engine, accumulation, recomputation and number of pipeline stages that fits a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class StreamForecast:
-    """One kind of step."""
+    """Forecast for a kind of step."""
 
     images: int  #: of an optimiser step, over all GPUs
     micro: int  #: of one GPU at once
@@ -42,7 +42,7 @@ class SearchArm:
 
     flags: tuple[str, ...]  #: of launchers/train.py that lead to it
     engine: str
-    policy: str  #: what is computed again
+    policy: str  #: what is recomputed
     accumulation: int
     streams: dict[str, StreamForecast]
     shares: dict[str, float]  #: of the steps, sum 1
@@ -56,7 +56,7 @@ class SearchArm:
 
     @property
     def fits(self) -> bool:
-        """Whether every kind of step does."""
+        """Return True if every kind of step fits."""
         return self.fullest.total <= self.capacity
 
     @property
@@ -127,7 +127,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
 
 
 def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
-    """One arm for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
+    """Arms, one for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
 
     Where nothing fits, an engine's arm is the one that needs least. Policies are tried from the fastest to the
     smallest, and the smallest number of micro-batches first.

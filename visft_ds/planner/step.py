@@ -1,4 +1,4 @@
-"""One rank's part of an optimiser step, rehearsed: what lives at its fullest moment, and the work it does.
+"""Rehearsal of a rank's part of an optimiser step: what lives at its fullest moment, and the work it does.
 
 Letters: B images, N tokens, D width.
 """
@@ -52,7 +52,7 @@ class PlannedRun:
     content: Content
 
     def zero(self) -> Zero:
-        """What its engine divides, and among how many."""
+        """ZeRO settings of its engine: what is divided, and among how many."""
         batches = self.batches
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
 
@@ -72,7 +72,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a rank holds and does, in bytes."""
+    """Memory of a rank, in bytes, and its work."""
 
     weights: int
     optimizer: int
@@ -104,7 +104,7 @@ _KNOWN: dict[_Key, Rehearsed] = {}
 
 
 def rehearse(run: PlannedRun, stream: Stream, stage: int | None = None) -> Rehearsed:
-    """One micro-batch of a stream on one rank; what was rehearsed before is not done again.
+    """Rehearse a micro-batch of a stream on one rank; results are cached.
 
     Args:
         stage: of the pipeline; None: the whole model.
@@ -236,7 +236,7 @@ class _Rehearsal:
         return [p for group in self.groups for p in group if id(p) in self.used] if whole else []
 
     def _stage_steps(self) -> None:
-        """What a stage does until its first backward pass: as many forwards as there are stages behind it, and one."""
+        """Run a stage until its first backward pass: as many forwards as there are stages behind it, and one."""
         assert self.bounds is not None and self.stage is not None
         stages = len(self.bounds) - 1
         under_way = min(stages - self.stage, self.zero.accumulation)

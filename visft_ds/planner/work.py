@@ -1,4 +1,4 @@
-"""What a device has to do for an operator: arithmetic and bytes to move, from the shapes of arguments and results."""
+"""Work of an operator on a device: arithmetic and bytes to move, from the shapes of arguments and results."""
 
 from __future__ import annotations
 

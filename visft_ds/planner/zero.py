@@ -1,4 +1,4 @@
-"""What ZeRO 0-3 holds beside a model's activations: shares of weights, optimizer state, gradients, buckets.
+"""Memory of ZeRO 0-3 beside a model's activations: shares of weights, optimizer state, gradients, buckets.
 
 Followed from deepspeed/runtime/zero/{stage_1_and_2,stage3,partitioned_param_coordinator}.py of the tested release.
 """

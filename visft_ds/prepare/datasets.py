@@ -25,7 +25,7 @@ from visft_ds.tasks.classes import are_of_coco, classes_of
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """One data set of a run."""
+    """Training set of a run."""
 
     manifest: Manifest
     tasks: tuple[str, ...]  #: those of the run that it teaches
@@ -69,7 +69,7 @@ def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
 
 
 def cache_of(data: DataConfig) -> CacheOptions | None:
-    """Where copies of remote shards are kept, if anywhere."""
+    """Options of the cache for remote shards; None where there is none."""
     return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes, data.cache_mode)
 
 
@@ -81,7 +81,7 @@ def data_identity(sets: Mapping[str, TrainingSet]) -> str:
 
 
 def shuffle_of(data: DataConfig) -> tuple[Shuffle, str]:
-    """How samples are mixed, and why."""
+    """Kind of shuffling, and the reason for it."""
     if data.shuffle != "auto":
         return data.shuffle, "as configured"
     remote = [root for root in (data.root, *(one.root for one in data.sets)) if is_url(root)]
@@ -99,12 +99,12 @@ def workers_of(data: DataConfig) -> tuple[WorkerKind, int, str]:
 
 
 def evaluation_threads(data: DataConfig) -> int:
-    """How many threads decode in evaluation."""
+    """Number of threads that decode in evaluation."""
     return min(workers_of(data)[1], MOST_THREADS)
 
 
 def needs_categories(tasks: Sequence[str]) -> bool:
-    """Whether one of the tasks learns from annotated objects."""
+    """Return True if one of the tasks learns from annotated objects."""
     return any(TASKS[task].labels == "annotations" for task in tasks)
 
 

@@ -32,7 +32,7 @@ from visft_ds.tasks import TASKS
 
 
 class Placement(Protocol):
-    """Where values go as they come in, one tensor at a time. Every process asks in the same order."""
+    """Placement of values as they come in, one tensor at a time. Every process asks in the same order."""
 
     def held(self, module: MultiTaskModel) -> Container[str]:
         """Names of the parameters whose values this process needs; the others stay on the meta device."""
@@ -72,7 +72,7 @@ class BaseWeights:
 
     identity: str  #: sha256 of the file, or the recipe of the random weights
     note: str
-    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before it is stored in few bits
+    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before quantisation
     load: Callable[[str], Tensor]
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
     beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
@@ -84,7 +84,7 @@ class BaseWeights:
         return tuple(dict.fromkeys(name for name in (self.identity, self.drawn_as) if name is not None))
 
     def read(self, name: str) -> Tensor:
-        """One tensor as the model starts with it, in memory of its own on the host.
+        """Read a tensor's initial value into memory of its own on the host.
 
         Raises ValueError for values that are not finite.
         """
@@ -160,7 +160,7 @@ def _open_timm_base(
 
 
 def is_small(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of a tower is one of the few small ones that stay in fp32: norms, biases, positions."""
+    """Return True if a tensor of a tower is one of the few small ones that stay in fp32: norms, biases, positions."""
     return len(shape) < 2 or name in ("pos_embed", "cls_token", "reg_token")
 
 

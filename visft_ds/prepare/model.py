@@ -42,7 +42,7 @@ SMALLEST_EFFECT = 1e-6
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What a stage demands of the parameter groups.
+    """Requirements of a stage on the parameter groups.
 
     Attributes:
         name: as printed.
@@ -67,7 +67,7 @@ def stage_of(config: VisftConfig) -> StageSpec:
 
 @dataclass(frozen=True)
 class TrainedGroup:
-    """One parameter group after matching."""
+    """Parameter group after matching."""
 
     name: str
     lr: float
@@ -115,7 +115,7 @@ def prepare_model(
 ) -> PreparedModel:
     """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
-    Nothing is allocated before everything that shapes and descriptions tell has been checked.
+    Nothing is allocated before everything that follows from shapes and descriptions has been checked.
 
     Args:
         config: the "visft" block.
@@ -162,7 +162,7 @@ def prepare_model(
 def plan_groups(
     config: VisftConfig, defaults: OptimizerParams, vocabulary_size: int = PUBLISHED_VOCABULARY
 ) -> tuple[TrainedGroup, ...]:
-    """What would train, see `plan_model`."""
+    """Parameter groups that would train, see `plan_model`."""
     return plan_model(config, defaults, vocabulary_size)[1]
 
 
@@ -181,7 +181,7 @@ def plan_model(
         storage: of the frozen matrices; the few small tensors (norms and position embeddings) and what trains are fp32.
 
     Raises:
-        ValueError: as `prepare_model`, as far as shapes tell.
+        ValueError: as `prepare_model`, as far as shapes show.
     """
     model = config.model
     backbone = build_empty(model.preset, storage, model.backbone_options())
@@ -202,7 +202,7 @@ def plan_model(
 
 
 def trains_backbone(config: VisftConfig) -> bool:
-    """Whether a parameter group holds anything of the backbone itself, apart from adapters."""
+    """Return True if a parameter group holds anything of the backbone itself, apart from adapters."""
     groups = plan_groups(config, OptimizerParams(lr=1.0, weight_decay=0.0))
     return any(name.startswith("backbone.") and not is_lora(name) for group in groups for name in group.names)
 
@@ -258,7 +258,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
 
 
 def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[TrainedGroup]) -> None:
-    """What runs with a graph and with dropout, and what is computed again in the backward pass."""
+    """Set which parts run with a graph and with dropout, and which are recomputed in the backward pass."""
     module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
     module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
@@ -278,7 +278,7 @@ def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int 
 
 
 def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseWeights) -> list[str]:
-    """Shapes alone do not tell how a head was built (number of attention heads) or on which features it was trained.
+    """Shapes alone do not show how a head was built (number of attention heads) or on which features it was trained.
 
     Returns what is worth a note: heads that have learnt from images prepared in another way.
     """
@@ -326,7 +326,7 @@ def _without_adapters(idle: str) -> str:
 
 
 def _check_content(config: VisftConfig, patch_size: int) -> None:
-    """What is left of an image ends where a patch does; the transform does not know the backbone."""
+    """Require that `content_only` images end at a patch border; the transform does not know the patch size."""
     task = config.tasks.segmentation
     if config.mode == "shared" or task is None or not task.image.content_only:
         return

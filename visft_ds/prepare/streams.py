@@ -1,4 +1,4 @@
-"""What a run reads: the vocabulary, the order of the samples, and how raw samples become batches of each stream."""
+"""Input of a run: the vocabulary, the order of the samples, and the pipelines from raw samples to batches."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
 def features_of(
     config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
 ) -> FeatureCache | None:
-    """Where a run keeps the features of its frozen backbone; None where geometries do not come again.
+    """Cache of the frozen backbone's features; None where geometries do not repeat.
 
     Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
 
@@ -109,13 +109,13 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
 
 
 def selection_of(stream: Stream) -> str:
-    """Which samples teach at least one of the tasks of a stream, as `Manifest.selection` names them."""
+    """Name in `Manifest.selection` of the samples that teach at least one of the tasks of a stream."""
     selections = {TASKS[task].learns_from for task in stream.tasks}
     return selections.pop() if len(selections) == 1 else "any"
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:
-    """Whether one of the tasks works with words."""
+    """Return True if one of the tasks uses a vocabulary."""
     return any(TASKS[task].uses_vocabulary for task in tasks)
 
 

@@ -1,5 +1,5 @@
-"""What a run changed in its backbone, finished or not, for tools that merge it: an adapter, or weights that trained
-themselves. What a user names may also be an adapter of any other kind.
+"""Change of a run's backbone, finished or not, for tools that merge it: an adapter, or weights that trained
+themselves. A path may also name an adapter of any other kind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_
 
 
 def place_of(path: Path) -> Path:
-    """Where the change lies that a path means: of a run its export, where it has one, or else its newest whole
+    """Resolve a path to the change it names: of a run its export, where it has one, or else its newest whole
     checkpoint. Raises ValueError for a run without either.
     """
     if not (path / "run.json").is_file():

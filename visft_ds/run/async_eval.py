@@ -32,7 +32,7 @@ _CODE = Path(__file__).resolve().parents[2]  #: where this package is imported f
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What was measured of one step."""
+    """Metrics of a step."""
 
     step: int
     metrics: Mapping[str, float]
@@ -95,7 +95,7 @@ class AsyncEvaluation:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being measured, as far as `verdicts` knows."""
+        """Return True while an evaluation is running, as far as `verdicts` knows."""
         return self._working is not None
 
     def abandon(self) -> None:

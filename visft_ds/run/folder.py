@@ -60,7 +60,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
 
 
 def saved_something(out: Path) -> bool:
-    """Whether a run in `out` has left a checkpoint, damaged ones too, or exported more than its random base."""
+    """Return True if a run in `out` has left a checkpoint, damaged ones too, or exported more than its random base."""
     checkpoints = (path for path in (out / "checkpoints").glob("step_*") if path.suffix != ".tmp")
     exported = (path for path in (out / "export").glob("[!.]*") if path.name != BACKBONE_FILE)
     return (out / RECORD_FILE).is_file() and any(True for _ in (*checkpoints, *exported))

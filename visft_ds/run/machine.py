@@ -1,4 +1,4 @@
-"""What has to hold on this machine, and alike on all of them, before a run starts."""
+"""Checks of a machine, and that all machines are alike, before a run starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIXEL = 3  #: bytes; images travel as uint8
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
-    """What has to be equal on all ranks, by name: every setting, the code, the versions of what it stands on."""
+    """Facts that must be equal on all ranks, by name: every setting, the code, the versions of its dependencies."""
     facts = {key: json.dumps(value) for key, value in flatten(config.to_dict())}
     installed = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
     return {**facts, "code of visft_ds": code_digest(), **installed}

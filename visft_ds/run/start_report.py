@@ -1,4 +1,4 @@
-"""What a run says before its first step, and what `--dry-run` says instead of running."""
+"""Report of a run before its first step, and of `--dry-run` instead of running."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _recompute(model: ModelConfig) -> str:
 def data_section(
     config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str, features: FeatureCache | None
 ) -> Section:
-    """What is read, in which order, by whom."""
+    """Table of the data: sets, order, readers."""
     rows = []
     for name, one in sets.items():
         manifest = one.manifest
@@ -167,7 +167,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None
 
 
 def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int | None) -> Section:
-    """What a process of this machine would hold at most, by part, and whether it fits."""
+    """Table of a process's predicted peak memory on this machine, by part, and whether it fits."""
     device = distributed.local_device()
     precision, _ = choose_precision(config.visft.model.precision, device)
     model = config.visft.model
@@ -185,7 +185,7 @@ def _title(config: ResolvedConfig) -> str:
 
 
 def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:
-    """What would train; says where a number rests on a vocabulary that is not there yet."""
+    """Table of what would train; marks numbers that rest on a vocabulary that does not exist yet."""
     size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
     groups = plan_groups(config.visft, config.optimizer.params, size)
     with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step beside the loop: its checkpoints, its moving average, where it goes on."""
+"""State of a run from step to step beside the loop: its checkpoints, its moving average, its resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import restore_state
 from visft_ds.run.validation import evaluation_is_due
 
-#: A wait for the save before this one is told of from here on, in seconds.
+#: A wait for the save before this one is reported from here on, in seconds.
 _WORTH_TELLING = 0.01
 
 

@@ -48,7 +48,7 @@ def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
 
 
 def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
-    """Whether a step of a run is followed by an evaluation; `every` 0: none is."""
+    """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
     return every > 0 and (step == total_steps or step % every == 0)
 
 
@@ -57,7 +57,7 @@ class Validation:
 
     Args:
         streams: those of the run, with the classes of its heads.
-        judged: is told the numbers of each evaluation; returns whether this step is the best so far.
+        judged: takes the numbers of each evaluation; returns whether this step is the best so far.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Validation:
         self._judge = AsyncEvaluation(out / "validation", manifest, config.run.eval_limit)
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether step (of `total_steps`) is followed by an evaluation."""
+        """Return True if `step` (of `total_steps`) is followed by an evaluation."""
         return evaluation_is_due(step, every=self._config.run.eval_every, total_steps=total_steps)
 
     def resume(self, step: int) -> bool:

@@ -40,7 +40,7 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What the training loop and the evaluation need to know of a task.
+    """Description of a task for the training loop and the evaluation.
 
     A task with `uses_vocabulary` takes a `Vocabulary` where it makes samples and results, and its size for its head;
     the methods pass it on to those tasks only. `classes` are the raw ids of the head's classes, see `classes_of`.
@@ -86,7 +86,7 @@ class TaskSpec:
     def results(
         self, output: Any, batch: Batch, vocabulary: Vocabulary | None, classes: Sequence[int] | None = None
     ) -> Results:
-        """What the head says about the real images of a batch, in COCO's results format."""
+        """Predictions for the real images of a batch, in COCO's results format."""
         return self.postprocess(output, batch, **self._of_data(vocabulary, classes))
 
     def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _EXAMPLES = 3
 
 
 def are_of_coco(ids: Mapping[int, str]) -> bool:
-    """Whether heads for these categories (id -> name) have the classes of the published ones unless told otherwise."""
+    """Return True if heads for these categories (id -> name) have the classes of the published heads by default."""
     return _COCO.issuperset(ids)
 
 

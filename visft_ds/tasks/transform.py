@@ -1,4 +1,4 @@
-"""One picture for several heads: one geometry, and the targets of every enabled task in it.
+"""Joint transform of an image for several heads: one geometry, and the targets of every enabled task in it.
 
 As in `transforms`, the geometry comes from the sample's random numbers and the stored size alone. It is drawn before
 anything else, the caption last: neither the pixels nor the choice of tasks can move it.
@@ -24,16 +24,16 @@ from visft_ds.tasks.captioning.data import CaptionChoice, caption_targets, choic
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, pack_segmentation, segmentation_targets
 
-#: The tasks that can share a picture; their order in a batch, whatever the order in which they were asked for.
+#: The tasks that can share an image; their order in a batch, whatever the order in which they were asked for.
 JOINT_TASKS = ("detection", "segmentation", "captioning")
 
 
 class JointTransform:
-    """One geometry for all heads of a picture, so that one backbone forward serves them all.
+    """Transform with one geometry for all heads of an image, so that one backbone forward serves them all.
 
     Training: mirror with probability `flip`, then scale the short side to one of `short_sides` with the long side
     capped at `max_long`. Nothing is cut out, unlike in the recipes of detection and segmentation alone: a caption
-    speaks of the whole picture. (A mirrored picture keeps its caption; where "left" and "right" matter, give
+    describes the whole image. (A mirrored image keeps its caption; where "left" and "right" matter, give
     `flip` 0.) Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both only
     scale to a square of that many pixels, and training also mirrors. The rounding of sides, and how far that may pass
     a cap, is that of `short_side_size`.
@@ -110,7 +110,7 @@ class JointTransform:
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
-        """What happens to an image of `size`, in order."""
+        """Geometric operations for an image of `size`, in order."""
         return [*self.sides.mirror(self.train, generator), self.sides.scale(size, self.train, generator)]
 
     def extremes(self, size: Size) -> set[Size]:

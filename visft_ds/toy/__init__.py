@@ -1,1 +1,1 @@
-"""Toy data sets: drawn pictures in the form of COCO, and folders of classes."""
+"""Toy data sets: drawn images in the form of COCO, and folders of classes."""

@@ -1,4 +1,4 @@
-"""A toy data set in COCO's own form: pictures of shapes with polygons, RLE crowds and five captions each.
+"""A toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five captions each.
 
 Everything about image i of a split is a function of (seed, style, split, size, most shapes, i): the number of workers
 changes nothing, and `train=100` gives the first hundred images of `train=1000`.
@@ -73,7 +73,7 @@ def _counted(words: str, count: int) -> str:
 
 
 def _middle(shape: Shape) -> tuple[float, float]:
-    """Mean of the visible pixels, (x, y) relative to the picture."""
+    """Mean of the visible pixels, (x, y) relative to the image."""
     y, x = np.nonzero(shape.visible)
     return float(x.mean() + 0.5) / shape.visible.shape[1], float(y.mean() + 0.5) / shape.visible.shape[0]
 
@@ -90,13 +90,13 @@ def _where(shape: Shape) -> str:
 
 
 def _details(shape: Shape, share: float) -> str:
-    """Size, texture, colour and name of a shape; `share` is its part of the picture's pixels."""
+    """Size, texture, colour and name of a shape; `share` is its part of the image's pixels."""
     size = "large " if share > 0.11 else "small " if share < 0.045 else ""
     return f"{size}{'' if shape.texture == 'plain' else shape.texture + ' '}{shape.colour} {NAMES[shape.category]}"
 
 
 def _relation(rng: np.random.Generator, shapes: Sequence[Shape]) -> str:
-    """Where one shape is as seen from another, along the axis on which they are further apart."""
+    """Relation of two random shapes' places, along the axis on which they are further apart."""
     first, second = (shapes[int(i)] for i in rng.choice(len(shapes), 2, replace=False))
     (x1, y1), (x2, y2) = _middle(first), _middle(second)
     if abs(x1 - x2) >= abs(y1 - y2):
@@ -126,7 +126,7 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
             f"{ground} and {crowd or 'no shapes'}",
         ]
         return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
-    # From left to right: an order that a picture tells, unlike that in which its shapes were painted.
+    # From left to right: an order that an image shows, unlike that in which its shapes were painted.
     ordered = sorted(scene.shapes, key=_middle)
     coloured = Counter(f"{shape.colour} {NAMES[shape.category]}" for shape in ordered)
     plain = Counter(NAMES[shape.category] for shape in ordered)
@@ -247,7 +247,7 @@ def check_drawing(out: Path, style: str, height: int, width: int) -> None:
 
 
 def jpeg(scene: Scene) -> bytes:
-    """The picture as a JPEG file."""
+    """The image as a JPEG file."""
     buffer = BytesIO()
     Image.fromarray(scene.image).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Toy pictures of one shape each in folders of classes, as `tools/evaluate.py benchmarks` reads them.
+"""Toy images of one shape each in folders of classes, as `tools/evaluate.py benchmarks` reads them.
 
-Classes are shapes, or colours of shapes. The pictures have the styles of the toy sets, so that a model which learnt
+Classes are shapes, or colours of shapes. The images have the styles of the toy sets, so that a model which learnt
 from style a is judged at home (a) or out of its domain (b): shapes have the same names in both, colours have not.
 """
 
@@ -15,7 +15,7 @@ from visft_ds.toy.annotations import check_drawing, jpeg, with_article
 from visft_ds.toy.scenes import NAMES, STYLES, draw_single
 
 KINDS = ("shape", "colour")
-#: Sentences for a class, in the words of the toy captions; a colour is told of every shape in turn.
+#: Sentences for a class, in the words of the toy captions; a colour is combined with every shape in turn.
 TEMPLATES = {
     "shape": ("One shape: {}.", "{} and no other shape.", "The largest shape is {}."),
     "colour": tuple(f"The largest shape is a large {{}} {name}." for name in NAMES),
@@ -25,7 +25,7 @@ _STREAM = 77  # of random numbers, apart from those of the toy sets
 
 
 def class_names(kind: str, style: str) -> list[str]:
-    """What the classes are called, in the order of their folders. Raises ValueError for an unknown kind."""
+    """Names of the classes, in the order of their folders. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"there are no toy classes of {kind!r}: choose one of {', '.join(KINDS)}")
     return sorted(NAMES) if kind == "shape" else sorted(STYLES[style].colours)
@@ -36,21 +36,21 @@ def write_toy_classes(
 ) -> dict[str, int | float]:
     """Write `{train,test}/CLASS/*.jpg`, `classnames.txt` and `templates.txt`.
 
-    Classes have equally many pictures, to one. In a set of shapes they have their usual colours 85 % of the time, as in
-    the toy sets; in one of colours any shape has any colour. Picture i of a split is a function of (seed, style, kind,
+    Classes have equally many images, to one. In a set of shapes they have their usual colours 85 % of the time, as in
+    the toy sets; in one of colours any shape has any colour. Image i of a split is a function of (seed, style, kind,
     split, size, i).
 
     Args:
         kind: one of KINDS.
-        train: pictures to train probes with; 0: no such folder.
-        test: pictures.
+        train: images to train probes with; 0: no such folder.
+        test: images.
 
     Returns:
         Counts (`images`, `classes`) and the `seconds` it took.
 
     Raises:
         ValueError: a folder that holds anything, sides under 28 pixels, an unknown style or kind, a negative seed, or a
-            class without a picture.
+            class without an image.
     """
     check_drawing(out, style, height, width)
     classes = class_names(kind, style)

@@ -1,4 +1,4 @@
-"""Random pictures of textured shapes, with the exact visible pixels of every shape.
+"""Random images of textured shapes, with the exact visible pixels of every shape.
 
 A scene is a textured background, at times a crowd of tiny shapes, and a few larger shapes painted back to front.
 
@@ -23,7 +23,7 @@ Polygon = npt.NDArray[np.float64]  # (P, 2) x, y
 MAX_SHAPES = 3
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.06
-EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the picture
+EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the image
 USUAL_COLOUR_SHARE = 0.85  #: a category comes in its own colour this often, else in any
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
@@ -46,7 +46,7 @@ NAMES = tuple(name for _, name, _ in CATEGORIES)
 
 @dataclass(frozen=True)
 class Style:
-    """Colours (RGB 0..255), surface textures and background kinds of one family of pictures."""
+    """Colours (RGB 0..255), surface textures and background kinds of one family of images."""
 
     colours: dict[str, tuple[int, int, int]]
     textures: tuple[str, ...]
@@ -98,13 +98,13 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of a scene. `polygons` are in pixels; `visible` (H, W) bool is what later shapes left of it."""
+    """Shape of a scene. `polygons` are in pixels; `visible` (H, W) bool is what later shapes left of it."""
 
     category: int  #: position in CATEGORIES
     colour: str
     texture: str
     polygons: list[Polygon]
-    whole: int  #: its pixels inside the picture before anything was painted over it
+    whole: int  #: its pixels inside the image before anything was painted over it
     visible: Array = field(repr=False)
 
     def segmentation(self) -> list[Polygon]:
@@ -117,7 +117,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
+    """Drawn image. `image` (H, W, 3) uint8 RGB; `crowd` is a group of tiny shapes of one category, or None."""
 
     image: Array
     background: str
@@ -349,9 +349,9 @@ def _add(
 def draw_scene(
     rng: np.random.Generator, style: Style, height: int, width: int, *, max_shapes: int = MAX_SHAPES
 ) -> Scene:
-    """One random picture with everything that is known about it.
+    """Draw a random image with everything that is known about it.
 
-    About 5 % of the pictures have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
+    About 5 % of the images have no shapes, 6 % a crowd. Later shapes cover earlier ones, but each keeps at least
     half of its pixels, and shapes that reach over the border lose at most a fifth.
 
     Args:
@@ -383,7 +383,7 @@ def draw_scene(
 def draw_single(
     rng: np.random.Generator, style: Style, height: int, width: int, *, category: int, colour: str | None = None
 ) -> Scene:
-    """One picture with one shape of a known category that lies inside to at least 85 % of its area.
+    """Draw an image with one shape of a known category that lies inside to at least 85 % of its area.
 
     Args:
         category: position in CATEGORIES.

@@ -1,4 +1,4 @@
-"""How sure a mean is, by resampling what it is the mean of (Efron, https://doi.org/10.1214/aos/1176344552).
+"""Bootstrap confidence interval of a mean (Efron, https://doi.org/10.1214/aos/1176344552).
 
 Drawing n items with replacement decides only how often each value comes; so the counts of the distinct values are drawn
 (multinomial), which is the same distribution and costs the same for ten items and for a million.
@@ -27,7 +27,7 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Return True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 

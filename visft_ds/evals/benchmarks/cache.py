@@ -27,7 +27,7 @@ Chunk = Mapping[str, Tensor]  #: name -> (items, ...)
 
 
 def key_of(what: Mapping[str, Any]) -> str:
-    """A name for the result of something, told in JSON's types."""
+    """A name for the result of something that is described in JSON's types."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
 
 

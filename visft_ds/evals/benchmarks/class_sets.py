@@ -1,6 +1,6 @@
 """Images with classes: folders, ImageNet and its relatives, ObjectNet, WebDataset shards, MNIST's files, built-ins.
 
-| layout | told by | names of the classes | who may be chosen |
+| layout | found by | names of the classes | who may be chosen |
 |---|---|---|---|
 | ImageNet, -A, -R, -Sketch | folders of WordNet ids | open_clip's | the classes that have a folder |
 | ImageNet-V2 | 1,000 folders `0` to `999` | open_clip's | all |

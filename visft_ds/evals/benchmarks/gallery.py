@@ -1,4 +1,4 @@
-"""Single images on which models disagree, or one is wrong: what was said, and what is right."""
+"""Single images on which models disagree, or one is wrong: the prediction, and what is right."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sheet(benchmark: Benchmark, scores: Mapping[str, Score], count: int) -> Pict
     answers; None without any.
 
     Args:
-        scores: model -> the same score of each, with what was said.
+        scores: model -> the same score of each, with the predictions.
     """
     places = disagreements(scores, count).tolist() if scores else []
     if not places:

@@ -1,7 +1,7 @@
-"""Where images come from: files, members of tar files, arrays; and the hash that tells one set from another.
+"""Sources of images: files, members of tar files, arrays; and the hash that identifies a set.
 
-Files are told apart by name, size and time of change, so that a set of millions is not read twice to be known; arrays
-by their content.
+Files are identified by name, size and modification time, so that a set of millions is not read twice to be known;
+arrays by their content.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def stamp(path: Path) -> str:
-    """What tells whether a file has changed."""
+    """Size and modification time of a file, to detect changes."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -116,7 +116,7 @@ def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:
 
 
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:
-    """The same images after something was done to each; `how` tells all that it depends on."""
+    """The same images after something was done to each; `how` states all that it depends on."""
     return replace(
         images,
         read=lambda place: change(place, images.read(place)),

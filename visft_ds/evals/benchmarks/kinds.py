@@ -20,7 +20,7 @@ Options = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of benchmark: how it is made, and what may be said about it."""
+    """Kind of benchmark: its constructor, its options and their help text."""
 
     make: Callable[[str, str, Options], Benchmark]  #: (label, source, options)
     options: tuple[str, ...]

@@ -47,7 +47,7 @@ _SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model of a comparison."""
+    """Model of a comparison."""
 
     label: str
     library: str  #: "visft_ds", "open_clip" or "timm"
@@ -55,16 +55,16 @@ class ModelSpec:
     weights: str | None = None  #: of another library
     adapter: Path | None = None
     scale: float = 1.0  #: factor on the effect of the adapter
-    hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run tells them
+    hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run records them
     timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How towers of ours are loaded and fed."""
+    """Options for loading towers of ours and preparing their images."""
 
     precision: Precision
-    preset: str | None = None  #: where neither file nor run tell the number of heads
+    preset: str | None = None  #: where neither file nor run record the number of heads
     text: Path | None = None  #: file with the text tower, where the backbone's own has none
     image_size: int | None = None  #: None: the one that the positions belong to
     normalisation: str = "clip"

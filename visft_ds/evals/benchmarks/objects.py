@@ -39,7 +39,7 @@ from visft_ds.evals.benchmarks.retrieval import load_json
 
 VIEWS = ("crop", "marked")
 MARGIN = 1.2
-SMALLEST = 16.0  #: sides of a box below which nobody could tell, pixels
+SMALLEST = 16.0  #: sides of a box below which nobody could recognise it, pixels
 _GREY, _RED = (128, 128, 128), (255, 0, 0)
 _KEPT = 8  # decoded images
 _FRAME = 0.01  # width of the frame, of the longer side of the image

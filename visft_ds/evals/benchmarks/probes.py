@@ -1,4 +1,4 @@
-"""How much simple readers find in frozen features: nearest neighbours, logistic regression, and that from few images.
+"""Probes of frozen features: nearest neighbours, logistic regression, and that from few images.
 
 Nearest neighbours vote as in DINO (https://arxiv.org/abs/2104.14294, 4.1): the 20 nearest by cosine, each with
 exp(similarity / 0.07). Logistic regression reads features that are centred and divided by one number for all channels;
@@ -84,7 +84,7 @@ def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: Int
 
 
 def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -> tuple[FloatArray, IntArray, float]:
-    """(right or not, class said) of each test image, and the C that was chosen."""
+    """(right or not, predicted class) of each test image, and the C that was chosen."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         held[np.flatnonzero(labels == label)[4::5]] = True  # a class of fewer than five is not held out

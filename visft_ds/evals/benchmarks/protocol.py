@@ -1,4 +1,4 @@
-"""What benchmarks have in common: images and texts go in as features, scores of single items come out."""
+"""Interface of benchmarks: features of images and texts go in, scores of single items come out."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Features:
-    """What a model makes of the images and texts of a benchmark."""
+    """Features of a benchmark's images and texts by a model."""
 
     images: Mapping[str, Mapping[str, Tensor]]  #: set -> kind -> (images, ...) float32 on the CPU
     texts: Tensor | None  #: (texts, E) float32, each of length 1; None: the model has no text side
 
 
 class Benchmark(Protocol):
-    """One benchmark on one data set, independent of any model."""
+    """Benchmark on a data set, independent of any model."""
 
     @property
     def label(self) -> str:
@@ -63,19 +63,19 @@ class Benchmark(Protocol):
 
     @property
     def sets(self) -> Mapping[str, ImageSet]:
-        """What is encoded."""
+        """Image sets to be encoded, by name."""
 
     @property
     def kinds(self) -> Sequence[str]:
-        """Which features it reads, of `interop.encoders.KINDS`, where a model has them; "columns" for `patches`."""
+        """Kinds of features it reads, of `interop.encoders.KINDS`, where a model has them; "columns" for `patches`."""
 
     @property
     def texts(self) -> Sequence[str]:
-        """What the text side encodes."""
+        """Texts to be encoded."""
 
     @property
     def needs_text(self) -> bool:
-        """Whether nothing is left of it without a text side."""
+        """Return True if it gives no score without a text side."""
 
     @property
     def truths(self) -> Mapping[str, Sequence[str]]:

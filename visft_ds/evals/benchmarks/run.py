@@ -23,7 +23,7 @@ from visft_ds.parallel import distributed
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a model made of a benchmark, in the cache."""
+    """Cached features of a benchmark by a model."""
 
     images: Mapping[str, Stored]
     texts: Stored | None
@@ -31,7 +31,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Settings:
-    """How encoding is done."""
+    """Settings of encoding."""
 
     device: torch.device
     precision: Precision

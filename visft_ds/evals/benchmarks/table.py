@@ -23,7 +23,7 @@ _Part = tuple[FloatArray, IntArray | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One number of all models."""
+    """Row of a table: one number of all models."""
 
     name: str
     items: int

@@ -23,14 +23,14 @@ _SHOWN = re.compile(r" (top1|knn|linear|image to text R@1|text to image R@1|word
 
 @dataclass(frozen=True)
 class Pair:
-    """One number of one trial, times 100."""
+    """Number of a trial before and after stage 2, times 100."""
 
     before: float
     after: float
 
     @property
     def change(self) -> float:
-        """What stage 2 did to it."""
+        """After minus before."""
         return self.after - self.before
 
 
@@ -44,7 +44,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What there is of an arm."""
+    """Results of an arm."""
 
     name: str
     numbers: Mapping[str, Mapping[int, Pair]]  #: metric -> seed -> numbers
@@ -80,7 +80,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether any trial is missing."""
+        """Return True if any trial is missing."""
         return any(arm.failures for arm in self.arms)
 
 

@@ -51,7 +51,7 @@ def ask(given: argparse.Namespace) -> int:
 
 
 def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
-    """Everything that can be wrong with the command line is told here.
+    """Check everything that can be wrong with the command line, and plan.
 
     Raises:
         ValueError: what is wrong, and what is allowed.

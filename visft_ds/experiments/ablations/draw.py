@@ -1,4 +1,4 @@
-"""One picture of a question: a panel for each metric, in it a dot with its interval for each arm, and its seeds."""
+"""Chart of a question: a panel for each metric, in it a dot with its interval for each arm, and its seeds."""
 
 from __future__ import annotations
 

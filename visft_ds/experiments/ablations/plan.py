@@ -37,7 +37,7 @@ _BY_TEXT = ("zero_shot=", "retrieval=")
 
 @dataclass(frozen=True)
 class Trial:
-    """One arm with one seed, and the steps whose results are its numbers."""
+    """Arm with a seed, and the steps whose results are its numbers."""
 
     arm: str
     seed: int
@@ -68,7 +68,7 @@ class _Training:
         return self.step.out / "export"
 
     def parts(self) -> list[str]:
-        """What tools/evaluate.py takes from its export folder in place of what was before."""
+        """Flags of tools/evaluate.py for the parts in its export folder that replace those before."""
         words = ["--backbone", str(self.export / TRAINED_BACKBONE_FILE)] if "backbone" in self.trained else []
         words += ["--heads", str(self.export)] if "heads" in self.trained else []
         return words + (["--adapter", str(self.export / ADAPTER_FOLDER)] if "lora" in self.trained else [])
@@ -133,7 +133,7 @@ class Planner:
         return self._training("stage2", f"{title}: stage 2", 2, settings, seed, needs)
 
     def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
-        """What settings of arms may name beside $second, see `questions`."""
+        """Variables for settings of arms beside $second, see `questions`."""
         rate, model, stage1 = recipe.optimizer.params.lr, recipe.visft.model, self._recipe(1)
         depth = _depth_of_timm(model.timm) if model.timm else model.overrides.depth or PRESETS[model.preset].depth
         last = range(depth - max(1, depth // 4), depth)
@@ -180,7 +180,7 @@ class Planner:
 
     @cache  # noqa: B019  # a planner lives as long as its plan
     def _checked(self, words: tuple[str, ...]) -> tuple[ResolvedConfig, frozenset[str]]:
-        """The configuration, and what trains; a glob that matches nothing is told now."""
+        """The configuration, and what trains; a glob that matches nothing is reported now."""
         config = resolve_arguments(words)[1]
         groups = plan_groups(config.visft, config.optimizer.params)
         names = [name for group in groups for name in group.names]
@@ -198,7 +198,7 @@ class Planner:
         return TOWERS[arm.tower].settings(self.scale.toy, TOY_SIDE) if arm.tower else ()
 
     def _given_heads(self, arm: Arm) -> bool:
-        """Whether there are heads already: those of the model's own tower fit no other."""
+        """Return True if heads are given: those of the model's own tower fit no other."""
         return self.scale.heads is not None and arm.tower is None
 
     def _base(self, seed: int) -> Step:

@@ -54,7 +54,7 @@ TOWERS: Mapping[str, TowerChoice] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration of a comparison: what it says differs from the recipe, all else is the recipe."""
+    """Configuration of a comparison: its settings replace those of the recipe, all else is the recipe."""
 
     name: str
     stage2: tuple[str, ...] = ()  #: settings of stage 2

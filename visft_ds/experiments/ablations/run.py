@@ -28,7 +28,7 @@ _PRELOADED = [
 ]
 #: Seconds a step is given to save its state, and then to end at all.
 _PATIENCE = ((signal.SIGTERM, 40.0), (signal.SIGKILL, 10.0))
-_TAIL = 12  #: lines of a log that tell why a step failed
+_TAIL = 12  #: lines of a log that show why a step failed
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How large an experiment is: toy scale makes its own images and base weights, any other model takes the user's."""
+"""Scale of an experiment: toy scale makes its own images and base weights, any other model takes the user's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LAYOUTS = {"eva_g": "timm"}
 
 @dataclass(frozen=True)
 class Scale:
-    """What a command line says about size and data; equal for all questions of a folder."""
+    """Size and data from a command line; equal for all questions of a folder."""
 
     model: str = TOY_MODEL  #: file of ds_configs/models
     processes: int = 1  #: of each training; more than one are started by deepspeed
@@ -45,7 +45,7 @@ class Scale:
 
     @property
     def toy(self) -> bool:
-        """Whether images and base weights are made on the way."""
+        """Return True if images and base weights are made on the way."""
         return self.data is None
 
     def stage_settings(self, stage: int) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Scale:
 
     @property
     def text_flags(self) -> tuple[str, ...]:
-        """How long the text tower learns, and how fast."""
+        """Flags for the text tower's steps and learning rate."""
         return TOY_TEXT if self.toy else ()
 
     @property
@@ -65,7 +65,7 @@ class Scale:
 
     @property
     def launcher(self) -> tuple[str, ...]:
-        """What stands before launchers/train.py."""
+        """Words of the command before launchers/train.py."""
         one = self.processes == 1 and self.toy
         return () if one else ("deepspeed", "--num_gpus", str(self.processes))
 

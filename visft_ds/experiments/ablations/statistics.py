@@ -1,4 +1,4 @@
-"""How sure a difference over a few seeds is.
+"""Confidence interval of a difference over a few seeds.
 
 Every seed gives one difference, both sides of which share all that seed decided. Their mean has Student's t interval:
 it assumes that differences are about normal, and with three seeds it is wide (4.3 standard errors either way), as it
@@ -30,9 +30,9 @@ class Estimate:
 
     @property
     def sure(self) -> bool:
-        """Whether there is an interval with a width, and it leaves zero out.
+        """Return True if there is an interval with a width, and it excludes zero.
 
-        Shares of a few hundred items change in steps: seeds that happen to agree on one tell nothing about others.
+        Shares of a few hundred items change in steps: seeds that happen to agree on one predict nothing about others.
         """
         if self.low is None or self.high is None or self.high - self.low < _NO_WIDTH:
             return False

@@ -18,7 +18,7 @@ STEPS = "steps"  #: folder of all of them, below that of the comparison
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a comparison, and where its result lies."""
+    """Command of a comparison, and the path of its result."""
 
     title: str  #: for people
     stem: str  #: kind and hash: name of its folder, log and marker

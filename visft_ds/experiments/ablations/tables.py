@@ -33,7 +33,7 @@ def sections(outcome: Outcome) -> list[Section]:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """What a reader of the tables has to know, one line each."""
+    """Remarks for a reader of the tables, one line each."""
     lines = [
         f"Points of 100, seeds {', '.join(map(str, outcome.seeds))}. Differences are of the same seed: their mean and "
         f"how far its {LEVEL:.0%} Student t interval over seeds reaches either way; * leaves zero out. The first row "

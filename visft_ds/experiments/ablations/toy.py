@@ -73,7 +73,7 @@ class Toy:
         return self.steps.add("classes", f"toy classes, style {style}", lambda out: [*words, "--out", str(out)])
 
     def benchmarks(self) -> tuple[list[Step], list[str]]:
-        """What is needed, and what is asked: all out of domain but for the captions of style a."""
+        """Steps that make benchmark data, and the benchmarks: all out of domain but for the captions of style a."""
         home, away, classes = self.images("a", TOY_TRAIN), self.images("b", 0), self.classes("b")
         asked = [f"retrieval={tree.out},name={name}" for tree, name in ((home, HOME), (away, _AWAY))]
         asked += [f"{kind}={classes.out},name={_AWAY}" for kind in ("zero_shot", "probe")]

@@ -1,4 +1,4 @@
-"""What a folder of comparisons holds for people: tables and a chart of each question, one page over all of them."""
+"""Files for people in a folder of comparisons: tables and a chart of each question, one page over all of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shown(outcome: Outcome) -> list[Section]:
 
 
 def write_report(root: Path, names: Sequence[str]) -> list[Path]:
-    """One page over all questions that have been run in this folder, in the order of `names`."""
+    """Write a page over all questions that have been run in this folder, in the order of `names`."""
     outcomes = [read_outcome(root / name) for name in names if (root / name / f"{TABLE}.json").is_file()]
     body = [f"<header><h1>Ablations</h1><p>{html.escape(_summary(outcomes))}</p></header>"]
     body += [_section(outcome) for outcome in outcomes]
@@ -51,7 +51,7 @@ def write_report(root: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """What `write_question` left in a folder."""
+    """Read what `write_question` wrote into a folder."""
     record = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
     arms = [
         ArmResult(

@@ -18,7 +18,7 @@ from visft_ds.parallel import distributed
 
 @dataclass(frozen=True)
 class ContrastiveRecipe:
-    """How long and how fast. Betas and epsilon of AdamW are CLIP's for transformers (arXiv 2103.00020, table 18).
+    """Hyperparameters. Betas and epsilon of AdamW are CLIP's for transformers (arXiv 2103.00020, table 18).
 
     Raises ValueError for a number that is out of range.
     """
@@ -41,7 +41,7 @@ class ContrastiveRecipe:
             )
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by in a step, counted from 0: up in a line, then down along a cosine."""
+        """Factor on the learning rate in a step, counted from 0: linear warmup, then cosine decay."""
         warm = round(self.warmup * self.steps)
         if step < warm:
             return (step + 1) / (warm + 1)
@@ -50,7 +50,7 @@ class ContrastiveRecipe:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a training saw, step by step."""
+    """Curves of a training, by step."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]  #: of the gradient of all pairs, before it was clipped

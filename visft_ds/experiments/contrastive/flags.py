@@ -1,4 +1,4 @@
-"""What both sub-commands of tools/contrast.py share: flags, the reading of data, and what is printed at the end."""
+"""Shared parts of both sub-commands of tools/contrast.py: flags, the reading of data, and the final output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXTRA = ("open_clip", "timm")  # as they are imported
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Where pairs come from, where the result goes."""
+    """Add the flags for data and output."""
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|URL", help="shards, COCO tree, Karpathy's or Flickr30k")
     data.add_argument("--split", default="train", help="to learn from (default %(default)s)")
@@ -31,7 +31,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: ContrastiveRecipe) -> None:
-    """How long and how fast."""
+    """Add the flags of a `ContrastiveRecipe`."""
     how = parser.add_argument_group("training")
     how.add_argument("--steps", type=int, default=default.steps, metavar="N", help="default %(default)s")
     how.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N", help="default %(default)s")
@@ -43,7 +43,7 @@ def add_recipe(parser: argparse.ArgumentParser, default: ContrastiveRecipe) -> N
 
 
 def recipe_of(given: argparse.Namespace) -> ContrastiveRecipe:
-    """What `add_recipe` asked for. Raises ValueError for a number out of range."""
+    """Build the recipe from the flags of `add_recipe`. Raises ValueError for a number out of range."""
     return ContrastiveRecipe(
         given.steps, given.batch_size, given.lr, given.weight_decay, given.warmup, given.max_norm, given.seed
     )
@@ -59,7 +59,7 @@ def check_common(given: argparse.Namespace) -> None:
 
 
 def read_sets(given: argparse.Namespace) -> tuple[CaptionSet, CaptionSet | None]:
-    """What is learnt from, and what is measured on. Raises ValueError where one of them cannot be read."""
+    """Read the training set and the validation set. Raises ValueError where one of them cannot be read."""
     validation = None
     if given.val_split != "none":
         validation = read_pairs(given.val_data or given.data, given.val_split)

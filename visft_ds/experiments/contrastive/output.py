@@ -1,4 +1,4 @@
-"""What a training leaves beside the weights: record, model card; the folder appears whole or not at all."""
+"""Output of a training beside the weights: record, model card; the folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Result:
-    """What happened."""
+    """Result of a training."""
 
     kind: str  #: "pretrain" or "text"
     recipe: ContrastiveRecipe

@@ -41,7 +41,7 @@ _READERS = 4  # threads that decode
 
 @dataclass(frozen=True)
 class Pretraining:
-    """What is built and how it learns."""
+    """Models to be built, and their recipe."""
 
     preset: str = "debug"
     overrides: Mapping[str, Any] = field(default_factory=dict)  #: fields of the preset that are replaced
@@ -51,7 +51,7 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What `pretrain` leaves."""
+    """Result of `pretrain`."""
 
     weights: Path  #: the file for `visft.model.weights` and `tools/evaluate.py benchmarks --model`
     losses: tuple[float, ...]  #: of every step

@@ -1,4 +1,4 @@
-"""How well images and texts find each other, measured beside a training: recall by the benchmarks' own rules."""
+"""Recall between images and texts, measured beside a training by the benchmarks' own rules."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ DEFAULT_RECIPE = ContrastiveRecipe(steps=500, batch_size=256, lr=1e-5)
 
 @dataclass(frozen=True)
 class TextTuning:
-    """What trains, and how. Raises ValueError for a number that is out of range."""
+    """Settings of a text tower's training. Raises ValueError for a number that is out of range."""
 
     train: Trained = "all"
     recipe: ContrastiveRecipe = DEFAULT_RECIPE
@@ -47,7 +47,7 @@ class TextTuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What happened."""
+    """Result of a training."""
 
     curve: Curve
     trained: tuple[str, ...]  #: names of `TextSide.parameters` that have changed

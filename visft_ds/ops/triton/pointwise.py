@@ -1,4 +1,4 @@
-"""What lies between the products of a block: GELU that keeps its slope in 8 bits, and a norm that is added.
+"""Pointwise kernels between a block's matrix products: GELU that keeps its slope in 8 bits, and a norm that is added.
 
 Reading and writing memory is all that these cost, so each is one pass over its tensors where PyTorch makes several.
 The slope's code and the order of operations are those of `visft_ds.ops.gelu` and `visft_ds.ops.norm`.
@@ -91,7 +91,7 @@ def norm_backward_kernel(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The gradient of the branch; mean and deviation are computed again from the row, which is read anyway."""
+    """The gradient of the branch; mean and deviation are recomputed from the row, which is read anyway."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D

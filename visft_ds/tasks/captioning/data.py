@@ -29,7 +29,7 @@ CaptionChoice = Literal["random", "first", "consensus"]
 
 @dataclass(frozen=True)
 class CaptionTargets:
-    """One caption per image, and all its reference captions.
+    """A caption per image, and all its reference captions.
 
     An image without a caption that can be learned has length 1 (`<start>` alone): nothing is to be predicted for it,
     and it counts neither as a caption nor as tokens.
@@ -46,7 +46,7 @@ class CaptionTargets:
         )
 
     def head_inputs(self) -> dict[str, Tensor]:
-        """What the head must be given besides the features in order to learn: the words it is to say."""
+        """Inputs of the head besides the features in training: the captions for teacher forcing."""
         return {"captions": self.tokens, "lengths": self.lengths}
 
 

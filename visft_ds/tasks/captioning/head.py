@@ -38,7 +38,7 @@ PUBLISHED_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class CaptioningOutput:
-    """What the head says at each step, in the order of the batch; zero behind the end of a caption."""
+    """Output of the head at each step, in the order of the batch; zero behind the end of a caption."""
 
     scores: Tensor  #: (B, S, V) logits of the next word: step t answers to the first t + 1 ids
     attention: Tensor  #: (B, S, P) weights over the pooled pixels in row-major order, sum 1
@@ -357,8 +357,8 @@ class CaptioningCriterion:
     - `top5_accuracy`, for the log only: percentage of the ids that are among the five with the highest scores (ids with
       an equal score do not push one another out).
 
-    Each is a sum over the micro-batch divided by a given normaliser, so that its mean over ranks and micro-batches is
-    that of one process on the global batch, if the normaliser is the global sum of `count` divided by the number of
+    Each is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and micro-batches is
+    that of one process on the global batch, if the denominator is the global sum of `count` divided by the number of
     ranks times micro-batches. Images without a caption take no part.
     """
 
@@ -366,7 +366,7 @@ class CaptioningCriterion:
         self.weights: dict[str, float] = {"ce": ce, "attention": attention}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """What normalises the losses, from the labels alone: ids to be predicted, and images with a caption."""
+        """Loss denominators from the labels alone: ids to be predicted, and images with a caption."""
         lengths = batch.targets["captioning"].lengths
         return {"tokens": float((lengths - 1).sum()), "images": float((lengths > 1).sum())}
 

@@ -147,7 +147,7 @@ class Vocabulary:
         }
 
     def to_json(self) -> str:
-        """One line of JSON; equal for equal vocabularies."""
+        """Serialize to one line of JSON; equal for equal vocabularies."""
         return orjson.dumps(self.to_dict()).decode()
 
     @cached_property

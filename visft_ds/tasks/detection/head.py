@@ -117,9 +117,9 @@ class DetectionCriterion:
     `class_error` (percent of the objects whose matched query names another class) and `cardinality_error` (mean
     absolute difference between the number of objects and of queries that see one).
 
-    Each loss is a sum over the micro-batch divided by a given normaliser, so that its mean over ranks and micro-batches
-    is the loss of one process on the global batch, if the normaliser is the global sum of `count` divided by the number
-    of ranks times micro-batches.
+    Each loss is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and
+    micro-batches is the loss of one process on the global batch, if the denominator is the global sum of `count`
+    divided by the number of ranks times micro-batches.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class DetectionCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """What normalises the losses, from the labels alone; to be summed over ranks and micro-batches.
+        """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
         `boxes` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
         every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`.

@@ -24,7 +24,7 @@ from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
 from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
-#: The raw ids of COCO's 80 categories. Where nothing else is said, a label is a place in here.
+#: The raw ids of COCO's 80 categories. By default, a label is a place in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 _LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
 
@@ -151,7 +151,7 @@ class SegmentationTransform:
         )
 
     def geometry(self, size: Size, generator: np.random.Generator) -> list[Op | Pad]:
-        """What happens to an image of `size`, in order."""
+        """Geometric operations for an image of `size`, in order."""
         ops: list[Op | Pad] = []
         if self.train and generator.random() < self.flip:
             ops.append(Flip())
@@ -204,7 +204,7 @@ def final_size(size: Size, ops: Sequence[Op | Pad]) -> Size:
 
 
 def placement(size: Size, ops: Sequence[Op | Pad]) -> MaskPlacement:
-    """Where `ops` put the pixels of an image of `size`."""
+    """Map from the pixels of an image of `size` to those after `ops`."""
     scale, offset = np.ones(2), np.zeros(2)  # x, y
     for op in ops:
         if isinstance(op, Flip):

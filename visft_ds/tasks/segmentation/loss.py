@@ -127,9 +127,9 @@ class SegmentationCriterion:
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
     `class_error` (percent of the objects whose matched query names another class) is for the log only.
 
-    Each loss is a sum over the micro-batch divided by a given normaliser (see `count`), so that its mean over ranks and
-    micro-batches is the loss of one process on the global batch. The points depend on an image's random key and on the
-    layer alone, so this holds exactly: how the batch is split changes nothing.
+    Each loss is a sum over the micro-batch divided by a given denominator (see `count`), so that its mean over ranks
+    and micro-batches is the loss of one process on the global batch. The points depend on an image's random key and
+    on the layer alone, so this holds exactly: how the batch is split changes nothing.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class SegmentationCriterion:
         self.weights: dict[str, float] = {name + s: weight for s in self._suffixes for name, weight in by_name.items()}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """What normalises the losses, from the labels alone; to be summed over ranks and micro-batches.
+        """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
         `masks` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
         every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`. In the

@@ -23,7 +23,7 @@ from visft_ds.data.plan import generator
 
 @dataclass(frozen=True)
 class PointCounts:
-    """How many points of each kind an image gets in each layer."""
+    """Numbers of sampled points by kind, per image and layer."""
 
     matching: int  #: uniform, shared by all queries and objects of the image
     candidates: int  #: uniform, the most uncertain of which each matched pair takes

@@ -29,7 +29,7 @@ SUBSAMPLES = 4
 
 @dataclass(frozen=True)
 class MaskPlacement:
-    """Where the transforms put a pixel of the stored image: x' = scale_x * x + offset_x, the same for y."""
+    """Map of pixels from the stored to the transformed image: x' = scale_x * x + offset_x, the same for y."""
 
     scale_x: float = 1.0
     offset_x: float = 0.0
@@ -50,7 +50,7 @@ def grid_size(size: Size, stride: int) -> Size:
 def rasterise(
     segmentation: Any, stored: Size, placement: MaskPlacement, size: Size, grid: Size, subsamples: int = SUBSAMPLES
 ) -> Mask:
-    """How much of each cell an object covers: `rasterise_all` of one object, (hm, wm) uint8."""
+    """Coverage of each cell by an object: `rasterise_all` of one object, (hm, wm) uint8."""
     mask: Mask = rasterise_all([segmentation], stored, placement, size, grid, subsamples)[0]
     return mask
 
@@ -63,7 +63,7 @@ def rasterise_all(
     grid: Size,
     subsamples: int = SUBSAMPLES,
 ) -> Mask:
-    """How much of each cell every object of an image covers.
+    """Coverage of each cell by every object of an image.
 
     Args:
         segmentations: each polygons [[x, y, x, y, ...], ...] or a run-length code {"size", "counts"}, as in COCO.

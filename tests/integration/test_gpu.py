@@ -1,0 +1,87 @@
+"""`make gpu` on a CPU: a wrong kernel fails, a case that ends its process does not hide those behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.ranks import REPOSITORY
+from tools.gpu import COLUMNS, FAILED, PARTS, PASSED, SKIPPED, main, run_part
+
+
+def run(repository: Path, out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code, and the rows of the JSON."""
+    command = [sys.executable, str(repository / "tools" / "gpu.py"), "--device", "cpu", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
+    assert out.exists(), done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row.keys() == set(COLUMNS) and row["verdict"] in (PASSED, FAILED, SKIPPED) for row in rows)
+    assert all(row["reason"] for row in rows)
+    return done.returncode, rows
+
+
+def test_broken_kernels_fail_and_nothing_else_does(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("visft_ds", "tools", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    mistakes = {
+        "gelu.py": ("codes.copy_(_codes(values))", "codes.copy_(_codes(1.02 * values))"),
+        "norm.py": ("return normed if added_to", "raise MemoryError('worn out')\n    return normed if added_to"),
+        "attention.py": ("q.shape[-1] ** -0.5", "q.shape[-1] ** -0.51"),
+    }
+    for file, (right, wrong) in mistakes.items():
+        path = copy / "visft_ds" / "ops" / file
+        text = path.read_text()
+        assert text.count(right) == 1
+        path.write_text(text.replace(right, wrong))
+    code, rows = run(copy, tmp_path / "rows.json", "--parts", "ops", "attention", "lora", "--minutes", "10")
+    failed = {(row["part"], row["case"]): row["reason"] for row in rows if row["verdict"] == FAILED}
+    assert code == 1
+    assert {part for part, _ in failed} == {"ops", "attention"}
+    assert [case for part, case in failed if part == "ops"] == ["gelu in 8 bits, library", "norm, added, library"]
+    assert failed["ops", "norm, added, library"] == "exit code 1: MemoryError: worn out"
+    plain = ("the table", "reference", "packed, the table", "packed, one by one")  # all bf16 on a CPU
+    wanted = {f"{name}, heads of {width}" for name in plain for width in (112, 88, 64)}
+    assert {case for part, case in failed if part == "attention"} == wanted
+    behind = [row["case"] for row in rows if row["part"] == "ops"]
+    assert behind.index("matrix in nf4, library") > behind.index("norm, added, library")
+    assert {row["verdict"] for row in rows if row["part"] == "lora"} <= {PASSED, SKIPPED}
+
+
+def test_what_takes_too_long_is_ended_and_said(tmp_path: Path) -> None:
+    (row,) = run_part("ops", "cpu", tmp_path, 0.01)
+    assert row["verdict"] == FAILED and row["case"] == "the start" and "took more than 0 s" in row["reason"]
+
+
+def test_without_a_gpu_its_absence_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([]) == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_folder_named_gpu_skips_no_tests(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", folder)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
+    (folder / "test_one.py").write_text(
+        "import pytest\n\ndef test_one():\n    pass\n\n@pytest.mark.gpu\ndef test_two():\n    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True, text=True)
+    assert re.search(r"\b[12] passed", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_a_cpu_agrees_with_itself(tmp_path: Path) -> None:
+    code, rows = run(REPOSITORY, tmp_path / "rows.json", "--minutes", "30")
+    assert code == 0, [row for row in rows if row["verdict"] == FAILED]
+    assert {row["part"] for row in rows if row["verdict"] == PASSED} == set(PARTS)
