@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "visft_ds"
 
 #: Modules that stand on another floor than the rest of their room; every other unit is a room, or a module outside any.
-APART = ("parallel.distributed", "resilience.processes", "resilience.signals", "run.folder")
+APART = (
+    "parallel.distributed",
+    "resilience.processes",
+    "resilience.signals",
+    "run.folder",
+    "interop.cli",
+    "interop.command",
+)
 #: Package -> the only places of visft_ds, tools and launchers that may import it.
 RESERVED = {
     "deepspeed": ("visft_ds.parallel",),

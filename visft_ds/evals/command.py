@@ -51,7 +51,7 @@ _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "thread
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be evaluated, on what, how; known before any weight is read."""
+    """Model, data and options of an evaluation; known before any weight is read."""
 
     files: ModelFiles
     streams: Mapping[str, Stream]
@@ -221,7 +221,7 @@ def _recorded_words(config: VisftConfig) -> Path | None:
 
 
 def _decoding(config: VisftConfig | None, beam_size: int | None) -> dict[str, dict[str, Any]]:
-    """How captions are generated: as the run says, with the number of beams of the command line."""
+    """Options of caption decoding: as the run says, with the number of beams of the command line."""
     task = config.tasks.captioning if config else None
     options = task.decoding.model_dump() if task else {}
     return {"captioning": {**options, **({"beam_size": beam_size} if beam_size else {})}}

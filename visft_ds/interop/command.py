@@ -20,7 +20,6 @@ from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
 from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card
-from visft_ds.interop.cli import ADAPTER_FORMATS
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
@@ -75,7 +74,7 @@ def merge(given: argparse.Namespace) -> int:
         _measured(given.results) if given.results else {},
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
     )
-    if given.format not in ADAPTER_FORMATS:
+    if given.format in FORMATS:
         return _write_merged(given, adapter, origin)
     if isinstance(adapter, TunedWeights):
         raise ValueError(f"{names[0]} trained its own weights and has no adapter to write: choose --format timm, ...")
@@ -83,7 +82,7 @@ def merge(given: argparse.Namespace) -> int:
 
 
 def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change | ModuleAdapter]) -> int:
-    """What a run changed in a model of timm: full weights for timm, or the adapter for PEFT."""
+    """Write the change that a run made to a model of timm: full weights for timm, or the adapter for PEFT."""
     if len(changes) > 1 or given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size:
         raise ValueError(
             f"{places[0]} is of a model of timm: give one --adapter, --format timm or peft, without --unmerge and "
@@ -130,7 +129,7 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
 
 
 def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
-    """One change out of several; `weights` None: there is one, as it is."""
+    """Join several changes into one; `weights` None: there is one, as it is."""
     if weights is None:
         return scaled(changes[0], scale)
     adapters = [change for change in changes if isinstance(change, LoraAdapter)]
@@ -140,10 +139,10 @@ def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: f
 
 
 def _check(given: argparse.Namespace) -> None:
-    """What is wrong with the flags by themselves."""
+    """Refuse flags that contradict each other, before any file is read."""
     if not math.isfinite(given.scale) or given.images < 1:
         raise ValueError("--scale must be a finite number, --images at least 1")
-    alone = given.format in ADAPTER_FORMATS
+    alone = given.format not in FORMATS
     if alone and (given.unmerge or given.verify or given.max_shard_size or given.dtype != "fp32"):
         raise ValueError(
             f"--unmerge, --verify, --dtype and --max-shard-size are about full weights; --format {given.format} writes "
@@ -173,13 +172,13 @@ def _is_folder(out: Path) -> bool:
 
 
 def _name(path: Path) -> str:
-    """How a card names an adapter: its file, or the folder that tells it from others."""
+    """Name of an adapter in a card: its file, or the folder that tells it from others."""
     path = path.resolve()
     return path.parents[1].name if path.name == ADAPTER_FOLDER and path.parent.name == "export" else path.name
 
 
 def _trained(place: Path) -> dict[str, str]:
-    """How the adapter was trained, where it lies inside the run that made it: settings only, no folders."""
+    """Settings that the adapter was trained with, where it lies inside the run that made it: settings only, no folders."""
     run = next((folder for folder in place.resolve().parents if (folder / "run.json").is_file()), None)
     if run is None:
         return {}

@@ -12,7 +12,6 @@ from types import FrameType
 from visft_ds.experiments.ablations.questions import QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 
-ALL = "all"
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
 stage 2 changed in and out of domain with intervals over seeds, and draws it.
 
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("questions", nargs="+", metavar="QUESTION", help=f"one or more, or {ALL}")
+    add("questions", nargs="+", metavar="QUESTION", help="one or more, or all")
     add("--arms", metavar="A,B", help="only these arms of one question, and its first")
     add("--seeds", type=int, default=3, metavar="N", help="of every arm, from 0 (default %(default)s)")
     add("--out", type=Path, default=Path("ablations"), metavar="DIR", help="default %(default)s")

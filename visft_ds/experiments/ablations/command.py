@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config import render_missing
-from visft_ds.experiments.ablations.cli import ALL
 from visft_ds.experiments.ablations.collect import collect
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
@@ -60,7 +59,7 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
         raise ValueError(f"--seeds {given.seeds}: an interval over seeds needs at least {FEWEST}, better 3 or more")
     if given.jobs < 1:
         raise ValueError(f"--jobs {given.jobs} is not allowed: give at least 1")
-    names = list(QUESTIONS) if given.questions == [ALL] else list(dict.fromkeys(given.questions))
+    names = list(QUESTIONS) if given.questions == ["all"] else list(dict.fromkeys(given.questions))
     questions = {name: find_question(name) for name in names}
     if given.arms is not None:
         if len(names) != 1:
