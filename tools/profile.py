@@ -5,8 +5,6 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
     python tools/profile.py sharing --stage 1 --model debug --synthetic
     python tools/profile.py features --stage 1 --model debug --synthetic
-    python tools/profile.py heads
-    python tools/profile.py ap
     python tools/profile.py data --data shards
     python tools/profile.py build --workers 2
     python tools/profile.py save
@@ -15,20 +13,18 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py ops
     python tools/profile.py peft
 
-Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, or memory is not as planned, 2 wrong usage or
-something missing, 3 another rank ended first.
+Exit status: 0 measured, 1 memory is not as planned, 2 wrong usage or something missing, 3 another rank ended first.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
 
+from visft_ds.config.removed import refuse_removed
 from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import (
-    add_ap_parser,
     add_features_parser,
-    add_heads_parser,
     add_sharing_parser,
     add_train_parser,
 )
@@ -39,12 +35,15 @@ from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.profiling.save_command import add_save_parser
 from visft_ds.resilience.signals import LOST_PEER
 
+TOOL = "tools/profile.py"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     rank = int(os.environ.get("RANK", "0"))
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        refuse_removed(TOOL, given)
         options, rest = _parser().parse_known_args(given)
         return int(options.run(options, rest, [sys.argv[0], *given]))
     except (ValueError, argparse.ArgumentError) as error:
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/profile.py",
-        description="Measure what a configuration, a head or an evaluation costs.",
+        description="Measure what a configuration costs.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -72,8 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         add_train_parser,
         add_sharing_parser,
         add_features_parser,
-        add_heads_parser,
-        add_ap_parser,
         add_data_parser,
         add_build_parser,
         add_save_parser,

@@ -28,9 +28,11 @@ def test_all_ways_to_adapt_compute_the_same(slices: tuple[tuple[int, int], ...])
 
 def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "ops.json"
-    assert main([*SMALL, "--json", str(file)]) == 0
+    before = torch.get_num_threads()
+    assert main([*SMALL, "--threads", str(before + 1), "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(file.read_text())
+    assert record["hardware"]["threads"] == before + 1 and torch.get_num_threads() == before
     assert [(result["pixels"], result["dtype"]) for result in record["results"]] == [(56, "fp32"), (56, "bf16")]
     for result in record["results"]:
         for part in ("blocks", "projection"):
@@ -62,8 +64,16 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
         (["--pixels", "13"], "at least one patch"),
         (["--repeats", "0"], "must be at least 1"),
         (["--repeat", "3"], "did you mean --repeats"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--json", "nowhere/at/all.json"], "there is no folder"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,17 +20,6 @@ _EPILOG = """every other flag is one of launchers/train.py and means what it mea
 examples:
   python tools/profile.py train --stage 2 --model debug --data shards
   deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
-"""
-
-_HEADS_EPILOG = """examples:
-  python tools/profile.py heads
-  python tools/profile.py heads --tasks segmentation --full --repeats 3
-  python tools/profile.py heads --device cuda --batch 16
-"""
-
-_AP_EPILOG = """examples:
-  python tools/profile.py ap
-  python tools/profile.py ap --masks --images 200
 """
 
 
@@ -178,59 +166,6 @@ def add_features_parser(commands: Any) -> None:
     )
 
 
-def add_heads_parser(commands: Any) -> None:
-    """Add the sub-command that measures heads on made-up features."""
-    parser = _command(
-        commands,
-        "heads",
-        help="time and memory of each head's training step, its criterion and matcher, on made-up features",
-        description="Measure each head alone: forward, criterion with its matcher, backward, memory; side by side.",
-        epilog=_HEADS_EPILOG,
-    )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="detection, segmentation, captioning (all)")
-    parser.add_argument("--width", type=int, metavar="N", help="channels of the features (1792; 64 with --small)")
-    parser.add_argument("--grid", type=_grid, metavar="HxW", help="cells of the features (each task its own)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images (1, 1 and 8; 2 with --small)")
-    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured steps of each (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (as torch chooses)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--dropout", type=float, metavar="P", help="of every head (0.1, 0 and 0.5)")
-    parser.add_argument("--small", action="store_true", help="heads of debug size instead of the reference's")
-    parser.add_argument("--full", action="store_true", help="segmentation on 73x73 cells, as it trains, not 37x37")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.set_defaults(run=profile_heads)
-
-
-def add_ap_parser(commands: Any) -> None:
-    """Add the sub-command that times average precision."""
-    parser = _command(
-        commands,
-        "ap",
-        help="average precision against pycocotools: seconds of both, and whether the numbers are equal",
-        description="Time average precision beside pycocotools on made-up results; exit status 1 if numbers differ.",
-        epilog=_AP_EPILOG,
-    )
-    parser.add_argument("--images", type=int, metavar="N", help="images (5000; 500 with --masks)")
-    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
-    parser.add_argument("--detections", type=int, default=100, metavar="N", help="results of every image (%(default)s)")
-    parser.add_argument("--masks", action="store_true", help="masks of 160 x 120 pixels instead of boxes")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="of both in turn (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.set_defaults(run=profile_average_precision)
-
-
-def profile_heads(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure heads, print, write; arguments and errors as `profile_train`. Returns the exit status."""
-
-    def load() -> tuple[Any, Any, Any, Any]:
-        from visft_ds.profiling.heads import HeadOptions, make_sections, make_title, measure_heads
-
-        return HeadOptions, measure_heads, make_title, make_sections
-
-    return _measure_alone(options, rest, command, load)
-
-
 def _add_block_flags(parser: argparse.ArgumentParser, *, rank: str) -> None:
     """Flags of the sub-commands that measure blocks of a backbone by themselves; `rank` says which adapters have it."""
     parser.add_argument("--pixels", type=int, nargs="+", default=(224, 448), metavar="N", help="sides (224 448)")
@@ -267,31 +202,6 @@ def _measure_alone(
         record = measure(chosen) | {"command": list(command)}
     _show(record, make_title, make_sections, options.json)
     return 0
-
-
-def profile_average_precision(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure, print, write; arguments and errors as `profile_train`. Returns 1 where the numbers differ, else 0."""
-    _check_all_known(rest, options)
-    _check_folder(options.json)
-    from visft_ds.profiling.average_precision import (
-        PrecisionOptions,
-        make_sections,
-        make_title,
-        measure_average_precision,
-    )
-
-    names = ("images", "objects", "detections", "masks", "repeats")
-    chosen = PrecisionOptions(**{name: getattr(options, name) for name in names})
-    record = measure_average_precision(chosen) | {"command": list(command)}
-    _show(record, make_title, make_sections, options.json)
-    return 0 if record["equal"] else 1
-
-
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no grid: give rows and columns such as 48x48")
-    return int(found[1]), int(found[2])
 
 
 def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:
