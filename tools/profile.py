@@ -6,7 +6,6 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py sharing --stage 1 --model debug --synthetic
     python tools/profile.py features --stage 1 --model debug --synthetic
     python tools/profile.py data --data shards
-    python tools/profile.py build --workers 2
     python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
     deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
@@ -21,7 +20,6 @@ import os
 from collections.abc import Sequence
 
 from visft_ds.config.removed import refuse_removed
-from visft_ds.profiling.build_command import add_build_parser
 from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import (
     add_features_parser,
@@ -72,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         add_sharing_parser,
         add_features_parser,
         add_data_parser,
-        add_build_parser,
         add_save_parser,
         add_plan_parser,
         add_operations_parser,
