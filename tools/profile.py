@@ -6,7 +6,6 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
     python tools/profile.py sharing --stage 1 --model debug --synthetic
     python tools/profile.py features --stage 1 --model debug --synthetic
     python tools/profile.py data --data shards
-    python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
     deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
     python tools/profile.py ops
@@ -30,7 +29,6 @@ from visft_ds.profiling.data_command import add_data_parser
 from visft_ds.profiling.operations_command import add_operations_parser
 from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
-from visft_ds.profiling.save_command import add_save_parser
 from visft_ds.resilience.signals import LOST_PEER
 
 TOOL = "tools/profile.py"
@@ -70,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         add_sharing_parser,
         add_features_parser,
         add_data_parser,
-        add_save_parser,
         add_plan_parser,
         add_operations_parser,
         add_peft_parser,

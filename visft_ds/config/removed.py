@@ -18,6 +18,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "heads": f"`train` has the time and memory of a step by part; {_MEASURED}",
         "ap": _MEASURED,
         "build": f"`tools/make_shards.py build` prints its images a second; {_MEASURED}",
+        "save": f"save/stall_seconds and save/write_seconds in metrics.jsonl say what a save costs; {_MEASURED}",
     }
 }
 
