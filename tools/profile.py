@@ -3,8 +3,6 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
-    python tools/profile.py sharing --stage 1 --model debug --synthetic
-    python tools/profile.py features --stage 1 --model debug --synthetic
     python tools/profile.py data --data shards
     python tools/profile.py plan --cluster 8xA100-80GB
     deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
@@ -20,11 +18,7 @@ from collections.abc import Sequence
 
 from visft_ds.config.removed import refuse_removed
 from visft_ds.profiling.comm_command import add_comm_parser
-from visft_ds.profiling.command import (
-    add_features_parser,
-    add_sharing_parser,
-    add_train_parser,
-)
+from visft_ds.profiling.command import add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
 from visft_ds.profiling.operations_command import add_operations_parser
 from visft_ds.profiling.peft_command import add_peft_parser
@@ -65,8 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_parser in (
         add_train_parser,
-        add_sharing_parser,
-        add_features_parser,
         add_data_parser,
         add_plan_parser,
         add_operations_parser,

@@ -49,7 +49,10 @@ def test_other_arguments_pass() -> None:
     removed.refuse_removed("polish", ["buff", "--shine"])
 
 
-@pytest.mark.parametrize("words", [["heads"], ["ap", "--masks"], ["build", "--workers=2"], ["--local_rank=0", "save"]])
+@pytest.mark.parametrize(
+    "words",
+    [["heads"], ["ap", "--masks"], ["build", "--workers=2"], ["--local_rank=0", "save"], ["sharing"], ["features"]],
+)
 def test_removed_measurements_say_where_they_stand(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert profile(words) == 2
     assert re.match(r"error: \w[^:]*: removed in 0.2: .*what it measured stands in docs/LOG", capsys.readouterr().err)

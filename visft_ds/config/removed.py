@@ -19,6 +19,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "ap": _MEASURED,
         "build": f"`tools/make_shards.py build` prints its images a second; {_MEASURED}",
         "save": f"save/stall_seconds and save/write_seconds in metrics.jsonl say what a save costs; {_MEASURED}",
+        "sharing": f"`train` with visft.mode=shared and with visft.mode=sampled; {_MEASURED}",
+        "features": f"`train` has the steps through the backbone; {_MEASURED}",
     }
 }
 
