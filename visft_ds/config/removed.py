@@ -21,6 +21,9 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "save": f"save/stall_seconds and save/write_seconds in metrics.jsonl say what a save costs; {_MEASURED}",
         "sharing": f"`train` with visft.mode=shared and with visft.mode=sampled; {_MEASURED}",
         "features": f"`train` has the steps through the backbone; {_MEASURED}",
+        "data --start": _MEASURED,
+        "data --shuffle": _MEASURED,
+        "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
     }
 }
 
