@@ -39,6 +39,7 @@ def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert next(iter(result[part])) == FROZEN_LAYERS and {OURS, DENSE, AFTERWARDS} <= set(result[part])
             assert result[part][FROZEN_LAYERS]["ratio"]["median"] == 1
         assert f"blocks: 56 px (16 tokens), {result['dtype']}" in printed
+    assert "goal" not in printed  # a target of ours at full width says nothing of other widths
     kept = record["results"][0]["kept"]
     # In D of a token: input, q k v, attention and two inputs of norms; the GELU's input is 4 D, u 2 x 2 of 64 numbers.
     # Each norm keeps two numbers of a row, attention one for each of 4 heads.
