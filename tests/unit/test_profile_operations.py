@@ -28,11 +28,9 @@ def test_all_ways_to_adapt_compute_the_same(slices: tuple[tuple[int, int], ...])
 
 def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "ops.json"
-    before = torch.get_num_threads()
-    assert main([*SMALL, "--threads", str(before + 1), "--json", str(file)]) == 0
+    assert main([*SMALL, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(file.read_text())
-    assert record["hardware"]["threads"] == before + 1 and torch.get_num_threads() == before
     assert [(result["pixels"], result["dtype"]) for result in record["results"]] == [(56, "fp32"), (56, "bf16")]
     for result in record["results"]:
         for part in ("blocks", "projection"):
@@ -56,6 +54,13 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
     assert main([*SMALL, *sizes, "--json", str(file)]) == 0
     first, second = json.loads(file.read_text())["results"]
     assert first["kept"]["nothing"] == second["kept"]["nothing"]
+
+
+def test_threads_are_those_of_the_measurement_alone(tmp_path: Path) -> None:
+    file, before = tmp_path / "ops.json", torch.get_num_threads()
+    flags = ["--parts", "kept", "--dtypes", "fp32", "--depth", "1", "--threads", str(before + 1)]
+    assert main([*SMALL, *flags, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["hardware"]["threads"] == before + 1 and torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
