@@ -17,11 +17,10 @@ import os
 from collections.abc import Sequence
 
 from visft_ds.config.removed import refuse_removed
+from visft_ds.profiling.block_commands import add_operations_parser, add_peft_parser
 from visft_ds.profiling.comm_command import add_comm_parser
 from visft_ds.profiling.command import add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
-from visft_ds.profiling.operations_command import add_operations_parser
-from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
 from visft_ds.resilience.signals import LOST_PEER
 

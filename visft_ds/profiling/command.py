@@ -7,7 +7,6 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -99,44 +98,6 @@ def measure_configuration(
         record = make_record(session, ranks, command) if ranks is not None else None
     distributed.close()
     return record
-
-
-def _add_block_flags(parser: argparse.ArgumentParser, *, rank: str) -> None:
-    """Flags of the sub-commands that measure blocks of a backbone by themselves; `rank` says which adapters have it."""
-    parser.add_argument("--pixels", type=int, nargs="+", default=(224, 448), metavar="N", help="sides (224 448)")
-    parser.add_argument("--dtypes", nargs="+", default=("fp32", "bf16"), metavar="TYPE", help="(fp32 bf16), or fp16")
-    parser.add_argument("--depth", type=int, default=2, metavar="N", help="blocks (%(default)s)")
-    parser.add_argument("--rank", type=int, default=64, metavar="N", help=f"{rank} (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds after one (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (as it is)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--small", action="store_true", help="debug width instead of EVA-ViT-E's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-
-
-def _measure_alone(
-    options: argparse.Namespace,
-    rest: Sequence[str],
-    command: Sequence[str],
-    load: Callable[[], tuple[Any, Any, Any, Any]],
-) -> int:
-    """Measure what needs no configuration, print, write; arguments and errors as `profile_train`.
-
-    Args:
-        load: gives the dataclass of options, whose fields are flags (one that is not given keeps its default), what
-            measures, what makes the title and what makes the tables; imported when it is needed.
-    """
-    _check_all_known(rest, options)
-    _check_folder(options.json)
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads {options.threads} must be at least 1")
-    kind, measure, make_title, make_sections = load()
-    flags = {field.name: getattr(options, field.name) for field in fields(kind)}
-    chosen = kind(**{name: value for name, value in flags.items() if value is not None})
-    with _threads(options.threads):
-        record = measure(chosen) | {"command": list(command)}
-    _show(record, make_title, make_sections, options.json)
-    return 0
 
 
 def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:
