@@ -26,7 +26,6 @@ setup(
         "deepspeed==0.19.8",  # the engine relies on behaviour that was tested with this version only
         "peft>=0.18",
         "webdataset>=1.0.2",
-        "pycocotools>=2.0.8",
         "faster-coco-eval>=1.7",
         "tensorboard>=2.18",
         "numpy>=1.26",
@@ -53,6 +52,7 @@ setup(
             SKLEARN,
             TORCHAO,
             "mlxtend>=0.23",
+            "pycocotools>=2.0.8",
             HTTP,
             S3,
             "moto[server,s3]>=5.0",

@@ -3,41 +3,28 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
 
     python tools/profile.py train --stage 2 --model debug --data shards
     deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
-    python tools/profile.py sharing --stage 1 --model debug --synthetic
-    python tools/profile.py features --stage 1 --model debug --synthetic
-    python tools/profile.py heads
-    python tools/profile.py ap
     python tools/profile.py data --data shards
-    python tools/profile.py build --workers 2
-    python tools/profile.py save
     python tools/profile.py plan --cluster 8xA100-80GB
     deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
     python tools/profile.py ops
     python tools/profile.py peft
 
-Exit status: 0 measured, 1 the numbers of ap are not those of pycocotools, or memory is not as planned, 2 wrong usage or
-something missing, 3 another rank ended first.
+Exit status: 0 measured, 1 memory is not as planned, 2 wrong usage or something missing, 3 another rank ended first.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
 
-from visft_ds.profiling.build_command import add_build_parser
+from visft_ds.config.removed import refuse_removed
+from visft_ds.profiling.block_commands import add_operations_parser, add_peft_parser
 from visft_ds.profiling.comm_command import add_comm_parser
-from visft_ds.profiling.command import (
-    add_ap_parser,
-    add_features_parser,
-    add_heads_parser,
-    add_sharing_parser,
-    add_train_parser,
-)
+from visft_ds.profiling.command import add_train_parser
 from visft_ds.profiling.data_command import add_data_parser
-from visft_ds.profiling.operations_command import add_operations_parser
-from visft_ds.profiling.peft_command import add_peft_parser
 from visft_ds.profiling.plan_command import add_plan_parser
-from visft_ds.profiling.save_command import add_save_parser
 from visft_ds.resilience.signals import LOST_PEER
+
+TOOL = "tools/profile.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        refuse_removed(TOOL, given)
         options, rest = _parser().parse_known_args(given)
         return int(options.run(options, rest, [sys.argv[0], *given]))
     except (ValueError, argparse.ArgumentError) as error:
@@ -62,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/profile.py",
-        description="Measure what a configuration, a head or an evaluation costs.",
+        description="Measure what a configuration costs.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -70,13 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_parser in (
         add_train_parser,
-        add_sharing_parser,
-        add_features_parser,
-        add_heads_parser,
-        add_ap_parser,
         add_data_parser,
-        add_build_parser,
-        add_save_parser,
         add_plan_parser,
         add_operations_parser,
         add_peft_parser,

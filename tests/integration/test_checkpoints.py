@@ -159,12 +159,3 @@ def test_the_best_checkpoint_stays(shards: Path, tmp_path: Path) -> None:
     best = max(scores, key=lambda step: (scores[step], -step))
     assert saved_steps(out / "checkpoints") == sorted({best, 8})
     assert "(best so far)" in output
-
-
-def test_a_save_is_profiled_both_ways(tmp_path: Path) -> None:
-    flags = ["--parameters", "5e5", "--repeats", "2", "--folder", str(tmp_path), "--json", str(tmp_path / "save.json")]
-    outputs = run_ranks(["tools/profile.py", "save", "--engine", "zero3", *flags])
-    assert "written at once / by a thread" in outputs[0] and outputs[1] == ""
-    record = json.loads((tmp_path / "save.json").read_text())
-    assert record["ranks"] == 2 and record["seconds"]["beside"]["count"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["save.json"]

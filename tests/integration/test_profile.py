@@ -204,24 +204,3 @@ def test_wrong_usage_is_one_message(
 def test_a_dry_run_shows_the_configuration_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--stage", "1", "--model", "debug", "--dry-run", *SETTINGS]) == 0
     assert "(dry run: nothing is started)" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_sharing_compares_steps_of_each_task_with_shared_ones(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    file = tmp_path / "sharing.json"
-    own = [*ALL_TASKS, "--synthetic", "--repeats", "1", "--json", str(file)]
-    (codes, texts) = finish(start_ranks(["tools/profile.py", "sharing", "--stage", "1", "--model", "debug", *own], 1))
-    assert codes == [0], texts
-    record = json.loads(file.read_text())
-    kinds = record["kinds"]
-    assert {name: kind["head_updates_per_forward"] for name, kind in kinds.items()} == {
-        **{"detection": 1, "segmentation": 1, "captioning": 1},
-        "shared": 3,
-    }
-    assert all(0 < kind["backbone_share"] < 1 and kind["seconds_per_image"] > 0 for kind in kinds.values())
-    apart = sum(kinds[task]["seconds_per_image"] for task in record["tasks"])
-    assert record["ratio"] == pytest.approx(apart / kinds["shared"]["seconds_per_image"])
-    assert main(["sharing", "--stage", "2", "--model", "debug", "--synthetic", *ALL_TASKS]) == 2
-    assert "sharing is measured in stage 1" in capsys.readouterr().err

@@ -23,9 +23,8 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.profiling import data as parts
 from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling import data_compare as comparison
-from visft_ds.profiling import data_source, data_start
-from visft_ds.profiling.data_shuffle import order_of, quality, uniform_blocks
-from visft_ds.profiling.data_source import MeasuredSet, joint_pipeline, open_set, our_loader, plan_over
+from visft_ds.profiling import data_source
+from visft_ds.profiling.data_source import MeasuredSet, joint_pipeline, open_set, our_loader
 
 
 @pytest.fixture(scope="module")
@@ -293,32 +292,6 @@ def test_only_the_first_shards_are_read_where_they_suffice(data: MeasuredSet) ->
     assert MeasuredSet.of("toy", data.manifest, 8).shards == 2 and MeasuredSet.of("toy", data.manifest, 999).shards == 3
 
 
-# ------------------------------------------------------------------------------------------- orders and start-up
-
-
-def test_quality_of_orders() -> None:
-    count = 12_800
-    straight = quality(np.arange(count), count)
-    assert straight.spread < 0.01 and straight.blocks < 1.5 and straight.correlation > 0.999
-    ours = quality(order_of(plan_over(count, 100)), count)
-    assert ours.spread == pytest.approx(1, abs=0.02) and abs(ours.correlation) < 0.03  # 3 / sqrt(12800)
-    assert ours.blocks == pytest.approx(uniform_blocks(count), rel=0.02) and (ours.samples, ours.repeated) == (count, 0)
-    buffered = quality(plain.order(count, 400, 500, shards=True), count)
-    assert straight.spread < buffered.spread < ours.spread and buffered.repeated == 0
-    assert quality(np.tile(np.arange(100), 128), count).repeated == count - 100
-
-
-def test_start_up_on_a_made_up_split(data: MeasuredSet, tmp_path: Path) -> None:
-    data_start.write_made_up_split(tmp_path, 3100)
-    found = data_start._start(str(tmp_path))
-    # crc32 and sha256 of a few hundred kB; the bounds of the project hold for 120,000 samples
-    assert found["seconds"] < 0.2 and found["RssAnon"] < 50 * 2**20
-    first, later = data_start._seek(data_start.StartOptions(samples=3100, step=10**6))
-    assert 0 < later < 0.5 and 0 < first < 0.5
-    marks = data_start._epoch_of_labels(data)
-    assert len(marks) == 1 and marks[0] > 2**20  # 12 samples are one batch
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -333,11 +306,8 @@ def test_start_up_on_a_made_up_split(data: MeasuredSet, tmp_path: Path) -> None:
         (["--synthetic", "--batch", "0"], "--batch 0 must be at least 1"),
         (["--synthetic", "--step-ms", "-1"], "--step-ms -1 must be from 0"),
         (["--synthetic", "--compare", "--batch", "9", "--images", "8"], "--batch 9 is more than the --images 8"),
-        (["--synthetic", "--compare", "--start"], "not allowed with argument"),
-        (["--shuffle", "--samples", "9"], "--samples 9 must be at least 200"),
-        (["--start", "--samples", "9"], "--samples 9 must be at least 32"),
-        (["--shufle"], "--shufle: unknown argument; did you mean --shuffle?"),
-        (["--shuffle", "--json", "nowhere/at/all.json"], "there is no folder"),
+        (["--comparee"], "--comparee: unknown argument; did you mean --compare?"),
+        (["--synthetic", "--json", "nowhere/at/all.json"], "there is no folder"),
         (["--stage", "3", "--synthetic"], "--stage 3: must be 1"),
     ],
 )
@@ -376,13 +346,3 @@ def test_streams_of_a_configuration(tmp_path: Path) -> None:
     streams = json.loads(file.read_text())["streams"]
     assert list(streams) == ["detection", "segmentation", "captioning"]
     assert "masks" in streams["segmentation"]["parts"] and "tokens" in streams["captioning"]["parts"]
-
-
-@pytest.mark.slow
-def test_start_in_a_process_of_its_own(tmp_path: Path) -> None:
-    file = tmp_path / "start.json"
-    assert main(["data", "--start", "--repeats", "1", "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
-    # what the project promises for 120,000 samples
-    assert record["load_seconds"]["most"] < 0.2 and record["resident_bytes"]["RssAnon"]["most"] < 50e6
-    assert record["seek_seconds"]["first"]["most"] < 0.01

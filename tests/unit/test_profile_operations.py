@@ -37,6 +37,7 @@ def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert next(iter(result[part])) == FROZEN_LAYERS and {OURS, DENSE, AFTERWARDS} <= set(result[part])
             assert result[part][FROZEN_LAYERS]["ratio"]["median"] == 1
         assert f"blocks: 56 px (16 tokens), {result['dtype']}" in printed
+    assert "goal" not in printed  # a target of ours at full width says nothing of other widths
     kept = record["results"][0]["kept"]
     # In D of a token: input, q k v, attention and two inputs of norms; the GELU's input is 4 D, u 2 x 2 of 64 numbers.
     # Each norm keeps two numbers of a row, attention one for each of 4 heads.
@@ -55,6 +56,13 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
     assert first["kept"]["nothing"] == second["kept"]["nothing"]
 
 
+def test_threads_are_those_of_the_measurement_alone(tmp_path: Path) -> None:
+    file, before = tmp_path / "ops.json", torch.get_num_threads()
+    flags = ["--parts", "kept", "--dtypes", "fp32", "--depth", "1", "--threads", str(before + 1)]
+    assert main([*SMALL, *flags, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["hardware"]["threads"] == before + 1 and torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,8 +70,16 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
         (["--pixels", "13"], "at least one patch"),
         (["--repeats", "0"], "must be at least 1"),
         (["--repeat", "3"], "did you mean --repeats"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--json", "nowhere/at/all.json"], "there is no folder"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from tools.profile import main as profile
 from visft_ds.config import removed, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
@@ -44,6 +47,25 @@ def test_other_arguments_pass() -> None:
     removed.refuse_removed("polish", ["build", "wax", "--shiny", "buff"])  # a value may be called like a command
     removed.refuse_removed("buff", ["wax"])
     removed.refuse_removed("polish", ["buff", "--shine"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "heads",
+        "ap --masks",
+        "build --workers=2",
+        "--local_rank=0 save",
+        "sharing --stage 1",
+        "features",
+        "data --start",
+        "data --synthetic --shuffle",
+        "data --samples=9",
+    ],
+)
+def test_removed_measurements_say_where_they_stand(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile(line.split()) == 2
+    assert re.match(r"error: [\w -]+: removed in 0.2: .*what it measured stands in docs/LOG", capsys.readouterr().err)
 
 
 def test_what_is_removed_is_not_known_any_more() -> None:

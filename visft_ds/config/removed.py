@@ -11,8 +11,21 @@ from typing import Any
 KEYS: dict[str, str] = {}
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
 IDLE: dict[str, Any] = {}
+_MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "tools/profile.py": {
+        "heads": f"`train` has the time and memory of a step by part; {_MEASURED}",
+        "ap": _MEASURED,
+        "build": f"`tools/make_shards.py build` prints its images a second; {_MEASURED}",
+        "save": f"save/stall_seconds and save/write_seconds in metrics.jsonl say what a save costs; {_MEASURED}",
+        "sharing": f"`train` with visft.mode=shared and with visft.mode=sampled; {_MEASURED}",
+        "features": f"`train` has the steps through the backbone; {_MEASURED}",
+        "data --start": _MEASURED,
+        "data --shuffle": _MEASURED,
+        "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
+    }
+}
 
 
 def removed_key(key: str) -> str | None:
@@ -27,8 +40,9 @@ def refuse_removed(tool: str, arguments: Sequence[str]) -> None:
         ValueError: a removed command or flag; says what serves instead.
     """
     gone = ARGUMENTS.get(tool, {})
-    command = arguments[0] if arguments else ""
-    for word in arguments:
+    words = [word for word in arguments if not word.startswith("--local_rank=")]  # the deepspeed launcher puts it first
+    command = words[0] if words else ""
+    for word in words:
         flag = word.partition("=")[0]
         for name in (flag, f"{command} {flag}"):
             if name in gone and (flag.startswith("-") or flag is word is command):

@@ -1,6 +1,6 @@
-"""Measuring a real configuration: `tools/profile.py train`.
+"""Measuring: `tools/profile.py`.
 
 session: the model, engine and loader of a training run, without a run folder. timing: a step by part. memory: bytes by
-part. flops: the arithmetic of a step, by formula. counting: the same by counting. hardware: what the device could do.
-measure: the order of everything. report: what a person sees. command: the flags.
+part. formula: the arithmetic of a step. measure: the order of everything. report: what a person sees. command: the
+flags of `train`, and what all commands share.
 """

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,6 @@ _EPILOG = """every other flag is one of launchers/train.py and means what it mea
 examples:
   python tools/profile.py train --stage 2 --model debug --data shards
   deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
-"""
-
-_HEADS_EPILOG = """examples:
-  python tools/profile.py heads
-  python tools/profile.py heads --tasks segmentation --full --repeats 3
-  python tools/profile.py heads --device cuda --batch 16
-"""
-
-_AP_EPILOG = """examples:
-  python tools/profile.py ap
-  python tools/profile.py ap --masks --images 200
 """
 
 
@@ -111,187 +98,6 @@ def measure_configuration(
         record = make_record(session, ranks, command) if ranks is not None else None
     distributed.close()
     return record
-
-
-def _add_comparison(
-    commands: Any, name: str, load: Callable[[], tuple[Any, Any, Any]], *, help: str, description: str
-) -> None:
-    """A sub-command that makes steps of several kinds with one engine, in turn.
-
-    Args:
-        load: gives what measures, what makes the title and what makes the tables; imported when it is needed.
-    """
-    epilog = _EPILOG.partition("\nexamples")[0]
-    parser = _command(commands, name, help=help, description=description, epilog=epilog)
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps of each kind (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.add_argument("--synthetic", action="store_true", help="generated pictures instead of shards")
-    parser.set_defaults(run=_compare, load=load, parser=parser)
-
-
-def _compare(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure, print, write; arguments and errors as `profile_train`."""
-    config = _resolve(options.parser, rest, synthetic=options.synthetic)
-    if config is None:
-        return 0
-    _check_folder(options.json)
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats} must be at least 1")
-    measure, make_title, make_sections = options.load()
-    record = measure(config, repeats=options.repeats, synthetic=options.synthetic)
-    if record is not None:
-        _show(record | {"command": list(command)}, make_title, make_sections, options.json)
-    return 0
-
-
-def add_sharing_parser(commands: Any) -> None:
-    """Add the sub-command that compares steps of one task with steps that all tasks share."""
-
-    def load() -> tuple[Any, Any, Any]:
-        from visft_ds.profiling.sharing import make_sections, make_title, measure_sharing
-
-        return measure_sharing, make_title, make_sections
-
-    _add_comparison(
-        commands,
-        "sharing",
-        load,
-        help="stage 1: steps of each task alone against steps in which one forward teaches every head",
-        description="Measure what mode shared saves over a run for each task; one engine makes all kinds of steps.",
-    )
-
-
-def add_features_parser(commands: Any) -> None:
-    """Add the sub-command that compares steps through the backbone with steps on kept features."""
-
-    def load() -> tuple[Any, Any, Any]:
-        from visft_ds.profiling.features import make_sections, make_title, measure_features
-
-        return measure_features, make_title, make_sections
-
-    _add_comparison(
-        commands,
-        "features",
-        load,
-        help="stage 1: steps through the frozen backbone against steps on features that were kept",
-        description="Measure what visft.features.cache saves once an image has been seen; one engine makes all steps.",
-    )
-
-
-def add_heads_parser(commands: Any) -> None:
-    """Add the sub-command that measures heads on made-up features."""
-    parser = _command(
-        commands,
-        "heads",
-        help="time and memory of each head's training step, its criterion and matcher, on made-up features",
-        description="Measure each head alone: forward, criterion with its matcher, backward, memory; side by side.",
-        epilog=_HEADS_EPILOG,
-    )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="detection, segmentation, captioning (all)")
-    parser.add_argument("--width", type=int, metavar="N", help="channels of the features (1792; 64 with --small)")
-    parser.add_argument("--grid", type=_grid, metavar="HxW", help="cells of the features (each task its own)")
-    parser.add_argument("--batch", type=int, metavar="N", help="images (1, 1 and 8; 2 with --small)")
-    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured steps of each (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (as torch chooses)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--dropout", type=float, metavar="P", help="of every head (0.1, 0 and 0.5)")
-    parser.add_argument("--small", action="store_true", help="heads of debug size instead of the reference's")
-    parser.add_argument("--full", action="store_true", help="segmentation on 73x73 cells, as it trains, not 37x37")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.set_defaults(run=profile_heads)
-
-
-def add_ap_parser(commands: Any) -> None:
-    """Add the sub-command that times average precision."""
-    parser = _command(
-        commands,
-        "ap",
-        help="average precision against pycocotools: seconds of both, and whether the numbers are equal",
-        description="Time average precision beside pycocotools on made-up results; exit status 1 if numbers differ.",
-        epilog=_AP_EPILOG,
-    )
-    parser.add_argument("--images", type=int, metavar="N", help="images (5000; 500 with --masks)")
-    parser.add_argument("--objects", type=int, default=7, metavar="N", help="objects in every image (%(default)s)")
-    parser.add_argument("--detections", type=int, default=100, metavar="N", help="results of every image (%(default)s)")
-    parser.add_argument("--masks", action="store_true", help="masks of 160 x 120 pixels instead of boxes")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="of both in turn (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-    parser.set_defaults(run=profile_average_precision)
-
-
-def profile_heads(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure heads, print, write; arguments and errors as `profile_train`. Returns the exit status."""
-
-    def load() -> tuple[Any, Any, Any, Any]:
-        from visft_ds.profiling.heads import HeadOptions, make_sections, make_title, measure_heads
-
-        return HeadOptions, measure_heads, make_title, make_sections
-
-    return _measure_alone(options, rest, command, load)
-
-
-def _add_block_flags(parser: argparse.ArgumentParser, *, rank: str) -> None:
-    """Flags of the sub-commands that measure blocks of a backbone by themselves; `rank` says which adapters have it."""
-    parser.add_argument("--pixels", type=int, nargs="+", default=(224, 448), metavar="N", help="sides (224 448)")
-    parser.add_argument("--dtypes", nargs="+", default=("fp32", "bf16"), metavar="TYPE", help="(fp32 bf16), or fp16")
-    parser.add_argument("--depth", type=int, default=2, metavar="N", help="blocks (%(default)s)")
-    parser.add_argument("--rank", type=int, default=64, metavar="N", help=f"{rank} (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds after one (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (as it is)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--small", action="store_true", help="debug width instead of EVA-ViT-E's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured there")
-
-
-def _measure_alone(
-    options: argparse.Namespace,
-    rest: Sequence[str],
-    command: Sequence[str],
-    load: Callable[[], tuple[Any, Any, Any, Any]],
-) -> int:
-    """Measure what needs no configuration, print, write; arguments and errors as `profile_train`.
-
-    Args:
-        load: gives the dataclass of options, whose fields are flags (one that is not given keeps its default), what
-            measures, what makes the title and what makes the tables; imported when it is needed.
-    """
-    _check_all_known(rest, options)
-    _check_folder(options.json)
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads {options.threads} must be at least 1")
-    kind, measure, make_title, make_sections = load()
-    flags = {field.name: getattr(options, field.name) for field in fields(kind)}
-    chosen = kind(**{name: value for name, value in flags.items() if value is not None})
-    with _threads(options.threads):
-        record = measure(chosen) | {"command": list(command)}
-    _show(record, make_title, make_sections, options.json)
-    return 0
-
-
-def profile_average_precision(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
-    """Measure, print, write; arguments and errors as `profile_train`. Returns 1 where the numbers differ, else 0."""
-    _check_all_known(rest, options)
-    _check_folder(options.json)
-    from visft_ds.profiling.average_precision import (
-        PrecisionOptions,
-        make_sections,
-        make_title,
-        measure_average_precision,
-    )
-
-    names = ("images", "objects", "detections", "masks", "repeats")
-    chosen = PrecisionOptions(**{name: getattr(options, name) for name in names})
-    record = measure_average_precision(chosen) | {"command": list(command)}
-    _show(record, make_title, make_sections, options.json)
-    return 0 if record["equal"] else 1
-
-
-def _grid(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no grid: give rows and columns such as 48x48")
-    return int(found[1]), int(found[2])
 
 
 def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:

@@ -105,21 +105,6 @@ def raw(urls: Sequence[str], buffer: int) -> Iterator[WdsSample]:
     return iter(_shards(urls, buffer))
 
 
-def order(count: int, per_shard: int, buffer: int, *, shards: bool) -> npt.NDArray[np.int64]:
-    """Positions in the order in which webdataset hands out `count` samples of one epoch, by its own shuffling.
-
-    Args:
-        per_shard: samples of a shard.
-        buffer: samples of the shuffle buffer, which begins to hand out when it has a hundred, as by default.
-        shards: shuffle the shards first.
-    """
-    starts: Iterator[int] = iter(range(0, count, per_shard))
-    if shards:
-        starts = webdataset.filters.shuffle(_SHARD_BUFFER, seed=0)(starts)
-    samples = (place for start in starts for place in range(start, min(start + per_shard, count)))
-    return np.fromiter(webdataset.filters.shuffle(buffer, seed=0)(samples), dtype=np.int64, count=count)
-
-
 def shuffled(count: int) -> list[int]:
     """The positions of a set in a random order, the same in every run."""
     order: list[int] = np.random.default_rng(0).permutation(count).tolist()

@@ -1,4 +1,4 @@
-"""`tools/profile.py data`: its flags, and which of the four measurements of the data path they ask for."""
+"""`tools/profile.py data`: its flags, and which of the two measurements of the data path they ask for."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ examples:
   python tools/profile.py data --data shards
   python tools/profile.py data --stage 2 --model debug --synthetic
   python tools/profile.py data --data coco --compare
-  python tools/profile.py data --start
-  python tools/profile.py data --shuffle
 """
-#: COCO train2017 without its images that have no annotations.
-_TRAIN2017 = 117_266
 
 
 def add_data_parser(commands: Any) -> None:
@@ -37,27 +33,23 @@ def add_data_parser(commands: Any) -> None:
     parser = _command(
         commands,
         "data",
-        help="where the time of a sample goes; --compare: beside plain webdataset; --start, --shuffle",
-        description="Measure the data path: time by part, threads, the interpreter lock; or one of the comparisons.",
+        help="where the time of a sample goes; --compare: beside plain webdataset",
+        description="Measure the data path: time by part, threads, the interpreter lock; or a comparison.",
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--compare", action="store_true", help="beside plain webdataset pipelines, in one run")
-    modes.add_argument("--start", action="store_true", help="start-up, seeking and memory")
-    modes.add_argument("--shuffle", action="store_true", help="quality of shuffled orders beside webdataset's")
+    add("--compare", action="store_true", help="beside plain webdataset pipelines, in one run")
     add("--data", type=Path, metavar="FOLDER", help="shards, or a COCO tree")
     add("--split", metavar="NAME", help="of the shards or the tree (train)")
     add("--synthetic", action="store_true", help="generated pictures of 640 x 480 instead of --data")
     add("--reencode", metavar="Q[:SIDE]", help="with --compare: store pictures so first, as make_shards.py build does")
-    add("--images", type=int, metavar="N", help="samples of one measurement (512; 10000 with --start)")
+    add("--images", type=int, metavar="N", help="samples of one measurement (512)")
     add("--batch", type=int, default=32, metavar="N", help="samples of a step of the plain sample (%(default)s)")
     add("--threads", type=int, nargs="+", metavar="N", help="numbers of threads that are measured (0 1 2)")
     add("--processes", type=int, nargs="*", metavar="N", help="numbers of worker processes that are measured (1 2)")
     add("--role", default="both", metavar="{both,images,labels}", help="what is read (%(default)s)")
     add("--step-ms", type=float, default=0.0, metavar="MS", help="time in which the consumer is busy with a step (0)")
     add("--repeats", type=int, default=5, metavar="N", help="measurements of each after one to warm up (%(default)s)")
-    add("--samples", type=int, metavar="N", help="size of the made-up split (120000 with --start, 117266 --shuffle)")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured there")
     parser.set_defaults(run=profile_data, parser=parser)
 
@@ -65,37 +57,16 @@ def add_data_parser(commands: Any) -> None:
 def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
     """Measure, print, write; arguments and errors as `profile_train`. Returns the exit status."""
     configured = any(text.partition("=")[0] in ("--stage", "--deepspeed_config") for text in rest)
-    if not configured or options.compare or options.start or options.shuffle:
+    if not configured or options.compare:
         _check_all_known(rest, options)
     _check_folder(options.json)
     if options.reencode is not None and not options.compare:
         raise ValueError("--reencode belongs to --compare")
-    if options.shuffle:
-        from visft_ds.profiling import data_shuffle as kind
-
-        record = _headed(command, lambda: kind.measure_shuffle(options.samples or _TRAIN2017))
-        _show(record, kind.make_title, kind.make_sections, options.json)
-    elif options.start:
-        _profile_start(options, command)
-    elif options.compare:
+    if options.compare:
         _profile_compare(options, command)
     else:
         _profile_parts(options, rest if configured else None, command)
     return 0
-
-
-def _profile_start(options: argparse.Namespace, command: Sequence[str]) -> None:
-    from visft_ds.profiling.data_source import open_set
-    from visft_ds.profiling.data_start import StartOptions, make_sections, make_title, measure_start
-
-    sizes = {} if options.samples is None else {"samples": options.samples}
-    chosen = StartOptions(repeats=options.repeats, **sizes)
-    if options.data is None and not options.synthetic:
-        record = _headed(command, lambda: measure_start(chosen, None))
-    else:
-        with _one_thread(), open_set(_folder(options), options.split or "train", options.images or 10_000) as data:
-            record = _headed(command, lambda: measure_start(chosen, data))
-    _show(record, make_title, make_sections, options.json)
 
 
 def _profile_compare(options: argparse.Namespace, command: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import orjson
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
-from visft_ds.data.plan import Plan, SetPlan, Shuffle, TaskPlan
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.workers import WorkerKind
@@ -212,11 +212,6 @@ def joint_pipeline(vocabulary: Vocabulary) -> SamplePipeline:
     return SamplePipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
 
 
-def plan_over(samples: int, batch: int, name: str = TASK, shuffle: Shuffle = "full") -> Plan:
-    """The order of one task over the first samples of one set."""
-    return Plan({name: TaskPlan({_SPLIT: SetPlan(Selection.all(samples))}, batch)}, 0, shuffle)
-
-
 def our_loader(
     data: MeasuredSet,
     reader: ShardReader,
@@ -231,7 +226,7 @@ def our_loader(
     """The loader of this project over a set, in global shuffled order; one process has the whole batch."""
     return StepLoader(
         {_SPLIT: DataSet(reader)},
-        plan_over(len(data), batch, name),
+        Plan({name: TaskPlan({_SPLIT: SetPlan(Selection.all(len(data)))}, batch)}, 0),
         {name: {_SPLIT: pipeline}},
         role=role,
         workers=workers,

@@ -22,7 +22,7 @@ from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, reso
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.ledger import OTHER, Ledger
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, DetectionTargets
 from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
@@ -35,13 +35,17 @@ from visft_ds.planner.rehearsal import DTYPES, Content, rehearsing
 from visft_ds.planner.step import PlannedRun
 from visft_ds.planner.time import step_time
 from visft_ds.prepare.model import prepare_model
-from visft_ds.profiling.heads import _caption_targets, _detection_targets, _segmentation_targets
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
+from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
+from visft_ds.tasks.segmentation.masks import grid_size
 
 FORMAT, VERSION = "visft_ds plan validation", 1
-#: Objects to an image, and words: `heads` makes captions of 8 words for the first image, one more for each further one.
+#: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more); words.
 OBJECTS, FIRST_IDS, VOCABULARY = 5, 10, 300
+_LENGTHS = 11  #: of captions; from there on the first ones again
+_PATCH, _MASK_STRIDE = 14, 4  # pixels: of a patch, and of a cell of the target masks
 #: Larger than any gradient of these models but small beside their activations, so that it decides no comparison.
 TOLERANCE, TIME_TOLERANCE = 0.10, 0.20  #: of memory, and of time in units of the geometric mean of all
 _MIB = 2**20
@@ -117,13 +121,44 @@ def made_up_batch(stream: Stream, images: int) -> Batch:
         torch.manual_seed(0)
         for task in stream.tasks:
             if task == "detection":
-                targets[task] = _detection_targets(images, OBJECTS)
+                targets[task] = _detection_targets(images)
             elif task == "segmentation":
-                targets[task] = _segmentation_targets(images, OBJECTS, (side // 14, side // 14))
+                targets[task] = _segmentation_targets(images, side // _PATCH)
             else:
-                targets[task] = _caption_targets(images, VOCABULARY)
+                targets[task] = _caption_targets(images)
     sizes, ids = torch.tensor([[side, side]] * images), torch.arange(images)
     return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)
+
+
+def _detection_targets(images: int) -> DetectionTargets:
+    """Boxes of 5 to 50 % of each side, anywhere inside."""
+    sides = 0.05 + 0.45 * torch.rand(images * OBJECTS, 2)
+    centres = sides / 2 + (1 - sides) * torch.rand(images * OBJECTS, 2)
+    labels = torch.tensor(COCO_CATEGORY_IDS)[torch.randint(len(COCO_CATEGORY_IDS), (images * OBJECTS,))]
+    return DetectionTargets(torch.cat((centres, sides), dim=1), labels, torch.full((images,), OBJECTS))
+
+
+def _segmentation_targets(images: int, grid: int) -> SegmentationTargets:
+    """Ellipses of 5 to 50 % of each side, anywhere, on the grid that the transforms make for such an image."""
+    boxes = _detection_targets(images).boxes  # (N, 4) cxcywh
+    rows, columns = grid_size((grid * _PATCH, grid * _PATCH), _MASK_STRIDE)
+    y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+    x_part = ((x - boxes[:, :1]) / boxes[:, 2:3]).square()  # (N, wm)
+    y_part = ((y - boxes[:, 1:2]) / boxes[:, 3:]).square()  # (N, hm)
+    masks = (x_part[:, None] + y_part[..., None] < 0.25).to(torch.uint8) * 255
+    labels, whole = torch.randint(len(COCO_CATEGORY_IDS), (images * OBJECTS,)), torch.ones(images, 2)
+    counts, keys = torch.full((images,), OBJECTS), torch.arange(images) + 1
+    return SegmentationTargets(masks, labels, whole, whole.clone(), counts, keys)
+
+
+def _caption_targets(images: int) -> CaptionTargets:
+    """Captions of random words, one image after the other, each one a word longer."""
+    lengths = FIRST_IDS + torch.arange(images) % _LENGTHS
+    tokens = torch.randint(1, VOCABULARY - 3, (images, int(lengths.max())))
+    tokens[:, 0] = VOCABULARY - 2
+    places = torch.arange(tokens.shape[1])
+    tokens[places == lengths[:, None] - 1] = VOCABULARY - 1
+    return CaptionTargets(tokens.masked_fill(places >= lengths[:, None], 0), lengths, ((),) * images)
 
 
 def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
@@ -156,7 +191,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     engine = build_engine(config, prepared, deepspeed_dict(config, world, precision), partition)
     for number, (name, stream) in enumerate(visft.streams().items()):
         whole = made_up_batch(stream, batches.micro[name])
-        content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], 11) - 1)
+        content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], _LENGTHS) - 1)
         run = PlannedRun(config, batches, precision, words.size, engine.device, content)
         plan = plan_memory(config, world, precision=precision, task=name, vocabulary_size=words.size, content=content)
         parts = _parts_of(whole, batches.accumulation, batches.stages)
