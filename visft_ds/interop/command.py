@@ -178,7 +178,7 @@ def _name(path: Path) -> str:
 
 
 def _trained(place: Path) -> dict[str, str]:
-    """Settings that the adapter was trained with, where it lies inside the run that made it: settings only, no folders."""
+    """Settings, without folders, that the adapter was trained with, where it lies inside its run."""
     run = next((folder for folder in place.resolve().parents if (folder / "run.json").is_file()), None)
     if run is None:
         return {}
