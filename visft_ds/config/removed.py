@@ -7,12 +7,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
+
 #: Dotted key -> what serves instead.
 KEYS: dict[str, str] = {}
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
 IDLE: dict[str, Any] = {}
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "make_shards": {
+        "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",
+        "diff": "compare the fingerprints that `info` shows; equal ones mean the same samples in the same order",
+        "export": "keep the COCO files that were packed; `tar -xf` gives the images, each with its label",
+        "verify --against": _PACK_AGAIN,
+        "verify --captions": _PACK_AGAIN,
+    },
+}
 
 
 def removed_key(key: str) -> str | None:
