@@ -1,4 +1,4 @@
-"""The parts of a conversion: masks, categories, JSON in parts, the check of images, duplicates, re-encoding."""
+"""The parts of a conversion: masks, categories, JSON in parts, the check of images, their hashes, re-encoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from PIL import Image
 
 from visft_ds.data.decode import decode_image
 from visft_ds.shards.categories import COCO_NAMES, map_categories
-from visft_ds.shards.duplicates import NEAR, Fingerprint, find_duplicates, find_in_other, near_hashes
 from visft_ds.shards.images import check_image, difference_hash
 from visft_ds.shards.json_lists import read_lists
 from visft_ds.shards.reencode import Reencoding
@@ -272,7 +271,7 @@ def test_lesser_checks_look_less_far() -> None:
     assert check_image(data, _image(90, 120), "header").dhash == 0 != check_image(data, _image(90, 120)).dhash
 
 
-# ---------------------------------------------------------------------------------------------------- duplicates
+# -------------------------------------------------------------------------------------------------------- hashes
 
 
 def test_the_hash_is_that_of_exact_averages() -> None:
@@ -285,59 +284,6 @@ def test_the_hash_is_that_of_exact_averages() -> None:
         expected = "".join("01"[int(bit)] for bit in (cells[:, 1:] > cells[:, :-1]).ravel())
         assert difference_hash(grey) == int(expected, 2)
     assert difference_hash(np.full((30, 40), 9, np.uint8)) == 0
-
-
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)
-def test_copies_of_photographs_are_near_and_different_photographs_are_not() -> None:
-    """What NEAR is chosen from: see there for all numbers; here a fifth of the photographs and two kinds of copies."""
-    hashes = []
-    for path in sorted(PHOTOS.glob("*2017/*.jpg"))[::5]:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-        half = rgb.resize((rgb.width // 2, rgb.height // 2), Image.Resampling.LANCZOS)
-        files = [path.read_bytes(), _jpeg(np.asarray(rgb), quality=30), _jpeg(np.asarray(half), quality=90)]
-        sizes = [decode_image(file).shape[:2] for file in files]
-        hashes.append([check_image(file, _image(*size)).dhash for file, size in zip(files, sizes, strict=True)])
-    for place, (first, *copies) in enumerate(hashes):
-        assert max((first ^ copy).bit_count() for copy in copies) <= 3 < NEAR
-        assert min((first ^ other[0]).bit_count() for other in hashes[:place] + hashes[place + 1 :]) > 2 * NEAR
-
-
-def test_near_hashes_are_all_pairs_within_the_distance() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.integers(1, 1 << 62, 60, dtype=np.uint64)
-    flips = [sum(1 << int(bit) for bit in rng.choice(64, count, replace=False)) for count in (1, 3, 4, 5, 6) * 12]
-    hashes = np.concatenate([base, base ^ np.array(flips, dtype=np.uint64), base[:3], np.zeros(5, np.uint64)])
-    known = sorted({int(one) for one in hashes} - {0})
-    expected = {
-        one: {(other, distance) for other in known if 0 < (distance := (one ^ other).bit_count()) <= NEAR}
-        for one in known
-    }
-    found = {one: set(near) for one, near in near_hashes(hashes).items()}
-    assert found == {one: near for one, near in expected.items() if near} and len(found) > 60
-
-
-def test_the_lowest_id_of_each_group_stays() -> None:
-    """A chain of pictures, each near the next, must not vanish but for its first."""
-    chain = [0xFF, 0xFF ^ 0b111 << 20, 0xFF ^ 0b111111 << 20, 0xFF ^ 0b111111111 << 20]
-    images = [
-        Fingerprint(number, 100 + number, number, dhash) for number, dhash in zip((9, 4, 6, 2), chain, strict=True)
-    ]
-    images += [Fingerprint(7, 50, 50, 0), Fingerprint(5, 50, 50, 0), Fingerprint(8, 50, 50, 0)]
-    found = find_duplicates(images, lambda one, two: {one, two} != {5, 8})  # equal crc32 by chance
-    assert [(one.image_id, one.of, one.exact, one.distance) for one in found] == [
-        (6, 2, False, 3),
-        (7, 5, True, 0),
-        (9, 4, False, 3),
-    ]
-    assert find_duplicates(images[::-1], lambda one, two: {one, two} != {5, 8}) == found
-
-
-def test_images_of_another_split_are_found() -> None:
-    images = [Fingerprint(1, 10, 11, 0xF0F0), Fingerprint(2, 20, 22, 0xF0F1), Fingerprint(3, 30, 33, 0xF << 40)]
-    others = [Fingerprint(70, 10, 11, 0xF0F0), Fingerprint(80, 99, 98, 0xFF << 50)]
-    found = find_in_other(images, others)
-    assert [(one.image_id, one.of, one.exact, one.distance) for one in found] == [(1, 70, True, 0), (2, 70, False, 1)]
 
 
 # --------------------------------------------------------------------------------------------------- re-encoding

@@ -354,6 +354,8 @@ def test_the_same_build_mends_what_verify_finds(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     "words",
     [
+        ["build", "--dedup", "drop"],
+        ["build", "--against=x"],
         ["repair", "x"],
         ["diff", "x", "y"],
         ["export", "x"],

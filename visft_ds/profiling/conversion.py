@@ -132,10 +132,7 @@ def _rates(folder: Path, options: ConversionOptions) -> list[dict[str, Any]]:
     out = folder / "out"
     for _ in range(options.repeats):
         for check, workers in cases:
-            # Photographs that are repeated to get more of them are no duplicates worth looking at.
-            settings = Options(
-                folder / "images", folder / "instances.json", None, out, "bench", check=check, dedup="off"
-            )
+            settings = Options(folder / "images", folder / "instances.json", None, out, "bench", check=check)
             began, processor = time.perf_counter(), time.process_time()
             build(settings, workers=workers)
             per_second[check, workers].append(options.images / (time.perf_counter() - began))
