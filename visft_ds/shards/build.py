@@ -23,7 +23,7 @@ from visft_ds.data.manifest import VERSION, index_path, manifest_path, shard_nam
 from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
 from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
 from visft_ds.shards.inputs import open_images
-from visft_ds.shards.outputs import Output, exclusive, open_output
+from visft_ds.shards.outputs import Output, exclusive
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.shard_writer import (
@@ -49,7 +49,7 @@ _DUPLICATES = {"dedup": "report", "against": []}
 
 @dataclass(frozen=True)
 class Options:
-    """What a build depends on; every place is a local path or a URL that fsspec knows.
+    """What a build depends on; every place but `out` is a local path or a URL that fsspec knows.
 
     Raises ValueError for values out of range, and for combinations that cannot be.
     """
@@ -150,7 +150,7 @@ def build(
         RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
     """
     on_progress(BuildProgress())
-    images, output = open_images(options.images), open_output(options.out, options.split)
+    images, output = open_images(options.images), Output(options.out, options.split)
     source = read_source(options.instances, options.captions, options.selection())
     treatment = Treatment(images, options.check, options.reencode)
     missing: list[dict[str, Any]] = []

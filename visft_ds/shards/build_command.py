@@ -21,7 +21,7 @@ from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.workers import BuildProgress
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_EPILOG = """places are local or URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
+_EPILOG = """images and JSON files may be URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
 
 examples:
   python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
@@ -45,7 +45,7 @@ def add_build_parser(commands: Any) -> None:
     add("--images", required=True, metavar="DIR|URL", help="folder of the image files")
     add("--instances", metavar="FILE|URL", help="instances_*.json of COCO")
     add("--captions", metavar="FILE|URL", help="captions_*.json of COCO; at least one of the two")
-    add("--out", required=True, metavar="DIR|URL", help="where the shards go")
+    add("--out", required=True, metavar="DIR", help="where the shards go")
     add("--split", required=True, metavar="NAME", help="name of the split, first part of all file names")
     shards = parser.add_argument_group("shards")
     shards.add_argument("--max-size", type=_size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
