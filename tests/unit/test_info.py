@@ -25,3 +25,7 @@ def test_info_tells_what_a_split_holds(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["info", str(split.root), "--json"]) == 0
     assert "category_table" not in json.loads(capsys.readouterr().out)[0]
     assert main(["info", str(split.root.parent)]) == 2
+    capsys.readouterr()
+    for wrong in ([], [str(split.root), "--shard"], [str(split.root), "x"]):
+        assert main(["info", *wrong]) == 2
+        assert "info needs one folder or URL of shards, or --step N" in capsys.readouterr().err

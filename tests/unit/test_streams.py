@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,24 +107,12 @@ def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
     config = config_of("visft.mode=sampled", stage=1)
     plan = plan_of(config, only(partly, config))
     for step in range(12):
-        assert make_shards(["which", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
+        assert make_shards(["info", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
         printed = json.loads(capsys.readouterr().out)
         whole = plan.step(step)
         expected = partly.index["image_id"][whole.indices].tolist()
         assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
         assert printed["state"] == plan.state(step)
-
-
-def test_the_place_of_a_sample_is_found_by_its_key(partly: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "1007", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    data = (Path(partly.root) / printed["name"]).read_bytes()
-    image = data[printed["image_offset"] :][: printed["image_size"]]
-    assert zlib.crc32(image) == printed["image_crc32"] and image.startswith(b"\xff\xd8")
-    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "5"]) == 2
-    assert "has no image 5" in capsys.readouterr().err
-    assert make_shards(["which", "--step", "1", "--key", "5"]) == 2
-    assert "either --step N" in capsys.readouterr().err
 
 
 def test_steps_are_shared_out_by_ratio_or_by_updates(whole: Manifest) -> None:

@@ -357,6 +357,7 @@ def test_the_same_build_mends_what_verify_finds(tmp_path: Path, capsys: pytest.C
         ["build", "--dedup", "drop"],
         ["build", "--against=x"],
         ["repair", "x"],
+        ["which", "--step", "3"],
         ["diff", "x", "y"],
         ["export", "x"],
         ["verify", "x", "--against=y"],

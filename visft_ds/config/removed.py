@@ -20,6 +20,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",
         "diff": "compare the fingerprints that `info` shows; equal ones mean the same samples in the same order",
         "export": "keep the COCO files that were packed; `tar -xf` gives the images, each with its label",
+        "which": "`info --step N` with the same flags; where a sample lies is in its row of NAME.index.npy",
         "build --dedup": _COPIES,
         "build --against": _COPIES,
         "verify --against": _PACK_AGAIN,

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.shards.info import describe
+from visft_ds.shards.info import describe, describe_step
 from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.verify import VerifyProgress, traces_of_splits, verify
@@ -42,20 +42,36 @@ def add_verify_parser(commands: Any) -> None:
     parser.set_defaults(run=run_verify)
 
 
+_INFO_EPILOG = """the images of a training step:
+  info --step N --run runs/stage2-eva_e          of that run, here or wherever its shards are
+  info --step N --stage 2 --model eva_e --set visft.seed=1      of a run by the flags of launchers/train.py
+"""
+
+
 def add_info_parser(commands: Any) -> None:
-    """Add the sub-command that describes splits."""
-    parser = commands.add_parser("info", help="what a folder holds")
-    parser.add_argument("folder", type=_place, metavar="DIR")
+    """Add the sub-command that describes splits and steps; it leaves DIR and the flags of launchers/train.py alone."""
+    parser = commands.add_parser(
+        "info",
+        usage="%(prog)s DIR [--split NAME] [--categories] [--shards] [--json] | "
+        "--step N (--run FOLDER | flags of launchers/train.py) [--json]",
+        help="what a folder holds, or the images of a training step",
+        epilog=_INFO_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--split", metavar="NAME", help="one of them (default: all)")
     parser.add_argument("--categories", action="store_true", help="table of the categories, counted in the labels")
     parser.add_argument("--shards", action="store_true", help="table of the shards")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    step = parser.add_argument_group("the images of a training step")
+    step.add_argument("--step", type=int, metavar="N", help="steps count from 0")
+    step.add_argument(
+        "--run", type=Path, dest="run_folder", metavar="FOLDER", help="a run folder, instead of its command's flags"
+    )
+    step.add_argument("--data", metavar="DIR|URL", help="shards of the run, if they have moved")
+    step.add_argument("--dp-size", type=int, metavar="N", help="show the part of each data-parallel rank ...")
+    step.add_argument("--accumulation", type=int, default=1, metavar="N", help="... and micro-batch")
     parser.set_defaults(run=run_info)
-
-
-def _place(text: str) -> Path | str:
-    """A folder, or the URL of one."""
-    return text if is_url(text) else local_path(text)
 
 
 def _folder(text: str) -> Path:
@@ -99,15 +115,20 @@ def _print_problems(split: str, problems: Sequence[Problem], limit: int) -> None
 
 
 def run_info(options: argparse.Namespace) -> int:
-    """Describe splits."""
-    if not options.split and isinstance(options.folder, str):
-        raise ValueError(f"--split is needed with the URL {options.folder}: not every server lists its files")
-    splits = [options.split] if options.split else splits_in(options.folder)
+    """Describe splits, or a step; `options.rest` has DIR, or the flags of a run."""
+    if options.step is not None:
+        return _print_step(options)
+    if len(options.rest) != 1 or options.rest[0].startswith("-"):
+        given = " ".join(options.rest) or "nothing"
+        raise ValueError(f"info needs one folder or URL of shards, or --step N; given: {given}")
+    folder = options.rest[0] if is_url(options.rest[0]) else local_path(options.rest[0])
+    if not options.split and isinstance(folder, str):
+        raise ValueError(f"--split is needed with the URL {folder}: not every server lists its files")
+    splits = [options.split] if options.split else splits_in(folder)
     if not splits:
-        raise ValueError(f"{options.folder} holds no finished split")
+        raise ValueError(f"{folder} holds no finished split")
     described = [
-        describe(Manifest.load(options.folder, split), categories=options.categories, shards=options.shards)
-        for split in splits
+        describe(Manifest.load(folder, split), categories=options.categories, shards=options.shards) for split in splits
     ]
     if options.json:
         _print_json(described)
@@ -119,6 +140,19 @@ def run_info(options: argparse.Namespace) -> int:
                 _print_table(name.removesuffix("_table"), value)
             else:
                 print(f"  {name.replace('_', ' ')}: {_shown(value)}")
+    return 0
+
+
+def _print_step(options: argparse.Namespace) -> int:
+    facts = describe_step(
+        options.step, options.rest, options.run_folder, options.data, options.dp_size, options.accumulation
+    )
+    if options.json:
+        _print_json(facts)
+        return 0
+    print("step {step}: {task}, step {position} of this task, epoch {epoch} of {split}".format(**facts))
+    for name, ids in facts["image_ids"].items():
+        print(f"  {name}: {' '.join(map(str, ids))}")
     return 0
 
 
@@ -177,10 +211,3 @@ def _check_positive(**numbers: int) -> None:
 
 def _print_json(content: Any) -> None:
     print(orjson.dumps(content, option=orjson.OPT_INDENT_2).decode())
-
-
-#: Of the tool, in the order of its help.
-PARSERS: Sequence[Callable[[Any], None]] = (
-    add_verify_parser,
-    add_info_parser,
-)
