@@ -12,7 +12,7 @@ import pytest
 
 from tests.coco_tree import write_tree
 from tools.make_shards import main as make_shards
-from visft_ds.config import resolve
+from visft_ds.config import resolve, resolve_arguments
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample
@@ -25,6 +25,7 @@ from visft_ds.prepare.streams import (
     read_vocabulary,
     vocabulary_of,
 )
+from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
@@ -113,6 +114,22 @@ def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
         expected = partly.index["image_id"][whole.indices].tolist()
         assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
         assert printed["state"] == plan.state(step)
+
+
+def test_the_images_of_a_step_are_found_from_a_run_folder(
+    partly: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its shards have moved; flags beside the folder would say it twice."""
+    flags = ["--stage", "1", "--model", "debug", "--set", f"visft.data.train={SPLIT}"]
+    config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
+    moved = ["--data", str(partly.root), "--step", "3", "--json"]
+    assert make_shards(["info", *moved, *flags]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert make_shards(["info", "--run", str(tmp_path), *moved]) == 0
+    assert json.loads(capsys.readouterr().out) == expected and expected["split"] == f"{partly.root}/{SPLIT}"
+    assert make_shards(["info", "--run", str(tmp_path), "--step", "3", "--stage", "1"]) == 2
+    assert "--stage: with --run, the run folder says everything" in capsys.readouterr().err
 
 
 def test_steps_are_shared_out_by_ratio_or_by_updates(whole: Manifest) -> None:
