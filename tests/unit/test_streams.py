@@ -120,7 +120,7 @@ def test_the_images_of_a_step_are_found_from_a_run_folder(
     partly: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where its shards have moved; flags beside the folder would say it twice."""
-    flags = ["--stage", "1", "--model", "debug", "--set", f"visft.data.train={SPLIT}"]
+    flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
     config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
     (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
     moved = ["--data", str(partly.root), "--step", "3", "--json"]
