@@ -34,6 +34,7 @@ setup(
         "pydantic>=2.8",
         "psutil>=5.9",
         "orjson>=3.10",
+        "ijson>=3.3",  # for annotation files beyond 1 GiB
         "simplejpeg>=1.8",
         "isal>=1.7",
         "fsspec>=2024.6",

@@ -5,32 +5,31 @@ import sys, os.path as o; sys.path[:] = [o.dirname(o.dirname(o.realpath(__file__
         --captions captions_train2017.json --out shards --split train
     python tools/make_shards.py verify shards
     python tools/make_shards.py info shards --categories
-    python tools/make_shards.py repair shards --split train
-    python tools/make_shards.py diff shards/train elsewhere/train
-    python tools/make_shards.py export shards --split train --out coco
-    python tools/make_shards.py which --step 1000 --run runs/stage2-eva_e
+    python tools/make_shards.py info --step 1000 --run runs/stage2-eva_e
 
-Exit status: 0 fine, 1 problems or differences found, 2 wrong usage or unusable input, 3 more than a tenth of the
+Exit status: 0 fine, 1 problems found, 2 wrong usage or unusable input, 3 more than a tenth of the
 annotations would be lost (nothing is written), 130 interrupted.
 """
 
 import argparse
 from collections.abc import Sequence
 
+from visft_ds.config.removed import refuse_removed
 from visft_ds.shards.build_command import add_build_parser
-from visft_ds.shards.commands import PARSERS
+from visft_ds.shards.commands import add_info_parser, add_verify_parser, run_info
 from visft_ds.shards.drops import TooManyDropsError
-from visft_ds.shards.which import add_which_parser, which
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    options.rest = rest
-    if rest and options.run is not which:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        refuse_removed("make_shards", arguments)
+        parser = _parser()
+        options, rest = parser.parse_known_args(arguments)
+        options.rest = rest
+        if rest and options.run is not run_info:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"make_shards: {error}", file=sys.stderr)
@@ -44,9 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make_shards.py", description="COCO -> checked, reproducible shards")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_build_parser(commands)
-    for add_parser in PARSERS:
-        add_parser(commands)
-    add_which_parser(commands)
+    add_verify_parser(commands)
+    add_info_parser(commands)
     return parser
 
 

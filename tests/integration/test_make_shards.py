@@ -108,7 +108,7 @@ def test_the_tool_runs_from_anywhere_and_as_a_module(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "toy: every byte is as it was made\n"), result.stderr
 
 
-def test_verify_info_and_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*arguments: Any, status: int = 0) -> str:
         assert main([*map(str, arguments)]) == status
         return capsys.readouterr().out
@@ -117,9 +117,9 @@ def test_verify_info_and_which(tmp_path: Path, capsys: pytest.CaptureFixture[str
     facts = json.loads(said("info", root, "--json"))
     assert [(split["split"], split["shards"]) for split in facts] == [("toy", 3)]
     run = ["--stage", 1, "--model", "debug", "--data", root, "--set", "visft.data.train=toy"]
-    which = ["which", "--step", 5, "--json", *run, "--set", "visft.shared.batch_size=4"]
-    whole = json.loads(said(*which))["image_ids"]["all"]
-    parts = json.loads(said(*which, "--dp-size", 2, "--accumulation", 2))["image_ids"]
+    shown = ["info", "--step", 5, "--json", *run, "--set", "visft.shared.batch_size=4"]
+    whole = json.loads(said(*shown))["image_ids"]["all"]
+    parts = json.loads(said(*shown, "--dp-size", 2, "--accumulation", 2))["image_ids"]
     assert (
         sorted(ids for part in parts.values() for ids in part) == sorted(whole) and len(set(whole)) == len(parts) == 4
     )

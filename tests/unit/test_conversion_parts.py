@@ -1,29 +1,28 @@
-"""The parts of a conversion: masks, categories, JSON in parts, the check of images, duplicates, re-encoding."""
+"""The parts of a conversion: masks, categories, large JSON files, the check of images, their hashes, re-encoding."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pytest
 import simplejpeg
-from coco_tree import NO_PHOTOS, PHOTOS
+from coco_tree import NO_PHOTOS, PHOTOS, write_tree
 from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from visft_ds.data.decode import decode_image
+from visft_ds.shards import source
 from visft_ds.shards.categories import COCO_NAMES, map_categories
-from visft_ds.shards.duplicates import NEAR, Fingerprint, find_duplicates, find_in_other, near_hashes
 from visft_ds.shards.images import check_image, difference_hash
-from visft_ds.shards.json_lists import read_lists
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.segmentations import stored_segmentation
-from visft_ds.shards.source import SourceImage
+from visft_ds.shards.source import SourceImage, SourceSelection, read_source
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
 
 TRIANGLE = [1, 1, 5, 1, 5, 5.5]
@@ -148,50 +147,41 @@ def test_a_map_that_leaves_something_open_is_refused(rules: Any, message: str) -
 # ---------------------------------------------------------------------------------------------------------- JSON
 
 
-def _random_file(rng: random.Random) -> bytes:
-    """A COCO-like file with every order of its parts, any white space, and texts that look like borders."""
-    texts = ["plain", "}, {", '"', "\\", '"images": [', "},{", "]", '\\"}, {\\"']
-    elements = [
-        {"id": n, "t": rng.choice(texts), "nested": [{"a": 1}, {"b": rng.choice(texts)}] if rng.random() < 0.5 else []}
-        for n in range(rng.randrange(40))
-    ]
-    parts = {"annotations": elements, "images": elements[:7], "info": {"x": [{"y": 1}, {"z": 2}]}, "n": 3}
-    names = list(parts)
-    rng.shuffle(names)
-    content = {name: parts[name] for name in names[: rng.randrange(1, 5)]}
-    indent, separators = rng.choice([(None, (",", ":")), (None, None), (1, None), (None, (" , ", " : "))])
-    return json.dumps(content, indent=indent, separators=separators).encode() + rng.choice([b"", b"\n"])
+def test_a_file_too_large_to_parse_at_once_gives_the_same_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = write_tree(tmp_path)
+    tree.edit(
+        lambda content: content["annotations"][0].update(bbox=[0.1, 1e-3, 12.345678901234567, 3], note="é\\u00e9\n")
+    )
+    at_once = read_source(tree.instances, tree.captions, SourceSelection())
+    monkeypatch.setattr(source, "_AT_ONCE", 100)
+    monkeypatch.setattr(source.orjson, "loads", None)  # so that nothing can be parsed at once
+    one_by_one = read_source(tree.instances, tree.captions, SourceSelection())
+    assert one_by_one.images == at_once.images and len(at_once.images) == 12
+    assert (one_by_one.categories, one_by_one.files) == (at_once.categories, at_once.files)
+    assert one_by_one.findings.listed() == at_once.findings.listed()
 
 
-def _in_parts(data: bytes) -> dict[str, list[Any]]:
-    lists = read_lists(data, ("images", "annotations"), part=50)
-    return {name: [one for part in parts() for one in part] for name, parts in lists.items()}
-
-
-def test_lists_in_parts_are_those_of_a_parser_of_the_whole() -> None:
-    """Texts and nested objects contain everything that looks like a border."""
-    rng = random.Random(0)
-    for _ in range(400):
-        data = _random_file(rng)
-        if rng.random() < 0.3:  # damaged
-            place = rng.randrange(len(data))
-            data = data[:place] + rng.choice([b"", b"}", b'"', b"], ["]) + data[place + rng.randrange(3) :]
-        try:
-            content = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            with pytest.raises(orjson.JSONDecodeError):
-                _in_parts(data)
-            continue
-        whole = content.items() if isinstance(content, dict) else ()
-        assert _in_parts(data) == {
-            name: value for name, value in whole if name in ("images", "annotations") and isinstance(value, list)
-        }
-
-
-def test_a_large_list_does_come_in_parts() -> None:
-    data = json.dumps({"annotations": [{"id": n} for n in range(1000)], "categories": [{"id": 1}]}).encode()
-    parts = list(read_lists(data, ("annotations", "categories"), part=1000)["annotations"]())
-    assert len(parts) > 5 and sum(map(len, parts)) == 1000
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [], "categories": [', r"x\.json is not valid JSON"),
+        ('{"images": [], "annotations": [NaN], "categories": []}', r"x\.json is not valid JSON"),
+        ("[1]", "it has no list"),
+        ('{"images": [], "annotations": [], "categories": 3}', "it has no list 'categories'"),
+        ('{"images": [3], "annotations": [], "categories": []}', "every entry of 'images' must be an object"),
+        ('{"images": [], "annotations": [], "categories": []}', "its list of images is empty"),
+    ],
+)
+def test_what_is_no_coco_file_is_refused_at_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, text: str, message: str
+) -> None:
+    monkeypatch.setattr(source, "_AT_ONCE", limit)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_source(tmp_path / "x.json", None, SourceSelection())
 
 
 # --------------------------------------------------------------------------------------------------------- check
@@ -272,7 +262,7 @@ def test_lesser_checks_look_less_far() -> None:
     assert check_image(data, _image(90, 120), "header").dhash == 0 != check_image(data, _image(90, 120)).dhash
 
 
-# ---------------------------------------------------------------------------------------------------- duplicates
+# -------------------------------------------------------------------------------------------------------- hashes
 
 
 def test_the_hash_is_that_of_exact_averages() -> None:
@@ -285,59 +275,6 @@ def test_the_hash_is_that_of_exact_averages() -> None:
         expected = "".join("01"[int(bit)] for bit in (cells[:, 1:] > cells[:, :-1]).ravel())
         assert difference_hash(grey) == int(expected, 2)
     assert difference_hash(np.full((30, 40), 9, np.uint8)) == 0
-
-
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=NO_PHOTOS)
-def test_copies_of_photographs_are_near_and_different_photographs_are_not() -> None:
-    """What NEAR is chosen from: see there for all numbers; here a fifth of the photographs and two kinds of copies."""
-    hashes = []
-    for path in sorted(PHOTOS.glob("*2017/*.jpg"))[::5]:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-        half = rgb.resize((rgb.width // 2, rgb.height // 2), Image.Resampling.LANCZOS)
-        files = [path.read_bytes(), _jpeg(np.asarray(rgb), quality=30), _jpeg(np.asarray(half), quality=90)]
-        sizes = [decode_image(file).shape[:2] for file in files]
-        hashes.append([check_image(file, _image(*size)).dhash for file, size in zip(files, sizes, strict=True)])
-    for place, (first, *copies) in enumerate(hashes):
-        assert max((first ^ copy).bit_count() for copy in copies) <= 3 < NEAR
-        assert min((first ^ other[0]).bit_count() for other in hashes[:place] + hashes[place + 1 :]) > 2 * NEAR
-
-
-def test_near_hashes_are_all_pairs_within_the_distance() -> None:
-    rng = np.random.default_rng(0)
-    base = rng.integers(1, 1 << 62, 60, dtype=np.uint64)
-    flips = [sum(1 << int(bit) for bit in rng.choice(64, count, replace=False)) for count in (1, 3, 4, 5, 6) * 12]
-    hashes = np.concatenate([base, base ^ np.array(flips, dtype=np.uint64), base[:3], np.zeros(5, np.uint64)])
-    known = sorted({int(one) for one in hashes} - {0})
-    expected = {
-        one: {(other, distance) for other in known if 0 < (distance := (one ^ other).bit_count()) <= NEAR}
-        for one in known
-    }
-    found = {one: set(near) for one, near in near_hashes(hashes).items()}
-    assert found == {one: near for one, near in expected.items() if near} and len(found) > 60
-
-
-def test_the_lowest_id_of_each_group_stays() -> None:
-    """A chain of pictures, each near the next, must not vanish but for its first."""
-    chain = [0xFF, 0xFF ^ 0b111 << 20, 0xFF ^ 0b111111 << 20, 0xFF ^ 0b111111111 << 20]
-    images = [
-        Fingerprint(number, 100 + number, number, dhash) for number, dhash in zip((9, 4, 6, 2), chain, strict=True)
-    ]
-    images += [Fingerprint(7, 50, 50, 0), Fingerprint(5, 50, 50, 0), Fingerprint(8, 50, 50, 0)]
-    found = find_duplicates(images, lambda one, two: {one, two} != {5, 8})  # equal crc32 by chance
-    assert [(one.image_id, one.of, one.exact, one.distance) for one in found] == [
-        (6, 2, False, 3),
-        (7, 5, True, 0),
-        (9, 4, False, 3),
-    ]
-    assert find_duplicates(images[::-1], lambda one, two: {one, two} != {5, 8}) == found
-
-
-def test_images_of_another_split_are_found() -> None:
-    images = [Fingerprint(1, 10, 11, 0xF0F0), Fingerprint(2, 20, 22, 0xF0F1), Fingerprint(3, 30, 33, 0xF << 40)]
-    others = [Fingerprint(70, 10, 11, 0xF0F0), Fingerprint(80, 99, 98, 0xFF << 50)]
-    found = find_in_other(images, others)
-    assert [(one.image_id, one.of, one.exact, one.distance) for one in found] == [(1, 70, True, 0), (2, 70, False, 1)]
 
 
 # --------------------------------------------------------------------------------------------------- re-encoding

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from tests.coco_tree import write_tree
 from tools.make_shards import main as make_shards
-from visft_ds.config import resolve
+from visft_ds.config import resolve, resolve_arguments
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample
@@ -26,6 +25,7 @@ from visft_ds.prepare.streams import (
     read_vocabulary,
     vocabulary_of,
 )
+from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
@@ -108,7 +108,7 @@ def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
     config = config_of("visft.mode=sampled", stage=1)
     plan = plan_of(config, only(partly, config))
     for step in range(12):
-        assert make_shards(["which", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
+        assert make_shards(["info", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
         printed = json.loads(capsys.readouterr().out)
         whole = plan.step(step)
         expected = partly.index["image_id"][whole.indices].tolist()
@@ -116,16 +116,20 @@ def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
         assert printed["state"] == plan.state(step)
 
 
-def test_the_place_of_a_sample_is_found_by_its_key(partly: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "1007", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    data = (Path(partly.root) / printed["name"]).read_bytes()
-    image = data[printed["image_offset"] :][: printed["image_size"]]
-    assert zlib.crc32(image) == printed["image_crc32"] and image.startswith(b"\xff\xd8")
-    assert make_shards(["which", str(partly.root), "--split", SPLIT, "--key", "5"]) == 2
-    assert "has no image 5" in capsys.readouterr().err
-    assert make_shards(["which", "--step", "1", "--key", "5"]) == 2
-    assert "either --step N" in capsys.readouterr().err
+def test_the_images_of_a_step_are_found_from_a_run_folder(
+    partly: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its shards have moved; flags beside the folder would say it twice."""
+    flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
+    config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
+    moved = ["--data", str(partly.root), "--step", "3", "--json"]
+    assert make_shards(["info", *moved, *flags]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert make_shards(["info", "--run", str(tmp_path), *moved]) == 0
+    assert json.loads(capsys.readouterr().out) == expected and expected["split"] == f"{partly.root}/{SPLIT}"
+    assert make_shards(["info", "--run", str(tmp_path), "--step", "3", "--stage", "1"]) == 2
+    assert "--stage: with --run, the run folder says everything" in capsys.readouterr().err
 
 
 def test_steps_are_shared_out_by_ratio_or_by_updates(whole: Manifest) -> None:

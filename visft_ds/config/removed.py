@@ -7,6 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
+_COPIES = "find copies with a program made for that, as imagededup, and name the images to keep in --ids FILE"
+
 #: Dotted key -> what serves instead.
 KEYS: dict[str, str] = {}
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
@@ -25,6 +28,16 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "data --shuffle": _MEASURED,
         "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
     }
+    "make_shards": {
+        "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",
+        "diff": "compare the fingerprints that `info` shows; equal ones mean the same samples in the same order",
+        "export": "keep the COCO files that were packed; `tar -xf` gives the images, each with its label",
+        "which": "`info --step N` with the same flags; where a sample lies is in its row of NAME.index.npy",
+        "build --dedup": _COPIES,
+        "build --against": _COPIES,
+        "verify --against": _PACK_AGAIN,
+        "verify --captions": _PACK_AGAIN,
+    },
 }
 
 

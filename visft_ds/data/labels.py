@@ -6,8 +6,7 @@
      "captions": ["A room with a table.", ...]}
 
 `license` and `segmentation` may be left out, other fields are kept and ignored. Annotations are in pixels of an image
-of `width` x `height`; where the stored one has another size, `stored_width` and `stored_height` say so. Whoever packs
-shards with another program and writes this gets an index and a manifest from `make_shards.py repair`.
+of `width` x `height`; where the stored one has another size, `stored_width` and `stored_height` say so.
 """
 
 from __future__ import annotations

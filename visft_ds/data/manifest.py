@@ -41,7 +41,7 @@ INDEX_DTYPE = np.dtype(
         ("image_id", "<i8"),
         ("num_annotations", "<i4"),  # that training uses: neither crowd nor without area
         ("num_captions", "<i4"),
-        ("dhash", "<u8"),  # difference hash of the decoded image, for duplicates; 0 where it was not decoded
+        ("dhash", "<u8"),  # difference hash of the decoded picture, to find duplicates by; 0 where it was not decoded
     ]
 )
 #: What identifies the content of a sample; the rest of a row says where it lies.

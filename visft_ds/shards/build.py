@@ -14,20 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
 
-from visft_ds.data.manifest import VERSION, Manifest, index_path, manifest_path, shard_name, shards_among
-from visft_ds.shards.duplicates import Duplicate
-from visft_ds.shards.finish import BuildReport, Comparison, dry_report, left_out, write_manifest
-from visft_ds.shards.images import CHECK_LEVELS, Checked, CheckLevel
+from visft_ds.data.manifest import VERSION, index_path, manifest_path, shard_name, shards_among
+from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
+from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
 from visft_ds.shards.inputs import open_images
-from visft_ds.shards.outputs import Output, exclusive, open_output
+from visft_ds.shards.outputs import Output, exclusive
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import is_url, local_path
-from visft_ds.shards.scan import duplicates, scan
 from visft_ds.shards.shard_writer import (
     Planned,
     Prepared,
@@ -45,15 +43,13 @@ from visft_ds.tasks.captioning.vocabulary import TOKENIZER
 #: Of the order of samples. It is part of the random key and independent of the manifest's version.
 _ORDER_VERSION = 1
 _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
-
-Dedup = Literal["report", "drop", "off"]
-DEDUP: tuple[Dedup, ...] = ("report", "drop", "off")
+#: Version 0.1 could look for duplicates. A manifest keeps the keys, with the values of a build that left none out.
+_DUPLICATES = {"dedup": "report", "against": []}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a build depends on; every place is a local path or a URL that fsspec knows.
+    """What a build depends on; every place but `out` is a local path or a URL that fsspec knows.
 
     Raises ValueError for values out of range, and for combinations that cannot be.
     """
@@ -75,11 +71,9 @@ class Options:
     licenses: tuple[int, ...] | None = None
     check: CheckLevel = "decode"
     reencode: Reencoding | None = None
-    dedup: Dedup = "report"
     allow_drops: bool = (
         False  #: go on where more than a tenth of the annotations is lost; the shards do not depend on it
     )
-    against: tuple[str, ...] = ()  #: finished splits, FOLDER/NAME, whose images should not be in this one
 
     def __post_init__(self) -> None:
         if not self.split or not all(c.isalnum() or c in "-_" for c in self.split):
@@ -91,16 +85,12 @@ class Options:
             raise ValueError(f"seed {self.seed} is not allowed: give an integer from 0 to 2**63 - 1, or none")
         if self.instances is None and self.captions is None:
             raise ValueError("there is nothing to learn: give --instances, --captions or both")
-        for name, given, allowed in (("check", self.check, CHECK_LEVELS), ("dedup", self.dedup, DEDUP)):
-            if given not in allowed:
-                raise ValueError(f"--{name} {given} is not allowed; allowed are {', '.join(allowed)}")
+        if self.check not in CHECK_LEVELS:
+            raise ValueError(f"--check {self.check} is not allowed; allowed are {', '.join(CHECK_LEVELS)}")
         if self.reencode is not None and self.check != "decode":
             raise ValueError(f"--reencode decodes every image anyway: leave out --check {self.check}")
         if self.categories != "keep" and self.instances is None:
             raise ValueError(f"--categories {self.categories} needs --instances, where categories come from")
-        for place in self.against:
-            if not all(split_place(place)):
-                raise ValueError(f"--against {place!r} is not of the form FOLDER/SPLIT")
         if not is_url(self.images) and not local_path(self.images).is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 
@@ -130,14 +120,9 @@ class Options:
             "licenses": None if self.licenses is None else sorted(self.licenses),
             "check": self.check,
             "reencode": None if self.reencode is None else self.reencode.described(),
-            "drop_duplicates": self.dedup == "drop",
+            "drop_duplicates": False,  # splits that version 0.1 built so hold other images
             "tokenizer": TOKENIZER,
         }
-
-    def recorded(self, others: Sequence[Manifest]) -> dict[str, Any]:
-        """What the manifest remembers: `content`, and what its findings depend on."""
-        compared = [{"split": other.split, "fingerprint": other.fingerprint} for other in others]
-        return {**self.content(), "dedup": self.dedup, "against": compared}
 
 
 def build(
@@ -165,8 +150,7 @@ def build(
         RuntimeError: reading an image failed, or it changed meanwhile; what is finished is kept.
     """
     on_progress(BuildProgress())
-    images, output = open_images(options.images), open_output(options.out, options.split)
-    others = [Manifest.load(*split_place(place), check_shards=False) for place in options.against]
+    images, output = open_images(options.images), Output(options.out, options.split)
     source = read_source(options.instances, options.captions, options.selection())
     treatment = Treatment(images, options.check, options.reencode)
     missing: list[dict[str, Any]] = []
@@ -182,34 +166,19 @@ def build(
         output.open()
         with exclusive(output.scratch), BuildWorkers(workers, on_progress) as threads:
             _claim(options, source, output, replace=replace)
-            verdicts: dict[int, Checked] = {}
-            dropped: list[Duplicate] = []
-            if options.dedup == "drop":
-                verdicts = scan(samples, treatment, output, threads)
-                dropped = duplicates(samples, treatment, verdicts)
-                gone = {one.image_id for one in dropped}
-                samples = [sample for sample in samples if sample.image.image_id not in gone]
             plan = _cut(samples, options)
             _refuse_strangers(options, output, len(plan))
             threads.progress.total_images, threads.progress.total_shards = len(samples), len(plan)
-            records = _Builder(options, plan, treatment, output, threads, verdicts).run()
+            records = _Builder(options, plan, treatment, output, threads).run()
             quarantine = missing + [bad for record in records for bad in record["quarantine"]]
             _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
-            by_id = {sample.image.image_id: sample for sample in samples}
-            comparison = Comparison(
-                within=options.dedup == "report",
-                same=lambda one, two: treatment.read(by_id[one]) == treatment.read(by_id[two]),
-                dropped=dropped,
-                others=others,
-            )
             return write_manifest(
                 output,
                 options.split,
-                options.recorded(others),
+                {**options.content(), **_DUPLICATES},
                 source,
                 records,
                 quarantine,
-                comparison,
                 out=str(options.out),
                 kept=threads.progress.kept,
             )
@@ -225,10 +194,9 @@ class _Builder:
         treatment: Treatment,
         output: Output,
         threads: BuildWorkers,
-        verdicts: Mapping[int, Checked],
     ) -> None:
         self._options, self._plan, self._treatment = options, plan, treatment
-        self._output, self._threads, self._verdicts = output, threads, verdicts
+        self._output, self._threads = output, threads
 
     def run(self) -> list[dict[str, Any]]:
         """The records of all shards in order."""
@@ -253,7 +221,7 @@ class _Builder:
         return record
 
     def _prepare(self, sample: Planned) -> Prepared:
-        prepared = self._treatment.prepare(sample, self._verdicts.get(sample.image.image_id))
+        prepared = self._treatment.prepare(sample)
         self._threads.count(prepared.size)
         return prepared
 
@@ -391,9 +359,3 @@ def _clear_errors(options: Options) -> Iterator[None]:
             f"{error.strerror}: cannot write to {options.out}{where}. Nothing that is finished is lost: mend it and "
             "run the same command again",
         ) from error
-
-
-def split_place(place: str) -> tuple[str, str]:
-    """("shards", "val") of "shards/val"."""
-    folder, _, split = place.rstrip("/").rpartition("/")
-    return folder, split

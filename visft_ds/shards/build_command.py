@@ -14,20 +14,20 @@ from typing import Any
 import orjson
 
 from visft_ds.data.manifest import manifest_path
-from visft_ds.shards.build import DEDUP, Options, build
+from visft_ds.shards.build import Options, build
 from visft_ds.shards.finish import BuildReport, left_out, report_dict
 from visft_ds.shards.images import CHECK_LEVELS
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.workers import BuildProgress
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_EPILOG = """places are local or URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
+_EPILOG = """images and JSON files may be URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
 
 examples:
   python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
       --captions captions_train2017.json --out shards --split train
   python tools/make_shards.py build --images s3://bucket/val2017 --instances s3://bucket/instances_val2017.json \\
-      --out s3://bucket/shards --split val --against shards/train
+      --out shards --split val
   python tools/make_shards.py build ... --dry-run          what would be made; nothing is written
 """
 
@@ -45,7 +45,7 @@ def add_build_parser(commands: Any) -> None:
     add("--images", required=True, metavar="DIR|URL", help="folder of the image files")
     add("--instances", metavar="FILE|URL", help="instances_*.json of COCO")
     add("--captions", metavar="FILE|URL", help="captions_*.json of COCO; at least one of the two")
-    add("--out", required=True, metavar="DIR|URL", help="where the shards go")
+    add("--out", required=True, metavar="DIR", help="where the shards go")
     add("--split", required=True, metavar="NAME", help="name of the split, first part of all file names")
     shards = parser.add_argument_group("shards")
     shards.add_argument("--max-size", type=_size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
@@ -73,8 +73,6 @@ def add_build_parser(commands: Any) -> None:
     add = images.add_argument
     add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
     add("--bad", choices=("quarantine", "fail"), default="quarantine", help="unusable images: leave out, or stop")
-    add("--dedup", choices=DEDUP, default="report", help="what to do with images that repeat others (default report)")
-    add("--against", action="append", default=[], metavar="DIR/SPLIT", help="report images that this split has as well")
     add("--reencode", type=_reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
     running = parser.add_argument_group("how it runs")
     add = running.add_argument
@@ -108,9 +106,7 @@ def run_build(options: argparse.Namespace) -> int:
         licenses=options.license,
         check=options.check,
         reencode=options.reencode,
-        dedup=options.dedup,
         allow_drops=options.allow_drops,
-        against=tuple(options.against),
     )
     began = time.perf_counter()
     line = ProgressLine(enabled=not options.quiet)

@@ -39,12 +39,6 @@ FINDINGS: Mapping[str, str] = {
     "CMYK image": "kept, decoded as RGB",
     "PNG named otherwise": "kept, stored as .png",
     "WebP converted": "stored as JPEG, as --reencode asks",
-    "exact duplicate": "kept; --dedup drop leaves it out",
-    "near duplicate": "kept; --dedup drop leaves it out",
-    "exact duplicate dropped": "left out, as --dedup drop asks",
-    "near duplicate dropped": "left out, as --dedup drop asks",
-    "also in another split": "kept: leave it out of one of the two, or their numbers prove little",
-    "like an image of another split": "kept: look at both, they are nearly the same picture",
     "quarantined": "left out, listed with reasons under 'quarantine' in the manifest",
 }
 _EXAMPLES = 3

@@ -1,20 +1,18 @@
-"""The last step of a conversion: duplicates are named, index and manifest written, everything is reported."""
+"""The last step of a conversion: index and manifest are written, everything is reported."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
-from visft_ds.data.manifest import INDEX_DTYPE, Manifest, ShardFile, index_path, manifest_bytes, manifest_path
-from visft_ds.shards.duplicates import Duplicate, Fingerprint, find_duplicates, find_in_other
+from visft_ds.data.manifest import INDEX_DTYPE, ShardFile, index_path, manifest_bytes, manifest_path
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned
 from visft_ds.shards.source import CocoSource, SourceImage
@@ -36,50 +34,12 @@ class BuildReport:
     counts: Mapping[str, int]
     findings: Sequence[Mapping[str, Any]]
     quarantine: Sequence[Mapping[str, Any]]
-    duplicates: Sequence[Mapping[str, Any]]  #: fields of `Duplicate`, and the split that the image `of` is in
     fingerprint: str | None
 
 
 def report_dict(report: BuildReport) -> dict[str, Any]:
     """The report as plain data, for JSON."""
     return asdict(report)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What images are compared with."""
-
-    within: bool  #: with each other
-    same: Callable[[int, int], bool]  #: whether the files of two image ids have the same content
-    dropped: Sequence[Duplicate] = ()  #: what was left out for it
-    others: Sequence[Manifest] = field(default=())  #: finished splits
-
-    def run(self, split: str, index: npt.NDArray[Any], source: CocoSource) -> list[dict[str, Any]]:
-        """Note all repetitions among the findings, and list them."""
-        found = []
-        images = _fingerprints(index)
-        for one in self.dropped:
-            source.findings.add(f"{'exact' if one.exact else 'near'} duplicate dropped", _shown(one, ""))
-            found.append({**asdict(one), "split": split})
-        for one in find_duplicates(images, self.same) if self.within else ():
-            source.findings.add(f"{'exact' if one.exact else 'near'} duplicate", _shown(one, ""))
-            found.append({**asdict(one), "split": split})
-        for other in self.others:
-            for one in find_in_other(images, _fingerprints(other.index)):
-                kind = "also in another split" if one.exact else "like an image of another split"
-                source.findings.add(kind, _shown(one, f" of {other.split}"))
-                found.append({**asdict(one), "split": other.split})
-        return found
-
-
-def _fingerprints(index: npt.NDArray[Any]) -> list[Fingerprint]:
-    columns = (index[name].tolist() for name in ("image_id", "image_size", "image_crc32", "dhash"))
-    return [Fingerprint(*row) for row in zip(*columns, strict=True)]
-
-
-def _shown(one: Duplicate, where: str) -> str:
-    bits = "" if one.exact else f", {one.distance} of 64 bits differ"
-    return f"image {one.image_id} = image {one.of}{where}{bits}"
 
 
 def write_manifest(
@@ -89,7 +49,6 @@ def write_manifest(
     source: CocoSource,
     records: Sequence[Mapping[str, Any]],
     quarantine: Sequence[Mapping[str, Any]],
-    comparison: Comparison,
     *,
     out: str,
     kept: int,
@@ -103,7 +62,6 @@ def write_manifest(
         source: the annotations; its findings are completed.
         records: of all shards in order.
         quarantine: all images that were left out as unusable.
-        comparison: how duplicates are found.
         kept: how many shards were there already, for the report.
 
     Raises:
@@ -115,7 +73,6 @@ def write_manifest(
     index = np.array(rows, dtype=INDEX_DTYPE)
     for record in records:
         source.findings.extend(record["findings"])
-    repeated = comparison.run(split, index, source)
     source.findings.extend(_quarantined(quarantine))
     chosen = set(index["image_id"].tolist())
     images = [image for image in source.images if image.image_id in chosen]
@@ -148,7 +105,6 @@ def write_manifest(
         counts=counts,
         findings=source.findings.listed(),
         quarantine=quarantine,
-        duplicates=repeated,
         fingerprint=orjson.loads(manifest)["fingerprint"],
     )
 
@@ -169,7 +125,6 @@ def dry_report(
         counts={**_counts([sample.image for sample in samples]), "quarantined": len(quarantine)},
         findings=source.findings.listed(),
         quarantine=quarantine,
-        duplicates=(),
         fingerprint=None,
     )
 

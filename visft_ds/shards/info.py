@@ -1,8 +1,10 @@
-"""What a split holds, for people and for programs."""
+"""Facts of a split, and the images of a training step, as plain data."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,3 +82,52 @@ def _category_table(manifest: Manifest) -> list[dict[str, Any]]:
         }
         for category in manifest.categories
     ]
+
+
+def describe_step(
+    step: int, flags: Sequence[str], run: Path | None, data: str | None, dp_size: int | None, accumulation: int
+) -> dict[str, Any]:
+    """Task, place in the data and image ids of a training step, without a GPU and without training.
+
+    Args:
+        step: counted from 0.
+        flags: those of launchers/train.py; none with `run`.
+        run: a run folder, which says what its command did.
+        data: the shards, if they have moved.
+        dp_size, accumulation: where given, the part of each data-parallel rank and micro-batch.
+
+    Raises:
+        ValueError: what the configuration or the shards do not have; flags beside a run folder.
+    """
+    # Reading shards must not wait for torch, so what a run consists of is imported here.
+    from visft_ds.config import resolve_arguments
+    from visft_ds.prepare.datasets import open_training_data
+    from visft_ds.prepare.streams import plan_of
+    from visft_ds.run.folder import recorded_config
+
+    if run is None:
+        config = resolve_arguments([*flags, *(["--data", data] if data else [])])[1].visft
+    elif flags:
+        raise ValueError(f"{flags[0]}: with --run, the run folder says everything but --data")
+    else:
+        config = recorded_config(run).visft
+        moved = {} if data is None else {"root": data}
+        config = config.model_copy(update={"data": config.data.model_copy(update=moved)})
+    sets = open_training_data(config, check_shards=False)
+    plan = plan_of(config, sets)
+    whole = plan.step(step)
+    parts = {"all": whole}
+    if dp_size is not None:
+        plan.check_split(dp_size, accumulation)
+        parts = {
+            f"rank {rank} micro-batch {micro}": part
+            for rank in range(dp_size)
+            for micro, part in enumerate(plan.split(whole, rank, dp_size, accumulation))
+        }
+    manifest = sets[whole.dataset].manifest
+    return {
+        **{name: getattr(whole, name) for name in ("step", "task", "dataset", "position", "epoch")},
+        "split": f"{manifest.root}/{manifest.split}",
+        "state": plan.state(step),
+        "image_ids": {name: manifest.index["image_id"][part.indices].tolist() for name, part in parts.items()},
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from visft_ds.tasks.captioning.vocabulary import caption_words
 ALLOWED = ("jpg", "jpeg", "png", "json")
 _MAX_NAME = 255
 _NAME = re.compile(r"([^./\\\0][^./\\\0]*)\.([^./\\\0]+)")
-#: Image file and label -> difference hash; raises ValueError where the image is damaged.
-Look = Callable[[bytes, Mapping[str, Any]], int]
 #: Payload offset -> what the index says lies there: (part, key).
 Places = dict[int, tuple[str, str]]
 
@@ -34,7 +32,7 @@ class ShardContent:
     name: str
     bytes: int = 0
     sha256: str = ""
-    rows: list[dict[str, int]] = field(default_factory=list)  #: columns of the index but `shard`, of whole samples
+    rows: list[dict[str, int]] = field(default_factory=list)  #: what the index says of whole samples
     members: dict[int, tuple[str, int, int]] = field(default_factory=dict)  #: offset -> key, size, crc32
     problems: list[Problem] = field(default_factory=list)
     blamed: set[str] = field(default_factory=set)  #: keys that a problem already names
@@ -54,7 +52,6 @@ def read_shard(
     *,
     plain: bool = False,
     decode: bool = False,
-    look: Look | None = None,
     places: Places | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> ShardContent:
@@ -63,7 +60,6 @@ def read_shard(
     Args:
         plain: accept tars that other programs have written, see `TarScan`, with keys that are not image ids.
         decode: decode every image with the decoder of training.
-        look: gives every image its difference hash; without it all are 0.
         places: where members should begin, so that damage can be given a name.
         on_bytes: called with the bytes read since the last call; may raise to stop.
 
@@ -71,7 +67,7 @@ def read_shard(
         OSError: the file cannot be read.
     """
     content = ShardContent(path.name)
-    reading = _Reading(content, plain=plain, decode=decode, look=look, places=places or {})
+    reading = _Reading(content, plain=plain, decode=decode, places=places or {})
     with open(path, "rb") as file:
         content.bytes = path.stat().st_size
         scan = TarScan(file, content.bytes, plain=plain)
@@ -92,9 +88,9 @@ def read_shard(
 class _Reading:
     """Puts members together to samples: an image, directly followed by its label."""
 
-    def __init__(self, content: ShardContent, *, plain: bool, decode: bool, look: Look | None, places: Places) -> None:
+    def __init__(self, content: ShardContent, *, plain: bool, decode: bool, places: Places) -> None:
         self._content, self._plain, self._places = content, plain, places
-        self._decode, self._look = decode, look
+        self._decode = decode
         self._image: tuple[str, str, Member] | None = None  # key, extension, member: waits for its label
         self._keys: set[str] = set()
 
@@ -155,7 +151,6 @@ class _Reading:
             return
         try:
             size = self._check_image(extension, image.payload)
-            dhash = 0 if self._look is None else self._look(image.payload, label)
         except ValueError as error:
             content.blame(f"image of {key} at offset {image.offset}: {error}", key, offset=image.offset)
             return
@@ -165,7 +160,7 @@ class _Reading:
             message = f"image of {key} at offset {image.offset}: {size[1]} x {size[0]} pixels, the label says {said}"
             content.blame(message, key, offset=image.offset)
             return
-        self._take(image, label_file, label, dhash)
+        self._take(image, label_file, label)
 
     def _check_key(self, key: str, image_id: int) -> None:
         if key != f"{image_id:012d}" and not (self._plain and not (key.isdecimal() and int(key) != image_id)):
@@ -182,12 +177,12 @@ class _Reading:
             size = (pixels.shape[0], pixels.shape[1])
         return size
 
-    def _take(self, image: Member, label_file: Member, label: dict[str, Any], dhash: int) -> None:
+    def _take(self, image: Member, label_file: Member, label: dict[str, Any]) -> None:
         content = self._content
         annotations, captions = label["annotations"], label["captions"]
         useful = trainable(label)
         row = {"width": label["width"], "height": label["height"], "image_id": label["image_id"]}
-        row |= {"num_annotations": useful, "num_captions": len(captions), "dhash": dhash}
+        row |= {"num_annotations": useful, "num_captions": len(captions)}
         for part, member in (("image", image), ("label", label_file)):
             _, size, crc32 = content.members[member.offset]
             row |= {f"{part}_offset": member.offset, f"{part}_size": size, f"{part}_crc32": crc32}

@@ -47,23 +47,15 @@ class Treatment:
     level: CheckLevel = "decode"
     reencoding: Reencoding | None = None
 
-    def read(self, sample: Planned) -> bytes:
-        """The file. Raises RuntimeError if it cannot be read or is no longer what was planned."""
+    def prepare(self, sample: Planned) -> Prepared:
+        """Read, check and, if it is asked for, re-encode an image.
+
+        Raises RuntimeError if it cannot be read or is no longer what was planned.
+        """
         data = self.images.read(sample.image.file_name)
         if len(data) != sample.size:
             raise RuntimeError(f"{sample.image.file_name} changed while the shards were built; run the build again")
-        return data
-
-    def check(self, data: bytes, sample: Planned) -> Checked:
-        """The verdict on it."""
-        return check_image(data, sample.image, self.level, convert=self.reencoding is not None)
-
-    def prepare(self, sample: Planned, verdict: Checked | None) -> Prepared:
-        """Read, check and, if it is asked for, re-encode an image; `verdict` holds for a file with the same crc32."""
-        data = self.read(sample)
-        checked = (
-            verdict if verdict is not None and verdict.crc32 == isal_zlib.crc32(data) else self.check(data, sample)
-        )
+        checked = check_image(data, sample.image, self.level, convert=self.reencoding is not None)
         if checked.reason is not None:
             return Prepared(sample, len(data), checked, b"")
         if self.reencoding is None:

@@ -3,9 +3,9 @@
 What can be kept is kept as given: crowds and boxes without area belong to the data set, training leaves them out.
 What no reader could use (unknown category, no image, malformed box) is dropped and counted.
 
-The annotations of a large data set are millions of Python objects, ten times the size of their file. So they exist for
-a moment and a part at a time: each becomes JSON text again as soon as it is checked, and what is left of an image is
-its label.
+The annotations of a large data set are millions of Python objects, ten times the size of their file. So each becomes
+JSON text again as soon as it is checked, and what is left of an image is its label; of a file beyond 1 GiB the objects
+exist only one at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import codecs
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ from visft_ds.shards.categories import CategoryMap, map_categories
 from visft_ds.shards.drops import Drops, wrong_box, wrong_integer, wrong_kind
 from visft_ds.shards.findings import Findings
 from visft_ds.shards.inputs import read_file
-from visft_ds.shards.json_lists import Parts, read_lists
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import short_name
 from visft_ds.shards.segmentations import stored_segmentation
 
+#: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
+_AT_ONCE = 1 << 30  # bytes
 #: COCO's boxes pass the border by rounding; only more than this many pixels is worth a word.
 _BORDER = 1.0
 #: What a JSON file has for numbers; the parser refuses those that are not finite.
@@ -100,12 +100,11 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
     with _no_garbage_collection():
         if instances is not None:
             lists = _load(instances, "instances", ("images", "annotations", "categories"), files)
-            categories = [entry for part in lists["categories"]() for entry in part]
-            rules = _category_map(categories, selection.categories, instances, files)
+            rules = _category_map(list(lists["categories"]), selection.categories, instances, files)
             table = rules.categories
-            drafts = _selected(_images(instances, lists["images"](), findings), selection, files)
+            drafts = _selected(_images(instances, lists["images"], findings), selection, files)
             drops = Drops(instances, "annotations")
-            _add_annotations(lists["annotations"](), drafts, rules, selection.keep_crowd, findings, drops)
+            _add_annotations(lists["annotations"], drafts, rules, selection.keep_crowd, findings, drops)
             del lists  # and with it the text
             if not selection.allow_drops:
                 drops.refuse_too_many(_lost_images(findings))
@@ -113,9 +112,9 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
             needed = ("annotations",) if instances is not None else ("images", "annotations")
             lists = _load(captions, "captions", needed, files)
             if instances is None:
-                drafts = _selected(_images(captions, lists["images"](), findings), selection, files)
+                drafts = _selected(_images(captions, lists["images"], findings), selection, files)
             drops = Drops(captions, "captions")
-            _add_captions(lists["annotations"](), drafts, findings, drops)
+            _add_captions(lists["annotations"], drafts, findings, drops)
             del lists
             if not selection.allow_drops:
                 drops.refuse_too_many(_lost_images(findings))
@@ -198,32 +197,47 @@ def _finished(
 
 def _load(
     place: str | Path, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
-) -> dict[str, Callable[[], Iterator[list[dict[str, Any]]]]]:
-    """The needed lists of a COCO file; each is parsed, and checked to hold objects, as it is read."""
+) -> dict[str, Iterator[dict[str, Any]]]:
+    """The needed lists of a COCO file; what only shows later is raised as they are read."""
     data = read_file(place)
     files[role] = _described(place, data)
-    with _json_errors(place):
-        lists = read_lists(data.removeprefix(codecs.BOM_UTF8), needed)
-    missing = [part for part in needed if part not in lists]
-    if missing:
-        raise ValueError(f"{place} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}")
-    return {name: partial(_objects, place, name, parts) for name, parts in lists.items()}
-
-
-def _objects(place: str | Path, name: str, parts: Callable[[], Parts]) -> Iterator[list[dict[str, Any]]]:
-    with _json_errors(place):
-        for part in parts():
-            if set(map(type, part)) - {dict}:
-                raise ValueError(f"{place} is no COCO file: every entry of {name!r} must be an object")
-            yield part
-
-
-@contextmanager
-def _json_errors(place: str | Path) -> Iterator[None]:
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if len(data) > _AT_ONCE:
+        return {name: _objects(place, name, _one_by_one(place, name, data)) for name in needed}
     try:
-        yield
+        content = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{place} is not valid JSON: {error}") from error
+    missing = [name for name in needed if not isinstance(content, dict) or not isinstance(content.get(name), list)]
+    if missing:
+        raise ValueError(_lacks(place, missing))
+    return {name: _objects(place, name, content[name]) for name in needed}
+
+
+def _one_by_one(place: str | Path, name: str, data: bytes) -> Iterator[Any]:
+    """The entries of a list of a file that is too large to be parsed at once."""
+    import ijson  # loaded only where it is needed
+
+    empty = True
+    try:
+        for entry in ijson.items(io.BytesIO(data), f"{name}.item", use_float=True):
+            empty = False
+            yield entry
+        if empty and (name, "start_array", None) not in ijson.parse(io.BytesIO(data)):
+            raise ValueError(_lacks(place, [name]))
+    except ijson.JSONError as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from error
+
+
+def _lacks(place: str | Path, missing: Sequence[str]) -> str:
+    return f"{place} is no COCO file of this kind: it has no list {', '.join(map(repr, missing))}"
+
+
+def _objects(place: str | Path, name: str, entries: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        if type(entry) is not dict:
+            raise ValueError(f"{place} is no COCO file: every entry of {name!r} must be an object")
+        yield entry
 
 
 def _described(place: str | Path, data: bytes) -> dict[str, Any]:
@@ -240,10 +254,10 @@ def _category_map(
     return map_categories(entries, rule, file, str(instances))
 
 
-def _images(place: str | Path, parts: Iterator[list[dict[str, Any]]], findings: Findings) -> dict[int, _Draft]:
+def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Findings) -> dict[int, _Draft]:
     """Image id -> image. Raises ValueError if there is none."""
     drafts: dict[int, _Draft] = {}
-    for entry in chain.from_iterable(parts):
+    for entry in entries:
         wrong = _wrong_image(entry)
         if wrong:
             name, number = entry.get("file_name"), entry.get("id")
@@ -281,7 +295,7 @@ def _lost_images(findings: Findings) -> str:
 
 
 def _add_annotations(
-    parts: Iterator[list[dict[str, Any]]],
+    entries: Iterable[dict[str, Any]],
     drafts: Mapping[int, _Draft | None],
     categories: CategoryMap,
     keep_crowd: bool,
@@ -290,7 +304,7 @@ def _add_annotations(
 ) -> None:
     """Check annotations and give each kept one to its image as JSON."""
     seen: set[int] = set()
-    for place, entry in enumerate(chain.from_iterable(parts)):
+    for place, entry in enumerate(entries):
         draft, known = _get(drafts, entry.get("image_id"))
         if known and draft is None:
             drops.spared += 1
@@ -403,10 +417,10 @@ def _checked(
 
 
 def _add_captions(
-    parts: Iterator[list[dict[str, Any]]], drafts: Mapping[int, _Draft | None], findings: Findings, drops: Drops
+    entries: Iterable[dict[str, Any]], drafts: Mapping[int, _Draft | None], findings: Findings, drops: Drops
 ) -> None:
     strangers, example = 0, ""
-    for place, entry in enumerate(chain.from_iterable(parts)):
+    for place, entry in enumerate(entries):
         draft, known = _get(drafts, entry.get("image_id"))
         caption = entry.get("caption")
         if draft is None:

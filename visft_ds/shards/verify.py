@@ -33,9 +33,9 @@ from visft_ds.data.manifest import (
 from visft_ds.data.store import file_digest
 from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.shard_compare import compare_shard
-from visft_ds.shards.shard_content import Look, Places, ShardContent, read_shard
+from visft_ds.shards.shard_content import Places, ShardContent, read_shard
 
-#: Option of a manifest that `repair` made: a list of what nothing told, WRITER for tars that another program wrote.
+#: Option of manifests that version 0.1 made from tars alone: a list; WRITER where another program wrote them.
 UNKNOWN, WRITER = "unknown", "writer"
 #: What a manifest has, beside what `read_manifest` checks.
 _SHAPE: Mapping[str, type] = {
@@ -65,11 +65,6 @@ class VerifyProgress:
 
 OnProgress = Callable[[VerifyProgress], None]
 _Result = TypeVar("_Result")
-
-
-def repair_hint(root: Path, split: str) -> str:
-    """How to get index and manifest again."""
-    return f"If the shards are as they should be: `python tools/make_shards.py repair {root} --split {split}`."
 
 
 def traces_of_splits(root: Path) -> list[str]:
@@ -113,7 +108,7 @@ def verify(
         fields = read_manifest(root, split)
         check_fields(fields, split)
     except ValueError as error:
-        problems.append(Problem(manifest_path(root, split).name, str(error), fix=repair_hint(root, split)))
+        problems.append(Problem(manifest_path(root, split).name, str(error), fix=rebuild_hint(split)))
         return problems + _without_manifest(root, split, decode, workers, on_progress)
     shards = [ShardFile(**shard) for shard in fields["shards"]]
     listed = {shard.name for shard in shards}
@@ -144,7 +139,7 @@ def verify(
     problems += repeated(totals.image_ids)
     if not problems:
         messages = totals.compare(fields)
-        problems = [Problem(manifest_path(root, split).name, one, fix=repair_hint(root, split)) for one in messages]
+        problems = [Problem(manifest_path(root, split).name, one, fix=rebuild_hint(split)) for one in messages]
     return problems
 
 
@@ -211,7 +206,7 @@ def left_overs(root: Path, split: str) -> list[Problem]:
 
 def _open_leniently(root: Path, split: str, problems: list[Problem]) -> Manifest | None:
     """The manifest if its index is good, whatever the state of the shards; problems of the index are noted."""
-    name, hint = index_path(root, split).name, repair_hint(root, split)
+    name, hint = index_path(root, split).name, rebuild_hint(split)
     try:
         manifest = Manifest.load(root, split, check_shards=False)
     except ValueError as error:
@@ -242,7 +237,6 @@ def read_shards(
     *,
     plain: bool,
     decode: bool = False,
-    look: Look | None = None,
     workers: int,
     on_progress: OnProgress,
 ) -> Iterator[_Result]:
@@ -263,7 +257,7 @@ def read_shards(
     def read(job: tuple[Path, npt.NDArray[Any] | None]) -> _Result:
         path, rows = job
         places = {} if rows is None else _places(rows)
-        content = read_shard(path, plain=plain, decode=decode, look=look, places=places, on_bytes=on_bytes)
+        content = read_shard(path, plain=plain, decode=decode, places=places, on_bytes=on_bytes)
         return finish(content, rows)
 
     pool = ThreadPoolExecutor(workers, "verify")

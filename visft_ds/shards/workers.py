@@ -28,7 +28,7 @@ _AHEAD = 2
 class BuildProgress:
     """How far a build is."""
 
-    phase: str = "reading annotations"  #: then "comparing images" where duplicates are dropped, then "writing shards"
+    phase: str = "reading annotations"  #: then "writing shards"
     images: int = 0
     bytes: int = 0
     shards: int = 0
