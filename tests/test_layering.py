@@ -30,7 +30,6 @@ RESERVED = {
     "open_clip": ("visft_ds.interop",),
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
-    "torchao": ("visft_ds.ops.low_bit",),
     "flash_attn": ("visft_ds.ops",),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))

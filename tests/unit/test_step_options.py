@@ -44,7 +44,6 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
             "recompute .*must be block, mlp or gelu_8bit",
         ),
         ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
-        ((BLOCKS, "visft.model.base=int8"), {}, "must be none with visft.model.base = int8"),
         ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
         (("visft.model.compile=block",), {}, "'cuda_graphs'; did you mean blocks"),
         ((CONTENT, "visft.tasks.segmentation.image.fixed_size=56"), {}, "nothing is left away"),

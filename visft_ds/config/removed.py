@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Dotted key -> what serves instead.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
+}
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
-IDLE: dict[str, Any] = {}
+IDLE: dict[str, Any] = {
+    "visft.model.base": "full",
+}
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
 ARGUMENTS: dict[str, dict[str, str]] = {}
 

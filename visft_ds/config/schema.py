@@ -108,7 +108,6 @@ class ModelConfig(BaseModel):
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
     packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
-    base: Literal["full", "int8", "fp8", "nf4"] = "full"  #: storage of the blocks' frozen matrices, docs/kernels.md
 
     @property
     def timm(self) -> str | None:

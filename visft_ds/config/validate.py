@@ -232,8 +232,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     """What towers of our own and models of timm do not have in common."""
     model, targets = visft.model, visft.lora.targets if visft.lora else ()
-    if visft.lora is not None and visft.lora.magnitude and model.base != "full":
-        yield "visft.lora.magnitude", f"must be false with visft.model.base = {model.base}: it needs the weights' rows"
     if model.timm is None:
         for number, target in enumerate(targets):
             if target not in ROLES:
@@ -253,8 +251,6 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         yield "visft.model.packed", f"must be false with {model.preset}, whose images are padded"
     if model.compile != "none":
         yield "visft.model.compile", f"must be none with {model.preset}"
-    if model.base != "full":
-        yield "visft.model.base", f"must be full with {model.preset}"
     if model.fit_memory:
         yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
@@ -418,10 +414,6 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
         )
     if model.kernels == "triton":
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-    if model.base != "full":
-        yield key, f"must be none with visft.model.base = {model.base}: values are made of codes piece by piece"
-    if model.base != "full":
-        yield key, f"must be none with visft.model.base = {model.base}: products with coded weights are not compiled"
     if not visft.run.rehearsal:
         yield key, "must be none without visft.run.rehearsal, which is when blocks are compiled"
 

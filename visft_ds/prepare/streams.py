@@ -96,8 +96,6 @@ def features_of(
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
-    if config.model.base != "full":  # else as it was before there was a choice
-        identity["base stored as"] = config.model.base
     root = None if config.features.cache is None else Path(config.features.cache)
     return FeatureCache(root, identity, config.features.storage)
 

@@ -13,7 +13,6 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
@@ -47,7 +46,7 @@ def print_start(
 ) -> None:
     """The plan of a run that is about to train. Main process only."""
     module = prepared.module
-    total = number_of_values(module)
+    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
     model = config.visft.model
@@ -58,7 +57,6 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
-                ("frozen matrices", "as computed in" if model.base == "full" else model.base),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
