@@ -208,7 +208,6 @@ def test_keys_that_are_ours_say_where_to_go(setting: str, advice: str) -> None:
         (2, ["visft.run.keep_best=val/caption/cider-d"], "did you mean caption/CIDEr-D? known: box/AP, box/AP50, "),
         (2, ["visft.run.keep_best=mask/AP", "visft.tasks=detection"], "known: box/AP, box/AP50, box/AP75, box/APs, "),
         (2, ["visft.run.keep_every=750"], "must be a multiple of visft.run.save_every = 500"),
-        (2, ["visft.run.average_last=4"], "more than visft.run.keep_last = 3"),
         (2, ["visft.run.ema=1"], "less than 1"),
         (2, ["visft.tasks.detection.head.num_heads=7"], "is no multiple of num_heads = 7"),
         (2, ["visft.tasks.detection.image.crop_range=[9, 8]"], r"must be [smallest, largest]"),

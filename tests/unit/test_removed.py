@@ -47,7 +47,10 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
 
 
 #: Value of a removed key -> words of the answer, and the value with which an older record holds it.
-GONE = {"visft.model.base=int8": "torchao"}
+GONE = {
+    "visft.run.average_last=2": "tools/merge_lora.py",
+    "visft.model.base=int8": "torchao",
+}
 
 
 @pytest.mark.parametrize(("setting", "instead"), GONE.items())
@@ -60,6 +63,7 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     config = resolve(stage=2, model="debug")
     older = config.to_dict()
     older["visft"]["model"]["base"] = "full"
+    older["visft"]["run"]["average_last"] = 0
     assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
     older["visft"]["model"]["base"] = "int8"
     assert resolve_values(older, "run.json").to_dict() == config.to_dict()

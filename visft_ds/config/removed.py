@@ -9,10 +9,12 @@ from typing import Any
 
 #: Dotted key -> what serves instead.
 KEYS: dict[str, str] = {
+    "visft.run.average_last": "average afterwards: tools/merge_lora.py --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
 IDLE: dict[str, Any] = {
+    "visft.run.average_last": 0,
     "visft.model.base": "full",
 }
 #: Tool -> its command, flag or "command --flag" -> what serves instead.

@@ -202,7 +202,6 @@ class RunConfig(BaseModel):
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of `task_schema.METRICS`; null: none
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
-    average_last: Count = 0  #: export the mean of so many newest checkpoints as well; 0: no
     eval_every: Count = 5000  #: 0: only by tools/evaluate.py
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation

@@ -266,8 +266,6 @@ def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.keep_every % run.save_every:
         yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
-    if run.average_last > run.keep_last:
-        yield "visft.run.average_last", f"more than visft.run.keep_last = {run.keep_last} checkpoints are not kept"
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:

@@ -222,9 +222,8 @@ def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
     kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    averages = [f"; moving average with decay {run.ema:g}"] if run.ema else []
-    averages += [f"; mean of the last {run.average_last} exported"] if run.average_last else []
-    return f"kept: {' and '.join(kept)}" + "".join(averages)
+    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
+    return f"kept: {' and '.join(kept)}{average}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:
