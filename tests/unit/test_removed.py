@@ -49,6 +49,8 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
 #: Value of a removed key -> words of the answer, and the value with which an older record holds it.
 GONE = {
     "visft.run.average_last=2": "tools/merge_lora.py",
+    "visft.run.min_loss_scale=0": "bf16",
+    "visft.run.skip_spikes=2": "visft.run.spike_threshold",
     "visft.model.base=int8": "torchao",
 }
 
@@ -63,7 +65,7 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     config = resolve(stage=2, model="debug")
     older = config.to_dict()
     older["visft"]["model"]["base"] = "full"
-    older["visft"]["run"]["average_last"] = 0
+    older["visft"]["run"] |= {"average_last": 0, "min_loss_scale": 1.0, "skip_spikes": 0}
     assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
     older["visft"]["model"]["base"] = "int8"
     assert resolve_values(older, "run.json").to_dict() == config.to_dict()

@@ -208,10 +208,8 @@ class RunConfig(BaseModel):
     log_every: Positive = 20
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    min_loss_scale: Rate = 1.0  #: fp16: an overflow at this loss scale or below stops the run; 0: never
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    skip_spikes: Count = 0  #: leaps of the loss in a row that are refused an update; 0: they are only reported
     heartbeat_timeout: Above = 60.0  #: seconds without a sign of life after which a rank counts as lost
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
