@@ -51,6 +51,7 @@ GONE = {
     "visft.run.average_last=2": "tools/merge_lora.py",
     "visft.run.min_loss_scale=0": "bf16",
     "visft.run.skip_spikes=2": "visft.run.spike_threshold",
+    "visft.tasks.segmentation.image.content_multiple=8": "multiples of 14",
     "visft.model.base=int8": "torchao",
 }
 
@@ -65,6 +66,7 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     config = resolve(stage=2, model="debug")
     older = config.to_dict()
     older["visft"]["model"]["base"] = "full"
+    older["visft"]["tasks"]["segmentation"]["image"]["content_multiple"] = 14
     older["visft"]["run"] |= {"average_last": 0, "min_loss_scale": 1.0, "skip_spikes": 0}
     assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
     older["visft"]["model"]["base"] = "int8"

@@ -12,6 +12,7 @@ KEYS: dict[str, str] = {
     "visft.run.average_last": "average afterwards: tools/merge_lora.py --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
+    "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
@@ -19,6 +20,7 @@ IDLE: dict[str, Any] = {
     "visft.run.average_last": 0,
     "visft.run.min_loss_scale": 1.0,
     "visft.run.skip_spikes": 0,
+    "visft.tasks.segmentation.image.content_multiple": 14,
     "visft.model.base": "full",
 }
 #: Tool -> its command, flag or "command --flag" -> what serves instead.

@@ -100,8 +100,7 @@ class SegmentationImage(BaseModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    content_only: bool = False  #: in training, leave away what extends an image to size x size
-    content_multiple: Positive = 14  #: and extend it only to multiples of so many pixels: the backbone's patch
+    content_only: bool = False  #: in training, leave away what extends an image beyond whole patches
 
 
 class SegmentationHeadConfig(BaseModel):

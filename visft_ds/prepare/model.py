@@ -32,6 +32,7 @@ from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.segmentation.data import CONTENT_MULTIPLE
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
@@ -322,10 +323,11 @@ def _check_content(config: VisftConfig, patch_size: int) -> None:
     task = config.tasks.segmentation
     if config.mode == "shared" or task is None or not task.image.content_only:
         return
-    if task.image.content_multiple % patch_size:
+    if CONTENT_MULTIPLE % patch_size:
         raise ValueError(
-            f"visft.tasks.segmentation.image.content_multiple = {task.image.content_multiple}: the patches of this "
-            f"backbone have {patch_size} pixels; give {patch_size} or a multiple of it"
+            f"visft.tasks.segmentation.image.content_only: content ends at multiples of {CONTENT_MULTIPLE} pixels, and "
+            f"the patches of this backbone have {patch_size}: set it to false, or take a backbone with patches of "
+            f"{CONTENT_MULTIPLE}"
         )
 
 
