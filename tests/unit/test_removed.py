@@ -52,6 +52,7 @@ GONE = {
     "visft.run.min_loss_scale=0": "bf16",
     "visft.run.skip_spikes=2": "visft.run.spike_threshold",
     "visft.tasks.segmentation.image.content_multiple=8": "multiples of 14",
+    "visft.data.cache_mode=shards": "visft.data.cache",
     "visft.model.base=int8": "torchao",
 }
 
@@ -67,6 +68,7 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     older = config.to_dict()
     older["visft"]["model"]["base"] = "full"
     older["visft"]["tasks"]["segmentation"]["image"]["content_multiple"] = 14
+    older["visft"]["data"]["cache_mode"] = "ranges"
     older["visft"]["run"] |= {"average_last": 0, "min_loss_scale": 1.0, "skip_spikes": 0}
     assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
     older["visft"]["model"]["base"] = "int8"

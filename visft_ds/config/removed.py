@@ -13,6 +13,7 @@ KEYS: dict[str, str] = {
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
     "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
+    "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
@@ -21,6 +22,7 @@ IDLE: dict[str, Any] = {
     "visft.run.min_loss_scale": 1.0,
     "visft.run.skip_spikes": 0,
     "visft.tasks.segmentation.image.content_multiple": 14,
+    "visft.data.cache_mode": "ranges",
     "visft.model.base": "full",
 }
 #: Tool -> its command, flag or "command --flag" -> what serves instead.

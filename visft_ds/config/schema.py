@@ -164,9 +164,8 @@ class DataConfig(BaseModel):
     num_workers: Positive | None = None  #: of each training process; null: what suits the machine
     prefetch_steps: Count = 2
     skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for copies of remote shards; null: read ranges, keep nothing
+    cache: Text | None = None  #: folder for copies of what is read of remote shards; null: keep nothing
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
-    cache_mode: Literal["ranges", "shards"] = "ranges"  #: keep what was read, or whole shards once they are touched
 
 
 class FeaturesConfig(BaseModel):
