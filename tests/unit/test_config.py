@@ -292,7 +292,7 @@ def test_the_fingerprint_holds_what_decides_the_result() -> None:
         "visft.seed=1",
         "visft.lora.rank=3",
         "visft.tasks.detection.image.flip=0.25",
-        "visft.tasks.captioning.ratio=9",
+        "visft.tasks.captioning.updates=9",
         "visft.tasks.captioning.vocabulary.min_count=9",
         "visft.mode=shared",
         "visft.param_groups.0.lr=1",

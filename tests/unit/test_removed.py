@@ -7,9 +7,11 @@ import json
 
 import pytest
 
-from visft_ds.config import removed, resolve
+from visft_ds.config import changed, removed, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
+
+TASKS = ("detection", "segmentation", "captioning")
 
 
 @pytest.fixture
@@ -53,6 +55,9 @@ GONE = {
     "visft.run.skip_spikes=2": "visft.run.spike_threshold",
     "visft.tasks.segmentation.image.content_multiple=8": "multiples of 14",
     "visft.data.cache_mode=shards": "visft.data.cache",
+    "visft.tasks.detection.ratio=1": "updates",
+    "visft.tasks.segmentation.ratio=1": "updates",
+    "visft.tasks.captioning.ratio=1": "updates",
     "visft.model.base=int8": "torchao",
 }
 
@@ -70,6 +75,12 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     older["visft"]["tasks"]["segmentation"]["image"]["content_multiple"] = 14
     older["visft"]["data"]["cache_mode"] = "ranges"
     older["visft"]["run"] |= {"average_last": 0, "min_loss_scale": 1.0, "skip_spikes": 0}
+    assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
+    config = changed(
+        config, [f"visft.tasks.{task}.updates={count}" for task, count in zip(TASKS, (3, 3, 4), strict=True)]
+    )
+    for task, ratio in zip(TASKS, (0.3, 0.3, 0.4), strict=True):
+        older["visft"]["tasks"][task] |= {"ratio": ratio, "updates": None}
     assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
     older["visft"]["model"]["base"] = "int8"
     assert resolve_values(older, "run.json").to_dict() == config.to_dict()

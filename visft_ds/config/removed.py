@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
+
+_UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 
 #: Dotted key -> what serves instead.
 KEYS: dict[str, str] = {
@@ -14,6 +18,9 @@ KEYS: dict[str, str] = {
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
     "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
     "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
+    "visft.tasks.detection.ratio": _UPDATES,
+    "visft.tasks.segmentation.ratio": _UPDATES,
+    "visft.tasks.captioning.ratio": _UPDATES,
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
@@ -23,6 +30,9 @@ IDLE: dict[str, Any] = {
     "visft.run.skip_spikes": 0,
     "visft.tasks.segmentation.image.content_multiple": 14,
     "visft.data.cache_mode": "ranges",
+    "visft.tasks.detection.ratio": None,
+    "visft.tasks.segmentation.ratio": None,
+    "visft.tasks.captioning.ratio": None,
     "visft.model.base": "full",
 }
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
@@ -52,6 +62,7 @@ def refuse_removed(tool: str, arguments: Sequence[str]) -> None:
 def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
+    _ratios_to_updates(kept)
     for key, instead in KEYS.items():
         *parents, name = key.split(".")
         node: Any = kept
@@ -60,3 +71,14 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if isinstance(node, dict) and name in node and node.pop(name) != IDLE.get(key):
             print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
     return kept
+
+
+def _ratios_to_updates(values: dict[str, Any]) -> None:
+    """Give tasks that state a `ratio` their `updates` in the same proportion, in place; a run records its length."""
+    visft = values.get("visft")
+    tasks = visft.get("tasks") if isinstance(visft, dict) else None
+    stated = [task for task in (tasks or {}).values() if isinstance(task, dict) and task.get("ratio") is not None]
+    shares = [Fraction(str(task["ratio"])) for task in stated]
+    common = math.lcm(*(share.denominator for share in shares))
+    for task, share in zip(stated, shares, strict=True):
+        task["updates"], task["ratio"] = int(share * common), None

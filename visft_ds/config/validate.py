@@ -360,19 +360,9 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 
 
 def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:
-    """Steps are shared out by `ratio` or by `updates`: the one is a fraction, the other a number, never both."""
-    enabled = tasks.enabled()
-    with_ratio = [name for name, task in enabled.items() if task.ratio is not None]
-    counted = [name for name, task in enabled.items() if task.ratio is None and task.updates is not None]
-    for name in enabled:
-        if name not in with_ratio and name not in counted:
-            yield f"visft.tasks.{name}.ratio", "missing: state it, or visft.tasks.<task>.updates of every task"
-    if with_ratio and counted:
-        yield (
-            f"visft.tasks.{with_ratio[0]}.ratio",
-            f"{' and '.join(counted)} {'state' if len(counted) > 1 else 'states'} updates only: give every task a "
-            "ratio, or none",
-        )
+    for name, task in tasks.enabled().items():
+        if task.updates is None:
+            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
