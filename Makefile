@@ -43,8 +43,7 @@ test-parallel: install
 		tests/integration/test_checkpoint_matrix.py tests/integration/test_checkpoints.py tests/unit/test_checkpoint_faults.py \
 		tests/integration/test_refusal.py tests/integration/test_unchanged.py tests/integration/test_overflow.py tests/integration/test_start.py \
 		tests/integration/test_gathered.py \
-		tests/integration/test_packed_engines.py tests/integration/test_few_bits.py \
-		tests/integration/test_timm_engines.py tests/integration/test_tuning_runs.py
+		tests/integration/test_packed_engines.py tests/integration/test_timm_engines.py tests/integration/test_tuning_runs.py
 
 test-slow: install
 	$(BIN)/python -m tests.slow --minutes $(MINUTES)

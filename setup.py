@@ -7,7 +7,6 @@ from setuptools import find_packages, setup
 TIMM = "timm>=1.0.20"
 OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
-TORCHAO = "torchao>=0.18,<0.19"  # from which codes and scales are taken; three megabytes, no dependency
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
@@ -45,13 +44,11 @@ setup(
         "gpu": ["flash-attn>=2.7"],
         "eval": [TIMM, OPEN_CLIP, SKLEARN],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
-        "lowbit": [TORCHAO],
         "hub": ["huggingface_hub>=0.30"],
         "dev": [
             TIMM,
             OPEN_CLIP,
             SKLEARN,
-            TORCHAO,
             "mlxtend>=0.23",
             "pycocotools>=2.0.8",
             HTTP,

@@ -88,7 +88,7 @@ def test_no_default_of_the_schema_is_repeated_in_a_file() -> None:
     files = [path for path in FILES if path.stem not in ("debug", "debug_convnext", "overfit")]
     given = {key for path in files for key in given_keys(json.loads(path.read_text()))}
     assert full["visft.tasks.detection.head.num_queries"] == 100  # a default that is in no file
-    decided = ("ratio", "updates", "batch_size", "micro_batch")  # by a recipe or a model, for each task
+    decided = ("updates", "batch_size", "micro_batch")  # by a recipe or a model, for each task
     defaults = {
         key
         for key in known_keys()
@@ -103,7 +103,7 @@ def test_no_default_of_the_schema_is_repeated_in_a_file() -> None:
 TASKS = ("detection", "segmentation", "captioning")
 RATES = {"detection": 5e-5, "segmentation": 5e-5, "captioning": 4e-4}
 UPDATES = {"detection": 150_000, "segmentation": 150_000, "captioning": 100_000}
-RATIOS = {"detection": 0.3, "segmentation": 0.3, "captioning": 0.4}
+UPDATES_2 = {"detection": 30_000, "segmentation": 30_000, "captioning": 40_000}
 BATCHES = {1: {"detection": 8, "segmentation": 8, "captioning": 256}, 2: dict(zip(TASKS, (8, 8, 64), strict=True))}
 
 
@@ -132,7 +132,7 @@ def test_a_head_alone_gets_its_published_recipe(task: str) -> None:
 def test_stage_2_is_the_published_recipe() -> None:
     config = resolve(stage=2, model="eva_e")
     streams = config.visft.streams()
-    assert {name: stream.share for name, stream in streams.items()} == RATIOS
+    assert {name: stream.share for name, stream in streams.items()} == UPDATES_2
     assert {name: stream.batch_size for name, stream in streams.items()} == BATCHES[2]
     (group,) = config.visft.param_groups
     assert (group.lr or config.optimizer.params.lr, config.total_steps) == (1e-5, 100_000)

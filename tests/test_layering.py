@@ -37,7 +37,6 @@ RESERVED = {
     "open_clip": ("visft_ds.interop",),
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
-    "torchao": ("visft_ds.ops.low_bit",),
     "flash_attn": ("visft_ds.ops",),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
@@ -50,9 +49,6 @@ UNCHECKED = (
     "visft_ds/resilience/",
     "visft_ds/config/schema.py",
     "visft_ds/config/task_schema.py",
-    "visft_ds/models/low_bit.py",
-    "visft_ds/ops/low_bit.py",
-    "visft_ds/ops/triton/deform_attn.py",
 )
 TEXT_SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".sh", ".sbatch", ".example", ".cfg"}
 SKIPPED_FOLDERS = {"data", "runs", "demo", "weights", "build", "dist", "__pycache__"}

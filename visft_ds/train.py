@@ -308,7 +308,6 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
     stop, begin, saved, step, skipped = run.stop, run.watchdog.begin, start, start, 0
     stop.listen()
     guard = resumed_guard(settings, run.out, run.loader.plan, start)
-    run.engine.should_update = guard.should_update
     begin("evaluating", timed=False)
     if validation and not start:
         validation.draw(predict, start, writer)
@@ -327,7 +326,6 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         loss_denominators = loss_denominators_of(
             agreement.counts, run.batches.dp * run.batches.accumulation, run.engine.device
         )
-        guard.expect(step_plan.task)
         with run.memory.watched(
             f"step {step_plan.step + 1} ({step_plan.task})", step_plan.task, partial(largest_shape, batches)
         ):

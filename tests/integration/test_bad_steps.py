@@ -1,4 +1,4 @@
-"""A bad step and a leap of the loss in a real run of two ranks, passed over, stopped and resumed."""
+"""A bad step and a leap of the loss in a real run of two ranks, passed over, told, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ EXTRA = {
     "visft.run.save_every": 1,
     "visft.run.keep_last": 100,
     "visft.run.skip_bad_steps": 1,
-    "visft.run.skip_spikes": 1,
 }
 
 
@@ -33,11 +32,10 @@ def test_they_are_passed_over_and_a_resumed_run_does_the_same(
     said = run_ranks(arguments)[0]
     assert f"step {BAD + 1} (shared): the loss is nan, no update was made on any rank" in said
     assert "rank 1: loss is nan" in said and "rank 0:" not in said
-    assert f"step {LEAP + 1} (shared): loss" in said and "no update was made" in said.split("leaps: ")[1]
+    assert f"step {LEAP + 1} (shared): loss" in said and "the update was made" in said.split("leaps: ")[1]
     assert steps_recorded(out) == list(range(1, STEPS + 1))
-    for refused in (BAD, LEAP):
-        before, after = trained(out, refused), trained(out, refused + 1)
-        assert all(torch.equal(before[name], value) for name, value in after.items())
+    before, after = trained(out, BAD), trained(out, BAD + 1)
+    assert all(torch.equal(before[name], value) for name, value in after.items())
     expected = trained(out, STEPS)
 
     # Healthy numbers come up again: what disturbed them is not in the bundle, as with a faulty machine.

@@ -78,14 +78,12 @@ def test_bandwidths_are_those_of_nccl_tests_and_times_lie_between_measured_ones(
     assert [seconds_of(size, known) for size in (10, 1000, 2000, 3000, 6000)] == [1.0, 1.0, 1.5, 2.0, 4.0]
 
 
-@pytest.mark.parametrize("base", ["full", "int8"])
-def test_messages_follow_the_engine(base: str) -> None:
+def test_messages_follow_the_engine() -> None:
     """LoRA of rank 16 on q and v of two blocks, width 32: 4 x 1024 values; two ranks, two micro-batches."""
     trained = 4 * 2 * 2 * 2 * 16 * 32
 
     def messages(engine: str, *settings: str) -> tuple[list[Message], list[Message]]:
-        given = [*_TINY, f"visft.model.base={base}", *settings]
-        config = resolve(stage=2, model="debug", engine=engine, settings=given)
+        config = resolve(stage=2, model="debug", engine=engine, settings=[*_TINY, *settings])
         run = run_of(config, 2, "fp32", 12, torch.device("cpu"))
         return messages_of(run, config.visft.streams()["detection"]), broadcasts_of(run)
 

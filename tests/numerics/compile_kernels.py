@@ -32,29 +32,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from visft_ds.ops.gelu import STEPS, ZERO
-from visft_ds.ops.triton import deform_attn, lora, pointwise
+from visft_ds.ops.triton import lora, pointwise
 
 TABLE = Path(__file__).with_name("compiled_kernels.json")
 ARCHITECTURES = (80, 90, 100)
 WIDTH, RANK = 1792, 64
-_NUMBERS = {
-    "M",
-    "F",
-    "K",
-    "x_row",
-    "weight_row",
-    "u_row",
-    "dy_row",
-    "S",
-    "Q",
-    "c",
-    "H",
-    "W",
-    "start",
-    "level",
-    "count",
-    "D",
-}
+_NUMBERS = {"M", "F", "K", "x_row", "weight_row", "u_row", "dy_row", "count", "D"}
 _MATRIX = re.compile(r"\bHMMA\.|\bHGMMA\.|\bUTC\w*MMA")
 
 
@@ -79,11 +62,6 @@ def cases(architecture: int) -> Iterator[Case]:
         yield Case(f"{name} forward", lora.forward_kernel, dtype, constants)
         constants = lora.TILES["backward"][tiles] | {"DOWN": 2 * rank, "GROUP": 8}
         yield Case(f"{name} backward", lora.backward_kernel, dtype, constants)
-    points = {"LEVELS": 1, "P": 4, "C": 32, "BQ": deform_attn.BLOCK}
-    for dtype in ("fp32", "bf16"):
-        only = {"out": "*fp32", "dvalue": "*fp32"}
-        yield Case("deform_attn forward", deform_attn.forward_kernel, dtype, points | {"FIRST": True}, only)
-        yield Case("deform_attn backward", deform_attn.backward_kernel, dtype, points, only)
     code = {"STEPS": STEPS, "ZERO": ZERO, "BLOCK": pointwise.BLOCK}
     yield Case("gelu forward", pointwise.gelu_forward_kernel, "bf16", code, {"code": "*u8"})
     yield Case("gelu backward", pointwise.gelu_backward_kernel, "bf16", code, {"code": "*u8"})
@@ -99,8 +77,7 @@ def compiled(case: Case, architecture: int) -> dict[str, int]:
     names = case.kernel.arg_names
     types = {name: "constexpr" if name in constants else _type(name, case) for name in names}
     # What the launcher finds out at run time: pointers, strides and widths that are multiples of 16.
-    loose = {"M", "S", "Q", "H", "W", "start", "level"}
-    divisible = [name for name in names if types[name] not in ("constexpr", "fp32") and name not in loose]
+    divisible = [name for name in names if types[name] not in ("constexpr", "fp32") and name != "M"]
     source = ASTSource(
         fn=case.kernel,
         signature=types,

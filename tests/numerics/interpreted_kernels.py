@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visft_ds.ops import KERNELS, use_kernels
-from visft_ds.ops.deform_attn import deform_attn, deform_attn_reference
 from visft_ds.ops.gelu import STEPS, gelu
 from visft_ds.ops.lora import Slices, lora_linear
 from visft_ds.ops.norm import layer_norm
@@ -136,37 +135,6 @@ def triton_kernels() -> Iterator[None]:
     use_kernels("triton", torch.device("cpu"))
     yield
     use_kernels("library", torch.device("cpu"))
-
-
-SHAPES = [(4, 6), (2, 3)]
-
-
-@pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize(
-    ("channels", "dtype"),
-    [
-        (5, torch.float32),
-        pytest.param(8, torch.float32, marks=pytest.mark.slow),
-        pytest.param(8, torch.float16, marks=pytest.mark.slow),
-    ],
-)
-def test_deformable_attention_equals_float64(channels: int, dtype: torch.dtype) -> None:
-    """Two levels, samples in and around the maps, a number of channels that is no power of two."""
-    inputs = [
-        torch.randn(2, 30, 2, channels).to(dtype),
-        # Sampled from the rounded values on both sides: a bilinear sample has kinks that rounding could cross.
-        (torch.rand(2, 11, 2, 2, 3, 2) * 1.3 - 0.15).to(dtype),
-        torch.rand(2, 11, 2, 2, 3).to(dtype),
-    ]
-    gradient = torch.randn(2, 11, 2 * channels).to(dtype)
-    found = []
-    for function, used in ((deform_attn, dtype), (deform_attn_reference, torch.float64)):
-        value, locations, weights = (tensor.to(used).requires_grad_() for tensor in inputs)
-        out = function(value, SHAPES, locations, weights)
-        found.append((out.detach(), *torch.autograd.grad(out, (value, locations, weights), gradient.to(used))))
-    assert [tensor.dtype for tensor in found[0]] == [dtype] * 4
-    for name, got, exact in zip(("out", "dvalue", "dlocations", "dweights"), *found, strict=True):
-        assert _error(got, exact) < TOLERANCE[dtype], (name, _error(got, exact))
 
 
 @pytest.mark.usefixtures("triton_kernels")

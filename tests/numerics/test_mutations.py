@@ -72,19 +72,6 @@ MISTAKES = {
     "triton: dx without its update": Mistake(
         "triton/lora.py", "range(0, DOWN, BR)", "range(DOWN, DOWN, BR)", INTERPRETED, "lora_equals"
     ),
-    "triton: samples to the left pull the other way": Mistake(
-        "triton/deform_attn.py", "down if corner % 2 == 1 else -down", "down", INTERPRETED, "deformable"
-    ),
-    "triton: samples outside are seen": Mistake(
-        "triton/deform_attn.py",
-        "share, left, top, right_part, below_part = _places(\n"
-        "            locations, weights, (row * LEVELS + level) * P + p, query_in, H, W\n        )",
-        "share, left, top, right_part, below_part = _places(\n"
-        "            locations, weights, (row * LEVELS + level) * P + p, query_in, H, W\n        )\n"
-        "        left, top = tl.maximum(left, 0), tl.maximum(top, 0)",
-        INTERPRETED,
-        "deformable",
-    ),
     "triton: sign within the slope": Mistake(
         "triton/pointwise.py", "slope = share + value", "slope = share - value", INTERPRETED, "gelu"
     ),

@@ -19,9 +19,7 @@ from tests.unit.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, 
 from visft_ds.checkpoint.disk import explained
 from visft_ds.checkpoint.format import (
     CheckpointError,
-    delete_checkpoints,
     newest_checkpoint,
-    newest_checkpoints,
     open_checkpoint,
     save_checkpoint,
 )
@@ -148,18 +146,6 @@ def test_a_state_of_the_right_checksum_is_no_code(tmp_path: Path) -> None:
     (path / "state.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match="this release reads"):
         open_checkpoint(path)
-
-
-def test_the_newest_ones_skip_damaged_and_replaced(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 8):
-        save_checkpoint(tmp_path, step, state(step), {})
-    shutil.copytree(tmp_path / "step_00000008", tmp_path / "step_00000008.old")
-    (tmp_path / "step_00000006" / "state.json").unlink()
-    found, skipped = newest_checkpoints(tmp_path, 2)
-    assert [checkpoint.step for checkpoint in found] == [8, 4]
-    assert len(skipped) == 1
-    delete_checkpoints(tmp_path, [4, 6])
-    assert [checkpoint.step for checkpoint in newest_checkpoints(tmp_path, 9)[0]] == [8, 2]
 
 
 def test_what_was_replaced_counts_until_the_new_one_is_there(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def _settings(mode: str) -> list[str]:
-    shares = [f"visft.tasks.{task}.ratio=1" for task in TASKS]
+    shares = [f"visft.tasks.{task}.updates=1" for task in TASKS]
     return [f"{key}={json.dumps(value)}" for key, value in {**TINY, "visft.mode": mode}.items()] + shares
 
 

@@ -41,8 +41,7 @@ def play(guard: LossGuard, losses: Sequence[float], start: int = 0) -> list[tupl
     said = []
     for step, loss in enumerate(losses, start):
         step_plan = PLAN.step(step)
-        guard.expect(step_plan.task)
-        accepted = guard.should_update(loss)
+        accepted = math.isfinite(loss)
         refused: Literal["", "loss"] = "" if accepted else "loss"
         report = StepReport({"loss": loss}, 1.0, {}, False, refused, {1: ["detection/ce is nan"]} if refused else {})
         said.append((accepted, guard.observe(step_plan, report)))
@@ -70,16 +69,9 @@ def test_a_leap_is_reported_against_its_own_task_and_the_update_is_made() -> Non
     assert not any(text for _, text in play(LossGuard(settings(spike_threshold=None)), losses))
 
 
-def test_leaps_are_refused_as_often_as_allowed_and_leave_no_trace() -> None:
-    losses = normal_losses(120)
-    said = play(LossGuard(settings(skip_spikes=2)), [*losses, 500.0, 500.0, 500.0, LEVELS[PLAN.task_of(123)]])
-    assert [updated for updated, _ in said[-4:]] == [False, False, True, True]
-    assert "no update was made" in said[120][1]
-
-
 def test_the_first_losses_of_a_task_are_never_leaps() -> None:
-    said = play(LossGuard(settings(skip_spikes=5)), [1000.0 * (step % 7) for step in range(19)])
-    assert all(updated and not text for updated, text in said)
+    said = play(LossGuard(settings()), [1000.0 * (step % 7) for step in range(19)])
+    assert not any(text for _, text in said)
 
 
 def test_bad_steps_stop_a_run_only_in_a_row() -> None:
@@ -102,31 +94,20 @@ def test_a_gradient_that_is_no_number_is_bad_even_where_the_loss_leaps() -> None
     guard = LossGuard(settings(skip_bad_steps=3))
     play(guard, normal_losses(120))
     step_plan = PLAN.step(120)
-    guard.expect(step_plan.task)
-    assert guard.should_update(1e4)
     said = guard.observe(step_plan, StepReport({"loss": 1e4}, math.inf, {}, False, "gradient"))
     assert guard.bad == 1 and "the gradient is not finite, no update was made on any rank" in said
 
 
 def test_a_resumed_run_judges_as_the_undisturbed_one(tmp_path: Path) -> None:
-    """The same decisions from the records of a run, cut anywhere, also within a row of refusals."""
+    """The same messages from the records of a run, cut anywhere, also within a row of refusals."""
     losses = normal_losses(220)
     for step in (110, 111, 112, 113, 150, 180, 181):
         losses[step] = 400.0
     for step in (130, 131):
         losses[step] = math.nan
-    options = settings(skip_spikes=2, skip_bad_steps=5)
+    options = settings(skip_bad_steps=5)
     straight = play(LossGuard(options), losses)
-    assert [step for step, (updated, _) in enumerate(straight) if not updated] == [
-        110,
-        111,
-        113,
-        130,
-        131,
-        150,
-        180,
-        181,
-    ]
+    assert [step for step, (_, text) in enumerate(straight) if text] == [110, 111, 112, 113, 130, 131, 150, 180, 181]
     records = tmp_path / "metrics.jsonl"
     with records.open("w") as file:
         for step, loss in enumerate(losses):
@@ -144,8 +125,6 @@ def overflows(guard: LossGuard, steps: int, scale: float, start: int = 0) -> lis
     said = []
     for step in range(start, start + steps):
         step_plan = PLAN.step(step)
-        guard.expect(step_plan.task)
-        assert guard.should_update(5.0)
         said.append(
             guard.observe(
                 step_plan, StepReport({"loss": 5.0}, math.inf, {}, True, loss_scale=scale / 2 ** (step - start))
@@ -165,9 +144,6 @@ def test_a_loss_scale_may_fall_as_far_as_allowed() -> None:
     assert told.startswith(f"step 21 ({PLAN.task_of(20)}): the gradient overflows in fp16 at a loss scale of 1, ")
     assert "65536 (step 1), 32768 (step 2), " in told and "4 (step 19), 2 (step 20), 1 (step 21)" in told
     assert "the last good checkpoint is that of step 12" in told and "visft.model.precision" in told
-    with pytest.raises(FloatingPointError, match="may not fall below 1024"):
-        overflows(LossGuard(settings(min_loss_scale=1024.0)), 7, 65536.0)
-    assert overflows(LossGuard(settings(min_loss_scale=0.0)), 40, 65536.0) == [""] * 40
 
 
 def test_a_resumed_run_remembers_where_its_loss_scale_fell(tmp_path: Path) -> None:

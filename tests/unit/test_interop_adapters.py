@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
-from visft_ds.interop.adapters import LoraAdapter, adapter_of, fit_to_tower, install_adapter
+from visft_ds.interop.adapters import LoraAdapter, adapter_of, average, fit_to_tower, install_adapter
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import Tower, tower_of
+from visft_ds.interop.merge import check_base
+from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.visft import read_visft_lora, write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_layers, lora_parameters, lora_settings, merge_lora
@@ -140,3 +144,18 @@ def test_sizes_of_the_published_adapters() -> None:
         inject_lora(model)
         assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == expected
         assert tower_of(model).preset() == name
+
+
+def test_an_adapter_tells_over_which_base_an_earlier_release_trained_it(tmp_path: Path) -> None:
+    backbone = build_backbone("debug", width=64, depth=1, num_heads=2)
+    save_backbone(backbone, tmp_path / "base.safetensors")
+    inject_lora(backbone, rank=2)
+    torch.nn.init.normal_(backbone.blocks[0].attn.qkv.lora_B)
+    adapter = replace(adapter_of(backbone), base_storage="nf4")
+    folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(backbone))
+    assert "trained over the base stored as nf4" in (folder / README).read_text(encoding="utf-8")
+    again = read_peft_adapter(folder)
+    assert again.base_storage == "nf4" and again.fingerprint() == adapter.fingerprint()
+    assert average([again, replace(again, base_storage="full")], [0.5, 0.5]).base_storage == "full and nf4"
+    _, notes = check_base(open_weights(tmp_path / "base.safetensors"), again, allow_other=False)
+    assert any("trained over the base stored as nf4; this is the full one" in note for note in notes)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 
 import pytest
 
 from tools.profile import main as profile
-from visft_ds.config import removed, resolve
+from visft_ds.config import changed, removed, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
+
+TASKS = ("detection", "segmentation", "captioning")
 
 
 @pytest.fixture
@@ -33,6 +37,56 @@ def test_a_record_with_a_removed_key_is_read(value: int, said: str, capsys: pyte
     values["visft"]["run"]["sparkle"] = value
     assert resolve_values(values, "record").to_dict() == config.to_dict()
     assert capsys.readouterr().err.startswith(said) and bool(said) == bool(value)
+
+
+def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold it, and runs that did not use the key go on."""
+    for key in list(removed.IDLE):
+        monkeypatch.delitem(removed.IDLE, key)
+    for key, value in (("visft.model.sparkle", 0), ("visft.lora.sparkle", 1), ("visft.run.sparkle", 2)):
+        monkeypatch.setitem(removed.IDLE, key, value)
+    config = resolve(stage=1, model="debug")
+    older = config.identity() | {"visft.model.sparkle": 0}  # stage 1 has no visft.lora, and visft.run never counted
+    assert config.fingerprint() == hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
+
+
+#: Value of a removed key -> words of the answer, and the value with which an older record holds it.
+GONE = {
+    "visft.run.average_last=2": "tools/merge_lora.py",
+    "visft.run.min_loss_scale=0": "bf16",
+    "visft.run.skip_spikes=2": "visft.run.spike_threshold",
+    "visft.tasks.segmentation.image.content_multiple=8": "multiples of 14",
+    "visft.data.cache_mode=shards": "visft.data.cache",
+    "visft.tasks.detection.ratio=1": "updates",
+    "visft.tasks.segmentation.ratio=1": "updates",
+    "visft.tasks.captioning.ratio=1": "updates",
+    "visft.model.base=int8": "torchao",
+}
+
+
+@pytest.mark.parametrize(("setting", "instead"), GONE.items())
+def test_every_removed_key_names_what_serves_instead(setting: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=rf"{setting.split('=')[0]} = .*: removed in 0.2: .*{instead}"):
+        resolve(stage=2, model="debug", settings=(setting,))
+
+
+def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolve(stage=2, model="debug")
+    older = config.to_dict()
+    older["visft"]["model"]["base"] = "full"
+    older["visft"]["tasks"]["segmentation"]["image"]["content_multiple"] = 14
+    older["visft"]["data"]["cache_mode"] = "ranges"
+    older["visft"]["run"] |= {"average_last": 0, "min_loss_scale": 1.0, "skip_spikes": 0}
+    assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
+    config = changed(
+        config, [f"visft.tasks.{task}.updates={count}" for task, count in zip(TASKS, (3, 3, 4), strict=True)]
+    )
+    for task, ratio in zip(TASKS, (0.3, 0.3, 0.4), strict=True):
+        older["visft"]["tasks"][task] |= {"ratio": ratio, "updates": None}
+    assert resolve_values(older, "run.json").to_dict() == config.to_dict() and not capsys.readouterr().err
+    older["visft"]["model"]["base"] = "int8"
+    assert resolve_values(older, "run.json").to_dict() == config.to_dict()
+    assert "run.json: visft.model.base was removed" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("gone")

@@ -12,7 +12,6 @@ import torch
 
 from tests.unit.faulty_disk import state
 from visft_ds.checkpoint import saver as saving
-from visft_ds.checkpoint.averaging import average_last
 from visft_ds.checkpoint.format import newest_checkpoint, save_checkpoint, saved_steps
 from visft_ds.checkpoint.saver import HostBuffers, Retention, Saver, best_step, recorded_scores
 from visft_ds.parallel.state import EngineState, ToHost
@@ -186,20 +185,3 @@ def test_host_copies_reuse_their_memory() -> None:
     second = buffers("value/a", torch.zeros(3))
     buffers.finish()
     assert second.data_ptr() == first.data_ptr() and second.tolist() == [0, 0, 0]
-
-
-def test_the_mean_of_the_last_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in (2, 4, 6, 8):
-        save_checkpoint(tmp_path, step, state(step), {})
-    assert average_last(tmp_path, 3)["c"] == 6.0
-    assert capsys.readouterr().err == ""
-    (tmp_path / "step_00000008" / "parameters.safetensors").write_bytes(b"")
-    mean = average_last(tmp_path, 4)
-    assert mean["c"] == 4.0 and mean["heads.b"].dtype == torch.float32 and mean["heads.b"].shape == (7,)
-    printed = capsys.readouterr().err
-    assert "not averaged" in printed and "4 checkpoints to average, found 3" in printed
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        average_last(tmp_path / "nothing", 2)
-    save_checkpoint(tmp_path, 10, replace(state(1), parameters={"other": torch.ones(1)}), {})
-    with pytest.raises(ValueError, match="differs in names or shapes"):
-        average_last(tmp_path, 2)

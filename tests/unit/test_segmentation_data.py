@@ -14,6 +14,7 @@ from faster_coco_eval import mask as coco_mask
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes
+from visft_ds.tasks.segmentation import data
 from visft_ds.tasks.segmentation.data import (
     COCO_CATEGORY_IDS,
     SegmentationTransform,
@@ -111,14 +112,14 @@ def test_scale_padding_and_crop() -> None:
 
 
 @pytest.mark.parametrize("size", [(70, 90), (120, 40), (33, 33)])
-def test_content_alone_is_the_part_of_the_square_that_shows_image(size: tuple[int, int]) -> None:
+def test_content_alone_is_the_part_of_the_square_that_shows_image(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pixel for pixel, with the same objects; what is left away is the value of the extension and nothing else."""
+    monkeypatch.setattr(data, "CONTENT_MULTIPLE", 8)
     image = np.full((*size, 3), 200, dtype=np.uint8)
     raw = replace(_raw(size, _annotation([_box(2, 2, 30, 30)]), _annotation([_box(20, 10, 38, 30)])), image=image)
-    padded, content = (
-        SegmentationTransform(True, pad_value=7, content_only=only, content_multiple=8, **SMALL)
-        for only in (False, True)
-    )
+    padded, content = (SegmentationTransform(True, pad_value=7, content_only=only, **SMALL) for only in (False, True))
     saved = 0
     for key in range(60):
         whole, part = padded(raw, generator(key)), content(raw, generator(key))

@@ -43,12 +43,12 @@ def prepared(config: ResolvedConfig, heads: Path | None = None, words: Vocabular
     )
 
 
-def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, mode: str = "shared") -> Path:
+def write_own(folder: Path, model: PreparedModel, config: ResolvedConfig, mode: str = "shared", **more: str) -> Path:
     """Heads as a run of stage 1 exports them."""
     infos = {}
     for task, settings in config.visft.tasks.enabled().items():
         options = settings.head.model_dump(mode="json")
-        extra: dict[str, Any] = {"base_weights": model.base_weights, "mode": mode}
+        extra: dict[str, Any] = {"base_weights": model.base_weights, "mode": mode, **more}
         if task == "captioning":
             options["vocabulary_size"] = WORDS.size
             extra["vocabulary"] = WORDS.to_dict()
@@ -107,6 +107,14 @@ def test_heads_of_other_images_are_noted(stage1: tuple[ResolvedConfig, PreparedM
     config, first = stage1
     notes = prepared(configured(2, PUBLISHED), write_own(tmp_path, first, config)).notes
     assert sum("learnt from images of mode shared, this run is sampled" in note for note in notes) == 3
+
+
+def test_heads_over_a_base_in_few_bits_are_noted(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
+    """Earlier releases could store it so."""
+    config, first = stage1
+    heads = write_own(tmp_path, first, config, "sampled", base="int8")
+    notes = prepared(configured(2, PUBLISHED), heads).notes
+    assert "the detection head learnt over a base in int8, this run has it in full" in notes
 
 
 @pytest.mark.parametrize("active", [False, True])

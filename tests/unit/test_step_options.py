@@ -44,11 +44,9 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
             "recompute .*must be block, mlp or gelu_8bit",
         ),
         ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
-        ((BLOCKS, "visft.model.base=int8"), {}, "must be none with visft.model.base = int8"),
         ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
         (("visft.model.compile=block",), {}, "'cuda_graphs'; did you mean blocks"),
         ((CONTENT, "visft.tasks.segmentation.image.fixed_size=56"), {}, "nothing is left away"),
-        (("visft.tasks.segmentation.image.content_multiple=0",), {}, "must be greater than or equal to 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: tuple[str, ...], layers: dict[str, Any], message: str) -> None:
@@ -58,7 +56,7 @@ def test_what_does_not_go_together_is_refused(settings: tuple[str, ...], layers:
 
 def test_content_ends_where_a_patch_does() -> None:
     config = configured(CONTENT, "visft.model.overrides.patch_size=16", "visft.model.overrides.image_size=224")
-    with pytest.raises(ValueError, match="content_multiple = 14: the patches of this backbone have 16 pixels; give 16"):
+    with pytest.raises(ValueError, match="multiples of 14 pixels, and the patches of this backbone have 16"):
         plan_groups(config.visft, config.optimizer.params)
 
 

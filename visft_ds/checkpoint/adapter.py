@@ -54,7 +54,7 @@ def change_of_checkpoint(folder: Path) -> Change | ModuleAdapter:
     if isinstance(empty, TimmBackbone):
         inject_lora(empty, **lora.model_dump())
         return module_adapter(lora, tensors, empty, base)
-    return adapter_of_run(lora, tensors, "checkpoint", base, model.base)
+    return adapter_of_run(lora, tensors, "checkpoint", base)
 
 
 def newest_checkpoint_folder(run: Path) -> Path:

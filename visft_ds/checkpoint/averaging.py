@@ -1,4 +1,4 @@
-"""Averages of what trains: a moving one, kept beside the fp32 values, and that of the last checkpoints.
+"""A moving average of what trains, kept beside the fp32 values.
 
 The moving average lives in the same layout as the optimiser's fp32 values, so each rank averages its own part and every
 ZeRO stage is served alike. To read it by name it changes places with the values for a moment.
@@ -6,17 +6,14 @@ ZeRO stage is served alike. To read it by name it changes places with the values
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visft_ds.checkpoint.format import newest_checkpoints
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import (
     VALUE,
@@ -108,43 +105,3 @@ def gather_all(engine: Engine, average: MovingAverage | None, keep: ToHost = to_
     state = gather_state(engine, keep)
     values = average.gather(keep) if average else {}
     return state and replace(state, average=values)
-
-
-def average_last(folder: Path, count: int) -> dict[str, Tensor]:
-    """Mean of what trained over the newest `count` whole checkpoints, by qualified name, fp32.
-
-    Adapters are averaged factor by factor, which suits neighbours on one path (they barely differ), not adapters of
-    separate runs. Damaged checkpoints are passed over and fewer than `count` averaged, both with a warning.
-
-    Args:
-        folder: <run>/checkpoints.
-
-    Raises:
-        ValueError: no whole checkpoint.
-    """
-    checkpoints, skipped = newest_checkpoints(folder, count)
-    for line in skipped:
-        print(f"warning: not averaged: {line}", file=sys.stderr, flush=True)
-    if not checkpoints:
-        raise ValueError(f"nothing to average: {folder} holds no whole checkpoint")
-    if len(checkpoints) < count:
-        print(f"warning: {count} checkpoints to average, found {len(checkpoints)}", file=sys.stderr, flush=True)
-    return mean_of([checkpoint.parameters for checkpoint in checkpoints])
-
-
-def mean_of(sources: Sequence[Callable[[], Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Mean of tensors by name, fp32, summed in fp64; one source is in memory at a time.
-
-    Raises:
-        ValueError: sources with other names or shapes.
-    """
-    sums: dict[str, Tensor] = {}
-    for number, source in enumerate(sources):
-        values = source()
-        if number == 0:
-            sums = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in values.items()}
-        if {n: v.shape for n, v in values.items()} != {n: v.shape for n, v in sums.items()}:
-            raise ValueError("what is to be averaged differs in names or shapes; all must come from one run")
-        for name, value in values.items():
-            sums[name] += value
-    return {name: (total / len(sources)).float() for name, total in sums.items()}

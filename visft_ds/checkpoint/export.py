@@ -75,7 +75,6 @@ def export_weights(
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
         extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
-        extra |= {"base": config.visft.model.base} if config.visft.model.base != "full" else {}
         infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
@@ -85,11 +84,10 @@ def export_weights(
             whole_module = module_adapter(lora, adapter, backbone, base_sha256)
             written.append(save_module_adapter(whole_module, place, overwrite=True))
             return written
-        storage, tower = config.visft.model.base, tower_of(backbone)
-        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256, storage)
+        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256)
         # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
         split = lora.magnitude
-        written.append(save_peft_adapter(whole_adapter, place, tower, split=split, overwrite=True))
+        written.append(save_peft_adapter(whole_adapter, place, tower_of(backbone), split=split, overwrite=True))
     return written
 
 

@@ -124,24 +124,13 @@ def saved_steps(folder: Path) -> list[int]:
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are whole, and one line for each newer one that was passed over."""
-    checkpoints, skipped = newest_checkpoints(folder, 1)
-    return next(iter(checkpoints), None), skipped
-
-
-def newest_checkpoints(folder: Path, count: int) -> tuple[list[Checkpoint], list[str]]:
-    """Up to `count` whole checkpoints, newest first, and one line for each that was passed over on the way."""
-    found: list[Checkpoint] = []
     skipped: list[str] = []
-    for step, _, path in reversed(_folders(folder)):
-        if len(found) == count:
-            break
-        if found and found[-1].step == step:  # what it replaced
-            continue
+    for _, _, path in reversed(_folders(folder)):
         try:
-            found.append(open_checkpoint(path))
+            return open_checkpoint(path), skipped
         except CheckpointError as error:
             skipped.append(str(error))
-    return found, skipped
+    return None, skipped
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

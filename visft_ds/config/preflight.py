@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from visft_ds.config.resolve import ResolvedConfig
@@ -39,14 +38,7 @@ class Missing:
 
 def missing_inputs(config: ResolvedConfig) -> list[Missing]:
     """Shards, vocabulary, base weights and stage-1 heads that are not there; empty when the run can start."""
-    return [*_packages(config), *_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
-
-
-def _packages(config: ResolvedConfig) -> Iterator[Missing]:
-    base = config.visft.model.base
-    if base != "full" and find_spec("torchao") is None:
-        what = f"package for frozen matrices in {base} (or --set visft.model.base=full)"
-        yield Missing(what, "torchao", "pip install 'torchao>=0.18,<0.19'")
+    return [*_shards(config), *_vocabulary(config), *_weights(config), *_heads(config)]
 
 
 def _shards(config: ResolvedConfig) -> Iterator[Missing]:

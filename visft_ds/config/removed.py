@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 _PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
 _COPIES = "find copies with a program made for that, as imagededup, and name the images to keep in --ids FILE"
+_MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
+_UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 
 #: Dotted key -> what serves instead.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "visft.run.average_last": "average afterwards: tools/merge_lora.py --adapter RUN/checkpoints/step_N --adapter ...",
+    "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
+    "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
+    "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
+    "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
+    "visft.tasks.detection.ratio": _UPDATES,
+    "visft.tasks.segmentation.ratio": _UPDATES,
+    "visft.tasks.captioning.ratio": _UPDATES,
+    "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
+}
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
-IDLE: dict[str, Any] = {}
-_MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
+IDLE: dict[str, Any] = {
+    "visft.run.average_last": 0,
+    "visft.run.min_loss_scale": 1.0,
+    "visft.run.skip_spikes": 0,
+    "visft.tasks.segmentation.image.content_multiple": 14,
+    "visft.data.cache_mode": "ranges",
+    "visft.tasks.detection.ratio": None,
+    "visft.tasks.segmentation.ratio": None,
+    "visft.tasks.captioning.ratio": None,
+    "visft.model.base": "full",
+}
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
     "tools/profile.py": {
@@ -27,7 +50,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "data --start": _MEASURED,
         "data --shuffle": _MEASURED,
         "data --samples": f"it was for --start and --shuffle; {_MEASURED}",
-    }
+    },
     "make_shards": {
         "repair": "run the same `build` again: it keeps whole shards, makes the others, index and manifest anew",
         "diff": "compare the fingerprints that `info` shows; equal ones mean the same samples in the same order",
@@ -65,6 +88,7 @@ def refuse_removed(tool: str, arguments: Sequence[str]) -> None:
 def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
+    _ratios_to_updates(kept)
     for key, instead in KEYS.items():
         *parents, name = key.split(".")
         node: Any = kept
@@ -73,3 +97,14 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if isinstance(node, dict) and name in node and node.pop(name) != IDLE.get(key):
             print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
     return kept
+
+
+def _ratios_to_updates(values: dict[str, Any]) -> None:
+    """Give tasks that state a `ratio` their `updates` in the same proportion, in place; a run records its length."""
+    visft = values.get("visft")
+    tasks = visft.get("tasks") if isinstance(visft, dict) else None
+    stated = [task for task in (tasks or {}).values() if isinstance(task, dict) and task.get("ratio") is not None]
+    shares = [Fraction(str(task["ratio"])) for task in stated]
+    common = math.lcm(*(share.denominator for share in shares))
+    for task, share in zip(stated, shares, strict=True):
+        task["updates"], task["ratio"] = int(share * common), None

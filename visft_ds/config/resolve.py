@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import without_removed
+from visft_ds.config.removed import IDLE, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.task_schema import TasksConfig
 from visft_ds.config.validate import validate
@@ -41,9 +41,7 @@ NOT_IDENTITY = (
     "visft.data.num_workers",
     "visft.data.prefetch_steps",
     "visft.data.skip_damaged",
-    "visft.data.cache",
-    "visft.data.cache_bytes",
-    "visft.data.cache_mode",
+    "visft.data.cache*",
     "visft.features.cache",
     "visft.heads.path",
     "visft.model.name",
@@ -98,11 +96,23 @@ class ResolvedConfig:
         """Dotted key -> value of everything that must be equal to resume a run (all but `NOT_IDENTITY`)."""
         values = self.to_dict()
         flat = flatten({key: values[key] for key in Recipe.model_fields})
-        return {key: value for key, value in flat if not any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)}
+        return {key: value for key, value in flat if not _is_no_identity(key)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of `identity()`, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of `identity()`, hexadecimal.
+
+        Removed keys count with the values that changed nothing: the checkpoints of older runs hold them.
+        """
+        values = self.identity()
+        for key, idle in IDLE.items():
+            siblings = key.rpartition(".")[0] + "."
+            if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
+                values[key] = idle
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _is_no_identity(key: str) -> bool:
+    return any(fnmatch.fnmatch(key, glob) for glob in NOT_IDENTITY)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

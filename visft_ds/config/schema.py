@@ -108,7 +108,6 @@ class ModelConfig(BaseModel):
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
     packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
-    base: Literal["full", "int8", "fp8", "nf4"] = "full"  #: storage of the blocks' frozen matrices, docs/kernels.md
 
     @property
     def timm(self) -> str | None:
@@ -165,9 +164,8 @@ class DataConfig(BaseModel):
     num_workers: Positive | None = None  #: of each training process; null: what suits the machine
     prefetch_steps: Count = 2
     skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for copies of remote shards; null: read ranges, keep nothing
+    cache: Text | None = None  #: folder for copies of what is read of remote shards; null: keep nothing
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
-    cache_mode: Literal["ranges", "shards"] = "ranges"  #: keep what was read, or whole shards once they are touched
 
 
 class FeaturesConfig(BaseModel):
@@ -203,17 +201,14 @@ class RunConfig(BaseModel):
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of `task_schema.METRICS`; null: none
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
-    average_last: Count = 0  #: export the mean of so many newest checkpoints as well; 0: no
     eval_every: Count = 5000  #: 0: only by tools/evaluate.py
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
-    min_loss_scale: Rate = 1.0  #: fp16: an overflow at this loss scale or below stops the run; 0: never
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    skip_spikes: Count = 0  #: leaps of the loss in a row that are refused an update; 0: they are only reported
     heartbeat_timeout: Above = 60.0  #: seconds without a sign of life after which a rank counts as lost
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again

@@ -28,8 +28,8 @@ class _Share(BaseModel):
     """How much of a run belongs to a task."""
 
     model_config = STRICT
-    ratio: Above | None = None  #: share of the optimiser steps, relative to the other tasks; null: its `updates`
-    #: Optimiser steps of this task. Where no length is stated, a run is their sum; in mode "shared", the most of them.
+    #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
+    #: sum, in mode "shared" the most of them.
     updates: Positive | None = None
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
@@ -37,7 +37,7 @@ class _Share(BaseModel):
     @property
     def share(self) -> float:
         """Relative to the other tasks."""
-        return float(self.ratio or self.updates or 0)
+        return float(self.updates or 0)
 
 
 class DetectionImage(BaseModel):
@@ -100,8 +100,7 @@ class SegmentationImage(BaseModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    content_only: bool = False  #: in training, leave away what extends an image to size x size
-    content_multiple: Positive = 14  #: and extend it only to multiples of so many pixels: the backbone's patch
+    content_only: bool = False  #: in training, leave away what extends an image beyond whole patches
 
 
 class SegmentationHeadConfig(BaseModel):

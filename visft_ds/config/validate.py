@@ -232,8 +232,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     """Contradictions between settings for our own towers and settings for models of timm."""
     model, targets = visft.model, visft.lora.targets if visft.lora else ()
-    if visft.lora is not None and visft.lora.magnitude and model.base != "full":
-        yield "visft.lora.magnitude", f"must be false with visft.model.base = {model.base}: it needs the weights' rows"
     if model.timm is None:
         for number, target in enumerate(targets):
             if target not in ROLES:
@@ -253,8 +251,6 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         yield "visft.model.packed", f"must be false with {model.preset}, whose images are padded"
     if model.compile != "none":
         yield "visft.model.compile", f"must be none with {model.preset}"
-    if model.base != "full":
-        yield "visft.model.base", f"must be full with {model.preset}"
     if model.fit_memory:
         yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
@@ -270,8 +266,6 @@ def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.keep_every % run.save_every:
         yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
-    if run.average_last > run.keep_last:
-        yield "visft.run.average_last", f"more than visft.run.keep_last = {run.keep_last} checkpoints are not kept"
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
@@ -366,19 +360,9 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 
 
 def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:
-    """Steps are shared out by `ratio` or by `updates`: the one is a fraction, the other a number, never both."""
-    enabled = tasks.enabled()
-    with_ratio = [name for name, task in enabled.items() if task.ratio is not None]
-    counted = [name for name, task in enabled.items() if task.ratio is None and task.updates is not None]
-    for name in enabled:
-        if name not in with_ratio and name not in counted:
-            yield f"visft.tasks.{name}.ratio", "missing: state it, or visft.tasks.<task>.updates of every task"
-    if with_ratio and counted:
-        yield (
-            f"visft.tasks.{with_ratio[0]}.ratio",
-            f"{' and '.join(counted)} {'state' if len(counted) > 1 else 'states'} updates only: give every task a "
-            "ratio, or none",
-        )
+    for name, task in tasks.enabled().items():
+        if task.updates is None:
+            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:
@@ -418,10 +402,6 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
         )
     if model.kernels == "triton":
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"
-    if model.base != "full":
-        yield key, f"must be none with visft.model.base = {model.base}: values are made of codes piece by piece"
-    if model.base != "full":
-        yield key, f"must be none with visft.model.base = {model.base}: products with coded weights are not compiled"
     if not visft.run.rehearsal:
         yield key, "must be none without visft.run.rehearsal, which is when blocks are compiled"
 

@@ -118,7 +118,7 @@ class Transport:
         if data is None:
             raise ValueError(
                 f"{self.address(name)}: the server does not answer range requests, so single samples cannot be read "
-                "from it. Give a cache folder with mode 'shards', which copies whole shards, or use another server"
+                "from it: copy the shards into a folder, or use another server"
             )
         return data
 

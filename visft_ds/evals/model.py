@@ -227,7 +227,7 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     Raises:
         ValueError: numbers that the schema does not allow.
     """
-    one = {"ratio": 1.0, "batch_size": batch_size, "micro_batch": batch_size}
+    one = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
     settings = TasksConfig.model_validate(dict.fromkeys(tasks, one)).enabled()
     streams = {
         name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())

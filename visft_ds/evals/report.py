@@ -327,7 +327,8 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    shares = {name: float(task["ratio"] or task["updates"] or 0) for name, task in tasks.items()}
+    # Records of earlier releases may state a ratio.
+    shares = {name: float(task.get("ratio") or task["updates"] or 0) for name, task in tasks.items()}
     whole = sum(shares.values())
     return "one task: " + ", ".join(
         f"{name} in {100 * shares[name] / whole:.0f} % of the steps, {task['batch_size']} images"

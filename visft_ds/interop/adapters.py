@@ -34,8 +34,9 @@ class LoraAdapter:
     """All of an adapter. `targets` in the order q k v proj fc1 fc2; `tensors` as the legend above says.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
-    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how the run kept
-    that base (visft.model.base); the adapter belongs to the file, in full precision, all the same.
+    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
+    earlier release kept that base, "full" or in few bits; the adapter belongs to the file, in full precision, all the
+    same.
     """
 
     rank: int
@@ -256,15 +257,11 @@ def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> LoraAdapt
 
 
 def adapter_of_run(
-    lora: LoraConfig,
-    tensors: dict[str, Tensor],
-    origin: str,
-    base_sha256: str | None = None,
-    base_storage: str = "full",
+    lora: LoraConfig, tensors: dict[str, Tensor], origin: str, base_sha256: str | None = None
 ) -> LoraAdapter:
     """The adapter that a run with `visft.lora` has in these tensors."""
     targets = canonical_targets(lora.targets)
-    return LoraAdapter(lora.rank, lora.alpha, targets, tensors, origin, base_sha256, lora.magnitude, base_storage)
+    return LoraAdapter(lora.rank, lora.alpha, targets, tensors, origin, base_sha256, lora.magnitude)
 
 
 def merged_modules(backbone: EvaViT) -> list[str]:

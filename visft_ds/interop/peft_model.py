@@ -10,7 +10,6 @@ from visft_ds.interop.layouts import is_lora, tower_of
 from visft_ds.interop.peft import adapter_config, peft_tensors
 from visft_ds.interop.timm_names import model_arguments
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.ops.low_bit import import_torchao
 
 
 def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
@@ -30,7 +29,6 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
         import timm
     except ImportError as error:
         raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.20 ({error})") from error
-    import_torchao()  # PEFT looks into it
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     adapter = adapter_of(backbone)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.ops.low_bit import LowBit
-
 #: Parameters that an adapted layer may have beside those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -27,7 +25,6 @@ class AdaptedLayer(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
-    low_bit: LowBit | None = None  #: as that of `layers.Linear`
 
     def __init__(
         self, base: nn.Module, a: Sequence[int], b: Sequence[int], *, rank: int, alpha: float, magnitude: bool
@@ -93,15 +90,10 @@ class AdaptedLayer(nn.Module):
             zero update.
 
         Raises:
-            ValueError: already merged, or a quantised weight, which would round the update away.
+            ValueError: already merged.
         """
         if self.merged:
             raise ValueError("this LoRA layer is merged already; unmerge it first")
-        if self.low_bit is not None:
-            raise ValueError(
-                f"the weight is stored as {self.low_bit.format}, which would round the update away: merge into the "
-                "base in full precision (tools/merge_lora.py does)"
-            )
         before = self.weight.detach()
         delta = self.delta()
         after = (before.to(delta.dtype) + delta).to(before.dtype)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from visft_ds.ops import matmul_dtype
 from visft_ds.ops.attention import Packing, attention, attention_packed
 from visft_ds.ops.gelu import gelu
-from visft_ds.ops.low_bit import LowBit, low_bit_linear
 from visft_ds.ops.norm import layer_norm
 
 
@@ -29,13 +28,9 @@ class Linear(nn.Module):
     """Linear layer whose bias may come with the call. Computes in autocast's dtype, else in the weight's.
 
     Parameters: weight (out, in), bias (out,) or None.
-
-    Attributes:
-        low_bit: how a frozen weight is stored, see `visft_ds.models.low_bit`; None: as it is.
     """
 
     bias: nn.Parameter | None
-    low_bit: LowBit | None = None
 
     def __init__(
         self,
@@ -55,8 +50,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own."""
         bias = self.bias if bias is None else bias
-        if self.low_bit is not None:
-            return low_bit_linear(x, self.weight, bias, self.low_bit)
         dtype = matmul_dtype(self.weight)
         return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
 

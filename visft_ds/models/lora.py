@@ -80,9 +80,8 @@ class LoRALinear(AdaptedLayer):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
         factors = (self.weight, bias, self.lora_A, self.lora_B)
         if self.lora_magnitude is not None:
-            assert self.low_bit is None  # the configuration allows no magnitudes over quantised weights
             return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices)
-        return lora_linear(x, *factors, self.scale, self.slices, low_bit=self.low_bit)
+        return lora_linear(x, *factors, self.scale, self.slices)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -2,9 +2,8 @@
 
 Letters: B images, L levels, S = sum of h*w over the levels, Q queries, M heads, c channels of a head, P points.
 
-Zhu et al., "Deformable DETR", arXiv 2010.04159, eq. 3. `deform_attn_reference` is the whole operator in plain PyTorch;
-it runs on every device and in every floating type that `grid_sample` knows. The Triton version is taken where
-`visft_ds.ops.use_kernels` says so.
+Zhu et al., "Deformable DETR", arXiv 2010.04159, eq. 3. In plain PyTorch: it runs on every device and in every floating
+type that `grid_sample` knows.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from visft_ds.ops import kernels
-from visft_ds.ops.triton import DTYPES
 
 
 def deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -32,23 +28,10 @@ def deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Ten
     Returns:
         (B, Q, M * c) in the dtype of value.
     """
-    batch, _, heads, _ = value.shape
+    batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     assert value.shape[1] == sum(h * w for h, w in shapes), (value.shape, shapes)
     assert locations.shape == (batch, queries, heads, len(shapes), points, 2), locations.shape
-    if kernels(value.device) == "triton" and value.dtype in DTYPES:
-        from visft_ds.ops.triton.deform_attn import sampled
-
-        return sampled(value, [number for shape in shapes for number in shape], locations, weights)
-    return deform_attn_reference(value, shapes, locations, weights)
-
-
-def deform_attn_reference(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
-    """The specification of `deform_attn`."""
-    batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
     shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # (L, B*M, Q, P)
     mixed = value.new_zeros(batch * heads, channels, queries)

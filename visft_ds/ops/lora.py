@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels, no_autocast, placed
-from visft_ds.ops.low_bit import LowBit, dtype_of_product
+from visft_ds.ops import kernels, matmul_dtype, no_autocast, placed
 from visft_ds.ops.triton import DTYPES, why_not
 
 Slices = tuple[tuple[int, int], ...]
@@ -41,7 +40,6 @@ def lora_linear(
     slices: Sequence[tuple[int, int]],
     *,
     backend: str = "auto",
-    low_bit: LowBit | None = None,
 ) -> Tensor:
     """Linear layer plus low-rank updates of some output slices.
 
@@ -57,14 +55,12 @@ def lora_linear(
         scale: factor of the update, alpha / r.
         slices: ascending, disjoint (lo, hi) output ranges. `slices` and shapes that disagree raise ValueError.
         backend: "auto" or one of BACKENDS. One that is unknown or cannot run here raises ValueError.
-        low_bit: how `weight` is stored, if not as it is; its values are made for each pass and not kept.
 
     Returns:
         (..., F) in the dtype computed in.
     """
-    fan_in = weight.shape[1] if low_bit is None else low_bit.fan_in
-    _check_shapes((len(weight), fan_in), lora_a, lora_b, slices)
-    dtype = dtype_of_product(weight, low_bit)
+    _check_shapes(weight, lora_a, lora_b, slices)
+    dtype = matmul_dtype(weight)
     if backend == "auto":
         backend, _ = choose_backend(placed(weight.device), dtype)
     elif backend not in BACKENDS:
@@ -73,7 +69,7 @@ def lora_linear(
         _check_triton(weight.device, dtype)
     # x is cast out here: a 16-bit copy is cheaper to keep for the backward pass than the fp32 residual stream.
     out: tuple[Tensor, Tensor] = _LoraLinear.apply(
-        x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend, low_bit
+        x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend
     )
     return out[0]
 
@@ -105,19 +101,16 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         slices: Slices,
         backend: str,
-        low_bit: LowBit | None,
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         u = _product(rows, _cast(lora_a, x).t(), scale)
         run = _FORWARD[backend]
-        y = run(
-            rows, u, _values(weight, low_bit, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices
-        )
+        y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
         return y.view(*x.shape[:-1], len(weight)), u
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, ctx.backend, ctx.low_bit = inputs
+        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, ctx.backend = inputs
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
         ctx.save_for_backward(
@@ -132,7 +125,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 8
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = dw = db = da = dlb = None
@@ -147,7 +140,7 @@ class _LoraLinear(torch.autograd.Function):
                     du[:, cols] = _product(dy[:, lo:hi], b[part], ctx.scale)
             if need_x:
                 run = _backward_triton if ctx.backend == "triton" else _backward_library
-                dx = run(dy, du, _values(weight, ctx.low_bit, dy), _cast(lora_a, dy)).view(ctx.x_shape)
+                dx = run(dy, du, _cast(weight, dy), _cast(lora_a, dy)).view(ctx.x_shape)
             # Sums over tokens. On CPUs it is faster to leave the wider tensor as it lies, and to transpose the small
             # result in the copy that casts it.
             if need_a:
@@ -161,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
                 dw = (dy.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             if need_bias:
                 db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, da, dlb, None, None, None, None
+        return dx, dw, db, da, dlb, None, None, None
 
 
 def _forward_eager(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
@@ -220,10 +213,6 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
-def _values(weight: Tensor, low_bit: LowBit | None, like: Tensor) -> Tensor:
-    return _cast(weight, like) if low_bit is None else low_bit.unpack(weight, like.dtype)
-
-
 def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
     reason = why_not(device)
     if reason is None and dtype not in DTYPES:
@@ -232,12 +221,12 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"lora_linear: backend 'triton' cannot run here: {reason}; use auto")
 
 
-def _check_shapes(weight: tuple[int, int], lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:
-    edges = [0, *(edge for pair in slices for edge in pair), weight[0]]
+def _check_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, slices: Sequence[tuple[int, int]]) -> None:
+    edges = [0, *(edge for pair in slices for edge in pair), len(weight)]
     if not slices or edges != sorted(edges) or any(lo == hi for lo, hi in slices):
-        raise ValueError(f"lora_linear: slices {tuple(slices)} must be ascending, disjoint and within 0..{weight[0]}")
+        raise ValueError(f"lora_linear: slices {tuple(slices)} must be ascending, disjoint and within 0..{len(weight)}")
     rank = lora_b.shape[1]
-    wanted = ((len(slices) * rank, weight[1]), (sum(hi - lo for lo, hi in slices), rank))
+    wanted = ((len(slices) * rank, weight.shape[1]), (sum(hi - lo for lo, hi in slices), rank))
     found = (tuple(lora_a.shape), tuple(lora_b.shape))
     if found != wanted:
         raise ValueError(f"lora_linear: lora_a, lora_b have shapes {found}; slices {tuple(slices)} need {wanted}")

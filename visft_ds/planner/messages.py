@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
 from visft_ds.model import MultiTaskModel
-from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.planner.rehearsal import DTYPES
 from visft_ds.planner.step import PlannedRun, rehearse
 from visft_ds.prepare.model import plan_model
@@ -66,10 +65,8 @@ def broadcasts_of(run: PlannedRun) -> list[Message]:
 
 def _model(run: PlannedRun) -> MultiTaskModel:
     """On the meta device, every parameter as it is stored."""
-    visft = run.config.visft
-    module, _ = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, DTYPES[run.precision])
-    store_in_few_bits(module.backbone, visft.model.base)
-    return module
+    config = run.config
+    return plan_model(config.visft, config.optimizer.params, run.vocabulary_size, DTYPES[run.precision])[0]
 
 
 def _gradients(run: PlannedRun, stream: Stream) -> Iterator[Message]:

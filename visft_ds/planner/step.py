@@ -31,7 +31,6 @@ from visft_ds.costs.ledger import (
 )
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import require_eva_vit
-from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
 from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, loss_denominators_of, rehearsing
@@ -136,7 +135,6 @@ class _Rehearsal:
         visft = run.config.visft
         storage = DTYPES[run.precision]
         self.module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
-        store_in_few_bits(self.module.backbone, visft.model.base)
         self.module.train()
         self.layers = self._layers()
         held = nn.ModuleList(self.layers) if self.layers else self.module

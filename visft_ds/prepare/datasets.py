@@ -70,7 +70,7 @@ def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
 
 def cache_of(data: DataConfig) -> CacheOptions | None:
     """Options of the cache for remote shards; None where there is none."""
-    return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes, data.cache_mode)
+    return None if data.cache is None else CacheOptions(Path(data.cache), data.cache_bytes)
 
 
 def data_identity(sets: Mapping[str, TrainingSet]) -> str:

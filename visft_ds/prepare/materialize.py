@@ -26,7 +26,6 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
-from visft_ds.models.low_bit import frozen_matrices
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
 from visft_ds.tasks import TASKS
 
@@ -72,7 +71,7 @@ class BaseWeights:
 
     identity: str  #: sha256 of the file, or the recipe of the random weights
     note: str
-    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype, before quantisation
+    infos: Mapping[str, TensorInfo]  #: name in the tower -> shape, and dtype
     load: Callable[[str], Tensor]
     buffers: Callable[[], Mapping[str, Tensor]] = dict  #: values of the backbone's buffers
     beside: Callable[[], Mapping[str, Tensor]] = dict  #: what its library's model has beyond the backbone
@@ -186,13 +185,11 @@ def fill_model(
             (`of_one_rank`).
     """
     backbone, held = module.backbone, placement.held(module)
-    stored = {f"{name}.weight": one.low_bit for name, one in frozen_matrices(backbone).items() if one.low_bit}
 
     def of_backbone(name: str) -> Tensor:
         if is_lora(name):
             return first_value(backbone, name, config.seed, base.read)
-        value = base.read(name)
-        return stored[name].pack(value) if name in stored else value
+        return base.read(name)
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)

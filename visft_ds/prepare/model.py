@@ -25,14 +25,14 @@ from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
 from visft_ds.model import MultiTaskModel, TaskModule
-from visft_ds.models.backbone import Backbone, build_empty, require_eva_vit
+from visft_ds.models.backbone import Backbone, build_empty
 from visft_ds.models.lora import has_effect, inject_lora
-from visft_ds.models.low_bit import compare_with_full, plan_few_bits, store_in_few_bits
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.segmentation.data import CONTENT_MULTIPLE
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
@@ -147,15 +147,11 @@ def prepare_model(
         notes += _check_heads(infos, config, base)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
-    store_in_few_bits(module.backbone, config.model.base)
     fill_model(module, config, base, heads, words, placement)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
-    if config.model.base != "full":
-        difference = compare_with_full(require_eva_vit(module.backbone), base.read, placement.whole)
-        notes += difference.lines() if difference else []
     return PreparedModel(module, groups, base, tuple(notes))
 
 
@@ -173,8 +169,6 @@ def plan_model(
     storage: torch.dtype = torch.float32,
 ) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
     """The model on the meta device and what would train, from shapes alone: no file is read.
-
-    Its matrices have the shapes and dtypes of full precision; `store_in_few_bits` comes next.
 
     Args:
         vocabulary_size: that of the published captioning heads unless the data's own is known.
@@ -194,7 +188,6 @@ def plan_model(
     _check_content(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
-    plan_few_bits(backbone, model.base)
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
     _set_modes(module, config, groups)
@@ -294,8 +287,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
         storage = info.extra.get("base", "full")
-        if storage != config.model.base:
-            notes.append(f"the {task} head learnt over a base in {storage}, this run has {config.model.base}")
+        if storage != "full":  # an earlier release could
+            notes.append(f"the {task} head learnt over a base in {storage}, this run has it in full")
         mode = info.extra.get("mode", config.mode)
         if mode != config.mode:
             notes.append(f"the {task} head learnt from images of mode {mode}, this run is {config.mode} (visft.mode)")
@@ -330,10 +323,11 @@ def _check_content(config: VisftConfig, patch_size: int) -> None:
     task = config.tasks.segmentation
     if config.mode == "shared" or task is None or not task.image.content_only:
         return
-    if task.image.content_multiple % patch_size:
+    if CONTENT_MULTIPLE % patch_size:
         raise ValueError(
-            f"visft.tasks.segmentation.image.content_multiple = {task.image.content_multiple}: the patches of this "
-            f"backbone have {patch_size} pixels; give {patch_size} or a multiple of it"
+            f"visft.tasks.segmentation.image.content_only: content ends at multiples of {CONTENT_MULTIPLE} pixels, and "
+            f"the patches of this backbone have {patch_size}: set it to false, or take a backbone with patches of "
+            f"{CONTENT_MULTIPLE}"
         )
 
 

@@ -19,6 +19,7 @@ from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import FORMAT, Vocabulary
+from visft_ds.tasks.segmentation.data import CONTENT_MULTIPLE
 from visft_ds.tasks.transform import JointTransform, collate_joint
 
 
@@ -89,6 +90,8 @@ def features_of(
         return None
     shape = {"preset": config.model.preset, **config.model.backbone_options()}
     streams = {stream.name: stream.image for stream in config.streams().values()}
+    if "segmentation" in streams:  # as caches of earlier releases say it
+        streams["segmentation"]["content_multiple"] = CONTENT_MULTIPLE
     identity = {
         "base weights": base_weights,
         "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
@@ -96,8 +99,6 @@ def features_of(
         "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
         "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
     }
-    if config.model.base != "full":  # else as it was before there was a choice
-        identity["base stored as"] = config.model.base
     root = None if config.features.cache is None else Path(config.features.cache)
     return FeatureCache(root, identity, config.features.storage)
 

@@ -24,7 +24,6 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler, compile_blocks
-from visft_ds.models.low_bit import store_in_few_bits
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
@@ -231,8 +230,6 @@ def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
     }
     model = config.visft.model
     backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
-    if model.base != "full":
-        store_in_few_bits(backbone.requires_grad_(False), model.base)
     frozen = [p for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained]
     return sum(trained.values()), sum(p.numel() * p.element_size() for p in frozen)
 

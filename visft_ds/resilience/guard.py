@@ -1,4 +1,4 @@
-"""Which steps may change the weights: losses that are no numbers or leap, judged alike on every rank."""
+"""Losses that are no numbers, or leap: told, counted and, beyond what is allowed, the end of a run on every rank."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ _MEDIAN_DEVIATION = 0.6745
 _FALLS = 17
 #: Modules and ranks that are named then.
 _SHOWN = 3
+#: An overflow at this loss scale of fp16 or a lower one stops the run: every further step would be passed over.
+LEAST_SCALE = 1.0
 #: A task whose losses hardly differ: deviations below this share of the median do not count.
 _FLAT = 1e-3
 
@@ -59,64 +61,48 @@ def robust_score(past: Iterable[float], loss: float) -> float:
 
 
 class LossGuard:
-    """Accepts or refuses the step that is expected; `should_update` is what an engine asks before its update.
+    """Watches the steps of a run.
 
     Args:
-        settings: `skip_bad_steps`, `skip_spikes`, `spike_threshold`, `spike_window`, `min_loss_scale`.
+        settings: `skip_bad_steps`, `spike_threshold`, `spike_window`.
         past: what went before, the oldest first.
     """
 
     def __init__(self, settings: RunConfig, past: Iterable[Past] = ()) -> None:
         self._settings = settings
         self._losses: dict[str, deque[float]] = {}
-        self._task, self.score, self._spikes, self.bad = "", 0.0, 0, 0
+        self.bad = 0  #: steps in a row without an update because loss or gradient was no number
         self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
         self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
         for one in past:
-            self.expect(one.task)
-            if one.refused:
-                self.should_update(one.loss)  # for its score
             self._note(one)
-
-    def expect(self, task: str) -> None:
-        """Say which task the next step trains."""
-        self._task, self.score = task, 0.0
-
-    def should_update(self, loss: float) -> bool:
-        """Whether a step of this loss, a mean over the global batch, may change the weights."""
-        if not math.isfinite(loss):
-            return False
-        known = self._known()
-        if self._settings.spike_threshold and len(known) >= min(FEWEST, self._settings.spike_window):
-            self.score = robust_score(known, loss)
-        return not self._leaps() or self._spikes >= self._settings.skip_spikes
 
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take note of a finished step. Returns what to say of it, "" for nothing."""
         loss = report.losses["loss"]
         overflow = (step_plan.step + 1, report.loss_scale or 1.0) if report.skipped else None
         now = Past(step_plan.task, loss, bool(report.refused), is_finite(report), overflow)
-        leaps = now.finite and self._leaps()
-        known = self._known()
+        known, threshold = self._known(now.task), self._settings.spike_threshold
         where = f"step {step_plan.step + 1} ({step_plan.task})"
         message = ""
-        if leaps:
-            done = "no update was made" if report.refused else "the update was made all the same"
-            message = (
-                f"{where}: loss {loss:.4g} leaps: {self.score:.1f} robust standard deviations above the median "
-                f"{statistics.median(known):.4g} of the last {len(known)}; {done}"
-            )
+        if threshold is not None and now.finite and len(known) >= min(FEWEST, self._settings.spike_window):
+            score = robust_score(known, loss)
+            if score > threshold:
+                message = (
+                    f"{where}: loss {loss:.4g} leaps: {score:.1f} robust standard deviations above the median "
+                    f"{statistics.median(known):.4g} of the last {len(known)}; the update was made all the same"
+                )
         self._note(now)
-        if report.refused and not leaps:
+        if report.refused:
             what = "the gradient is not finite" if report.refused == "gradient" else f"the loss is {loss}"
             found = "".join(f"\n  rank {rank}: {text}" for rank, texts in report.faults.items() for text in texts[:3])
             message = f"{where}: {what}, no update was made on any rank{found}"
-        if overflow is not None and overflow[1] <= self._settings.min_loss_scale:
+        if overflow is not None and overflow[1] <= LEAST_SCALE:
             self.collapsed = True
             falls = ", ".join(f"{scale:g} (step {step})" for step, scale in self._falls)
             message = (
                 f"{where}: the gradient overflows in fp16 at a loss scale of {overflow[1]:g}, which may not fall below "
-                f"{self._settings.min_loss_scale:g} (visft.run.min_loss_scale); it overflowed at {falls}"
+                f"{LEAST_SCALE:g}; it overflowed at {falls}"
             )
         return message
 
@@ -149,19 +135,15 @@ class LossGuard:
         error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
         raise error
 
-    def _known(self) -> deque[float]:
-        return self._losses.setdefault(self._task, deque(maxlen=self._settings.spike_window))
-
-    def _leaps(self) -> bool:
-        return self._settings.spike_threshold is not None and self.score > self._settings.spike_threshold
+    def _known(self, task: str) -> deque[float]:
+        return self._losses.setdefault(task, deque(maxlen=self._settings.spike_window))
 
     def _note(self, step: Past) -> None:
         self.bad = self.bad + 1 if step.refused and not step.finite else 0
-        self._spikes = self._spikes + 1 if step.refused and step.finite else 0
         if step.overflow is not None:
             self._falls.append(step.overflow)
         if not step.refused:
-            self._known().append(step.loss)
+            self._known(step.task).append(step.loss)
 
 
 def is_finite(report: StepReport) -> bool:

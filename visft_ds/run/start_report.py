@@ -13,7 +13,6 @@ from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.low_bit import number_of_values
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
@@ -47,7 +46,7 @@ def print_start(
 ) -> None:
     """The plan of a run that is about to train. Main process only."""
     module = prepared.module
-    total = number_of_values(module)
+    total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
     model = config.visft.model
@@ -58,7 +57,6 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", precision),
-                ("frozen matrices", "as computed in" if model.base == "full" else model.base),
                 ("attention", ": ".join(_attention(module.backbone, device, dtype))),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
@@ -224,9 +222,8 @@ def _kept(run: RunConfig) -> str:
     kept = [f"the last {run.keep_last}"]
     kept += [f"every {run.keep_every} steps"] if run.keep_every else []
     kept += [f"the best by {run.keep_best}"] if run.keep_best else []
-    averages = [f"; moving average with decay {run.ema:g}"] if run.ema else []
-    averages += [f"; mean of the last {run.average_last} exported"] if run.average_last else []
-    return f"kept: {' and '.join(kept)}" + "".join(averages)
+    average = f"; moving average with decay {run.ema:g}" if run.ema else ""
+    return f"kept: {' and '.join(kept)}{average}"
 
 
 def _run_section(config: ResolvedConfig, start: int) -> Section:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from visft_ds.checkpoint.averaging import MovingAverage, average_last, gather_all
+from visft_ds.checkpoint.averaging import MovingAverage, gather_all
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
@@ -37,7 +37,7 @@ class RunState:
     def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str]) -> None:
         run = config.visft.run
         self.identity = dict(identity)
-        self._out, self._engine, self._average_last = Path(run.out or ""), engine, run.average_last
+        self._out, self._engine = Path(run.out or ""), engine
         self._average = MovingAverage(engine, run.ema) if run.ema else None
         due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
         retention = Retention(run.keep_last, run.keep_every, run.keep_best)
@@ -122,11 +122,7 @@ class RunState:
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """Averages to export: folder name -> values by qualified name (empty but on the main process). Collective."""
-        found = {"ema": self._average.gather()} if self._average else {}
-        if self._average_last:
-            main = distributed.is_main()
-            found["average"] = average_last(self._saver.folder, self._average_last) if main else {}
-        return found
+        return {"ema": self._average.gather()} if self._average else {}
 
     def __enter__(self) -> RunState:
         self._saver.__enter__()

@@ -27,6 +27,8 @@ from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasteris
 #: The raw ids of COCO's 80 categories. By default, a label is a place in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 _LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
+#: Pixels that sides of content alone are multiples of: a patch of the published towers.
+CONTENT_MULTIPLE = 14
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SegmentationTransform:
     Training: mirror with probability `flip`; scale to fit a square of s * `size` pixels, s uniform in `scale`; extend
     right and bottom to `size` x `size` with the value `pad_value`; cut out a random square of that size. The extension
     belongs to the image, as in the reference: patches there are ordinary patches. With `content_only` the square is cut
-    down to the rectangle that shows image, extended to multiples of `content_multiple` pixels as far as the square
+    down to the rectangle that shows image, extended to multiples of CONTENT_MULTIPLE pixels as far as the square
     reaches: the same patches as before, without those of the extension alone. Evaluation: short side `eval_short`, long
     side at most `eval_max_long`, then extended to multiples of `eval_multiple` pixels, so that no strip is lost where
     the patch size does not divide the image; that extension is padding. With `fixed_size`, both only scale to a square
@@ -99,14 +101,12 @@ class SegmentationTransform:
         fixed_size: int | None = None,
         mask_stride: int = 4,
         content_only: bool = False,
-        content_multiple: int = 14,
         classes: Sequence[int] = COCO_CATEGORY_IDS,
     ) -> None:
-        if min(size, eval_short, eval_max_long, eval_multiple, fixed_size or 1, mask_stride, content_multiple) < 1:
+        if min(size, eval_short, eval_max_long, eval_multiple, fixed_size or 1, mask_stride) < 1:
             raise ValueError(
                 f"image sizes must be positive: size={size}, eval_short={eval_short}, eval_max_long={eval_max_long}, "
-                f"eval_multiple={eval_multiple}, fixed_size={fixed_size}, mask_stride={mask_stride}, "
-                f"content_multiple={content_multiple}"
+                f"eval_multiple={eval_multiple}, fixed_size={fixed_size}, mask_stride={mask_stride}"
             )
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale={scale} is not allowed: give two numbers above 0, the smaller one first")
@@ -123,7 +123,6 @@ class SegmentationTransform:
         self.fixed_size = fixed_size
         self.mask_stride = mask_stride
         self.content_only = content_only
-        self.content_multiple = content_multiple
         self.labels = places(classes)
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
@@ -170,7 +169,7 @@ class SegmentationTransform:
         return [*ops, Resize(height, width), Crop(top, left, *shown), Pad(*self._extended(shown))]
 
     def _extended(self, shown: Size) -> Size:
-        height, width = (min(self.size, -(-side // self.content_multiple) * self.content_multiple) for side in shown)
+        height, width = (min(self.size, -(-side // CONTENT_MULTIPLE) * CONTENT_MULTIPLE) for side in shown)
         return height, width
 
     def extremes(self, size: Size) -> set[Size]:
