@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
+OLD    ?= HEAD~1
+NEW    ?= HEAD
+TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel lint demo golden clean
+.PHONY: help install test test-parallel lint demo golden freeze clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -13,6 +16,7 @@ help:
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
+	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"
 
 $(VENV)/installed: setup.py
@@ -45,6 +49,9 @@ demo: install
 
 golden: install
 	$(BIN)/python -m tests.golden.losses
+
+freeze: install
+	$(BIN)/python -m tests.freeze $(OLD) $(NEW) --tier $(TIER)
 
 clean:
 	rm -rf $(VENV) $(OUT)
