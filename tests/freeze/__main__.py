@@ -152,7 +152,14 @@ def _results(commits: Sequence[str], tier: int, coco: Path | None, *, fresh: boo
                 ["git", "archive", commits[place]], cwd=REPOSITORY, check=True, capture_output=True
             )
             subprocess.run(["tar", "-x"], cwd=checkout, input=archive.stdout, check=True)
-            words = [checkout, folder / "work", folder / "result.json", tier, jobs, *([coco.resolve()] if coco else [])]
+            words = [
+                checkout,
+                folder / "work",
+                folder / "result.json",
+                f"tier{tier}",
+                jobs,
+                *([coco.resolve()] if coco else []),
+            ]
             workers[place] = subprocess.Popen(
                 [sys.executable, "-m", "tests.freeze.worker", *map(str, words)],
                 cwd=REPOSITORY,

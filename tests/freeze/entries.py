@@ -54,21 +54,35 @@ def metrics(path: Path) -> Entries:
     return found
 
 
-def tensors(path: Path) -> Entries:
-    """Type, shape and hash of every tensor of a .safetensors file, and its metadata."""
+def raw_tensors(path: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    """Name, facts and bytes of every tensor of a .safetensors file."""
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+    for name, facts in header.items():
+        if name != "__metadata__":
+            first, last = facts["data_offsets"]
+            yield name, facts, body[first:last]
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Metadata of a .safetensors file."""
+    content = path.read_bytes()
+    found: dict[str, str] = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]]).get("__metadata__", {})
+    return found
+
+
+def tensors(path: Path) -> Entries:
+    """Type, shape and hash of every tensor of a .safetensors file, and its metadata."""
     found: Entries = {}
-    for key, value in header.pop("__metadata__", {}).items():
+    for key, value in metadata(path).items():
         try:
             found |= flat({key: json.loads(value)}, "metadata")
         except json.JSONDecodeError:
             found |= flat({key: value}, "metadata")
-    for name, facts in header.items():
-        first, last = facts["data_offsets"]
+    for name, facts, content in raw_tensors(path):
         shape = ",".join(map(str, facts["shape"]))
-        found[name] = f"{facts['dtype']}[{shape}] {hashlib.sha256(body[first:last]).hexdigest()[:16]}"
+        found[name] = f"{facts['dtype']}[{shape}] {hashlib.sha256(content).hexdigest()[:16]}"
     return found
 
 

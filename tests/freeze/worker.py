@@ -1,6 +1,8 @@
 """The cases of one commit, in a process that imports its code once and forks for each case.
 
-    python -m tests.freeze.worker CHECKOUT WORK RESULT TIER JOBS [COCO]
+    python -m tests.freeze.worker CHECKOUT WORK RESULT WHAT JOBS [COCO]
+
+WHAT: tier1, tier2 (all of tier 1 too), or stored (the runs of release 0.1). WORK must not exist yet.
 
 Imports cost as much as several cases. A fork has them, shares nothing else, and computes with one thread.
 """
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.freeze import cases as all_cases
+from tests.freeze import stored, tier1, tier2
 from tests.freeze.cases import Case, Outcome, Words
 
 TOOLS = ("evaluate", "make_shards", "make_toy_coco", "merge_lora", "profile")
@@ -35,13 +37,16 @@ ENVIRONMENT = {
 def main() -> None:
     """Run, and write {"entries": ..., "failed": {case: why}, "skipped": {case: why}, ...}."""
     checkout, work, result = (Path(word).resolve() for word in sys.argv[1:4])
-    tier, jobs = map(int, sys.argv[4:6])
+    what, jobs = sys.argv[4], int(sys.argv[5])
+    coco = Path(sys.argv[6]) if len(sys.argv) > 6 else None
     sys.path[0] = str(checkout)  # was the repository of this file
     began = time.perf_counter()
     _import(checkout)
     work.mkdir()
     os.chdir(work)
-    cases = all_cases.tier1() if tier == 1 else []
+    cases = {"tier1": tier1.cases, "tier2": lambda: [*tier1.cases(), *tier2.cases(coco)], "stored": stored.cases}[
+        what
+    ]()
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, float] = {}
@@ -51,7 +56,12 @@ def main() -> None:
             failed[case.name] = answer["error"]
         else:
             found |= {f"{case.name}/{name}": value for name, value in answer["entries"].items()}
-    record: dict[str, Any] = {"entries": found, "failed": failed, "skipped": {}, "cpu_seconds": seconds}
+    record: dict[str, Any] = {
+        "entries": found,
+        "failed": failed,
+        "skipped": tier2.skipped(coco) if what == "tier2" else {},
+        "cpu_seconds": seconds,
+    }
     record["seconds"] = time.perf_counter() - began
     result.write_text(json.dumps(record), encoding="utf-8")
     os._exit(0)  # without a word of what libraries have to say about the end of a process
@@ -134,6 +144,7 @@ def _outcomes(case: Case, checkout: Path) -> list[Outcome]:
     Raises:
         RuntimeError: another exit status than expected.
     """
+    os.environ.update(case.environment)
     if case.before is not None:
         case.before()
     outcomes = []
@@ -179,7 +190,9 @@ def _run(words: Words, checkout: Path, log: Path) -> Outcome:
             os.close(copy)
         sys.argv, sys.path[:] = kept, path
     out, err = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return Outcome(words, code, out, err)
+    return Outcome(
+        words, code, *(text.replace(str(checkout), "CODE").replace(os.getcwd(), "WORK") for text in (out, err))
+    )
 
 
 if __name__ == "__main__":

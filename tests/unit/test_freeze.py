@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.freeze import entries
+from tests.freeze import entries, tier1, tier2
 from tests.freeze.__main__ import REPOSITORY, differences, main, report
-from tests.freeze.cases import tier1
 
 
 def _results(values: dict[str, Any], **failed: str) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def test_releases_and_hashes_of_files_that_name_them_are_left_out(tmp_path: Path
 
 def test_names_of_cases_are_unique_and_their_needs_come_first() -> None:
     seen: set[str] = set()
-    for case in tier1():
+    for case in [*tier1.cases(), *tier2.cases(Path("coco"))]:
         assert case.name not in seen and seen >= set(case.needs), case.name
         seen.add(case.name)
 
