@@ -33,6 +33,8 @@ from tests.freeze.worker import ENVIRONMENT
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 LIST = "tests/golden/removed.txt"
+#: Tier -> files that decide about its results.
+SOURCES = {1: ("cases.py", "entries.py", "tier1.py", "worker.py"), 2: ("tier2.py", "bad_commands.txt")}
 ABSENT = object()
 SHOWN = 6  # differences of a case
 
@@ -139,49 +141,56 @@ def _listed(commit: str) -> dict[str, str]:
 def _results(commits: Sequence[str], tier: int, coco: Path | None, *, fresh: bool) -> list[dict[str, Any]]:
     """Results of the commits, kept ones or computed side by side."""
     places = [_kept(commit, tier, coco) for commit in commits]
-    found = [None if fresh or not place.is_file() else json.loads(place.read_text("utf-8")) for place in places]
-    missing = [place for place in range(len(commits)) if found[place] is None]
-    jobs = max(1, len(os.sched_getaffinity(0)) // max(1, len(missing)))
+    found = {} if fresh else {place: _read(place) for place in places if place.is_file()}
     with tempfile.TemporaryDirectory(prefix="freeze-") as temporary:
-        workers = {}
-        for place in missing if fresh else sorted({places.index(places[place]) for place in missing}):
-            folder = Path(temporary, str(place))
-            checkout = folder / "code"
-            checkout.mkdir(parents=True)
-            archive = subprocess.run(
-                ["git", "archive", commits[place]], cwd=REPOSITORY, check=True, capture_output=True
-            )
-            subprocess.run(["tar", "-x"], cwd=checkout, input=archive.stdout, check=True)
-            words = [
-                checkout,
-                folder / "work",
-                folder / "result.json",
-                f"tier{tier}",
-                jobs,
-                *([coco.resolve()] if coco else []),
-            ]
-            workers[place] = subprocess.Popen(
-                [sys.executable, "-m", "tests.freeze.worker", *map(str, words)],
-                cwd=REPOSITORY,
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(checkout)},
-            )
+        # The same commit twice is computed twice only where that is asked for.
+        folders = {Path(temporary, str(at)): at for at in range(len(commits)) if places[at] not in found}
+        if not fresh and places[0] == places[1]:
+            folders = dict(list(folders.items())[:1])
+        jobs = max(1, len(os.sched_getaffinity(0)) // max(1, len(folders)))
+        workers = {folder: _start(folder, commits[at], tier, jobs, coco) for folder, at in folders.items()}
+        computed = {}
         try:
-            for place, worker in workers.items():
+            for folder, worker in workers.items():
                 if worker.wait():
-                    raise SystemExit(f"the worker of {commits[place]} ended with exit status {worker.returncode}")
-                result = Path(temporary, str(place), "result.json").read_text(encoding="utf-8")
-                places[place].parent.mkdir(parents=True, exist_ok=True)
-                places[place].write_text(result, encoding="utf-8")
-                found[place] = json.loads(result)
+                    raise SystemExit(
+                        f"the worker of {commits[folders[folder]]} ended with exit status {worker.returncode}"
+                    )
+                computed[folders[folder]] = _read(folder / "result.json")
         finally:
             for worker in workers.values():
                 worker.kill()
-    return [json.loads(places[at].read_text("utf-8")) if one is None else one for at, one in enumerate(found)]
+    for at, results in computed.items():
+        found[places[at]] = results
+        if not results["failed"]:  # a failure may be the machine's
+            places[at].parent.mkdir(parents=True, exist_ok=True)
+            places[at].write_text(json.dumps(results), encoding="utf-8")
+    return [computed.get(at, found[places[at]]) for at in range(len(commits))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def _start(folder: Path, commit: str, tier: int, jobs: int, coco: Path | None) -> subprocess.Popen[bytes]:
+    """Check a commit out and start its worker."""
+    checkout = folder / "code"
+    checkout.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", commit], cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(["tar", "-x"], cwd=checkout, input=archive.stdout, check=True)
+    words = [checkout, folder / "work", folder / "result.json", f"tier{tier}", jobs]
+    words += [] if coco is None else [coco.resolve()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.freeze.worker", *map(str, words)],
+        cwd=REPOSITORY,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(checkout)},
+    )
 
 
 def _kept(commit: str, tier: int, coco: Path | None) -> Path:
     """Where results are kept: they hold for a commit, these cases, this machine and the libraries that compute."""
-    sources = [path.read_bytes() for path in sorted(HERE.iterdir()) if path.is_file()]
+    sources = [(HERE / name).read_bytes() for number in range(1, tier + 1) for name in SOURCES[number]]
     libraries = [f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy", "timm", "torchvision")]
     processor = [
         line for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines() if line.startswith("model name")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -17,8 +18,12 @@ from typing import Any
 Entries = dict[str, Any]
 
 #: Keys of JSON files and of safetensors' metadata: releases, and hashes of whole files that hold a release's name.
-LEFT_OUT = {"visft_ds", "versions", "base_sha256", "trained_on", "sha256", "git", "started", "command", "time"}
+LEFT_OUT = {
+    *("visft_ds", "versions", "base_sha256", "trained_on", "sha256", "git"),
+    *("started", "command", "time", "seconds"),
+}
 _BLANKS = re.compile(r"\s+")
+_PROCESS = re.compile(r"tmp-\d+")
 _SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 #: Values of a step that do not depend on the clock.
 _OF_A_STEP = re.compile(r"loss/.*|lr/.*|gradient_norm|loss_scale|skipped|refused|not_finite")
@@ -34,12 +39,13 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         for place, inner in enumerate(value):
             yield from flat(inner, f"{name}/{place}")
     else:
-        yield name, json.dumps(value) if isinstance(value, dict | list) else value
+        value = json.dumps(value) if isinstance(value, dict | list) else value
+        yield name, value.replace(os.getcwd(), "WORK") if isinstance(value, str) else value
 
 
 def text(content: str) -> str:
-    """A text without hashes of whole files."""
-    return _SHA256.sub("<sha256>", content)
+    """A text without this folder, numbers of processes, and hashes of whole files."""
+    return _PROCESS.sub("tmp-N", _SHA256.sub("<sha256>", content.replace(os.getcwd(), "WORK")))
 
 
 def metrics(path: Path) -> Entries:
@@ -86,10 +92,24 @@ def tensors(path: Path) -> Entries:
     return found
 
 
+def pickled(path: Path) -> Entries:
+    """Type, shape and hash of every tensor of a file of torch.save."""
+    import torch  # what starts the comparison does without
+
+    found: Entries = {}
+    for name, value in torch.load(path, map_location="cpu", weights_only=True).items():
+        content = value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else str(value.item()).encode()
+        shape = ",".join(map(str, value.shape))
+        found[name] = f"{value.dtype}[{shape}] {hashlib.sha256(content).hexdigest()[:16]}"
+    return found
+
+
 def file(path: Path) -> Entries:
     """Entries of one file by its suffix; of unknown ones the hash."""
     if path.suffix == ".safetensors":
         return tensors(path)
+    if path.suffix in (".pt", ".pth"):
+        return pickled(path)
     if path.suffix == ".json":
         return {name.removeprefix("/"): value for name, value in flat(json.loads(path.read_text("utf-8")), "")}
     if path.suffix in (".md", ".txt"):

@@ -21,9 +21,9 @@ CLUSTERS: dict[str, Words] = {
     "8xV100-32GB": ("--model", "eva_g", "--stage", "2"),
     "4xV100-16GB": ("--model", "eva_g", "--stage", "1"),
     "1xH100-80GB": ("--model", "debug"),
-    "16xA100-40GB": ("--model", "eva_e", "--stage", "1", "--engine", "zero3"),
-    "8x4090": ("--model", "clip_vit_b", "--stage", "2"),
-    "2xL40S-48GB": ("--model", "debug_convnext", "--stage", "1"),
+    "4xA100-40GB": ("--model", "eva_e", "--stage", "1", "--engine", "zero3"),
+    "8x4090": ("--model", "clip_vit_b", "--stage", "2", "--engine", "zero2"),
+    "2xL40S-48GB": ("--model", "debug_convnext", "--stage", "1", "--engine", "zero0"),
     "3x3090-24GB": ("--model", "debug", "--stage", "2", "--set", "visft.model.checkpoint_every=1"),
 }
 _COMMANDS = {
@@ -77,9 +77,8 @@ def _files(folder: str) -> Any:
 
 def _merges() -> list[Case]:
     """Every form of merged weights, over a base that has a class token, and what else merge_lora writes."""
-    based = tier1.train(
-        "stage2-based", 2, {**tier1.LESS, "visft.model.weights": "base.safetensors"}, heads="stage1-shared"
-    )
+    settings: Settings = {**tier1.LESS, "visft.model.weights": "base.safetensors", "visft.heads.start": "random"}
+    based = tier1.train("stage2-based", 2, settings)
 
     def add_class_token() -> None:
         """A base file from that of a run: BLIP-2's towers need a class token, which a run has none of."""
@@ -103,8 +102,9 @@ def _merges() -> list[Case]:
         command = ("tools/merge_lora.py", *adapters, "--out", f"merged/{name}", *words)
         return Case(f"merged/{name}", ((command,),), _files(f"merged/{name}"), tuple(f"train/{run}" for run in runs))
 
+    own = "train/stage2-qv/export/backbone.safetensors"
     return [
-        Case(based.name, based.commands, based.read, based.needs, add_class_token),
+        Case(based.name, based.commands, based.read, (*based.needs, "train/stage1-shared"), add_class_token),
         *(
             merge(name, "--format", name, "--verify")
             for name in ("timm", "eva_clip", "open_clip", "lavis", "transformers")
@@ -113,7 +113,7 @@ def _merges() -> list[Case]:
         merge("timm-bf16", "--dtype", "bf16"),
         merge("timm-scaled", "--scale", "0.5"),
         merge("open_clip-shards", "--format", "open_clip", "--max-shard-size", "1MB"),
-        merge("average", "--weights", "0.25", "0.5", runs=("stage2-qv", "stage2-qv-sizes")),
+        merge("average", "--weights", "0.25", "0.5", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
         *(merge(run, runs=(run,)) for run in ("stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")),
         merge("convnext", "--verify", runs=("convnext-stage2",)),
         merge("convnext-peft", "--format", "peft", runs=("convnext-stage2",)),

@@ -190,9 +190,7 @@ def _run(words: Words, checkout: Path, log: Path) -> Outcome:
             os.close(copy)
         sys.argv, sys.path[:] = kept, path
     out, err = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return Outcome(
-        words, code, *(text.replace(str(checkout), "CODE").replace(os.getcwd(), "WORK") for text in (out, err))
-    )
+    return Outcome(words, code, *(text.replace(str(checkout), "CODE") for text in (out, err)))
 
 
 if __name__ == "__main__":
