@@ -5,9 +5,12 @@ BIN    := $(VENV)/bin
 COCO   ?=
 MINUTES ?= 30
 DEVICE ?= cuda
+OLD    ?= HEAD~1
+NEW    ?= HEAD
+TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel test-slow reach lint demo gpu golden clean
+.PHONY: help install test test-parallel test-slow reach lint demo gpu golden freeze clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -19,6 +22,7 @@ help:
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
+	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"
 
 $(VENV)/installed: setup.py
@@ -60,6 +64,9 @@ gpu: $(if $(filter file,$(origin BIN)),install)
 
 golden: install
 	$(BIN)/python -m tests.golden.losses
+
+freeze: install
+	$(BIN)/python -m tests.freeze $(OLD) $(NEW) --tier $(TIER)
 
 clean:
 	rm -rf $(VENV) $(OUT)

@@ -1,0 +1,41 @@
+"""Runs written by release 0.1 stay readable: each is evaluated, merged and resumed as it was when it was written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.freeze.stored import FOLDER, RUNS
+from tests.freeze.worker import ENVIRONMENT
+
+REPOSITORY = Path(__file__).parents[2]
+#: Other processors sum in another order, which two steps magnify.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What this version makes of them, by commands alone: {"entries": ..., "failed": ...}."""
+    pytest.importorskip("timm")
+    folder = tmp_path_factory.mktemp("runs")
+    places = [REPOSITORY, folder / "work", folder / "result.json"]
+    command = [sys.executable, "-m", "tests.freeze.worker", *map(str, places), "stored", "2"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=600)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_run_is_read(results: dict[str, Any], run: str) -> None:
+    assert run not in results["failed"], results["failed"][run]
+    expected = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))[run]
+    found = {name.partition("/")[2]: value for name, value in results["entries"].items() if name.startswith(f"{run}/")}
+    assert {"stage1": 60, "convnext1": 60}.get(run, 40) < len(expected)
+    assert found == pytest.approx(expected, rel=TOLERANCE, abs=1e-6)
