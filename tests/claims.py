@@ -91,8 +91,8 @@ def notices(claim: Claim) -> tuple[bool, str]:
     """Whether the test of a claim sees the mistake, and what pytest printed."""
     with tempfile.TemporaryDirectory(prefix="claim-") as folder:
         code, printed = run_mutated(claim, Path(folder))
-    # 1: a test failed. Anything else, such as 2 or 4, is a file that cannot be read or found; 5, no test at all.
-    return code == 1, printed
+    # 2 or 4: a file that cannot be read or found; 5: no test at all; 1 without a number of tests: pytest itself failed.
+    return code == 1 and re.search(r"\d+ (failed|error)", printed) is not None, printed
 
 
 def main() -> int:
