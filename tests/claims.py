@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIST = ROOT / "tests" / "claims.md"
 FOLDERS = ("visft_ds", "tests", "tools", "launchers", "ds_configs", "docs")
-SECONDS = 1800
+SECONDS = 900
 _ROW = re.compile(
     r"\| (?P<name>[a-z0-9-]+) \| (?P<text>[^|]+) \| `(?P<test>[^`]+)`(?P<slow> \(slow\))? \| "
     r"`(?P<file>[^`]+)`: `(?P<old>[^`]+)` -> (?:`(?P<new>[^`]+)`|nothing) \|"
