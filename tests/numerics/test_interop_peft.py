@@ -186,8 +186,9 @@ def test_an_adapter_that_peft_trained_on_separate_projections_is_read(tmp_path: 
         read_peft_adapter(tmp_path / "theirs")
 
 
-def test_an_adapter_that_peft_trained_on_the_whole_qkv_is_refused(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["attn.qkv"], init_lora_weights=False)
+@pytest.mark.parametrize("rank", [4, 6])  # of which only one can be divided by the three slices
+def test_an_adapter_that_peft_trained_on_the_whole_qkv_is_refused(tmp_path: Path, rank: int) -> None:
+    config = peft.LoraConfig(r=rank, lora_alpha=4, target_modules=["attn.qkv"], init_lora_weights=False)
     peft.get_peft_model(_timm_twin(_adapted(), separate=True), config).save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="cannot be split into separate adapters of q, k and v"):
         read_peft_adapter(tmp_path / "dense")

@@ -212,7 +212,7 @@ def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     """One by one, as in batches of one, whether they were kept or not; some of a batch may be known and some not."""
     module, _ = build(1)
     module.eval()
-    every = samples(4)
+    every = [*samples(4)[:2], *samples(4, sides=((42, 70),))[2:]]
     alone = [module.features(collate_joint([sample])) for sample in every]
     module.feature_cache = FeatureCache(tmp_path, IDENTITY, "fp32")
     assert every[0].image is not None
