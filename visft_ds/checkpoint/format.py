@@ -5,6 +5,8 @@
                                     average.safetensors      moving average of the values, where the run keeps one
                                     state.json               step, fingerprints, sha256 of the files and of itself
 
+<run>/refused holds such ones of the states that refused steps began with.
+
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
 does: it is half written or half deleted, and the next save removes it.

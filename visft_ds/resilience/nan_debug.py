@@ -181,10 +181,12 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world_size = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))["world_size"]  # when it was started last
     parts, module, denominators = _build(config, checkpoint, world_size, device)
-    step = checkpoint.step + 1
-    for record in read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else ():
-        if record.get("event") in ("bad step", "loss scale") and record["step"] == step:
-            print(f"in the run: {record['details']}")
+    events = [
+        record["details"]
+        for record in (read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else ())
+        if record.get("event") in ("bad step", "loss scale") and record["step"] == checkpoint.step + 1
+    ]
+    print("\n".join(f"in the run: {text}" for text in events) or "in the run: nothing is recorded against it")
     precision = checkpoint.record["identity"]["precision"]
     scale = checkpoint.record["loss_scale"].get("scale", 1.0)
     module.train()
@@ -205,7 +207,8 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
             if len(found) > limit:
                 print(f"    and {len(found) - limit} more (--limit)")
     if not bad:
-        print("nothing that is not finite came up again: another kind of device here, or faulty hardware there?")
+        doubt = " again: another kind of device here, or faulty hardware there?" if events else ""
+        print(f"nothing that is not finite came up{doubt}")
     return int(bad)
 
 
