@@ -19,12 +19,13 @@ from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.roles import IdleLoader
+from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished
-from visft_ds.model import counts_of, loss_denominators_of
+from visft_ds.model import LossDenominators, counts_of, loss_denominators_of
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
@@ -48,7 +49,7 @@ from visft_ds.prepare.datasets import (
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import PreparedModel, choose_precision, heads_identity, prepare_model
 from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
-from visft_ds.resilience.guard import find_overflow, is_finite, resumed_guard
+from visft_ds.resilience.guard import LossGuard, find_overflow, is_finite, resumed_guard
 from visft_ds.resilience.heartbeat import stopped_because
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.resilience.memory import rehearse
@@ -325,16 +326,10 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
         step = step_plan.step + 1
         run.state.follow_step()
         if message := guard.observe(step_plan, report):
-            kept = ""
-            if guard.bad or guard.collapsed:
-                begin(f"step {step}: saving the state before it")
-                kept = run.state.save_refused(step, report.loss_scale)
-            if guard.collapsed:
-                message += find_overflow(run.engine, step_plan.step, batches, loss_denominators, report)
-            writer.event(step, guard.event, details=message)
+            message = _examine(run, guard, writer, message, step, batches, loss_denominators, report)
             run.state.report_saves(writer, progress, wait=True)  # the last good checkpoint may be on its way
-            guard.check(message + kept, run.state.saved)
-            progress.message(message + kept)
+            guard.check(message, run.state.saved)
+            progress.message(message)
         _report_skipped(run, progress, skipped)
         skipped = len(run.loader.skipped)
         now = time.perf_counter()
@@ -406,6 +401,27 @@ def _record(
         "not_finite": float(not is_finite(report)),
     }
     writer.step(step, values)
+
+
+def _examine(
+    run: Run,
+    guard: LossGuard,
+    writer: MetricsWriter,
+    message: str,
+    step: int,
+    batches: Sequence[Batch],
+    loss_denominators: LossDenominators,
+    report: StepReport,
+) -> str:
+    """Record what is to be said of a step; keep the state before one that went wrong. Returns the whole message."""
+    kept = ""
+    if guard.bad or guard.collapsed:
+        run.watchdog.begin(f"step {step}: saving the state before it")
+        kept = run.state.save_refused(step, report.loss_scale)
+    if guard.collapsed:  # after saving: it leaves the engine in disorder
+        message += find_overflow(run.engine, step - 1, batches, loss_denominators, report)
+    writer.event(step, guard.event, details=message)
+    return message + kept
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:
