@@ -23,7 +23,6 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import StoreFailed
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.heads import find_head
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished
 from visft_ds.model import LossDenominators, counts_of, loss_denominators_of
@@ -48,10 +47,9 @@ from visft_ds.prepare.datasets import (
     workers_of,
 )
 from visft_ds.prepare.materialize import Placement
-from visft_ds.prepare.model import PreparedModel, choose_precision, prepare_model
+from visft_ds.prepare.model import PreparedModel, choose_precision, heads_identity, prepare_model
 from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
-from visft_ds.resilience.bundle import bundle_path
-from visft_ds.resilience.guard import LossGuard, capture, find_overflow, is_finite, resumed_guard
+from visft_ds.resilience.guard import LossGuard, find_overflow, is_finite, resumed_guard
 from visft_ds.resilience.heartbeat import stopped_because
 from visft_ds.resilience.host_memory import peak_memory
 from visft_ds.resilience.memory import rehearse
@@ -136,7 +134,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         placement = placement_for(for_deepspeed, partition)
         prepared, features = _prepare(config, sets, vocabulary, loader, precision, placement)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data}
-        identity |= {"base weights": prepared.base_weights, "heads": _heads_identity(settings)}
+        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(settings)}
         distributed.assert_same_on_all_ranks(identity)
         check_space(out, sum(group.count for group in prepared.groups), settings.run)
         base_sha256 = _keep_random_base(prepared, config, out)
@@ -273,13 +271,6 @@ def _validation(
     return Validation(settings, streams, split, vocabulary, out, state.judged)
 
 
-def _heads_identity(settings: VisftConfig) -> str:
-    """Identity of the heads that a run was given, for its checkpoints."""
-    if settings.heads.path is None:
-        return "trained here"
-    return " ".join(sha256_file(find_head(Path(settings.heads.path), task)) for task in settings.tasks.enabled())
-
-
 def _build_loader(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
 ) -> StepLoader | IdleLoader:
@@ -332,8 +323,8 @@ def _loop(run: Run, start: int, writer: MetricsWriter, progress: Progress) -> in
             report = run.engine.train_step(step_plan.step, batches, loss_denominators)
         step = step_plan.step + 1
         run.state.follow_step()
-        if message := _observe(run, guard, step_plan, batches, loss_denominators, report):
-            writer.event(step, guard.event, details=message)
+        if message := guard.observe(step_plan, report):
+            message = _examine(run, guard, writer, message, step, batches, loss_denominators, report)
             run.state.report_saves(writer, progress, wait=True)  # the last good checkpoint may be on its way
             guard.check(message, run.state.saved)
             progress.message(message)
@@ -410,32 +401,25 @@ def _record(
     writer.step(step, values)
 
 
-def _observe(
+def _examine(
     run: Run,
     guard: LossGuard,
-    step_plan: StepPlan,
+    writer: MetricsWriter,
+    message: str,
+    step: int,
     batches: Sequence[Batch],
     loss_denominators: LossDenominators,
     report: StepReport,
 ) -> str:
-    """Message about a step; write a bundle of one that went wrong."""
-    message = guard.observe(step_plan, report)
+    """Record what is to be said of a step; keep the state before one that went wrong. Returns the whole message."""
+    kept = ""
     if guard.bad or guard.collapsed:
-        message += "\n  to find where it begins: " + capture(
-            run.engine,
-            bundle_path(run.out, step_plan.step + 1),
-            step_plan,
-            batches,
-            loss_denominators,
-            report,
-            plan=run.loader.plan,
-            config=run.config,
-            identity=run.state.identity,
-            stages=run.batches.stages,
-        )
-    if guard.collapsed:
-        message += find_overflow(run.engine, step_plan.step, batches, loss_denominators, report)
-    return message
+        run.watchdog.begin(f"step {step}: saving the state before it")
+        kept = run.state.save_refused(step, report.loss_scale)
+    if guard.collapsed:  # after saving: it leaves the engine in disorder
+        message += find_overflow(run.engine, step - 1, batches, loss_denominators, report)
+    writer.event(step, guard.event, details=message)
+    return message + kept
 
 
 def _keep_random_base(prepared: PreparedModel, config: ResolvedConfig, out: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from tests.integration.ranks import finish, run_ranks, start_ranks
 from tests.integration.test_train import command, shards, steps_recorded, trained
-from visft_ds.resilience.replay import main as replay
+from visft_ds.resilience.nan_debug import main as replay
 
 __all__ = ["shards"]  # a fixture
 
@@ -38,11 +37,14 @@ def test_they_are_passed_over_and_a_resumed_run_does_the_same(
     assert all(torch.equal(before[name], value) for name, value in after.items())
     expected = trained(out, STEPS)
 
-    # Healthy numbers come up again: what disturbed them is not in the bundle, as with a faulty machine.
-    bundle = out / "bundles" / f"step_{BAD + 1:08d}"
-    assert json.loads((bundle / "bundle.json").read_text())["kept"] == [1]
-    assert replay([str(bundle)]) == 0
-    assert "faulty hardware?" in capsys.readouterr().out
+    # Healthy numbers come up again: what disturbed them is not in the run's records, as with a faulty machine.
+    assert [path.name for path in (out / "refused").iterdir()] == [f"step_{BAD:08d}"]  # not the leap
+    kept = trained(out, BAD, "refused")
+    assert all(torch.equal(kept[name], value) for name, value in trained(out, BAD).items())
+    assert replay([str(out), "--step", str(BAD + 1)]) == 0
+    found = capsys.readouterr().out
+    assert "in the run: step 4 (shared): the loss is nan" in found and "rank 1: loss is nan" in found
+    assert found.count("everything is finite") == 4 and "faulty hardware" in found
 
     for step in range(LEAP, STEPS + 1):  # as if the run had been killed one step before the leap
         for file in (out / "checkpoints" / f"step_{step:08d}").iterdir():
@@ -58,12 +60,14 @@ def test_they_are_passed_over_and_a_resumed_run_does_the_same(
 def test_one_more_than_allowed_stops_all_ranks(
     engine: tuple[str, ...], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a pipeline the pixels are on rank 0 and the labels on rank 1; the bundle has both."""
+    """In a pipeline the pixels are on rank 0 and the labels on rank 1; one process has both."""
     out, extra = tmp_path / "run", {**EXTRA, "visft.run.skip_bad_steps": 0}
     arguments = ["-m", "tests.integration.bad_step_case", str(BAD), str(LEAP), *engine]
-    codes, outputs = finish(start_ranks([*arguments, *command(shards, out, extra=extra)]), 120)
+    codes, outputs = finish(start_ranks([*arguments, *command(shards, out, extra=extra)]))
     assert codes == [4, 4], outputs
     assert f"the last good checkpoint is that of step {BAD}" in outputs[0]
     assert "Traceback" not in "".join(outputs)
-    assert replay([str(out / "bundles" / f"step_{BAD + 1:08d}")]) == 0
-    assert "rank 1 had: loss is nan" in (said := capsys.readouterr().out) and "everything is finite" in said
+    assert f"python tools/replay.py {out} --step {BAD + 1}" in outputs[0]
+    assert replay([str(out), "--step", str(BAD + 1)]) == 0
+    found = capsys.readouterr().out
+    assert "rank 1: loss is nan" in found and found.count("everything is finite") == 4

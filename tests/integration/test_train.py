@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,8 +18,13 @@ from safetensors.torch import load_file, save_file
 from tests.coco_tree import write_tree
 from tests.integration.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
 from tests.integration.tiny import TINY
+from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
+from visft_ds.data.samples import Batch
 from visft_ds.launch import main
-from visft_ds.resilience.replay import main as replay
+from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.resilience import nan_debug
+from visft_ds.resilience.nan_debug import NonFinite
+from visft_ds.resilience.nan_debug import main as replay
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
 
@@ -48,9 +54,9 @@ def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object]
     return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
 
 
-def trained(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str, torch.Tensor]:
     """What a run had learnt at a step, moments included."""
-    folder = out / "checkpoints" / f"step_{step:08d}"
+    folder = out / kept / f"step_{step:08d}"
     return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
 
 
@@ -223,7 +229,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(shards: Path, tmp_path
 
 
 def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, tmp_path: Path) -> None:
-    """The folder of a run that diverged before its first checkpoint; its bundle and its records are kept."""
+    """The folder of a run that diverged before its first checkpoint; what it kept and recorded is set aside."""
     out = tmp_path / "run"
     large = {"optimizer.params.lr": 1e30}
     codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1), 180)
@@ -232,27 +238,56 @@ def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, t
     assert outputs[0].count("saved nothing") == 1 and "saved nothing" not in outputs[1]
     assert steps_recorded(out) == list(range(1, STEPS + 1)) and (out / "export" / "detection.safetensors").is_file()
     earlier = out / "earlier-1"
-    assert list(earlier.glob("bundles/*/bundle.json")) and (earlier / "metrics.jsonl").is_file()
+    assert list(earlier.glob("refused/*/state.json")) and (earlier / "metrics.jsonl").is_file()
     assert json.loads((earlier / "run.json").read_text())["config"]["optimizer"]["params"]["lr"] == 1e30
 
 
 def test_a_diverged_run_stops_all_ranks_and_can_be_replayed(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No rank updates; step, task and checkpoint are named, and the bundle shows where it begins."""
+    """No rank updates; step, task and checkpoint are named, and repeating the step shows where it begins."""
     out = tmp_path / "run"
     extra = {"optimizer.params.lr": 1e30, "visft.run.save_every": 1}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=extra)]), 60)
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=extra)]))
     assert codes == [4, 4], outputs
     assert "Traceback" not in "".join(outputs)
-    (bundle,) = (out / "bundles").iterdir()
-    step = int(bundle.name[5:])
+    (kept,) = (out / "refused").iterdir()
+    step = int(kept.name[5:]) + 1
     assert f"step {step} (" in outputs[0] and "no update was made on any rank" in outputs[0]
     assert f"the last good checkpoint is that of step {step - 1}" in outputs[0]
-    assert f"python tools/replay.py {bundle}" in outputs[0]
+    assert f"python tools/replay.py {out} --step {step}\n  (the state before it: {kept}, " in outputs[0]
     assert "error" not in outputs[1]
     for folder in (out / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())
-    assert not [path for path in bundle.iterdir() if path.suffix not in (".json", ".safetensors")]
-    assert replay([str(bundle)]) == 1
+    assert replay([str(out), "--step", str(step)]) == 1
     assert re.search(r"rank \d, micro-batch 0 \(images \[\d+\]\): it begins with the ", capsys.readouterr().out)
+
+
+def test_a_replayed_step_is_that_of_the_run(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has the loss of two: samples, augmentation, divisors and dropout are those of the ranks."""
+    losses: list[float] = []
+
+    def examine(
+        module: MultiTaskModel, batch: Batch, loss_denominators: LossDenominators, *rest: object
+    ) -> list[NonFinite]:
+        losses.append(float(module(batch, loss_denominators)["loss"].detach()))
+        return []
+
+    monkeypatch.setattr(nan_debug, "examine_batch", examine)
+    assert replay([str(straight), "--step", "5"]) == 0
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    (recorded,) = (one["loss/loss"] for one in records if one["kind"] == "step" and one["step"] == 5)
+    # The reference computes in another order of sums only; another dropout mask moves the third digit.
+    assert len(losses) == 4 and sum(losses) / 4 == pytest.approx(recorded, rel=1e-5)
+
+
+def test_data_of_another_run_is_not_replayed(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    checkpoint = open_checkpoint(run / "checkpoints" / "step_00000004")
+    other = {**checkpoint.record["identity"], "data set": "another"}
+    save_checkpoint(run / "checkpoints", 4, checkpoint.load(), other)
+    assert replay([str(run), "--step", "5"]) == 2
+    found = capsys.readouterr().err
+    assert found.count("the run had") == 1 and f"data set: {checkpoint.record['identity']['data set']}" in found

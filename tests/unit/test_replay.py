@@ -1,8 +1,7 @@
-"""Bundles keep what a step worked on, and replaying one names the first module and the image."""
+"""Replaying a step names the first module and the image, and which steps it can be done with."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.engine_case import TASKS, build, global_batch, loss_denominators
+from tests.integration.engine_case import build, global_batch, loss_denominators
+from tests.unit.faulty_disk import state
+from visft_ds.checkpoint.format import save_checkpoint
+from visft_ds.config import resolve
 from visft_ds.model import MultiTaskModel
-from visft_ds.resilience.bundle import RECORD, TARGETS, Bundle, RankPart, open_bundle, write_part
-from visft_ds.resilience.nan_debug import NonFinite, examine_batch
-from visft_ds.resilience.replay import main
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.resilience.nan_debug import NonFinite, examine_batch, main, open_state
+from visft_ds.run.folder import REFUSED_FOLDER
 
 STEP_OF_ALL = 3  #: in which all three tasks learn
 IMAGE = 2  #: the id of the image that goes wrong, also its place in the batch
@@ -85,52 +87,45 @@ def test_a_gradient_that_overflows_in_fp16_is_found_at_the_loss_scale_of_the_run
     assert any(one.what.startswith("gradient of parameter backbone.blocks.0.attn.qkv.lora_") for one in found)
 
 
-def test_a_bundle_gives_back_what_a_rank_worked_on(case: tuple[MultiTaskModel, Any, Any], tmp_path: Path) -> None:
-    _, batch, divisors = case
-    assert write_part(tmp_path, RankPart(1, 77, (batch, global_batch(0)), divisors))
-    (part,) = Bundle(tmp_path, {"kept": [1], "stages": 1, "world_size": 2}).parts()
-    assert (part.rank, part.seed, len(part.batches)) == (1, 77, 2)
-    assert part.batches[1].tasks == ("detection",)
-    got = part.batches[0]
-    assert got.tasks == batch.tasks == TASKS == tuple(TARGETS)
-    assert torch.equal(got.images, batch.images) and torch.equal(got.random_keys, batch.random_keys)
-    assert batch.frames is not None and torch.equal(got.frames, batch.frames)
-    for task in TASKS:
-        for entry in fields(batch.targets[task]):
-            ours, theirs = (getattr(one.targets[task], entry.name) for one in (got, batch))
-            assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
-    assert {t: {n: float(v) for n, v in c.items()} for t, c in part.loss_denominators.items()} == {
-        t: {n: float(v) for n, v in c.items()} for t, c in divisors.items()
-    }
+@pytest.fixture(name="run")
+def _run(tmp_path: Path) -> Path:
+    """A run of ten steps with checkpoints after steps 2 and 10; its step 5 was refused."""
+    config = resolve(
+        stage=1, model="debug", settings=("scheduler.params.total_num_steps=10", "scheduler.params.warmup_num_steps=0")
+    )
+    RunRecord(config.to_dict(), 1, ["train.py"]).write(tmp_path)
+    for folder, step in (("checkpoints", 2), ("checkpoints", 10), (REFUSED_FOLDER, 4)):
+        save_checkpoint(tmp_path / folder, step, state(float(step)), {})
+    return tmp_path
 
 
-def test_a_bundle_of_a_pipeline_has_the_pixels_of_its_first_stage(
-    case: tuple[MultiTaskModel, Any, Any], tmp_path: Path
+def test_the_state_before_a_step_is_found_wherever_it_was_kept(run: Path) -> None:
+    assert open_state(run, 3, 10).path == run / "checkpoints" / "step_00000002"
+    assert open_state(run, 5, 10).path == run / REFUSED_FOLDER / "step_00000004"
+    (run / REFUSED_FOLDER / "step_00000004" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step_00000004: format None None"):
+        open_state(run, 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--step", "4"], "--step 4: the state before that step was not kept; steps that can be replayed: 3, 5"),
+        (["--step", "11"], "--step 11: the state before that step was not kept; steps that can be replayed: 3, 5"),
+        ([], "--step N is missing; steps that can be replayed: 3, 5"),
+        (["--step", "5", "--set", "visft.seed=1"], "--set visft.seed=1: only where files lie can be set"),
+    ],
+)
+def test_steps_that_can_be_replayed_are_named(
+    arguments: list[str], problem: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two pipelines of three stages: ranks 1 and 5 have read the halves of one batch, 0 and 4 those of the other."""
-    _, batch, divisors = case
-    blind = replace(batch, images=batch.images[..., :0, :0])
-    assert write_part(tmp_path, RankPart(1, 7, (replace(batch, targets={}),), {}))
-    assert write_part(tmp_path, RankPart(5, 77, (blind,), divisors))
-    (part,) = Bundle(tmp_path, {"kept": [1, 5], "stages": 3, "world_size": 6}).parts()
-    assert (part.rank, part.seed) == (5, 77) and part.loss_denominators.keys() == divisors.keys()
-    assert torch.equal(part.batches[0].images, batch.images) and part.batches[0].tasks == TASKS
+    assert main([str(run), *arguments]) == 2
+    assert problem in capsys.readouterr().err
 
 
-def test_what_is_too_large_is_not_kept(
-    case: tuple[MultiTaskModel, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("visft_ds.resilience.bundle.LARGEST", 1000)
-    assert not write_part(tmp_path / "b", RankPart(0, 0, (case[1],), case[2]))
-    assert not (tmp_path / "b").exists()
-
-
-def test_rubbish_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--step", "1"]) == 2
+    assert "holds no readable run record" in capsys.readouterr().err
+    (tmp_path / "bundle.json").write_text("{}")  # of a run before 0.2
     assert main([str(tmp_path)]) == 2
-    assert "is no bundle" in capsys.readouterr().err
-    (tmp_path / RECORD).write_text('{"format": "visft_ds.bundle", "version": 99}')
-    with pytest.raises(ValueError, match=r"this release reads visft_ds\.bundle 1"):
-        open_bundle(tmp_path)
-    (tmp_path / "rank_00000.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="cannot be read"):
-        Bundle(tmp_path, {"kept": [0]}).parts()
+    assert "removed in 0.2: give the run, python tools/replay.py RUN --step N" in capsys.readouterr().err

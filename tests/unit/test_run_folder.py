@@ -11,7 +11,7 @@ from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, set_aside
 
-RECORDS = ("run.json", "metrics.jsonl", "bundles/step_00000003/bundle.json", f"export/{BACKBONE_FILE}")
+RECORDS = ("run.json", "metrics.jsonl", "refused/step_00000002/state.json", f"export/{BACKBONE_FILE}")
 
 
 def _config(*settings: str) -> ResolvedConfig:

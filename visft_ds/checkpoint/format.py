@@ -5,6 +5,8 @@
                                     average.safetensors      moving average of the values, where the run keeps one
                                     state.json               step, fingerprints, sha256 of the files and of itself
 
+<run>/refused holds such ones of the states that refused steps began with.
+
 A checkpoint appears under its name only when every byte is on disk: written as step_N.tmp, state.json last, synced,
 renamed. One of the same step that stood there is step_N.old until then, and still counts. A folder step_N.tmp never
 does: it is half written or half deleted, and the next save removes it.
@@ -83,9 +85,8 @@ def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mappi
     Raises:
         OSError: a full disk, a read-only folder; earlier checkpoints are as they were, no part of this one is left.
     """
-    final, temporary = _final(folder, step), _temporary(folder, step)
+    final, temporary = checkpoint_path(folder, step), _temporary(folder, step)
     files = _contents(state)
-    needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
@@ -97,11 +98,22 @@ def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mappi
         _publish(temporary, final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        why = reason(error, folder, size_of(state))
         raise OSError(
-            f"the checkpoint of step {step} cannot be written to {folder}: {reason(error, folder, needed)}. Earlier "
+            f"the checkpoint of step {step} cannot be written to {folder}: {why}. Earlier "
             "checkpoints are untouched; the same command goes on from the newest"
         ) from error
     return final
+
+
+def size_of(state: EngineState) -> int:
+    """Bytes of the tensors of a checkpoint."""
+    return sum(tensor.nbytes for tensors in _contents(state).values() for tensor in tensors.values())
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of the state after `step` steps lies."""
+    return folder / f"step_{step:08d}"
 
 
 def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
@@ -112,9 +124,9 @@ def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
     """
     for step in sorted(steps):
         try:
-            remove_folder(_final(folder, step), _temporary(folder, step))
+            remove_folder(checkpoint_path(folder, step), _temporary(folder, step))
         except OSError as error:
-            raise OSError(f"{_final(folder, step)} cannot be deleted: {reason(error, folder, 0)}") from error
+            raise OSError(f"{checkpoint_path(folder, step)} cannot be deleted: {reason(error, folder, 0)}") from error
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -229,10 +241,6 @@ def _tidy(folder: Path) -> None:
             remove_folder(path, path.with_suffix(".tmp"))
         else:
             os.replace(path, path.with_suffix(""))
-
-
-def _final(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}"
 
 
 def _temporary(folder: Path, step: int) -> Path:

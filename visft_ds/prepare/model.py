@@ -19,6 +19,7 @@ from torch import nn
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
 from visft_ds.config.task_schema import CaptioningTask
 from visft_ds.data.manifest import Category
+from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_info import HeadFile, HeadInfo
 from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
 from visft_ds.interop.layouts import is_lora
@@ -153,6 +154,13 @@ def prepare_model(
     if config.lora is not None:
         notes += _check_effect(module.backbone, placement)
     return PreparedModel(module, groups, base, tuple(notes))
+
+
+def heads_identity(config: VisftConfig) -> str:
+    """What a checkpoint remembers of the heads that its run was given."""
+    if config.heads.path is None:
+        return "trained here"
+    return " ".join(sha256_file(find_head(Path(config.heads.path), task)) for task in config.tasks.enabled())
 
 
 def plan_groups(

@@ -8,20 +8,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import RunConfig
 from visft_ds.data.plan import Plan, StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import Engine, StepReport, step_seed
-from visft_ds.parallel.state import gather_parameters
-from visft_ds.resilience.bundle import RankPart, clear, write_part, write_record
+from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.resilience.nan_debug import not_finite, watched
 
 #: Losses of a task that have to be known before one can leap.
@@ -190,66 +186,3 @@ def find_overflow(
     lines = [f"\n  rank {rank}: it begins with the {'; '.join(texts)}" for rank, texts in enumerate(everyone) if texts]
     more = [f"\n  and on {len(lines) - _SHOWN} more ranks"] if len(lines) > _SHOWN else []
     return "".join(lines[:_SHOWN] + more) or "\n  made again, nothing overflows: faulty hardware?"
-
-
-def capture(
-    engine: Engine,
-    path: Path,
-    step_plan: StepPlan,
-    batches: Sequence[Batch],
-    loss_denominators: LossDenominators,
-    report: StepReport,
-    *,
-    plan: Plan,
-    config: ResolvedConfig,
-    stages: int = 1,
-    **facts: Any,
-) -> str:
-    """Write the bundle of a step that was refused. Collective. Returns what to say of it, the same on every rank.
-
-    The ranks that found something keep their tensors, or all of them where the gradient alone was no number: after the
-    reduction it tells nothing of where it came from. A disk that does not take it is no reason to lose the message.
-
-    Args:
-        stages: of a pipeline. What its last stage worked on, pixels aside, is with its first one.
-    """
-    rank = distributed.rank()
-    last_of_pipeline = rank + distributed.world_size() // stages * (stages - 1)
-    if distributed.is_main():
-        clear(path)
-    distributed.barrier()
-    kept, problem = False, ""
-    if batches and (not report.faults or not report.faults.keys().isdisjoint((rank, last_of_pipeline))):
-        seed = step_seed(engine.seed, step_plan.step, rank)
-        try:
-            kept = write_part(path, RankPart(rank, seed, tuple(batches), loss_denominators))
-        except OSError as error:
-            problem = f"rank {rank}: {error}"
-    parameters = gather_parameters(engine)
-    ids = [int(number) for batch in batches for number in batch.image_ids]
-    everyone = distributed.gather_objects((ids, kept, problem))
-    message = ""
-    if everyone is not None:
-        problems = [problem for _, _, problem in everyone if problem]
-        try:
-            write_record(
-                path,
-                step_plan,
-                plan,
-                config,
-                image_ids=[ids for ids, _, _ in everyone],
-                kept=[number for number, (_, kept, _) in enumerate(everyone) if kept],
-                parameters=parameters,
-                refused=report.refused or "overflow",
-                loss_scale=report.loss_scale,
-                faults={str(number): list(texts) for number, texts in report.faults.items()},
-                world_size=distributed.world_size(),
-                stages=stages,
-                **facts,
-            )
-        except OSError as error:
-            problems.append(str(error))
-        message = f"python tools/replay.py {path}"
-        if problems:
-            message = f"its bundle could not be written: {'; '.join(problems)}"
-    return str(distributed.broadcast_object(message))

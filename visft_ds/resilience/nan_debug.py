@@ -1,20 +1,39 @@
 """Where numbers that are none come from: what modules compute in a step, and what flows back into them.
 
+`tools/replay.py` repeats a step in one process, from the checkpoint of the state before it: samples, keys and random
+numbers are a function of (seed, step), so the configuration of the run and its data give them again.
+
 Shape letters: B images of a micro-batch.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visft_ds.checkpoint.format import Checkpoint, checkpoint_path, open_checkpoint, saved_steps
+from visft_ds.config import ResolvedConfig, derive_batches
+from visft_ds.data.batches import BatchMaker
+from visft_ds.data.dataset import DataSet
 from visft_ds.data.samples import Batch
-from visft_ds.model import LossDenominators, MultiTaskModel
+from visft_ds.data.shards import ShardReader
+from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_denominators_of
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
+from visft_ds.ops import use_kernels
+from visft_ds.parallel.engine import step_seed
+from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_training_data
+from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, vocabulary_of
+from visft_ds.run.folder import RECORD_FILE, REFUSED_FOLDER, recorded_config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Note = Callable[[str, Tensor], None]  #: is told what a tensor is, and the tensor
@@ -126,3 +145,160 @@ def _hook(name: str, note: Note) -> Callable[[nn.Module, Any, Any], None]:
                 tensor.register_hook(_gradient_hook(f"the output of {name}", note))
 
     return hook
+
+
+def open_state(run: Path, step: int | None, total_steps: int) -> Checkpoint:
+    """The checkpoint of the state that a step (it counts from 1, as in messages) began with.
+
+    Raises:
+        ValueError: there is none, or a damaged one; says which steps can be replayed.
+    """
+    folders = {
+        saved + 1: folder
+        for folder in (run / "checkpoints", run / REFUSED_FOLDER)
+        for saved in saved_steps(folder)
+        if saved < total_steps
+    }
+    if step in folders:
+        return open_checkpoint(checkpoint_path(folders[step], step - 1))
+    known = ", ".join(map(str, sorted(folders))) or "none, nothing was saved"
+    problem = "--step N is missing" if step is None else f"--step {step}: the state before that step was not kept"
+    raise ValueError(f"{run}: {problem}; steps that can be replayed: {known}")
+
+
+def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> int:
+    """Repeat a step of a run, part after part as its ranks had them, and print what is found.
+
+    Returns 1 where something is not finite, 0 otherwise.
+
+    Raises:
+        ValueError: no run, no checkpoint, or a model or data that are not those of the run.
+    """
+    if (run / "bundle.json").is_file():
+        raise ValueError(f"{run}: bundles were removed in 0.2: give the run, python tools/replay.py RUN --step N")
+    config = _with_settings(recorded_config(run), settings)
+    checkpoint = open_state(run, step, config.total_steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world_size = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))["world_size"]  # when it was started last
+    parts, module, denominators = _build(config, checkpoint, world_size, device)
+    events = [
+        record["details"]
+        for record in (read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else ())
+        if record.get("event") in ("bad step", "loss scale") and record["step"] == checkpoint.step + 1
+    ]
+    print("\n".join(f"in the run: {text}" for text in events) or "in the run: nothing is recorded against it")
+    precision = checkpoint.record["identity"]["precision"]
+    scale = checkpoint.record["loss_scale"].get("scale", 1.0)
+    module.train()
+    bad = False
+    for rank, batches in parts.items():
+        torch.manual_seed(step_seed(config.visft.seed, checkpoint.step, rank))
+        for number, batch in enumerate(batches):
+            name = f"rank {rank}, micro-batch {number} (images {batch.image_ids.tolist()})"
+            module.zero_grad(set_to_none=True)
+            found = examine_batch(module, batch.to(device), denominators, precision, scale / len(batches))
+            if not found:
+                print(f"{name}: everything is finite")
+                continue
+            bad = True
+            print(f"{name}: it begins with the {found[0].text()}")
+            for one in found[1:limit]:
+                print(f"    then {one.text()}")
+            if len(found) > limit:
+                print(f"    and {len(found) - limit} more (--limit)")
+    if not bad:
+        doubt = " again: another kind of device here, or faulty hardware there?" if events else ""
+        print(f"nothing that is not finite came up{doubt}")
+    return int(bad)
+
+
+def _build(
+    config: ResolvedConfig, checkpoint: Checkpoint, world_size: int, device: torch.device
+) -> tuple[dict[int, list[Batch]], MultiTaskModel, LossDenominators]:
+    """The micro-batches of the step after a checkpoint by rank, and the model as it was then."""
+    settings, recorded = config.visft, checkpoint.record["identity"]
+    sets = open_training_data(settings)
+    plan, vocabulary = plan_of(settings, sets), vocabulary_of(settings, *captioned(sets))
+    found = {"data set": data_identity(sets), "order of samples": plan.describe(), "heads": heads_identity(settings)}
+    _check_same({**found, "vocabulary": vocabulary.fingerprint if vocabulary else "none"}, recorded)
+    use_kernels(settings.model.kernels, device)
+    prepared = prepare_model(
+        settings,
+        config.optimizer.params,
+        precision=recorded["precision"],
+        heads_from=Path(settings.heads.path) if settings.heads.path else None,
+        categories=first_of(sets).categories,
+        vocabulary=vocabulary,
+    )
+    _check_same({"base weights": prepared.base_weights}, recorded)
+    module = prepared.module
+    module.feature_cache = features_of(settings, sets, prepared.base_weights, recorded["precision"], device.type)
+    values = checkpoint.parameters()
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if {name: value.shape for name, value in values.items()} != {name: p.shape for name, p in trained.items()}:
+        raise ValueError(f"{checkpoint.path}: its tensors are not those that this configuration trains")
+    for name, parameter in trained.items():
+        parameter.data.copy_(values[name])
+    maker = BatchMaker(
+        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
+        pipelines_of(settings, sets, vocabulary),
+        substitutes=plan if settings.data.skip_damaged else None,
+        features=module.feature_cache,
+    )
+    batches, step_plan = derive_batches(config, world_size), plan.step(checkpoint.step)
+    print(
+        f"step {checkpoint.step + 1} ({step_plan.task}) of {step_plan.dataset}, epoch {step_plan.epoch}, "
+        f"from {checkpoint.path}"
+    )
+    split = [plan.split(step_plan, place, batches.dp, batches.accumulation) for place in range(batches.dp)]
+    # Of a pipeline the last stage, which has the losses: its random numbers, and the name that messages give it.
+    first = batches.dp * (batches.stages - 1)
+    parts = {rank: [maker.make(part)[0] for part in own] for rank, own in enumerate(split, first)}
+    counts = counts_of(module, [batch for own in parts.values() for batch in own])
+    return parts, module.to(device), loss_denominators_of(counts, batches.dp * batches.accumulation, device)
+
+
+def _check_same(found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Refuse data and weights that are not those of the run."""
+    other = [
+        f"  {name}: {found[name]}, the run had {recorded[name]}" for name in found if recorded[name] != found[name]
+    ]
+    if other:
+        raise ValueError(
+            "not what the run has worked with:\n" + "\n".join(other) + "\nsay where that lies: --set "
+            "visft.data.root=DIR, visft.model.weights=FILE, visft.heads.path=DIR"
+        )
+
+
+def _with_settings(config: ResolvedConfig, settings: Sequence[str]) -> ResolvedConfig:
+    for text in settings:
+        key, found, value = text.partition("=")
+        if not found or key not in ("visft.data.root", "visft.model.weights", "visft.heads.path"):
+            raise ValueError(
+                f"--set {text}: only where files lie can be set: visft.data.root, visft.model.weights, visft.heads.path"
+            )
+        section, name = key.split(".")[1:]
+        changed = getattr(config.visft, section).model_copy(update={name: value})
+        config = replace(config, visft=config.visft.model_copy(update={section: changed}))
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input."""
+    parser = argparse.ArgumentParser(prog="tools/replay.py", description="Repeat a step of a run that was refused.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="a step whose state before it was kept; none: names them")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="findings to print for a micro-batch (8)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="where a file lies here, e.g. visft.data.root=DIR",
+    )
+    options = parser.parse_args(argv)
+    try:
+        return replay(options.run, options.step, options.set, options.limit)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

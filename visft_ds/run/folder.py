@@ -11,10 +11,21 @@ from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
 ADAPTER_FOLDER = "adapter"
+#: Checkpoints of the states that refused steps began with: none to go on from, and out of what is kept and counted.
+REFUSED_FOLDER = "refused"
 LOCK_FILE = "run.lock"
 RECORD_FILE = "run.json"
 #: Everything a run writes that is its own alone; the record comes last, so that `set_aside` can be cut off anywhere.
-_OF_A_RUN = ("export", "metrics.jsonl", "tensorboard", "validation", "bundles", "checkpoints", RECORD_FILE)
+_OF_A_RUN = (
+    "export",
+    "metrics.jsonl",
+    "tensorboard",
+    "validation",
+    "bundles",  # of runs before 0.2
+    REFUSED_FOLDER,
+    "checkpoints",
+    RECORD_FILE,
+)
 _ASIDE = "earlier-"
 _SHOWN = 8  # names or differences in a message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.state import restore_state
+from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.run.validation import evaluation_is_due
 
 #: A wait for the save before this one is reported from here on, in seconds.
@@ -94,6 +95,34 @@ class RunState:
             OSError: the save before this one failed.
         """
         self._saver.save(step, partial(gather_all, self._engine, self._average))
+
+    def save_refused(self, step: int, loss_scale: float | None) -> str:
+        """Write the state that a refused step began with, for `tools/replay.py`. Collective.
+
+        Args:
+            step: of the refused one; counts from 1, as in messages.
+            loss_scale: that it was made with; an overflow has moved it since.
+
+        Returns:
+            What to say of it, the same on every rank.
+
+        Raises:
+            OSError: the save before this one failed.
+        """
+
+        def gather(keep: ToHost) -> EngineState | None:
+            state = gather_all(self._engine, self._average, keep)
+            if state is None or loss_scale is None:
+                return state
+            return replace(state, loss_scale={**state.loss_scale, "scale": loss_scale})
+
+        place, problem = distributed.broadcast_object(self._saver.save_refused(step - 1, gather))
+        if problem:
+            return f"\n  the state before it was not kept: {problem}"
+        return (
+            f"\n  to find where it begins: python tools/replay.py {self._out} --step {step}"
+            f"\n  (the state before it: {place})"
+        )
 
     def report_saves(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them.
