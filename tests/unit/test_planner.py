@@ -238,6 +238,8 @@ def test_recomputing_is_chosen_to_just_fit_and_kept_by_a_run_that_goes_on(tmp_pa
     with pytest.raises(ValueError, match="even with every block computed again"):
         settle(least // 2)
     RunRecord(chosen.to_dict(), 1, ["train"]).write(tmp_path)
+    assert settle(most).visft.model.checkpoint_every == 0  # that run has saved nothing to go on with
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
     assert settle(most).visft.model.checkpoint_every == chosen.visft.model.checkpoint_every  # though more would fit
 
 
