@@ -166,7 +166,7 @@ def _one_thread() -> Any:
 
 
 def _headed(command: Sequence[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """What is measured, with what it was measured on; the load is that from before."""
+    """Measure; returns the record headed by circumstances and command. The load average is that from before."""
     from visft_ds.profiling.record import circumstances
 
     head = {**circumstances(os.getloadavg()), "command": list(command)}

@@ -73,7 +73,7 @@ class MeasuredSet:
         return self.manifest.index[: len(self)]
 
     def facts(self) -> dict[str, Any]:
-        """What decides how much work a sample is, for records and tables."""
+        """Name and size of the set, and means over its samples that determine their work, for records and tables."""
         rows = self.rows
         return {
             "name": self.name,

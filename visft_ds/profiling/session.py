@@ -59,7 +59,7 @@ class StreamRun:
 
 @dataclass(frozen=True)
 class Session:
-    """What a measurement works with."""
+    """Configuration, engine and data of a measurement."""
 
     config: ResolvedConfig
     batches: Batches
@@ -68,7 +68,7 @@ class Session:
     vocabulary: Vocabulary | None
     precision: Precision
     precision_reason: str
-    notes: tuple[str, ...]  #: what differs from the run of the same command
+    notes: tuple[str, ...]  #: differences from the run of the same command
 
     def of_stream(self, name: str) -> StreamRun:
         """The run as if it had this stream only: its batches in the order in which training meets them."""
@@ -147,7 +147,7 @@ def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
 
 
 def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
-    """What the training loop does with the batches of a step, up to the record."""
+    """Run a step on its batches as the training loop does, up to the record. Collective."""
     agreement = distributed.agree_on_step(
         f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
     )
