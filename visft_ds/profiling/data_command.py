@@ -152,7 +152,7 @@ def _configured(
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
-    """The folder of the set; None for generated pictures. Raises ValueError unless one of both is asked for."""
+    """The folder of the set; None for generated images. Raises ValueError unless one of both is asked for."""
     if (options.data is None) != options.synthetic:
         both = "both are given" if options.synthetic else "neither is given"
         raise ValueError(f"--data FOLDER or --synthetic: {both}; one of them says what is read")

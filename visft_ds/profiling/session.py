@@ -37,7 +37,7 @@ from visft_ds.shards.build import Options, build
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
-#: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
+#: Height and width of the images of `--synthetic`: COCO's most frequent size. The transforms make of them what the
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)
 SYNTHETIC_SPLIT = "profile-synthetic"
@@ -98,7 +98,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     """Build what `visft_ds.train.train` builds, in its order, but open and write no run folder.
 
     Args:
-        synthetic: generated pictures instead of shards; base weights and heads that are not there start at random.
+        synthetic: generated images instead of shards; base weights and heads that are not there start at random.
 
     Raises:
         ValueError: what a user can mend; a model that cannot fit before anything is allocated.
@@ -236,7 +236,7 @@ def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
 
 @contextmanager
 def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
-    """The configured split, or one of generated pictures in a temporary folder that goes away again."""
+    """The configured split, or one of generated images in a temporary folder that is deleted afterwards."""
     if not synthetic:
         yield Manifest.load(config.visft.data.root, config.visft.data.train)
         return

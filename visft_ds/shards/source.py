@@ -267,7 +267,7 @@ def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Find
         if image_id in drafts:
             findings.add("image id twice", f"image {image_id} ({name})")
         else:
-            # Whoever shows a picture must be able to name its author and licence.
+            # Whoever shows an image must be able to name its author and licence.
             kept = {key: entry[key] for key in ("license", "flickr_url") if entry.get(key) is not None}
             drafts[image_id] = _Draft(image_id, name, width, height, kept, entry.get("license"))
     if not drafts:
