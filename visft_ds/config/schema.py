@@ -1,8 +1,8 @@
 """The typed part of a run's configuration: the "visft" block, optimizer, scheduler and gradient clipping.
 
-Values every recipe shares (the paper's architecture, augmentation and loss weights) are defaults here; what a recipe
-or a model decides has no default and stands in ds_configs/. Nothing here is imported by a model or a task: builders
-receive `options.model_dump()` as plain keyword arguments.
+Values every recipe shares (the paper's architecture, augmentation and loss weights) are defaults here; values specific
+to a recipe or a model have no default and are set in ds_configs/. Nothing here is imported by a model or a task:
+builders receive `options.model_dump()` as plain keyword arguments.
 
 Defaults follow the code published with the paper (https://github.com/TencentARC/ViSFT, arXiv 2401.10222).
 """
@@ -92,7 +92,7 @@ class BackboneOverrides(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """`visft.model`: which backbone, with which weights, computing in which precision."""
+    """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
     model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
@@ -102,7 +102,7 @@ class ModelConfig(BaseModel):
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
     checkpoint_every: Count = 0  #: activation checkpointing of every k-th block; 0: none
-    recompute: Literal["block", "mlp", "all_but_attention", "gelu_8bit"] = "block"  #: what of them is not kept
+    recompute: Literal["block", "mlp", "all_but_attention", "gelu_8bit"] = "block"  #: recomputed part of them
     fit_memory: bool = False  #: replace these two at start by the fastest that fit, as predicted
     memory_limit: Positive | None = None  #: bytes of a process that this may fill; null: what its device has
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
@@ -139,13 +139,13 @@ class HeadsConfig(BaseModel):
 
 
 class DataSetConfig(BaseModel):
-    """One entry of `visft.data.sets`: a further data set to train on."""
+    """Entry of `visft.data.sets`: a further data set to train on."""
 
     model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     root: Text  #: folder or URL of its shards
     split: Text = "train"
-    weight: Above = 1.0  #: relative to visft.data.weight: how often a task draws a step from it
+    weight: Above = 1.0  #: frequency of a task's steps from it, relative to visft.data.weight
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] | None = None  #: null: those it has labels for
     categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
@@ -161,10 +161,10 @@ class DataConfig(BaseModel):
     sets: tuple[DataSetConfig, ...] = ()
     shuffle: Literal["auto", "full", "windowed"] = "auto"  #: auto: windowed for a URL, full for a folder
     workers: Literal["auto", "threads", "processes"] = "auto"
-    num_workers: Positive | None = None  #: of each training process; null: what suits the machine
+    num_workers: Positive | None = None  #: of each training process; null: chosen for the machine
     prefetch_steps: Count = 2
     skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for copies of what is read of remote shards; null: keep nothing
+    cache: Text | None = None  #: folder for copies of data read from remote shards; null: keep nothing
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
 
 
@@ -173,12 +173,12 @@ class FeaturesConfig(BaseModel):
 
     model_config = STRICT
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
-    storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: what features are rounded to, also where none are kept
+    storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: format that features are rounded to, also where none are kept
     cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
 
 
 class ParamGroup(BaseModel):
-    """One entry of `visft.param_groups`; null numbers are the optimizer's."""
+    """Entry of `visft.param_groups`; null numbers are the optimizer's."""
 
     model_config = STRICT
     name: Text
@@ -192,7 +192,7 @@ class ParamGroup(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """`visft.run`: the run folder and what is written into it, in optimiser steps."""
+    """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     model_config = STRICT
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
@@ -209,13 +209,13 @@ class RunConfig(BaseModel):
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look
     spike_window: Positive = 100  #: losses of the same task to compare with
-    heartbeat_timeout: Above = 60.0  #: seconds without a sign of life after which a rank counts as lost
+    heartbeat_timeout: Above = 60.0  #: seconds without a heartbeat after which a rank counts as lost
     step_timeout: Rate = 1800.0  #: seconds without progress in a step after which all ranks stop; 0: never
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 
 class VisftConfig(BaseModel):
-    """`visft`: everything DeepSpeed knows nothing about."""
+    """`visft`: every setting that is not DeepSpeed's."""
 
     model_config = STRICT
     stage: Literal[1, 2]
@@ -232,10 +232,10 @@ class VisftConfig(BaseModel):
     run: RunConfig = RunConfig()
 
     def streams(self) -> dict[str, Stream]:
-        """The kinds of optimiser steps, by name: one for each task, or the one that all share."""
+        """Streams (kinds of optimiser steps) by name: one for each task, or the one that all share."""
         tasks = self.tasks.enabled()
         if self.mode == "shared":
-            assert self.shared is not None  # validation has seen to it
+            assert self.shared is not None  # checked by validation
             shared = self.shared
             image = shared.image.model_dump()
             return {SHARED: Stream(SHARED, tuple(tasks), 1.0, shared.batch_size, shared.micro_batch, image)}

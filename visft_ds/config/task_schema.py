@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Sides, Text
 
 _PRECISION = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-#: What an evaluation during training measures of each task.
+#: Metrics of each task in an evaluation during training.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "detection": tuple(f"box/{name}" for name in _PRECISION),
     "segmentation": tuple(f"mask/{name}" for name in _PRECISION),
@@ -21,11 +21,11 @@ METRICS: Mapping[str, tuple[str, ...]] = {
         "caption/ROUGE-L",
     ),
 }
-CaptionChoice = Literal["random", "first", "consensus"]  #: which caption of an image is learnt from
+CaptionChoice = Literal["random", "first", "consensus"]  #: selection of an image's caption to learn from
 
 
 class _Share(BaseModel):
-    """How much of a run belongs to a task."""
+    """Share of a task in a run: its optimiser steps and batch sizes."""
 
     model_config = STRICT
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
@@ -36,7 +36,7 @@ class _Share(BaseModel):
 
     @property
     def share(self) -> float:
-        """Relative to the other tasks."""
+        """Share of the steps, relative to the other tasks; 0 where `updates` is null."""
         return float(self.updates or 0)
 
 
@@ -100,7 +100,7 @@ class SegmentationImage(BaseModel):
     eval_multiple: Positive = 32
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
     mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    content_only: bool = False  #: in training, leave away what extends an image beyond whole patches
+    content_only: bool = False  #: in training, drop the patches that show no image but only its extension
 
 
 class SegmentationHeadConfig(BaseModel):
@@ -170,7 +170,7 @@ class CaptioningLoss(BaseModel):
 
 
 class CaptioningVocabulary(BaseModel):
-    """Which words a captioning head knows."""
+    """Vocabulary of a captioning head."""
 
     model_config = STRICT
     min_count: Positive = 6  #: least number of times a word occurs in the training captions
@@ -178,7 +178,7 @@ class CaptioningVocabulary(BaseModel):
 
 
 class CaptioningDecoding(BaseModel):
-    """How captions are generated in evaluation."""
+    """Decoding of captions in evaluation."""
 
     model_config = STRICT
     beam_size: Positive = 1  #: 1: greedy
@@ -228,7 +228,7 @@ class SharedImage(BaseModel):
 
 
 class SharedConfig(BaseModel):
-    """`visft.shared`: what a step consists of when all tasks learn from the same images (`visft.mode` "shared")."""
+    """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode` "shared")."""
 
     model_config = STRICT
     batch_size: Positive  #: images of one optimiser step over all processes
@@ -238,7 +238,7 @@ class SharedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Stream:
-    """One kind of optimiser step: which tasks learn in it, from how many images, how often."""
+    """Kind of optimiser step: its tasks, batch size and share of the steps."""
 
     name: str  #: of the task, or "shared"
     tasks: tuple[str, ...]
@@ -250,14 +250,14 @@ class Stream:
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def largest_side(self) -> int:
-        """Pixels to a side of the largest square among the training images."""
+        """Side in pixels of the largest square among the training images."""
         return int(self.image.get("fixed_size") or self.image.get("size") or self.image["max_long"])
 
     def typical_side(self, together: int) -> int:
-        """Pixels to a side of the square that is as large as an average training image.
+        """Side in pixels of the square with the area of an average training image.
 
-        That of the largest, but where segmentation keeps the content only: then the mean over its scales for pictures
-        of 4 : 3, COCO's commonest shape.
+        That of the largest, but where segmentation keeps the content only: then the mean over its scales for images
+        of 4 : 3, COCO's most frequent aspect ratio.
 
         Args:
             together: images padded to the size of the largest of them; 1 where each passes by itself, or packed.

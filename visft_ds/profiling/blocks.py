@@ -1,8 +1,8 @@
-"""Blocks of a backbone with adapters beside the same blocks without, and beside other ways to adapt them.
+"""Blocks of a backbone with adapters beside the same blocks without, and beside other implementations.
 
 Two measurements for every image size and dtype, forward and backward: whole blocks, and the adapted projection alone.
-All ways share the frozen weights and take turns in every round, so ratios to the frozen layers mean something where
-times do not. On a CPU it is CPU time that counts. What blocks keep for the backward pass is counted to the byte.
+All variants share the frozen weights and take turns in every round, so ratios to the frozen layers are comparable where
+times are not. On a CPU, CPU time is measured. Tensors that blocks save for the backward pass are counted to the byte.
 
 Letters: B images (one), N tokens, D width, r rank; as in `visft_ds.ops.lora` for the arguments of a projection.
 """
@@ -44,7 +44,7 @@ Case = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OperationOptions:
-    """What is measured. Raises ValueError for what is not possible."""
+    """Options of the measurement of operations. Raises ValueError for values out of range and a missing GPU."""
 
     pixels: Sequence[int] = (224, 448)  #: sides of the one image
     dtypes: Sequence[str] = ("fp32", "bf16")
@@ -102,7 +102,7 @@ def _parts(a: Tensor, b: Tensor, slices: Slices) -> Iterator[tuple[int, int, Ten
 
 
 def measure_operations(options: OperationOptions) -> dict[str, Any]:
-    """Every image size and dtype; a record of JSON values."""
+    """Measure every image size and dtype; returns a record of JSON values."""
     device, load = torch.device(options.device), os.getloadavg()
     sizes: dict[str, Any] = _SMALL if options.small else {}
     results = []
@@ -138,7 +138,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
 
 
 class _Other(nn.Module):
-    """An adapted layer whose product is computed in another way."""
+    """An adapted layer whose product is computed by another implementation."""
 
     def __init__(self, layer: LoRALinear, projection: Projection) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _Other(nn.Module):
 
 
 def _block_cases(backbone: EvaViT, plain: Sequence[nn.Module], ours: Sequence[nn.Module]) -> dict[str, Case]:
-    """All blocks one after another: frozen, adapted in several ways, and ours with every policy for activations."""
+    """All blocks one after another: frozen, adapted by each implementation, and ours with each recomputation policy."""
     others = {
         name: [_Other(layer, projection) for layer in ours if isinstance(layer, LoRALinear)]
         for name, projection in ((DENSE, dense_update), (AFTERWARDS, added_afterwards))
@@ -228,7 +228,8 @@ def _run(case: Case, given: Tensor, gradient: Tensor, trained: Sequence[nn.Param
 def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tensor) -> float:
     """Elements of the stream's dtype that live between forward and backward, in D for a token and block.
 
-    Whoever holds them: autograd, or a checkpoint. The blocks' input counts, their output and parameters do not.
+    Tensors saved by autograd and by checkpointing both count. So does the blocks' input; their output and parameters do
+    not.
     """
     case, x = _blocks(backbone, ours, policy), given.clone().requires_grad_()
     ledger = Ledger(x.device.type)
@@ -245,7 +246,7 @@ def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tenso
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was measured."""
+    """Title of the tables: blocks, width, rank and adapted projections."""
     options = record["options"]
     width = "debug width" if options["small"] else "width of EVA-ViT-E"
     return f"operations: {options['depth']} blocks, {width}, rank {options['rank']} on {', '.join(options['targets'])}"

@@ -1,4 +1,4 @@
-"""How fast the processes of a run exchange what its engine sends: bandwidth, latency, and their share of a step.
+"""Benchmark of the collectives of a run's engine: bandwidth, latency, and the share of communication in a step.
 
 Every call of `torch.distributed` that engines use, at sizes of a sweep and at the sizes of the configuration, beside a
 copy in memory; and an engine's own averaging and update beside plain calls for the same bytes. All take turns in every
@@ -59,7 +59,7 @@ Key = tuple[str, int]  #: what, bytes
 
 @dataclass(frozen=True)
 class CommOptions:
-    """What is measured."""
+    """Options of the benchmark. Raises ValueError for numbers below 1."""
 
     sizes: Sequence[int] | None = None  #: bytes of the sweep; None: SIZES
     largest: int | None = None  #: bytes; larger messages are worked out from the bandwidth; None: LARGEST
@@ -71,7 +71,7 @@ class CommOptions:
 
 
 def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any] | None:
-    """Sweep, messages of the configuration, and its engine. Collective; the record on the main process.
+    """Measure a sweep, the messages of the configuration, and its engine. Collective; the main process gets the record.
 
     Raises:
         ValueError: one process alone, batches that do not divide over them.
@@ -156,7 +156,7 @@ def make_call(name: str, size: int, device: torch.device) -> Callable[[], object
 
 
 def _there_and_back(tensor: Tensor, rank: int, world: int) -> None:
-    """To the neighbour and back again; a last rank without one waits."""
+    """Send to the neighbour and receive from it; a last rank without one returns at once."""
     other = rank ^ 1
     if other >= world:
         return
@@ -197,7 +197,7 @@ def _seconds(call: Callable[[], object], key: Key, device: torch.device) -> floa
 
 
 def bus_factor(name: str, ranks: int) -> float:
-    """busbw over algbw."""
+    """Ratio of busbw to algbw over `ranks` processes."""
     if name == ALL_REDUCE:
         return 2 * (ranks - 1) / ranks
     return (ranks - 1) / ranks if name in (ALL_GATHER, REDUCE_SCATTER) else 1.0
@@ -235,7 +235,10 @@ def _costs(messages: Sequence[Message], times: Mapping[Key, Spread], ranks: int)
 
 
 def seconds_of(size: int, known: Mapping[int, float]) -> float:
-    """Of a call of this size, from measured ones: between two sizes on a line, above the largest by its bandwidth."""
+    """Seconds of a call of `size` bytes from measured ones, {bytes: seconds}.
+
+    Linear between two sizes; above the largest by its bandwidth; below the smallest the seconds of the smallest.
+    """
     if size in known:
         return known[size]
     below, above = [s for s in known if s < size], [s for s in known if s > size]
@@ -252,7 +255,7 @@ def seconds_of(size: int, known: Mapping[int, float]) -> float:
 
 
 def _measure_engine(config: ResolvedConfig, run: PlannedRun, precision: Precision, repeats: int) -> dict[str, Any]:
-    """Averaging and update by the engine itself, of tensors of the sizes that train; nothing is computed for them.
+    """Measure averaging and update by the engine itself, of tensors of the trained sizes, without computation.
 
     In turn with plain calls of the same bytes; both are seen by torch's profiler, and waiting for the other ranks
     counts in both.
@@ -321,7 +324,7 @@ class _Sum(nn.Module):
 
 
 def _rates(device: torch.device) -> tuple[Rates | None, str]:
-    """What a rank computes in a second, and where that comes from; None for a GPU that nobody described."""
+    """(compute rates of a rank, their source): measured on a CPU, planned for a GPU; None for a GPU not in `GPUS`."""
     if device.type == "cpu":
         return measured_rates(), "measured here, one thread"
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
@@ -333,7 +336,7 @@ def _rates(device: torch.device) -> tuple[Rates | None, str]:
 
 
 def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates, source: str) -> dict[str, Any]:
-    """Of a step: computed seconds as planned, sent seconds as measured; what lies beside computation, hidden."""
+    """Share of communication in a step: computed seconds as planned, sent as measured, less those that overlap."""
     planned = step_time(run, run.config.visft.streams()[name], rates, 1e30)  # without anything sent
     computed = planned.compute + planned.update + planned.waiting
     sent = {hidden: sum(one["of_step"] for one in costs if one["hidden"] is hidden) for hidden in (False, True)}

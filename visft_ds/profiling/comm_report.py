@@ -1,4 +1,4 @@
-"""What `tools/profile.py comm` prints, and its file of numbers for other programs."""
+"""Tables of `tools/profile.py comm`, and its CSV file for other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visft_ds.profiling.collectives import COPY
 
 
 def write_csv(record: Mapping[str, Any], file: Path) -> None:
-    """One row for every call that was measured, each with what it was measured on."""
+    """Write a CSV file with a row for every measured call, each with hardware, ranks, time, versions and commit."""
     told = {
         "device": record["hardware"]["device"],
         "backend": record["backend"],
@@ -43,7 +43,7 @@ _SHARES = ("step", "computed s", "sent s", "of it not hidden", "share of the ste
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was measured."""
+    """Title of the tables: stage, model, engine, backend and number of processes."""
     return (
         f"communication: stage {record['stage']}, {record['model']}, {record['engine']}; {record['backend']}, "
         f"{record['ranks']} processes"

@@ -1,6 +1,6 @@
-"""Where the time of a sample goes: CPU time by part, what a worker more brings, and what the interpreter lock allows.
+"""Profile of the data path: CPU time of a sample by part, throughput by workers, and the limit set by the GIL.
 
-The parts are the spans of `visft_ds.data.spans`, measured in the loader that trains. What lies outside of them (plans,
+The parts are the spans of `visft_ds.data.spans`, measured in the loader that trains. Time outside of them (plans,
 random numbers, objects of Python) is the rest, so the parts always add up to the CPU time of the process.
 """
 
@@ -28,7 +28,7 @@ from visft_ds.profiling.timing import CpuClock, Spread
 
 FORMAT, VERSION = "visft_ds data", 1
 REST = "rest"
-#: The calls that do most of the work and release the interpreter lock while they do it (a test holds them to it).
+#: The calls that do most of the work and release the interpreter lock meanwhile (a test checks that).
 RELEASING: tuple[tuple[Any, str], ...] = (
     (os, "pread"),
     (isal_zlib, "crc32"),
@@ -39,7 +39,7 @@ RELEASING: tuple[tuple[Any, str], ...] = (
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How it is measured. Raises ValueError for what is not possible."""
+    """Options of the measurement. Raises ValueError for values out of range."""
 
     threads: tuple[int, ...] = (0, 1, 2)
     processes: tuple[int, ...] = (1, 2)
@@ -71,7 +71,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class StreamData:
-    """What one stream of a configuration makes of the samples."""
+    """Preprocessing of the samples of a stream of a configuration: pipeline and batch size."""
 
     name: str
     pipeline: SamplePipeline
@@ -80,11 +80,11 @@ class StreamData:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What some steps have cost."""
+    """Cost of consecutive steps of the loader: bytes, CPU, wall-clock and waiting seconds, and spans by part."""
 
     samples: int
     steps: int
-    bytes: int  #: of pictures and labels, as the role reads them
+    bytes: int  #: of images and labels, as the role reads them
     cpu: float  #: seconds of this process and its workers
     wall: float  #: seconds
     wait: float  #: seconds in which the consumer waited
@@ -92,7 +92,7 @@ class _Pass:
 
 
 def measure_data(data: MeasuredSet, streams: Sequence[StreamData], options: DataOptions) -> dict[str, Any]:
-    """Every stream with all kinds and numbers of workers in turn; a record of JSON values.
+    """Measure every stream with all kinds and numbers of workers in turn; returns a record of JSON values.
 
     Raises ValueError where the set is smaller than a batch.
     """
@@ -142,7 +142,7 @@ def _pass(
     start: int,
     count: int,
 ) -> _Pass:
-    """Steps start, start + 1, ..."""
+    """Run `count` steps from `start` on and measure their cost."""
     measure_cpu()
     loader = our_loader(
         data,
@@ -181,7 +181,7 @@ def _columns(role: Role) -> tuple[str, ...]:
 
 @contextmanager
 def _released() -> Iterator[list[float]]:
-    """CPU seconds of every call in `RELEASING`, while this lasts and as far as the calling thread makes them."""
+    """Collect the CPU seconds of every call in `RELEASING` inside this context, of the calling thread only."""
     inside: list[float] = []
     with ExitStack() as stack:
         for owner, name in RELEASING:
@@ -239,7 +239,7 @@ def _rates(passes: Sequence[_Pass]) -> dict[str, Any]:
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was measured."""
+    """Title of the tables: streams, data set and role."""
     role = {"both": "", "images": ", pictures only", "labels": ", labels only"}[record["options"]["role"]]
     return f"data path: {', '.join(record['streams'])} on {record['set']['name']}{role}"
 

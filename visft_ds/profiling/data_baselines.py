@@ -47,7 +47,7 @@ WdsSample = dict[str, Any]  # "__key__", "jpg", "json"
 
 
 def naive(urls: Sequence[str], vocabulary: Vocabulary, batch: int, *, workers: int) -> Iterator[Any]:
-    """Pillow, all masks at full size, torchvision v2 on PIL pictures, float32: one pass over the shards.
+    """Pillow, all masks at full size, torchvision v2 on PIL images, float32: one pass over the shards.
 
     Yields:
         (images (B, 3, 224, 224) float32, normalised; a list of B targets).
@@ -85,7 +85,7 @@ def tuned(
 
 
 def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
-    """The labels alone, as bytes or parsed, in the order of the shards; the pictures lie between them in the stream."""
+    """The labels alone, as bytes or parsed, in the order of the shards; the images lie between them in the stream."""
     dataset = _shards(urls, 0, select_files=_is_label)
     return iter(dataset.map(_parse) if parse else dataset)
 
@@ -193,7 +193,7 @@ def _naive_transform() -> Any:
 def _naive_sample(sample: WdsSample, *, transform: Any, vocabulary: Vocabulary) -> tuple[Tensor, dict[str, Any]]:
     image: Image.Image = sample["jpg"]
     label: Mapping[str, Any] = sample["json"]
-    size = (label["height"], label["width"])  # of the annotations; --reencode may have made the picture smaller
+    size = (label["height"], label["width"])  # of the annotations; --reencode may have made the image smaller
     objects = [annotation for annotation in label["annotations"] if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
     masks = [torch.from_numpy(full_mask(annotation["segmentation"], size)) for annotation in objects]

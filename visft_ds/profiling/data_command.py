@@ -152,7 +152,7 @@ def _configured(
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
-    """The folder of the set; None for generated pictures. Raises ValueError unless one of both is asked for."""
+    """The folder of the set; None for generated images. Raises ValueError unless one of both is asked for."""
     if (options.data is None) != options.synthetic:
         both = "both are given" if options.synthetic else "neither is given"
         raise ValueError(f"--data FOLDER or --synthetic: {both}; one of them says what is read")
@@ -166,7 +166,7 @@ def _one_thread() -> Any:
 
 
 def _headed(command: Sequence[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """What is measured, with what it was measured on; the load is that from before."""
+    """Measure; returns the record headed by circumstances and command. The load average is that from before."""
     from visft_ds.profiling.record import circumstances
 
     head = {**circumstances(os.getloadavg()), "command": list(command)}

@@ -25,10 +25,10 @@ from visft_ds.profiling.timing import CpuClock, Spread
 from visft_ds.shards.reencode import Reencoding
 
 FORMAT, VERSION = "visft_ds data comparison", 1
-#: Passes of one kind; each returns how many samples it had.
+#: Passes of one kind; each returns its number of samples.
 Passes = Mapping[str, Callable[[], int]]
 _WORKERS = (0, 1, 2)
-#: How often a pass of plain reading goes through the set: once takes milliseconds only.
+#: Times that a pass of plain reading goes through the set: once takes milliseconds only.
 _TURNS = 8
 SAMPLE, LABELS_READ, LABELS_PARSED, LABELS, RAW = (
     "three-task sample at 224 pixels",
@@ -62,14 +62,14 @@ GOALS = (
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared. Raises ValueError for what is not possible."""
+    """Options of the comparison. Raises ValueError for values out of range."""
 
-    folder: Path | None  #: of shards or a COCO tree; None: generated pictures
+    folder: Path | None  #: of shards or a COCO tree; None: generated images
     split: str = "train"
     images: int = 512  #: of a pass, at least
     batch: int = 32
     rounds: int = 5
-    reencode: str | None = None  #: how pictures are stored, as tools/make_shards.py takes it
+    reencode: str | None = None  #: re-encoding of images, as tools/make_shards.py takes it
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "rounds"):
@@ -81,7 +81,7 @@ class CompareOptions:
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Every group of passes on one set; a record of JSON values.
+    """Measure every group of passes on one set; returns a record of JSON values.
 
     Raises ValueError where the shards are fewer than the worker processes.
     """
@@ -111,7 +111,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
 
 def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
-    """Everything that is compared, by group and name."""
+    """The passes that are compared, by group and name."""
     pipeline, urls, whole = joint_pipeline(data.vocabulary), data.urls, len(data)
     naive = partial(plain.naive, urls, data.vocabulary, batch)
     tuned = partial(plain.tuned, urls, pipeline, batch, buffer=whole)
@@ -193,7 +193,7 @@ def _streamed(start: Callable[[], Iterator[Any]]) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass has taken."""
+    """Cost of a pass."""
 
     samples: int
     cpu: float  #: seconds of this process and its workers
@@ -201,7 +201,7 @@ class Cost:
 
 
 def measure_pass(run: Callable[[], int]) -> Cost:
-    """One pass."""
+    """Run a pass and measure its cost; `run` returns its number of samples."""
     clock, wall = CpuClock.start(), time.perf_counter()
     samples = run()
     wall = time.perf_counter() - wall
@@ -243,7 +243,7 @@ def _reached(goal: Goal, rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was compared."""
+    """Title of the tables: webdataset's version and the data set."""
     return f"the loader against plain webdataset {record['webdataset']} on {record['set']['name']}"
 
 

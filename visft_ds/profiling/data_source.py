@@ -1,7 +1,7 @@
 """The data sets that the measurements of the data path read, and the loader as training builds it.
 
 A set is a folder of finished shards, an ordinary COCO tree (repeated until it is large enough to be measured), or
-generated pictures. The last two are packed into a temporary folder.
+generated images. The last two are packed into a temporary folder.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from visft_ds.toy.annotations import write_toy_coco
 
 #: Pixels of a side of the plain three-task sample, and the name of its only task.
 SIDE, TASK = 224, "joint"
-#: Height and width of generated pictures: COCO's commonest size.
+#: Height and width of generated images: COCO's most frequent size.
 GENERATED_SIZE = (480, 640)
-#: Most shapes of a generated picture: 7.3 on average, as many as COCO's have objects.
+#: Most shapes of a generated image: 7.3 on average, as many as COCO's have objects.
 GENERATED_SHAPES = 18
 _SPLIT = "measured"
 _SAMPLES_PER_SHARD = 64
-#: Generated pictures that are different; drawing one takes longer than reading it many times.
+#: Generated images that are different; drawing one takes longer than reading it many times.
 _DRAWN = 64
 #: Between the ids of one repetition of a set and the next; COCO's are below a million.
 _REPETITION = 10_000_000
@@ -73,7 +73,7 @@ class MeasuredSet:
         return self.manifest.index[: len(self)]
 
     def facts(self) -> dict[str, Any]:
-        """What decides how much work a sample is, for records and tables."""
+        """Name and size of the set, and means over its samples that determine their work, for records and tables."""
         rows = self.rows
         return {
             "name": self.name,
@@ -107,14 +107,14 @@ def facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 @contextmanager
 def open_set(folder: Path | None, split: str, images: int, reencode: Reencoding | None = None) -> Iterator[MeasuredSet]:
-    """A set by its folder: shards, a COCO tree, or (None) generated pictures.
+    """A set by its folder: shards, a COCO tree, or (None) generated images.
 
     Args:
-        folder: holds `SPLIT.manifest.json`, or `annotations/` beside the folders of pictures.
+        folder: holds `SPLIT.manifest.json`, or `annotations/` beside the folders of images.
         split: name of the shards; "train" also finds `train2017` of a COCO tree.
-        images: how many samples are wanted. A tree or generated pictures are repeated until there are as many; of
+        images: number of samples wanted. A tree or generated images are repeated until there are as many; of
             finished shards, the first ones are taken.
-        reencode: how the pictures of a tree, or generated ones, are stored; finished shards are as they are.
+        reencode: re-encoding of the images of a tree, or of generated ones; None for finished shards.
 
     Raises:
         ValueError: the folder holds neither; what is found in it is damaged; finished shards and `reencode`.

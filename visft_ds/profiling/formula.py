@@ -40,7 +40,7 @@ class StepFormula:
 
 
 def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
-    """What the micro-batches cost, from the shapes of their images."""
+    """Operations of the micro-batches by formula, from the shapes of their images."""
     if not isinstance(session.engine.module.backbone, EvaViT):
         return StepFormula(None, None)
     backbone, head = Flops(), Flops()

@@ -44,7 +44,7 @@ Steps = Iterator[tuple[StepPlan, list[Batch]]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """How much is measured, in optimiser steps of each task."""
+    """Numbers of measured and of warm-up steps, in optimiser steps of each task. Raises ValueError below 1."""
 
     steps: int = 10
     warmup: int = 3
@@ -166,7 +166,7 @@ def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, A
 
 
 def _content(batches: Sequence[Batch]) -> dict[str, float]:
-    """What the fullest micro-batch holds besides pixels: objects to an image, ids of the longest caption."""
+    """Largest values of any micro-batch: mean number of objects per image, ids of the longest caption."""
     found: dict[str, float] = {}
     for batch in batches:
         for targets in batch.targets.values():

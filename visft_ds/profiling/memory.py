@@ -1,4 +1,4 @@
-"""What lives on a device during a step of an engine, by kind, exact to the byte of a storage (see `ledger`)."""
+"""Device memory during a step of an engine, by kind of tensor, exact to the byte of a storage (see `ledger`)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def step_watched(ledger: Ledger, module: nn.Module, optimizer: Any = None) -> It
 
 
 def note_residents(ledger: Ledger, engine: Engine) -> None:
-    """Note what lives between steps: weights, optimizer state, DeepSpeed's gradient buffers, and anything else."""
+    """Note tensors that live between steps: weights, optimizer state, DeepSpeed's gradient buffers, all others."""
     for parameter in engine.module.parameters():
         kind = TRAINED if parameter.requires_grad else FROZEN
         # Under ZeRO-3 a rank holds its share in `ds_tensor`, and the parameter itself is empty.
@@ -61,7 +61,7 @@ def note_residents(ledger: Ledger, engine: Engine) -> None:
 
 
 def note_gradients(ledger: Ledger, optimizer: Any) -> None:
-    """Name what DeepSpeed keeps of gradients outside of the parameters, as far as it exists by now."""
+    """Note DeepSpeed's gradients and buckets outside of the parameters, as far as they exist by now."""
     ledger.add_all(reduce_buckets(optimizer), BUCKETS, instead_of=(TRANSIENT,))
     ledger.add_all(gradient_buffers(optimizer), GRADIENTS, instead_of=(TRANSIENT,))
 

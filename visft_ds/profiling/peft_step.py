@@ -47,7 +47,7 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class PeftOptions:
-    """What is measured. Raises ValueError for what is not possible."""
+    """Options of the comparison. Raises ValueError for values out of range and a missing GPU."""
 
     pixels: Sequence[int] = (224, 448)  #: sides of the images
     dtypes: Sequence[str] = ("fp32", "bf16")
@@ -218,7 +218,7 @@ def _times(
 
 
 def verdict(case: Mapping[str, Any]) -> str:
-    """Which goal a way of ours reaches, by medians."""
+    """Describe the goal that a variant of ours reaches by medians, or that it is worse on both; else empty."""
     speed, memory = case["speed"]["median"], case["memory_ratio"]
     if speed >= FASTER and memory <= 1:
         return f"{FASTER:g} times as fast, no more memory"
@@ -230,7 +230,7 @@ def verdict(case: Mapping[str, Any]) -> str:
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was measured."""
+    """Title of the tables: blocks, width and rank."""
     options = record["options"]
     width = "debug width" if options["small"] else "width of EVA-ViT-E"
     return (

@@ -123,7 +123,7 @@ def _arm_record(config: ResolvedConfig, arm: Any) -> dict[str, Any]:
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was planned."""
+    """Title of the tables: number and name of the GPUs."""
     cluster = record["cluster"]
     return f"plan: {cluster['count']}x{cluster['name']}, predicted"
 

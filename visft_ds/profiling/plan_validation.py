@@ -243,7 +243,7 @@ def _parts_of(whole: Batch, accumulation: int, stages: int) -> list[Batch]:
 
 
 def measured_rates() -> Rates:
-    """What this CPU does in a second of processor time, at sizes like those of the cases; one thread."""
+    """Measured rates of this CPU per second of processor time, one thread, at sizes like those of the cases."""
     product, attention = dict[Precision, float](), dict[Precision, float]()
     for precision in ("fp32", "bf16"):
         dtype = DTYPES[precision]
@@ -350,7 +350,7 @@ def time_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was compared."""
+    """Title of the tables: number of steps and of processes."""
     first = record["records"][0]
     return f"plan: predicted against measured, {len(record['records'])} steps on {first['processes']} process(es)"
 

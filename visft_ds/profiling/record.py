@@ -1,4 +1,4 @@
-"""What every record of a measurement says of where and when it was made, and how its tables say it."""
+"""Circumstances of a measurement (time, versions, commit, hardware, load) in its record and its tables."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _slowest(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_title(record: Mapping[str, Any]) -> str:
-    """One line that says what was measured."""
+    """Title of the tables: stage, what trains, model, engine and number of processes."""
     stage, processes = record["stage"], record["world_size"]
     count = f"{processes} process{'es' if processes > 1 else ''}"
     return f"profile: stage {stage} ({record['trains']}), {record['model']}, {record['engine']}, {count}"

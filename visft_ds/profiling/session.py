@@ -37,7 +37,7 @@ from visft_ds.shards.build import Options, build
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
-#: Height and width of the pictures of `--synthetic`: COCO's commonest size. The transforms make of them what the
+#: Height and width of the images of `--synthetic`: COCO's most frequent size. The transforms make of them what the
 #: configuration says.
 SYNTHETIC_SIZE = (480, 640)
 SYNTHETIC_SPLIT = "profile-synthetic"
@@ -59,7 +59,7 @@ class StreamRun:
 
 @dataclass(frozen=True)
 class Session:
-    """What a measurement works with."""
+    """Configuration, engine and data of a measurement."""
 
     config: ResolvedConfig
     batches: Batches
@@ -68,7 +68,7 @@ class Session:
     vocabulary: Vocabulary | None
     precision: Precision
     precision_reason: str
-    notes: tuple[str, ...]  #: what differs from the run of the same command
+    notes: tuple[str, ...]  #: differences from the run of the same command
 
     def of_stream(self, name: str) -> StreamRun:
         """The run as if it had this stream only: its batches in the order in which training meets them."""
@@ -98,7 +98,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     """Build what `visft_ds.train.train` builds, in its order, but open and write no run folder.
 
     Args:
-        synthetic: generated pictures instead of shards; base weights and heads that are not there start at random.
+        synthetic: generated images instead of shards; base weights and heads that are not there start at random.
 
     Raises:
         ValueError: what a user can mend; a model that cannot fit before anything is allocated.
@@ -147,7 +147,7 @@ def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
 
 
 def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
-    """What the training loop does with the batches of a step, up to the record."""
+    """Run a step on its batches as the training loop does, up to the record. Collective."""
     agreement = distributed.agree_on_step(
         f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
     )
@@ -236,7 +236,7 @@ def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
 
 @contextmanager
 def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
-    """The configured split, or one of generated pictures in a temporary folder that goes away again."""
+    """The configured split, or one of generated images in a temporary folder that is deleted afterwards."""
     if not synthetic:
         yield Manifest.load(config.visft.data.root, config.visft.data.train)
         return

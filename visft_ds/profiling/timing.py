@@ -1,6 +1,6 @@
-"""Where the time of a step goes: hooks around the parts of a model and the calls of its engine.
+"""Time of a step by part: hooks around the parts of a model and the calls of its engine.
 
-The step itself is not touched. What is not inside a hooked part is the rest, so that the parts always sum to the step.
+The step itself is unchanged. Time outside of all hooked parts is the rest, so that the parts always sum to the step.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _wrapped(function: Callable[..., Any], meter: Meter, part: str) -> Callable[
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """One measured step."""
+    """Duration of a measured step, whole and by part."""
 
     seconds: float  #: wall time, waiting for data included
     parts: Mapping[str, float]  #: seconds; PARTS sum to `seconds`, MATCHER lies inside CRITERION

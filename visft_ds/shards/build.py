@@ -1,6 +1,6 @@
 """COCO -> shards: deterministic, checked, atomic, resumable.
 
-Which sample goes into which shard is settled first, from the sizes of the files. Shards are then independent of each
+The assignment of samples to shards is fixed first, from the sizes of the files. Shards are then independent of each
 other: any number of workers writes the same bytes, and a build that was killed goes on with the missing ones. A shard
 gets its final name only when it is complete and on disk; the manifest is written last.
 
@@ -49,9 +49,9 @@ _DUPLICATES = {"dedup": "report", "against": []}
 
 @dataclass(frozen=True)
 class Options:
-    """What a build depends on; every place but `out` is a local path or a URL that fsspec knows.
+    """Inputs, output and settings of a build; every place but `out` is a local path or a URL that fsspec knows.
 
-    Raises ValueError for values out of range, and for combinations that cannot be.
+    Raises ValueError for values out of range and for combinations that exclude each other.
     """
 
     images: Path | str
@@ -95,7 +95,7 @@ class Options:
             raise ValueError(f"the images folder {self.images} does not exist")
 
     def selection(self) -> SourceSelection:
-        """Which annotations and images are taken."""
+        """Selection of annotations and images, for `read_source`."""
         return SourceSelection(
             categories=self.categories,
             keep_crowd=self.keep_crowd,
@@ -107,7 +107,7 @@ class Options:
         )
 
     def content(self) -> dict[str, Any]:
-        """What decides about the shards, apart from the input files."""
+        """Settings that determine the shards, apart from the input files; the manifest records them."""
         return {
             "max_size": self.max_size,
             "max_count": self.max_count,
@@ -136,10 +136,10 @@ def build(
     """Make the shards, index and manifest of a split; go on with what an earlier, interrupted build has finished.
 
     Args:
-        options: input, output and what the samples look like.
+        options: inputs, output and settings of the samples.
         workers: threads; the result does not depend on it.
         dry_run: read the JSON files, look at file sizes, plan, and write nothing.
-        replace: throw away a split of this name that was built with other options or from other JSON files.
+        replace: delete a split of this name that was built with other options or from other JSON files.
         on_progress: called a few times a second in the calling thread.
 
     Raises:

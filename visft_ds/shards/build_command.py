@@ -1,4 +1,4 @@
-"""The sub-command `build` of `tools/make_shards.py`: its flags, its line of progress, its report."""
+"""The sub-command `build` of `tools/make_shards.py`: its flags, progress line and report."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def run_build(options: argparse.Namespace) -> int:
 
 
 class ProgressLine:
-    """One line of progress, rewritten on a terminal, repeated every ten seconds elsewhere."""
+    """Progress on a line of stderr, rewritten on a terminal; elsewhere a new one every 10 s."""
 
     def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.perf_counter) -> None:
         self._enabled = enabled

@@ -1,4 +1,4 @@
-"""Which category of the source becomes which category of the shards."""
+"""Mapping from the categories of the source to those of the shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAPPED_FIELDS = {"id", "name"}
 
 @dataclass(frozen=True)
 class CategoryMap:
-    """The table of a split, and where the ids of the source went: an id that is not in `ids` is unknown."""
+    """The category table of a split, and the mapping of the source's ids: an id that is not in `ids` is unknown."""
 
     categories: tuple[Category, ...]
     ids: Mapping[int, int | None]  #: id in the source -> id in the shards; None: annotations of it are dropped

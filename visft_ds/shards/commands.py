@@ -1,6 +1,6 @@
 """The sub-commands of `tools/make_shards.py` for finished shards: their flags, and what they print.
 
-Each returns the exit status: 0 fine, 1 problems found. What a user must mend is raised as ValueError.
+Each returns the exit status: 0 no problems, 1 problems found. Errors of the user are raised as ValueError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 20
 
 
 def add_verify_parser(commands: Any) -> None:
-    """Add the sub-command that looks for everything that may be wrong."""
+    """Add the sub-command that checks finished shards byte by byte."""
     parser = commands.add_parser("verify", help="read every byte and list what is wrong")
     parser.add_argument("folder", type=_folder, metavar="DIR")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: all in the folder)")
@@ -176,7 +176,7 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 class _Line:
-    """One line of progress on stderr, rewritten on a terminal, repeated every ten seconds elsewhere."""
+    """Progress on a line of stderr, rewritten on a terminal up to every 0.2 s; elsewhere a new one every 10 s."""
 
     def __init__(self, verb: str, quiet: bool) -> None:
         self._verb, self._quiet = verb, quiet

@@ -63,21 +63,21 @@ class Drops:
 
 
 def wrong_kind(entry: Mapping[str, Any], key: str, wanted: str) -> str:
-    """Why a field of a JSON object is not what COCO has there."""
+    """Reason why a field of a JSON object is of another type than COCO's, for messages."""
     if key not in entry:
         return f"there is no {key!r}; COCO wants {wanted}"
     return f"{key!r} is {_NAMES[type(entry[key])]}; COCO wants {wanted}"
 
 
 def wrong_integer(entry: Mapping[str, Any], key: str) -> str:
-    """Why a field of a JSON object is no integer of 64 bits."""
+    """Reason why a field of a JSON object is no integer of 64 bits, for messages."""
     if type(entry.get(key)) is int:
         return f"{key!r} is out of range; allowed are 64 bits"
     return wrong_kind(entry, key, "an integer")
 
 
 def wrong_box(entry: Mapping[str, Any]) -> str:
-    """Why a box is none."""
+    """Reason why the `bbox` of a JSON object is no list of four numbers, for messages."""
     box = entry.get("bbox")
     if not isinstance(box, list):
         return wrong_kind(entry, "bbox", "four numbers")

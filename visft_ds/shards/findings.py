@@ -69,7 +69,7 @@ class Findings:
         return self._counts.get(kind, 0), self._examples.get(kind, [""])[0]
 
     def listed(self) -> list[dict[str, Any]]:
-        """One entry per kind in a fixed order: kind, count, examples, action."""
+        """List an entry per kind that was found, in the order of `FINDINGS`: kind, count, examples, action."""
         return [
             {"kind": kind, "count": self._counts[kind], "examples": self._examples[kind], "action": action}
             for kind, action in FINDINGS.items()

@@ -23,7 +23,7 @@ _DETAILS = 8  # why images were left out: so many are shown, all are in the mani
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did, or what it would do (`dry_run`)."""
+    """Result of a build, or its forecast (`dry_run`)."""
 
     split: str
     out: str
@@ -58,11 +58,11 @@ def write_manifest(
     Args:
         output, out: where the shards are; its name for the report.
         split: name of the split.
-        options: what the manifest remembers of them.
+        options: as the manifest records them.
         source: the annotations; its findings are completed.
         records: of all shards in order.
         quarantine: all images that were left out as unusable.
-        kept: how many shards were there already, for the report.
+        kept: number of shards that an earlier build had finished, for the report.
 
     Raises:
         ValueError: no usable image.
@@ -112,7 +112,10 @@ def write_manifest(
 def dry_report(
     split: str, out: str, source: CocoSource, plan: Sequence[Sequence[Planned]], quarantine: Sequence[Mapping[str, Any]]
 ) -> BuildReport:
-    """What a build would do, as far as the JSON files and the sizes of the images tell."""
+    """Forecast of a build from the JSON files and the sizes of the image files.
+
+    `bytes` is that of images and labels, without tar headers and padding. The findings of `source` are completed.
+    """
     source.findings.extend(_quarantined(quarantine))
     samples = [sample for shard in plan for sample in shard]
     return BuildReport(
@@ -135,7 +138,7 @@ def _quarantined(quarantine: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str,
 
 
 def left_out(quarantine: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why images were left out, a line for each of the most frequent details with an example."""
+    """Reasons why images were left out, a line for each of the most frequent details with an example."""
     first = {(bad["reason"], bad["detail"]): bad["file_name"] for bad in reversed(quarantine)}
     counts = Counter((bad["reason"], bad["detail"]) for bad in quarantine).most_common(_DETAILS)
     lines = [f"{count} x {why[0]} ({why[1]}), for instance {first[why]}" for why, count in counts]

@@ -1,4 +1,4 @@
-"""The verdict on an image file: does it decode, does it fit its annotations, and what does it look like.
+"""Checking an image file: whether it decodes and fits its annotations, and its perceptual hash.
 
 Shape letters: H W pixels.
 """
@@ -27,17 +27,17 @@ CheckLevel = Literal["decode", "header", "none"]
 CHECK_LEVELS: tuple[CheckLevel, ...] = ("decode", "header", "none")
 
 _ORIENTATION = 0x0112  # the EXIF tag
-#: Colour spaces whose first component is the brightness; libjpeg then decodes it without the others' arithmetic.
+#: Colour spaces whose first component is luma; libjpeg then decodes it without the others' arithmetic.
 _WITH_BRIGHTNESS = ("YCbCr", "Gray")
-#: Shortest side in pixels of the small picture that is hashed, where the file has that many. Averages over cells of
-#: fewer pixels differ too much between a picture and a smaller copy of it.
+#: Shortest side in pixels of the thumbnail that is hashed, where the file has that many. Averages over cells of fewer
+#: pixels differ too much between an image and a smaller copy of it.
 _HASHED_SIDE = 40
 _ROWS, _COLUMNS = 8, 9  # of the hash: eight differences in each row
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The verdict on an image file."""
+    """Result of checking an image file."""
 
     extension: str = "jpg"  #: "jpg", "png" or "webp", by the content
     crc32: int = 0
@@ -48,13 +48,13 @@ class Checked:
 
 
 def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *, convert: bool = False) -> Checked:
-    """Judge an image file.
+    """Check an image file.
 
     Args:
         data: the file.
         image: what the JSON says about it.
-        level: how far to look into the file.
-        convert: whether it is going to be re-encoded, so that WebP will do as well; `level` is "decode" then.
+        level: depth of the check, see `CHECK_LEVELS`.
+        convert: it is going to be re-encoded, so that WebP is allowed as well; `level` is "decode" then.
     """
     assert level == "decode" or not convert
     crc32 = isal_zlib.crc32(data)
@@ -99,7 +99,7 @@ def _decoded(data: bytes, extension: str) -> tuple[tuple[int, int], int]:
         return _hashed(decode_image(data))
     _check_pixels(height, width)
     # All of the compressed data is read, as in training, so that any damage shows. But the inverse transform is that of
-    # the smallest picture that can be hashed, an eighth as large for most, and there is no colour.
+    # the smallest image that can be hashed, an eighth as large for most, and there is no colour.
     grey = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE)
     return (int(height), int(width)), difference_hash(grey[..., 0])
 
@@ -122,11 +122,11 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def difference_hash(grey: npt.NDArray[np.uint8]) -> int:
-    """64 bits that nearly stay when a picture is scaled, re-encoded or made brighter.
+    """Perceptual hash of 64 bits, of which few change when an image is scaled, re-encoded or made brighter.
 
-    The picture is averaged over 8 x 9 cells; each bit says whether a cell is brighter than its left neighbour (the
+    The image is averaged over 8 x 9 cells; each bit says whether a cell is brighter than its left neighbour (the
     "dHash" of N. Krawetz, https://www.hackerfactor.com/blog/?/archives/529-Kind-of-Like-That.html). Averages are exact
-    integers, so that the hash depends on the pixels alone. A picture of one colour has hash 0, as if it had none.
+    integers, so that the hash depends on the pixels alone. An image of one colour has hash 0, as if it had none.
 
     Args:
         grey: (H, W) uint8.
@@ -139,7 +139,7 @@ def difference_hash(grey: npt.NDArray[np.uint8]) -> int:
 
 @lru_cache(maxsize=1024)
 def _overlaps(pixels: int, cells: int) -> npt.NDArray[np.int64]:
-    """(cells, pixels): how much of each pixel lies in each cell, in units that make all cells equally heavy."""
+    """(cells, pixels) overlap of each pixel with each cell, in units in which every cell has the same weight."""
     start, pixel = np.arange(cells)[:, None] * pixels, np.arange(pixels)[None] * cells
     return (np.minimum(start + pixels, pixel + cells) - np.maximum(start, pixel)).clip(0)
 

@@ -1,4 +1,4 @@
-"""Where a conversion reads from: JSON files and a folder of images, on a local disk or behind a URL."""
+"""Inputs of a conversion: JSON files and a folder of images, on a local disk or behind a URL."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def read_file(place: str | Path) -> bytes:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One file of an image folder."""
+    """Size in bytes and version stamp of a file of an image folder."""
 
     size: int
-    stamp: str  #: changes when the content does: modification time, or what the store has instead
+    stamp: str  #: changes when the content does: modification time, or the store's ETag, hash or date
 
 
 class ImageFolder(Protocol):
@@ -125,7 +125,7 @@ class _RemoteImages:
         return found
 
     def _info(self, place: str) -> dict[str, Any] | None:
-        """What the server says about a file; None only if it says that there is none."""
+        """Metadata of a file from the server; None only if it states that there is none. Raises OSError."""
         try:
             entry: dict[str, Any] = self._filesystem.info(place)
         except FileNotFoundError as error:
@@ -155,7 +155,7 @@ def _patiently(place: str, request: Callable[[], Answer]) -> Answer:
 
 
 def _found(entry: dict[str, Any]) -> ImageFile | None:
-    """What a store says about a file; None if it does not say how large it is."""
+    """Size and stamp out of the metadata of a store; None if it does not state the size."""
     stamp = next(
         (
             str(entry[key])

@@ -50,7 +50,7 @@ class Output:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file at once or not at all."""
+        """Write a small file atomically."""
         temporary = self.scratch / f"{Path(name).name}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -62,7 +62,7 @@ class Output:
             temporary.unlink(missing_ok=True)
 
     def finish(self, temporary: Path, name: str) -> None:
-        """Give a complete file its place; it is gone from where it was."""
+        """Move a complete file to its final name."""
         target = self._folder / name
         os.replace(temporary, target)
         descriptor = os.open(target.parent, os.O_RDONLY)
@@ -76,14 +76,14 @@ class Output:
         (self._folder / name).unlink(missing_ok=True)
 
     def holds(self, name: str, size: int, sha256: str) -> bool:
-        """Whether a file is there and whole."""
+        """Return True if a file exists with this size in bytes and this SHA-256 digest."""
         path = self._folder / name
         return path.is_file() and path.stat().st_size == size and file_sha256(path) == sha256
 
 
 @contextmanager
 def exclusive(scratch: Path) -> Iterator[None]:
-    """Only one build at a time; the lock ends with the process, however it ends."""
+    """Lock the folder for one build at a time; the lock ends with the process, however it ends. Raises ValueError."""
     with open(scratch / "lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What is found wrong with finished shards."""
+"""Problems of finished shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a split."""
+    """A problem of a file of a split."""
 
     file: str
     message: str

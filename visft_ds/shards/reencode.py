@@ -1,9 +1,9 @@
-"""Storing pictures anew: smaller files that decode faster, at the price of other pixels.
+"""Re-encoding images: smaller files that decode faster, at the price of other pixels.
 
-Annotations stay as they are, in pixels of the original picture. That is the frame of `width` and `height` in labels and
-index, in which average precision is computed: boxes, polygons, run-length codes and areas are those of the data set to
-the last digit, and so are small, medium and large. The stored picture is the same scene with fewer pixels; a label says
-how many (`stored_width`, `stored_height`), and the manifest's options that the split was re-encoded.
+Annotations stay as they are, in pixels of the original image. That is the frame of `width` and `height` in labels and
+index, in which average precision is computed: boxes, polygons, run-length encodings and areas are those of the data set
+to the last digit, and so are small, medium and large. The stored image has the same content with fewer pixels; a label
+states its size (`stored_width`, `stored_height`), and the manifest's options that the split was re-encoded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reencoding:
         return cls(int(found[1]), None if found[2] is None else int(found[2]))
 
     def described(self) -> dict[str, Any]:
-        """What decides about the bytes: other versions of the libraries may encode otherwise."""
+        """Settings that determine the bytes, with the libraries' versions: others may encode differently."""
         return {
             "quality": self.quality,
             "short_side": self.short_side,
@@ -53,7 +53,7 @@ class Reencoding:
         }
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of the stored picture."""
+        """(H, W) of the stored image."""
         short = min(height, width)
         if self.short_side is None or short <= self.short_side:
             return height, width
@@ -62,7 +62,7 @@ class Reencoding:
         return (height * twice + short) // (2 * short), (width * twice + short) // (2 * short)
 
     def encode(self, data: bytes) -> bytes:
-        """A checked JPEG, PNG or WebP file -> JPEG; metadata, EXIF orientation included, is left behind."""
+        """A checked JPEG, PNG or WebP file -> JPEG; metadata, EXIF orientation included, is discarded."""
         pixels = decode_webp(data) if is_webp(data) else decode_image(data)
         height, width = self.size(*pixels.shape[:2])
         if (height, width) != pixels.shape[:2]:
@@ -73,12 +73,12 @@ class Reencoding:
 
 
 def is_webp(data: bytes) -> bool:
-    """Whether a file is a WebP picture."""
+    """Return True if the data has the signature of a WebP file."""
     return (data[:4], data[8:12]) == _WEBP
 
 
 def decode_webp(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode a WebP file -> (H, W, 3) uint8. Raises ValueError: damaged, moving or too large."""
+    """Decode a WebP file -> (H, W, 3) uint8. Raises ValueError: damaged, animated or too large."""
     try:
         with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
             if image.width * image.height > MAX_PIXELS:

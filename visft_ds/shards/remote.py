@@ -19,7 +19,7 @@ _FOREIGN_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCore
 
 
 def is_url(text: str | Path) -> bool:
-    """Whether a text names something that is not a local path; `file://` is local."""
+    """Return True if a text is a URL and no local path; `file://` is local."""
     found = _URL.match(str(text))
     return found is not None and found[1].lower() != "file"
 

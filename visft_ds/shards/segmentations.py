@@ -1,4 +1,4 @@
-"""COCO segmentations -> what every reader can use: polygons of three points or more, compressed run-length codes."""
+"""COCO segmentations in forms that every reader supports: polygons of three points or more, compressed RLE."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Found = list[str]  # kinds of `findings.FINDINGS`
 
 
 def stored_segmentation(given: Any, height: int, width: int) -> tuple[Any, Found]:
-    """What is stored for a segmentation of an image of this size, and what was found.
+    """Convert a segmentation of an image of height x width pixels to its stored form, and list what was found.
 
-    Polygons keep their numbers as given. A run-length code is stored with its counts as text, which is what most
-    readers expect; its runs must be those of the image.
+    Polygons keep their numbers as given. A run-length encoding (RLE) is stored with its counts as text, which is what
+    most readers expect; its runs must be non-negative and sum to height * width.
 
     Returns:
-        (a list of polygons, a run-length code or None: there is no mask, kinds of findings).
+        (a list of polygons, an RLE or None: there is no mask, kinds of findings).
     """
     if isinstance(given, list):
         return _polygons(given)
@@ -38,7 +38,7 @@ def _polygons(given: list[Any]) -> tuple[Any, Found]:
 
 
 def _polygon(polygon: Any) -> str | None:
-    """What is wrong with a polygon."""
+    """Kind of finding of a polygon that is malformed or has fewer than three points, else None."""
     if not isinstance(polygon, list) or len(polygon) % 2:
         return "polygon malformed"
     try:
@@ -69,7 +69,7 @@ def _code(given: Mapping[str, Any], height: int, width: int) -> tuple[Any, Found
 
 
 def _runs(counts: str) -> list[int] | None:
-    """The runs of a compressed code, or None if the text is none.
+    """Decode the runs of a compressed RLE; None if the text is none.
 
     Each character holds five bits of a number, the lowest first, and a sixth that says whether more follow; the last
     character's highest bit is the sign. From the fourth run on, the number is the difference to the run two before

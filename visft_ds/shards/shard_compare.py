@@ -1,4 +1,4 @@
-"""What a shard holds against what manifest and index say of it."""
+"""Comparison of the content of a shard with manifest and index."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LABEL_COLUMNS = ("width", "height", "num_annotations", "num_captions")
 def compare_shard(
     content: ShardContent, shard: ShardFile, rows: npt.NDArray[Any] | None, by_digest: Mapping[str, str]
 ) -> list[Problem]:
-    """What is wrong with a shard, by itself and against what manifest and index say of it.
+    """List the problems of a shard, by itself and in comparison with manifest and index.
 
     Args:
-        content: what the tar holds.
-        shard: what the manifest says.
-        rows: its rows of the index; None where there is no index to trust.
+        content: of the tar.
+        shard: its entry in the manifest.
+        rows: its rows of the index; None without a valid index.
         by_digest: sha256 of every shard of the split -> its name.
     """
     problems = list(content.problems)

@@ -1,4 +1,4 @@
-"""What one shard really holds, read from the tar alone."""
+"""Content of a shard, read from the tar alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from visft_ds.shards.problem import Problem
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.tasks.captioning.vocabulary import caption_words
 
-#: Members that are ever read; anything else has no business in a shard.
+#: Extensions of members that are read; any other is a problem.
 ALLOWED = ("jpg", "jpeg", "png", "json")
 _MAX_NAME = 255
 _NAME = re.compile(r"([^./\\\0][^./\\\0]*)\.([^./\\\0]+)")
-#: Payload offset -> what the index says lies there: (part, key).
+#: Payload offset -> the index's entry for it: (part, key).
 Places = dict[int, tuple[str, str]]
 
 
@@ -32,11 +32,11 @@ class ShardContent:
     name: str
     bytes: int = 0
     sha256: str = ""
-    rows: list[dict[str, int]] = field(default_factory=list)  #: what the index says of whole samples
+    rows: list[dict[str, int]] = field(default_factory=list)  #: index rows of complete samples
     members: dict[int, tuple[str, int, int]] = field(default_factory=dict)  #: offset -> key, size, crc32
     problems: list[Problem] = field(default_factory=list)
     blamed: set[str] = field(default_factory=set)  #: keys that a problem already names
-    damaged: bool = False  #: whether its structure as a tar is hurt
+    damaged: bool = False  #: its structure as a tar is damaged
     counts: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
     categories: set[int] = field(default_factory=set)  #: raw ids that annotations use
@@ -60,7 +60,7 @@ def read_shard(
     Args:
         plain: accept tars that other programs have written, see `TarScan`, with keys that are not image ids.
         decode: decode every image with the decoder of training.
-        places: where members should begin, so that damage can be given a name.
+        places: expected offsets of payloads, to name the sample that damage concerns.
         on_bytes: called with the bytes read since the last call; may raise to stop.
 
     Raises:
@@ -86,7 +86,7 @@ def read_shard(
 
 
 class _Reading:
-    """Puts members together to samples: an image, directly followed by its label."""
+    """Assembles members into samples: an image, directly followed by its label."""
 
     def __init__(self, content: ShardContent, *, plain: bool, decode: bool, places: Places) -> None:
         self._content, self._plain, self._places = content, plain, places
@@ -131,7 +131,7 @@ class _Reading:
             content.blame(f"label of {key} at offset {found.offset}: {twice}", key, offset=found.offset)
 
     def end(self) -> None:
-        """No more members."""
+        """Finish: no more members follow."""
         self._lonely_image()
 
     def _lonely_image(self) -> None:

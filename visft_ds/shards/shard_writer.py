@@ -1,7 +1,7 @@
 """Writing one shard: every image is checked, then stored with its labels in a tar with reproducible bytes.
 
-A shard is written under a temporary name in a work folder, brought to the disk and only then given its place. A record
-says what it was made from, so that a later build can tell whether it still fits.
+A shard is written under a temporary name in a work folder, flushed to disk and only then renamed. A record identifies
+its input, so that a later build can tell whether it is still valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One sample of a shard to be: how large its image file is, and what changes when the file does."""
+    """A sample planned for a shard, with the size in bytes and the version stamp of its image file."""
 
     image: SourceImage
     size: int
@@ -41,7 +41,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to an image file between the folder and the shard."""
+    """Processing of an image file between the folder and the shard: check, and re-encoding if it is asked for."""
 
     images: ImageFolder
     level: CheckLevel = "decode"
@@ -81,9 +81,9 @@ def write_shard(
     Args:
         name: the final name.
         output: where it goes.
-        samples: what belongs into it, in order.
+        samples: its samples, in order.
         prepared: the same, made ready.
-        refuse: called with why an image is unusable; may raise to stop.
+        refuse: called with the quarantine entry of an unusable image; may raise to stop.
 
     Returns:
         The record: key, name, count, bytes, sha256, index rows, quarantined images, findings as (kind, example).
@@ -136,17 +136,17 @@ def finished_shard(name: str, output: Output, samples: Sequence[Planned]) -> dic
         orjson.JSONDecodeError,
         KeyError,
         TypeError,
-    ):  # damaged: it vouches for nothing
+    ):  # damaged: it proves nothing
         return None
 
 
 def sample_bytes(image_size: int, label_size: int) -> int:
-    """How much room a sample takes in a tar."""
+    """Bytes of a sample in a tar, from the bytes of its image and label: headers and padding are added."""
     return sum(_BLOCK + length + -length % _BLOCK for length in (image_size, label_size))
 
 
 def tar_bytes(samples: int) -> int:
-    """Size of a tar whose samples take this much room."""
+    """Bytes of a tar whose samples take this many, see `sample_bytes`: end of the archive and padding are added."""
     return -(-(samples + 2 * _BLOCK) // _RECORD) * _RECORD
 
 
@@ -169,7 +169,7 @@ class TarWriter:
         return place
 
     def close(self) -> None:
-        """Two empty blocks end an archive; padding as other tar programs write it."""
+        """Write the two empty blocks that end an archive, and padding as other tar programs do."""
         self._put(bytes(2 * _BLOCK))
         self._put(bytes(-self.offset % _RECORD))
 

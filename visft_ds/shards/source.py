@@ -1,4 +1,4 @@
-"""COCO JSON files -> one finished label per image, with a list of everything that was odd.
+"""COCO JSON files -> one finished label per image, with a list of all irregularities.
 
 What can be kept is kept as given: crowds and boxes without area belong to the data set, training leaves them out.
 What no reader could use (unknown category, no image, malformed box) is dropped and counted.
@@ -34,7 +34,7 @@ from visft_ds.shards.segmentations import stored_segmentation
 
 #: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
 _AT_ONCE = 1 << 30  # bytes
-#: COCO's boxes pass the border by rounding; only more than this many pixels is worth a word.
+#: COCO's boxes pass the border by rounding; only more than this many pixels is a finding.
 _BORDER = 1.0
 #: What a JSON file has for numbers; the parser refuses those that are not finite.
 _NUMBERS = frozenset((int, float))
@@ -48,7 +48,7 @@ _NO_IMAGE = "'image_id' is not among the ids of 'images'"
 
 @dataclass(frozen=True)
 class SourceSelection:
-    """Which annotations and images are taken."""
+    """Selection of annotations and images."""
 
     categories: str = "keep"  #: "keep", "coco80", or a path or URL of a JSON file, see `categories.map_categories`
     keep_crowd: bool = True
@@ -61,7 +61,7 @@ class SourceSelection:
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """One image of a COCO data set with all that belongs to it."""
+    """An image of a COCO data set with its label, captions and counts."""
 
     image_id: int
     file_name: str
@@ -134,7 +134,7 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """What a JSON parser makes has no cycles; looking for some again and again takes a third of the time."""
+    """Disable the collector of cycles: parsed JSON has none, and searching for them takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -198,7 +198,7 @@ def _finished(
 def _load(
     place: str | Path, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
 ) -> dict[str, Iterator[dict[str, Any]]]:
-    """The needed lists of a COCO file; what only shows later is raised as they are read."""
+    """The needed lists of a COCO file; errors in their entries are raised as they are read. Raises ValueError."""
     data = read_file(place)
     files[role] = _described(place, data)
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -267,7 +267,7 @@ def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Find
         if image_id in drafts:
             findings.add("image id twice", f"image {image_id} ({name})")
         else:
-            # Whoever shows a picture must be able to name its author and licence.
+            # Whoever shows an image must be able to name its author and licence.
             kept = {key: entry[key] for key in ("license", "flickr_url") if entry.get(key) is not None}
             drafts[image_id] = _Draft(image_id, name, width, height, kept, entry.get("license"))
     if not drafts:
@@ -278,7 +278,7 @@ def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Find
 
 
 def _wrong_image(entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with an entry of `images`."""
+    """Reason why an entry of `images` is unusable, None for a valid one."""
     for key, (least, most) in _IMAGE_NUMBERS.items():
         value: Any = entry.get(key)
         if not _is_int(value):
@@ -480,7 +480,7 @@ def _get(drafts: Mapping[int, _Draft | None], image_id: Any) -> tuple[_Draft | N
 
 
 def _is_int(value: Any) -> bool:
-    """Whether a value out of a JSON file is an integer that fits into 64 bits."""
+    """Return True if a value out of a JSON file is an integer that fits into 64 bits, signed; a bool is none."""
     return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 

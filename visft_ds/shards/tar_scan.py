@@ -1,9 +1,8 @@
-"""A strict walk over a tar, which says what is wrong with it instead of stopping early.
+"""A strict scan of a tar, which reports damage instead of stopping early.
 
 Python's tarfile, and with it every WebDataset reader, takes a damaged header in the middle for the end of the
-archive: the rest of a shard vanishes without a word. Here nothing is passed over. Whatever is neither a member nor the
-proper end is a `Damage`, and the walk goes on at the next block that is a header again, so that one bad byte costs one
-sample.
+archive: the rest of a shard is lost silently. Here nothing is skipped. Whatever is neither a member nor the proper
+end is a `Damage`, and the scan goes on at the next block that is a valid header, so that one bad byte costs one sample.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 BLOCK = 512
-#: No image comes near this; a header that claims more would make us take the memory for it.
+#: Limit of a payload in bytes, far above any image: a damaged header could otherwise claim all memory.
 MAX_PAYLOAD = 1 << 28
 _MAX_EXTENDED = 1 << 20
 _ZERO = bytes(BLOCK)
@@ -69,9 +68,9 @@ class TarScan:
 
     Args:
         file: opened for reading at its start.
-        size: how long it is.
+        size: of the file in bytes.
         plain: accept what other programs write as well: owners and times, GNU and POSIX long names, folders (which are
-            passed over). Else every header must be exactly what this project writes.
+            skipped). Else every header must be exactly what this project writes.
 
     After the iteration `sha256` is the digest of the whole file. At most one payload is in memory at a time.
     """
@@ -210,7 +209,10 @@ def _text(field: bytes) -> str:
 
 
 def _extended(kind: str, payload: bytes) -> dict[str, str]:
-    """What an extended header says of the next member: its name at most. Raises ValueError for anything beyond that."""
+    """Parse an extended header into the name of the next member, {"path": name} or {}.
+
+    Raises ValueError if it is malformed, changes a size, describes a sparse file or names all members.
+    """
     if kind == "L":
         return {"path": _text(payload)}
     known: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Checking whole splits, byte by byte.
 
-Everything is judged by content. Times of files say nothing: copying, unpacking and synchronising change them at will,
+Content alone is compared. Times of files prove nothing: copying, unpacking and synchronising change them at will,
 and an index that is older than a shard but describes each of its bytes is right. An index that does not, whatever its
 time, is found by the digests and by comparing it with what the shard holds.
 """
@@ -37,7 +37,7 @@ from visft_ds.shards.shard_content import Places, ShardContent, read_shard
 
 #: Option of manifests that version 0.1 made from tars alone: a list; WRITER where another program wrote them.
 UNKNOWN, WRITER = "unknown", "writer"
-#: What a manifest has, beside what `read_manifest` checks.
+#: Fields of a manifest beside those that `read_manifest` checks, with their types.
 _SHAPE: Mapping[str, type] = {
     "split": str,
     "categories": list,
@@ -57,7 +57,7 @@ _CATEGORY: Mapping[str, type] = {"id": int, "coco_id": int, "name": str}
 
 @dataclass
 class VerifyProgress:
-    """How far reading is; updated by the workers."""
+    """Bytes read so far and in all; updated by the workers."""
 
     bytes: int = 0
     total_bytes: int = 0
@@ -144,7 +144,7 @@ def verify(
 
 
 def _without_manifest(root: Path, split: str, decode: bool, workers: int, on_progress: OnProgress) -> list[Problem]:
-    """What is wrong with shards by themselves, where nothing says what they should be or who wrote them."""
+    """Check shards by themselves, where no manifest states their content and the program that wrote them."""
 
     def check(content: ShardContent, _: npt.NDArray[Any] | None) -> _Checked:
         return _Checked(content, [replace(problem, fix=rebuild_hint(split)) for problem in content.problems])
@@ -156,7 +156,7 @@ def _without_manifest(root: Path, split: str, decode: bool, workers: int, on_pro
 
 
 class _Checked:
-    """What is kept of a shard once it was compared."""
+    """Summary of a shard after the comparison: its problems, image ids, counts, words and categories."""
 
     def __init__(self, content: ShardContent, problems: list[Problem]) -> None:
         self.name, self.problems = content.name, problems
@@ -189,7 +189,7 @@ def _check_shape(value: Any, shape: Mapping[str, type], what: str, *, exact: boo
 
 
 def left_overs(root: Path, split: str) -> list[Problem]:
-    """Half files of a build that was stopped and never went on."""
+    """Incomplete files of a build that was interrupted and not resumed."""
     pattern = re.compile(rf"{re.escape(split)}(-\d{{6,}}\.tar|\.index\.npy|\.manifest\.json)\.(tmp|temp|part).*")
     work = root / f".{split}.build"
     found = [path for path in root.iterdir() if pattern.fullmatch(path.name)]
@@ -223,7 +223,7 @@ def _open_leniently(root: Path, split: str, problems: list[Problem]) -> Manifest
 
 
 def _rows_of(manifest: Manifest | None, number: int) -> npt.NDArray[Any] | None:
-    """The index rows of a shard; None where there is no index to trust."""
+    """The index rows of a shard; None without a valid index."""
     if manifest is None:
         return None
     first, last = np.searchsorted(manifest.index["shard"], [number, number + 1])
@@ -292,7 +292,7 @@ def repeated(image_ids: Mapping[str, npt.NDArray[np.int64]]) -> list[Problem]:
 
 
 class _Totals:
-    """What all shards hold together."""
+    """Image ids by shard, and counts, words and categories of all shards together."""
 
     def __init__(self) -> None:
         self.image_ids: dict[str, npt.NDArray[np.int64]] = {}
@@ -308,7 +308,7 @@ class _Totals:
         self._categories |= checked.categories
 
     def compare(self, fields: Mapping[str, Any]) -> list[str]:
-        """What a manifest counts otherwise."""
+        """List the differences of a manifest's counts, vocabulary and categories from those of the shards."""
         counts = {**self._counts, "quarantined": len(fields["quarantine"])}
         messages = [
             f"it counts {fields['counts'][kind]} {kind.replace('_', ' ')}, the shards hold {counts[kind]}"

@@ -1,8 +1,8 @@
-"""Threads that work through the files of a conversion.
+"""Worker threads of a conversion.
 
 Threads, not processes: reading, decoding and hashing release the interpreter lock, and threads share the labels. Images
-are the unit of work, not shards: a split of four shards keeps sixteen cores busy. A few more threads only put together
-what these have made ready.
+are the unit of work, not shards: a split of four shards keeps sixteen cores busy. A few more threads only write
+the shards from prepared images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AHEAD = 2
 
 @dataclass
 class BuildProgress:
-    """How far a build is."""
+    """Progress of a build: its phase, and images, source bytes and shards that are done."""
 
     phase: str = "reading annotations"  #: then "writing shards"
     images: int = 0
@@ -60,7 +60,7 @@ class BuildWorkers:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
-        """Do the large jobs, each in a thread; the results in their order. The first error is passed on."""
+        """Run the large jobs, each in a thread; returns the results in order. Raises the first error."""
         self._on_progress(self.progress)
         futures = [self._writers.submit(work, job) for job in jobs]
         pending: set[Future[Result]] = set(futures)
@@ -72,7 +72,7 @@ class BuildWorkers:
         return [future.result() for future in futures]
 
     def ahead(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """The results of small jobs in their order, made ready a bounded number ahead."""
+        """Yield the results of small jobs in order, a bounded number ahead. Raises RuntimeError if stopped."""
         waiting: deque[Future[Result]] = deque()
         for job in jobs:
             if self._stop.is_set():
