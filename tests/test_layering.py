@@ -42,8 +42,6 @@ RESERVED = {
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
 #: A docstring begins with what the thing is or does, not with a question about it.
 QUESTION = re.compile(r"\s*(What|Which|Whether|How|Where|One)\b")
-#: Rooms and files whose docstrings still do; to be emptied.
-UNCHECKED = ("visft_ds/resilience/",)
 TEXT_SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".sh", ".sbatch", ".example", ".cfg"}
 SKIPPED_FOLDERS = {"data", "runs", "demo", "weights", "build", "dist", "__pycache__"}
 
@@ -206,9 +204,7 @@ def own_syntax() -> dict[str, ast.Module]:
 
 def test_docstrings_begin_with_a_noun_or_an_imperative_verb() -> None:
     found = {name: first for name, tree in own_syntax().items() if (first := questions(tree))}
-    assert {name: first for name, first in found.items() if not name.startswith(UNCHECKED)} == {}
-    clean = [entry for entry in UNCHECKED if not any(name.startswith(entry) for name in found)]
-    assert clean == [], "nothing is left to mend there: take it out of UNCHECKED"
+    assert found == {}
 
 
 def repeated_classes(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:

@@ -112,7 +112,7 @@ def size_of(state: EngineState) -> int:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of the state after `step` steps lies."""
+    """Path of the checkpoint of the state after `step` steps."""
     return folder / f"step_{step:08d}"
 
 

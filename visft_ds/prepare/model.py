@@ -157,7 +157,7 @@ def prepare_model(
 
 
 def heads_identity(config: VisftConfig) -> str:
-    """What a checkpoint remembers of the heads that its run was given."""
+    """Identity of the heads that a run was given, for its checkpoints."""
     if config.heads.path is None:
         return "trained here"
     return " ".join(sha256_file(find_head(Path(config.heads.path), task)) for task in config.tasks.enabled())

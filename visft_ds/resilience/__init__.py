@@ -1,1 +1,1 @@
-"""What a run survives: signals, lost and hanging ranks, bad steps, memory."""
+"""Survival of a run: signals, lost and hanging ranks, bad steps, memory."""

@@ -36,7 +36,7 @@ _FLAT = 1e-3
 
 @dataclass(frozen=True)
 class Past:
-    """One step as a run remembers it."""
+    """Step in the history of a run."""
 
     task: str
     loss: float
@@ -104,7 +104,7 @@ class LossGuard:
 
     @property
     def event(self) -> str:
-        """What kind of thing the last step was, if there is anything to say of it."""
+        """Kind of the last step's event; asked for where there is a message."""
         return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
 
     def check(self, message: str, saved: int) -> None:
@@ -143,7 +143,7 @@ class LossGuard:
 
 
 def is_finite(report: StepReport) -> bool:
-    """Whether loss and gradient of a step were numbers; overflows of fp16 do not count."""
+    """Return True if loss and gradient of a step were finite; overflows of fp16 do not count."""
     return math.isfinite(report.losses["loss"]) and report.refused != "gradient"
 
 

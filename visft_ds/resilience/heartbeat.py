@@ -1,4 +1,4 @@
-"""What a rank says of itself while it lives, as a file for the others. Light: no tensor library.
+"""Heartbeat of a rank, as a file for the others. Light: no tensor library.
 
 <run>/heartbeats/rank_00000.json
 """
@@ -19,7 +19,7 @@ FOLDER = "heartbeats"
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """State that a rank reports of itself."""
 
     start: str  #: which start of the run it belongs to; files of earlier starts stay behind
     rank: int
@@ -54,7 +54,7 @@ def stopped_because(reason: str) -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """What a rank ends with: 2 for what the user can mend (a server of the data that does not answer counts as such),
+    """Exit code of a rank: 2 for what the user can mend (a server of the data that does not answer counts as such),
     4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
 
     Launchers report the first code that they find, in the order of ranks: who follows must not hide the reason.
@@ -69,7 +69,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def asked_to_stop(folder: Path) -> bool:
-    """Whether the ranks of the last start ended because somebody sent one of them a signal."""
+    """Return True if the ranks of the last start ended because somebody sent one of them a signal."""
     return any(beat.ended.startswith("stopped: signal") for beat in read_beats(folder))
 
 

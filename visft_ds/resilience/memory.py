@@ -73,7 +73,7 @@ class Largest:
         return shape_text(len(self.sizes), self.frame, objects, ids)
 
     def covers(self, other: Largest) -> bool:
-        """Whether it needs no less memory than another one."""
+        """Return True if it needs no less memory than another one."""
         sides = zip(self._needs(), other._needs(), strict=True)
         return set(other.stream.tasks) <= set(self.stream.tasks) and all(ours >= theirs for ours, theirs in sides)
 
@@ -179,7 +179,7 @@ def rehearse(
 
 
 def _compiled_section(how: str, seconds: float) -> Section:
-    """What was compiled before the first step, and what it took. What evaluation runs is compiled there."""
+    """Blocks compiled before the first step, with the time it took; evaluation compiles what it runs itself."""
     graphs, breaks = compilations()
     told = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
     rows = [("blocks", told), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
@@ -206,7 +206,7 @@ def _sizes(manifest: Manifest) -> Iterator[Size]:
 
 
 def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
-    """How many objects those `count` pictures have that have most."""
+    """Number of objects in the `count` images that have most."""
     most = np.zeros(count, dtype=np.int64)
     for rows in manifest.parts():
         most = np.sort(np.concatenate([most, rows["num_annotations"]]))[-count:]

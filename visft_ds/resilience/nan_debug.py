@@ -1,4 +1,4 @@
-"""Where numbers that are none come from: what modules compute in a step, and what flows back into them.
+"""Origin of NaN and infinity: outputs of modules in a step, and the gradients that flow back into them.
 
 `tools/replay.py` repeats a step in one process, from the checkpoint of the state before it: samples, keys and random
 numbers are a function of (seed, step), so the configuration of the run and its data give them again.
@@ -49,7 +49,7 @@ class NonFinite:
     images: tuple[int, ...] = ()  #: ids of the images whose rows they are in; empty where the rows are not images
 
     def text(self) -> str:
-        """One line."""
+        """Finding as a line of text."""
         where = f", images {', '.join(map(str, self.images))}" if self.images else ""
         return f"{self.what}: {self.count} of {self.of} values are not finite{where}"
 
@@ -89,7 +89,7 @@ def examine_batch(
 
 
 def not_finite(what: str, tensor: Tensor, batch: Batch | None = None) -> NonFinite | None:
-    """What is wrong with a tensor, None if nothing is.
+    """Description of the non-finite values of a tensor, None if there are none.
 
     Args:
         batch: tells rows from images.

@@ -32,7 +32,7 @@ class OutOfMemory(ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed, on a GPU or on the host."""
+    """Return True if an allocator failed, on a GPU or on the host."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in _SAID)
@@ -89,7 +89,7 @@ class MemoryWatch:
         return Section("peak of a rank as planned", self._plan(None).rows())
 
     def _measured(self) -> str:
-        """What was counted here."""
+        """Rows of the memory that was counted in this process."""
         if self._device.type != "cuda":
             return f"  measured: this process took up to {gib(peak_memory(self._device))}, libraries and data included"
         counted = {

@@ -41,7 +41,7 @@ A signal to this command stops the run cleanly: each rank gets it, no launcher d
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the command."""
+    """Start of the command, one of several."""
 
     code: int  #: its exit code; negative for a signal
     seconds: float
@@ -91,7 +91,7 @@ def named(code: int) -> str:
 
 
 def tell(text: str) -> None:
-    """One line to the log of the job."""
+    """Write a line to the log of the job."""
     print(f"[supervisor] {text}", file=sys.stderr, flush=True)
 
 

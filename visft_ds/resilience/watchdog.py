@@ -73,7 +73,7 @@ class Peers:
         return {rank: seen.beat for rank, seen in self._seen.items() if seen.beat is not None}
 
     def look(self, beats: Mapping[int, Beat], now: float, *, timed: bool) -> tuple[str, list[Beat]]:
-        """What is wrong, "" if nothing is, and the ranks that are to blame as far as they ever said anything.
+        """Problem ("" if there is none) and the ranks that are to blame as far as they ever said anything.
 
         Args:
             beats: by rank, as found now.
@@ -251,12 +251,12 @@ class Watchdog:
                 _ask_for_stacks(beat)
 
     def _speaks_for(self, beat: Beat) -> bool:
-        """Whether this is the one rank of a machine that asks a hanging one there for its stacks."""
+        """Return True on the one rank of a machine that asks a hanging one there for its stacks."""
         others = [b.rank for b in self._peers.beats.values() if b.machine == beat.machine and b.rank != beat.rank]
         return beat.machine == self._beat.machine and self._beat.rank == min(others, default=-1)
 
     def _who_is_gone(self) -> tuple[str, int]:
-        """Which rank ended, after an error of the backend that does not say, and its exit code if it left one."""
+        """Rank that ended, after an error of the backend that does not say, and its exit code if it left one."""
         deadline = time.monotonic() + 2 * self._interval
         while time.monotonic() < deadline:
             found = [beat for rank, beat in self._read().items() if rank != self._beat.rank]
@@ -309,7 +309,7 @@ def watch(folder: Path, heartbeat_timeout: float, step_timeout: float, *, alike:
 
 
 def last_collective() -> str:
-    """What torch's flight recorder has of this process's last collective."""
+    """Entry of torch's flight recorder for this process's last collective."""
     begun = _collectives()
     if not begun:
         return "no collective recorded"
