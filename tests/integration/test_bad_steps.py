@@ -9,7 +9,7 @@ import torch
 
 from tests.integration.ranks import finish, run_ranks, start_ranks
 from tests.integration.test_train import command, shards, steps_recorded, trained
-from visft_ds.resilience.nan_debug import main as replay
+from tools.replay import main as replay
 
 __all__ = ["shards"]  # a fixture
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
+from visft_ds.ops import placed
+
 #: What PyTorch tries first, and then in this order, should the first not take these tensors.
 _ORDER = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -31,8 +33,6 @@ _LONG = 1025
 #: Tokens from which torch's fused kernel is taken for bf16 on a CPU with matrix instructions (AMX); it uses them.
 _LONG_ON_AMX = 512
 _AMX: bool = torch.cpu._is_amx_tile_supported()
-
-from visft_ds.ops import placed
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ Shape letters: B images of a micro-batch.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -281,24 +279,3 @@ def _with_settings(config: ResolvedConfig, settings: Sequence[str]) -> ResolvedC
         changed = getattr(config.visft, section).model_copy(update={name: value})
         config = replace(config, visft=config.visft.model_copy(update={section: changed}))
     return config
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input."""
-    parser = argparse.ArgumentParser(prog="tools/replay.py", description="Repeat a step of a run that was refused.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    parser.add_argument("--step", type=int, metavar="N", help="a step whose state before it was kept; none: names them")
-    parser.add_argument("--limit", type=int, default=8, metavar="N", help="findings to print for a micro-batch (8)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="where a file lies here, e.g. visft.data.root=DIR",
-    )
-    options = parser.parse_args(argv)
-    try:
-        return replay(options.run, options.step, options.set, options.limit)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2

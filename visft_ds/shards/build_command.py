@@ -32,11 +32,11 @@ examples:
 """
 
 
-def add_build_parser(commands: Any) -> None:
+def add_build_parser(commands: Any, summary: str) -> None:
     """Add the sub-command that makes shards."""
     parser = commands.add_parser(
         "build",
-        help="make shards, index and manifest; goes on where it was interrupted",
+        help=summary,
         description="Make shards, index and manifest of a COCO data set; goes on where it was interrupted.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,9 +25,9 @@ from visft_ds.shards.verify import VerifyProgress, traces_of_splits, verify
 _SHOWN = 20
 
 
-def add_verify_parser(commands: Any) -> None:
+def add_verify_parser(commands: Any, summary: str) -> None:
     """Add the sub-command that checks finished shards byte by byte."""
-    parser = commands.add_parser("verify", help="read every byte and list what is wrong")
+    parser = commands.add_parser("verify", help=summary)
     parser.add_argument("folder", type=_folder, metavar="DIR")
     parser.add_argument("--split", action="append", metavar="NAME", help="may be repeated (default: all in the folder)")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
@@ -48,13 +48,13 @@ _INFO_EPILOG = """the images of a training step:
 """
 
 
-def add_info_parser(commands: Any) -> None:
+def add_info_parser(commands: Any, summary: str) -> None:
     """Add the sub-command that describes splits and steps; it leaves DIR and the flags of launchers/train.py alone."""
     parser = commands.add_parser(
         "info",
         usage="%(prog)s DIR [--split NAME] [--categories] [--shards] [--json] | "
         "--step N (--run FOLDER | flags of launchers/train.py) [--json]",
-        help="what a folder holds, or the images of a training step",
+        help=summary,
         epilog=_INFO_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
