@@ -25,6 +25,7 @@ setup(
         "deepspeed==0.19.8",  # the engine relies on behaviour that was tested with this version only
         "peft>=0.18",
         "webdataset>=1.0.2",
+        "pycocotools>=2.0.8",
         "faster-coco-eval>=1.7",
         "tensorboard>=2.18",
         "numpy>=1.26",
@@ -50,7 +51,6 @@ setup(
             OPEN_CLIP,
             SKLEARN,
             "mlxtend>=0.23",
-            "pycocotools>=2.0.8",
             HTTP,
             S3,
             "moto[server,s3]>=5.0",

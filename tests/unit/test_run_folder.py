@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config.removed import RUN_SCHEMA
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, set_aside
+from visft_ds.run.folder import BACKBONE_FILE, LOCK_FILE, open_run_folder, recorded_config, set_aside
 
 RECORDS = ("run.json", "metrics.jsonl", "refused/step_00000002/state.json", f"export/{BACKBONE_FILE}")
 
@@ -79,3 +80,14 @@ def test_whatever_is_saved_keeps_other_settings_out(saved: str, tmp_path: Path) 
     with pytest.raises(ValueError, match="--resume no"):
         open_run_folder(out, OTHER, "no")
     assert not open_run_folder(out, FIRST, "auto")
+
+
+def test_a_record_says_its_schema(tmp_path: Path) -> None:
+    path = RunRecord(FIRST.to_dict(), 1, ["train.py"]).write(tmp_path)
+    record = json.loads(path.read_text())
+    assert record.pop("schema") == RUN_SCHEMA
+    path.write_text(json.dumps(record))  # of release 0.1
+    assert recorded_config(tmp_path).to_dict() == FIRST.to_dict()
+    path.write_text(json.dumps({**record, "schema": RUN_SCHEMA + 1}))
+    with pytest.raises(ValueError, match=f"schema {RUN_SCHEMA + 1}; this release reads 1 to {RUN_SCHEMA}"):
+        recorded_config(tmp_path)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+#: Version of run.json. 1: release 0.1, whose records do not state it. 2: without the keys below.
+RUN_SCHEMA = 2
 _PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
 _COPIES = "find copies with a program made for that, as imagededup, and name the images to keep in --ids FILE"
 _MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"

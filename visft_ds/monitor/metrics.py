@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from visft_ds.config.removed import RUN_SCHEMA
+
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
 
@@ -178,6 +180,7 @@ class RunRecord:
         """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
         path = Path(out_dir) / "run.json"
         record = {
+            "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": list(self.command),
             "world_size": self.world_size,

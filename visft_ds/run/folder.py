@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
+from visft_ds.config.removed import RUN_SCHEMA
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
@@ -103,9 +104,12 @@ def recorded_config(out: Path) -> ResolvedConfig:
     """
     record = out / RECORD_FILE
     try:
-        values = json.loads(record.read_text(encoding="utf-8"))["config"]
+        found = json.loads(record.read_text(encoding="utf-8"))
+        values, schema = found["config"], found.get("schema", 1)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{out} holds no readable run record: {record}: {error}") from error
+    if schema not in range(1, RUN_SCHEMA + 1):
+        raise ValueError(f"{record}: schema {schema}; this release reads 1 to {RUN_SCHEMA}: use the one that wrote it")
     return resolve_values(values, str(record))
 
 
