@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -113,11 +114,15 @@ def _data() -> list[Case]:
     held_out = tuple(word.replace("train2017", "val2017") for word in tree)
 
     def files(*folders: str) -> Callable[[Sequence[Outcome]], Entries]:
-        return lambda outcomes: {
-            f"{folder}/{name}": value
-            for folder in folders
-            for name, value in entries.folder(Path(folder), whole=True).items()
-        }
+        def read(outcomes: Sequence[Outcome]) -> Entries:
+            found: Entries = {}
+            for folder in folders:
+                for path in Path(folder).rglob("*"):
+                    os.utime(path, (0, 0))  # fingerprints of image folders are of sizes and times
+                found |= {f"{folder}/{name}": value for name, value in entries.folder(Path(folder), whole=True).items()}
+            return found
+
+        return read
 
     return [
         Case("toy", (((*make, "toy", "--train", "48", "--val", "8"),),), files("toy")),
