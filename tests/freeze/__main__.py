@@ -36,7 +36,7 @@ LIST = "tests/golden/removed.txt"
 #: Tier -> files that decide about its results.
 SOURCES = {1: ("cases.py", "entries.py", "tier1.py", "worker.py"), 2: ("tier2.py", "bad_commands.txt")}
 ABSENT = object()
-SHOWN = 6  # differences of a case
+SHOWN = 4  # differences of a case
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +86,7 @@ def report(old: Mapping[str, Any], new: Mapping[str, Any], listed: Mapping[str, 
     for name in wrong:
         groups["/".join(name.split("/")[:2])].append(name)
     for group, names in groups.items():
+        names.sort(key=lambda name: "/step" not in name)  # losses say more than hashes
         for name in names[:most]:
             print("\n".join(shown(name, *wrong[name])))
         if len(names) > len(names[:most]):
