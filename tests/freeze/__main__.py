@@ -11,12 +11,14 @@ Exit status: 0 equal but for that list, 1 different, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import fnmatch
 import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,7 @@ LIST = "tests/golden/removed.txt"
 #: Tier -> files that decide about its results.
 SOURCES = {1: ("cases.py", "entries.py", "tier1.py", "worker.py"), 2: ("tier2.py", "bad_commands.txt")}
 ABSENT = object()
-SHOWN = 6  # differences of a case
+SHOWN = 4  # differences of a case
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.coco is not None and not (given.coco / "annotations").is_dir():
         parser.error(f"--coco {given.coco} has no annotations/")
     began = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # workers must not outlive this process
     try:
         commits = [_git("rev-parse", "--verify", f"{name}^{{commit}}").strip() for name in (given.old, given.new)]
         listed = _listed(commits[1])
@@ -86,6 +89,7 @@ def report(old: Mapping[str, Any], new: Mapping[str, Any], listed: Mapping[str, 
     for name in wrong:
         groups["/".join(name.split("/")[:2])].append(name)
     for group, names in groups.items():
+        names.sort(key=lambda name: "/step" not in name)  # losses say more than hashes
         for name in names[:most]:
             print("\n".join(shown(name, *wrong[name])))
         if len(names) > len(names[:most]):
@@ -142,7 +146,7 @@ def _results(commits: Sequence[str], tier: int, coco: Path | None, *, fresh: boo
     """Results of the commits, kept ones or computed side by side."""
     places = [_kept(commit, tier, coco) for commit in commits]
     found = {} if fresh else {place: _read(place) for place in places if place.is_file()}
-    with tempfile.TemporaryDirectory(prefix="freeze-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="freeze-", ignore_cleanup_errors=True) as temporary:
         # The same commit twice is computed twice only where that is asked for.
         folders = {Path(temporary, str(at)): at for at in range(len(commits)) if places[at] not in found}
         if not fresh and places[0] == places[1]:
@@ -159,7 +163,8 @@ def _results(commits: Sequence[str], tier: int, coco: Path | None, *, fresh: boo
                 computed[folders[folder]] = _read(folder / "result.json")
         finally:
             for worker in workers.values():
-                worker.kill()
+                with contextlib.suppress(ProcessLookupError):  # raised when nobody of the group is left
+                    os.killpg(worker.pid, signal.SIGKILL)  # a worker and the cases it is at
     for at, results in computed.items():
         found[places[at]] = results
         if not results["failed"]:  # a failure may be the machine's
@@ -185,6 +190,7 @@ def _start(folder: Path, commit: str, tier: int, jobs: int, coco: Path | None) -
         [sys.executable, "-m", "tests.freeze.worker", *map(str, words)],
         cwd=REPOSITORY,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(checkout)},
+        start_new_session=True,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from tests.freeze.entries import Entries
 
 MODELS = ("debug", "debug_convnext", "overfit", "clip_vit_b", "eva_g", "eva_e")
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "pipeline")
+#: Tower of the small CLIP, which has all that any form of weights needs.
+CLIP = {"width": 32, "depth": 1, "num_heads": 2}
 #: Cluster -> what is planned on it.
 CLUSTERS: dict[str, Words] = {
     "8xA100-80GB": ("--model", "eva_e", "--stage", "2"),
@@ -48,9 +49,9 @@ _COMMANDS = {
 def cases(coco: Path | None) -> list[Case]:
     """Everything that is compared before a push, beside tier 1 (whose runs it uses)."""
     return [
+        *_contrast(),
         *_merges(),
         *_evaluations(),
-        *_contrast(),
         *_plans(),
         *(_dry_runs(model) for model in MODELS),
         _all_blocks(),
@@ -76,35 +77,25 @@ def _files(folder: str) -> Any:
 
 
 def _merges() -> list[Case]:
-    """Every form of merged weights, over a base that has a class token, and what else merge_lora writes."""
-    settings: Settings = {**tier1.LESS, "visft.model.weights": "base.safetensors", "visft.heads.start": "random"}
-    based = tier1.train("stage2-based", 2, settings)
+    """Every form of merged weights, over a base that is a whole CLIP, and what else merge_lora writes."""
+    settings: Settings = {
+        **tier1.LESS,
+        "visft.model.weights": "clip/pretrained/open_clip_model.safetensors",
+        "visft.model.overrides": CLIP,
+        "visft.heads.start": "random",
+    }
+    based = tier1.train("stage2-based", 2, settings, needs=("shards", "clip/pretrained"))
 
-    def add_class_token() -> None:
-        """A base file from that of a run: BLIP-2's towers need a class token, which a run has none of."""
-        source = Path("train/stage1-shared/export/backbone.safetensors")
-        parts = {name: (facts["shape"], content) for name, facts, content in entries.raw_tensors(source)}
-        width = parts["patch_embed.proj.weight"][0][0]
-        parts["cls_token"] = ([1, 1, width], struct.pack(f"<{width}f", *(0.01 * place for place in range(width))))
-        header: dict[str, Any] = {}
-        body = b""
-        for name, (shape, content) in parts.items():
-            offsets = [len(body), len(body) + len(content)]
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
-            body += content
-        told = json.loads(entries.metadata(source)["tower"])
-        header["__metadata__"] = {"format": "pt", "tower": json.dumps({**told, "class_token": True})}
-        encoded = json.dumps(header).encode()
-        Path("base.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + body)
-
-    def merge(name: str, *words: str, runs: Sequence[str] = ("stage2-based",)) -> Case:
+    def merge(name: str, *words: str, runs: Sequence[str] = ("stage2-based",), needs: Words = ()) -> Case:
         adapters = [word for run in runs for word in ("--adapter", f"train/{run}")]
         command = ("tools/merge_lora.py", *adapters, "--out", f"merged/{name}", *words)
-        return Case(f"merged/{name}", ((command,),), _files(f"merged/{name}"), tuple(f"train/{run}" for run in runs))
+        needs = (*needs, *(f"train/{run}" for run in runs))
+        return Case(f"merged/{name}", ((command,),), _files(f"merged/{name}"), needs)
 
     own = "train/stage2-qv/export/backbone.safetensors"
+    out_again = ("--unmerge", "--base", "merged/stage2-qv/model.safetensors")
     return [
-        Case(based.name, based.commands, based.read, (*based.needs, "train/stage1-shared"), add_class_token),
+        based,
         *(
             merge(name, "--format", name, "--verify")
             for name in ("timm", "eva_clip", "open_clip", "lavis", "transformers")
@@ -114,7 +105,11 @@ def _merges() -> list[Case]:
         merge("timm-scaled", "--scale", "0.5"),
         merge("open_clip-shards", "--format", "open_clip", "--max-shard-size", "1MB"),
         merge("average", "--weights", "0.25", "0.5", "--base", own, runs=("stage2-qv", "stage2-qv-sizes")),
-        *(merge(run, runs=(run,)) for run in ("stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")),
+        *(
+            merge(run, runs=(run,))
+            for run in ("stage2-qv", "stage2-linears", "stage2-dora", "stage2-full", "stage2-lora-and-norms")
+        ),
+        merge("unmerged", *out_again, runs=("stage2-qv",), needs=("merged/stage2-qv",)),
         merge("convnext", "--verify", runs=("convnext-stage2",)),
         merge("convnext-peft", "--format", "peft", runs=("convnext-stage2",)),
     ]
@@ -148,18 +143,7 @@ def _evaluations() -> list[Case]:
 def _contrast() -> list[Case]:
     """A small CLIP from nothing, and its text tower on."""
     recipe = ("--steps", "4", "--batch-size", "16", "--data", "toy", "--val-data", "toy")
-    sizes = (
-        "--set",
-        "width=32",
-        "--set",
-        "depth=1",
-        "--set",
-        "num_heads=2",
-        "--text-width",
-        "32",
-        "--text-layers",
-        "1",
-    )
+    sizes = (*(f"--set={name}={value}" for name, value in CLIP.items()), "--text-width=32", "--text-layers=1")
     first = ("tools/contrast.py", "pretrain", "--out", "clip/pretrained", *recipe, *sizes)
     second = ("tools/contrast.py", "text", "--model", "clip/pretrained/open_clip_model.safetensors", *recipe)
     return [
