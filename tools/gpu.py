@@ -5,7 +5,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
-
 import argparse
 import faulthandler
 import json
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device cuda: torch sees no GPU here; use --device cpu, or see tools/doctor.py", file=sys.stderr)
-        return 2
+        parser.error("--device cuda: torch sees no GPU here; use --device cpu, or see tools/doctor.py")
     load, limit = os.getloadavg(), 180 if options.device == "cuda" else 1800  # seconds of a part
     with tempfile.TemporaryDirectory(prefix="visft-gpu-") as name:
         write_toy_coco(coco := Path(name, "coco"), train=24, val=0, height=96, width=128)
@@ -98,10 +95,9 @@ def run_part(part: str, device: str, folder: Path, limit: float) -> list[dict[st
     """The rows of a part. A case that ends its process has failed, and another process goes on behind it."""
     names = [name for name, *_ in PARTS[part](torch.device(device), folder)]
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" and part in ("ops", "lora") else {})
-    log = folder / f"{part}.log"
-    rows, end = [], time.monotonic() + limit
-    while len(rows) < len(names) and (not rows or time.monotonic() < end):
-        state = map(str, (folder, len(rows), end - time.monotonic()))
+    rows, log, end = [], folder / f"{part}.log", time.monotonic() + limit
+    while len(rows) < len(names) and (left := end - time.monotonic()) > 0:
+        state = map(str, (folder, len(rows), left))
         command = [sys.executable, __file__, "--child", part, device, *state]
         with log.open("w") as out:
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
@@ -116,7 +112,7 @@ def run_part(part: str, device: str, folder: Path, limit: float) -> list[dict[st
             last = (re.findall(r"^(?!{|Thread|Current)\S.*", said, re.MULTILINE) or [""])[-1]
             rows.append({"verdict": FAILED, "reason": f"exit code {process.returncode}: {last[:300]}"})
     known = dict.fromkeys(COLUMNS) | {"part": part, "device": device}
-    return [known | {"case": name} | row for name, row in zip(names, rows, strict=False)]
+    return [known | {"case": names[number]} | row for number, row in enumerate(rows)]
 
 
 def run_cases(part: str, device: str, folder: str, first: str, seconds: str) -> None:
@@ -180,8 +176,7 @@ def attend(device: torch.device, folder: Path) -> Cases:
     long = 1030 if device.type == "cuda" else 33  # ragged tiles; cuDNN is taken from 1,025 tokens on
     padded = {"the table": attention.attention, "reference": attention.attention_reference}
     padded |= dict.fromkeys(FUSED, F.scaled_dot_product_attention)
-    packed = {f"packed, {name}": kernel for name, kernel in attention.PACKED.items()}
-    packed["packed, the table"] = attention.attention_packed
+    packed = {f"packed, {n}": k for n, k in (("the table", attention.attention_packed), *attention.PACKED.items())}
 
     def compute(name: str, *qkv: Tensor) -> Tensor:
         if name in packed:
@@ -227,7 +222,7 @@ def train(folder: Path, kind: str, engine: str = "zero1", precision: str = "fp32
         later = (f"step_{step:08d}" for step in range(more["saved"] + 1, 7))
         shutil.copytree(folder / more["source"], place, ignore=shutil.ignore_patterns("export", "*.lock", *later))
     if not (place / "export" / "adapter").exists():
-        command = [sys.executable, str(Path(__file__).parents[1] / "launchers" / "train.py"), "--engine", engine]
+        command = [sys.executable, str(HERE.parent / "launchers" / "train.py"), "--engine", engine]
         command += ["--stage=2", "--model=debug", f"--data={folder / 'shards'}", f"--out={place}"]
         command += [f"--set={setting}" for setting in (*SETTINGS, f"visft.model.precision={precision}")]
         hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if kind == "cpu" else {}  # from DeepSpeed
