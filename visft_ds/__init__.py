@@ -8,10 +8,15 @@ from types import TracebackType
 __version__ = "0.1.0"
 
 
+#: Functions in which a program still imports itself: what costs seconds is imported when its flags are right.
+_IMPORTING = ("<module>", "main", "_parser")
+
+
 def _name_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say how to enter the environment where a program of this repository cannot even be imported."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
-    importing = all(frame.f_code.co_name == "<module>" for frame, _ in walk_tb(trace))
+    codes = [frame.f_code for frame, _ in walk_tb(trace)]
+    importing = all(code.co_name in _IMPORTING or "importlib" in code.co_filename for code in codes)
     if name is None or name.startswith(f"{__name__}.") or not importing:
         sys.__excepthook__(kind, error, trace)
         return

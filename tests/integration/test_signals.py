@@ -103,7 +103,7 @@ def test_a_launcher_that_ended_before_the_first_step_is_missed(monkeypatch: pyte
 
 #: A rank that says whether it is an orphan before and after a line comes in.
 RANK = """
-from visft_ds.parallel.faults import StopFlag
+from visft_ds.resilience.signals import StopFlag
 stop = StopFlag(launched=True)
 print(bool(stop))
 input()

@@ -46,7 +46,7 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_ends_it(shards: Path, tmp_pa
 
 #: A rank without a launcher that it could miss: whether it stops, before and after a line comes in.
 RANK = """
-from visft_ds.parallel.faults import StopFlag
+from visft_ds.resilience.signals import StopFlag
 stop = StopFlag(launched=False)
 print(bool(stop))
 input()

@@ -19,7 +19,7 @@ from visft_ds.run.lock import locked
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from visft_ds.run_lock import locked
+from visft_ds.run.lock import locked
 with locked(Path(sys.argv[1])):
     subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
     print("kept", flush=True)
