@@ -99,7 +99,7 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
 
 
 def _identity(given: argparse.Namespace, found: Found, model: Model) -> dict[str, str]:
-    """What decides what is found, by name: a folder holds predictions of one model with one set of options."""
+    """Settings that decide what is found, by name: a folder holds predictions of one model with one set of options."""
     files = [model.files.backbone, *(Path(model.facts[f"{task} head"]) for task in model.tasks)]
     if model.files.adapter is not None:
         files += sorted(path for path in model.files.adapter.rglob("*") if path.is_file())

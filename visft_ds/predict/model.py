@@ -265,28 +265,29 @@ class Model:
                 outputs = self._loaded.predict(batch)
                 for task in stream.tasks:
                     results = TASKS[task].results(
-                        outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task)
+                        outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
                     )
                     by_task[task] += results
         found = []
         for place, (one, size) in enumerate(zip(images, sizes, strict=True)):
             own = {task: [r for r in results if r["image_id"] == place] for task, results in by_task.items()}
-            sure = {
-                task: sorted((r for r in results if r["score"] >= threshold), key=lambda r: -float(r["score"]))
-                for task, results in own.items()
-                if task != "captioning"
-            }
+            boxes, masks, captions = (own.get(task) for task in ("detection", "segmentation", "captioning"))
             found.append(
                 Prediction(
                     one.pixels,
                     one.path,
                     self.categories,
-                    Boxes.of(sure["detection"], self.categories) if "detection" in sure else None,
-                    Masks.of(sure["segmentation"], self.categories, size) if "segmentation" in sure else None,
-                    own["captioning"][0]["caption"] if "captioning" in own else None,
+                    None if boxes is None else Boxes.of(_surest_first(boxes), self.categories),
+                    None if masks is None else Masks.of(_surest_first(masks), self.categories, size),
+                    None if captions is None else captions[0]["caption"],
                 )
             )
         return found
+
+
+def _surest_first(results: Results) -> Results:
+    """Without scores that are no numbers, of a head whose training has diverged."""
+    return sorted((one for one in results if one["score"] >= 0), key=lambda one: -float(one["score"]))
 
 
 def check_options(threshold: float, batch_size: int | None) -> None:
@@ -365,7 +366,10 @@ def _files(
     exported = source / ADAPTER_FOLDER
     if adapter is None and backbone is None and exported.is_dir():
         own = exported
-    return ModelFiles(given or _weights_at(source), heads or source, own, {})
+    weights = given or _weights_at(source)
+    # Of one export: random bases of release 0.1 do not say so themselves.
+    of_run = (weights, source) if weights.parent == source else None
+    return ModelFiles(weights, heads or source, own, {}, of_run=of_run)
 
 
 def _weights_at(source: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pycocotools.mask as coco_mask
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from PIL import Image
 
 from visft_ds.evals.caption_pictures import CAPTION_LINES, text_lines
