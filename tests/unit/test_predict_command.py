@@ -110,25 +110,24 @@ def test_the_same_command_goes_on(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [path.name for path in sorted((place / "photos").iterdir())]
-    assert _run(tmp_path / "whole", "photos", *ALL) == 0
+    assert _run(tmp_path / "whole", "photos", "--no-pictures", *ALL) == 0
     with monkeypatch.context() as patch:
         seen = _counting(patch, ends_at=2)
-        assert _run(tmp_path / "parts", "photos", *ALL) == 130
+        assert _run(tmp_path / "parts", "photos", "--no-pictures", *ALL) == 130
         assert seen == names[:2]
     assert "the same command goes on" in capsys.readouterr().err
     record = tmp_path / "parts" / command.RECORD
     record.write_bytes(record.read_bytes()[:-30])  # the machine went down in the middle of a line
     with monkeypatch.context() as patch:
         seen = _counting(patch)
-        assert _run(tmp_path / "parts", "photos", *ALL) == 0
+        assert _run(tmp_path / "parts", "photos", "--no-pictures", *ALL) == 0
         assert seen == names[1:]
     assert _results(tmp_path / "parts") == _results(tmp_path / "whole")
     with monkeypatch.context() as patch:
         seen = _counting(patch)
-        assert _run(tmp_path / "parts", "photos", *ALL) == 0
+        assert _run(tmp_path / "parts", "photos", "--no-pictures", *ALL) == 0
         assert seen == []
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        "pictures",
         command.RESULTS,
         command.RECORD,
         "run.lock",
