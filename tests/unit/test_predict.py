@@ -232,6 +232,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(place: Path) -> None:
         ("runs/stage2", {"device": "tpu9"}, "device"),
         ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
         ("runs/stage2", {"precision": "int8"}, "int8"),
+        ("runs/stage2", {"image_size": 0}, "at least 1 pixel"),
     ]
     for source, options, message in cases:
         with pytest.raises(ValueError, match=message):

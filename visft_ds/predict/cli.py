@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +23,13 @@ usage or unusable input, 130 interrupted.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     given = _parser().parse_args(arguments)
-    from visft_ds.predict.command import predict
+    try:
+        from visft_ds.predict.command import predict
 
-    return predict(given)
+        return predict(given)
+    except KeyboardInterrupt:
+        print("\npredict: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

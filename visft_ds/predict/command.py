@@ -57,9 +57,6 @@ def predict(given: argparse.Namespace) -> int:
         )
         with locked(given.out):
             return _predict(given, found, model)
-    except KeyboardInterrupt:
-        print("\npredict: interrupted; the same command goes on", file=sys.stderr)
-        return 130
     except (ValueError, OSError) as error:
         return _complain(str(error))
     except torch.OutOfMemoryError as error:

@@ -82,6 +82,8 @@ def load(
     Raises:
         ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     source, heads = Path(source), None if heads is None else Path(heads)
     run = _run_at(source)
