@@ -68,6 +68,8 @@ def test_it_writes_what_the_model_predicts(place: Path, tmp_path: Path, capsys: 
     truth.dataset = {"images": whole["images"], "categories": whole["categories"], "annotations": []}
     truth.createIndex()
     assert len(truth.loadRes(whole["detection"]).getAnnIds()) == 16
+    known = {one["id"] for one in whole["categories"]}
+    assert {one["category_id"] for one in whole["detection"] + whole["segmentation"]} <= known
 
 
 def test_a_broken_file_is_named_and_skipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

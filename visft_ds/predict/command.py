@@ -29,7 +29,7 @@ from visft_ds.evals.pictures import save_png
 from visft_ds.monitor.console import Section, clock, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
-from visft_ds.predict.results import Prediction
+from visft_ds.predict.results import Prediction, category_name
 from visft_ds.run.lock import locked
 
 RECORD, RESULTS, PICTURES = "predictions.jsonl", "predictions.json", "pictures"
@@ -198,9 +198,11 @@ class Record:
     def finish(self, categories: Mapping[int, str], skipped: Mapping[str, str]) -> None:
         """Write `predictions.json` out of all lines. Raises OSError as `add`."""
         lines = list(self.done.values())
+        found = [one for line in lines for results in line["found"].values() for one in results]
+        ids = {*categories, *(one["category_id"] for one in found if "category_id" in one)}
         whole: dict[str, Any] = {
             "images": [{name: line[name] for name in ("id", "file_name", "width", "height")} for line in lines],
-            "categories": [{"id": id_, "name": name} for id_, name in sorted(categories.items())],
+            "categories": [{"id": id_, "name": category_name(id_, categories)} for id_ in sorted(ids)],
             "skipped": [{"file_name": name, "reason": reason} for name, reason in skipped.items()],
         }
         for line in lines:

@@ -65,9 +65,13 @@ class Masks:
 
 def _labels(results: Results, categories: Mapping[int, str]) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
     ids = [one["category_id"] for one in results]
-    # A head may have classes that its training data had no name for, those of COCO's ids between its 80, say.
-    names = tuple(categories.get(one, f"category {one}") for one in ids)
+    names = tuple(category_name(one, categories) for one in ids)
     return np.array([one["score"] for one in results], dtype=np.float32), np.array(ids, dtype=np.int64), names
+
+
+def category_name(id_: int, categories: Mapping[int, str]) -> str:
+    """The name of a category; heads for COCO's ids may have classes that their training data had no name for."""
+    return categories.get(id_, f"category {id_}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
