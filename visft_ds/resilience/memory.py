@@ -36,6 +36,7 @@ from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
 from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
 
@@ -69,7 +70,7 @@ class Largest:
         """Its shapes for a message."""
         tasks = self.stream.tasks
         objects = sum(self.objects) if needs_categories(tasks) else None
-        ids = self.stream.image["max_words"] + 2 if "max_words" in self.stream.image else None
+        ids = self.stream.image["max_words"] + 2 if any(TASKS[task].uses_vocabulary for task in tasks) else None
         return shape_text(len(self.sizes), self.frame, objects, ids)
 
     def covers(self, other: Largest) -> bool:

@@ -53,7 +53,7 @@ def add_info_parser(commands: Any, summary: str) -> None:
     parser = commands.add_parser(
         "info",
         usage="%(prog)s DIR [--split NAME] [--categories] [--shards] [--json] | "
-        "--step N (--run FOLDER | flags of launchers/train.py) [--json]",
+        "--step N (--run FOLDER | flags of visft train) [--json]",
         help=summary,
         epilog=_INFO_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -154,6 +154,12 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def _print_step(options: argparse.Namespace) -> int:
+    if options.run_folder is not None:
+        from visft_ds.run.folder import recorded_config
+
+        total = recorded_config(options.run_folder).total_steps
+        if not 0 <= options.step < total:
+            raise ValueError(f"--step {options.step}: {options.run_folder} has the steps 0 to {total - 1}")
     facts = describe_step(
         options.step, options.rest, options.run_folder, options.data, options.dp_size, options.accumulation
     )
