@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
     )
-    add("--data", metavar="FOLDER", help="shards made by tools/make_shards.py (visft.data.root)")
+    add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
@@ -70,7 +70,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     try:
         arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; see launchers/train.py --help") from error
+        raise ValueError(f"{error}; see visft train --help") from error
     if unknown:
         raise ValueError("\n".join(_unknown(parser, text) for text in unknown))
     if arguments.stage not in (None, "1", "2"):
