@@ -23,9 +23,8 @@ def usage_texts(tree: ast.Module) -> set[int]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             found |= {id(part) for part in ast.walk(node.body[0])}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id.endswith(("EPILOG", "USAGE")):
-                found |= {id(part) for part in ast.walk(node.value)}
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(("EPILOG", "USAGE")):
+            found |= {id(part) for part in ast.walk(node.value)}
     return found
 
 
