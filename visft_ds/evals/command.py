@@ -283,7 +283,7 @@ def _pack(coco: Path, split: str, out: Path) -> None:
         found = ", ".join(sorted(path.stem.split("_", 1)[1] for path in annotations.glob("instances_*.json")))
         raise ValueError(
             f"not found: {', '.join(missing)}. --coco needs SPLIT2017/ and annotations/instances_SPLIT2017.json; "
-            f"annotated there: {found or 'nothing'}. Pack other trees with tools/make_shards.py and give --data"
+            f"annotated there: {found or 'nothing'}. Pack other trees with visft shards and give --data"
         )
     options = Options(images, instances, captions if captions.is_file() else None, out, split)
     build(options, workers=os.cpu_count() or 1)
