@@ -29,7 +29,7 @@ setup(
         "Paper": "https://arxiv.org/abs/2401.10222",
         "Code of the paper": "https://github.com/TencentARC/ViSFT",
     },
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=[
         "vision foundation models",
