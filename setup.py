@@ -68,6 +68,7 @@ setup(
         "pycocotools>=2.0.8",
         "faster-coco-eval>=1.7",
         "tensorboard>=2.18",
+        "packaging>=23.0",
         "numpy>=1.26",
         "scipy>=1.11",
         "safetensors>=0.4.5",

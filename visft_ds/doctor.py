@@ -156,7 +156,7 @@ def check_packages() -> Iterator[Finding]:
     if wrong:
         yield Finding(PROBLEM, "packages", "; ".join(wrong), f"{_install()} brings the right ones")
     elif needed:
-        yield Finding(OK, "packages", f"all {len(needed)} that setup.py asks for")
+        yield Finding(OK, "packages", f"all {len(needed)} that visft_ds asks for")
     for name in ("torch", "deepspeed"):
         version = _version(name)
         if version is None:
@@ -184,14 +184,12 @@ def check_configurations() -> Iterator[Finding]:
 
 def check_optional() -> Iterator[Finding]:
     """Packages that only some commands use; none of them is a must."""
-    for name, use, install in (
-        ("open_clip_torch", "zero-shot and retrieval evaluation", _install("eval")),
-        # Torch has a kernel of its own for all that this package is used for (ops/attention.py).
-        ("flash-attn", "another kernel than torch's for packed images", f"{_install('gpu')} --no-build-isolation"),
+    for name, absent in (
+        ("open_clip_torch", f"optional (benchmarks, contrastive training): {_install('eval')}"),
+        # ops/attention.py takes torch's own kernel for packed images where this one is missing.
+        ("flash-attn", f"torch's own kernels do the same ({_install('gpu')} --no-build-isolation)"),
     ):
-        version = _version(name)
-        text = version or f"not installed, optional ({use}): {install}"
-        yield Finding(OK, name, text)
+        yield Finding(OK, name, _version(name) or f"not installed, {absent}")
 
 
 def check_numactl() -> Iterator[Finding]:
