@@ -25,7 +25,7 @@ help:
 	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"
 
-$(VENV)/installed: setup.py
+$(VENV)/installed: setup.py visft_ds/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'

@@ -1,33 +1,74 @@
 """Package metadata. Settings of the development tools live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TIMM = "timm>=1.0.20"
+ROOT = Path(__file__).parent
+#: What visft_ds/__init__.py states: version and DeepSpeed's range. Not imported: building needs none of its packages.
+STATED = dict(re.findall(r'^(__version__|DEEPSPEED) = "(.*?)"', (ROOT / "visft_ds/__init__.py").read_text(), re.M))
+#: Package -> folder: ds_configs/ has its only copy at the top, and is installed inside of visft_ds.
+CONFIGURATIONS = {
+    "visft_ds.ds_configs": "ds_configs",
+    "visft_ds.ds_configs.engines": "ds_configs/engines",
+    "visft_ds.ds_configs.models": "ds_configs/models",
+}
 OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
     name="visft_ds",
-    version="0.1.0",
+    version=STATED["__version__"],
     description="Supervised fine-tuning of vision foundation models (ViSFT) on DeepSpeed",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The visft_ds authors",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2401.10222",
+        "Code of the paper": "https://github.com/TencentARC/ViSFT",
+    },
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "vision foundation models",
+        "fine-tuning",
+        "LoRA",
+        "DeepSpeed",
+        "detection",
+        "segmentation",
+        "captioning",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=find_packages(include=["visft_ds", "visft_ds.*"]),
-    package_data={"visft_ds": ["py.typed"]},
+    packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *CONFIGURATIONS],
+    package_dir=CONFIGURATIONS,
+    package_data={"visft_ds": ["py.typed"], **{package: ["*.json"] for package in CONFIGURATIONS}},
+    entry_points={"console_scripts": ["visft=visft_ds.cli:main"]},
     install_requires=[
         "torch>=2.10,<2.16",
         "torchvision>=0.25",
-        "deepspeed==0.19.8",  # the engine relies on behaviour that was tested with this version only
+        f"deepspeed{STATED['DEEPSPEED']}",
+        "timm>=1.0.20",
         "peft>=0.18",
         "webdataset>=1.0.2",
         "pycocotools>=2.0.8",
         "faster-coco-eval>=1.7",
         "tensorboard>=2.18",
+        "packaging>=23.0",
         "numpy>=1.26",
         "scipy>=1.11",
         "safetensors>=0.4.5",
@@ -42,12 +83,11 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.7"],
-        "eval": [TIMM, OPEN_CLIP, SKLEARN],
+        "gpu": ["flash-attn>=2.7"],  # is built against torch: pip install --no-build-isolation
+        "eval": [OPEN_CLIP, SKLEARN],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
         "dev": [
-            TIMM,
             OPEN_CLIP,
             SKLEARN,
             "mlxtend>=0.23",

@@ -1,13 +1,4 @@
-"""Contrastive image-text training: a small CLIP from nothing, or the text tower of any CLIP on new captions.
-
-    python tools/contrast.py pretrain --data toy --out clip
-    python tools/contrast.py text --model clip/open_clip_model.safetensors --data shards --train lora --out tuned
-    deepspeed --num_gpus 8 tools/contrast.py text --model open_clip:ViT-B-32:laion2b_s34b_b79k --data coco --out tuned
-
---data: shards of tools/make_shards.py, a COCO tree, Karpathy's splits or Flickr30k. --out is a new folder: weights and
-configuration as open_clip loads them, a record and a model card. Exit status: 0 fine, 2 wrong usage or unusable input,
-130 interrupted (nothing is left).
-"""
+"""Contrastive image-text training: `visft contrast` from a checkout."""
 
 import sys
 from pathlib import Path
@@ -15,51 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
-import argparse
-from collections.abc import Sequence
-from importlib import import_module
-
-#: Command -> (module that has its `add_parser`, its line of help).
-COMMANDS = {
-    "pretrain": ("pretrain_command", "a small CLIP from random weights, as base weights of toy runs"),
-    "text": ("text_command", "the text tower of a CLIP on new captions; the vision tower is frozen"),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
-        words = words[1:]
-    given = _parser(words[:1]).parse_args(words)
-    from visft_ds.data.store import StoreFailed
-    from visft_ds.parallel import distributed
-
-    rank = distributed.rank()
-    try:
-        given.run(given)
-    except (ValueError, OSError, StoreFailed) as error:
-        if not rank or distributed.joined():  # before that, every rank runs into the same
-            print(f"contrast: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("\ncontrast: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
-    """Flags of the command that is given; of the others their names, as their modules take seconds to import."""
-    parser = argparse.ArgumentParser(
-        prog="contrast.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
-        parser_of = commands.add_parser(name, help=text)
-        if [name] == list(command):
-            import_module(f"visft_ds.experiments.contrastive.{module}").add_flags(parser_of)
-    return parser
-
+from visft_ds.experiments.contrastive.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,4 @@
-"""Make a toy data set in COCO's own form: textured shapes with polygons, RLE crowds and five captions an image.
-
-python tools/make_toy_coco.py --out toy --train 2000 --val 200 --size 112
-python tools/make_toy_coco.py --out toy_b --train 0 --val 200 --size 160x112 --style b
-python tools/make_toy_coco.py --out shapes_b --classification shape --train 0 --val 480 --style b
-
-With --classification one shape a picture in folders of classes, for `evaluate.py benchmarks zero_shot=` and `probe=`.
-
-The same arguments give the same bytes, whatever the number of workers.
-"""
+"""Toy images in COCO's own form: `visft toy` from a checkout."""
 
 import sys
 from pathlib import Path
@@ -15,83 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
-import argparse
-import os
-import re
-
-from visft_ds.toy.annotations import write_toy_coco
-from visft_ds.toy.classes import KINDS, write_toy_classes
-from visft_ds.toy.scenes import MAX_SHAPES, STYLES
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(width, height) of `160x112`, or of `112` for a square."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 112 or 160x112 (width x height, pixels)")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--train", type=int, default=2000, help="images in train2017 or train/ (%(default)s)")
-    parser.add_argument("--val", type=int, default=200, help="images in val2017 or test/ (%(default)s)")
-    parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
-    parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
-    parser.add_argument(
-        "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 make COCO's 7 on average"
-    )
-    parser.add_argument("--classification", choices=KINDS, help="one shape a picture, in test/CLASS/ and train/CLASS/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    given = parser.parse_args()
-    try:
-        print(_write_classes(given) if given.classification else _write_scenes(given))
-    except (ValueError, OSError) as error:
-        print(f"make_toy_coco: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _write_scenes(given: argparse.Namespace) -> str:
-    width, height = given.size
-    counts = write_toy_coco(
-        given.out,
-        train=given.train,
-        val=given.val,
-        height=height,
-        width=width,
-        style=given.style,
-        seed=given.seed,
-        max_shapes=given.max_shapes,
-        workers=given.workers,
-    )
-    return (
-        f"{given.out}: {counts['images']} images ({counts['empty']} empty), {counts['instances']} instances "
-        f"({counts['crowds']} crowds), style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
-    )
-
-
-def _write_classes(given: argparse.Namespace) -> str:
-    if given.max_shapes != MAX_SHAPES:
-        raise ValueError("--max-shapes and --classification contradict each other: a class has one shape a picture")
-    width, height = given.size
-    counts = write_toy_classes(
-        given.out,
-        given.classification,
-        train=given.train,
-        test=given.val,
-        height=height,
-        width=width,
-        style=given.style,
-        seed=given.seed,
-    )
-    return (
-        f"{given.out}: {counts['images']} images of {counts['classes']} classes ({given.classification}), "
-        f"style {given.style}, {width}x{height}, {counts['seconds']:.1f} s"
-    )
-
+from visft_ds.toy.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,4 @@
-"""Repeat a step that was refused, and say which module and which image make the first number that is none.
-
-    python tools/replay.py runs/stage2-eva_e --step 123
-
-Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input.
-"""
+"""Repeat a step that was refused: `visft replay` from a checkout."""
 
 import sys
 from pathlib import Path
@@ -11,32 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
-import argparse
-from collections.abc import Sequence
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input."""
-    parser = argparse.ArgumentParser(prog="tools/replay.py", description="Repeat a step of a run that was refused.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    parser.add_argument("--step", type=int, metavar="N", help="a step whose state before it was kept; none: names them")
-    parser.add_argument("--limit", type=int, default=8, metavar="N", help="findings to print for a micro-batch (8)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="where a file lies here, e.g. visft.data.root=DIR",
-    )
-    options = parser.parse_args(argv)
-    from visft_ds.resilience.nan_debug import replay  # imports torch, which costs seconds
-
-    try:
-        return replay(options.run, options.step, options.set, options.limit)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-
+from visft_ds.resilience.replay import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from visft_ds.predict.model import load as load
     from visft_ds.predict.model import load_backbone as load_backbone
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # setup.py reads these two lines without an import
+
+#: The engine and the checkpoints use private names of exactly these releases.
+DEEPSPEED = ">=0.19.8,<0.20"
+
+_ABOVE = Path(__file__).resolve().parents[1]
+#: The checkout that this package lies in; None: it was installed from a wheel.
+CHECKOUT = _ABOVE if (_ABOVE / "setup.py").is_file() else None
+_SHELLS = {_ABOVE / folder for folder in ("tools", "launchers")}
 
 #: Public name -> the module that defines it, which is imported when the name is used: torch alone takes seconds.
 _PUBLIC = {
@@ -34,21 +42,35 @@ def __dir__() -> list[str]:
 _IMPORTING = ("<module>", "main", "_parser")
 
 
+def program(command: str) -> str:
+    """Name of a command for its usage line, as it was typed: `visft COMMAND`, or a script of the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    return f"{script.parent.name}/{script.name}" if script.parent in _SHELLS else f"visft {command}"
+
+
 def _name_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say how to enter the environment where a program of this repository cannot even be imported."""
+    """Say what to do where a program of this package cannot even be imported."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     codes = [frame.f_code for frame, _ in walk_tb(trace)]
-    importing = all(code.co_name in _IMPORTING or "importlib" in code.co_filename for code in codes)
+    importing = all(
+        code.co_name in _IMPORTING or "importlib" in code.co_filename or "runpy" in code.co_filename for code in codes
+    )
     if name is None or name.startswith(f"{__name__}.") or not importing:
         sys.__excepthook__(kind, error, trace)
         return
-    print(
-        f"{Path(sys.argv[0]).name}: no package {name!r} in {sys.executable}. Enter the project's environment: "
-        "`make install` once, then `. .venv/bin/activate`",
-        file=sys.stderr,
-    )
+    remedy = "Enter the project's environment: `make install` once, then `. .venv/bin/activate`"
+    if CHECKOUT is None:
+        remedy = f"`{sys.executable} -m pip check` names all that visft_ds lacks there; install it with pip"
+    print(f"{Path(sys.argv[0]).name}: no package {name!r} in {sys.executable}. {remedy}", file=sys.stderr)
 
 
-_PROGRAM = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
-if _PROGRAM.parent in {Path(__file__).resolve().parents[1] / folder for folder in ("tools", "launchers")}:
+def _is_main() -> bool:
+    """Return True if the process runs a command of this package, not somebody's program that imports it."""
+    if sys.argv[0] == "-m":  # the module is being looked for, and nothing else says yet which one
+        return any(word.partition(".")[0] == __name__ for word in sys.orig_argv[1:])
+    script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
+    return script.parent in _SHELLS or script.name in ("visft", "visft.exe")
+
+
+if _is_main():
     sys.excepthook = _name_missing_package

@@ -1,10 +1,15 @@
 """Is this machine ready? Each check gives one or more findings: ok, warning or problem, and what to do about it.
 
-Nothing that may be missing is imported at the top: a doctor who cannot start helps nobody.
+    visft doctor
+    visft doctor --model eva_e --folder /data/runs
+
+Exit status: 0 ready (warnings included), 1 there is a problem, 2 wrong usage. Nothing that may be missing is imported
+at the top: a doctor who cannot start helps nobody.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import re
@@ -14,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from visft_ds import CHECKOUT, program
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 #: What the test suite runs with; other versions that setup.py allows may well work.
@@ -50,6 +57,35 @@ class Purpose:
     port: int = 29500  #: on which the processes of a run meet
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every check; returns the exit status."""
+    from visft_ds.monitor.console import Section, print_plan
+
+    options = _parser().parse_args(arguments)
+    try:
+        findings = list(examine(Purpose(options.folder, options.model, options.port)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    order = (PROBLEM, WARNING, OK)
+    rows = [finding.row() for status in order for finding in findings if finding.status == status]
+    counts = {status: sum(finding.status == status for finding in findings) for status in order}
+    verdict = "not ready" if counts[PROBLEM] else "ready"
+    title = f"this machine is {verdict}: {counts[PROBLEM]} problems, {counts[WARNING]} warnings, {counts[OK]} ok"
+    print_plan(title, [Section("checks", rows)])
+    return 1 if counts[PROBLEM] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program("doctor"), description="Is this machine ready to train?")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"what is to be trained: {', '.join(MODELS)} (default: anything)"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="where runs will be written (.)")
+    parser.add_argument("--port", type=int, default=29500, metavar="N", help="where processes meet (%(default)s)")
+    return parser
+
+
 def examine(plan: Purpose) -> Iterator[Finding]:
     """Every check in the order in which a person reads it; the two processes of the last one start first.
 
@@ -66,6 +102,7 @@ def examine(plan: Purpose) -> Iterator[Finding]:
         checks: tuple[Callable[[Purpose], Iterator[Finding]], ...] = (
             lambda _: check_python(),
             lambda _: check_packages(),
+            lambda _: check_configurations(),
             lambda _: check_optional(),
             lambda _: check_numactl(),
             lambda _: check_device(),
@@ -87,7 +124,7 @@ def _guarded(check: Callable[[Purpose], Iterator[Finding]], plan: Purpose) -> It
     try:
         yield from check(plan)
     except ImportError as error:
-        yield Finding(PROBLEM, "import", str(error), "Install the project: pip install -e .")
+        yield Finding(PROBLEM, "import", str(error), f"Install the project: {_install()}")
     except (OSError, RuntimeError) as error:
         yield Finding(PROBLEM, "check failed", f"{type(error).__name__}: {error}")
 
@@ -108,7 +145,7 @@ def check_packages() -> Iterator[Finding]:
     try:
         texts = importlib.metadata.requires("visft_ds") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(WARNING, "packages", "visft_ds itself is not installed", "pip install -e . installs all it needs")
+        yield Finding(WARNING, "packages", "visft_ds itself is not installed", f"{_install()} brings all it needs")
         texts = []
     needed = [r for r in map(Requirement, texts) if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = []
@@ -117,30 +154,42 @@ def check_packages() -> Iterator[Finding]:
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement} (here: {version or 'not installed'})")
     if wrong:
-        yield Finding(PROBLEM, "packages", "; ".join(wrong), "pip install -e . brings the right ones")
+        yield Finding(PROBLEM, "packages", "; ".join(wrong), f"{_install()} brings the right ones")
     elif needed:
-        yield Finding(OK, "packages", f"all {len(needed)} that setup.py asks for")
+        yield Finding(OK, "packages", f"all {len(needed)} that visft_ds asks for")
     for name in ("torch", "deepspeed"):
         version = _version(name)
         if version is None:
-            yield Finding(PROBLEM, name, "not installed", "pip install -e .")
+            yield Finding(PROBLEM, name, "not installed", _install())
         elif not f"{version.split('+')[0]}.".startswith(f"{TESTED[name]}."):
-            yield Finding(WARNING, name, f"{version}, tested: {TESTED[name]}", "Run `make test` before a long run")
+            remedy = f"Run {'`make test`' if CHECKOUT else '`visft demo`'} before a long run"
+            yield Finding(WARNING, name, f"{version}, tested: {TESTED[name]}", remedy)
         else:
             yield Finding(OK, name, version)
     yield Finding(OK, "compiler", "none needed: nothing is compiled when a run starts")
 
 
+def check_configurations() -> Iterator[Finding]:
+    """Files of ds_configs that a run of any stage and model begins with."""
+    from visft_ds.config.layers import CONFIG_ROOT
+
+    names = ["stage1.json", "stage2.json", "engines/zero1.json", *(f"models/{model}.json" for model in MODELS)]
+    missing = [name for name in names if not (CONFIG_ROOT / name).is_file()]
+    if missing:
+        text = f"not found: {CONFIG_ROOT}/{', '.join(missing)}"
+        yield Finding(PROBLEM, "ds_configs", text, f"No run can start. Install again: {_install()}")
+    else:
+        yield Finding(OK, "ds_configs", str(CONFIG_ROOT))
+
+
 def check_optional() -> Iterator[Finding]:
     """Packages that only some commands use; none of them is a must."""
-    for name, use, install in (
-        ("timm", "timm weights, as backbone or to compare with", "pip install -e '.[eval]'"),
-        ("open_clip_torch", "zero-shot and retrieval evaluation", "pip install -e '.[eval]'"),
-        ("flash-attn", "another attention kernel on GPUs from sm_80", "pip install -e '.[gpu]'"),
+    for name, absent in (
+        ("open_clip_torch", f"optional (benchmarks, contrastive training): {_install('eval')}"),
+        # ops/attention.py takes torch's own kernel for packed images where this one is missing.
+        ("flash-attn", f"torch's own kernels do the same ({_install('gpu')} --no-build-isolation)"),
     ):
-        version = _version(name)
-        text = version or f"not installed, optional ({use}): {install}"
-        yield Finding(OK, name, text)
+        yield Finding(OK, name, _version(name) or f"not installed, {absent}")
 
 
 def check_numactl() -> Iterator[Finding]:
@@ -148,6 +197,12 @@ def check_numactl() -> Iterator[Finding]:
     where = shutil.which("numactl")
     absent = "not installed, optional (deepspeed --bind_cores_to_rank): apt install numactl"
     yield Finding(OK, "numactl", where or absent)
+
+
+def _install(extra: str = "") -> str:
+    """Command that installs this package where it came from, with an extra."""
+    editable, source = ("-e ", ".") if CHECKOUT else ("", "visft_ds")
+    return f"pip install {editable}" + (f"'{source}[{extra}]'" if extra else source)
 
 
 def _version(name: str) -> str | None:
@@ -217,7 +272,7 @@ def check_lora() -> Iterator[Finding]:
     if effect > 1e-6 and learns:
         yield Finding(OK, "LoRA", f"changes the features (by {effect:.0e} when disturbed) and gets a gradient")
     else:
-        remedy = "This installation would train nothing in stage 2: run `make test`"
+        remedy = f"This installation would train nothing in stage 2; install it again: {_install()}"
         yield Finding(PROBLEM, "LoRA", f"effect {effect:.1e}, gradient {'there' if learns else 'missing'}", remedy)
 
 

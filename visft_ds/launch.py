@@ -1,4 +1,7 @@
-"""The command behind launchers/train.py. Torch and DeepSpeed are imported only when the run can really start."""
+"""Training of a stage, `visft train`: `deepspeed --num_gpus 8 --module visft_ds.launch --stage 2`.
+
+Torch and DeepSpeed are imported only when the run can really start.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,32 @@ import os
 import sys
 from collections.abc import Sequence
 
+from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
 from visft_ds.resilience.heartbeat import exit_code
 from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), else
     as `exit_code`; 3 where another rank was killed or hangs, and after a dry run of what could not start."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        arguments, config = resolve_arguments(argv)
+        options, config = resolve_arguments(words)
         missing = missing_inputs(config)
-        if arguments.dry_run:
+        if options.dry_run:
             from visft_ds.run.start_report import print_dry_run
 
             told = render_missing(missing) if missing else ""
-            return print_dry_run(config, world_size, told, as_json=arguments.json) if rank == 0 else 0
+            return print_dry_run(config, world_size, told, as_json=options.json) if rank == 0 else 0
         if missing:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
+        return train(config, resume=options.resume, command=[*program("train").split(), *words], stop=stop)
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:
@@ -54,3 +59,7 @@ def main(argv: Sequence[str]) -> int:
         lost = error if isinstance(error, LostRank) else LostRank("another rank ended first")
         print(f"[rank {rank}] stopped: {lost}", file=sys.stderr, flush=True)
         return exit_code(lost)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -454,3 +454,8 @@ def _export(run: Run, step: int) -> None:
             )
             for path in paths:
                 print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    print("visft_ds.train is no command; type: visft train, or deepspeed --module visft_ds.launch", file=sys.stderr)
+    sys.exit(2)

@@ -306,7 +306,7 @@ def test_the_word_benchmarks_is_a_command_in_its_place_only(
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
         tool.main(["--local_rank=1", "benchmarks", "--help"])
-    assert "usage: evaluate.py benchmarks" in capsys.readouterr().out
+    assert "usage: visft evaluate benchmarks" in capsys.readouterr().out
     assert tool.main(["--run", "benchmarks"]) == 2  # a run of that name
     assert "benchmarks" in capsys.readouterr().err
 

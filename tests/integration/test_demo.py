@@ -1,8 +1,7 @@
-"""tools/demo.py: steps run once and in order, nothing foreign is touched, a failure and an interrupt leave no mess."""
+"""The demo: steps run once and in order, nothing foreign is touched, a failure and an interrupt leave no mess."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,27 +9,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from visft_ds import demo as tool
 from visft_ds.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"processes": 2, "train": 5, "val": 5, "set": [], "coco": None}
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_tool", ROOT / "tools/demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _demo(tool: ModuleType, out: Path, finished: dict[str, float] | None = None) -> object:
+def _demo(out: Path, finished: dict[str, float] | None = None) -> object:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     return tool.Demo(out, 2, {"TOLD": "yes"}, ARGUMENTS, dict(finished or {}))
 
@@ -39,10 +28,8 @@ def _python(text: str) -> list[str]:
     return [sys.executable, "-c", text]
 
 
-def test_a_finished_step_is_skipped_until_one_before_it_ran(
-    tool: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    demo = _demo(tool, tmp_path, {"first": 3.0, "third": 4.0})
+def test_a_finished_step_is_skipped_until_one_before_it_ran(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    demo = _demo(tmp_path, {"first": 3.0, "third": 4.0})
     for name in ("first", "second", "third"):
         demo.run(name, _python(f"import os; print('ran {name}', os.environ['TOLD'], os.environ['OMP_NUM_THREADS'])"))
     printed = capfd.readouterr().out
@@ -53,16 +40,16 @@ def test_a_finished_step_is_skipped_until_one_before_it_ran(
     assert (tmp_path / "logs/02-second.log").read_text() == "ran second yes 2\n"
 
 
-def test_leftovers_of_an_interrupted_step_are_removed_first(tool: ModuleType, tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_step_are_removed_first(tmp_path: Path) -> None:
     half = tmp_path / "half"
     half.mkdir()
     (half / "old").touch()
-    _demo(tool, tmp_path).run("make", _python(f"import os; os.mkdir({str(half)!r})"), makes=half)
+    _demo(tmp_path).run("make", _python(f"import os; os.mkdir({str(half)!r})"), makes=half)
     assert list(half.iterdir()) == []
 
 
-def test_a_failure_shows_the_end_of_its_log(tool: ModuleType, tmp_path: Path) -> None:
-    demo = _demo(tool, tmp_path, {"break": 1.0})
+def test_a_failure_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    demo = _demo(tmp_path, {"break": 1.0})
     demo.redo = True
     noise = "[2026-01-01 00:00:00,000] [INFO] [launch.py:1:main] chatter"
     text = f"import sys; print('early'); [print(n) for n in range(40)]; print({noise!r}); sys.exit('what is wrong')"
@@ -75,7 +62,7 @@ def test_a_failure_shows_the_end_of_its_log(tool: ModuleType, tmp_path: Path) ->
     assert json.loads((tmp_path / "demo.json").read_text())["finished"] == {}
 
 
-def test_only_what_matters_is_shown(tool: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_what_matters_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines = [
         "== visft_ds stage 1",
         "-- model",
@@ -84,13 +71,13 @@ def test_only_what_matters_is_shown(tool: ModuleType, tmp_path: Path, capfd: pyt
         "step 2/9  loss",
         "step 9/9  loss",
     ]
-    demo = _demo(tool, tmp_path)
+    demo = _demo(tmp_path)
     demo.run("train", _python(f"print({chr(10).join(lines)!r})"), hide=tool.HIDDEN_OF_TRAINING)
     shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("  ") and "$" not in line][:-1]
     assert shown == ["  == visft_ds stage 1", "  step 1/9  loss", "  step 9/9  loss"]
 
 
-def test_no_folder_but_its_own_is_touched(tool: ModuleType, tmp_path: Path) -> None:
+def test_no_folder_but_its_own_is_touched(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -103,7 +90,7 @@ def test_no_folder_but_its_own_is_touched(tool: ModuleType, tmp_path: Path) -> N
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
-def test_other_arguments_need_another_folder_or_force(tool: ModuleType, tmp_path: Path) -> None:
+def test_other_arguments_need_another_folder_or_force(tmp_path: Path) -> None:
     out = tmp_path / "demo"
 
     def opened(*arguments: str) -> object:
@@ -119,14 +106,14 @@ def test_other_arguments_need_another_folder_or_force(tool: ModuleType, tmp_path
     assert not (out / "stage1").exists()
 
 
-def test_a_mistake_in_a_setting_is_told_before_anything_runs(tool: ModuleType, tmp_path: Path) -> None:
+def test_a_mistake_in_a_setting_is_told_before_anything_runs(tmp_path: Path) -> None:
     given = tool._parser().parse_args(["--out", str(tmp_path / "demo"), "--processes", "1", "--set", "visft.seeed=1"])
     with pytest.raises(ValueError, match=r"did you mean visft\.seed"):
         tool._open(given)
     assert not (tmp_path / "demo").exists()
 
 
-def test_an_incomplete_coco_tree_is_refused(tool: ModuleType, tmp_path: Path) -> None:
+def test_an_incomplete_coco_tree_is_refused(tmp_path: Path) -> None:
     (tmp_path / "coco/train2017").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"not found: .*val2017, .*instances_train2017\.json"):
         tool._check_tree(tmp_path / "coco")
@@ -146,34 +133,34 @@ class _Split:
         return range(self.captioned if selection == "captions" else self.images)
 
 
-def _settings(tool: ModuleType, stage: int, split: _Split, *given: str, most: int | None = None) -> dict[str, str]:
+def _settings(stage: int, split: _Split, *given: str, most: int | None = None) -> dict[str, str]:
     arguments = tool._parser().parse_args(["--processes", "2", *(part for one in given for part in ("--set", one))])
     flags = tool._settings(stage, split, most, arguments)
     assert flags[::2] == ["--set"] * (len(flags) // 2)
     return dict(setting.split("=", 1) for setting in flags[1::2])
 
 
-def test_settings_fit_the_data(tool: ModuleType) -> None:
+def test_settings_fit_the_data() -> None:
     """Both stages, with what the schema makes of it: a batch larger than the set is refused at the start of a run."""
     for stage in (1, 2):
         plenty = resolve(stage=stage, model="debug")
-        assert _settings(tool, stage, _Split(6000, 6000)) == {
+        assert _settings(stage, _Split(6000, 6000)) == {
             "visft.run.eval_every": str(plenty.total_steps),
             "visft.run.eval_limit": str(tool.VALIDATION_IMAGES),
         }
-        few = _settings(tool, stage, _Split(21, 19), most=100)
+        few = _settings(stage, _Split(21, 19), most=100)
         config = resolve(stage=stage, model="debug", settings=[f"{name}={value}" for name, value in few.items()])
         # an even number, because two processes share a step; captions alone have fewer images to learn from
         wanted = {1: {"shared": 20}, 2: {"detection": 20, "segmentation": 20, "captioning": 18}}[stage]
         assert {name: stream.batch_size for name, stream in config.visft.streams().items()} == wanted
         assert config.total_steps == config.visft.run.eval_every == 100
-        mute = _settings(tool, stage, _Split(6000, 0))
+        mute = _settings(stage, _Split(6000, 0))
         config = resolve(stage=stage, model="debug", settings=[f"{name}={value}" for name, value in mute.items()])
         assert list(config.visft.tasks.enabled()) == ["detection", "segmentation"]
-        assert _settings(tool, stage, _Split(9, 9), "visft.run.eval_every=3")["visft.run.eval_every"] == "3"
+        assert _settings(stage, _Split(9, 9), "visft.run.eval_every=3")["visft.run.eval_every"] == "3"
 
 
-def test_captions_are_used_where_both_splits_have_them(tool: ModuleType, tmp_path: Path) -> None:
+def test_captions_are_used_where_both_splits_have_them(tmp_path: Path) -> None:
     annotations = tmp_path / "annotations"
     annotations.mkdir()
     (annotations / "captions_train2017.json").touch()
@@ -182,7 +169,7 @@ def test_captions_are_used_where_both_splits_have_them(tool: ModuleType, tmp_pat
     assert tool._tree(tmp_path, "train")[-2:] == ["--captions", str(annotations / "captions_train2017.json")]
 
 
-def test_an_interrupt_lets_the_whole_group_finish(tool: ModuleType, tmp_path: Path) -> None:
+def test_an_interrupt_lets_the_whole_group_finish(tmp_path: Path) -> None:
     """The child ends at once, as the deepspeed command does; the grandchild, a rank, still needs a moment to save."""
     rank = "import signal, sys, time\n"
     rank += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved', flush=True), sys.exit()))\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,14 @@ def test_other_errors_and_other_programs_keep_their_traceback(tmp_path: Path) ->
     assert "Traceback" in _run("-c", late + "import visft_ds.nowhere").stderr
     assert "Traceback" in _run("-c", late + "raise ValueError").stderr
     assert "Traceback" not in _run("-c", late + "import nowhere").stderr, "the cases differ in nothing else"
+
+
+@pytest.mark.parametrize("module", ["visft_ds", "visft_ds.launch"])
+def test_the_remedy_without_a_checkout_asks_for_none(module: str, tmp_path: Path) -> None:
+    words = ["-m", module, *(["train"] if module == "visft_ds" else []), "--help"]
+    assert "`make install` once" in _run(*words, cwd=ROOT).stderr
+    shutil.copytree(ROOT / "visft_ds", tmp_path / "visft_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    result = _run(*words, cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "no package 'pydantic'" in line
+    assert "-m pip check" in line and "make install" not in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
@@ -26,7 +27,7 @@ def steps_of(root: Path, texts: Mapping[str, str], needs: Mapping[str, str]) -> 
 
 
 def _command(script: Path, out: Path) -> list[str]:
-    return [str(script), str(out)]
+    return [sys.executable, str(script), str(out)]
 
 
 def run_steps(steps: Mapping[str, Step], *, jobs: int = 1) -> tuple[dict[str, str], list[str]]:

@@ -113,8 +113,8 @@ def test_full_scale_is_the_launchers_own_command() -> None:
     planner = Planner(Path("out"), scale)
     planner.plan("tasks", choose_arms(QUESTIONS["tasks"], ["captions"]), [3])
     lines = [" ".join(step.command) for step in planner.steps.steps.values()]
-    start = "deepspeed --num_gpus 8 launchers/train.py --stage"
-    trained = [line for line in lines if "launchers/train.py" in line]
+    start = "deepspeed --num_gpus 8 --module visft_ds.launch --stage"
+    trained = [line for line in lines if "visft_ds.launch" in line]
     assert all(line.startswith(start) and "--data data/coco" in line and "visft.seed=3" in line for line in trained)
     assert len(trained) == 3 and sum("--set visft.tasks=captioning" in line for line in trained) == 1
     assert not any("toy" in line or "total_num_steps" in line or "contrast" in line for line in lines)
@@ -145,7 +145,7 @@ def test_a_model_without_weights_is_compared_with_the_base_that_a_training_wrote
         base = Path(next(word for word in words if word.startswith("before=")).removeprefix("before="))
         makes = [step for step in planner.steps.steps.values() if base == step.out / "export" / BACKBONE_FILE]
         assert [step.stem for step in makes] == [need for need in trial.benchmarks.needs if need == makes[0].stem]
-        assert "launchers/train.py" in makes[0].command and f"visft.seed={trial.seed}" in makes[0].command
+        assert "visft_ds.launch" in makes[0].command and f"visft.seed={trial.seed}" in makes[0].command
 
 
 def test_a_model_without_weights_has_no_text_to_learn_or_to_compare_with() -> None:
@@ -202,7 +202,7 @@ def test_an_end_without_a_result_is_no_result(tmp_path: Path) -> None:
     """A training that is asked to stop saves and ends with 0."""
     steps = StepList(tmp_path)
     (tmp_path / "stop.py").write_text("print('stopped after step 3')")
-    steps.add("train", "train", lambda out: [str(tmp_path / "stop.py")], proof=Path("export"))
+    steps.add("train", "train", lambda out: [sys.executable, str(tmp_path / "stop.py")], proof=Path("export"))
     reasons, _ = run_steps(steps.steps)
     assert list(reasons) == ["train"] and "ended before it had made" in reasons["train"]
 
@@ -362,7 +362,7 @@ def test_folders_of_other_things_and_other_plans_are_refused(
 ) -> None:
     words = ["heads", "--arms", "frozen", "--seeds", "2", "--dry-run", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    assert "launchers/train.py --stage 2" in capsys.readouterr().out
+    assert "visft train --stage 2" in capsys.readouterr().out
     (tmp_path / "precious").touch()
     assert cli.main(words) == 2
     assert "holds no ablations" in capsys.readouterr().err

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.doctor import main
 from visft_ds import doctor
-from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Purpose
+from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Purpose, main
 from visft_ds.resilience import host_memory
 
 
@@ -112,7 +111,7 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     findings = [Finding(OK, "a", "well"), Finding(WARNING, "b", "so so", "Do this")]
-    monkeypatch.setattr("tools.doctor.examine", lambda plan: iter(findings))
+    monkeypatch.setattr("visft_ds.doctor.examine", lambda plan: iter(findings))
     assert main([]) == 0
     findings.append(Finding(PROBLEM, "c", "ill"))
     assert main([]) == 1

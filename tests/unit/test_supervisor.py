@@ -81,8 +81,8 @@ def test_a_stop_that_was_asked_for_ends_it() -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], "give a command that runs launchers/train.py"),
-        (["deepspeed", "other.py"], "give a command that runs launchers/train.py"),
+        ([], "give a training after --"),
+        (["deepspeed", "other.py"], "give a training after --"),
         (["deepspeed", "launchers/train.py", "--stage", "3"], "--stage 3"),
         (["python", "launchers/train.py", "--stage", "1", "--model", "debug", "--resume", "no"], "leave it out"),
         (

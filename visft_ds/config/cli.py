@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from visft_ds import program
 from visft_ds.config.resolve import ResolvedConfig, available, resolve
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -22,7 +23,7 @@ _EPILOG = """examples:
 def build_parser() -> argparse.ArgumentParser:
     """The parser; it raises `argparse.ArgumentError` instead of leaving the process."""
     parser = argparse.ArgumentParser(
-        prog="launchers/train.py",
+        prog=program("train"),
         description="Train one stage of ViSFT.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

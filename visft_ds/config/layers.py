@@ -10,11 +10,14 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-#: ds_configs/ of this checkout.
-CONFIG_ROOT = Path(__file__).resolve().parents[2] / "ds_configs"
+from visft_ds import CHECKOUT
+
+#: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
+CONFIG_ROOT = (CHECKOUT or Path(str(resources.files("visft_ds")))) / "ds_configs"
 
 
 @dataclass(frozen=True)

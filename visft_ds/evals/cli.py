@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visft_ds import program
 from visft_ds.config.schema import PRESETS
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visft_ds import program
 from visft_ds.config import tower_setting
 
 USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_argument_group("from")
     source.add_argument(
         "--base", type=Path, metavar="FILE", help="weights the change comes on top of (a run knows its own)"

@@ -211,7 +211,7 @@ def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0
     Raises ValueError as `build_timm`.
     """
     if find_spec("timm") is None:
-        raise ValueError(f"preset {PREFIX}{name} needs timm: pip install '.[eval]'")
+        raise ValueError(f"preset {PREFIX}{name} needs timm, which is not installed: pip install timm")
     import timm
 
     if not timm.is_model(name):

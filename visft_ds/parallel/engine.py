@@ -17,18 +17,17 @@ from typing import Any, Literal, Protocol
 import deepspeed
 import psutil
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from torch.distributed import DistNetworkError
 
+from visft_ds import DEEPSPEED
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
 from visft_ds.resilience.signals import LostRank
-
-#: The engine and the checkpoints use private names of exactly these releases.
-TESTED_DEEPSPEED = ("0.19.8",)
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,11 @@ def start_process_group() -> None:
         ValueError: the port on which the processes meet is in use, or they cannot reach each other.
         LostRank: another rank has found such a thing and ended.
     """
-    if deepspeed.__version__.split("+")[0] not in TESTED_DEEPSPEED and not os.environ.get(
-        "VISFT_ALLOW_UNTESTED_DEEPSPEED"
-    ):
+    known = SpecifierSet(DEEPSPEED).contains(deepspeed.__version__, prereleases=True)
+    if not known and not os.environ.get("VISFT_ALLOW_UNTESTED_DEEPSPEED"):
         raise RuntimeError(
-            f"deepspeed {deepspeed.__version__} is installed; tested: {TESTED_DEEPSPEED}. Install one of these, "
-            "or set VISFT_ALLOW_UNTESTED_DEEPSPEED=1 and run the test suite first"
+            f"deepspeed {deepspeed.__version__} is installed; visft_ds works with {DEEPSPEED}: pip install "
+            f"'deepspeed{DEEPSPEED}', or set VISFT_ALLOW_UNTESTED_DEEPSPEED=1 and run the test suite first"
         )
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":

@@ -1,10 +1,12 @@
-"""Telling processes of this machine apart, as far as /proc tells. Imports nothing heavy."""
+"""Processes of this machine, told apart as far as /proc tells, and the code of new ones. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 from pathlib import Path
+
+from visft_ds import CHECKOUT
 
 
 @cache
@@ -61,3 +63,12 @@ def _status(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return []
+
+
+def same_code() -> dict[str, str]:
+    """Environment of a child process that imports the copy of this package which runs here.
+
+    With `python -m` it would first look into the current folder, and a checkout need not be the copy that is installed.
+    """
+    places = [*([str(CHECKOUT)] if CHECKOUT else []), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}

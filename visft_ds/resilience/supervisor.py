@@ -1,4 +1,4 @@
-"""Starting a run again after it was lost, on one machine: `launchers/supervise.py -- deepspeed ... train.py ...`.
+"""Starting a run again after it was lost, on one machine: `visft supervise -- deepspeed ... --stage 2`.
 
 A crash, a killed or hanging rank and a lost launcher are worth another try from the newest checkpoint. A mistake of
 the user (exit code 2), training that diverged (4: a restart would repeat it) and a request to stop are not.
@@ -21,12 +21,12 @@ from types import FrameType
 
 import psutil
 
+from visft_ds import program
 from visft_ds.config import resolve_arguments
 from visft_ds.resilience.heartbeat import FOLDER, asked_to_stop
 from visft_ds.resilience.signals import SIGNALS, supervised
 from visft_ds.run.folder import newest_step
 
-SCRIPT = "train.py"
 GAVE_UP = 1
 #: Exit codes of a run that a restart would not change: a mistake to mend, diverged, interrupted.
 FINAL_CODES = (2, 4, 130)
@@ -34,7 +34,7 @@ FINAL_CODES = (2, 4, 130)
 FRUITLESS = 2
 _GRACE = 30.0  #: seconds for what is left of a run to end by itself; launchers grant as much
 _EPILOG = """example:
-  python launchers/supervise.py --max-restarts 5 -- deepspeed --num_gpus 8 launchers/train.py --stage 2
+  visft supervise --max-restarts 5 -- deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
 A signal to this command stops the run cleanly: each rank gets it, no launcher does, and no restart follows.
 """
 
@@ -108,19 +108,14 @@ class Command:
     """The command that is supervised, and the signals that are meant for it.
 
     Args:
-        command: a launcher and launchers/train.py with its arguments, or that alone.
+        command: a launcher and a training with its flags, or that alone.
 
     Raises:
-        ValueError: a command without launchers/train.py or that does not exist, wrong arguments, or numactl missing.
+        ValueError: a command without a training or that does not exist, wrong arguments, or numactl missing.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
-        places = [place for place, word in enumerate(command) if Path(word).name == SCRIPT]
-        if not places:
-            raise ValueError(
-                f"{' '.join(command) or 'no command'}: give a command that runs launchers/{SCRIPT} after --"
-            )
-        arguments, config = resolve_arguments(command[places[0] + 1 :])
+        arguments, config = resolve_arguments(flags_of_training(command))
         if arguments.resume == "no":
             raise ValueError("--resume no: a restart has to go on from a checkpoint; leave it out")
         check_core_binding(command)
@@ -173,6 +168,23 @@ class Command:
             time.sleep(0.2)
 
 
+def flags_of_training(command: Sequence[str]) -> Sequence[str]:
+    """Words after `visft train`, `--module visft_ds.launch` or launchers/train.py.
+
+    Raises:
+        ValueError: none of them is in the command.
+    """
+    for place, word in enumerate(command):
+        if word == "visft_ds.launch" or Path(word).name == "train.py":
+            return command[place + 1 :]
+        if Path(word).name in ("visft", "visft_ds") and command[place + 1 : place + 2] == ["train"]:
+            return command[place + 2 :]
+    raise ValueError(
+        f"{' '.join(command) or 'no command'}: give a training after --, for example deepspeed --num_gpus 8 --module "
+        "visft_ds.launch --stage 2"
+    )
+
+
 def check_core_binding(command: Sequence[str]) -> None:
     """DeepSpeed's launcher binds cores with a tool that few machines have, and says so with a traceback.
 
@@ -207,10 +219,10 @@ def _ranks(session: int) -> list[psutil.Process]:
     return [process for process in ranked.values() if process.ppid() not in ranked] or _session(session)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(
-        prog="launchers/supervise.py",
+        prog=program("supervise"),
         description="Run a training command and start it again after it was lost.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -219,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-restarts", type=int, default=3, metavar="N", help="restarts in all (3)")
     parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="before the first restart (10)")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     try:
         if options.max_restarts < 0 or options.backoff < 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds import program
 from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
@@ -29,7 +30,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
 
-_EXTRA = ("open_clip", "sklearn", "timm")  # as they are imported
+_EXTRA = ("open_clip", "sklearn")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1
 RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
@@ -109,7 +110,7 @@ def _complain(error: Exception, rank: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     kinds = "\n".join(f"    {name:10} {kind.help} ({', '.join(kind.options)})" for name, kind in KINDS.items())
     parser = argparse.ArgumentParser(
-        prog="evaluate.py benchmarks",
+        prog=f"{program('evaluate')} benchmarks",
         description=f"{USAGE}\nkinds of benchmarks (and their keys):\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from visft_ds import program
 from visft_ds.experiments.ablations.questions import QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     width = max(map(len, QUESTIONS))
     asked = "\n".join(f"    {name:{width}}  {question.asks}" for name, question in QUESTIONS.items())
     parser = argparse.ArgumentParser(
-        prog="ablate.py",
+        prog=program("ablate"),
         description=f"{USAGE}\nquestions:\n{asked}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,6 +24,7 @@ from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
+from visft_ds.resilience.processes import same_code
 from visft_ds.run.folder import LOCK_FILE
 from visft_ds.run.lock import locked
 
@@ -77,7 +78,7 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
         vary_base=given.vary_base,
     )
     check_scale(scale)
-    if given.jobs > 1 and scale.launcher:
+    if given.jobs > 1 and not scale.alone:
         raise ValueError(f"--jobs {given.jobs}: trainings started by deepspeed would share its GPUs; leave it at 1")
     _check_folder(given.out, scale)
     planner = Planner(given.out, scale)
@@ -152,6 +153,7 @@ def prepare_environment(jobs: int) -> bool:
     import torch  # the only one who knows whether its GPUs can be used
 
     here = str(Path(sys.executable).parent)  # of an environment that need not be activated: there is deepspeed
+    os.environ.update(same_code())
     os.environ["PATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PATH")])])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     if torch.cuda.device_count():
@@ -166,5 +168,4 @@ def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> Non
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""
-        words = ["python", *step.command] if step.command[0].endswith(".py") else list(step.command)
-        print(f"# {step.title}{mark}\n{shlex.join(words)}")
+        print(f"# {step.title}{mark}\n{shlex.join(step.command)}")

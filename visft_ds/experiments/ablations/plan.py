@@ -162,14 +162,14 @@ class Planner:
         config, trained = self._checked(tuple(words))
         made = {str(step.out / "export") for step in needs}
         self.missing |= {one.path: one for one in missing_inputs(config) if not self.scale.toy and one.path not in made}
-        visft, launcher = config.visft, self.scale.launcher
+        visft, training = config.visft, self.scale.training
         files = [visft.data.root, *(one.root for one in visft.data.sets), visft.model.weights, visft.heads.path]
         proof = ADAPTER_FOLDER if "lora" in trained else TRAINED_BACKBONE_FILE
         proof = f"{next(iter(visft.tasks.enabled()))}.safetensors" if stage == 1 else proof
         step = self.steps.add(
             kind,
             title,
-            lambda out: [*launcher, "launchers/train.py", *words, "--out", str(out)],
+            lambda out: [*training, *words, "--out", str(out)],
             needs=needs,
             # Not the command: arms that come to the same configuration are one training.
             identity={"configuration": config.fingerprint(), "files": files, "processes": self.scale.processes},
@@ -223,7 +223,7 @@ class Planner:
         tasks = ",".join(self._recipe(1).visft.tasks.enabled())
         recipe = replace(RECIPE, tower=arm.tower)
         run = self._first(recipe, seed)
-        words = ["tools/evaluate.py", "--run", str(run.step.out), "--images", "0", "--tasks", tasks]
+        words = ["visft", "evaluate", "--run", str(run.step.out), "--images", "0", "--tasks", tasks]
         parts = trained.parts() if trained else []
         words += parts if "--adapter" in parts else [*parts, "--adapter", "none"]
         needs = [run.step, *([trained.step] if trained else [])]
@@ -260,7 +260,7 @@ class Planner:
         if arm.text:
             step = self._text(title, after, seed, needs)
             needs, after = [*needs, step], str(clip_file(step))
-        words = ["tools/evaluate.py", "benchmarks", "--images", "0"]
+        words = ["visft", "evaluate", "benchmarks", "--images", "0"]
         words += ["--model", f"{BEFORE}={base}", "--model", f"{AFTER}={after}"]
         words += [part for one in benchmarks for part in ("--benchmark", one)]
         words += ["--text", self.scale.text] if self.scale.text else []
@@ -291,14 +291,14 @@ class Planner:
         if "backbone" not in trained.trained and not merge:
             return trained.step, str(trained.step.out)
         layout = "timm" if trained.config.visft.model.timm else self.scale.layout
-        words = ["tools/merge_lora.py", "--adapter", str(trained.step.out), "--format", layout]
+        words = ["visft", "merge", "--adapter", str(trained.step.out), "--format", layout]
         title = f"{title}: whole weights"
         step = self.steps.add("merged", title, lambda out: [*words, "--out", str(out / MERGED)], needs=[trained.step])
         return step, str(step.out / MERGED)
 
     def _text(self, title: str, model: str, seed: int, needs: Sequence[Step]) -> Step:
         """The text tower learns from the captions of the training images."""
-        words = ["tools/contrast.py", "text", "--model", model, "--data", self._data, "--train", "lora"]
+        words = ["visft", "contrast", "text", "--model", model, "--data", self._data, "--train", "lora"]
         words += [*self.scale.text_flags, "--seed", str(seed)]
         needs = [*needs, self._toy.shards("a")] if self.scale.toy else needs
         title = f"{title}: text"

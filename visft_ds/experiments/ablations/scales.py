@@ -64,10 +64,15 @@ class Scale:
         return "open_clip" if self.toy else _LAYOUTS.get(self.model, "eva_clip")
 
     @property
-    def launcher(self) -> tuple[str, ...]:
-        """Words of the command before launchers/train.py."""
-        one = self.processes == 1 and self.toy
-        return () if one else ("deepspeed", "--num_gpus", str(self.processes))
+    def alone(self) -> bool:
+        """Return True if each training is one process without a launcher."""
+        return self.processes == 1 and self.toy
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Words of a training before its flags."""
+        launched = ("deepspeed", "--num_gpus", str(self.processes), "--module", "visft_ds.launch")
+        return ("visft", "train") if self.alone else launched
 
 
 def check_scale(scale: Scale) -> None:

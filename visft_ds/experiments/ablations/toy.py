@@ -29,7 +29,7 @@ class Toy:
 
     def images(self, style: str, train: int, seed: int = 0) -> Step:
         """A COCO tree of drawn images."""
-        words = ["tools/make_toy_coco.py", "--train", str(train), "--val", str(TOY_VAL), "--size", str(TOY_SIDE)]
+        words = ["visft", "toy", "--train", str(train), "--val", str(TOY_VAL), "--size", str(TOY_SIDE)]
         words += ["--style", style, "--seed", str(seed), "--workers", "1"]
         return self.steps.add("images", f"toy images, style {style}", lambda out: [*words, "--out", str(out)])
 
@@ -41,7 +41,7 @@ class Toy:
 
     def _packed(self, tree: Step, split: str, inside: Step | None) -> Step:
         notes = tree.out / "annotations"
-        words = ["tools/make_shards.py", "build", "--images", str(tree.out / f"{split}2017"), "--split", split]
+        words = ["visft", "shards", "build", "--images", str(tree.out / f"{split}2017"), "--split", split]
         words += ["--instances", str(notes / f"instances_{split}2017.json"), "--quiet"]
         words += ["--captions", str(notes / f"captions_{split}2017.json")]
         title = f"shards of {tree.title.removeprefix('toy ')}: {split}"
@@ -62,13 +62,13 @@ class Toy:
     def base(self, seed: int) -> Step:
         """A small CLIP that has learnt from images and captions of style a; `clip_file` are its weights."""
         shards = self.shards("a")
-        words = ["tools/contrast.py", "pretrain", "--data", str(shards.out), *TOY_PRETRAINING, "--seed", str(seed)]
+        words = ["visft", "contrast", "pretrain", "--data", str(shards.out), *TOY_PRETRAINING, "--seed", str(seed)]
         title = f"seed {seed}: base weights"
         return self.steps.add("base", title, lambda out: [*words, "--out", str(out)], needs=[shards])
 
     def classes(self, style: str) -> Step:
         """Pictures of one shape in folders of classes, to train and to test."""
-        words = ["tools/make_toy_coco.py", "--classification", "shape", "--size", str(TOY_SIDE), "--style", style]
+        words = ["visft", "toy", "--classification", "shape", "--size", str(TOY_SIDE), "--style", style]
         words += ["--train", str(TOY_CLASS_TRAIN), "--val", str(TOY_CLASS_TEST)]
         return self.steps.add("classes", f"toy classes, style {style}", lambda out: [*words, "--out", str(out)])
 

@@ -14,7 +14,7 @@ from visft_ds.experiments.contrastive.recall import table
 from visft_ds.interop.writing import refuse_existing
 from visft_ds.monitor.console import Section, print_plan
 
-_EXTRA = ("open_clip", "timm")  # as they are imported
+_EXTRA = ("open_clip",)  # as they are imported
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

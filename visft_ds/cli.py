@@ -1,0 +1,79 @@
+"""The command `visft`: every program of this package by its name. A program is imported when its name is given."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from visft_ds import __version__
+
+
+class Program(NamedTuple):
+    """Place and purpose of a command."""
+
+    module: str
+    help: str
+    function: str = "main"  #: (words after the command) -> exit status
+
+
+COMMANDS = {
+    "demo": Program("visft_ds.demo", "the whole way in small: images, shards, both stages, evaluation, report"),
+    "toy": Program("visft_ds.toy.cli", "draw a toy data set in COCO's own form"),
+    "shards": Program("visft_ds.shards.cli", "make, verify and describe shards"),
+    "train": Program("visft_ds.launch", "train a stage: 1 heads, 2 the backbone's adapters"),
+    "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),
+    "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions; `evaluate benchmarks`: out of domain"),
+    "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for images of your own"),
+    "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
+    "plan": Program("visft_ds.profiling.cli", "does a configuration fit a cluster, and how fast is it there?", "plan"),
+    "profile": Program("visft_ds.profiling.cli", "measure speed, memory, data and communication"),
+    "ablate": Program("visft_ds.experiments.ablations.cli", "questions about the recipe as experiments"),
+    "contrast": Program("visft_ds.experiments.contrastive.cli", "contrastive image-text training of a CLIP"),
+    "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),
+    "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status, and 2 where there is no such command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
+        words[:2] = reversed(words[:2])
+    if words[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if words[:1] == ["--version"]:
+        print(f"visft {__version__}")
+        return 0
+    if not words or words[0] not in COMMANDS:
+        print(_refusal(words), file=sys.stderr)
+        return 2
+    command = COMMANDS[words[0]]
+    return int(getattr(import_module(command.module), command.function)(words[1:]))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: visft COMMAND ...          visft COMMAND --help tells its flags",
+            "",
+            *lines,
+            "",
+            "`python -m visft_ds COMMAND` is the same. On several GPUs or machines, through a launcher:",
+            "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2        torchrun -m visft_ds.launch --stage 2",
+            "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN      (profile and contrast likewise)",
+        )
+    )
+
+
+def _refusal(words: Sequence[str]) -> str:
+    if not words:
+        return _usage()
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    hint = f" did you mean {near[0]}?" if near else ""
+    return f"visft: no command {words[0]!r};{hint} visft --help lists them"

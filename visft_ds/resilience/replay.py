@@ -1,0 +1,38 @@
+"""Repeat a step that was refused, and say which module and which image make the first number that is none.
+
+    python tools/replay.py runs/stage2-eva_e --step 123
+
+Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from visft_ds import program
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input."""
+    parser = argparse.ArgumentParser(prog=program("replay"), description="Repeat a step of a run that was refused.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="a step whose state before it was kept; none: names them")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="findings to print for a micro-batch (8)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="where a file lies here, e.g. visft.data.root=DIR",
+    )
+    options = parser.parse_args(arguments)
+    from visft_ds.resilience.nan_debug import replay  # imports torch, which costs seconds
+
+    try:
+        return replay(options.run, options.step, options.set, options.limit)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,60 @@
+"""COCO -> shards that any WebDataset reader opens, checked and reproducible.
+
+    python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
+        --captions captions_train2017.json --out shards --split train
+    python tools/make_shards.py verify shards
+    python tools/make_shards.py info shards --categories
+    python tools/make_shards.py info --step 1000 --run runs/stage2-eva_e
+
+Exit status: 0 fine, 1 problems found, 2 wrong usage or unusable input, 3 more than a tenth of the
+annotations would be lost (nothing is written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from visft_ds import program
+from visft_ds.config.removed import refuse_removed
+
+#: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
+COMMANDS = {
+    "build": ("build_command", "add_build_parser", "make shards, index and manifest; goes on where it was interrupted"),
+    "verify": ("commands", "add_verify_parser", "read every byte and list what is wrong"),
+    "info": ("commands", "add_info_parser", "what a folder holds, or the images of a training step"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        refuse_removed("make_shards", arguments)
+        parser = _parser(arguments[:1])
+        options, rest = parser.parse_known_args(arguments)
+        options.rest = rest
+        if rest and arguments[0] != "info":  # which takes the flags of launchers/train.py
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(options.run(options))
+    except (ValueError, OSError, RuntimeError) as error:
+        from visft_ds.shards.drops import TooManyDropsError
+
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 3 if isinstance(error, TooManyDropsError) else 2
+    except KeyboardInterrupt:
+        print("\nmake_shards: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program("shards"), description="COCO -> checked, reproducible shards")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (module, function, summary) in COMMANDS.items():
+        if [name] == list(given):
+            getattr(import_module(f"visft_ds.shards.{module}"), function)(commands, summary)
+        else:
+            commands.add_parser(name, help=summary)
+    return parser
