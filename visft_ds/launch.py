@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
@@ -19,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         arguments, config = resolve_arguments(argv)
-        missing = missing_inputs(config)
+        from visft_ds.prepare.places import located
+
+        missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
         if arguments.dry_run:
             from visft_ds.run.start_report import print_dry_run
 

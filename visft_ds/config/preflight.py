@@ -22,7 +22,8 @@ PUBLISHED_WEIGHTS = {
     ),
 }
 
-
+#: Copies in a run's folder of what it was given.
+INPUTS_FOLDER = "inputs"
 #: Our tasks in the names of the published files (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
 
@@ -102,9 +103,15 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
             where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
-            if all(head_files(folder / "export", task) for task in tasks):
-                command = f"they are in the export folder of the run: --set visft.heads.path={folder / 'export'}"
+            for inside in heads_inside(folder):
+                if all(head_files(inside, task) for task in tasks):
+                    command = f"the run has them in a folder of it: --set visft.heads.path={inside}"
         yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", where, command)
+
+
+def heads_inside(run: Path) -> tuple[Path, Path]:
+    """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
+    return run / INPUTS_FOLDER / "heads", run / "export"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:

@@ -40,6 +40,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
+from visft_ds.prepare.places import VOCABULARY, data_of_run, find, paths_of
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import recorded_config
 from visft_ds.shards.build import Options, build
@@ -162,7 +163,10 @@ def _job(given: argparse.Namespace) -> Job:
             adapter=_adapter(given),
             use_adapter=given.adapter != "none",
         )
-        shards, split, precision = visft.data.root, visft.data.val, visft.model.precision
+        split, precision = given.split or visft.data.val, visft.model.precision
+        shards = given.data if given.data or coco else data_of_run(given.run, visft, split)
+        if given.vocabulary is None and VOCABULARY in paths_of(visft):
+            given.vocabulary = find(given.run, visft, VOCABULARY)
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
@@ -172,14 +176,13 @@ def _job(given: argparse.Namespace) -> Job:
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
         streams = _chosen(streams, given)
-        shards, split, precision = given.data, "val", "auto"
-    split = given.split or split
+        shards, split, precision = given.data, given.split or "val", "auto"
     return Job(
         files=files,
         streams=streams,
         decoding=_decoding(visft if given.run else None, given.beam_size),
-        vocabulary=given.vocabulary or (_recorded_words(visft) if given.run else None),
-        shards=None if coco else given.data or shards,
+        vocabulary=given.vocabulary,
+        shards=shards,
         cache=cache_of(visft.data) if given.run else None,
         split=split,
         out=given.out or given.run / f"evaluation-{split}",
@@ -212,12 +215,6 @@ def _chosen(streams: Mapping[str, Stream], given: argparse.Namespace) -> dict[st
         )
     kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
     return {name: stream for name, stream in kept.items() if stream.tasks}
-
-
-def _recorded_words(config: VisftConfig) -> Path | None:
-    """The word map that a run was given, where captioning is on."""
-    task = config.tasks.captioning
-    return Path(task.vocabulary.file) if task is not None and task.vocabulary.file is not None else None
 
 
 def _decoding(config: VisftConfig | None, beam_size: int | None) -> dict[str, dict[str, Any]]:
