@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
@@ -24,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         options, config = resolve_arguments(words)
-        missing = missing_inputs(config)
+        from visft_ds.prepare.places import located
+
+        missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
         if options.dry_run:
             from visft_ds.run.start_report import print_dry_run
 

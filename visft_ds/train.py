@@ -28,7 +28,7 @@ from visft_ds.interop.writing import remove_unfinished
 from visft_ds.model import LossDenominators, counts_of, loss_denominators_of
 from visft_ds.models.compiled import check_compiler, compile_blocks
 from visft_ds.monitor.console import Progress, StepLine
-from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
@@ -48,6 +48,7 @@ from visft_ds.prepare.datasets import (
 )
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import PreparedModel, choose_precision, heads_identity, prepare_model
+from visft_ds.prepare.places import located, paths_of
 from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, streams_of, vocabulary_of
 from visft_ds.resilience.guard import LossGuard, find_overflow, is_finite, resumed_guard
 from visft_ds.resilience.heartbeat import stopped_because
@@ -58,6 +59,7 @@ from visft_ds.resilience.signals import StopFlag
 from visft_ds.resilience.watchdog import Watchdog, watch
 from visft_ds.run.folder import BACKBONE_FILE, open_run_folder, recorded_config, saved_something, set_aside
 from visft_ds.run.machine import check_shared_memory, check_space, locked_for_all_ranks, rank_facts
+from visft_ds.run.record import write_record
 from visft_ds.run.start_report import data_section, print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, open_validation
@@ -99,6 +101,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         RuntimeError: ranks that differ.
     """
     out = Path(config.visft.run.out or "")
+    given, config = paths_of(config.visft), located(config, out)
     config, why_shuffled = settle_shuffle(config, out)
     sets = open_training_data(config.visft)
     manifest = first_of(sets)
@@ -158,8 +161,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         )
         start = state.resume(resume)
         if distributed.is_main():
-            with explained("the record of the run", out, "Nothing else was changed"):
-                RunRecord(config.to_dict(), distributed.world_size(), list(command)).write(out)
+            write_record(config, given, sets, base_sha256, command)
             section = data_section(settings, sets, loader.plan, why_shuffled, features)
             told = {"precision": f"{precision} ({why})", "recompute": how}
             print_start(config, prepared, batches, section, partition, **told, device=device, start=start)

@@ -24,7 +24,8 @@ PUBLISHED_WEIGHTS = {
     ),
 }
 
-
+#: Copies in a run's folder of what it was given.
+INPUTS_FOLDER = "inputs"
 #: Our tasks in the names of the published files (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
 
@@ -116,8 +117,9 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
             where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
-            if all(head_files(folder / "export", task) for task in tasks):
-                command = f"they are in the export folder of the run: --set visft.heads.path={folder / 'export'}"
+            for inside in heads_inside(folder):
+                if all(head_files(inside, task) for task in tasks):
+                    command = f"the run has them in a folder of it: --set visft.heads.path={inside}"
         yield Missing(f"heads of stage 1: {', '.join(absent)} (or --set visft.heads.path=FOLDER)", where, command)
 
 
@@ -137,6 +139,11 @@ def launcher() -> str:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
     count = max(ranks, sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")))
     return f"deepspeed --num_gpus {count} --module visft_ds.launch" if count > 1 else "visft train"
+
+
+def heads_inside(run: Path) -> tuple[Path, Path]:
+    """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
+    return run / INPUTS_FOLDER / "heads", run / "export"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:

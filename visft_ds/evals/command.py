@@ -44,6 +44,7 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
+from visft_ds.prepare.places import data_of_run
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import recorded_config
 from visft_ds.shards.build import Options, build
@@ -165,7 +166,9 @@ def _job(given: argparse.Namespace) -> Job:
             adapter=_adapter(given),
             use_adapter=given.adapter != "none",
         )
-        shards, split, precision = visft.data.root, visft.data.val, visft.model.precision
+        split, precision = given.split or visft.data.val, visft.model.precision
+        shards = given.data if given.data or coco else data_of_run(given.run, visft, split)
+        given.vocabulary = given.vocabulary or recorded_words(given.run, visft)
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
@@ -175,14 +178,13 @@ def _job(given: argparse.Namespace) -> Job:
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
         streams = _chosen(streams, given)
-        shards, split, precision = given.data, "val", "auto"
-    split = given.split or split
+        shards, split, precision = given.data, given.split or "val", "auto"
     return Job(
         files=files,
         streams=streams,
         decoding=decoding_of(visft if given.run else None, given.beam_size),
-        vocabulary=given.vocabulary or (recorded_words(visft) if given.run else None),
-        shards=None if coco else given.data or shards,
+        vocabulary=given.vocabulary,
+        shards=shards,
         cache=cache_of(visft.data) if given.run else None,
         split=split,
         out=given.out or given.run / f"evaluation-{split}",

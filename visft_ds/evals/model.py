@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.config.preflight import head_files
+from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, TasksConfig
 from visft_ds.data.samples import Batch
@@ -31,6 +31,7 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
+from visft_ds.prepare.places import HEADS, VOCABULARY, WEIGHTS, find, paths_of
 from visft_ds.prepare.streams import needs_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
@@ -81,7 +82,8 @@ def files_of_run(
     adapter: Path | None = None,
     use_adapter: bool = True,
 ) -> ModelFiles:
-    """The files a finished run wrote or was given: what it trained comes from its own export folder.
+    """The files a finished run wrote or was given, wherever it lies now: what it trained comes from its own export
+    folder, heads that it was given from its copies of them, base weights from where `prepare.places` finds them.
 
     Args:
         tasks: whose heads are needed.
@@ -95,11 +97,14 @@ def files_of_run(
     if adapter is None and use_adapter and config.stage == 2 and config.lora is not None:
         merged = backbone is not None and is_merged(open_weights(backbone))
         adapter = None if merged else export / ADAPTER_FOLDER
-    own_backbone = export / BACKBONE_FILE if config.model.weights is None else Path(config.model.weights)
     if trains_backbone(config):
         own_backbone = export / TRAINED_BACKBONE_FILE
+    elif config.model.weights is None:
+        own_backbone = export / BACKBONE_FILE
+    else:  # one that is replaced need not be there any more
+        own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
     own = all(head_file(export, task).is_file() for task in tasks)
-    of_run = own_backbone, export if own or config.heads.path is None else Path(config.heads.path)
+    of_run = own_backbone, export if own or config.heads.path is None else find(run, config, HEADS)
     backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
@@ -107,8 +112,8 @@ def files_of_run(
     if missing:
         raise ValueError(
             f"not found: {', '.join(missing)}. If the run in {run} was interrupted, the same training command goes on "
-            f"with it and writes what it trained at its end; files that were moved can be named by --backbone, --heads "
-            f"and --adapter"
+            f"with it and writes what it trained at its end. Files that were moved are named by --backbone FILE, "
+            f"--heads FOLDER and --adapter FOLDER; relative paths of runs before 0.2 count from where they were trained"
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
@@ -129,9 +134,10 @@ def heads_in(folder: Path) -> tuple[str, ...]:
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
         wanted = ", ".join(head_file("", task).name for task in TASKS)
+        inside = next((one for one in heads_inside(folder) if any(head_files(one, task) for task in TASKS)), None)
         raise ValueError(
-            f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): stage 1 of a training writes them "
-            "into RUN/export"
+            f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): "
+            + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")
         )
     return found
 
@@ -278,10 +284,9 @@ def chosen_streams(
     return {name: stream for name, stream in kept.items() if stream.tasks}
 
 
-def recorded_words(config: VisftConfig) -> Path | None:
-    """The word map that a run was given, where captioning is on."""
-    task = config.tasks.captioning
-    return Path(task.vocabulary.file) if task is not None and task.vocabulary.file is not None else None
+def recorded_words(run: Path, config: VisftConfig) -> Path | None:
+    """The word map that a run was given, where captioning is on. Raises ValueError as `find`."""
+    return find(run, config, VOCABULARY) if VOCABULARY in paths_of(config) else None
 
 
 def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from visft_ds.config.preflight import head_files
+from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
@@ -75,6 +75,9 @@ def find_head(folder: str | Path, task: str) -> Path:
         return folder
     found = head_files(folder, task)
     if not found:
+        inside = next((one for one in heads_inside(folder) if head_files(one, task)), None)
+        if inside is not None:
+            raise ValueError(f"no {task} head in {folder} itself: it is in {inside}, give that")
         published = (f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg")
         names = ", ".join((head_file(folder, task).name, *published))
         raise ValueError(

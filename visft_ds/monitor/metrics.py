@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -175,6 +175,7 @@ class RunRecord:
     config: Mapping[str, Any]  #: the resolved configuration
     world_size: int
     command: Sequence[str]
+    inputs: Mapping[str, Any] = field(default_factory=dict)  #: where its files are and what proves them
 
     def write(self, out_dir: str | Path) -> Path:
         """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
@@ -187,6 +188,7 @@ class RunRecord:
             "versions": versions(),
             "git": git_revision(Path(__file__).resolve().parents[2]),
             "config": dict(self.config),
+            "inputs": dict(self.inputs),
             "earlier": [],
         }
         if path.is_file():

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visft_ds import program
+
 USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
 
     visft predict dog.jpg --model runs/stage2
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="visft predict", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "images",

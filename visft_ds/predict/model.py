@@ -95,7 +95,7 @@ def load(
     streams = chosen_streams(streams, names, heads, heads or source)
     streams = {name: resized(stream, side=image_size) for name, stream in streams.items()}
     files = _files(source, run, config, tasks_of(streams), backbone, heads, adapter)
-    words = vocabulary or (recorded_words(config) if config else None)
+    words = vocabulary or (recorded_words(run, config) if run and config else None)
     loaded = _load(
         files,
         tasks_of(streams),

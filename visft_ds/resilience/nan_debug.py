@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from visft_ds.ops import use_kernels
 from visft_ds.parallel.engine import step_seed
 from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_training_data
 from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, located, with_paths
 from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, vocabulary_of
 from visft_ds.run.folder import RECORD_FILE, REFUSED_FOLDER, recorded_config
 
@@ -174,7 +175,7 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
     """
     if (run / "bundle.json").is_file():
         raise ValueError(f"{run}: bundles were removed in 0.2: give the run, visft replay RUN --step N")
-    config = _with_settings(recorded_config(run), settings)
+    config = _with_settings(recorded_config(run), run, settings)
     checkpoint = open_state(run, step, config.total_steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world_size = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))["world_size"]  # when it was started last
@@ -268,14 +269,12 @@ def _check_same(found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
         )
 
 
-def _with_settings(config: ResolvedConfig, settings: Sequence[str]) -> ResolvedConfig:
+def _with_settings(config: ResolvedConfig, run: Path, settings: Sequence[str]) -> ResolvedConfig:
+    """The configuration of a run with its files where they lie now, or where settings say that they do."""
+    given = {}
     for text in settings:
         key, found, value = text.partition("=")
-        if not found or key not in ("visft.data.root", "visft.model.weights", "visft.heads.path"):
-            raise ValueError(
-                f"--set {text}: only where files lie can be set: visft.data.root, visft.model.weights, visft.heads.path"
-            )
-        section, name = key.split(".")[1:]
-        changed = getattr(config.visft, section).model_copy(update={name: value})
-        config = replace(config, visft=config.visft.model_copy(update={section: changed}))
-    return config
+        if not found or key not in (DATA, WEIGHTS, HEADS):
+            raise ValueError(f"--set {text}: only where files lie can be set: {DATA}, {WEIGHTS}, {HEADS}")
+        given[key] = value
+    return located(with_paths(config, given), run, given)

@@ -10,6 +10,7 @@ from visft_ds.interop import module_adapters, peft
 from visft_ds.interop.merge import Change, read_adapter
 from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
 from visft_ds.interop.tuned import read_tuned
+from visft_ds.prepare.places import WEIGHTS, find
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 
 
@@ -44,7 +45,7 @@ def read_change(place: Path) -> Change | ModuleAdapter:
 
 def base_of(path: Path) -> Path | None:
     """The weights that the change of a run, or of something inside its folder, comes on top of; None for all that
-    belongs to no run.
+    belongs to no run. Raises ValueError where they are not found any more.
     """
     path = path.resolve()
     run = next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
@@ -53,4 +54,4 @@ def base_of(path: Path) -> Path | None:
     visft, export = recorded_config(run).visft, run / "export"
     if visft.lora is not None and (export / TRAINED_BACKBONE_FILE).is_file():  # trained beside its adapter
         return export / TRAINED_BACKBONE_FILE
-    return export / BACKBONE_FILE if visft.model.weights is None else Path(visft.model.weights)
+    return export / BACKBONE_FILE if visft.model.weights is None else find(run, visft, WEIGHTS)

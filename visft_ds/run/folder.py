@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
+from visft_ds.config.preflight import INPUTS_FOLDER
 from visft_ds.config.removed import RUN_SCHEMA
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
@@ -25,6 +27,7 @@ _OF_A_RUN = (
     "bundles",  # of runs before 0.2
     REFUSED_FOLDER,
     "checkpoints",
+    INPUTS_FOLDER,
     RECORD_FILE,
 )
 _ASIDE = "earlier-"
@@ -50,7 +53,7 @@ def open_run_folder(out: Path, config: ResolvedConfig, resume: str) -> bool:
         return False
     if not (out / RECORD_FILE).is_file():
         found = sorted(path.name for path in out.iterdir() if not path.name.startswith(_ASIDE))
-        if set(found) <= {"export", "heartbeats", "metrics.jsonl", LOCK_FILE, "tensorboard"}:
+        if set(found) <= {"export", "heartbeats", INPUTS_FOLDER, "metrics.jsonl", LOCK_FILE, "tensorboard"}:
             return False  # a run that ended before its first record
         raise ValueError(f"{out} is not empty and holds no run ({', '.join(found[:_SHOWN])}); choose another --out")
     if not saved_something(out):
@@ -111,6 +114,18 @@ def recorded_config(out: Path) -> ResolvedConfig:
     if schema not in range(1, RUN_SCHEMA + 1):
         raise ValueError(f"{record}: schema {schema}; this release reads 1 to {RUN_SCHEMA}: use the one that wrote it")
     return resolve_values(values, str(record))
+
+
+def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
+    """Dotted key -> where the run in `out` had an input and what proves it; empty for runs before 0.2.
+
+    An unreadable record counts as empty: `recorded_config` says what is wrong with it.
+    """
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((out / RECORD_FILE).read_text(encoding="utf-8")).get("inputs", {})
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def newest_step(out: Path) -> int:

@@ -102,6 +102,7 @@ def describe_step(
     # Reading shards must not wait for torch, so what a run consists of is imported here.
     from visft_ds.config import resolve_arguments
     from visft_ds.prepare.datasets import open_training_data
+    from visft_ds.prepare.places import DATA, find, paths_of, with_paths
     from visft_ds.prepare.streams import plan_of
     from visft_ds.run.folder import recorded_config
 
@@ -110,9 +111,10 @@ def describe_step(
     elif flags:
         raise ValueError(f"{flags[0]}: with --run, the run folder says everything but --data")
     else:
-        config = recorded_config(run).visft
-        moved = {} if data is None else {"root": data}
-        config = config.model_copy(update={"data": config.data.model_copy(update=moved)})
+        recorded = recorded_config(run)
+        keys = (key for key in paths_of(recorded.visft) if key.startswith("visft.data.") and not (data and key == DATA))
+        places = {key: str(find(run, recorded.visft, key)) for key in keys}
+        config = with_paths(recorded, places | ({DATA: data} if data else {})).visft
     sets = open_training_data(config, check_shards=False)
     plan = plan_of(config, sets)
     whole = plan.step(step)

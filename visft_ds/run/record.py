@@ -1,0 +1,105 @@
+"""Record of a run at its start: its settings, and what makes its folder whole without the files that it was given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import orjson
+
+from visft_ds.checkpoint.disk import explained
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.preflight import INPUTS_FOLDER, heads_inside
+from visft_ds.config.schema import VisftConfig
+from visft_ds.data.manifest import Category
+from visft_ds.interop.files import sha256_file
+from visft_ds.interop.heads import find_head
+from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.parallel import distributed
+from visft_ds.prepare.datasets import TrainingSet, first_of
+from visft_ds.prepare.places import (
+    CATEGORIES_FILE,
+    DATA,
+    HEADS,
+    VOCABULARY,
+    VOCABULARY_FILE,
+    WEIGHTS,
+    paths_of,
+    with_paths,
+)
+
+
+def write_record(
+    config: ResolvedConfig,
+    given: Mapping[str, str],
+    sets: Mapping[str, TrainingSet],
+    base_sha256: str,
+    command: Sequence[str],
+) -> None:
+    """Write RUN/inputs, then RUN/run.json. Main process only.
+
+    Args:
+        config: with paths at which its inputs lie now.
+        given: the paths to record, by dotted key.
+        base_sha256: hash of the base file.
+
+    Raises:
+        OSError: a full disk, a read-only folder.
+    """
+    run = Path(config.visft.run.out or "")
+    with explained("copies of the heads and words", run / INPUTS_FOLDER, "The same command goes on"):
+        keep_inputs(run, config.visft, first_of(sets).categories)
+    inputs = _places(run, config.visft, sets, base_sha256)
+    with explained("the record of the run", run, "Nothing else was changed"):
+        recorded = with_paths(config, given).to_dict()
+        RunRecord(recorded, distributed.world_size(), list(command), inputs).write(run)
+
+
+def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) -> None:
+    """Copy heads and word map into a run folder, and name the categories; what is there already stays untouched.
+
+    Each copy gets its name when it is whole. Raises OSError for a full disk.
+    """
+    folder, paths = run / INPUTS_FOLDER, paths_of(config)
+    sources: dict[Path, Path] = {}
+    if HEADS in paths:
+        found = {find_head(paths[HEADS], task) for task in config.tasks.enabled()}
+        sources = {heads_inside(run)[0] / path.name: path for path in found}
+    if VOCABULARY in paths:
+        sources[folder / VOCABULARY_FILE] = Path(paths[VOCABULARY])
+    remove_unfinished(folder)
+    for path, source in sources.items():
+        if not path.is_file() or sha256_file(path) != sha256_file(source):
+            with source.open("rb") as file:
+                write_atomically(path, partial(shutil.copyfileobj, file), overwrite=True)
+    named = folder / CATEGORIES_FILE
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in (*sources, named):
+            path.unlink()  # of a start with other heads, before anything was saved
+    text = orjson.dumps([asdict(category) for category in categories], option=orjson.OPT_INDENT_2).decode()
+    if not named.is_file() or named.read_text(encoding="utf-8") != text:
+        write_text(named, text, overwrite=True)
+
+
+def _places(
+    run: Path, config: VisftConfig, sets: Mapping[str, TrainingSet], base_sha256: str
+) -> dict[str, dict[str, str]]:
+    """Dotted key -> where an input is that has no copy, and what proves it, as `prepare.places.find` reads it."""
+    names = {DATA: config.data.train}
+    names |= {f"visft.data.sets.{number}.root": one.name for number, one in enumerate(config.data.sets)}
+    found = {}
+    for key, path in paths_of(config).items():
+        if key in (HEADS, VOCABULARY):
+            continue
+        found[key] = {"path": os.path.abspath(path), "beside": os.path.relpath(Path(path).resolve(), run.resolve())}
+        if key in names:
+            manifest = sets[names[key]].manifest
+            found[key] |= {"split": manifest.split, "fingerprint": manifest.fingerprint}
+        else:
+            found[key]["sha256"] = base_sha256 if key == WEIGHTS else sha256_file(path)
+    return found
