@@ -1,11 +1,33 @@
 """visft_ds: supervised fine-tuning of vision foundation models on DeepSpeed."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visft_ds.predict.model import load as load
+    from visft_ds.predict.model import load_backbone as load_backbone
 
 __version__ = "0.1.0"
+
+#: Public name -> the module that defines it, which is imported when the name is used: torch alone takes seconds.
+_PUBLIC = {
+    "load": "visft_ds.predict.model",
+    "load_backbone": "visft_ds.predict.model",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
 #: Functions in which a program still imports itself: what costs seconds is imported when its flags are right.

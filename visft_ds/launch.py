@@ -15,7 +15,7 @@ from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFl
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 0 done or stopped cleanly (`visft.run.requeue_code` after SIGUSR1), else
-    as `exit_code`; 3 where another rank was killed or hangs."""
+    as `exit_code`; 3 where another rank was killed or hangs, and after a dry run of what could not start."""
     stop = StopFlag(launched="RANK" in os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -26,9 +26,8 @@ def main(argv: Sequence[str]) -> int:
         if arguments.dry_run:
             from visft_ds.run.start_report import print_dry_run
 
-            if rank == 0:
-                print_dry_run(config, world_size, render_missing(missing) if missing else "")
-            return 0
+            told = render_missing(missing) if missing else ""
+            return print_dry_run(config, world_size, told, as_json=arguments.json) if rank == 0 else 0
         if missing:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train

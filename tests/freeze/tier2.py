@@ -169,14 +169,19 @@ def _plans() -> list[Case]:
     return [plan(cluster, words) for cluster, words in CLUSTERS.items()]
 
 
-def _resolved(outcome: Outcome) -> Entries:
-    """What --dry-run prints: the resolved configuration, then a report of which one line is about this machine."""
-    found: Entries = {"status": outcome.code}
-    report = outcome.out + outcome.err
-    if outcome.out.startswith("{"):
-        values, end = json.JSONDecoder().raw_decode(outcome.out)
-        found |= dict(entries.flat(values, "config"))
-        report = outcome.out[end:] + outcome.err
+def _dry_run(words: Words) -> tuple[tuple[Words, ...], ...]:
+    """The commands that `_resolved` reads. Before 0.3 a dry run printed the configuration and then the report."""
+    return ((*words, "--json"), words), (words,)
+
+
+def _resolved(outcomes: Sequence[Outcome]) -> Entries:
+    """The resolved configuration, and the report of a dry run, of which one line is about this machine."""
+    resolved, told = outcomes
+    found: Entries = {"status": told.code}
+    if resolved.out.startswith("{"):
+        found |= dict(entries.flat(json.JSONDecoder().raw_decode(resolved.out)[0], "config"))
+    begins = json.JSONDecoder().raw_decode(told.out)[1] if told.out.startswith("{") else 0
+    report = told.out[begins:] + told.err
     lines = [line for line in report.splitlines() if not line.strip().startswith("verdict")]
     return {**found, "report": entries.text("\n".join(lines))}
 
@@ -185,15 +190,18 @@ def _dry_runs(model: str) -> Case:
     """Both stages under every engine."""
     names = [(stage, engine) for stage in ("1", "2") for engine in ENGINES]
     commands = tuple(
-        (("launchers/train.py", "--stage", stage, "--model", model, "--engine", engine, "--dry-run"),)
+        forms
         for stage, engine in names
+        for forms in _dry_run(
+            ("launchers/train.py", "--stage", stage, "--model", model, "--engine", engine, "--dry-run")
+        )
     )
 
     def read(outcomes: Sequence[Outcome]) -> Entries:
         return {
             f"stage{stage}-{engine}/{key}": value
-            for (stage, engine), outcome in zip(names, outcomes, strict=True)
-            for key, value in _resolved(outcome).items()
+            for number, (stage, engine) in enumerate(names)
+            for key, value in _resolved(outcomes[2 * number : 2 * number + 2]).items()
         }
 
     return Case(f"dry-run/{model}", commands, read, status=None, environment={"WORLD_SIZE": "2", "RANK": "0"})
@@ -203,7 +211,7 @@ def _all_blocks() -> Case:
     """Every key of the schema with its default, the optional blocks too."""
     settings: Settings = {"visft.features": {}, "visft.data.sets": [{"name": "other", "root": "elsewhere"}]}
     words = ("launchers/train.py", "--stage", "1", "--model", "debug", "--dry-run", *flags(settings))
-    return Case("dry-run/all-blocks", ((words,),), lambda outcomes: _resolved(outcomes[0]))
+    return Case("dry-run/all-blocks", _dry_run(words), _resolved, status=None)
 
 
 def _helps() -> list[Case]:

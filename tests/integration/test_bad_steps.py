@@ -67,7 +67,7 @@ def test_one_more_than_allowed_stops_all_ranks(
     assert codes == [4, 4], outputs
     assert f"the last good checkpoint is that of step {BAD}" in outputs[0]
     assert "Traceback" not in "".join(outputs)
-    assert f"python tools/replay.py {out} --step {BAD + 1}" in outputs[0]
+    assert f"visft replay {out} --step {BAD + 1}" in outputs[0]
     assert replay([str(out), "--step", str(BAD + 1)]) == 0
     found = capsys.readouterr().out
     assert "rank 1: loss is nan" in found and found.count("everything is finite") == 4

@@ -68,7 +68,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
 def test_one_process_alone_is_told_how(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["comm", "--stage", "2", "--model", "debug", "--synthetic"]) == 2
     assert main(["comm", "--stage", "2", "--model", "debug"]) == 2
-    assert "two processes or more: deepspeed --num_gpus 2 tools/profile.py comm" in capsys.readouterr().err
+    assert "two processes or more: deepspeed --num_gpus 2 --module visft_ds profile comm" in capsys.readouterr().err
     assert main(["comm", "--stage", "2", "--model", "debug", "--repeats", "0"]) == 2
 
 

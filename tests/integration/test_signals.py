@@ -86,6 +86,8 @@ def test_only_sigusr1_asks_for_another_turn_in_the_queue() -> None:
         stop = StopFlag(launched=False)
         stop.listen()
         signal.raise_signal(INT)
+        signal.raise_signal(TERM)  # with which the launcher answers a Ctrl-C
+        assert stop.reason == "signal SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(INT)
     finally:

@@ -255,7 +255,7 @@ def test_a_diverged_run_stops_all_ranks_and_can_be_replayed(
     step = int(kept.name[5:]) + 1
     assert f"step {step} (" in outputs[0] and "no update was made on any rank" in outputs[0]
     assert f"the last good checkpoint is that of step {step - 1}" in outputs[0]
-    assert f"python tools/replay.py {out} --step {step}\n  (the state before it: {kept}, " in outputs[0]
+    assert f"visft replay {out} --step {step}\n  (the state before it: {kept}, " in outputs[0]
     assert "error" not in outputs[1]
     for folder in (out / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "parameters.safetensors").values())

@@ -107,7 +107,7 @@ def test_the_readme_runs_as_it_is_printed(
             parameter.copy_(ours.get_parameter(name))
     file = _base_file(base, tmp_path / "clip.safetensors", layout)
     text = (folder / README).read_text(encoding="utf-8")
-    (command,) = re.findall(r"```sh\npython tools/merge_lora.py (.*?)\n```", text)
+    (command,) = re.findall(r"```sh\nvisft merge (.*?)\n```", text)
     words = {"FILE": str(file), "FOLDER/base.safetensors": str(folder / "base.safetensors")}
     assert main([words.get(word, word) for word in command.split()]) == 0
     (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

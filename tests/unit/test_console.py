@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+from typing import Any
 
 import pytest
 
-from visft_ds.monitor.console import Progress, Section, StepLine, clock, print_plan
+from visft_ds.monitor.console import Gauge, Progress, Section, StepLine, clock, print_plan
 
 SECTIONS = [
     Section("model", [("backbone", "eva_e [bf16]"), ("weights", "random, seed 0")]),
@@ -90,13 +92,79 @@ def test_losses_are_smoothed_by_task() -> None:
     assert "peak" not in stream.getvalue()
 
 
-def test_progress_on_a_narrow_terminal_shows_everything(terminal: Terminal) -> None:
-    with Progress(100, log_every=1000, stream=terminal) as progress:
-        progress.update(line(7))
+LOSSES = {"captioning": 2.34567, "detection": 12.3456, "segmentation": 23.4567}
+
+
+def test_on_a_terminal_a_line_stays_above_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing wraps: a bar that did would leave a copy of itself at each refresh."""
+    with Progress(100_000, start=12_000, log_every=4, stream=terminal) as progress:
+        for step in range(12_001, 12_011):
+            progress.update(StepLine(step, LOSSES, 1e-5, 3.25, 32, 3.5, 0.5, 3 * 2**33))
         progress.message("saved [step 7]")
-    text = without_escapes(terminal.getvalue())
-    for part in ("7/100", "detection 2", "64 img/s", "peak 1.50 GiB", "left 0:00:46", "saved [step 7]"):
-        assert part in text
+    lines = [text.rstrip() for text in re.split(r"[\r\n]+", without_escapes(terminal.getvalue()))]
+    stay = [text for text in dict.fromkeys(lines) if text.startswith("step")]
+    assert [text.split("/")[0] for text in stay] == ["step 12001", "step 12004", "step 12008"]
+    bars = [text for text in lines if "━" in text]
+    assert bars and all("12010/100000  cap 2.35  det 12.3  seg 23.5" in text for text in bars[-1:])
+    assert "saved [step 7]" in lines and max(map(len, lines)) <= 80
+
+
+def test_no_line_is_longer_than_a_hundred_columns() -> None:
+    stream = io.StringIO()
+    long, path = "word " * 60, "/a-folder" * 15
+    print_plan("stage 2", [Section(long, [("name", "x", long), ("y", "z", path)])], stream=stream)
+    with Progress(100_000, log_every=1, stream=stream) as progress:
+        progress.update(StepLine(99_999, LOSSES, 1e-5, 3.25, 32, 3e5, 0.5, 3 * 2**33))
+    assert [text for text in stream.getvalue().splitlines() if len(text) > 100 and "/a-folder" not in text] == []
+    assert stream.getvalue().count(path) == 1  # whole, to be copied
+    assert "left 3d 11:20:00" in stream.getvalue()
+
+
+def gauge_of(seconds: list[float], **options: Any) -> Gauge:
+    ticks = iter(seconds)
+    return Gauge("reading", 1000, "MB", seconds=lambda: next(ticks), **options)
+
+
+def test_short_work_is_silent_and_long_work_speaks_less_and_less(capsys: pytest.CaptureFixture[str]) -> None:
+    with gauge_of([0.0, *(float(second) for second in range(1, 301))]) as gauge:
+        for _ in range(300):
+            gauge.add()
+    out, err = capsys.readouterr()
+    assert out == "" and [text.split("/")[0] for text in err.splitlines()] == [
+        f"reading: {second}" for second in (5, 10, 15, 23, 35, 53, 80, 120, 180, 240, 300)
+    ]
+    assert err.splitlines()[-1] == "reading: 300/1000 MB, 1/s, left 0:11:40"
+    with gauge_of([0.0, 4.9]) as gauge:
+        gauge.add()
+    with gauge_of([0.0, 9.0], enabled=False) as gauge:
+        gauge.add()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gauge_where_nothing_is_known_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    with gauge_of([0.0, 0.0, 6.0, 6.0, 12.0, 19.0], tell=told.append) as gauge:
+        gauge.phase("hashing", 0, "files")
+        gauge.show(0)
+        gauge.phase("writing", 10, "files")
+        gauge.show(0)
+        gauge.show(2, ", now [b]")
+    assert told == [
+        "hashing ...",
+        "writing: 0/10 files",
+        "writing: 2/10 files, now [b], 0.154/s, left 0:00:52",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gauge_on_a_terminal_is_one_line_and_goes(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with gauge_of([0.0, 6.0, 7.0]) as gauge:
+        gauge.show(500, " [x]" * 30)
+        gauge.add(100)
+    text = terminal.getvalue()
+    assert "reading: 600/1000 MB" in without_escapes(text)
+    assert text.endswith("\x1b[1A\x1b[2K") or text.endswith("\x1b[2K")  # the bar is wiped
 
 
 def test_other_processes_print_nothing() -> None:

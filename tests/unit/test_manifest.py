@@ -41,7 +41,7 @@ def test_samples_are_selected_by_what_they_have(root: Path) -> None:
 
 
 def test_a_missing_split_names_those_that_exist(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"finished splits in .*: toy\. Make it by `python tools/make_shards.py build"):
+    with pytest.raises(ValueError, match=r"finished splits in .*: toy\. Make it by `visft shards build"):
         Manifest.load(root, "train")
     with pytest.raises(ValueError, match=r"finished splits in .*: none"):
         Manifest.load(root / "nowhere", "train")
@@ -51,10 +51,10 @@ def test_missing_and_cut_shards_are_named(root: Path) -> None:
     shard = root / "toy-000001.tar"
     data = shard.read_bytes()
     shard.write_bytes(data[:-512])
-    with pytest.raises(ValueError, match=r"toy-000001.tar has \d+ bytes, not \d+ .*make_shards.py build .*--split toy"):
+    with pytest.raises(ValueError, match=r"toy-000001.tar has \d+ bytes, not \d+ .*visft shards build .*--split toy"):
         Manifest.load(root, "toy")
     shard.unlink()
-    with pytest.raises(ValueError, match=r"toy-000001.tar is missing.*make_shards.py build .*--split toy"):
+    with pytest.raises(ValueError, match=r"toy-000001.tar is missing.*visft shards build .*--split toy"):
         Manifest.load(root, "toy")
 
 

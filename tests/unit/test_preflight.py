@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
 from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
+from visft_ds.config.preflight import launcher
 
 
 def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
@@ -29,21 +33,20 @@ def test_missing_inputs_on_one_screen() -> None:
         "nowhere/train.manifest.json",
         "nowhere/EVA02_CLIP_E_psz14_plus_s9B.pt",
         "hf download QuanSun/EVA-CLIP",
-        "deepspeed --num_gpus 8 launchers/train.py --stage 1 --model eva_e",
+        "visft train --stage 1 --model eva_e",
     ):
         assert part in text
 
 
 def test_commands_of_the_preflight_use_flags_that_exist() -> None:
-    root = Path(__file__).parents[2]
     shards = missing_inputs(resolve(stage=1, settings=["visft.data.root=nowhere"]))[0].command.split()
-    assert shards[:3] == ["python", "tools/make_shards.py", "build"] and (root / shards[1]).is_file()
-    flags = (root / "visft_ds/shards/build_command.py").read_text()
+    assert shards[:3] == ["visft", "shards", "build"]
+    flags = (Path(__file__).parents[2] / "visft_ds/shards/build_command.py").read_text()
     assert all(f'"{word}"' in flags for word in shards if word.startswith("--"))
     heads = missing_inputs(resolve(stage=2, settings=["visft.heads.path=nowhere", "visft.data.root=nowhere"]))[
         -1
     ].command.split()
-    assert resolve_arguments(heads[heads.index("launchers/train.py") + 1 :])[1].visft.stage == 1
+    assert resolve_arguments(heads[heads.index("train") + 1 :])[1].visft.stage == 1
 
 
 def test_nothing_is_missing_where_everything_is(tmp_path: Path) -> None:
@@ -76,7 +79,33 @@ def test_a_run_in_place_of_its_export_is_told_the_folder(tmp_path: Path) -> None
     assert missing.path == f"{tmp_path}/run/detection.safetensors, {tmp_path}/run/captioning.safetensors"
     assert missing.command.endswith(f": --set visft.heads.path={tmp_path}/run/export")
     (missing,) = missing_inputs(debug(*settings, "visft.tasks=detection,segmentation"))
-    assert "train.py --stage 1" in missing.command
+    assert "visft train --stage 1" in missing.command
+
+
+def test_a_stage_1_that_cannot_learn_a_head_is_not_proposed(tmp_path: Path) -> None:
+    """Data without captions: the head is left out instead, and stage 1 trains the others."""
+    counts = {"counts": {"captions": 0, "trainable": 7}}
+    (tmp_path / "train.manifest.json").write_text(json.dumps(counts))
+    settings = (f"visft.data.root={tmp_path}", f"visft.heads.path={tmp_path}/heads")
+    captions, others = missing_inputs(debug(*settings))
+    assert "(captioning)" in captions.what
+    assert captions.command.endswith("leave it out: --set visft.tasks=detection,segmentation")
+    assert others.what.startswith("heads of stage 1: detection, segmentation")
+    assert others.command.endswith("--set visft.tasks=detection,segmentation")
+    (alone,) = missing_inputs(debug(*settings, "visft.tasks=captioning"))
+    assert "visft train" not in alone.command
+
+
+def test_the_proposed_launcher_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    gpus: list[str] = []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(gpus))
+    assert launcher() == "visft train"
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert launcher() == "deepspeed --num_gpus 2 --module visft_ds.launch"
+    gpus.extend(["/dev/nvidia0"] * 4)
+    assert launcher() == "deepspeed --num_gpus 4 --module visft_ds.launch"
 
 
 def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
 
 #: Value of a removed key -> words of the answer, and the value with which an older record holds it.
 GONE = {
-    "visft.run.average_last=2": "tools/merge_lora.py",
+    "visft.run.average_last=2": "visft merge",
     "visft.run.min_loss_scale=0": "bf16",
     "visft.run.skip_spikes=2": "visft.run.spike_threshold",
     "visft.tasks.segmentation.image.content_multiple=8": "multiples of 14",

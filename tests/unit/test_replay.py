@@ -129,4 +129,4 @@ def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "holds no readable run record" in capsys.readouterr().err
     (tmp_path / "bundle.json").write_text("{}")  # of a run before 0.2
     assert main([str(tmp_path)]) == 2
-    assert "removed in 0.2: give the run, python tools/replay.py RUN --step N" in capsys.readouterr().err
+    assert "removed in 0.2: give the run, visft replay RUN --step N" in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_a_task_that_was_not_evaluated_is_not_mentioned(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing holds no finished evaluation.*tools/evaluate\.py"):
+    with pytest.raises(ValueError, match=r"nothing holds no finished evaluation.*visft evaluate"):
         read_evaluation("x", tmp_path / "nothing")
     (tmp_path / "metrics.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="no evaluation of this release"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.coco_tree import write_tree
 from visft_ds.config import resolve
+from visft_ds.config.preflight import CANNOT_START
 from visft_ds.launch import main
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
@@ -78,16 +81,47 @@ def test_the_published_sizes_of_the_large_heads(capsys: pytest.CaptureFixture[st
     print_dry_run(resolve(stage=1, settings=["visft.data.root=nowhere"]), 8, "")
     out = capsys.readouterr().out
     for task, count in (("detection", "8,810,464"), ("segmentation", "13,847,441"), ("captioning", "14,136,723")):
-        (row,) = [line.split() for line in out.splitlines() if line.startswith(f"   {task} ") and "heads." in line]
+        (row,) = [line.split() for line in out.splitlines() if re.match(rf"   {task} +\d+ +[\d,]+ ", line)]
         assert row[2] == count
 
 
 def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = tmp_path / "words.json"
     arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path), "--dry-run"]
-    assert main([*arguments, "--set", f"visft.tasks.captioning.vocabulary.file={words}"]) == 0
+    arguments += ["--set", f"visft.tasks.captioning.vocabulary.file={words}"]
+    assert main(arguments) == CANNOT_START
     out = capsys.readouterr().out
     assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
+    assert out.startswith("== ") and out.index("-- what trains") < out.index("this run cannot start")
+    assert [line for line in out.splitlines() if len(line) > 100 and str(tmp_path) not in line] == []
+
+
+def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json", "--data"]
+    assert main([*arguments, str(shards)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
+    assert main([*arguments, str(tmp_path)]) == CANNOT_START
+    out, err = capsys.readouterr()
+    assert json.loads(out)["visft"]["data"]["root"] == str(tmp_path) and "this run cannot start" in err
+    assert main(["--stage", "1", "--model", "debug", "--json"]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
+def test_a_dry_run_opens_the_files_that_a_start_opens(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    """A page of a portal under the name of the weights is there, and no run can start with it."""
+    weights, heads = tmp_path / "weights.safetensors", tmp_path / "heads"
+    heads.mkdir()
+    for path in (weights, heads / "detection.safetensors"):
+        path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
+    settings = {"visft.model.weights": weights, "visft.heads.path": heads, "visft.tasks": "detection"}
+    arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
+    arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert main(arguments) == CANNOT_START
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("this run cannot start")]
+    assert len(told) == 2 and str(weights) in told[0] and "detection.safetensors" in told[1]
 
 
 def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -39,10 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
     )
-    add("--data", metavar="FOLDER", help="shards made by tools/make_shards.py (visft.data.root)")
+    add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
-    add("--dry-run", action="store_true", help="print the resolved configuration and what is missing, then stop")
+    add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
+    add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
     add(
         "--set",
         action="append",
@@ -69,11 +70,13 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     try:
         arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; see launchers/train.py --help") from error
+        raise ValueError(f"{error}; see visft train --help") from error
     if unknown:
         raise ValueError("\n".join(_unknown(parser, text) for text in unknown))
     if arguments.stage not in (None, "1", "2"):
         raise ValueError(f"--stage {arguments.stage}: must be 1 (heads) or 2 (the backbone's adapters)")
+    if arguments.json and not arguments.dry_run:
+        raise ValueError("--json prints what a dry run finds: give it with --dry-run")
     arguments.stage = arguments.stage and int(arguments.stage)
     if arguments.resume not in ("auto", "must", "no"):
         raise ValueError(f"--resume {arguments.resume}: must be auto (if there is a checkpoint), must, or no")

@@ -55,7 +55,7 @@ REFUSED: dict[str, str] = {
     "weight_quantization": "it serves inference; remove it",
     "vocabulary_size": "it serves language models; remove it",
     "compile": "the engine does not compile the model; remove it",
-    "autotuning": "tools/profile.py measures a configuration; remove it",
+    "autotuning": "visft profile measures a configuration; remove it",
     "elasticity": f"{_REMOVED}; resuming on another number of processes needs no key",
     "compression_training": _REMOVED,
     "quantize_training": _REMOVED,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,10 @@ INPUTS_FOLDER = "inputs"
 PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
 
 
+#: Exit code of a dry run where the run itself could not start.
+CANNOT_START = 3
+
+
 @dataclass(frozen=True)
 class Missing:
     """Missing input of a run."""
@@ -49,7 +55,7 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
         manifest = Path(data.root) / f"{split}.manifest.json"
         if not is_url(data.root) and not manifest.is_file():
             command = (
-                f"python tools/make_shards.py build --images COCO/{split}2017 "
+                f"visft shards build --images COCO/{split}2017 "
                 f"--instances COCO/annotations/instances_{split}2017.json "
                 f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
             )
@@ -57,10 +63,10 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     for one in data.sets:
         manifest = Path(one.root) / f"{one.split}.manifest.json"
         if not is_url(one.root) and not manifest.is_file():
-            command = f"python tools/make_shards.py build ... --out {one.root} --split {one.split}"
+            command = f"visft shards build ... --out {one.root} --split {one.split}"
             yield Missing(f"shards of the data set {one.name}", str(manifest), command)
         if one.categories is not None and not Path(one.categories).is_file():
-            command = f"python tools/make_shards.py info {one.root} --split {one.split} --categories"
+            command = f"visft shards info {one.root} --split {one.split} --categories"
             yield Missing(f"categories of the data set {one.name} (its names)", one.categories, command)
 
 
@@ -94,12 +100,20 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         return
     tasks = config.visft.tasks.enabled()
     absent = [task for task in tasks if not head_files(Path(heads.path), task)]
+    if hopeless := [task for task in absent if _cannot_learn(config, task)]:
+        others = [task for task in tasks if task not in hopeless]
+        command = f"the data has nothing to learn it from; leave it out: --set visft.tasks={','.join(others)}"
+        what = f"heads of stage 1 ({', '.join(hopeless)})"
+        yield Missing(what, heads.path, command if others else "choose data with annotations")
+        absent = [task for task in absent if task in others]
+    else:
+        others = list(tasks)
     if absent:
-        command = f"deepspeed --num_gpus 8 launchers/train.py --stage 1 --model {config.visft.model.name}"
+        command = f"{launcher()} --stage 1 --model {config.visft.model.name}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
-        if len(tasks) < len(TasksConfig.model_fields):
-            command += f" --set visft.tasks={','.join(tasks)}"
+        if len(others) < len(TasksConfig.model_fields):
+            command += f" --set visft.tasks={','.join(others)}"
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
             where = ", ".join(str(folder / f"{task}.safetensors") for task in absent)
@@ -112,6 +126,24 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
 def heads_inside(run: Path) -> tuple[Path, Path]:
     """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
     return run / INPUTS_FOLDER / "heads", run / "export"
+
+
+def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
+    """Return True if the manifest is there and counts nothing that stage 1 could train this head on."""
+    data = config.visft.data
+    try:
+        counts = json.loads((Path(data.root) / f"{data.train}.manifest.json").read_text(encoding="utf-8"))["counts"]
+        return not data.sets and counts["captions" if task == "captioning" else "trainable"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whoever opens it says what is wrong with it
+
+
+def launcher() -> str:
+    """The beginning of a training command that uses this machine: on several processes where there are several GPUs,
+    or where a launcher started this one."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    count = max(ranks, sum(1 for _ in Path("/dev").glob("nvidia[0-9]*")))
+    return f"deepspeed --num_gpus {count} --module visft_ds.launch" if count > 1 else "visft train"
 
 
 def head_files(folder: Path, task: str) -> list[Path]:
@@ -132,6 +164,6 @@ def render_missing(missing: Sequence[Missing]) -> str:
         lines += [f"  - {item.what}", f"    not found: {item.path}"]
     lines.append("make them with:")
     for item in missing:
-        wrapped = textwrap.wrap(item.command, width=100, break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap(item.command, width=92, break_long_words=False, break_on_hyphens=False)
         lines.append("  " + " \\\n      ".join(wrapped))  # a backslash, so that it can be pasted as it stands
     return "\n".join(lines)

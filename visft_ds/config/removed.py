@@ -18,7 +18,7 @@ _UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion
 
 #: Dotted key -> what serves instead.
 KEYS: dict[str, str] = {
-    "visft.run.average_last": "average afterwards: tools/merge_lora.py --adapter RUN/checkpoints/step_N --adapter ...",
+    "visft.run.average_last": "average afterwards: visft merge --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
     "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
@@ -45,7 +45,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "tools/profile.py": {
         "heads": f"`train` has the time and memory of a step by part; {_MEASURED}",
         "ap": _MEASURED,
-        "build": f"`tools/make_shards.py build` prints its images a second; {_MEASURED}",
+        "build": f"`visft shards build` prints its images a second; {_MEASURED}",
         "save": f"save/stall_seconds and save/write_seconds in metrics.jsonl say what a save costs; {_MEASURED}",
         "sharing": f"`train` with visft.mode=shared and with visft.mode=sampled; {_MEASURED}",
         "features": f"`train` has the steps through the backbone; {_MEASURED}",

@@ -15,17 +15,17 @@ from PIL import Image
 
 MAX_PIXELS = 25_000_000
 
-_JPEG = b"\xff\xd8\xff"
-_PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
+PNG = b"\x89PNG\r\n\x1a\n"
 #: Other formats people have images in, by how their files begin.
 _OTHERS = {b"BM": "BMP", b"GIF8": "GIF", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 
 
 def image_format(data: bytes) -> str:
     """ "jpg" or "png", judged by the content. Raises ValueError for anything else: only these two are ever decoded."""
-    if data.startswith(_JPEG):
+    if data.startswith(JPEG):
         return "jpg"
-    if data.startswith(_PNG):
+    if data.startswith(PNG):
         return "png"
     if not data:
         raise ValueError("the file is empty")
@@ -74,10 +74,19 @@ def _decode_png(data: bytes) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.load()
-            if image.mode.startswith("I"):
-                raise ValueError("16 bits per grey value; convert it to 8 bits")
-            # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
-            rgb = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-            return np.array(rgb)
+            return to_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"damaged PNG: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a loaded image of any mode of Pillow; transparency is dropped.
+
+    Raises ValueError for pixels that are not of 8 bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        bits = "16 bits per grey value" if "16" in image.mode else f"pixels of mode {image.mode}"
+        raise ValueError(f"{bits}; convert it to 8 bits")
+    # Through RGBA, because Pillow warns about palettes that carry transparency otherwise.
+    rgb = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
+    return np.array(rgb)

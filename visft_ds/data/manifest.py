@@ -222,7 +222,7 @@ def splits_in(root: Path) -> list[str]:
 def rebuild_hint(split: str) -> str:
     """Advice for error messages: how to repair a split."""
     return (
-        f"Run the same `python tools/make_shards.py build ... --split {split}` again: "
+        f"Run the same `visft shards build ... --split {split}` again: "
         "it keeps every shard that is whole and makes the others anew."
     )
 
@@ -242,8 +242,8 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
     path = f"{store.where}/{name}"
     if name not in store.sizes([name]):
         raise ValueError(
-            f"{path} does not exist; finished splits in {store.where}: {_splits_told(store)}. Make it by `python "
-            f"tools/make_shards.py build --images DIR --instances FILE --out {store.where} --split {split}`."
+            f"{path} does not exist; finished splits in {store.where}: {_splits_told(store)}. Make it by "
+            f"`visft shards build --images DIR --instances FILE --out {store.where} --split {split}`."
         )
     try:
         fields = orjson.loads(store.load(name))
@@ -254,7 +254,7 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
     if fields.get("version") != VERSION:
         raise ValueError(
             f"{path} has version {fields.get('version')!r}; this program reads version {VERSION}. Build the split "
-            "again by the same `python tools/make_shards.py build` with --replace."
+            "again by the same `visft shards build` with --replace."
         )
     if fields.get("sha256") != manifest_digest(fields):
         raise ValueError(f"{path} was changed after it was written (its digest differs). {rebuild_hint(split)}")

@@ -34,7 +34,7 @@ _SCHEME = re.compile(r"([^/]*?):(?://|(?<=pipe:))")
 _MAX_OPEN = 256
 
 _CHUNK = 1 << 20
-_AGAIN = "Make the split again by the same `tools/make_shards.py build`, or copy the file there again."
+_AGAIN = "Make the split again by the same `visft shards build`, or copy the file there again."
 
 #: (name of a file, offset, size) in bytes.
 Part = tuple[str, int, int]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.pictures import INK, Colour, Picture, letters, paper, scaled, two_panels
+from visft_ds.evals.pictures import INK, Colour, Picture, letters, paper, scaled, side_by_side
 
 _FADED: Colour = (130, 130, 132)
 _TEXT_SIZE = 15
@@ -21,7 +21,7 @@ _SPACE = 6  # between parts of a panel, pixels
 _LABEL = 42  # width of the column that says what a text is, pixels
 _MARGIN = 3  # free at the end of a line, since letters may be wider than their measure, pixels
 _REFERENCES = 3  # true captions shown
-_REFERENCE_LINES, _CAPTION_LINES = 4, 8  # what is longer ends in an ellipsis
+_REFERENCE_LINES, CAPTION_LINES = 4, 8  # what is longer ends in an ellipsis
 _WORDS = 12  # words with a picture of their own
 _ELLIPSIS = "…"
 
@@ -59,14 +59,14 @@ def draw_caption(
     base = scaled(image, side)
     shown = references[:_REFERENCES]
     truth = [_on_paper(base, side)]
-    truth += [_text("true:", reference, side, _REFERENCE_LINES) for reference in shown or [""]]
-    prediction = [_on_paper(base, side), _text("", caption, side, _CAPTION_LINES)]
+    truth += [text_lines("true:", reference, side, _REFERENCE_LINES) for reference in shown or [""]]
+    prediction = [_on_paper(base, side), text_lines("", caption, side, CAPTION_LINES)]
     if attention is not None:
         _check(attention, words)
         prediction += _small_pictures(base, words, attention, side, columns)
     count = f"{len(shown)} of {len(references)}" if len(shown) < len(references) else f"{len(shown)}"
     captions = "caption" if len(references) == 1 else "captions"
-    return two_panels(_stack(truth), f"ground truth: {count} {captions}", _stack(prediction), "predicted caption")
+    return side_by_side((_stack(truth), f"ground truth: {count} {captions}"), (_stack(prediction), "predicted caption"))
 
 
 def _check(attention: npt.NDArray[np.floating], words: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def _heated(small: Image.Image, weights: npt.NDArray[np.floating]) -> Picture:
     return mixed
 
 
-def _text(label: str, text: str, width: int, lines: int) -> Picture:
+def text_lines(label: str, text: str, width: int, lines: int) -> Picture:
     """A text, in a column of its own beside its label if there is one, at most so many lines."""
     left = _LABEL if label else 0
     wrapped = _wrap(_clean(text), max(1, width - left - _MARGIN), lines)

@@ -15,7 +15,6 @@ from typing import Any
 
 import orjson
 
-from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
@@ -24,13 +23,18 @@ from visft_ds.evals.captions import TOKENIZER
 from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
+    DEFAULT_BATCH,
     EvaluationModel,
     ModelFiles,
+    chosen_streams,
+    decoding_of,
     files_of_run,
     heads_in,
     load_model,
+    recorded_words,
     resized,
     streams_without_run,
+    tasks_of,
 )
 from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
@@ -40,13 +44,12 @@ from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
-from visft_ds.prepare.places import VOCABULARY, data_of_run, find, paths_of
+from visft_ds.prepare.places import data_of_run
 from visft_ds.prepare.streams import read_vocabulary
 from visft_ds.run.folder import recorded_config
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 
-DEFAULT_BATCH = 8  # without a run that tells
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
 
 
@@ -68,7 +71,7 @@ class Job:
     @property
     def tasks(self) -> list[str]:
         """All that is evaluated."""
-        return _tasks(self.streams)
+        return tasks_of(self.streams)
 
 
 def evaluate(given: argparse.Namespace) -> int:
@@ -157,7 +160,7 @@ def _job(given: argparse.Namespace) -> Job:
         files = files_of_run(
             given.run,
             visft,
-            _tasks(streams),
+            tasks_of(streams),
             backbone=given.backbone,
             heads=given.heads,
             adapter=_adapter(given),
@@ -165,8 +168,6 @@ def _job(given: argparse.Namespace) -> Job:
         )
         split, precision = given.split or visft.data.val, visft.model.precision
         shards = given.data if given.data or coco else data_of_run(given.run, visft, split)
-        if given.vocabulary is None and VOCABULARY in paths_of(visft):
-            given.vocabulary = find(given.run, visft, VOCABULARY)
     else:
         missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
@@ -180,8 +181,8 @@ def _job(given: argparse.Namespace) -> Job:
     return Job(
         files=files,
         streams=streams,
-        decoding=_decoding(visft if given.run else None, given.beam_size),
-        vocabulary=given.vocabulary,
+        decoding=decoding_of(visft if given.run else None, given.beam_size),
+        vocabulary=given.vocabulary or (recorded_words(given.run, visft) if given.run else None),
         shards=shards,
         cache=cache_of(visft.data) if given.run else None,
         split=split,
@@ -195,33 +196,9 @@ def _adapter(given: argparse.Namespace) -> Path | None:
     return None if given.adapter in (None, "none") else Path(given.adapter)
 
 
-def _tasks(streams: Mapping[str, Stream]) -> list[str]:
-    return [task for stream in streams.values() for task in stream.tasks]
-
-
 def _chosen(streams: Mapping[str, Stream], given: argparse.Namespace) -> dict[str, Stream]:
-    """Only the tasks that were asked for, by default all that have a head among those given."""
-    found = _tasks(streams)
-    if given.heads is not None and given.heads.is_dir():
-        present = heads_in(given.heads)
-        found = [task for task in found if task in present]
-    names = found if given.tasks is None else [name.strip() for name in given.tasks.split(",")]
-    unknown = [name for name in names if name not in found]
-    if unknown or not names:
-        where = given.heads or given.run
-        raise ValueError(
-            f"{where} has no head for {', '.join(unknown) or 'any task of the run'}; --tasks may name "
-            f"{', '.join(found) or 'none'}"
-        )
-    kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
-    return {name: stream for name, stream in kept.items() if stream.tasks}
-
-
-def _decoding(config: VisftConfig | None, beam_size: int | None) -> dict[str, dict[str, Any]]:
-    """Options of caption decoding: as the run says, with the number of beams of the command line."""
-    task = config.tasks.captioning if config else None
-    options = task.decoding.model_dump() if task else {}
-    return {"captioning": {**options, **({"beam_size": beam_size} if beam_size else {})}}
+    names = None if given.tasks is None else given.tasks.split(",")
+    return chosen_streams(streams, names, given.heads, given.heads or given.run)
 
 
 def _refuse_filled(out: Path) -> None:
@@ -307,7 +284,7 @@ def _pack(coco: Path, split: str, out: Path) -> None:
         found = ", ".join(sorted(path.stem.split("_", 1)[1] for path in annotations.glob("instances_*.json")))
         raise ValueError(
             f"not found: {', '.join(missing)}. --coco needs SPLIT2017/ and annotations/instances_SPLIT2017.json; "
-            f"annotated there: {found or 'nothing'}. Pack other trees with tools/make_shards.py and give --data"
+            f"annotated there: {found or 'nothing'}. Pack other trees with visft shards and give --data"
         )
     options = Options(images, instances, captions if captions.is_file() else None, out, split)
     build(options, workers=os.cpu_count() or 1)

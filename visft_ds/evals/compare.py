@@ -75,7 +75,7 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no finished evaluation: {error}; make it with tools/evaluate.py") from error
+        raise ValueError(f"{folder} holds no finished evaluation: {error}; make it with visft evaluate") from error
     if record.get("format") != FORMAT or record.get("version") != VERSION:
         raise ValueError(f"{path} is no evaluation of this release ({FORMAT} {VERSION})")
     return Evaluation(label, folder, record)

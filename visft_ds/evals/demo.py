@@ -118,7 +118,7 @@ def _next_commands(out: Path, weights: Path) -> dict[str, str]:
         'weights["pos_embed"] = weights["pos_embed"][:, 1:]  # this backbone has no class token',
         "model.load_state_dict(weights)",
     ]
-    train = "\n".join(f"deepspeed --num_gpus 8 launchers/train.py --stage {stage}" for stage in (1, 2))
+    train = "\n".join(f"deepspeed --num_gpus 8 --module visft_ds.launch --stage {stage}" for stage in (1, 2))
     return {
         "Losses and pictures of both stages in TensorBoard:": f"tensorboard --logdir {short_path(out)}",
         "The merged weights in timm:": "\n".join(load),

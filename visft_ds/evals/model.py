@@ -31,12 +31,13 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
-from visft_ds.prepare.places import HEADS, WEIGHTS, find
+from visft_ds.prepare.places import HEADS, VOCABULARY, WEIGHTS, find, paths_of
 from visft_ds.prepare.streams import needs_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 
+DEFAULT_BATCH = 8  # without a run that tells
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -248,6 +249,51 @@ def resized(stream: Stream, *, side: int | None = None, batch_size: int | None =
     if side is not None:
         image = {**image, ("fixed_size" if "fixed_size" in image else "size"): side}
     return replace(stream, image=image, micro_batch=batch_size or stream.micro_batch)
+
+
+def tasks_of(streams: Mapping[str, Stream]) -> list[str]:
+    """The tasks of all streams."""
+    return [task for stream in streams.values() for task in stream.tasks]
+
+
+def chosen_streams(
+    streams: Mapping[str, Stream], names: Sequence[str] | None, heads: Path | None, where: Path
+) -> dict[str, Stream]:
+    """Streams with only the tasks that were asked for, by default all that have a head among those given.
+
+    Args:
+        names: of the tasks; None: all.
+        heads: folder that replaces the run's heads.
+        where: what messages call the model.
+
+    Raises:
+        ValueError: tasks that are not there, or none.
+    """
+    found = tasks_of(streams)
+    if heads is not None and heads.is_dir():
+        present = heads_in(heads)
+        found = [task for task in found if task in present]
+    names = found if names is None else [name.strip() for name in names]
+    unknown = [name for name in names if name not in found]
+    if unknown or not names:
+        raise ValueError(
+            f"{where} has no head for {', '.join(unknown) or 'any task of the run'}; --tasks may name "
+            f"{', '.join(found) or 'none'}"
+        )
+    kept = {n: replace(s, tasks=tuple(t for t in s.tasks if t in names)) for n, s in streams.items()}
+    return {name: stream for name, stream in kept.items() if stream.tasks}
+
+
+def recorded_words(run: Path, config: VisftConfig) -> Path | None:
+    """The word map that a run was given, where captioning is on: its copy, if it has one."""
+    return find(run, config, VOCABULARY) if VOCABULARY in paths_of(config) else None
+
+
+def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dict[str, dict[str, Any]]:
+    """Options of caption decoding: as the run says, with another number of beams where given."""
+    task = config.tasks.captioning if config else None
+    options = task.decoding.model_dump() if task else {}
+    return {"captioning": {**options, **({"beam_size": beam_size} if beam_size else {})}}
 
 
 def adapter_for(backbone: Path, path: Path) -> LoraAdapter:

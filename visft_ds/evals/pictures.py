@@ -60,23 +60,37 @@ def draw_detections(
     The image is scaled until its longer side has `side` pixels, so that names are readable on small images too.
     `colours` gives a colour for each name (see `palette`); by default the names of this picture get their own.
     """
-    base = scaled(image, side)
-    scale = side / max(image.shape[:2])
     known = palette(sorted({*true_names, *names})) if colours is None else colours
+    scale = side / max(image.shape[:2])
+    truth = _with_boxes(scaled(image, side), true_boxes, true_names, list(true_names), known, scale)
+    prediction, count = predicted_boxes(image, boxes, names, scores, threshold=threshold, colours=known, side=side)
+    return side_by_side(
+        (truth, f"ground truth: {len(true_boxes)}"), (prediction, f"predicted, score from {threshold:.2f}: {count}")
+    )
+
+
+def predicted_boxes(
+    image: Picture,
+    boxes: Sequence[Sequence[float]],
+    names: Sequence[str],
+    scores: Sequence[float],
+    *,
+    threshold: float,
+    colours: Mapping[str, Colour],
+    side: int,
+) -> tuple[Picture, int]:
+    """The scaled image with the boxes that have a score of at least `threshold`, and how many those are."""
     # the surest prediction last, on top of the others
     shown = [place for place in np.argsort(scores, kind="stable").tolist() if scores[place] >= threshold]
-    truth = _with_boxes(base, true_boxes, true_names, list(true_names), known, scale)
-    prediction = _with_boxes(
-        base,
+    picture = _with_boxes(
+        scaled(image, side),
         [boxes[place] for place in shown],
         [names[place] for place in shown],
         [f"{names[place]} {scores[place]:.2f}" for place in shown],
-        known,
-        scale,
+        colours,
+        side / max(image.shape[:2]),
     )
-    return two_panels(
-        truth, f"ground truth: {len(true_boxes)}", prediction, f"predicted, score from {threshold:.2f}: {len(shown)}"
-    )
+    return picture, len(shown)
 
 
 def split_panels(picture: Picture) -> tuple[Picture, Picture]:
@@ -120,20 +134,19 @@ def scaled(image: Picture, side: int) -> Image.Image:
     return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def two_panels(truth: Picture, truth_title: str, prediction: Picture, prediction_title: str) -> Picture:
-    """Two pictures side by side, each below its title, filled up with paper to one size in which the titles fit."""
+def side_by_side(*panels: tuple[Picture, str]) -> Picture:
+    """Pictures beside each other, each below its title, filled up with paper to one size in which the titles fit."""
     font = letters(_TITLE_SIZE)
-    lengths = [math.ceil(font.getlength(title)) + 4 for title in (truth_title, prediction_title)]
-    height = max(truth.shape[0], prediction.shape[0])
-    width = max(truth.shape[1], prediction.shape[1], *lengths)
-    panels = []
-    for picture, title in ((truth, truth_title), (prediction, prediction_title)):
+    height = max(picture.shape[0] for picture, _ in panels)
+    width = max(max(picture.shape[1], math.ceil(font.getlength(title)) + 4) for picture, title in panels)
+    parts: list[Picture] = []
+    for picture, title in panels:
         panel = paper(_TITLE_HEIGHT + height, width)
         panel[_TITLE_HEIGHT : _TITLE_HEIGHT + picture.shape[0], : picture.shape[1]] = picture
         canvas = Image.fromarray(panel)
         ImageDraw.Draw(canvas).text((2, _TITLE_HEIGHT / 2), title, fill=INK, font=font, anchor="lm")
-        panels.append(np.asarray(canvas))
-    return np.concatenate([panels[0], paper(panels[0].shape[0], _GAP), panels[1]], axis=1)
+        parts += [paper(panel.shape[0], _GAP)] * bool(parts) + [np.asarray(canvas)]
+    return np.concatenate(parts, axis=1)
 
 
 def draw_tag(draw: ImageDraw.ImageDraw, tag: str, place: Rectangle, colour: Colour) -> None:

@@ -16,6 +16,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.captions import results_metrics
 from visft_ds.evals.coco import check_ground_truth, coco_average_precision, pack_results, unpack_results
+from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
@@ -73,6 +74,7 @@ def collect(
     *,
     limit: int | None = None,
     threads: int = 2,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Results] | None:
     """Run every task over the split. Collective: all ranks call it; the main process gets {task: results}, others None.
 
@@ -81,22 +83,28 @@ def collect(
     Args:
         streams: what to evaluate, with the classes of its heads; `micro_batch` is the evaluation batch size.
         limit: first so many images; None: all.
+        tell: prints how far it is, see `Gauge`.
     """
     gathered: dict[str, Results] = {}
+    world = distributed.world_size()
+    count = min(limit or len(reader), len(reader))
     for stream in streams.values():
         own: dict[str, Results] = {task: [] for task in stream.tasks}
-        for batch in evaluation_batches(
-            reader,
-            pipeline_of(stream, vocabulary, train=False),
-            stream.micro_batch,
-            distributed.rank(),
-            distributed.world_size(),
-            limit,
-            threads=threads,
-        ):
-            outputs = predict(batch)
-            for task, results in own.items():
-                results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
+        what = f"evaluating {', '.join(stream.tasks)}"
+        with Gauge(what, count, "images", enabled=distributed.is_main(), tell=tell) as gauge:
+            for batch in evaluation_batches(
+                reader,
+                pipeline_of(stream, vocabulary, train=False),
+                stream.micro_batch,
+                distributed.rank(),
+                world,
+                limit,
+                threads=threads,
+            ):
+                outputs = predict(batch)
+                for task, results in own.items():
+                    results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
+                gauge.show(min(gauge.done + world * len(batch.real), count))
         for task, results in own.items():
             parts = distributed.gather_objects(EVALUATORS[task].pack(results))
             if parts is not None:

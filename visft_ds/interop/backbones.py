@@ -166,9 +166,7 @@ def _complaint(
             f"the model with image_size={found.image_size} (it resizes positions itself)."
         )
     if any(is_lora(name) for name in unexpected):
-        lines.append(
-            "It holds LoRA tensors beside the tower: merge them first (tools/merge_lora.py), or split the file."
-        )
+        lines.append("It holds LoRA tensors beside the tower: merge them first (visft merge), or split the file.")
     if missing == [layout.prefix + "cls_token"]:
         lines.append("The model was built with class_token=True; the file has no class token.")
     for title, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shape", shapes)):
@@ -248,7 +246,7 @@ def save_backbone(
     if not all(merged):
         raise ValueError(
             "the backbone has LoRA adapters, which this file does not hold: save the adapter on its own, or call "
-            "merge_lora first (which --base + --adapter in tools/merge_lora.py do without a model)"
+            "merge_lora first (which --base + --adapter in visft merge do without a model)"
         )
     prefix = LAYOUTS[layout].prefix
     parameters = {prefix + name: parameter for name, parameter in base_parameters(backbone).items()}

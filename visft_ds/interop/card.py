@@ -91,7 +91,7 @@ def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, to
         "",
         f"`{file}` has the names and the form of the files that ViSFT published: `visual.blocks.N.attn.qkv.lora_A` "
         f"(2r, D), `.lora_B` (2D, r), rows of q first, then v; scaling {visft.ALPHA:g}/r. Its own code reads it, and "
-        f"`tools/merge_lora.py --adapter {file}` of visft_ds.",
+        f"`visft merge --adapter {file}` of visft_ds.",
         "",
     ]
     return "\n".join(lines)

@@ -33,6 +33,7 @@ from visft_ds.tasks.segmentation.loss import Labelling
 
 __all__ = [
     "HeadInfo",
+    "categories_of",
     "check_categories",
     "check_classes",
     "classes_of_heads",
@@ -265,7 +266,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
             `remedy`.
     """
     for task, info in heads.items():
-        known, published = _known(info), info.extra.get("format") == "visft" and not TASKS[task].uses_vocabulary
+        known, published = categories_of(info), info.extra.get("format") == "visft" and not TASKS[task].uses_vocabulary
         unknown = [c for c in categories if known.get(c.coco_id) != c.name]
         if published:
             unknown = [c for c in categories if not are_of_coco({c.coco_id: c.name})]
@@ -275,7 +276,7 @@ def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Categor
             raise ValueError(
                 f"the {task} head was trained on other categories than {where} has: it does not know "
                 f"{examples([f'{c.coco_id} {c.name!r}' for c in unknown])}; it knows {trained}. {remedy}, or make the "
-                "shards with its ids and names (tools/make_shards.py build --categories FILE)"
+                "shards with its ids and names (visft shards build --categories FILE)"
             )
 
 
@@ -302,7 +303,7 @@ def check_classes(
     for task, theirs in classes_of_heads(heads).items():
         if theirs == classes.get(task):
             continue
-        lacking = [f"{id_} {name!r}" for id_, name in _known(heads[task]).items() if id_ not in ids]
+        lacking = [f"{id_} {name!r}" for id_, name in categories_of(heads[task]).items() if id_ not in ids]
         number = heads[task].options["num_classes"]
         remedy = f"give visft.tasks.{task}.head.num_classes={number}"
         if lacking:
@@ -313,13 +314,13 @@ def check_classes(
         raise ValueError(f"the {task} head has {number} classes, one for each category it was trained on; {remedy}")
 
 
-def _known(info: HeadInfo) -> dict[int, str]:
+def categories_of(info: HeadInfo) -> dict[int, str]:
     """The categories a head was trained on, id -> name; empty where its file does not record them."""
     return {int(entry.get("coco_id", entry["id"])): entry["name"] for entry in info.categories}
 
 
 def _classes(info: HeadInfo) -> tuple[int, ...] | None:
-    names, number = _known(info), info.options["num_classes"]
+    names, number = categories_of(info), info.options["num_classes"]
     if not names and info.task == "segmentation" and info.options.get("labelling") == "published":
         return None
     if not names and info.task == "segmentation" and number < len(COCO_CATEGORY_IDS):

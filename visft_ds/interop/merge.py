@@ -38,6 +38,7 @@ from visft_ds.interop.towers import open_tower
 from visft_ds.interop.tuned import TunedWeights
 from visft_ds.interop.writers import write_shards, write_torch
 from visft_ds.interop.writing import refuse_existing, write_safetensors
+from visft_ds.monitor.console import Gauge
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: What can come on top of base weights.
@@ -243,13 +244,20 @@ def _merged(
 
 
 def _write(result: WeightFile, out: Path, shard_bytes: int | None) -> list[Path]:
-    if out.suffix != ".safetensors":
-        write_torch(out, result.infos, result.get)
+    infos = result.infos
+    with Gauge(f"writing {out.name}", sum(info.nbytes for info in infos.values()) / 1e6, "MB") as gauge:
+
+        def produce(name: str) -> Tensor:
+            gauge.add(infos[name].nbytes / 1e6)
+            return result.get(name)
+
+        if out.suffix != ".safetensors":
+            write_torch(out, infos, produce)
+            return [out]
+        if shard_bytes is not None:
+            return write_shards(out, infos, produce, result.metadata, shard_bytes)
+        write_safetensors(out, infos, produce, result.metadata)
         return [out]
-    if shard_bytes is not None:
-        return write_shards(out, result.infos, result.get, result.metadata, shard_bytes)
-    write_safetensors(out, result.infos, result.get, result.metadata)
-    return [out]
 
 
 def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bool = False) -> tuple[str, list[str]]:

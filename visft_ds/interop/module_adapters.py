@@ -39,7 +39,7 @@ _TEXT = """\
 {facts}
 Base weights: sha256 {base}.
 
-`{file}` is what `tools/merge_lora.py` of visft_ds reads to add it into full weights, which need nothing else.
+`{file}` is what `visft merge` of visft_ds reads to add it into full weights, which need nothing else.
 
 """
 _LOADING = """\

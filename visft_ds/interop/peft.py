@@ -78,7 +78,7 @@ The base weights under timm's names, out of the base file FILE in whatever layou
 visft_ds:
 
 ```sh
-python tools/merge_lora.py --base FILE --out FOLDER/base.safetensors
+visft merge --base FILE --out FOLDER/base.safetensors
 ```
 
 Then, in this folder:
@@ -99,7 +99,7 @@ for name in {beside}:  # of a whole CLIP
 {separate}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
 {why}
-`tools/merge_lora.py` of visft_ds adds the adapter into full weights, which need no PEFT.
+`visft merge` of visft_ds adds the adapter into full weights, which need no PEFT.
 """
 
 

@@ -90,7 +90,7 @@ def _complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, 
     lines = [f"{file.path} does not fit timm's {backbone.name} of images of {backbone.image_size} pixels."]
     lines += [f"{title} ({len(names)}): {examples(names, 12)}." for title, names in problems.items() if names]
     if any(is_lora(name) for name in problems["Unexpected"]):
-        lines.append("It holds LoRA tensors beside the model: merge them first (tools/merge_lora.py).")
+        lines.append("It holds LoRA tensors beside the model: merge them first (visft merge).")
     elif any(name.startswith("pos_embed") for name in problems["Other shape"]):
         lines.append(
             "Positions of another size: set visft.model.overrides.image_size to the size the file was made for; images "

@@ -124,6 +124,17 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     )
 
 
+def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
+    """Raise what `open_base` raises of a file; unlike it, do not read the whole file for its hash."""
+    path = None if model.weights is None else Path(model.weights)
+    if path is None or not path.is_file():
+        return
+    if isinstance(backbone, TimmBackbone):
+        open_timm(backbone, path)
+    else:
+        open_backbone(backbone, path)
+
+
 def _open_timm_base(
     model: ModelConfig, backbone: TimmBackbone, infos: Mapping[str, TensorInfo], storage: torch.dtype
 ) -> BaseWeights:

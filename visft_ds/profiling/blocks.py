@@ -66,7 +66,7 @@ class OperationOptions:
         if not self.pixels or min(self.pixels) < 14:
             raise ValueError(f"--pixels {' '.join(map(str, self.pixels))}: give sides of at least one patch, 14")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see python tools/doctor.py")
+            raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see visft doctor")
 
 
 def dense_update(

@@ -78,7 +78,7 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
     """
     world = distributed.world_size()
     if world < 2:
-        raise ValueError("comm needs two processes or more: deepspeed --num_gpus 2 tools/profile.py comm ...")
+        raise ValueError("comm needs two processes or more: deepspeed --num_gpus 2 --module visft_ds profile comm ...")
     device = distributed.local_device()
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, world, precision, None, device)

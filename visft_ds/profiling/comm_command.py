@@ -43,8 +43,8 @@ def profile_comm(options: argparse.Namespace, rest: Sequence[str], command: Sequ
         ValueError: what a user can mend.
     """
     config = _resolve(options.parser, rest, synthetic=True)
-    if config is None:
-        return 0
+    if isinstance(config, int):
+        return config
     _check_folder(options.json)
     _check_folder(options.csv)
     from visft_ds.profiling.collectives import CommOptions, measure_comm

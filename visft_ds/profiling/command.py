@@ -68,8 +68,8 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
         ValueError: what a user can mend.
     """
     config = _resolve(options.parser, rest, synthetic=options.synthetic)
-    if config is None:
-        return 0
+    if isinstance(config, int):
+        return config
     from visft_ds.profiling.measure import Lengths
 
     lengths = Lengths(options.steps, options.warmup)
@@ -142,8 +142,8 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic: bool) -> ResolvedConfig | None:
-    """The configuration that launchers/train.py would run; None after a --dry-run, which prints it.
+def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic: bool) -> ResolvedConfig | int:
+    """The configuration that a training would run; after a --dry-run, which prints its plan, the exit status.
 
     Torch is not loaded before it is clear that there is something to measure.
     """
@@ -163,6 +163,5 @@ def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic:
     from visft_ds.parallel import distributed
     from visft_ds.run.start_report import print_dry_run
 
-    if distributed.is_main():
-        print_dry_run(config, distributed.world_size(), render_missing(missing) if missing else "")
-    return None
+    told = render_missing(missing) if missing else ""
+    return print_dry_run(config, distributed.world_size(), told) if distributed.is_main() else 0

@@ -65,7 +65,7 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if options.compare:
         _profile_compare(options, command)
     else:
-        _profile_parts(options, rest if configured else None, command)
+        return _profile_parts(options, rest if configured else None, command)
     return 0
 
 
@@ -86,13 +86,14 @@ def _profile_compare(options: argparse.Namespace, command: Sequence[str]) -> Non
     _show(record, make_title, make_sections, options.json)
 
 
-def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, command: Sequence[str]) -> None:
-    config = None
+def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, command: Sequence[str]) -> int:
+    config: ResolvedConfig | None = None
     if rest is not None:
         given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
-        config = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
-        if config is None:  # --dry-run
-            return
+        resolved = _resolve(options.parser, given, synthetic=True)  # weights and heads are not needed
+        if isinstance(resolved, int):
+            return resolved
+        config = resolved
     from visft_ds.profiling.data import DataOptions, make_sections, make_title, measure_data
 
     chosen: dict[str, Any] = {name: getattr(options, name) for name in ("role", "repeats", "step_ms")}
@@ -105,6 +106,7 @@ def _profile_parts(options: argparse.Namespace, rest: Sequence[str] | None, comm
     with _one_thread(), opened as (data, streams):
         record = _headed(command, lambda: measure_data(data, streams, how))
     _show(record, make_title, make_sections, options.json)
+    return 0
 
 
 @contextmanager

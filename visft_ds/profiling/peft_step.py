@@ -70,7 +70,7 @@ class PeftOptions:
         if not self.pixels or min(self.pixels) < 14 or any(side % 14 for side in self.pixels):
             raise ValueError(f"--pixels {' '.join(map(str, self.pixels))}: give sides of whole patches of 14")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see python tools/doctor.py")
+            raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see visft doctor")
 
 
 def measure_peft(options: PeftOptions) -> dict[str, Any]:

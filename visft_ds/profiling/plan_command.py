@@ -40,7 +40,7 @@ def add_plan_parser(commands: Any) -> None:
     parser.add_argument("--model", choices=available("models"), help="(eva_e and eva_g)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="(both)")
     parser.add_argument("--engine", choices=available("engines"), help="plan this one as configured, search nothing")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in launchers/train.py")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in visft train")
     parser.add_argument("--validate", action="store_true", help="compare predictions with measurements on this machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.set_defaults(run=profile_plan)
@@ -148,7 +148,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         rows = [_time_row(*pair) for pair in best["streams"].items()]
         rows.append(("mix", "", "", f"{best['step_seconds']:.3f}", "", "", f"{best['images_per_second']:.4g}", ""))
         sections.append(Section(f"{name}, {best['engine']}: time", rows, _TIME_HEAD))
-        sections.append(Section(f"{name}, {best['engine']}: flags", [("launchers/train.py", " ".join(best["flags"]))]))
+        sections.append(Section(f"{name}, {best['engine']}: flags", [("visft train", " ".join(best["flags"]))]))
     return sections
 
 

@@ -320,7 +320,7 @@ def validate(cases: Sequence[Case] = CASES) -> dict[str, Any] | None:
     if not any(case.processes == distributed.world_size() for case in cases):
         raise ValueError(
             f"--validate on {distributed.world_size()} processes: there are configurations for 1 and for 2 "
-            "(deepspeed --num_gpus 2 tools/profile.py plan --validate)"
+            "(deepspeed --num_gpus 2 --module visft_ds profile plan --validate)"
         )
     records = measure_cases(cases)
     if records is None:

@@ -106,7 +106,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     if config.pipeline_stages > 1:
         raise ValueError(
             "pipeline: a step is measured by part on one process, and a stage has only some of the parts; give another "
-            "--engine (launchers/train.py --dry-run predicts what each stage does)"
+            "--engine (visft train --dry-run predicts what each stage does)"
         )
     notes: tuple[str, ...] = ()
     if synthetic:

@@ -26,7 +26,7 @@ from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.compiled import compilations
-from visft_ds.monitor.console import Section, print_plan
+from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.partition import Place
@@ -36,6 +36,7 @@ from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
 from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
+from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
 
@@ -69,7 +70,7 @@ class Largest:
         """Its shapes for a message."""
         tasks = self.stream.tasks
         objects = sum(self.objects) if needs_categories(tasks) else None
-        ids = self.stream.image["max_words"] + 2 if "max_words" in self.stream.image else None
+        ids = self.stream.image["max_words"] + 2 if any(TASKS[task].uses_vocabulary for task in tasks) else None
         return shape_text(len(self.sizes), self.frame, objects, ids)
 
     def covers(self, other: Largest) -> bool:
@@ -152,8 +153,10 @@ def rehearse(
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
     compiles = config.visft.model.compile != "none"
     device, rows, compiling = engine.device, [], 0.0
-    with unchanged(engine), memory_bounded(device, distributed.processes_here()):
-        for largest, pipeline in largest_batches(config.visft, sets, vocabulary, batches):
+    found = largest_batches(config.visft, sets, vocabulary, batches)
+    gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
+    with unchanged(engine), memory_bounded(device, distributed.processes_here()), gauge:
+        for largest, pipeline in found:
             name, shape = largest.stream.name, largest.describe()
             times = []
             for _ in range(1 + compiles):  # what the second time takes less was for compiling
@@ -166,6 +169,7 @@ def rehearse(
                     parts = batches.dp * batches.accumulation
                     engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
                 times.append(time.perf_counter() - began)
+            gauge.add()
             compiling += times[0] - times[-1]
             rows.append((name, shape, f"{times[-1]:.1f} s", gib(peak_memory(device))))
     memory.rehearsed = True

@@ -80,7 +80,8 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason and number == signal.SIGINT:  # a second Ctrl-C: the user does not want to wait for the step
             raise KeyboardInterrupt
-        self.reason = f"signal {signal.Signals(number).name}"
+        # The first one is the reason: to a Ctrl-C the launcher answers with a SIGTERM to its ranks.
+        self.reason = self.reason or f"signal {signal.Signals(number).name}"
         self.requeue = self.requeue or number == signal.SIGUSR1
 
     def __bool__(self) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
+from visft_ds.config.preflight import CANNOT_START, head_files
 from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
+from visft_ds.interop.heads import find_head, open_head
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
@@ -19,12 +24,13 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.planner import memory_of, plan_memory
 from visft_ds.prepare.datasets import TrainingSet, classes_of_run, first_of, known_classes, workers_of
+from visft_ds.prepare.materialize import check_base_file
 from visft_ds.prepare.model import (
     PUBLISHED_VOCABULARY,
     PreparedModel,
     TrainedGroup,
     choose_precision,
-    plan_groups,
+    plan_model,
     stage_of,
 )
 from visft_ds.prepare.streams import known_vocabulary
@@ -137,31 +143,62 @@ def _features_row(plan: Plan, features: FeatureCache) -> str:
     return f"{views}; {len(features)} of {samples * (plan.views or 1)} are in {features.folder}"
 
 
-def print_dry_run(config: ResolvedConfig, world_size: int, missing: str) -> None:
-    """The resolved configuration, what would train, how batches divide, and what is missing on disk.
+def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_json: bool = False) -> int:
+    """What would train, how batches divide, and why the run could not start.
+
+    Args:
+        missing: inputs that are not there, see `render_missing`.
+        as_json: print the resolved configuration, and reasons on stderr.
+
+    Returns:
+        The exit code: 0, or CANNOT_START where an input is missing or is not what a start could read. Whether it fits
+        into memory is said, and changes nothing.
 
     Raises:
         ValueError: groups that match nothing, batches that cannot be divided over the processes, or shards whose
             captions give no vocabulary.
     """
     config = known_classes(config)
-    print(json.dumps(config.to_dict(), indent=2))
     # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
     batches = derive_batches(config, max(world_size, config.pipeline_stages))
     vocabulary = known_vocabulary(config.visft)
     partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
     processes = batches.dp * batches.stages
+    size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
+    module, groups = plan_model(config.visft, config.optimizer.params, size)
+    reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
+    if as_json:
+        print(json.dumps(config.to_dict(), indent=2))
+        print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
+        return CANNOT_START if reasons else 0
     sections = [
         Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
-        _planned_groups(config, vocabulary),
+        _planned_groups(config, groups, vocabulary),
         _batch_section(config, batches),
         *_pipeline_sections(partition, batches),
         _memory_section(config, processes, vocabulary.size if vocabulary else None),
         _run_section(config, 0),
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
-    if missing:
-        print(missing)
+    print("\n".join(reasons), end="\n" if reasons else "")
+    return CANNOT_START if reasons else 0
+
+
+def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:
+    """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
+    try:
+        check_base_file(config.model, module.backbone)
+    except (ValueError, OSError) as error:
+        yield f"this run cannot start: {error}"
+    for task, head in module.heads.items():
+        if config.heads.path is None or not head_files(Path(config.heads.path), task):
+            continue  # it is among what is missing
+        if TASKS[task].uses_vocabulary and vocabulary is None:
+            continue  # nobody knows yet how many words it has to have
+        try:
+            open_head(head, find_head(config.heads.path, task), task)
+        except (ValueError, OSError) as error:
+            yield f"this run cannot start: {error}"
 
 
 def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int | None) -> Section:
@@ -182,10 +219,9 @@ def _title(config: ResolvedConfig) -> str:
     return f"visft_ds stage {config.visft.stage} ({stage_of(config.visft).name}), {config.visft.model.name}"
 
 
-def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Section:
+def _planned_groups(config: ResolvedConfig, groups: Sequence[TrainedGroup], vocabulary: Vocabulary | None) -> Section:
     """Table of what would train; marks numbers that rest on a vocabulary that does not exist yet."""
     size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
-    groups = plan_groups(config.visft, config.optimizer.params, size)
     with_words = tuple(f"heads.{task}." for task in config.visft.tasks.enabled() if TASKS[task].uses_vocabulary)
     if not any(name.startswith(with_words) for group in groups for name in group.names):
         return _groups_section(groups)
@@ -194,8 +230,19 @@ def _planned_groups(config: ResolvedConfig, vocabulary: Vocabulary | None) -> Se
 
 
 def _groups_section(groups: Sequence[TrainedGroup], note: str = "") -> Section:
-    rows = [(g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", g.names[0]) for g in groups]
+    rows = [
+        (g.name, str(len(g.names)), f"{g.count:,}", f"{g.lr:g}", f"{g.weight_decay:g}", _end_of(g.names[0]))
+        for g in groups
+    ]
     return Section(f"what trains{note}", rows, ("group", "tensors", "values", "lr", "weight decay", "first"))
+
+
+def _end_of(name: str, room: int = 42) -> str:
+    """A parameter's name without its first parts where it is too long for a table."""
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) > room:
+        del parts[0]
+    return ".".join(parts)
 
 
 def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:

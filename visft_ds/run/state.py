@@ -119,10 +119,7 @@ class RunState:
         place, problem = distributed.broadcast_object(self._saver.save_refused(step - 1, gather))
         if problem:
             return f"\n  the state before it was not kept: {problem}"
-        return (
-            f"\n  to find where it begins: python tools/replay.py {self._out} --step {step}"
-            f"\n  (the state before it: {place})"
-        )
+        return f"\n  to find where it begins: visft replay {self._out} --step {step}\n  (the state before it: {place})"
 
     def report_saves(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them.

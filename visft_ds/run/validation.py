@@ -106,6 +106,7 @@ class Validation:
                 self._vocabulary,
                 limit=config.run.eval_limit,
                 threads=evaluation_threads(config.data),
+                tell=progress.message,
             )
         except _AskedError:
             return False

@@ -1,19 +1,19 @@
-"""The sub-command `build` of `tools/make_shards.py`: its flags, progress line and report."""
+"""The sub-command `build` of `tools/make_shards.py`: its flags, progress and report."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from visft_ds.data.manifest import manifest_path
+from visft_ds.monitor.console import Gauge
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.finish import BuildReport, left_out, report_dict
 from visft_ds.shards.images import CHECK_LEVELS
@@ -109,17 +109,14 @@ def run_build(options: argparse.Namespace) -> int:
         allow_drops=options.allow_drops,
     )
     began = time.perf_counter()
-    line = ProgressLine(enabled=not options.quiet)
-    try:
+    with Gauge("reading annotations", enabled=not options.quiet) as gauge:
         report = build(
             settings,
             workers=options.workers,
             dry_run=options.dry_run,
             replace=options.replace,
-            on_progress=line,
+            on_progress=partial(show_progress, gauge),
         )
-    finally:
-        line.close()
     if options.json:
         print(orjson.dumps(report_dict(report), option=orjson.OPT_INDENT_2).decode())
     else:
@@ -127,51 +124,11 @@ def run_build(options: argparse.Namespace) -> int:
     return 0
 
 
-class ProgressLine:
-    """Progress on a line of stderr, rewritten on a terminal; elsewhere a new one every 10 s."""
-
-    def __init__(self, *, enabled: bool = True, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._enabled = enabled
-        self._terminal = sys.stderr.isatty()
-        self._open = False  # whether the cursor stands behind a line
-        self._clock = clock
-        self._phase = ""
-        self._began = self._shown = clock()
-        self._at_start = 0  # images that the phase did not have to look at
-
-    def __call__(self, progress: BuildProgress) -> None:
-        if not self._enabled:
-            return
-        now = self._clock()
-        if progress.phase != self._phase:
-            self._phase, self._began, self._at_start = progress.phase, now, progress.images
-        if not self._terminal and now - self._shown < 10:
-            return
-        self._shown = now
-        line = self._text(progress, now - self._began)
-        if self._terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the line, so that what comes next stands on its own."""
-        if self._open:
-            print(file=sys.stderr, flush=True)
-            self._open = False
-
-    def _text(self, progress: BuildProgress, seconds: float) -> str:
-        if not progress.total_images:
-            return f"{progress.phase} ..."
-        seconds = max(seconds, 1e-9)
-        rate = (progress.images - self._at_start) / seconds
-        left = f"{(progress.total_images - progress.images) / rate:.0f} s left" if rate else "no image yet"
-        shards = f", {progress.shards}/{progress.total_shards} shards" if progress.total_shards else ""
-        return (
-            f"{progress.phase}: {progress.images}/{progress.total_images} images{shards}, {rate:.0f} images/s, "
-            f"{progress.bytes / seconds / 1e6:.1f} MB/s, {left}"
-        )
+def show_progress(gauge: Gauge, progress: BuildProgress) -> None:
+    """Show how far a build is."""
+    if progress.total_images and progress.phase != gauge.what:
+        gauge.phase(progress.phase, progress.total_images, "images", progress.images)
+    gauge.show(progress.images, f", {progress.shards}/{progress.total_shards} shards" if progress.total_shards else "")
 
 
 def _print_report(report: BuildReport, seconds: float) -> None:

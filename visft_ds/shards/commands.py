@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from visft_ds.data.manifest import Manifest, splits_in
+from visft_ds.monitor.console import Gauge
 from visft_ds.shards.info import describe, describe_step
 from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.remote import is_url, local_path
@@ -53,7 +53,7 @@ def add_info_parser(commands: Any, summary: str) -> None:
     parser = commands.add_parser(
         "info",
         usage="%(prog)s DIR [--split NAME] [--categories] [--shards] [--json] | "
-        "--step N (--run FOLDER | flags of launchers/train.py) [--json]",
+        "--step N (--run FOLDER | flags of visft train) [--json]",
         help=summary,
         epilog=_INFO_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -88,9 +88,13 @@ def run_verify(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.folder} holds nothing of any split")
     found: dict[str, list[Problem]] = {}
     for split in splits:
-        with _Line("read", options.quiet) as line:
+        with Gauge(f"reading {split}", enabled=not options.quiet) as gauge:
             found[split] = verify(
-                options.folder, split, decode=options.decode, workers=options.workers, on_progress=line.bytes
+                options.folder,
+                split,
+                decode=options.decode,
+                workers=options.workers,
+                on_progress=partial(_show, gauge),
             )
     if options.json:
         _print_json({split: [asdict(problem) for problem in problems] for split, problems in found.items()})
@@ -98,6 +102,12 @@ def run_verify(options: argparse.Namespace) -> int:
         for split, problems in found.items():
             _print_problems(split, problems, options.limit)
     return 1 if any(found.values()) else 0
+
+
+def _show(gauge: Gauge, progress: VerifyProgress) -> None:
+    if not gauge.total:
+        gauge.phase(gauge.what, progress.total_bytes / 1e6, "MB")
+    gauge.show(progress.bytes / 1e6)
 
 
 def _print_problems(split: str, problems: Sequence[Problem], limit: int) -> None:
@@ -144,6 +154,12 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def _print_step(options: argparse.Namespace) -> int:
+    if options.run_folder is not None:
+        from visft_ds.run.folder import recorded_config
+
+        total = recorded_config(options.run_folder).total_steps
+        if not 0 <= options.step < total:
+            raise ValueError(f"--step {options.step}: {options.run_folder} has the steps 0 to {total - 1}")
     facts = describe_step(
         options.step, options.rest, options.run_folder, options.data, options.dp_size, options.accumulation
     )
@@ -173,34 +189,6 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"  {title}:")
     for row in cells:
         print("    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-class _Line:
-    """Progress on a line of stderr, rewritten on a terminal up to every 0.2 s; elsewhere a new one every 10 s."""
-
-    def __init__(self, verb: str, quiet: bool) -> None:
-        self._verb, self._quiet = verb, quiet
-        self._terminal = sys.stderr.isatty()
-        self._began = self._shown = time.monotonic()
-
-    def __enter__(self) -> _Line:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal and not self._quiet:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def bytes(self, progress: VerifyProgress) -> None:
-        """Show how many bytes were read."""
-        now = time.monotonic()
-        if self._quiet or now - self._shown < (0.2 if self._terminal else 10):
-            return
-        self._shown = now
-        rate = progress.bytes / max(now - self._began, 1e-9)
-        left = (progress.total_bytes - progress.bytes) / rate if rate else float("inf")
-        line = f"{self._verb} {progress.bytes / 1e6:.0f} of {progress.total_bytes / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s"
-        start, end = ("\r\x1b[K", "") if self._terminal else ("", "\n")
-        print(f"{start}{line}, {left:.0f} s left", end=end, file=sys.stderr, flush=True)
 
 
 def _check_positive(**numbers: int) -> None:

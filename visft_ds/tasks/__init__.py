@@ -84,10 +84,16 @@ class TaskSpec:
         return self.transform(train=train, **options, **own)
 
     def results(
-        self, output: Any, batch: Batch, vocabulary: Vocabulary | None, classes: Sequence[int] | None = None
+        self,
+        output: Any,
+        batch: Batch,
+        vocabulary: Vocabulary | None,
+        classes: Sequence[int] | None = None,
+        threshold: float = 0.0,
     ) -> Results:
-        """Predictions for the real images of a batch, in COCO's results format."""
-        return self.postprocess(output, batch, **self._of_data(vocabulary, classes))
+        """Predictions for the real images of a batch, in COCO's results format; objects with at least `threshold`."""
+        objects = {} if self.uses_vocabulary else {"threshold": threshold}
+        return self.postprocess(output, batch, **objects, **self._of_data(vocabulary, classes))
 
     def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
         own: dict[str, Any] = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}

@@ -24,7 +24,7 @@ from visft_ds.evals.pictures import save_png
 from visft_ds.interop.encoders import NORMALISATIONS, POOLS
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
-from visft_ds.monitor.console import Section, print_plan
+from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
@@ -64,11 +64,13 @@ def run(arguments: Sequence[str]) -> int:
         distributed.close()  # before scoring, which the main process does alone
         if rank:
             return 0
-        results: dict[str, dict[str, Score]] = {}
-        for label, of_model in encoded.items():
-            results[label] = {}
-            for benchmark, features in zip(benchmarks, of_model, strict=True):
-                results[label] |= score(benchmark, features, settings.cache)
+        results: dict[str, dict[str, Score]] = {label: {} for label in encoded}
+        with Gauge("scoring", len(encoded) * len(benchmarks), "benchmarks") as gauge:
+            for label, of_model in encoded.items():
+                for benchmark, features in zip(benchmarks, of_model, strict=True):
+                    gauge.show(gauge.done, f", now {benchmark.label} of {label}")
+                    results[label] |= score(benchmark, features, settings.cache)
+                    gauge.add()
         _write(given, facts, benchmarks, results, time.perf_counter() - began)
     except (ValueError, OSError) as error:  # may have happened on this rank alone
         return _complain(error, rank)

@@ -21,6 +21,7 @@ from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.model import DTYPES
 from visft_ds.interop.encoders import Encoder
+from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 
 #: Changes when the same model and data would give other features than before.
@@ -40,12 +41,20 @@ class Worker:
     cache: Path
     batch_size: int
     threads: int  #: that decode; 0: the caller decodes
+    label: str  #: name of the model, for people
     images: str  #: hash of the image side
     texts: str | None  #: hash of the text side
 
 
 def start_worker(
-    encoder: Encoder, *, device: torch.device, precision: Precision, cache: Path, batch_size: int, threads: int
+    encoder: Encoder,
+    *,
+    device: torch.device,
+    precision: Precision,
+    cache: Path,
+    batch_size: int,
+    threads: int,
+    label: str = "model",
 ) -> Worker:
     """Hash a model on the main process, and move it to the device of each. Collective."""
     hashes = None
@@ -55,7 +64,7 @@ def start_worker(
     encoder.module.to(device)
     if encoder.text is not None:
         encoder = replace(encoder, text=replace(encoder.text, module=encoder.text.module.to(device)))
-    return Worker(encoder, device, precision, cache, batch_size, threads, images, texts)
+    return Worker(encoder, device, precision, cache, batch_size, threads, label, images, texts)
 
 
 def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str,
     }
 
 
-def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str]) -> Stored:
+def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str], name: str = "images") -> Stored:
     """Kind -> (images, ...) float32, in the cache. Collective.
 
     A batch never reaches over the end of a chunk, so that its numbers are the same for any number of processes. The
@@ -80,6 +89,7 @@ def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str]) -> S
 
     Args:
         kinds: of `interop.encoders.KINDS`, and "columns": (images, COLUMN_ROWS * D, w), the feature map as a sequence.
+        name: of the images, for people.
 
     Raises:
         ValueError: an image that cannot be read, or a model that answers with NaN.
@@ -90,14 +100,15 @@ def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str]) -> S
             [chunk[start : start + worker.batch_size] for start in range(0, len(chunk), worker.batch_size)]
             for chunk in chunks
         ]
-        decoded = _decoded(worker, images, [batch for chunk in batches for batch in chunk])
+        flat = [batch for chunk in batches for batch in chunk]
+        decoded = _gauged(worker, name, _decoded(worker, images, flat), sum(map(len, flat)))
         for chunk in batches:
             parts = [_forward(worker, next(decoded), kinds) for _ in chunk]
-            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for name, value in features.items():
+            features = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+            for kind, value in features.items():
                 if not torch.isfinite(value.sum()):
                     raise ValueError(
-                        f"{name} of {images.names[chunk[0].start]} or one of the next {len(value) - 1} images is no "
+                        f"{kind} of {images.names[chunk[0].start]} or one of the next {len(value) - 1} images is no "
                         f"finite number in {worker.precision}: the weights are damaged, or need --precision fp32"
                     )
             yield features
@@ -113,14 +124,24 @@ def encode_texts(worker: Worker, texts: Sequence[str]) -> Stored:
     assert tower is not None
 
     def compute(chunks: Iterable[range]) -> Iterator[Chunk]:
-        for chunk in chunks:
-            yield {"texts": tower.encode([texts[place] for place in chunk]).cpu()}
+        chunks = list(chunks)
+        encoded = (tower.encode([texts[place] for place in chunk]).cpu() for chunk in chunks)
+        for part in _gauged(worker, "texts", encoded, sum(map(len, chunks))):
+            yield {"texts": part}
 
     content = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     what = {"version": VERSION, "model": worker.texts, "device": worker.device.type, "texts": content}
     stored = Stored(worker.cache / "texts", what, len(texts))
     stored.fill(compute)
     return stored
+
+
+def _gauged(worker: Worker, name: str, parts: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    """Yield parts of `count` items, and show how many of this process's share are done."""
+    with Gauge(f"{worker.label}: encoding {name}", count, enabled=distributed.is_main()) as gauge:
+        for part in parts:
+            yield part
+            gauge.add(len(part))
 
 
 @torch.inference_mode()

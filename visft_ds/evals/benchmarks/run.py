@@ -75,6 +75,7 @@ def _encode_with(
     tell(spec.label, encoder.facts)
     worker = start_worker(
         encoder,
+        label=spec.label,
         device=settings.device,
         precision=settings.precision,
         cache=settings.cache,
@@ -90,7 +91,8 @@ def _encode(worker: Worker, benchmark: Benchmark) -> Encoded:
     if not kinds:
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which the model does not have")
     texts = encode_texts(worker, benchmark.texts) if benchmark.texts and worker.encoder.text is not None else None
-    return Encoded({name: encode_images(worker, images, kinds) for name, images in benchmark.sets.items()}, texts)
+    sets = benchmark.sets.items()
+    return Encoded({n: encode_images(worker, images, kinds, f"{benchmark.label} {n}") for n, images in sets}, texts)
 
 
 def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Score]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config import render_missing
+from visft_ds.config.preflight import CANNOT_START, render_missing
 from visft_ds.experiments.ablations.collect import collect
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
@@ -41,7 +41,7 @@ def ask(given: argparse.Namespace) -> int:
     if given.dry_run:
         _print_plan(plans, planner.steps.steps)
         print("".join(f"\n# {line}" for line in missing.splitlines()).lstrip("\n"))
-        return 0
+        return CANNOT_START if missing else 0
     if missing:
         raise ValueError(missing)
     with locked(given.out, patience=1.0):

@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerProcess
 
 from visft_ds.experiments.ablations.child import run_command
 from visft_ds.experiments.ablations.steps import Step
+from visft_ds.monitor.console import clock
 
 #: Imported once, before the steps are forked.
 _PRELOADED = [
@@ -61,7 +62,7 @@ class Runner:
         """
         failures: dict[str, Failure] = {}
         waiting = [step for step in steps.values() if not step.marker.is_file()]
-        kept, total, begun = len(steps) - len(waiting), len(steps), 0
+        kept, total, begun, began = len(steps) - len(waiting), len(steps), 0, time.monotonic()
         if kept:
             self.say(f"{kept} of {total} steps have finished before")
         running: dict[int, _Running] = {}
@@ -75,7 +76,10 @@ class Runner:
                     elif len(running) < self.jobs and all(steps[stem].marker.is_file() for stem in step.needs):
                         waiting.remove(step)
                         begun += 1
-                        self.say(f"[{kept + begun}/{total}] {step.title}")
+                        done = begun - 1 - len(running)  # what this start has finished, each in its share of the time
+                        each = (time.monotonic() - began) / done if done else 0.0
+                        left = f"  left {clock(each * (total - kept - done))}" if each else ""
+                        self.say(f"[{kept + begun}/{total}] {step.title}{left}")
                         one = _start(step, self.forks)
                         running[one.process.sentinel] = one
                 for sentinel in wait(list(running)) if running else ():

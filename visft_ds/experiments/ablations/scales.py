@@ -81,7 +81,7 @@ def check_scale(scale: Scale) -> None:
     if scale.toy:
         if scale.model != TOY_MODEL:
             raise ValueError(
-                f"--model {scale.model} needs images: --data SHARDS, made by tools/make_shards.py (toy images are for "
+                f"--model {scale.model} needs images: --data SHARDS, made by visft shards (toy images are for "
                 f"--model {TOY_MODEL})"
             )
         given = [name for name in ("heads", "benchmarks", "text") if getattr(scale, name)]

@@ -128,8 +128,7 @@ def _card(title: str, result: Result, facts: Mapping[str, str], configs: Sequenc
             *fact_table("How it was trained", trained, ""),
             *fact_table("Measured", measured, ""),
             *("## How to load it", "", *load, ""),
-            f"visft_ds: `launchers/train.py --set visft.model.weights={FILE}`, "
-            f"`tools/evaluate.py benchmarks --model {FILE}`.",
+            f"visft_ds: `visft train --set visft.model.weights={FILE}`, `visft evaluate benchmarks --model {FILE}`.",
             "",
         ]
     )

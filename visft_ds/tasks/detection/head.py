@@ -227,13 +227,15 @@ def _for_the_log(logits: Tensor, wanted: Tensor, counts: Tensor, boxes: Tensor) 
 
 
 @torch.no_grad()
-def postprocess(output: DetectionOutput, batch: Batch, classes: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def postprocess(
+    output: DetectionOutput, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0
+) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, bbox, score.
 
     bbox is (x, y, w, h) in pixels of the stored image, category_id the class, or its entry in `classes`. As
     in DETR every query gives one result, its best class apart from "no object" with the softmax probability; nothing
-    is suppressed and boxes are not clipped. Only images with `batch.real` appear. The batch must have been resized
-    without cropping, as evaluation transforms do.
+    but scores below `threshold` is suppressed and boxes are not clipped. Only images with `batch.real` appear. The
+    batch must have been resized without cropping, as evaluation transforms do.
     """
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., :-1].max(dim=-1)
     corners = centers_to_corners(at_least_float32(output.boxes))
@@ -244,6 +246,8 @@ def postprocess(output: DetectionOutput, batch: Batch, classes: Sequence[int] | 
     image_ids, real = batch.image_ids.tolist(), batch.real.tolist()
     for image_id, wanted, rows in zip(image_ids, real, numbers.tolist(), strict=True):
         for x0, y0, x1, y1, score, category in rows if wanted else ():
+            if score < threshold:
+                continue
             bbox = [x0, y0, x1 - x0, y1 - y0]
             id_ = int(category) if classes is None else classes[int(category)]
             results.append({"image_id": image_id, "category_id": id_, "bbox": bbox, "score": score})

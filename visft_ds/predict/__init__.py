@@ -1,0 +1,1 @@
+"""Predictions for pictures of one's own: a trained model loaded in one line, typed results, drawings."""

@@ -1,0 +1,73 @@
+"""Flags of `visft predict`. What costs seconds to import is imported when the flags are right."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
+
+    visft predict dog.jpg --model runs/stage2
+    visft predict photos/ more/*.png --model runs/stage2 --threshold 0.7 --out found
+    visft predict "photos/**/*.jpg" --model merged.safetensors --heads runs/stage1/export
+
+Writes into DIR: pictures/NAME.png, predictions.json (names and sizes of the images, categories, and for each task what
+was found, in COCO's results format), and predictions.jsonl, the record by which the same command goes on where it was
+cut off. A file that is no image is named and skipped. Exit status: 0 something was predicted, 2 nothing was, wrong
+usage or unusable input, 130 interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        from visft_ds.predict.command import predict
+
+        return predict(given)
+    except KeyboardInterrupt:
+        print("\npredict: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="visft predict", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE|FOLDER|PATTERN",
+        help="JPEG, PNG, WebP, BMP, GIF or TIFF; folders with all below them; patterns with *, ?, [...] or **",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", type=Path, required=True, metavar="RUN", help="a finished run, its export folder, or merged weights"
+    )
+    model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights instead of the run's")
+    model.add_argument(
+        "--heads", type=Path, metavar="DIR", help="folder of heads: RUN/export, or ViSFT's published files"
+    )
+    model.add_argument("--adapter", metavar="DIR", help="adapter folder (RUN/export/adapter), or none")
+    model.add_argument(
+        "--allow-other-base", action="store_true", help="go on although the heads learnt from another base"
+    )
+    model.add_argument("--vocabulary", type=Path, metavar="FILE", help="word map of a published captioning head")
+    model.add_argument("--tasks", metavar="A,B", help="default: every task that has a head")
+    model.add_argument("--image-size", type=int, metavar="PIXELS", help="resize to squares (default: as the run)")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
+    model.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: the run's, or 8)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default %(default)s")
+    out.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="SCORE",
+        help="least score of boxes and masks (default %(default)s)",
+    )
+    out.add_argument("--no-pictures", action="store_true", help="write predictions.json alone")
+    return parser

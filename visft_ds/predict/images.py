@@ -1,0 +1,209 @@
+"""Pictures of every kind that people have -> RGB pixels: files, folders, patterns, Pillow images, arrays, tensors.
+
+Letters: H W pixels.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from visft_ds.data.decode import JPEG, PNG, decode_image, to_rgb
+
+Pixels = npt.NDArray[np.uint8]
+ImageInput = str | Path | Image.Image | npt.NDArray[np.uint8] | Tensor
+
+#: More than a photograph of 50 megapixels, and below what Pillow warns of.
+MAX_PIXELS = 80_000_000
+#: Endings of files that are taken from a folder; HEIC and AVIF cannot be read, and are named rather than overlooked.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
+_BY_PILLOW = ("WEBP", "BMP", "GIF", "TIFF")
+_ORIENTATION = 0x0112  # EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """Decoded picture, upright."""
+
+    pixels: Pixels  #: (H, W, 3) RGB
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Image files that paths, folders and patterns name."""
+
+    files: tuple[Path, ...]
+    root: Path  #: absolute folder that all of them lie below
+
+    def name(self, file: Path) -> str:
+        """Path below the root, with slashes: no two files have the same."""
+        return Path(os.path.abspath(file)).relative_to(self.root).as_posix()
+
+
+def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> Found:
+    """Files as they are; of folders (with all below them) and patterns those that end as images do, sorted.
+
+    Args:
+        given: paths; a pattern may have *, ?, [...] and ** for any folders. As in a shell, they pass over hidden files.
+        outside: folder whose files are left out: predictions are no input.
+
+    Raises:
+        ValueError: nothing there by that name, or no image in a folder or among what a pattern matches.
+    """
+    files: dict[str, Path] = {}
+    roots = []
+    for one in map(Path, given):
+        if one.is_file():
+            root, found = one.parent, [one]
+        elif one.is_dir():
+            root, found = one, _matching(f"{glob.escape(str(one))}/**")
+        elif glob.has_magic(str(one)):
+            root = next(path for path in one.parents if not glob.has_magic(str(path)))
+            found = _matching(str(one))
+        else:
+            raise ValueError(f"{one}: no such file or folder")
+        if outside is not None:
+            found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
+        if not found:
+            raise ValueError(f"{one}: no image there (files that end in {', '.join(SUFFIXES)})")
+        files |= {os.path.abspath(path): path for path in found}
+        roots.append(os.path.abspath(root))
+    return Found(tuple(files.values()), Path(os.path.commonpath(roots)))
+
+
+def _matching(pattern: str) -> list[Path]:
+    paths = map(Path, sorted(glob.iglob(pattern, recursive=True)))
+    return [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+
+
+def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage], bool]:
+    """All pictures that a user gave, and whether it was a single one rather than a list, folder or pattern.
+
+    Raises:
+        ValueError: what is no picture, by its path or its place in the list.
+    """
+    if isinstance(images, str | Path):
+        found = find_images([images])
+        return [open_image(file) for file in found.files], Path(images).is_file()
+    if isinstance(images, Image.Image | np.ndarray | Tensor):
+        return [_of_memory(images, "the image")], True
+    if not isinstance(images, Iterable):
+        raise ValueError(f"{type(images).__name__} is no image: {_ALLOWED}")
+    every: list[OpenedImage] = []
+    for place, one in enumerate(images):
+        if isinstance(one, str | Path):
+            every += [open_image(file) for file in find_images([one]).files]
+        else:
+            every.append(_of_memory(one, f"image {place} of the list"))
+    return every, False
+
+
+def open_image(path: Path) -> OpenedImage:
+    """Decode a JPEG, PNG, WebP, BMP, GIF or TIFF file (of several pictures the first) and turn it upright by its EXIF.
+
+    JPEG and PNG are decoded as in training, but that COCO annotates pixels as stored, so that there nothing is turned.
+    An orientation that cannot be read is none.
+
+    Raises:
+        ValueError: naming the file: none of these, damaged, cut off, with pixels of more than 8 bits, or too large.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    try:
+        return OpenedImage(_decode(data), path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _decode(data: bytes) -> Pixels:
+    if not data.startswith((JPEG, PNG)):
+        return _decode_other(data)
+    return _turned(decode_image(data, max_pixels=MAX_PIXELS), _orientation(data))
+
+
+def _decode_other(data: bytes) -> Pixels:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's word for a file that is cut off
+        try:
+            with Image.open(io.BytesIO(data), formats=_BY_PILLOW) as image:
+                _check_size(image)
+                image.load()
+                return _turned(to_rgb(image), image.getexif().get(_ORIENTATION, 1))
+        except UnidentifiedImageError:
+            begins = f"it begins with {data[:12]!r}" if data else "it is empty"
+            raise ValueError(f"no JPEG, PNG, WebP, BMP, GIF or TIFF file: {begins}") from None
+        except (OSError, SyntaxError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
+            raise ValueError(f"damaged: {error}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS} in all")
+
+
+def _orientation(data: bytes) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return int(image.getexif().get(_ORIENTATION, 1))
+        except (OSError, SyntaxError, ValueError, TypeError, struct.error, Warning):
+            return 1
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """Contiguous pixels that can be written to, which torch asks for."""
+    if orientation in _TURNS:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+    return np.require(pixels, requirements=["C", "W"])
+
+
+_ALLOWED = (
+    "give a path, a Pillow image, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8, or a list of them"
+)
+
+
+def _of_memory(image: object, what: str) -> OpenedImage:
+    if isinstance(image, Image.Image):
+        try:
+            _check_size(image)
+            image.load()
+            return OpenedImage(_turned(to_rgb(image), image.getexif().get(_ORIENTATION, 1)), None)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{what}: {error}") from error
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"{what} is a tensor of shape {tuple(image.shape)}: {_ALLOWED}")
+        array = image.detach().cpu().permute(1, 2, 0).numpy()
+    elif isinstance(image, np.ndarray):
+        array = np.stack([image] * 3, axis=-1) if image.ndim == 2 else image
+    else:
+        raise ValueError(f"{what} is of type {type(image).__name__}: {_ALLOWED}")
+    if array.dtype != np.uint8:
+        raise ValueError(f"{what} has numbers of {array.dtype}: give uint8, 0 to 255")
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ValueError(f"{what} is an array of shape {image.shape}: {_ALLOWED}")
+    return OpenedImage(np.array(array, order="C"), None)

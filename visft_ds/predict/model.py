@@ -1,0 +1,397 @@
+"""A trained model out of a run, an export or merged weights: pictures in, typed predictions or features out.
+
+Letters: B images, H W pixels, h w patch grid, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from visft_ds.config.preflight import head_files
+from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample, Sample
+from visft_ds.evals.model import (
+    DEFAULT_BATCH,
+    DTYPES,
+    EvaluationModel,
+    ModelFiles,
+    chosen_streams,
+    decoding_of,
+    files_of_run,
+    heads_in,
+    load_model,
+    recorded_words,
+    resized,
+    streams_without_run,
+    tasks_of,
+)
+from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES
+from visft_ds.interop.heads import categories_of, classes_of_heads
+from visft_ds.model import normalise_pixels
+from visft_ds.parallel import distributed
+from visft_ds.predict.images import ImageInput, OpenedImage, opened
+from visft_ds.predict.results import Boxes, Masks, Prediction
+from visft_ds.prepare.model import choose_precision
+from visft_ds.prepare.streams import pipeline_of, read_vocabulary
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
+from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.matching import at_least_float32
+
+_EXPORT = "export"
+
+
+def load(
+    source: str | Path,
+    *,
+    tasks: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    backbone: str | Path | None = None,
+    heads: str | Path | None = None,
+    adapter: str | Path | None = None,
+    vocabulary: str | Path | None = None,
+    image_size: int | None = None,
+    allow_other_base: bool = False,
+) -> Model:
+    """Load a trained model for predictions.
+
+    Args:
+        source: folder of a finished run; its export folder, also without the run; or merged weights (a file, or the
+            folder that merging wrote) together with `heads`.
+        tasks: names, in a list or with commas; default: all that have a head.
+        device: "cpu", "cuda", "cuda:1"; default: a GPU where there is one.
+        precision: "fp32", "bf16", "fp16" or "auto"; default: the run's.
+        backbone, heads, adapter: file, folder of heads and adapter folder that replace the source's; adapter "none"
+            leaves it out.
+        vocabulary: word map of a published captioning head.
+        image_size: side in pixels of the squares that images are resized to; default: as in the run, or as in the
+            paper where there is no run.
+        allow_other_base: go on although the heads learnt from another base.
+
+    Raises:
+        ValueError: no model there, a run that has not written what it trained yet, or parts that do not fit.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    source, heads = Path(source), None if heads is None else Path(heads)
+    run = _run_at(source)
+    config = None if run is None else recorded_config(run).visft
+    if config is not None:
+        streams: Mapping[str, Stream] = config.streams()
+    else:
+        streams = streams_without_run(heads_in(heads or _head_folder(source)), batch_size=DEFAULT_BATCH, side=None)
+    streams = chosen_streams(streams, names, heads, heads or source)
+    streams = {name: resized(stream, side=image_size) for name, stream in streams.items()}
+    files = _files(source, run, config, tasks_of(streams), backbone, heads, adapter)
+    words = vocabulary or (recorded_words(run, config) if run and config else None)
+    loaded = _load(
+        files,
+        tasks_of(streams),
+        config,
+        device,
+        precision,
+        vocabulary=read_vocabulary(Path(words)) if words else None,
+        decoding=decoding_of(config),
+        allow_other_base=allow_other_base,
+    )
+    classes = classes_of_heads(loaded.heads)
+    return Model(source, loaded, {name: replace(one, classes=classes) for name, one in streams.items()}, files)
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+    backbone: str | Path | None = None,
+    adapter: str | Path | None = None,
+) -> ImageFeatures:
+    """Load the backbone alone, with the adapter in it; heads are neither needed nor read. Arguments as `load`.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    source = Path(source)
+    run = _run_at(source)
+    config = None if run is None else recorded_config(run).visft
+    files = _files(source, run, config, [], backbone, None, adapter)
+    return ImageFeatures(_load(files, [], config, device, precision))
+
+
+class ImageFeatures(nn.Module):
+    """Backbone with its adapter in it, in evaluation mode; nothing in it requires a gradient until you say so."""
+
+    def __init__(self, loaded: EvaluationModel) -> None:
+        super().__init__()
+        self.backbone = loaded.module.backbone  #: takes normalised pixels
+        self.width = self.backbone.width  #: D
+        self.patch_size = self.backbone.patch_size  #: pixels of the image to a step of the grid
+        self.precision = loaded.precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of whole images; pixels right and below of the last whole patch are not seen.
+
+        Args:
+            images: (B, 3, H, W) RGB, uint8 from 0 to 255 or float from 0 to 1, H and W at least one patch. They are
+                normalised in here.
+
+        Returns:
+            (B, D, h, w) float32.
+
+        Raises:
+            ValueError: another shape, dtype or range, as of images that are normalised already.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: give (B, 3, H, W)")
+        if images.is_floating_point():
+            low, high = images.aminmax()
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"float images from {low:g} to {high:g}: give 0 to 1, not normalised, or uint8 from 0 to 255"
+                )
+            images = images * 255
+        elif images.dtype != torch.uint8:
+            raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
+        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+        pixels = normalise_pixels(images, sizes, self.backbone.pixel_mean, self.backbone.pixel_std)
+        with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return at_least_float32(self.backbone(pixels))
+
+
+class Model:
+    """A trained model: `predict` pictures, or take features from its `backbone`."""
+
+    def __init__(self, source: Path, loaded: EvaluationModel, streams: Mapping[str, Stream], files: ModelFiles) -> None:
+        self._loaded, self._streams = loaded, streams
+        self.source = source
+        self.files = files  #: that were loaded
+        self.tasks = tuple(loaded.heads)
+        #: Names of the categories by id.
+        self.categories: dict[int, str] = {}
+        for info in loaded.heads.values():
+            self.categories |= categories_of(info)
+        self.facts = loaded.facts  #: what was loaded, by name
+        self.precision = loaded.precision
+        self.device = loaded.device
+        self.batch_size = min(stream.micro_batch for stream in streams.values())  #: by default
+        self.backbone = ImageFeatures(loaded)
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.source}: {', '.join(self.tasks)}; {len(self.categories)} categories; "
+            f"{self.precision} on {self.device})"
+        )
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # arrays and tensors can be iterated over, too
+        self,
+        images: Image.Image | npt.NDArray[np.uint8] | Tensor,
+        *,
+        threshold: float = ...,
+        batch_size: int | None = ...,
+    ) -> Prediction: ...
+
+    @overload
+    def predict(self, images: str | Path, *, threshold: float = ..., batch_size: int | None = ...) -> Any: ...
+
+    @overload
+    def predict(
+        self, images: Iterable[ImageInput], *, threshold: float = ..., batch_size: int | None = ...
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int | None = None
+    ) -> Prediction | list[Prediction]:
+        """Predict boxes, masks and captions, in pixels of the original image.
+
+        Photographs are turned upright by their EXIF orientation. Images are resized as in the evaluation of the run.
+        Those of one size after that pass through the model together, others apart: unlike in an evaluation with
+        batches of several sizes, a prediction does not depend on the images beside it, but for rounding.
+
+        Args:
+            images: a file, a Pillow image of any mode, an array (H, W, 3) or (H, W) or a tensor (3, H, W), both uint8;
+                or several: a list of these, a folder, a pattern such as "photos/*.jpg".
+            threshold: least score of boxes and masks.
+            batch_size: most images that pass through the model at once; default: the run's.
+
+        Returns:
+            One prediction for one image; a list for a list, folder or pattern. It holds the pixels of every image:
+            give thousands in parts, or to `visft predict`.
+
+        Raises:
+            ValueError: what is no picture, by its name or place; a threshold or batch size out of range.
+        """
+        check_options(threshold, batch_size)
+        every, single = opened(images)
+        predictions = self.predict_opened(every, threshold=threshold, batch_size=batch_size)
+        return predictions[0] if single else predictions
+
+    def predict_opened(
+        self, images: Sequence[OpenedImage], *, threshold: float, batch_size: int | None
+    ) -> list[Prediction]:
+        """`predict` of decoded images, in their order."""
+        step = batch_size or self.batch_size
+        found: list[Prediction] = []
+        for start in range(0, len(images), step):
+            found += self._together(images[start : start + step], threshold)
+        return found
+
+    def _together(self, images: Sequence[OpenedImage], threshold: float) -> list[Prediction]:
+        sizes = [(one.pixels.shape[0], one.pixels.shape[1]) for one in images]
+        raws = [
+            RawSample(index=place, image_id=place, size=size, image=one.pixels, annotations=(), captions=())
+            for place, (one, size) in enumerate(zip(images, sizes, strict=True))
+        ]
+        by_task: dict[str, Results] = {task: [] for task in self.tasks}
+        for stream in self._streams.values():
+            pipeline = pipeline_of(stream, self._loaded.vocabulary, train=False)
+            groups: dict[torch.Size, list[Sample]] = {}
+            for raw in raws:
+                sample = pipeline.transform(raw, generator(0))
+                assert sample.image is not None
+                groups.setdefault(sample.image.shape, []).append(sample)
+            for samples in groups.values():
+                batch = pipeline.collate(samples)
+                outputs = self._loaded.predict(batch)
+                for task in stream.tasks:
+                    results = TASKS[task].results(
+                        outputs[task], batch, self._loaded.vocabulary, stream.classes.get(task), threshold
+                    )
+                    by_task[task] += results
+        found = []
+        for place, (one, size) in enumerate(zip(images, sizes, strict=True)):
+            own = {task: [r for r in results if r["image_id"] == place] for task, results in by_task.items()}
+            boxes, masks, captions = (own.get(task) for task in ("detection", "segmentation", "captioning"))
+            found.append(
+                Prediction(
+                    one.pixels,
+                    one.path,
+                    self.categories,
+                    None if boxes is None else Boxes.of(_surest_first(boxes), self.categories),
+                    None if masks is None else Masks.of(_surest_first(masks), self.categories, size),
+                    None if captions is None else captions[0]["caption"],
+                )
+            )
+        return found
+
+
+def _surest_first(results: Results) -> Results:
+    """Without scores that are no numbers, of a head whose training has diverged."""
+    return sorted((one for one in results if one["score"] >= 0), key=lambda one: -float(one["score"]))
+
+
+def check_options(threshold: float, batch_size: int | None) -> None:
+    """Raise ValueError for a threshold or batch size out of range."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold} is not allowed: give a score from 0 to 1")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is not allowed: give at least 1")
+
+
+def _load(
+    files: ModelFiles,
+    tasks: Sequence[str],
+    config: VisftConfig | None,
+    device: str | torch.device | None,
+    precision: str | None,
+    **options: Any,
+) -> EvaluationModel:
+    if precision not in (None, "auto", *DTYPES):
+        raise ValueError(f"precision {precision!r} is not allowed: give auto, {', '.join(DTYPES)}")
+    place = _device(device)
+    chosen, _ = choose_precision(precision or (config.model.precision if config else "auto"), place)
+    packed = config is not None and config.model.packed
+    return load_model(files, tasks, precision=chosen, device=place, packed=packed, **options)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    if wanted is None:
+        return distributed.local_device()
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"device {wanted!r} is not allowed: give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {wanted} asked for; this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _run_at(source: Path) -> Path | None:
+    """The run that a folder is, or is the export of."""
+    if (source / RECORD_FILE).is_file():
+        return source
+    whole = source.absolute().parent
+    return whole if source.name == _EXPORT and (whole / RECORD_FILE).is_file() else None
+
+
+def _head_folder(source: Path) -> Path:
+    if not source.exists():
+        raise ValueError(f"{source}: no such run, export folder or weight file")
+    if source.is_dir() and any(head_files(source, task) for task in TASKS):
+        return source
+    if source.is_file() or _merged_in(source):
+        raise ValueError(
+            f"{source} is a backbone without heads: give heads=FOLDER (--heads FOLDER), e.g. RUN/export of stage 1"
+        )
+    if (source / _EXPORT).is_dir():
+        raise ValueError(f"{source} has no {RECORD_FILE}: it is no whole run; give its folder {_EXPORT} alone")
+    return source
+
+
+def _files(
+    source: Path,
+    run: Path | None,
+    config: VisftConfig | None,
+    tasks: Sequence[str],
+    backbone: str | Path | None,
+    heads: Path | None,
+    adapter: str | Path | None,
+) -> ModelFiles:
+    given = None if backbone is None else Path(backbone)
+    own = None if adapter in (None, "none") else Path(str(adapter))
+    if run is not None:
+        assert config is not None
+        use = adapter != "none"
+        return files_of_run(run, config, tasks, backbone=given, heads=heads, adapter=own, use_adapter=use)
+    exported = source / ADAPTER_FOLDER
+    if adapter is None and backbone is None and exported.is_dir():
+        own = exported
+    weights = given or _weights_at(source)
+    # Of one export: random bases of release 0.1 do not say so themselves.
+    of_run = (weights, source) if weights.parent == source else None
+    return ModelFiles(weights, heads or source, own, {}, of_run=of_run)
+
+
+def _weights_at(source: Path) -> Path:
+    """The one weight file of an export folder, or of a folder that merging wrote."""
+    if source.is_file():
+        return source
+    if not source.exists():
+        raise ValueError(f"{source}: no such run, export folder or weight file")
+    exported = [source / name for name in (TRAINED_BACKBONE_FILE, BACKBONE_FILE) if (source / name).is_file()]
+    found = exported[:1] or _merged_in(source)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ValueError(
+            f"{source} has to hold one file of backbone weights, found {names}: give backbone=FILE (--backbone)"
+        )
+    return found[0]
+
+
+def _merged_in(folder: Path) -> list[Path]:
+    whole = [path for path in sorted(folder.glob(f"*{INDEX}")) if path.is_file()]
+    heads = {path for task in TASKS for path in head_files(folder, task)}
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    return whole or [path for path in sorted(folder.glob("*")) if path.suffix in suffixes and path not in heads]
