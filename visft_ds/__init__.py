@@ -1,11 +1,42 @@
-"""visft_ds: supervised fine-tuning of vision foundation models on DeepSpeed."""
+"""visft_ds: supervised fine-tuning of vision foundation models on DeepSpeed.
+
+The public names are those of `_PUBLIC`; each is imported when it is first asked for.
+"""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visft_ds.api import fit as fit
+    from visft_ds.evals.evaluate import EvaluationResult as EvaluationResult
+    from visft_ds.evals.evaluate import evaluate as evaluate
+    from visft_ds.monitor.callbacks import Callback as Callback
+    from visft_ds.train import FitResult as FitResult
 
 __version__ = "0.1.0"
+
+#: Public name -> the module that has it.
+_PUBLIC = {
+    "Callback": "visft_ds.monitor.callbacks",
+    "EvaluationResult": "visft_ds.evals.evaluate",
+    "FitResult": "visft_ds.train",
+    "evaluate": "visft_ds.evals.evaluate",
+    "fit": "visft_ds.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
 #: Functions in which a program still imports itself: what costs seconds is imported when its flags are right.

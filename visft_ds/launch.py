@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        return train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
+        ended = train(config, resume=arguments.resume, command=[sys.argv[0], *argv], stop=stop)
+        return config.visft.run.requeue_code if ended.requeue else 0
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:

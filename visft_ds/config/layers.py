@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+AnyPath = str | os.PathLike[str]  #: a path as users give it
 #: ds_configs/ of this checkout.
 CONFIG_ROOT = Path(__file__).resolve().parents[2] / "ds_configs"
 
