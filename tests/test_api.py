@@ -1,6 +1,6 @@
 """The names that users may rely on: their signatures, the reference page, and what importing the package costs.
 
-python -m tests.test_api --write    # after a deliberate change: tests/golden/api.txt and the reference in docs/api.md
+After a deliberate change, `python -m tests.test_api --write` writes tests/golden/api.txt and docs/api.md.
 """
 
 from __future__ import annotations

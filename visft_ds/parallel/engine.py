@@ -149,7 +149,7 @@ def environment_as_found() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in {*_ALONE, "MASTER_PORT"} - found:
+        for name in {*_ALONE, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
             os.environ.pop(name, None)
 
 
