@@ -181,10 +181,11 @@ def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(text.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
-    write_toy_coco(tmp_path / "coco", train=24, val=2, height=56, width=56)
+    write_toy_coco(tmp_path / "coco", train=32, val=2, height=56, width=56)
     annotations = tmp_path / "coco" / "annotations"
     for split in ("train", "val"):
         files = (annotations / f"{kind}_{split}2017.json" for kind in ("instances", "captions"))
