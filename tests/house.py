@@ -42,7 +42,7 @@ def core() -> set[str]:
         module = waiting.pop()
         if module not in found:
             found.add(module)
-            waiting += imported(module)
+            waiting += imported(module) if module != PACKAGE else ()  # its public names are imported on demand
     return found
 
 

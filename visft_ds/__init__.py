@@ -1,15 +1,27 @@
-"""visft_ds: supervised fine-tuning of vision foundation models on DeepSpeed."""
+"""visft_ds: supervised fine-tuning of vision foundation models on DeepSpeed.
+
+The public names are those of `_PUBLIC`; each is imported when it is first asked for.
+"""
 
 import sys
 from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from visft_ds.api import fit as fit
+    from visft_ds.evals.evaluate import EvaluationResult as EvaluationResult
+    from visft_ds.evals.evaluate import evaluate as evaluate
+    from visft_ds.monitor.callbacks import Callback as Callback
+    from visft_ds.predict.model import Model as Model
     from visft_ds.predict.model import load as load
     from visft_ds.predict.model import load_backbone as load_backbone
+    from visft_ds.predict.results import Boxes as Boxes
+    from visft_ds.predict.results import Masks as Masks
+    from visft_ds.predict.results import Prediction as Prediction
+    from visft_ds.train import FitResult as FitResult
 
 __version__ = "0.2.0"  # setup.py reads these two lines without an import
 
@@ -21,14 +33,23 @@ _ABOVE = Path(__file__).resolve().parents[1]
 CHECKOUT = _ABOVE if (_ABOVE / "setup.py").is_file() else None
 _SHELLS = {_ABOVE / folder for folder in ("tools", "launchers")}
 
-#: Public name -> the module that defines it, which is imported when the name is used: torch alone takes seconds.
+#: Public name -> the module that has it, which is imported when the name is used: torch alone takes seconds.
 _PUBLIC = {
+    "Boxes": "visft_ds.predict.results",
+    "Callback": "visft_ds.monitor.callbacks",
+    "EvaluationResult": "visft_ds.evals.evaluate",
+    "FitResult": "visft_ds.train",
+    "Masks": "visft_ds.predict.results",
+    "Model": "visft_ds.predict.model",
+    "Prediction": "visft_ds.predict.results",
+    "evaluate": "visft_ds.evals.evaluate",
+    "fit": "visft_ds.api",
     "load": "visft_ds.predict.model",
     "load_backbone": "visft_ds.predict.model",
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        return train(config, resume=options.resume, command=[*program("train").split(), *words], stop=stop)
+        again = [*program("train").split(), *words]
+        ended = train(config, resume=options.resume, command=again, stop=stop)
+        return config.visft.run.requeue_code if ended.requeue else 0
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,13 @@ from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished
 from visft_ds.model import LossDenominators, counts_of, loss_denominators_of
 from visft_ds.models.compiled import check_compiler, compile_blocks
+from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import Engine, StepReport, start_process_group
+from visft_ds.parallel.engine import Engine, StepReport, released, start_process_group
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner import settle_recompute
@@ -90,10 +92,31 @@ class Run:
         return self.config.total_steps
 
 
-def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: StopFlag) -> int:
-    """Build in order: data, run folder, process group, model, engine, loader; then run the loop and export.
+@dataclass(frozen=True)
+class FitResult:
+    """Outcome of a run."""
 
-    Returns the exit code: 0, or `visft.run.requeue_code` where a signal asked for the job to be queued again.
+    out: Path  #: the run folder
+    step: int  #: optimiser steps done, those of earlier starts included
+    finished: bool  #: all steps are done and exported; else it was stopped, `step` is saved and the same call goes on
+    requeue: bool  #: SIGUSR1 asked for the job to be queued again
+    metrics: Mapping[str, float]  #: newest number of each name in metrics.jsonl; empty but on the main process
+
+    @property
+    def export(self) -> Path:
+        """Folder of what a finished run has trained: heads after stage 1, an adapter or a backbone after stage 2."""
+        return self.out / "export"
+
+
+def train(
+    config: ResolvedConfig,
+    *,
+    resume: str,
+    command: Sequence[str],
+    stop: StopFlag,
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
+    """Build in order: data, run folder, process group, model, engine, loader; then run the loop and export.
 
     Raises:
         ValueError: what a user can mend; before any model is allocated wherever that can be known.
@@ -123,6 +146,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
 
     start_process_group()
     with (
+        ExitStack() as at_the_end,
         locked_for_all_ranks(out),
         watch(out, settings.run.heartbeat_timeout, settings.run.step_timeout, alike=batches.stages == 1) as watchdog,
     ):
@@ -141,7 +165,7 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
         distributed.assert_same_on_all_ranks(identity)
         check_space(out, sum(group.count for group in prepared.groups), settings.run)
         base_sha256 = _keep_random_base(prepared, config, out)
-        engine = build_engine(config, prepared, for_deepspeed, partition)
+        engine = at_the_end.enter_context(released(build_engine(config, prepared, for_deepspeed, partition)))
         compile_blocks(prepared.module.backbone, settings.model.compile)
         state = RunState(config, engine, identity)
         run = Run(
@@ -167,15 +191,15 @@ def train(config: ResolvedConfig, *, resume: str, command: Sequence[str], stop: 
             print_start(config, prepared, batches, section, partition, **told, device=device, start=start)
         if settings.run.rehearsal and start < run.total_steps:
             rehearse(config, engine, batches, sets, vocabulary, watchdog=watchdog, memory=run.memory)
-        return _loop_and_export(run, start)
+        return _loop_and_export(run, start, callbacks)
 
 
-def _loop_and_export(run: Run, start: int) -> int:
-    """Run the loop, then export. Returns the exit code."""
+def _loop_and_export(run: Run, start: int, callbacks: Sequence[Callback]) -> FitResult:
+    """Run the loop, then export."""
     settings, state, main = run.config.visft.run, run.state, distributed.is_main()
     with (
         Progress(run.total_steps, start=start, log_every=settings.log_every, enabled=main) as progress,
-        MetricsWriter(run.out, resume_step=start, enabled=main) as writer,
+        MetricsWriter(run.out, resume_step=start, enabled=main, callbacks=callbacks) as writer,
         state,
     ):
         try:
@@ -198,7 +222,7 @@ def _loop_and_export(run: Run, start: int) -> int:
         elif run.validation:  # after closing: the other ranks need not wait for the last numbers
             run.validation.poll(writer, progress, wait=True)
         state.delete_obsolete()
-    return settings.requeue_code if requeue else 0
+        return FitResult(run.out, step, step >= run.total_steps, requeue, writer.last)
 
 
 def _clear_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Sequence
-from typing import Any
 
 from visft_ds import program
+from visft_ds.config.layers import AnyPath
 from visft_ds.config.resolve import ResolvedConfig, available, resolve
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -79,8 +80,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
     if arguments.json and not arguments.dry_run:
         raise ValueError("--json prints what a dry run finds: give it with --dry-run")
     arguments.stage = arguments.stage and int(arguments.stage)
-    if arguments.resume not in ("auto", "must", "no"):
-        raise ValueError(f"--resume {arguments.resume}: must be auto (if there is a checkpoint), must, or no")
+    check_resume(arguments.resume)
     if arguments.deepspeed_config is not None:
         doubled = [f"--{name}" for name in ("model", "engine") if getattr(arguments, name) is not None]
         if doubled:
@@ -90,20 +90,28 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
             raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
-    flags: dict[str, tuple[str, Any]] = {
-        "--data": ("visft.data.root", arguments.data),
-        "--out": ("visft.run.out", arguments.out),
-    }
     config = resolve(
         stage=arguments.stage,
         engine=arguments.engine or DEFAULT_ENGINE,
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags={flag: pair for flag, pair in flags.items() if pair[1] is not None},
+        flags=folder_flags(arguments.data, arguments.out),
     )
     arguments.stage = config.visft.stage
     return arguments, config
+
+
+def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:
+    """Flag -> (dotted key, value) of the folders that were given, as `resolve` takes them."""
+    given = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
+    return {flag: (key, os.fspath(value)) for flag, (key, value) in given.items() if value is not None}
+
+
+def check_resume(how: str) -> None:
+    """Raise ValueError for a way to resume that there is not."""
+    if how not in ("auto", "must", "no"):
+        raise ValueError(f"--resume {how}: must be auto (if there is a checkpoint), must, or no")
 
 
 def tower_setting(text: str) -> tuple[str, int | float | bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import CHECKOUT
+
+AnyPath = str | os.PathLike[str]  #: a path as users give it
 
 #: ds_configs/: beside the package in a checkout, inside of it where it was installed from a wheel.
 CONFIG_ROOT = (CHECKOUT or Path(str(resources.files("visft_ds")))) / "ds_configs"

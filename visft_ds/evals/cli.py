@@ -32,10 +32,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.evals.benchmarks.command import run
 
         return run(words[:place] + words[place + 1 :])
-    given = _parser().parse_args(words)
-    from visft_ds.evals.command import evaluate
+    given = vars(_parser().parse_args(words))
+    del given["local_rank"]
+    if given["tasks"] is not None:
+        given["tasks"] = [name.strip() for name in given["tasks"].split(",")]
+    given["use_adapter"] = given["adapter"] != "none"
+    given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
+    from visft_ds.data.store import StoreFailed
+    from visft_ds.evals.evaluate import Request, answer
+    from visft_ds.parallel import distributed
 
-    return evaluate(given)
+    rank = distributed.rank()
+    try:
+        problems = answer(Request(**given, command=True)).problems
+    except (ValueError, OSError, StoreFailed) as error:
+        # What every rank runs into is said once.
+        if rank and not getattr(error, "of_one_rank", False):
+            return 2
+        problems = [str(error)]
+    for problem in problems:
+        print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+    return 2 if problems else 0
 
 
 def _parser() -> argparse.ArgumentParser:

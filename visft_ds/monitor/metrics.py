@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.config.removed import RUN_SCHEMA
+from visft_ds.monitor.callbacks import Callback
 
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
@@ -41,27 +42,45 @@ class MetricsWriter:
         resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
             and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
         enabled: False on every process but the main one: nothing is written.
+        callbacks: told of each record after it was written.
     """
 
-    def __init__(self, out_dir: str | Path, *, resume_step: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        resume_step: int = 0,
+        enabled: bool = True,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         self.path = Path(out_dir) / METRICS_FILE
         self.enabled = enabled
+        self.last: dict[str, float] = {}  #: the newest number of each name, those of an interrupted run included
+        self._callbacks = callbacks if enabled else ()
         self._warned: set[str] = set()
         self._torn = False
         self._events: Any = None
         if enabled:
-            self._attempt("metrics.jsonl", lambda: truncate_metrics(self.path, resume_step))
+            self._attempt("metrics.jsonl", lambda: self.last.update(truncate_metrics(self.path, resume_step)))
             self._attempt("TensorBoard", lambda: self._open_tensorboard(Path(out_dir) / "tensorboard", resume_step))
 
-    def step(self, step: int, values: Mapping[str, float], *, kind: str = "step") -> None:
-        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1.
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one optimiser step, e.g. {"loss/detection": 1.2, "lr/lora": 1e-5}; step counts from 1."""
+        self._numbers("step", step, values)
+        for callback in self._callbacks:
+            callback.on_step(step, values)
 
-        `kind` is the type of the record for readers of metrics.jsonl: "save" is one that comes after that of the step.
-        """
-        self._write({"kind": kind, "step": step, **values})
-        if self._events is not None:
-            numbers = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
-            self._attempt("TensorBoard", lambda: self._add_summary(step, numbers))
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of the evaluation after `step`, e.g. {"box/AP": 0.3}; recorded with "val/" before their names."""
+        self._numbers("step", step, {f"val/{name}": value for name, value in metrics.items()})
+        for callback in self._callbacks:
+            callback.on_evaluation(step, metrics)
+
+    def save(self, step: int, seconds: Mapping[str, float], folder: Path) -> None:
+        """Times of the checkpoint of `step`, which lies in `folder`."""
+        self._numbers("save", step, seconds)
+        for callback in self._callbacks:
+            callback.on_save(step, folder)
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Something that happened after `step`: "saved", "evaluated", "resumed"; details are JSON values."""
@@ -85,6 +104,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _numbers(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._write({"kind": kind, "step": step, **values})
+        if self.enabled and kind == "step":
+            self.last.update(values)
+        if self._events is not None:
+            numbers = [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()]
+            self._attempt("TensorBoard", lambda: self._add_summary(step, numbers))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.enabled:
@@ -157,15 +184,25 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the records up to and including `step`; makes the folder. The file is replaced in one move."""
+def truncate_metrics(path: Path, step: int) -> dict[str, float]:
+    """Keep the records up to and including `step`; makes the folder. The file is replaced in one move.
+
+    Returns the newest number of each name among those that stay.
+    """
+    last: dict[str, float] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        return
-    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] <= step]
+        return last
+    kept = []
+    for record in read_metrics(path):
+        if record["step"] <= step:
+            kept.append(json.dumps(record))
+            if record["kind"] == "step":
+                last |= {name: float(value) for name, value in record.items() if name not in ("kind", "step", "time")}
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+    return last
 
 
 @dataclass(frozen=True)

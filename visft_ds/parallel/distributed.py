@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from visft_ds.resilience.signals import RanksDiffer
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12
 _SHOWN = 8  # differences in a message
+
+_kept_open = False
 
 
 def rank() -> int:
@@ -170,8 +173,28 @@ def assert_same_on_all_ranks(named: Mapping[str, str]) -> None:
         raise RanksDiffer("the ranks do not agree on\n" + "\n".join(lines[:_SHOWN]) + more)
 
 
+def keep_open() -> None:
+    """Let `close` leave the group to the end of the process, for a script that trains more than once: DeepSpeed keeps
+    groups in globals, so a process that has left one cannot train in another."""
+    global _kept_open
+    if not _kept_open:
+        _kept_open = True
+        atexit.register(_leave)
+
+
+def kept_open() -> bool:
+    """Return True in a script that may go on with something else after a run."""
+    return _kept_open
+
+
 def close() -> None:
     """Leave the process group; without this, a process may die in a destructor at exit (code -6, a flaky launch)."""
     if dist.is_initialized():
         dist.barrier()
+        if not _kept_open:
+            _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,17 +6,21 @@ DeepSpeed 0.19.8 has silent faults where parameters take no part in a step; each
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import deepspeed
 import psutil
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from torch.distributed import DistNetworkError
@@ -28,6 +32,9 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.loss_scale import LossScale
 from visft_ds.parallel.refusal import step_without_update
 from visft_ds.resilience.signals import LostRank
+
+#: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT joins it.
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def start_process_group() -> None:
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         # A C++ extension that only DeepSpeed's inference kernels use; building it would need a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", _free_port())
     # Torch's flight recorder, from which the watchdog names the last collective.
@@ -131,6 +138,38 @@ def start_process_group() -> None:
             "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
             "the network interface between them (docs/multi-node.md)"
         ) from error
+
+
+@contextlib.contextmanager
+def environment_as_found() -> Iterator[None]:
+    """Take back at the end what `start_process_group` adds to the environment: a program that is started later must not
+    think that a launcher started it."""
+    found = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in {*_ALONE, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def released(engine: Engine) -> Iterator[Engine]:
+    """The engine; where the process goes on afterwards (`distributed.keep_open`), its memory can be used again.
+
+    DeepSpeed hangs hooks into autograd that keep a model for ever; under ZeRO-3 a list and a cache do so too. A rank
+    that failed among others lets it be: it would wait for what they never finish.
+    """
+    whole = False
+    try:
+        yield engine
+        whole = True
+    finally:
+        if distributed.kept_open() and (whole or distributed.world_size() == 1):
+            engine.deepspeed.destroy()
+            parameter_offload.FWD_MODULE_STACK.clear()
+            cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+            inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
+            deepspeed.utils.groups.mpu = None  # of a pipeline: ZeRO would ask it for ranks
 
 
 def _holder(port: int) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 from visft_ds.resilience import processes
 
@@ -67,15 +69,25 @@ class StopFlag:
     def __init__(self, *, launched: bool) -> None:
         self.reason = ""
         self.requeue = False  #: the job is to be queued again
+        self._replaced: dict[int, Any] = {}  # number of a signal -> the handler that was there before
         # Without a launcher (nohup, a shell that ends) there is nobody to miss.
         self._launcher = os.getppid() if launched else 0
         self._runner = processes.parent(self._launcher) if _LAUNCHER in processes.command(self._launcher) else 0
         self._supervisor = os.environ.get(_SUPERVISOR, "")
 
     def listen(self) -> None:
-        """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet.
+
+        Python hands signals to the main thread only: called in another one, it does nothing.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def restore(self) -> None:
+        """Give the signals back to those who had them before `listen`."""
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+        self._replaced = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason and number == signal.SIGINT:  # a second Ctrl-C: the user does not want to wait for the step

@@ -12,7 +12,7 @@ from types import TracebackType
 from torch import Tensor
 
 from visft_ds.checkpoint.averaging import MovingAverage, gather_all
-from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
+from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
 from visft_ds.monitor.console import Progress
@@ -129,13 +129,13 @@ class RunState:
         """
         for save in self._saver.finished(wait=wait):
             seconds = {"save/stall_seconds": save.stall_seconds, "save/write_seconds": save.write_seconds}
-            writer.step(save.step, seconds, kind="save")
             told = f"training stood still for {save.stall_seconds:.2f} s"
             if save.waited_seconds > _WORTH_TELLING:
                 told += f", {save.waited_seconds:.2f} s of it for the save before"
             progress.message(
                 f"saved step {save.step} in {self._saver.folder} ({told}; written in {save.write_seconds:.2f} s)"
             )
+            writer.save(save.step, seconds, checkpoint_path(self._saver.folder, save.step))
 
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the numbers of an evaluation into account. Returns whether `step` is the best so far."""

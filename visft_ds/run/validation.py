@@ -164,6 +164,6 @@ def _record(verdict: EvalResult, writer: MetricsWriter, progress: Progress, *, b
     for problem in verdict.problems:
         print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
     if verdict.metrics:
-        writer.step(verdict.step, {f"val/{name}": value for name, value in verdict.metrics.items()})
         shown = [f"{name} {verdict.metrics[name]:.3f}" for name in SHOWN if name in verdict.metrics]
         progress.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")
+        writer.evaluation(verdict.step, verdict.metrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds.config.layers import AnyPath
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
@@ -64,7 +64,7 @@ class Job:
     shards: str | None  #: folder or URL; None: make them from a COCO tree
     cache: CacheOptions | None  #: of remote shards
     split: str
-    out: Path
+    out: Path | None  #: None: nothing is written
     precision: str
     packed: bool  #: images of different sizes pass through the backbone without padding
 
@@ -74,29 +74,154 @@ class Job:
         return tasks_of(self.streams)
 
 
-def evaluate(given: argparse.Namespace) -> int:
-    """Measure what the flags of `visft_ds.evals.cli` ask for; returns the exit status."""
-    rank = distributed.rank()
-    try:
-        job = _job(given)
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Numbers of an evaluation and what they were computed from; empty but on the main process."""
+
+    metrics: Mapping[str, float]  #: AP, BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]; -1: the data has no such objects
+    results: Mapping[str, Results]  #: task -> predictions in COCO's results format, in the order of the data
+    problems: Sequence[str] = ()  #: a line for each task that could not be judged
+    out: Path | None = None  #: folder of what was written
+
+
+@dataclass(frozen=True)
+class Request:
+    """Model, data and options that are asked for; each as the parameter of `evaluate` or the flag of that name."""
+
+    run: Path | None
+    backbone: Path | None
+    heads: Path | None
+    adapter: Path | None  #: None: the run's
+    use_adapter: bool
+    allow_other_base: bool
+    model: str | None
+    tasks: Sequence[str] | None
+    vocabulary: Path | None
+    beam_size: int | None
+    precision: str | None
+    data: str | None
+    coco: Path | None
+    split: str | None
+    limit: int | None
+    image_size: int | None
+    batch_size: int | None
+    threads: int
+    out: Path | None
+    images: int
+    threshold: float
+    command: bool  #: print what is evaluated and found, and write into a folder of the run where `out` names none
+
+
+def evaluate(
+    run: AnyPath | None = None,
+    *,
+    backbone: AnyPath | None = None,
+    heads: AnyPath | None = None,
+    adapter: AnyPath | None = None,
+    allow_other_base: bool = False,
+    model: str | None = None,
+    tasks: Sequence[str] | None = None,
+    vocabulary: AnyPath | None = None,
+    beam_size: int | None = None,
+    precision: str | None = None,
+    data: AnyPath | None = None,
+    coco: AnyPath | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    threads: int = 2,
+    out: AnyPath | None = None,
+    images: int = 8,
+    threshold: float = 0.5,
+) -> EvaluationResult:
+    """Measure a run, or any backbone with heads, as tools/evaluate.py does.
+
+    With several processes, all call it; each image is evaluated once.
+
+    Args:
+        run: folder of a finished run; the rest replaces what it says. Without it give backbone, heads and data or coco.
+        backbone: file of base or merged weights, of any known layout.
+        heads: folder of heads: RUN/export, or ViSFT's published files.
+        adapter: folder of an adapter, or "none": leave the run's out.
+        allow_other_base: go on although the heads learnt from another base.
+        model: preset, where the file of the backbone does not tell.
+        tasks: by default every task that has a head.
+        vocabulary: word map of a published captioning head.
+        beam_size: of captions; by default the run's, or 1 (greedy).
+        precision: "auto", "fp32", "bf16" or "fp16"; by default the run's, or "auto".
+        data: folder or URL of shards.
+        coco: a COCO tree, packed on the fly, or shards.
+        split: by default the run's validation split, or "val".
+        limit: only the first so many images.
+        image_size: resize to squares of so many pixels.
+        batch_size: of one process; by default the run's, or 8.
+        threads: that decode.
+        out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
+        images: pictures to draw into `out`.
+        threshold: least score in pictures.
+
+    Raises:
+        ValueError: missing or damaged files, parts that do not belong together, data that a task cannot be judged by.
+    """
+    request = Request(
+        run=_path(run),
+        backbone=_path(backbone),
+        heads=_path(heads),
+        adapter=None if adapter == "none" else _path(adapter),
+        use_adapter=adapter != "none",
+        allow_other_base=allow_other_base,
+        model=model,
+        tasks=tasks,
+        vocabulary=_path(vocabulary),
+        beam_size=beam_size,
+        precision=precision,
+        data=None if data is None else os.fspath(data),
+        coco=_path(coco),
+        split=split,
+        limit=limit,
+        image_size=image_size,
+        batch_size=batch_size,
+        threads=threads,
+        out=_path(out),
+        images=images if out is not None else 0,
+        threshold=threshold,
+        command=False,
+    )
+    distributed.keep_open()
+    return answer(request)
+
+
+def _path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def answer(given: Request) -> EvaluationResult:
+    """Measure what is asked for. Collective.
+
+    Raises:
+        ValueError: on every rank, or on one alone, which then says so by an attribute `of_one_rank`.
+        OSError: a file cannot be read or written.
+        StoreFailed: a server of the data does not answer.
+    """
+    job = _job(given)
+    if job.out is not None:
         _refuse_filled(job.out)
-        precision, why = choose_precision(job.precision, distributed.local_device())
-        manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
-        model = load_model(
-            job.files,
-            job.tasks,
-            precision=precision,
-            device=distributed.local_device(),
-            preset=given.model,
-            vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
-            decoding=job.decoding,
-            packed=job.packed,
-            allow_other_base=given.allow_other_base,
-        )
-        classes = classes_of_heads(model.heads)
-        job = replace(job, streams={name: replace(one, classes=classes) for name, one in job.streams.items()})
-    except (ValueError, StoreFailed) as error:  # every rank runs into the same
-        return _complain(error, 0) if rank == 0 else 2
+    precision, why = choose_precision(job.precision, distributed.local_device())
+    manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
+    model = load_model(
+        job.files,
+        job.tasks,
+        precision=precision,
+        device=distributed.local_device(),
+        preset=given.model,
+        vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
+        decoding=job.decoding,
+        packed=job.packed,
+        allow_other_base=given.allow_other_base,
+    )
+    classes = classes_of_heads(model.heads)
+    job = replace(job, streams={name: replace(one, classes=classes) for name, one in job.streams.items()})
     try:
         if distributed.world_size() > 1:
             _start_process_group()
@@ -104,12 +229,10 @@ def evaluate(given: argparse.Namespace) -> int:
             remedy = "Evaluate it on data of its own categories"
             check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
             _check_truth(job.tasks, ready, given.limit)
-            problems = _evaluate(job, given, model, ready, f"{precision} ({why})")
-    except (ValueError, OSError, StoreFailed) as error:  # may have happened on this rank alone
-        return _complain(error, rank)
-    for problem in problems:
-        _complain(ValueError(problem), rank)
-    return 2 if problems else 0
+            return _evaluate(job, given, model, ready, f"{precision} ({why})")
+    except (ValueError, OSError, StoreFailed) as error:
+        error.of_one_rank = True  # type: ignore[union-attr]
+        raise
 
 
 def _start_process_group() -> None:
@@ -133,21 +256,16 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
         check_truth(tasks, reader, limit)
 
 
-def _complain(error: Exception, rank: int) -> int:
-    print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-    return 2
-
-
-def _job(given: argparse.Namespace) -> Job:
+def _job(given: Request) -> Job:
     for name, least in _LEAST.items():
         value = getattr(given, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
     if given.data and given.coco:
         raise ValueError("--data and --coco both say where the images are: give one of them")
-    coco = given.coco
+    data, coco = given.data, given.coco
     if coco is not None and splits_in(coco) and not (coco / "annotations").is_dir():  # --coco takes shards as well
-        given.data, coco = str(coco), None
+        data, coco = str(coco), None
     if given.run:
         visft = recorded_config(given.run).visft
         streams = _chosen(
@@ -163,43 +281,43 @@ def _job(given: argparse.Namespace) -> Job:
             tasks_of(streams),
             backbone=given.backbone,
             heads=given.heads,
-            adapter=_adapter(given),
-            use_adapter=given.adapter != "none",
+            adapter=given.adapter,
+            use_adapter=given.use_adapter,
         )
         split, precision = given.split or visft.data.val, visft.model.precision
-        shards = given.data if given.data or coco else data_of_run(given.run, visft, split)
-        given.vocabulary = given.vocabulary or recorded_words(given.run, visft)
+        shards = data if data or coco else data_of_run(given.run, visft, split)
+        words = given.vocabulary or recorded_words(given.run, visft)
     else:
-        missing = [f"--{name}" for name in ("backbone", "heads", "out") if getattr(given, name) is None]
+        needed = ("backbone", "heads", *(["out"] if given.command else []))
+        missing = [f"--{name}" for name in needed if getattr(given, name) is None]
         missing += [] if given.data or given.coco else ["--data or --coco"]
-        if missing:
+        if missing or given.backbone is None or given.heads is None:
             raise ValueError(f"without --run these are needed: {', '.join(missing)}")
-        files = ModelFiles(given.backbone, given.heads, _adapter(given), {})
+        files = ModelFiles(given.backbone, given.heads, given.adapter, {})
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
         streams = _chosen(streams, given)
-        shards, split, precision = given.data, given.split or "val", "auto"
+        shards, split, precision = data, given.split or "val", "auto"
+        words = given.vocabulary
+    out = given.out
+    if given.command and given.run:
+        out = out or given.run / f"evaluation-{split}"
     return Job(
         files=files,
         streams=streams,
         decoding=decoding_of(visft if given.run else None, given.beam_size),
-        vocabulary=given.vocabulary,
+        vocabulary=words,
         shards=shards,
         cache=cache_of(visft.data) if given.run else None,
         split=split,
-        out=given.out or given.run / f"evaluation-{split}",
+        out=out,
         precision=given.precision or precision,
         packed=visft.model.packed if given.run else False,
     )
 
 
-def _adapter(given: argparse.Namespace) -> Path | None:
-    return None if given.adapter in (None, "none") else Path(given.adapter)
-
-
-def _chosen(streams: Mapping[str, Stream], given: argparse.Namespace) -> dict[str, Stream]:
-    names = None if given.tasks is None else given.tasks.split(",")
-    return chosen_streams(streams, names, given.heads, given.heads or given.run)
+def _chosen(streams: Mapping[str, Stream], given: Request) -> dict[str, Stream]:
+    return chosen_streams(streams, given.tasks, given.heads, given.heads or given.run or Path())
 
 
 def _refuse_filled(out: Path) -> None:
@@ -209,13 +327,11 @@ def _refuse_filled(out: Path) -> None:
         raise ValueError(f"{out} is a file: choose another --out")
 
 
-def _evaluate(
-    job: Job, given: argparse.Namespace, model: EvaluationModel, manifest: Manifest, precision: str
-) -> list[str]:
-    """Collective; the main process writes, prints, and returns a line for each task that could not be judged."""
+def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manifest, precision: str) -> EvaluationResult:
+    """Collective; the main process writes, and prints for the command."""
     where = f"{given.coco or manifest.root}/{job.split}"
     count = min(given.limit or len(manifest), len(manifest))
-    if distributed.is_main():
+    if given.command and distributed.is_main():
         _print_start(model, precision, f"{where}: {count} of {len(manifest)} images")
     with ShardReader(manifest) as reader:
         began = time.perf_counter()
@@ -234,7 +350,7 @@ def _evaluate(
         )
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
-            return []
+            return EvaluationResult({}, {})
         outcome, problems = measure(collected, reader, limit=given.limit, per_category=True)
         record = {
             "model": dict(model.facts),
@@ -246,9 +362,11 @@ def _evaluate(
             "seconds": round(seconds, 3),
             **({"problems": problems} if problems else {}),
         }
-        _write(job.out, collected, outcome, record, _save_pictures(pictures, job.out))
-    _print_results(job.out, list(collected), outcome, count / seconds)
-    return problems
+        if job.out is not None:
+            _write(job.out, collected, outcome, record, _save_pictures(pictures, job.out))
+    if given.command and job.out is not None:
+        _print_results(job.out, list(collected), outcome, count / seconds)
+    return EvaluationResult(as_metrics(outcome), collected, problems, job.out)
 
 
 @contextmanager
@@ -265,8 +383,11 @@ def _packed(manifest: Manifest | None, job: Job, coco: Path | None) -> Iterator[
         yield Manifest.load(folder, job.split)
         distributed.barrier()
         return
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{job.out.name}-shards-", dir=job.out.parent) as folder:
+    if job.out is not None:
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+    # Without a folder of results, that of the system's temporary files.
+    name, place = (f".{job.out.name}", job.out.parent) if job.out is not None else ("visft", None)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-shards-", dir=place) as folder:
         packed = False
         try:
             _pack(coco, job.split, Path(folder))

@@ -1,0 +1,83 @@
+"""Training from Python: launchers/train.py as a function. Torch is imported only when the run can really start."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing, resolve
+from visft_ds.config.cli import DEFAULT_ENGINE, DEFAULT_MODEL, check_resume, folder_flags
+from visft_ds.config.layers import AnyPath
+from visft_ds.monitor.callbacks import Callback
+from visft_ds.resilience.signals import StopFlag
+
+if TYPE_CHECKING:
+    from visft_ds.train import FitResult
+
+
+def fit(
+    config: ResolvedConfig | None = None,
+    *,
+    stage: int | None = None,
+    model: str = DEFAULT_MODEL,
+    engine: str = DEFAULT_ENGINE,
+    data: AnyPath | None = None,
+    out: AnyPath | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    resume: str = "auto",
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
+    """Train one stage, as launchers/train.py does: alone in a script or notebook, or in each process of a launcher.
+
+    It may be called again and again in one process. Ctrl-C, SIGTERM and SIGUSR1 stop the run after the step, which is
+    saved (heard in the main thread only); a second Ctrl-C raises KeyboardInterrupt. With several processes, all call
+    it, and one that fails ends the others.
+
+    Args:
+        config: from `visft_ds.config.resolve`; replaces stage, model and engine.
+        stage: 1 trains the heads, 2 the backbone's adapters.
+        model: name of a file in ds_configs/models.
+        engine: name of a file in ds_configs/engines.
+        data: folder or URL of the shards.
+        out: run folder.
+        settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
+        resume: "auto" goes on from the newest checkpoint, if there is one; "must" needs one; "no" wants a new folder.
+        callbacks: listeners to the run.
+
+    Raises:
+        ValueError: what can be mended: settings, missing inputs (with the commands that make them), a folder in use.
+        FloatingPointError: training diverged.
+        RuntimeError: processes that differ, or another one that ended first.
+    """
+    # Before torch is imported: a launcher that dies meanwhile must be missed.
+    stop = StopFlag(launched="RANK" in os.environ)
+    check_resume(resume)
+    folders = folder_flags(data, out)
+    if isinstance(settings, Mapping):
+        settings = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in settings.items()]
+    if config is None:
+        config = resolve(stage=stage, model=model, engine=engine, settings=settings, flags=folders)
+    elif stage is not None or (model, engine) != (DEFAULT_MODEL, DEFAULT_ENGINE):
+        raise ValueError("config is a complete configuration: leave out stage, model and engine")
+    else:
+        config = changed(config, [*(f"{key}={json.dumps(value)}" for key, value in folders.values()), *settings])
+    missing = missing_inputs(config)
+    if missing:
+        raise ValueError(render_missing(missing))
+
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.engine import environment_as_found
+    from visft_ds.train import train
+
+    distributed.keep_open()
+    gc.collect()  # a run that failed before may still hold its model: in a cycle, which only this breaks
+    try:
+        with environment_as_found():
+            return train(config, resume=resume, command=sys.argv, stop=stop, callbacks=callbacks)
+    finally:
+        stop.restore()
+        gc.collect()
