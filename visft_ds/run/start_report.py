@@ -144,7 +144,7 @@ def _features_row(plan: Plan, features: FeatureCache) -> str:
 
 
 def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_json: bool = False) -> int:
-    """What would train, how batches divide, and why the run could not start.
+    """Print what would train, how batches divide, and why the run could not start.
 
     Args:
         missing: inputs that are not there, see `render_missing`.
