@@ -1,4 +1,4 @@
-"""Training from Python: launchers/train.py as a function. Torch is imported only when the run can really start."""
+"""Training from Python: visft train as a function. Torch is imported only when the run can really start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fit(
     resume: str = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
-    """Train one stage, as launchers/train.py does: alone in a script or notebook, or in each process of a launcher.
+    """Train one stage, as visft train does: alone in a script or notebook, or in each process of a launcher.
 
     It may be called again and again in one process. Ctrl-C, SIGTERM and SIGUSR1 stop the run after the step, which is
     saved (heard in the main thread only); a second Ctrl-C raises KeyboardInterrupt. With several processes, all call

@@ -2,8 +2,8 @@
 
 Boxes, masks and captions: stage 1 trains the heads of all three from the same images, stage 2 takes them in turns.
 
-    python tools/demo.py --out demo                      a generated toy set, a few minutes on two cores
-    python tools/demo.py --out demo_coco --coco FOLDER   an ordinary COCO tree: train2017/ val2017/ annotations/
+    visft demo --out demo                      a generated toy set, a few minutes on two cores
+    visft demo --out demo_coco --coco FOLDER   an ordinary COCO tree: train2017/ val2017/ annotations/
 
 Every command is printed before it runs and can be run by hand; whole outputs are in OUT/logs. An interrupted demo goes
 on where it stopped. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.

@@ -1,4 +1,4 @@
-"""The command line of launchers/train.py: few flags, everything else has a place in ds_configs/."""
+"""The command line of visft train: few flags, everything else has a place in ds_configs/."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from visft_ds.config.resolve import ResolvedConfig, available, resolve
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 
 _EPILOG = """examples:
-  deepspeed --num_gpus 8 launchers/train.py --stage 1
-  deepspeed --num_gpus 8 launchers/train.py --stage 2
-  python launchers/train.py --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
+  deepspeed --num_gpus 8 --module visft_ds.launch --stage 1
+  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
+  visft train --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
 """
 
 

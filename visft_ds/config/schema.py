@@ -151,7 +151,7 @@ class DataSetConfig(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """`visft.data`: shards made by tools/make_shards.py, ROOT/NAME.manifest.json; ROOT may be a URL."""
+    """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     model_config = STRICT
     root: Text = "data/coco"
@@ -201,7 +201,7 @@ class RunConfig(BaseModel):
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of `task_schema.METRICS`; null: none
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
-    eval_every: Count = 5000  #: 0: only by tools/evaluate.py
+    eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20

@@ -1,6 +1,6 @@
 """Time spent on samples: named spans of work, measured in each thread and summed on request.
 
-A span costs a third of a microsecond, so the data path carries them always: the log of a run and `tools/profile.py
+A span costs a third of a microsecond, so the data path carries them always: the log of a run and `visft profile
 data` read the same numbers. Processor time costs more to ask for and is measured on request only.
 
     with span("decode"):

@@ -1,4 +1,4 @@
-"""Flags of tools/evaluate.py. What costs seconds to import is imported when the flags are right."""
+"""Flags of visft evaluate. What costs seconds to import is imported when the flags are right."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from visft_ds.config.schema import PRESETS
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
-    python tools/evaluate.py --run runs/stage2-debug
-    python tools/evaluate.py --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
-    python tools/evaluate.py --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
+    visft evaluate --run runs/stage2-debug
+    visft evaluate --run runs/stage2-debug --backbone merged.safetensors --out evaluation/merged
+    visft evaluate --backbone base.safetensors --heads runs/stage1-eva_e/export --adapter none \\
         --coco COCO --out evaluation/base
-    deepspeed --num_gpus 8 tools/evaluate.py --run runs/stage2-eva_e
-    python tools/evaluate.py benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
+    deepspeed --num_gpus 8 --module visft_ds evaluate --run runs/stage2-eva_e
+    visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
 
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--beam-size", type=int, metavar="N", help="of captions (default: the run's, or 1: greedy)")
     model.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="default: the run's, or auto")
     data = parser.add_argument_group("data: by default the run's")
-    data.add_argument("--data", metavar="DIR|URL", help="shards made by tools/make_shards.py")
+    data.add_argument("--data", metavar="DIR|URL", help="shards made by visft shards")
     data.add_argument("--coco", type=Path, metavar="DIR", help="a COCO tree, packed on the fly, or shards")
     data.add_argument("--split", metavar="NAME", help="default: the run's validation split, or val")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images")

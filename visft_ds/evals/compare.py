@@ -1,4 +1,4 @@
-"""Reading of the folders that tools/evaluate.py writes, and differences between the predictions of two models."""
+"""Reading of the folders that visft evaluate writes, and differences between the predictions of two models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from visft_ds.evals.mask_pictures import decode_mask
 from visft_ds.evals.pictures import Picture
 
-#: What tools/evaluate.py leaves in its folder; METRICS is written last.
+#: What visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
 
@@ -30,7 +30,7 @@ def results_name(task: str) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A folder written by tools/evaluate.py."""
+    """A folder written by visft evaluate."""
 
     label: str
     folder: Path

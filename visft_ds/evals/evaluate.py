@@ -135,7 +135,7 @@ def evaluate(
     images: int = 8,
     threshold: float = 0.5,
 ) -> EvaluationResult:
-    """Measure a run, or any backbone with heads, as tools/evaluate.py does.
+    """Measure a run, or any backbone with heads, as visft evaluate does.
 
     With several processes, all call it; each image is evaluated once.
 

@@ -1,6 +1,6 @@
 """report.html: what was trained and how well it does, in one file that needs nothing else and no network.
 
-Reads only what runs (run.json, metrics.jsonl) and tools/evaluate.py (metrics.json, results, pictures) left on disk.
+Reads only what runs (run.json, metrics.jsonl) and visft evaluate (metrics.json, results, pictures) left on disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flags of tools/merge_lora.py. What costs seconds to import is imported when the flags are right."""
+"""Flags of visft merge. What costs seconds to import is imported when the flags are right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visft_ds.config import tower_setting
 
 USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
 
-python tools/merge_lora.py --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
+visft merge --base weights/EVA02_CLIP_E_psz14_plus_s9B.pt --adapter runs/stage2-eva_e \\
     --out merged.safetensors --format timm --verify
 
 Base: .safetensors (or NAME.safetensors.index.json of shards), .pt; any known layout; that of a run may be left out.
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--images", type=int, default=2, help="random images for --verify (%(default)s)")
     card = parser.add_argument_group("model card and hub (--out must be a folder)")
     card.add_argument(
-        "--results", type=Path, metavar="DIR", help="folder of tools/evaluate.py whose numbers the card may name"
+        "--results", type=Path, metavar="DIR", help="folder of visft evaluate whose numbers the card may name"
     )
     card.add_argument("--push-to-hub", metavar="USER/NAME", help="say what would be uploaded; nothing is sent")
     card.add_argument("--upload", action="store_true", help="with --push-to-hub: really upload")

@@ -1,4 +1,4 @@
-"""Merging, unmerging, averaging and rewriting of adapters: what tools/merge_lora.py does once its flags are read."""
+"""Merging, unmerging, averaging and rewriting of adapters: what visft merge does once its flags are read."""
 
 from __future__ import annotations
 

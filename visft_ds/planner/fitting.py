@@ -30,7 +30,7 @@ _DIVIDED = 1.1
 class Suggestion:
     """Settings that fit."""
 
-    settings: tuple[str, ...]  #: flags of launchers/train.py, e.g. "--set visft.model.checkpoint_every=1"
+    settings: tuple[str, ...]  #: flags of visft train, e.g. "--set visft.model.checkpoint_every=1"
     memory: MemoryPlan
     relative_time: float  #: of a step, by its operations; 1.0: as now
 

@@ -40,7 +40,7 @@ class StreamForecast:
 class SearchArm:
     """A configuration on a cluster."""
 
-    flags: tuple[str, ...]  #: of launchers/train.py that lead to it
+    flags: tuple[str, ...]  #: of visft train that lead to it
     engine: str
     policy: str  #: what is recomputed
     accumulation: int

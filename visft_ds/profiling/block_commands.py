@@ -1,4 +1,4 @@
-"""The sub-commands `ops` and `peft` of `tools/profile.py`, which measure blocks of a backbone by themselves."""
+"""The sub-commands `ops` and `peft` of `visft profile`, which measure blocks of a backbone by themselves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from visft_ds.profiling.command import _check_all_known, _check_folder, _command
 
 _PARTS = ("blocks", "projection", "kept")
 _OPS_EPILOG = """examples:
-  python tools/profile.py ops
-  python tools/profile.py ops --pixels 224 --dtypes fp32 --repeats 3
-  python tools/profile.py ops --device cuda --dtypes bf16 --pixels 224 448 1022 --repeats 30
+  visft profile ops
+  visft profile ops --pixels 224 --dtypes fp32 --repeats 3
+  visft profile ops --device cuda --dtypes bf16 --pixels 224 448 1022 --repeats 30
 """
 _PEFT_EPILOG = """examples:
-  python tools/profile.py peft
-  python tools/profile.py peft --pixels 224 --dtypes fp32 --depth 4 --repeats 3
-  python tools/profile.py peft --device cuda --dtypes bf16 --batch 8 --repeats 30
+  visft profile peft
+  visft profile peft --pixels 224 --dtypes fp32 --depth 4 --repeats 3
+  visft profile peft --device cuda --dtypes bf16 --batch 8 --repeats 30
 """
 
 

@@ -1,12 +1,12 @@
 """Measure: how fast, where the time goes, what fills the memory, how far from the hardware's limit.
 
-    python tools/profile.py train --stage 2 --model debug --data shards
-    deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
-    python tools/profile.py data --data shards
-    python tools/profile.py plan --cluster 8xA100-80GB
-    deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
-    python tools/profile.py ops
-    python tools/profile.py peft
+    visft profile train --stage 2 --model debug --data shards
+    deepspeed --num_gpus 8 --module visft_ds profile train --stage 2 --synthetic --json profile.json
+    visft profile data --data shards
+    visft plan --cluster 8xA100-80GB
+    deepspeed --num_gpus 2 --module visft_ds profile comm --stage 2 --model debug
+    visft profile ops
+    visft profile peft
 
 Exit status: 0 measured, 1 memory is not as planned, 2 wrong usage or something missing, 3 another rank ended first.
 """

@@ -1,4 +1,4 @@
-"""The sub-command `comm` of `tools/profile.py`: its flags, and who prints."""
+"""The sub-command `comm` of `visft profile`: its flags, and who prints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from visft_ds.profiling.command import _check_folder, _command, _resolve, _show
 
-_EPILOG = """every other flag is one of launchers/train.py and means what it means there:
+_EPILOG = """every other flag is one of visft train and means what it means there:
   --stage --model --engine --set --deepspeed_config; no data, weights or heads are needed.
 
 examples:
-  deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug
-  deepspeed --num_gpus 8 tools/profile.py comm --stage 2 --engine zero3 --json comm.json --csv comm.csv
-  deepspeed --num_gpus 2 tools/profile.py comm --stage 2 --model debug --engine pipeline
+  deepspeed --num_gpus 2 --module visft_ds profile comm --stage 2 --model debug
+  deepspeed --num_gpus 8 --module visft_ds profile comm --stage 2 --engine zero3 --json comm.json --csv comm.csv
+  deepspeed --num_gpus 2 --module visft_ds profile comm --stage 2 --model debug --engine pipeline
 """
 
 

@@ -1,4 +1,4 @@
-"""Tables of `tools/profile.py comm`, and its CSV file for other programs."""
+"""Tables of `visft profile comm`, and its CSV file for other programs."""
 
 from __future__ import annotations
 

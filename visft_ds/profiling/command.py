@@ -1,4 +1,4 @@
-"""The sub-commands of `tools/profile.py`: their flags, the order of things, and who prints."""
+"""The sub-commands of `visft profile`: their flags, the order of things, and who prints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 
-_EPILOG = """every other flag is one of launchers/train.py and means what it means there:
+_EPILOG = """every other flag is one of visft train and means what it means there:
   --stage --model --engine --data --set --deepspeed_config --dry-run; --out and --resume have no effect, since nothing
   is written but the file of --json.
 
 examples:
-  python tools/profile.py train --stage 2 --model debug --data shards
-  deepspeed --num_gpus 8 tools/profile.py train --stage 2 --synthetic --json profile.json
+  visft profile train --stage 2 --model debug --data shards
+  deepspeed --num_gpus 8 --module visft_ds profile train --stage 2 --synthetic --json profile.json
 """
 
 
@@ -37,7 +37,7 @@ def _command(commands: Any, name: str, *, help: str, description: str, epilog: s
 
 
 def add_train_parser(commands: Any) -> None:
-    """Add the sub-command; it leaves the flags of launchers/train.py alone."""
+    """Add the sub-command; it leaves the flags of visft train alone."""
     parser = _command(
         commands,
         "train",

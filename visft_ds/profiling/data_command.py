@@ -1,4 +1,4 @@
-"""`tools/profile.py data`: its flags, and which of the two measurements of the data path they ask for."""
+"""`visft profile data`: its flags, and which of the two measurements of the data path they ask for."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from visft_ds.profiling.data import StreamData
     from visft_ds.profiling.data_source import MeasuredSet
 
-_EPILOG = """with --stage (and --model, --engine, --set, --deepspeed_config of launchers/train.py), every stream of that
+_EPILOG = """with --stage (and --model, --engine, --set, --deepspeed_config of visft train), every stream of that
 configuration is measured; without, a plain sample of three tasks at 224 pixels: boxes, masks of 56x56 cells, a caption.
 --data is a folder of shards, or a COCO tree (annotations/ beside train2017/), which is packed into a temporary folder
 and repeated until there are --images samples; --synthetic draws pictures instead.
 
 examples:
-  python tools/profile.py data --data shards
-  python tools/profile.py data --stage 2 --model debug --synthetic
-  python tools/profile.py data --data coco --compare
+  visft profile data --data shards
+  visft profile data --stage 2 --model debug --synthetic
+  visft profile data --data coco --compare
 """
 
 

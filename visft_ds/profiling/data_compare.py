@@ -69,7 +69,7 @@ class CompareOptions:
     images: int = 512  #: of a pass, at least
     batch: int = 32
     rounds: int = 5
-    reencode: str | None = None  #: re-encoding of images, as tools/make_shards.py takes it
+    reencode: str | None = None  #: re-encoding of images, as visft shards takes it
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "rounds"):

@@ -1,4 +1,4 @@
-"""The sub-command `plan` of `tools/profile.py`: a configuration on a cluster that need not be there."""
+"""The sub-command `plan` of `visft profile`: a configuration on a cluster that need not be there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GIB = 2**30
 _EPILOG = """--cluster takes COUNTxNAME[-MEMORY] of the GPUs that are known, or a JSON file (docs/planner.md).
 
 examples:
-  python tools/profile.py plan --cluster 8xV100-32GB
-  python tools/profile.py plan --cluster 8x4090 --model eva_g --stage 2
-  python tools/profile.py plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.checkpoint_every=1
-  python tools/profile.py plan --validate
-  deepspeed --num_gpus 2 tools/profile.py plan --validate
+  visft plan --cluster 8xV100-32GB
+  visft plan --cluster 8x4090 --model eva_g --stage 2
+  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.checkpoint_every=1
+  visft plan --validate
+  deepspeed --num_gpus 2 --module visft_ds plan --validate
 """
 
 

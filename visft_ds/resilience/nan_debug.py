@@ -1,6 +1,6 @@
 """Origin of NaN and infinity: outputs of modules in a step, and the gradients that flow back into them.
 
-`tools/replay.py` repeats a step in one process, from the checkpoint of the state before it: samples, keys and random
+`visft replay` repeats a step in one process, from the checkpoint of the state before it: samples, keys and random
 numbers are a function of (seed, step), so the configuration of the run and its data give them again.
 
 Shape letters: B images of a micro-batch.

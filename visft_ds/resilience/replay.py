@@ -1,6 +1,6 @@
 """Repeat a step that was refused, and say which module and which image make the first number that is none.
 
-    python tools/replay.py runs/stage2-eva_e --step 123
+    visft replay runs/stage2-eva_e --step 123
 
 Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input.
 """

@@ -97,7 +97,7 @@ class RunState:
         self._saver.save(step, partial(gather_all, self._engine, self._average))
 
     def save_refused(self, step: int, loss_scale: float | None) -> str:
-        """Write the state that a refused step began with, for `tools/replay.py`. Collective.
+        """Write the state that a refused step began with, for `visft replay`. Collective.
 
         Args:
             step: of the refused one; counts from 1, as in messages.

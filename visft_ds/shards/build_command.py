@@ -1,4 +1,4 @@
-"""The sub-command `build` of `tools/make_shards.py`: its flags, progress and report."""
+"""The sub-command `build` of `visft shards`: its flags, progress and report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 _EPILOG = """images and JSON files may be URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
 
 examples:
-  python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
+  visft shards build --images train2017 --instances instances_train2017.json \\
       --captions captions_train2017.json --out shards --split train
-  python tools/make_shards.py build --images s3://bucket/val2017 --instances s3://bucket/instances_val2017.json \\
+  visft shards build --images s3://bucket/val2017 --instances s3://bucket/instances_val2017.json \\
       --out shards --split val
-  python tools/make_shards.py build ... --dry-run          what would be made; nothing is written
+  visft shards build ... --dry-run          what would be made; nothing is written
 """
 
 

@@ -1,10 +1,10 @@
 """COCO -> shards that any WebDataset reader opens, checked and reproducible.
 
-    python tools/make_shards.py build --images train2017 --instances instances_train2017.json \\
+    visft shards build --images train2017 --instances instances_train2017.json \\
         --captions captions_train2017.json --out shards --split train
-    python tools/make_shards.py verify shards
-    python tools/make_shards.py info shards --categories
-    python tools/make_shards.py info --step 1000 --run runs/stage2-eva_e
+    visft shards verify shards
+    visft shards info shards --categories
+    visft shards info --step 1000 --run runs/stage2-eva_e
 
 Exit status: 0 fine, 1 problems found, 2 wrong usage or unusable input, 3 more than a tenth of the
 annotations would be lost (nothing is written), 130 interrupted.
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser(arguments[:1])
         options, rest = parser.parse_known_args(arguments)
         options.rest = rest
-        if rest and arguments[0] != "info":  # which takes the flags of launchers/train.py
+        if rest and arguments[0] != "info":  # which takes the flags of visft train
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:

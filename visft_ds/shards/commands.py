@@ -1,4 +1,4 @@
-"""The sub-commands of `tools/make_shards.py` for finished shards: their flags, and what they print.
+"""The sub-commands of `visft shards` for finished shards: their flags, and what they print.
 
 Each returns the exit status: 0 no problems, 1 problems found. Errors of the user are raised as ValueError.
 """
@@ -44,12 +44,12 @@ def add_verify_parser(commands: Any, summary: str) -> None:
 
 _INFO_EPILOG = """the images of a training step:
   info --step N --run runs/stage2-eva_e          of that run, here or wherever its shards are
-  info --step N --stage 2 --model eva_e --set visft.seed=1      of a run by the flags of launchers/train.py
+  info --step N --stage 2 --model eva_e --set visft.seed=1      of a run by the flags of visft train
 """
 
 
 def add_info_parser(commands: Any, summary: str) -> None:
-    """Add the sub-command that describes splits and steps; it leaves DIR and the flags of launchers/train.py alone."""
+    """Add the sub-command that describes splits and steps; it leaves DIR and the flags of visft train alone."""
     parser = commands.add_parser(
         "info",
         usage="%(prog)s DIR [--split NAME] [--categories] [--shards] [--json] | "

@@ -91,7 +91,7 @@ def describe_step(
 
     Args:
         step: counted from 0.
-        flags: those of launchers/train.py; none with `run`.
+        flags: those of visft train; none with `run`.
         run: a run folder, which says what its command did.
         data: the shards, if they have moved.
         dp_size, accumulation: where given, the part of each data-parallel rank and micro-batch.

@@ -1,4 +1,4 @@
-"""Toy images of one shape each in folders of classes, as `tools/evaluate.py benchmarks` reads them.
+"""Toy images of one shape each in folders of classes, as `visft evaluate benchmarks` reads them.
 
 Classes are shapes, or colours of shapes. The images have the styles of the toy sets, so that a model which learnt
 from style a is judged at home (a) or out of its domain (b): shapes have the same names in both, colours have not.

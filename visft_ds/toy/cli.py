@@ -1,8 +1,8 @@
 """Make a toy data set in COCO's own form: textured shapes with polygons, RLE crowds and five captions an image.
 
-python tools/make_toy_coco.py --out toy --train 2000 --val 200 --size 112
-python tools/make_toy_coco.py --out toy_b --train 0 --val 200 --size 160x112 --style b
-python tools/make_toy_coco.py --out shapes_b --classification shape --train 0 --val 480 --style b
+visft toy --out toy --train 2000 --val 200 --size 112
+visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b
+visft toy --out shapes_b --classification shape --train 0 --val 480 --style b
 
 With --classification one shape a picture in folders of classes, for `evaluate.py benchmarks zero_shot=` and `probe=`.
 

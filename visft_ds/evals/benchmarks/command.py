@@ -1,4 +1,4 @@
-"""The sub-command `benchmarks` of tools/evaluate.py: its flags, and what it writes."""
+"""The sub-command `benchmarks` of visft evaluate: its flags, and what it writes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FORMAT, VERSION = "visft_ds benchmarks", 1
 RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
 
-    python tools/evaluate.py benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
+    visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
         --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
-    python tools/evaluate.py benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
-    deepspeed --num_gpus 8 tools/evaluate.py benchmarks ...
+    visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
+    deepspeed --num_gpus 8 --module visft_ds evaluate benchmarks ...
 
 The first model is what the others are compared with. Features and scores are kept in OUT/cache by hashes of weights and
 data: the same command goes on where it was stopped, and another benchmark or model costs only itself.

@@ -1,4 +1,4 @@
-"""Flags of tools/ablate.py. What costs seconds to import is imported when the flags are right."""
+"""Flags of visft ablate. What costs seconds to import is imported when the flags are right."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
 stage 2 changed in and out of domain with intervals over seeds, and draws it.
 
-    python tools/ablate.py heads                        toy scale: images, base weights and all, minutes on two cores
-    python tools/ablate.py all --out ablations          every question
-    python tools/ablate.py heads --dry-run              the commands, in order
-    python tools/ablate.py tasks --model eva_e --processes 8 --data data/coco --benchmark zero_shot=imagenet-a \\
-        --benchmark digits                              the same question at full scale
+    visft ablate heads                        toy scale: images, base weights and all, minutes on two cores
+    visft ablate all --out ablations          every question
+    visft ablate heads --dry-run              the commands, in order
+    visft ablate tasks --model eva_e --processes 8 --data data/coco --benchmark zero_shot=imagenet-a \\
+        --benchmark digits                    the same question at full scale
 
 What arms and questions share is done once, and what has finished is kept: the same command goes on after an interrupt,
 and more seeds or another question in the same --out cost only themselves. An arm that fails is reported and the others
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--second-data", default=SECOND, metavar="SHARDS", help="of the question data (default %(default)s)")
     add("--processes", type=int, default=1, metavar="N", help="of each training (default %(default)s)")
     add("--heads", metavar="DIR", help="stage-1 heads for all seeds instead of training them")
-    add("--benchmark", action="append", default=[], metavar="KIND=SOURCE", help="as of tools/evaluate.py benchmarks")
+    add("--benchmark", action="append", default=[], metavar="KIND=SOURCE", help="as of visft evaluate benchmarks")
     add("--text", metavar="FILE", help="text tower of the base weights, where they have none")
     add("--vary-base", action="store_true", help="toy base weights for each seed, instead of the same for all")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to every training; repeatable")

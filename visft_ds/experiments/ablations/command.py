@@ -1,4 +1,4 @@
-"""Work of tools/ablate.py: the plan of its questions, the folder it works in, and what it prints."""
+"""Work of visft ablate: the plan of its questions, the folder it works in, and what it prints."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class _Training:
         return self.step.out / "export"
 
     def parts(self) -> list[str]:
-        """Flags of tools/evaluate.py for the parts in its export folder that replace those before."""
+        """Flags of visft evaluate for the parts in its export folder that replace those before."""
         words = ["--backbone", str(self.export / TRAINED_BACKBONE_FILE)] if "backbone" in self.trained else []
         words += ["--heads", str(self.export)] if "heads" in self.trained else []
         return words + (["--adapter", str(self.export / ADAPTER_FOLDER)] if "lora" in self.trained else [])
@@ -280,7 +280,7 @@ class Planner:
             )
 
     def _whole(self, title: str, trained: _Training, *, merge: bool) -> tuple[Step, str]:
-        """A step and what names its result to tools/evaluate.py benchmarks.
+        """A step and what names its result to visft evaluate benchmarks.
 
         A backbone that trained itself was exported as it trained, without class token and text side: it is merged into
         its base, which has them.

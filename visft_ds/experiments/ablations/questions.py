@@ -1,6 +1,6 @@
 """The questions, as tables: a name for each arm, and how it departs from the recipe.
 
-A further question is a further entry of QUESTIONS. Settings are those of `launchers/train.py --set`, in which
+A further question is a further entry of QUESTIONS. Settings are those of `visft train --set`, in which
 
     $rate    is the learning rate of the recipe's stage 2, $tenth a tenth of it,
     $heads   the rate of stage 1, $mode and $shared its visft.mode and visft.shared.batch_size,

@@ -38,7 +38,7 @@ class Scale:
     data: str | None = None  #: shards; None: toy images, made on the way
     second: str = SECOND  #: shards of the second data set
     heads: str | None = None  #: folder of stage-1 heads; None: they are trained
-    benchmarks: tuple[str, ...] = ()  #: out of domain, as tools/evaluate.py benchmarks takes them
+    benchmarks: tuple[str, ...] = ()  #: out of domain, as visft evaluate benchmarks takes them
     text: str | None = None  #: file with the text tower, where the base weights have none
     settings: tuple[str, ...] = ()  #: --set of every training
     vary_base: bool = False  #: toy base weights for each seed, instead of the same for all

@@ -81,5 +81,5 @@ class Toy:
 
 
 def clip_file(step: Step) -> Path:
-    """The weights that tools/contrast.py leaves."""
+    """The weights that visft contrast leaves."""
     return step.out / "open_clip_model.safetensors"

@@ -1,10 +1,11 @@
 """Contrastive image-text training: a small CLIP from nothing, or the text tower of any CLIP on new captions.
 
-    python tools/contrast.py pretrain --data toy --out clip
-    python tools/contrast.py text --model clip/open_clip_model.safetensors --data shards --train lora --out tuned
-    deepspeed --num_gpus 8 tools/contrast.py text --model open_clip:ViT-B-32:laion2b_s34b_b79k --data coco --out tuned
+    visft contrast pretrain --data toy --out clip
+    visft contrast text --model clip/open_clip_model.safetensors --data shards --train lora --out tuned
+    deepspeed --num_gpus 8 --module visft_ds contrast text --model open_clip:ViT-B-32:laion2b_s34b_b79k \\
+        --data coco --out tuned
 
---data: shards of tools/make_shards.py, a COCO tree, Karpathy's splits or Flickr30k. --out is a new folder: weights and
+--data: shards of visft shards, a COCO tree, Karpathy's splits or Flickr30k. --out is a new folder: weights and
 configuration as open_clip loads them, a record and a model card. Exit status: 0 fine, 2 wrong usage or unusable input,
 130 interrupted (nothing is left).
 """

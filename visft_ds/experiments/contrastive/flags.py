@@ -1,4 +1,4 @@
-"""Shared parts of both sub-commands of tools/contrast.py: flags, the reading of data, and the final output."""
+"""Shared parts of both sub-commands of visft contrast: flags, the reading of data, and the final output."""
 
 from __future__ import annotations
 

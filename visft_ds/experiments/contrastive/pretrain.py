@@ -53,7 +53,7 @@ class Pretraining:
 class Pretrained:
     """Result of `pretrain`."""
 
-    weights: Path  #: the file for `visft.model.weights` and `tools/evaluate.py benchmarks --model`
+    weights: Path  #: the file for `visft.model.weights` and `visft evaluate benchmarks --model`
     losses: tuple[float, ...]  #: of every step
     before: Mapping[str, float]  #: recall on the validation images with random weights; empty without such images
     after: Mapping[str, float]

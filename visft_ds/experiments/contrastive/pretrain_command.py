@@ -1,4 +1,4 @@
-"""The sub-command `pretrain` of tools/contrast.py: a small CLIP from random weights."""
+"""The sub-command `pretrain` of visft contrast: a small CLIP from random weights."""
 
 from __future__ import annotations
 

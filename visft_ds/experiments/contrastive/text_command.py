@@ -1,4 +1,4 @@
-"""The sub-command `text` of tools/contrast.py: a CLIP's text tower on new captions."""
+"""The sub-command `text` of visft contrast: a CLIP's text tower on new captions."""
 
 from __future__ import annotations
 
