@@ -23,6 +23,7 @@ from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_mo
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.cli import main as merge
 from visft_ds.models.eva_vit import build_backbone
+from visft_ds.predict.model import load
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.info import describe_step
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
@@ -95,6 +96,10 @@ def test_a_run_is_whole_without_the_folder_it_began_in(
     assert str(home / "shards") in describe_step(3, (), moved, None, None, 1)["split"]
     spec = parse_model(f"before={moved}")
     assert spec.name == str(base) and load_encoder(spec, LoadOptions("fp32")).facts["adapter"].startswith(str(moved))
+
+    photo = sorted(tree.images.iterdir())[0]
+    prediction = load(moved).predict(photo, threshold=0)
+    assert prediction.boxes is not None and len(prediction.boxes.names) and prediction.caption is not None
 
     home.rename(lost)
     assert merge(["--adapter", str(moved / "export/adapter"), "--out", "again.safetensors"]) == 2

@@ -50,7 +50,7 @@ def _results(out: Path) -> dict[str, Any]:
 def test_it_writes_what_the_model_predicts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, "photos", *ALL) == 0
     said = capsys.readouterr()
-    assert said.err == "" and "image 4/4  left 0:00:00" in said.out and "predicted  4 images" in said.out
+    assert said.err == "" and "predicted  4 images" in said.out
     whole = _results(tmp_path)
     files = sorted(Path("photos").iterdir())
     assert [one["file_name"] for one in whole["images"]] == [file.name for file in files]
@@ -90,7 +90,10 @@ def test_a_broken_file_is_named_and_skipped(place: Path, tmp_path: Path, capsys:
     assert whole["detection"] == whole["segmentation"] == [] and len(whole["captioning"]) == 18
     shutil.copy(folder / "01.jpg", folder / "00.jpg")  # it was mended: only this one is predicted
     assert _run(tmp_path / "out", tmp_path / "in", "--no-pictures", *ALL[2:]) == 0
-    assert "18 done before" in capsys.readouterr().out and len(_results(tmp_path / "out")["images"]) == 19
+    assert (
+        "18 done before" in " ".join(capsys.readouterr().out.split())
+        and len(_results(tmp_path / "out")["images"]) == 19
+    )
 
 
 def _counting(monkeypatch: pytest.MonkeyPatch, ends_at: int | None = None) -> list[str]:

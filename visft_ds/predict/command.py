@@ -10,23 +10,18 @@ import argparse
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import orjson
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from visft_ds.checkpoint.disk import explained
 from visft_ds.evals.pictures import save_png
-from visft_ds.monitor.console import Section, clock, print_plan
+from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction, category_name
@@ -34,7 +29,6 @@ from visft_ds.run.lock import locked
 
 RECORD, RESULTS, PICTURES = "predictions.jsonl", "predictions.json", "pictures"
 FORMAT, VERSION = "visft_ds predictions", 1
-_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 _GOES_ON = "What was predicted is kept: the same command goes on"
 
 
@@ -76,13 +70,14 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
         rows.append(("images", f"{len(found.files)} below {found.root}" + (f", {done} done before" if done else "")))
         print_plan("visft_ds prediction", [Section("model and data", rows)])
         skipped: dict[str, str] = {}
-        with Counter(len(found.files), done) as counter:
-            for images in _batches(left, given.batch_size or model.batch_size, skipped, counter):
+        with Gauge("predicting", len(found.files), "images") as gauge:
+            gauge.phase("predicting", len(found.files), "images", done)
+            for images in _batches(left, given.batch_size or model.batch_size, skipped, gauge):
                 predictions = model.predict_opened(images, threshold=given.threshold, batch_size=given.batch_size)
                 for prediction in predictions:
                     assert prediction.path is not None
                     record.add(found.name(prediction.path), prediction, pictures=not given.no_pictures)
-                    counter.add()
+                    gauge.add()
         record.finish(model.categories, {found.name(Path(path)): why for path, why in skipped.items()})
         written = [RESULTS] if given.no_pictures else [RESULTS, f"{PICTURES}/"]
         rows = [("predicted", f"{len(record.done)} images")]
@@ -112,9 +107,7 @@ def _identity(given: argparse.Namespace, found: Found, model: Model) -> dict[str
     }
 
 
-def _batches(
-    files: Sequence[Path], size: int, skipped: dict[str, str], counter: Counter
-) -> Iterator[list[OpenedImage]]:
+def _batches(files: Sequence[Path], size: int, skipped: dict[str, str], gauge: Gauge) -> Iterator[list[OpenedImage]]:
     """Decoded images, so many at once; what is none is named and noted in `skipped`."""
     images: list[OpenedImage] = []
     for file in files:
@@ -122,7 +115,8 @@ def _batches(
             images.append(open_image(file))
         except ValueError as error:
             skipped[str(file)] = str(error)
-            counter.add(f"skipped {error}")
+            print(f"skipped {error}", file=sys.stderr, flush=True)
+            gauge.add()
         if len(images) == size:
             yield images
             images = []
@@ -219,44 +213,3 @@ class Record:
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return explained("predictions", self.out, _GOES_ON)
-
-
-class Counter:
-    """Progress over images: a bar with the time left on a terminal, else a line now and then; a context manager."""
-
-    def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
-        self.total, self.done = total, done
-        self._stream = stream or sys.stdout
-        self._began = self._told = time.monotonic()
-        self._before = done
-        console = Console(file=self._stream)
-        self._bar: Bar | None = None
-        if console.is_terminal:
-            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=console)
-            self._task = self._bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> Counter:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def add(self, message: str | None = None) -> None:
-        """Count an image; `message` says on a line of its own what was wrong with it."""
-        self.done += 1
-        if message is not None and self._bar is not None:
-            self._bar.console.print(escape(message), highlight=False)
-        elif message is not None:
-            print(message, file=sys.stderr, flush=True)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done)
-        elif self.done == self.total or time.monotonic() - self._told > _EVERY:
-            self._told = time.monotonic()
-            left = (self.total - self.done) * (self._told - self._began) / (self.done - self._before)
-            print(f"image {self.done}/{self.total}  left {clock(left)}", file=self._stream, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
+from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
 from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
@@ -172,7 +173,10 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return CANNOT_START if reasons else 0
     sections = [
-        Section("replaced on purpose", [(r.key, f"{r.old!r} -> {r.new!r} by {r.source}") for r in config.replaced]),
+        Section(
+            "replaced on purpose",
+            [(r.key, f"{shorten(r.old)} -> {shorten(r.new)} by {r.source}") for r in config.replaced],
+        ),
         _planned_groups(config, groups, vocabulary),
         _batch_section(config, batches),
         *_pipeline_sections(partition, batches),
