@@ -98,6 +98,8 @@ def test_numbers_are_those_of_pycocotools(iou_type: IouType, prefix: str, capfd:
     stats, precision = _oracle(truth, results, iou_type)
     before = copy.deepcopy((truth, results))
     ours = coco_average_precision(truth, results, iou_type, per_category=True)
+    reference = coco_average_precision(truth, results, iou_type, per_category=True, scorer="pycocotools")
+    assert reference == pytest.approx(ours, abs=1e-12) and list(reference) == list(ours)
     assert capfd.readouterr() == ("", "")
     assert (truth, results) == before
     assert 0.05 < stats[0] < 0.9, "the case must not be trivial"
@@ -136,6 +138,7 @@ def test_annotation_ids_do_not_matter() -> None:
 def test_no_results_are_zeros() -> None:
     truth = _truth()
     assert set(coco_average_precision(truth, []).values()) == {0.0}
+    assert coco_average_precision(truth, [], scorer="pycocotools") == coco_average_precision(truth, [])
     truth["annotations"] = [a for a in truth["annotations"] if a["area"] < 96**2]
     assert coco_average_precision(truth, [])["box/APl"] == -1  # nothing to find
     assert coco_average_precision(truth, [])["box/AP"] == 0

@@ -291,12 +291,14 @@ def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(every.name(file) for file in every.files) == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
 
 
-def test_the_five_lines_of_the_page_run(place: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs/predict.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)```", text, re.S)
-    assert block is not None
+def test_the_five_lines_of_the_pages_run(place: Path) -> None:
+    """README and page show the same ones."""
+    root = Path(__file__).parents[2]
+    texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/predict.md", "README.md")]
+    blocks = [found[1] for text in texts if (found := re.search(r"```python\n(.*?)```", text, re.S))]
+    assert len(blocks) == 2 and blocks[0] == blocks[1]
     names: dict[str, Any] = {}
-    exec(block[1], names)
+    exec(blocks[0], names)
     assert names["r"].caption and (place / "out.png").stat().st_size > 1000
 
 

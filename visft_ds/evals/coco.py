@@ -1,11 +1,13 @@
 """COCO average precision of boxes and masks, and a compact form of results for gathering them from ranks.
 
-Computed by faster-coco-eval (the numbers of pycocotools, several times faster; the tests hold both against each other).
+Computed by faster-coco-eval, or by pycocotools, several times slower; the tests hold both against each other.
 The ground truth of shards is `data.loader.coco_dataset(reader)`, so that no annotation file is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import orjson
 from faster_coco_eval import COCO, COCOeval_faster
 
 IouType = Literal["bbox", "segm"]
+Scorer = Literal["faster-coco-eval", "pycocotools"]
 
 _PREFIX: dict[IouType, str] = {"bbox": "box", "segm": "mask"}
 #: Places in the evaluator's summary, the order of the COCO API (https://cocodataset.org/#detection-eval).
@@ -31,6 +34,7 @@ def coco_average_precision(
     iou_type: IouType = "bbox",
     *,
     per_category: bool = False,
+    scorer: Scorer = "faster-coco-eval",
 ) -> dict[str, float]:
     """Average precision and recall by name.
 
@@ -48,20 +52,48 @@ def coco_average_precision(
     """
     data = _load(ground_truth)
     categories = _names(data)
-    truth = COCO(_plain_ground_truth(data, categories, iou_type))
-    kept = _plain_results(results, set(truth.imgs), categories, iou_type)
-    evaluation = COCOeval_faster(truth, truth.loadRes(kept), iouType=iou_type, print_function=_quiet)
-    evaluation.run()
+    truth = _plain_ground_truth(data, categories, iou_type)
+    kept = _plain_results(results, {image["id"] for image in truth["images"]}, categories, iou_type)
+    score = _by_pycocotools if scorer == "pycocotools" else _by_faster_coco_eval
+    stats, precision, order = score(truth, kept, iou_type)
     prefix = _PREFIX[iou_type]
-    measures = {f"{prefix}/{name}": float(evaluation.all_stats[place]) for name, place in _SUMMARY.items()}
+    measures = {f"{prefix}/{name}": float(stats[place]) for name, place in _SUMMARY.items()}
     if per_category:
         # (IoU thresholds, recall thresholds, categories, areas, detection limits): all areas, the largest limit
-        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-        for place, category_id in enumerate(evaluation.params.catIds):
-            values = precision[:, :, place]
+        for place, category_id in enumerate(order):
+            values = precision[:, :, place, 0, -1]
             values = values[values > -1]
             measures[f"{prefix}/AP/{categories[int(category_id)]}"] = float(values.mean()) if values.size else -1.0
     return measures
+
+
+def _by_faster_coco_eval(
+    truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType
+) -> tuple[Sequence[float], npt.NDArray[np.float64], Sequence[int]]:
+    """Summary, precision (see `coco_average_precision`) and the order of its categories."""
+    coco = COCO(truth)
+    evaluation = COCOeval_faster(coco, coco.loadRes(results), iouType=iou_type, print_function=_quiet)
+    evaluation.run()
+    return evaluation.all_stats, np.asarray(evaluation.eval["precision"]), evaluation.params.catIds
+
+
+def _by_pycocotools(
+    truth: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType
+) -> tuple[Sequence[float], npt.NDArray[np.float64], Sequence[int]]:
+    """The same by the reference, which prints what it does."""
+    import pycocotools.coco
+    import pycocotools.cocoeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco, found = pycocotools.coco.COCO(), pycocotools.coco.COCO()
+        coco.dataset, found.dataset = truth, {**truth, "annotations": []}
+        coco.createIndex()
+        found.createIndex()  # `loadRes` cannot do without any result
+        evaluation = pycocotools.cocoeval.COCOeval(coco, coco.loadRes(results) if results else found, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats, evaluation.eval["precision"], evaluation.params.catIds
 
 
 def check_ground_truth(ground_truth: Mapping[str, Any], iou_type: IouType) -> None:

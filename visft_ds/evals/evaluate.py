@@ -20,6 +20,7 @@ from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions, StoreFailed
 from visft_ds.evals.captions import TOKENIZER
+from visft_ds.evals.coco import Scorer
 from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -106,6 +107,7 @@ class Request:
     image_size: int | None
     batch_size: int | None
     threads: int
+    scorer: Scorer
     out: Path | None
     images: int
     threshold: float
@@ -131,6 +133,7 @@ def evaluate(
     image_size: int | None = None,
     batch_size: int | None = None,
     threads: int = 2,
+    scorer: Scorer = "faster-coco-eval",
     out: AnyPath | None = None,
     images: int = 8,
     threshold: float = 0.5,
@@ -157,6 +160,7 @@ def evaluate(
         image_size: resize to squares of so many pixels.
         batch_size: of one process; by default the run's, or 8.
         threads: that decode.
+        scorer: "faster-coco-eval" or "pycocotools": computes average precision.
         out: new or empty folder for metrics.json, results and pictures; by default nothing is written.
         images: pictures to draw into `out`.
         threshold: least score in pictures.
@@ -183,6 +187,7 @@ def evaluate(
         image_size=image_size,
         batch_size=batch_size,
         threads=threads,
+        scorer=scorer,
         out=_path(out),
         images=images if out is not None else 0,
         threshold=threshold,
@@ -351,13 +356,14 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
         distributed.close()  # before measuring, which the main process does alone
         if collected is None:
             return EvaluationResult({}, {})
-        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True)
+        outcome, problems = measure(collected, reader, limit=given.limit, per_category=True, scorer=given.scorer)
         record = {
             "model": dict(model.facts),
             "precision": model.precision,
             "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in job.streams.items()},
             **({"caption_tokenizer": TOKENIZER, "decoding": job.decoding} if "captioning" in job.tasks else {}),
+            "scorer": given.scorer,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
             **({"problems": problems} if problems else {}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from visft_ds.config.task_schema import Stream
@@ -15,7 +16,14 @@ from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.captions import results_metrics
-from visft_ds.evals.coco import check_ground_truth, coco_average_precision, pack_results, unpack_results
+from visft_ds.evals.coco import (
+    IouType,
+    Scorer,
+    check_ground_truth,
+    coco_average_precision,
+    pack_results,
+    unpack_results,
+)
 from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
@@ -30,29 +38,35 @@ class Evaluator:
     """Functions to gather a task's results and to compute its metrics."""
 
     truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
-    measure: Callable[[Mapping[str, Any], Results, bool], dict[str, float]]
-    #: (ground truth, results, each category too) -> named numbers
+    measure: Callable[..., dict[str, float]]
+    #: (ground truth, results, each category too, scorer of average precision) -> named numbers
     check: Callable[[Mapping[str, Any]], None] = lambda truth: None  #: ValueError: nothing can be compared with it
     pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
     unpack: Callable[[Any], Results] = list
 
 
+def _average_precision(
+    iou_type: IouType, truth: Mapping[str, Any], results: Results, each: bool, scorer: Scorer = "faster-coco-eval"
+) -> dict[str, float]:
+    return coco_average_precision(truth, results, iou_type, per_category=each, scorer=scorer)
+
+
 EVALUATORS: Mapping[str, Evaluator] = {
     "detection": Evaluator(
         truth=coco_dataset,
-        measure=lambda truth, results, each: coco_average_precision(truth, results, "bbox", per_category=each),
+        measure=partial(_average_precision, "bbox"),
         check=lambda truth: check_ground_truth(truth, "bbox"),
         pack=pack_results,
         unpack=unpack_results,
     ),
     "segmentation": Evaluator(
         truth=coco_dataset,
-        measure=lambda truth, results, each: coco_average_precision(truth, results, "segm", per_category=each),
+        measure=partial(_average_precision, "segm"),
         check=lambda truth: check_ground_truth(truth, "segm"),
     ),
     "captioning": Evaluator(
         truth=caption_dataset,
-        measure=lambda truth, results, each: results_metrics(truth, results),
+        measure=lambda truth, results, *_: results_metrics(truth, results),
     ),
 }
 
@@ -118,7 +132,12 @@ def collect(
 
 
 def measure(
-    collected: Mapping[str, Results], reader: ShardReader, *, limit: int | None = None, per_category: bool = False
+    collected: Mapping[str, Results],
+    reader: ShardReader,
+    *,
+    limit: int | None = None,
+    per_category: bool = False,
+    scorer: Scorer = "faster-coco-eval",
 ) -> tuple[list[TaskEvaluation], list[str]]:
     """Compare results with the labels of the first `limit` images of the split. No collective: for one process.
 
@@ -128,7 +147,7 @@ def measure(
     for task, results in collected.items():
         evaluator = EVALUATORS[task]
         try:
-            metrics = evaluator.measure(_truth(task, reader, limit), results, per_category)
+            metrics = evaluator.measure(_truth(task, reader, limit), results, per_category, scorer)
         except ValueError as error:
             problems.append(f"{task}: {error}")
         else:
