@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing, resolve
@@ -65,7 +66,9 @@ def fit(
         raise ValueError("config is a complete configuration: leave out stage, model and engine")
     else:
         config = changed(config, [*(f"{key}={json.dumps(value)}" for key, value in folders.values()), *settings])
-    missing = missing_inputs(config)
+    from visft_ds.prepare.places import located
+
+    missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
     if missing:
         raise ValueError(render_missing(missing))
 
