@@ -55,8 +55,11 @@ class Tree:
 
 
 def display(path: Path) -> str:
-    """A path as a person would type it: relative to the current folder where it lies below it."""
+    """A path as a person would type it: relative to the current folder where it lies below it; a shipped configuration
+    as ds_configs/..., wherever it is installed."""
     absolute, here = path.resolve(), Path.cwd()
+    if absolute.is_relative_to(CONFIG_ROOT.resolve()):
+        return str(CONFIG_ROOT.name / absolute.relative_to(CONFIG_ROOT.resolve()))
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
 
 
