@@ -97,13 +97,13 @@ FULL = """
 import errno, sys
 from pathlib import Path
 from visft_ds.launch import main
-from visft_ds.parallel import saving
+from visft_ds.checkpoint import saver
 def full(*arguments, **named):
     raise OSError(errno.ENOSPC, "No space left on device")
 def save(*arguments):
     Path.write_text = full
     full()
-saving.save_checkpoint = save
+saver.save_checkpoint = save
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -391,9 +391,9 @@ def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) ->
     (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
     os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import Judge\n"
+        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"
         "from visft_ds.data.manifest import Manifest\n"
-        "judge = Judge(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
+        "judge = AsyncEvaluation(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
         "judge.again(4, set())\ntime.sleep(600)\n"
     )
     training = subprocess.Popen([sys.executable, "-c", code, str(place.parent), str(parts.manifest.root)])
