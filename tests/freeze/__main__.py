@@ -95,7 +95,8 @@ def report(old: Mapping[str, Any], new: Mapping[str, Any], listed: Mapping[str, 
         if len(names) > len(names[:most]):
             print(f"  ... and {len(names) - len(names[:most])} more under {group} (--all)")
     used = {glob for glob in reasons.values() if glob is not None}
-    for glob in listed.keys() - used:
+    kinds = {name.split("/")[0] for name in old["entries"]}  # those of tier 2 were not looked at in tier 1
+    for glob in sorted(glob for glob in listed.keys() - used if glob.split("/")[0] in kinds):
         print(f"no longer different: {glob} ({listed[glob]})")
     compared = len(old["entries"].keys() | new["entries"].keys())
     if wrong:
