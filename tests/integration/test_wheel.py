@@ -112,14 +112,15 @@ def test_every_command_answers_in_an_empty_folder(installed: Installed) -> None:
 def test_a_training_starts_by_every_way(installed: Installed) -> None:
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "0"]
-    for start in (
-        [str(installed.site / "bin/visft"), "train"],
-        [sys.executable, "-m", "visft_ds", "train"],
-        [*deepspeed, "--module", "visft_ds.launch"],
-        [*deepspeed, "--module", "visft_ds", "train"],
-        [*torchrun, "-m", "visft_ds.launch"],
+    for start, code in (  # of a run that has no shards; torchrun has a code of its own
+        ([str(installed.site / "bin/visft"), "train"], 3),
+        ([sys.executable, "-m", "visft_ds", "train"], 3),
+        ([*deepspeed, "--module", "visft_ds.launch"], 3),
+        ([*deepspeed, "--module", "visft_ds", "train"], 3),
+        ([*torchrun, "-m", "visft_ds.launch"], 1),
     ):
-        assert '"preset": "debug"' in installed.run([*start, *DRY]), start
+        said = installed.run([*start, *DRY], code)
+        assert "8 -> 24 by ds_configs/models/debug.json (override)" in said and "visft shards build" in said, start
     assert "type: visft train" in installed.run([sys.executable, "-m", "visft_ds.train"], 2)
 
 
