@@ -1,6 +1,7 @@
 """Package metadata. Settings of the development tools live in pyproject.toml."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -14,6 +15,8 @@ CONFIGURATIONS = {
     "visft_ds.ds_configs.engines": "ds_configs/engines",
     "visft_ds.ds_configs.models": "ds_configs/models",
 }
+#: An editable installation reads them where they are; setuptools would warn of the mapping.
+INSTALLED = {} if "editable_wheel" in sys.argv else CONFIGURATIONS
 OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
@@ -54,9 +57,9 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *CONFIGURATIONS],
-    package_dir=CONFIGURATIONS,
-    package_data={"visft_ds": ["py.typed"], **{package: ["*.json"] for package in CONFIGURATIONS}},
+    packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *INSTALLED],
+    package_dir=INSTALLED,
+    package_data={"visft_ds": ["py.typed"], **{package: ["*.json"] for package in INSTALLED}},
     entry_points={"console_scripts": ["visft=visft_ds.cli:main"]},
     install_requires=[
         "torch>=2.10,<2.16",
