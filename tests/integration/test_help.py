@@ -35,6 +35,16 @@ def test_help_of_commands_imports_nothing_slow(command: str) -> None:
     assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
 
 
+def test_a_filled_folder_is_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    text = RUN.format(slow=SLOW).replace("run_path(sys.argv[0]", 'run_module("visft_ds"')
+    flags = ["--backbone", "b", "--heads", "h", "--data", "d", "--out", str(tmp_path)]
+    words = [sys.executable, "-c", text, "visft", "evaluate", *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 2 and "is not empty and nothing in it is overwritten" in done.stderr
+    assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_help_imports_nothing_slow(program: Path) -> None:
     if program.name in WITHOUT_FLAGS:
