@@ -25,6 +25,7 @@ APART = (
     "resilience.processes",
     "resilience.signals",
     "run.folder",
+    "tasks.registry",
     "interop.cli",
     "interop.command",
 )

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from visft_ds.config import resolve
-from visft_ds.evals.caption_pictures import draw_caption
 from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, log_ticks, smooth, thin, ticks
 from visft_ds.evals.compare import FORMAT, VERSION, Evaluation, compare_results, read_evaluation
-from visft_ds.evals.mask_pictures import draw_masks
-from visft_ds.evals.pictures import draw_detections, save_png, split_panels
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.tasks.captioning.pictures import draw_caption
+from visft_ds.tasks.pictures import draw_detections, save_png, split_panels
+from visft_ds.tasks.segmentation.pictures import draw_masks
 
 VOID = {"meta", "img", "line", "path", "br"}
 METRICS = {

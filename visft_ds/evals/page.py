@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from visft_ds.evals.pictures import Picture
+from visft_ds.tasks.pictures import Picture
 
 
 def page(title: str, body: str) -> str:

@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
 from visft_ds.evals.page import embed, page, section, table
-from visft_ds.evals.pictures import INK, Picture, grid, letters, paper, split_panels
 from visft_ds.monitor.metrics import read_metrics
+from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {

@@ -8,6 +8,6 @@ fastest settings on a cluster.
 from visft_ds.planner.choice import memory_of, settle_recompute
 from visft_ds.planner.fitting import Suggestion, fitting_settings
 from visft_ds.planner.memory import MemoryPlan, plan_memory
-from visft_ds.planner.rehearsal import Content
+from visft_ds.tasks.spec import Content
 
 __all__ = ["Content", "MemoryPlan", "Suggestion", "fitting_settings", "memory_of", "plan_memory", "settle_recompute"]

@@ -16,9 +16,9 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.ledger import ACTIVATIONS, BUCKETS, GATHERED, GRADIENTS, TRANSIENT
 from visft_ds.parallel import distributed
-from visft_ds.planner.rehearsal import Content
 from visft_ds.planner.step import PlannedRun, Rehearsed, rehearse
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
+from visft_ds.tasks.spec import Content
 
 
 @dataclass(frozen=True)

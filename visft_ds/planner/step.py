@@ -33,10 +33,11 @@ from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import require_eva_vit
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.rehearsal import DTYPES, META, Content, blank_batch, loss_denominators_of, rehearsing
+from visft_ds.planner.rehearsal import DTYPES, META, blank_batch, loss_denominators_of, rehearsing
 from visft_ds.planner.work import Total
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
 from visft_ds.prepare.model import plan_model
+from visft_ds.tasks.spec import Content
 
 
 @dataclass(frozen=True)

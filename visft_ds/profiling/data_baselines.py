@@ -33,7 +33,7 @@ from visft_ds.data.open_webdataset import check_secure
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.profiling.data_source import SIDE, MeasuredSet
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 check_secure()  # the program may have imported the library before
 #: CLIP's mean and standard deviation of the channels.

@@ -26,8 +26,8 @@ from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.workers import WorkerKind
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
 #: Pixels of a side of the plain three-task sample, and the name of its only task.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from visft_ds.costs.flops import HEAD_FORMULAS, Flops, packed_flops, tower_flops, tower_from
+from visft_ds.costs.flops import Flops, packed_flops, tower_flops, tower_from
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import require_eva_vit
@@ -13,6 +13,7 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.ops.attention import plain_below
 from visft_ds.profiling.session import Session
 from visft_ds.profiling.timing import BACKBONE, BACKWARD, HEAD
+from visft_ds.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def _head(session: Session, task: str, batch: Batch) -> Flops | None:
     module = session.engine.module
     head = module.heads[task]
     trains = {parameter.requires_grad for parameter in head.parameters()}
-    if task not in HEAD_FORMULAS or len(trains) > 1:  # of a head that trains in part only the counter knows
+    formula = TASKS[task].flops
+    if formula is None or len(trains) > 1:  # of a head that trains in part only the counter knows
         return None
     options = session.config.visft.tasks.enabled()[task].head.model_dump()
-    return HEAD_FORMULAS[task](
+    return formula(
         options if head.training else {**options, "dropout": 0.0},
         module.backbone.width,
         len(batch.images),

@@ -34,7 +34,7 @@ from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
 #: Height and width of the images of `--synthetic`: COCO's most frequent size. The transforms make of them what the
@@ -171,11 +171,12 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
 
 
 def _every_word(settings: VisftConfig) -> VisftConfig:
-    task = settings.tasks.captioning
-    if task is None or task.vocabulary.file is not None:
+    words = settings.tasks.with_words()
+    if words is None or words[1].vocabulary.file is not None:
         return settings
+    name, task = words
     task = task.model_copy(update={"vocabulary": task.vocabulary.model_copy(update={"min_count": 1})})
-    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"captioning": task})})
+    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={name: task})})
 
 
 def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
