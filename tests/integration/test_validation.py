@@ -162,10 +162,8 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     lines = [line for line in held.printed.splitlines() if "validation:" in line]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for line, numbers in zip(lines, judged.values(), strict=True):
-        told = "  ".join(f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics())
-        assert line.split("validation: ")[1] == told
-            f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()
-        )
+        told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()]
+        assert line.split("validation: ")[1] == "  ".join(told)
     # Files of the last one stay.
     assert [path.name for path in (held.out / "validation").iterdir()] == ["step_00000004"]
     files = {path.name for path in (held.out / "validation/step_00000004").iterdir()}
