@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.config.fields import Positive, Rate, Settings
+from visft_ds.config.fields import Positive, Rate, StrictModel
 from visft_ds.config.task_schema import TaskConfig
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample
@@ -23,15 +23,15 @@ from visft_ds.tasks.spec import Content, Evaluator, HeadSizes, ImageTargets, Tas
 NAME, MOST = "classification", 91  # COCO's ids are below this
 
 
-class ClassificationImage(Settings):
+class ClassificationImage(StrictModel):
     size: Positive = 224  #: side of the square
 
 
-class ClassificationHeadConfig(Settings):
+class ClassificationHeadConfig(StrictModel):
     num_classes: Positive = MOST
 
 
-class ClassificationLoss(Settings):
+class ClassificationLoss(StrictModel):
     bce: Rate = 1.0
 
 

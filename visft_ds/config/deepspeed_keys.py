@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from visft_ds.config.fields import Count, Fraction, Positive, Settings
+from visft_ds.config.fields import Count, Fraction, Positive, StrictModel
 
 DEEPSPEED_VERSION = "0.19.8"
 
@@ -88,7 +88,7 @@ REFUSED_ZERO: dict[str, str] = {
 Device = Literal["none", "cpu", "nvme"]
 
 
-class OffloadParam(Settings):
+class OffloadParam(StrictModel):
     """`zero_optimization.offload_param`, ZeRO-3 only."""
 
     device: Device = "none"
@@ -99,7 +99,7 @@ class OffloadParam(Settings):
     pin_memory: bool | None = None
 
 
-class OffloadOptimizer(Settings):
+class OffloadOptimizer(StrictModel):
     """`zero_optimization.offload_optimizer`."""
 
     device: Device = "none"
@@ -114,7 +114,7 @@ class OffloadOptimizer(Settings):
     cpuadam_cores_perc: Fraction | None = None
 
 
-class ZeroOptimization(Settings):
+class ZeroOptimization(StrictModel):
     """`zero_optimization`: types and names only; absent keys keep DeepSpeed's defaults."""
 
     stage: Literal[0, 1, 2, 3]
@@ -151,13 +151,13 @@ class ZeroOptimization(Settings):
     leaf_module: dict[str, Any] | None = None
 
 
-class PipelineKeys(Settings):
+class PipelineKeys(StrictModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
 
     stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
 
 
-class DeepSpeedKeys(Settings):
+class DeepSpeedKeys(StrictModel):
     """Top-level keys that are handed to DeepSpeed as they stand."""
 
     zero_optimization: ZeroOptimization

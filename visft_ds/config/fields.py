@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 
-class Settings(BaseModel):
+class StrictModel(BaseModel):
     """Part of a configuration: unknown keys are errors, "1e-5" is no number, true no integer, and nothing changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

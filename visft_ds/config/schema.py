@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, Settings, Text
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
 from visft_ds.tasks import registry
 
@@ -53,7 +53,7 @@ def _known_preset(value: str) -> str:
 Preset = Annotated[str, AfterValidator(_known_preset)]
 
 
-class OptimizerParams(Settings):
+class OptimizerParams(StrictModel):
     """AdamW's numbers; a parameter group may set its own lr and weight_decay."""
 
     lr: Annotated[float, Field(gt=0)]
@@ -62,14 +62,14 @@ class OptimizerParams(Settings):
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
 
-class OptimizerConfig(Settings):
+class OptimizerConfig(StrictModel):
     """`optimizer`, written as DeepSpeed writes it; built with torch, so that nothing is compiled at start."""
 
     type: Literal["AdamW"]
     params: OptimizerParams
 
 
-class SchedulerParams(Settings):
+class SchedulerParams(StrictModel):
     """Numbers of the schedule, in optimiser steps and in fractions of each group's own learning rate."""
 
     warmup_num_steps: Count
@@ -78,14 +78,14 @@ class SchedulerParams(Settings):
     cos_min_ratio: Fraction = 0.0  #: only with WarmupCosineLR
 
 
-class SchedulerConfig(Settings):
+class SchedulerConfig(StrictModel):
     """`scheduler`, under DeepSpeed's names; ours does not spend the first step at learning rate 0."""
 
     type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: cosine, linear, constant after the warm-up
     params: SchedulerParams
 
 
-class BackboneOverrides(Settings):
+class BackboneOverrides(StrictModel):
     """Fields of the backbone preset that this model replaces."""
 
     width: Positive | None = None
@@ -97,7 +97,7 @@ class BackboneOverrides(Settings):
     post_norm: bool | None = None
 
 
-class ModelConfig(Settings):
+class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
@@ -124,7 +124,7 @@ class ModelConfig(Settings):
         return self.overrides.model_dump(exclude_none=True)
 
 
-class LoraConfig(Settings):
+class LoraConfig(StrictModel):
     """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank. Keys as `inject_lora`'s."""
 
     rank: Positive
@@ -133,7 +133,7 @@ class LoraConfig(Settings):
     magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
-class HeadsConfig(Settings):
+class HeadsConfig(StrictModel):
     """`visft.heads`: the heads that stage 2 learns from."""
 
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
@@ -141,7 +141,7 @@ class HeadsConfig(Settings):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
-class DataSetConfig(Settings):
+class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -152,7 +152,7 @@ class DataSetConfig(Settings):
     categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
 
-class DataConfig(Settings):
+class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
     root: Text = "data/coco"
@@ -169,7 +169,7 @@ class DataConfig(Settings):
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
 
 
-class FeaturesConfig(Settings):
+class FeaturesConfig(StrictModel):
     """`visft.features`: images come again under the same geometry, so that a frozen backbone sees each only once."""
 
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
@@ -177,7 +177,7 @@ class FeaturesConfig(Settings):
     cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
 
 
-class ParamGroup(Settings):
+class ParamGroup(StrictModel):
     """Entry of `visft.param_groups`; null numbers are the optimizer's."""
 
     name: Text
@@ -190,7 +190,7 @@ class ParamGroup(Settings):
         return tuple(glob.strip() for glob in self.params.split(","))
 
 
-class RunConfig(Settings):
+class RunConfig(StrictModel):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
@@ -212,7 +212,7 @@ class RunConfig(Settings):
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 
-class VisftConfig(Settings):
+class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
     stage: Literal[1, 2]
@@ -250,7 +250,7 @@ class VisftConfig(Settings):
         return max(stated) if self.mode == "shared" else sum(stated)
 
 
-class Recipe(Settings):
+class Recipe(StrictModel):
     """The keys of a configuration that this project reads; all others go to DeepSpeed."""
 
     optimizer: OptimizerConfig

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, model_serializer
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from visft_ds.config.fields import Fraction, Positive, Settings, Sides, Text
+from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
 from visft_ds.tasks import registry
 
 #: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
@@ -22,21 +22,21 @@ from visft_ds.tasks import registry
 CaptionChoice = Literal["random", "first", "consensus"]
 
 
-class VocabularyConfig(Settings):
+class VocabularyConfig(StrictModel):
     """Vocabulary of a head that works with words."""
 
     min_count: Positive = 6  #: least number of times a word occurs in the training captions
     file: Text | None = None  #: a word map (JSON, word -> id) of a published head instead
 
 
-class DecodingConfig(Settings):
+class DecodingConfig(StrictModel):
     """Decoding of words in evaluation."""
 
     beam_size: Positive = 1  #: 1: greedy
     max_length: Positive = 50  #: words
 
 
-class TaskConfig(Settings):
+class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
     The fields of `image`, `head` and `loss` are the keyword arguments of the task's transform, head and criterion.
@@ -85,7 +85,7 @@ class WordsConfig(TaskConfig):
     decoding: DecodingConfig = DecodingConfig()
 
 
-class TasksConfig(Settings):
+class TasksConfig(StrictModel):
     """`visft.tasks`: the tasks that train together, by name. A task set to null, or absent, takes no part."""
 
     def enabled(self) -> dict[str, TaskConfig]:
@@ -105,7 +105,7 @@ class TasksConfig(Settings):
         return {name: value for name, value in values.items() if value is not None or name in registry.BUILT_IN}
 
 
-class SharedImage(Settings):
+class SharedImage(StrictModel):
     """Keyword arguments of the transform that all tasks share; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
@@ -119,7 +119,7 @@ class SharedImage(Settings):
     max_words: Positive = 50
 
 
-class SharedConfig(Settings):
+class SharedConfig(StrictModel):
     """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode` "shared")."""
 
     batch_size: Positive  #: images of one optimiser step over all processes

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from visft_ds.config.fields import Positive, Probability, Rate, Settings
+from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
 from visft_ds.config.task_schema import CaptionChoice, WordsConfig
 
 
-class CaptioningImage(Settings):
+class CaptioningImage(StrictModel):
     """Keyword arguments of the captioning transform; sizes in pixels."""
 
     size: Positive = 256  #: side of the square
@@ -14,7 +14,7 @@ class CaptioningImage(Settings):
     max_words: Positive = 50
 
 
-class CaptioningHeadConfig(Settings):
+class CaptioningHeadConfig(StrictModel):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
     attention_dim: Positive = 384
@@ -24,7 +24,7 @@ class CaptioningHeadConfig(Settings):
     dropout: Probability = 0.5
 
 
-class CaptioningLoss(Settings):
+class CaptioningLoss(StrictModel):
     """Keyword arguments of the captioning criterion."""
 
     ce: Rate = 1.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Settings, Sides
+from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
 from visft_ds.config.task_schema import TaskConfig
 
 
-class DetectionImage(Settings):
+class DetectionImage(StrictModel):
     """Keyword arguments of the detection transform; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
@@ -21,7 +21,7 @@ class DetectionImage(Settings):
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
 
 
-class DetectionHeadConfig(Settings):
+class DetectionHeadConfig(StrictModel):
     """Keyword arguments of the detection head (asymmetric DETR)."""
 
     num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
@@ -35,7 +35,7 @@ class DetectionHeadConfig(Settings):
     dropout: Probability = 0.1
 
 
-class DetectionLoss(Settings):
+class DetectionLoss(StrictModel):
     """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
 
     ce: Rate = 1.0

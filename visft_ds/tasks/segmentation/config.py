@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, Settings
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
 from visft_ds.config.task_schema import TaskConfig
 
 #: Pixels that sides of content alone are multiples of: a patch of the published towers.
@@ -16,7 +16,7 @@ CONTENT_MULTIPLE = 14
 _MULTIPLE = f"content_only extends to multiples of {CONTENT_MULTIPLE}, a patch of EVA"
 
 
-class SegmentationImage(Settings):
+class SegmentationImage(StrictModel):
     """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
@@ -31,7 +31,7 @@ class SegmentationImage(Settings):
     content_only: bool = False  #: in training, drop the patches that show no image but only its extension
 
 
-class SegmentationHeadConfig(Settings):
+class SegmentationHeadConfig(StrictModel):
     """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
 
     num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
@@ -47,7 +47,7 @@ class SegmentationHeadConfig(Settings):
     labelling: Literal["contiguous", "published"] = "contiguous"  #: from 0, or 1..80 as in the published heads
 
 
-class SegmentationLoss(Settings):
+class SegmentationLoss(StrictModel):
     """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
 
     ce: Rate = 2.0
