@@ -83,6 +83,7 @@ setup(
         "isal>=1.7",
         "fsspec>=2024.6",
         "pillow>=10.3",
+        "matplotlib>=3.8",
         "rich>=13.7",
     ],
     extras_require={
