@@ -39,6 +39,7 @@ RESERVED = {
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),
+    "jinja2": ("visft_ds.evals.page",),
     "matplotlib": ("visft_ds.evals.charts", "visft_ds.experiments.ablations.draw"),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))

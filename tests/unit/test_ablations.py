@@ -298,6 +298,11 @@ def test_tables_and_charts_tell_what_is_missing(tmp_path: Path) -> None:
     assert read_outcome(tmp_path / "mine") == outcome
     page, text = write_report(tmp_path, ["mine", "absent"])
     assert "<svg" in page.read_text() and markdown(outcome) in text.read_text()
+    arms = [replace(outcome.arms[0], name="<script>"), replace(outcome.arms[1], failures=("<script>",))]
+    bad = replace(outcome, asks="<script>", note="<script>", arms=arms)
+    write_question(tmp_path, bad)
+    page, _ = write_report(tmp_path, ["mine"])
+    assert "<script" not in page.read_text() and page.read_text().count("&lt;script&gt;") >= 7
 
 
 def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:

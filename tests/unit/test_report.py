@@ -84,7 +84,9 @@ def _evaluation(
         drawn = {
             "detection": draw_detections(pixels + image, [[2, 2, 9, 9]], ["star"], [[4, 4, 9, 9]], ["star"], [0.9]),
             "segmentation": draw_masks(pixels, [area], ["star"], [area], ["star"], [0.9]),
-            "captioning": draw_caption(pixels, ["A star."], caption, caption.split(), np.full((2, 4, 4), 1 / 16)),
+            "captioning": draw_caption(
+                pixels, ["A star."], caption, caption.split(), np.full((len(caption.split()), 4, 4), 1 / 16)
+            ),
         }
         for task, picture in drawn.items():
             save_png(picture, folder / f"pictures/{task}-{image}.png")
@@ -160,6 +162,32 @@ def test_everything_is_on_the_page(report: Report, tmp_path: Path) -> None:
     assert "one task: detection in 30 % of the steps" in text
     for told in ("out/adapter", "--stage 2 &gt; log", "12.2 s", "deepspeed 0.", rank, "Measured on 2 images"):
         assert told in text, told
+
+
+def test_names_and_captions_of_the_data_cannot_become_code(report: Report, tmp_path: Path) -> None:
+    """Whatever a run, an evaluation, a category, a folder or a predicted caption is called."""
+    bad = "<script>alert('x')</script>"
+    metrics = {**METRICS, f"box/AP/{bad.replace('/', '')}": 0.5}
+    folders = [tmp_path / "first", tmp_path / "second"]
+    first, second = (
+        _evaluation(folder, bad, metrics, caption=word) for folder, word in zip(folders, ("a star", bad), strict=True)
+    )
+    second.record["data"]["where"] = second.record["caption_tokenizer"] = bad
+    everywhere = replace(
+        report,
+        title=bad,
+        introduction=[bad],
+        runs={bad: report.runs["stage 2"]},
+        evaluations=[first, second],
+        training=[first],
+        merged=replace(first, label=bad),
+        files={bad: Path(bad)},
+        commands={bad: bad},
+        seconds={bad: 1.0},
+    )
+    text = write_report(tmp_path / "report.html", everywhere).read_text(encoding="utf-8")
+    assert "<script" not in text and _Page(text).open == []
+    assert text.count("&lt;script&gt;") > 30 and "&lt;script&gt;alert(&#39;x" in text
 
 
 def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: Path) -> None:
