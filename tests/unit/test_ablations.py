@@ -243,9 +243,14 @@ if __name__ == "__main__":
 
 
 def test_intervals_are_those_of_scipy() -> None:
+    """And of the formula, exactly summed: the tables print one decimal."""
     rng = np.random.default_rng(0)
-    for count in (2, 3, 5, 12):
-        values = rng.normal(1.0, 2.0, count).tolist()
+    for count in (2, 3, 5, 12) * 5:
+        values = rng.normal(1.0, 10.0 ** rng.uniform(-3, 1), count).tolist()
+        spread = math.sqrt(math.fsum((value - math.fsum(values) / count) ** 2 for value in values) / (count - 1))
+        assert estimate(values).high == pytest.approx(
+            math.fsum(values) / count + stats.t.ppf(0.975, count - 1) * spread / math.sqrt(count), rel=1e-9, abs=1e-12
+        )
         found, expected = estimate(values), stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
         assert found.mean == pytest.approx(np.mean(values), rel=1e-12)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
