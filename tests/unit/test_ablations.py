@@ -243,14 +243,9 @@ if __name__ == "__main__":
 
 
 def test_intervals_are_those_of_scipy() -> None:
-    """And of the formula, exactly summed: the tables print one decimal."""
     rng = np.random.default_rng(0)
     for count in (2, 3, 5, 12) * 5:
         values = rng.normal(1.0, 10.0 ** rng.uniform(-3, 1), count).tolist()
-        spread = math.sqrt(math.fsum((value - math.fsum(values) / count) ** 2 for value in values) / (count - 1))
-        assert estimate(values).high == pytest.approx(
-            math.fsum(values) / count + stats.t.ppf(0.975, count - 1) * spread / math.sqrt(count), rel=1e-9, abs=1e-12
-        )
         found, expected = estimate(values), stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
         assert found.mean == pytest.approx(np.mean(values), rel=1e-12)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -303,11 +298,9 @@ def test_tables_and_charts_tell_what_is_missing(tmp_path: Path) -> None:
     assert read_outcome(tmp_path / "mine") == outcome
     page, text = write_report(tmp_path, ["mine", "absent"])
     assert "<svg" in page.read_text() and markdown(outcome) in text.read_text()
-    arms = [replace(outcome.arms[0], name="<script>"), replace(outcome.arms[1], failures=("<script>",))]
-    bad = replace(outcome, asks="<script>", note="<script>", arms=arms)
-    write_question(tmp_path, bad)
-    page, _ = write_report(tmp_path, ["mine"])
-    assert "<script" not in page.read_text() and page.read_text().count("&lt;script&gt;") >= 7
+    arms = [replace(arm, name="<script>", failures=("<script>",)) for arm in outcome.arms]
+    write_question(tmp_path, replace(outcome, asks="<script>", note="<script>", arms=arms))
+    assert "<script" not in (shown := write_report(tmp_path, ["mine"])[0].read_text()) and "&lt;script&gt;" in shown
 
 
 def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:
