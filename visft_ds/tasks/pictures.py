@@ -1,7 +1,6 @@
 """Pictures of what a head predicts, beside the ground truth.
 
 Pictures are (H, W, 3) uint8 RGB arrays; boxes are (x, y, w, h) in pixels of the given image, as COCO stores them.
-torchvision.utils would write tags over one another, in black on any colour; here they look for a free place.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Masks are (H, W) bool arrays of the size of the stored image. Each instance is a half-transparent area with an outline;
 areas, outlines and tags are laid over the scaled image, so that small photographs have smooth outlines too.
-(torchvision.utils paints black where masks overlap, and draws neither outlines nor tags.)
 """
 
 from __future__ import annotations
@@ -132,19 +131,47 @@ def _shapes(masks: Sequence[MaskArray], stored: tuple[int, ...], size: tuple[int
 
 
 def _shape(mask: MaskArray, fine: tuple[int, int]) -> _Shape | None:
-    """A mask on a canvas of size `fine` (width, height), with room for a line, half of which lies outside of it."""
-    image = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-    cover = np.asarray(image.resize(fine, Image.Resampling.BILINEAR, reducing_gap=2.0))
-    if not cover.any():
+    rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+    if not len(rows):
         return None
+    thickness = _thickness(fine)
+    spans = []
+    for first, last, stored, wanted in (
+        (int(rows[0]), int(rows[-1]) + 1, mask.shape[0], fine[1]),
+        (int(columns[0]), int(columns[-1]) + 1, mask.shape[1], fine[0]),
+    ):
+        step = stored / wanted  # pixels of the image in one of the canvas
+        # room for the line outside of the mask
+        start = max(0, math.floor(first / step) - thickness)
+        stop = min(wanted, math.ceil(last / step) + thickness)
+        # what the interpolation looks at, two more pixels for its support
+        low = max(0, math.floor(start * step - step) - 2)
+        high = min(stored, math.ceil(stop * step + step) + 2)
+        spans.append((start, stop, low, high, start * step - low, min(stop * step - low, high - low)))
+    (top, bottom, y0, y1, box_top, box_bottom), (left, right, x0, x1, box_left, box_right) = spans
+    part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.uint8) * 255)
+    cover = np.asarray(
+        part.resize(
+            (right - left, bottom - top), Image.Resampling.BILINEAR, box=(box_left, box_top, box_right, box_bottom)
+        )
+    )
     # A mask smaller than half a pixel is still one pixel large.
-    inside = cover >= min(128, int(cover.max()))
-    half = max(_FINE // 2, round(max(fine) / 180 / 2))
-    rows, columns = inside.any(axis=1).nonzero()[0], inside.any(axis=0).nonzero()[0]
-    top, left = max(0, rows[0] - half), max(0, columns[0] - half)
-    inside = inside[top : rows[-1] + half + 1, left : columns[-1] + half + 1]
-    padded = np.pad(inside, half)  # a line along the edge of the canvas too
-    return _Shape(int(top), int(left), inside, _near(padded, half) & _near(~padded, half))
+    inside = cover >= min(128, max(1, int(cover.max())))
+    if not inside.any():
+        inside[inside.shape[0] // 2, inside.shape[1] // 2] = True
+    return _Shape(top, left, inside, _outline(inside, thickness))
+
+
+def _thickness(fine: tuple[int, int]) -> int:
+    """Of a line, pixels of the fine canvas; even, half of it outside of the mask."""
+    return 2 * max(_FINE // 2, round(max(fine) / 180 / 2))
+
+
+def _outline(inside: MaskArray, thickness: int) -> MaskArray:
+    """A line along the border, half of it outside; also along the edge of the window, as around a box."""
+    half = thickness // 2
+    padded = np.pad(inside, half)
+    return _near(padded, half) & _near(~padded, half)
 
 
 def _near(area: MaskArray, reach: int) -> MaskArray:
