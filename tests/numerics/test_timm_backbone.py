@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
+from visft_ds.interop.adapter import Adapter, adapter_of_run
 from visft_ds.interop.layouts import tower_metadata
-from visft_ds.interop.module_adapters import (
-    ModuleAdapter,
-    module_adapter,
-    read_module_adapter,
-    save_module_adapter,
-    why_no_peft,
-)
-from visft_ds.interop.peft import README
+from visft_ds.interop.merge import merge_timm, verify_merge
+from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter, why_no_peft
 from visft_ds.interop.timm_files import load_timm, open_timm
-from visft_ds.interop.timm_merge import merge_timm, verify_timm
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -50,10 +44,10 @@ def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | N
     return backbone
 
 
-def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> ModuleAdapter:
+def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> Adapter:
     lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name], magnitude=magnitude)
     tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
-    return module_adapter(lora, tensors, backbone, None)
+    return adapter_of_run(lora, tensors, backbone, "model")
 
 
 def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
@@ -191,7 +185,7 @@ def test_the_readme_loads_it_into_peft(
     pytest.importorskip("peft")
     ours, images = _adapted(name, magnitude=magnitude), torch.randn(2, 3, 160, 160)
     adapter = _adapter(ours, name, magnitude=magnitude)
-    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    folder = save_peft_adapter(adapter, tmp_path / "adapter")
     _base_file(name, folder)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
     monkeypatch.chdir(folder)
@@ -203,8 +197,9 @@ def test_the_readme_loads_it_into_peft(
         with theirs.disable_adapter():
             plain = _map_of(theirs.base_model.model, images)
     assert relative(wanted, plain) > 1e-3 and relative(got, wanted) < TOLERANCE
-    again = read_module_adapter(folder)
-    assert again.fingerprint() == adapter.fingerprint() and again.places == adapter.places
+    again = read_peft_adapter(folder)
+    assert again.fingerprint() == adapter.fingerprint() and again.layers() == adapter.layers()
+    assert all(again.adapted(layer) == adapter.adapted(layer) for layer in adapter.layers())
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
 
 
@@ -229,8 +224,8 @@ def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
     adapter = _adapter(ours, name)
     report = merge_timm(base, adapter, tmp_path / "merged.safetensors")
     assert report.total.retained == pytest.approx(1, abs=1e-4)
-    difference, effect = verify_timm(base, adapter, tmp_path / "merged.safetensors")
-    assert difference < TOLERANCE and effect > 1e-3
+    proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
+    assert proof.relative < TOLERANCE and proof.effect > 1e-3
     names: dict[str, Any] = {"timm": timm, "FILE": str(tmp_path / "merged.safetensors")}
     exec(f"model = {report.create_call()}", names)
     model = names["model"].eval()
@@ -256,7 +251,7 @@ def test_timm_loads_the_folder_by_itself(
     ours.load_state_dict({key: value for key, value in load_file(base).items() if key in ours.state_dict()})
     inject_lora(ours, rank=3, alpha=1.5, targets=ADAPTED[name])
     move_adapters(ours, spread=0.1)
-    folder = save_module_adapter(_adapter(ours, name), tmp_path / "adapter")
+    folder = save_peft_adapter(_adapter(ours, name), tmp_path / "adapter")
     out = tmp_path / "out"
     assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -280,7 +275,7 @@ def test_a_base_without_what_timms_model_has_is_said_to_be_none(
     """A backbone that trained itself is written without the norm that ConvNeXt has behind its feature map."""
     base, ours = tmp_path / "base.safetensors", _adapted("test_convnext")
     save_tensors(base, build_timm("test_convnext").state_dict(), {})
-    folder = save_module_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
+    folder = save_peft_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
     out = tmp_path / "out"
     assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -296,7 +291,7 @@ def test_an_adapter_of_another_base_is_not_written_for_peft_either(
         _base_file("test_vit", tmp_path),
         replace(_adapter(_adapted("test_vit"), "test_vit"), base_sha256="0"),
     )
-    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    folder = save_peft_adapter(adapter, tmp_path / "adapter")
     words = ["--base", base, "--adapter", folder, "--out", tmp_path / "out", "--format", "peft"]
     assert main([str(word) for word in words]) == 2
     assert "trained on the base with sha256 0" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from visft_ds.interop.backbones import read_tensor
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.layouts import TIMM_KEY, base_parameters, is_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+
+#: What timm knows of pretrained weights that holds for trained ones too; the latter where positions keep their size.
+_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
+_SETTINGS = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("first_conv", "classifier"),
+    *_SIZES,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,33 @@ def open_timm(backbone: TimmBackbone, path: str | Path) -> TimmFile:
 def classes_in(classifier: str | Sequence[str] | None, shapes: Mapping[str, Sequence[int]]) -> int:
     """`num_classes` of the model of timm that has these tensors, by the names of its classifiers; 0 without one."""
     return next((shapes[f"{name}.weight"][0] for name in _listed(classifier) if f"{name}.weight" in shapes), 0)
+
+
+def config_of(backbone: TimmBackbone, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads these tensors;
+    notes). None, and why, where they are not all that timm's model has, and no more.
+    """
+    import timm
+
+    classes = classes_in(backbone.classifier_names, shapes)
+    with torch.device("meta"):
+        model = timm.create_model(backbone.name, num_classes=classes, **backbone.options)
+    wanted = model.state_dict().keys()
+    lacks, more = [key for key in wanted if key not in shapes], [key for key in shapes if key not in wanted]
+    if lacks or more:
+        facts = [f"lacks {examples(lacks)}"] * bool(lacks) + [f"has {examples(more)} beside it"] * bool(more)
+        return None, [f"timm does not load this by itself: of its {backbone.name} the base {' and '.join(facts)}"]
+    known = model.pretrained_cfg
+    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
+    if side := backbone.options.get("img_size"):
+        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
+    return {
+        "architecture": known["architecture"],
+        "num_classes": classes,
+        "num_features": model.num_features,
+        "model_args": backbone.options,
+        "pretrained_cfg": kept | {"num_classes": classes},
+    }, []
 
 
 def _listed(classifier: str | Sequence[str] | None) -> list[str]:
