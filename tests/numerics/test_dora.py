@@ -21,8 +21,7 @@ from visft_ds.interop.timm_names import model_arguments
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters, merge_lora, unmerge_lora
-from visft_ds.ops.dora import dora_linear, row_lengths
-from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
 
 QV: Slices = ((0, 8), (16, 24))
 SCALE = 0.5

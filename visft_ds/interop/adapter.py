@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,11 +21,19 @@ from torch import Tensor, nn
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.files import examples
 from visft_ds.interop.layouts import Tower, depth_of, tower_names, tower_of
-from visft_ds.models.adapted import KINDS, resized
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
-from visft_ds.models.lora import TARGETS, LoraSettings, inject_lora, lora_layers, lora_parameters, lora_settings
-from visft_ds.models.lora_conv import LoRAConv2d
+from visft_ds.models.lora import (
+    KINDS,
+    TARGETS,
+    AdaptedRows,
+    LoRAConv2d,
+    LoraSettings,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    lora_settings,
+)
 from visft_ds.models.timm_backbone import TimmBackbone
 
 SLICES = ("q", "k", "v")
@@ -35,31 +43,10 @@ MODULES = {target: place[0] for target, place in TARGETS.items()}
 _FUSED = re.compile(r"blocks\.\d+\.attn\.qkv")
 
 
-@dataclass(frozen=True)
-class AdaptedRows:
-    """The rows of a layer's weight that an adapter changes: of `rows` in all those in `slices`, from and below."""
-
-    slices: tuple[tuple[int, int], ...]
-    rows: int
-    groups: int = 1  #: of a convolution
-
-    @classmethod
-    def of_qkv(cls, slices: Sequence[str], width: int) -> AdaptedRows:
-        """Slices, by name, of a fused qkv."""
-        starts = (SLICES.index(name) * width for name in slices)
-        return cls(tuple((start, start + width) for start in starts), 3 * width)
-
-    @property
-    def whole(self) -> bool:
-        """Return True if the layer is adapted as one matrix."""
-        return self.slices == ((0, self.rows),)
-
-    def parts(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
-        """(rows of the weight, rows of lora_A, rows of lora_B) of each slice."""
-        start = 0
-        for index, (lo, hi) in enumerate(self.slices):
-            yield slice(lo, hi), slice(index * rank, (index + 1) * rank), slice(start, start + hi - lo)
-            start += hi - lo
+def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
+    """The rows of a fused qkv that belong to slices of it."""
+    starts = (SLICES.index(name) * width for name in slices)
+    return AdaptedRows(tuple((start, start + width) for start in starts), 3 * width)
 
 
 @dataclass(frozen=True)
@@ -128,27 +115,24 @@ class Adapter:
         """The rows of a layer that it changes."""
         rows, slices = len(self.tensors[f"{layer}.lora_B"]), self.slices()
         if slices and _FUSED.fullmatch(layer):
-            return AdaptedRows.of_qkv(slices, rows // len(slices))
+            return rows_of_qkv(slices, rows // len(slices))
         return AdaptedRows(((0, rows),), rows, self.groups.get(layer, 1))
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and magnitudes of a layer, fp32."""
+        a, b = (self.tensors[f"{layer}.{kind}"].float() for kind in ("lora_A", "lora_B"))
+        return a, b, self.tensors[f"{layer}.lora_magnitude"].float() if self.magnitude else None
 
     def delta(self, weight: str) -> Tensor:
         """scaling * B @ A of one base weight, dense, fp32, (out, fan in); zero in rows that are not adapted."""
         layer = weight.removesuffix(".weight")
-        a, b = (self.tensors[f"{layer}.{kind}"].float() for kind in ("lora_A", "lora_B"))
-        rows = self.adapted(layer)
-        result = torch.zeros(rows.rows, a[0].numel())
-        for changed, own_a, own_b in rows.parts(self.rank):
-            torch.matmul(b[own_b], a[own_a].flatten(1), out=result[changed])
-        return result.mul_(self.scaling)
+        a, b, _ = self.factors(layer)
+        return self.adapted(layer).update(a, b, self.scaling)
 
     def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """(result, change) of one base weight, fp32 all."""
-        change = self.delta(weight).view_as(base)
-        if self.magnitude:
-            layer = weight.removesuffix(".weight")
-            lengths = self.tensors[f"{layer}.lora_magnitude"].float()
-            for changed, _, own in self.adapted(layer).parts(self.rank):
-                change[changed] = resized(base[changed], change[changed], lengths[own])
+        layer = weight.removesuffix(".weight")
+        change = self.adapted(layer).change(base, *self.factors(layer), self.scaling)
         return base + change, change
 
     def scaled(self, scale: float) -> Adapter:

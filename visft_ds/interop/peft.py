@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.interop.adapter import MODULES, SLICES, AdaptedRows, Adapter, canonical_targets
+from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
-from visft_ds.models.adapted import KINDS
+from visft_ds.models.lora import KINDS, AdaptedRows
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 #: Our own file of an adapter on a model of timm.
@@ -320,19 +320,18 @@ def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
         adapter = _separated(adapter)
     for layer in adapter.layers():
         rows = adapter.adapted(layer)
-        a, b = (adapter.tensors[f"{layer}.{kind}"].float() for kind in ("lora_A", "lora_B"))
+        a, b, magnitude = adapter.factors(layer)
         if rows.groups > 1:
             a = _spread_groups(a, rows.groups)
         if not rows.whole:
             b = _spread(b, rows, adapter.rank)
-        magnitude = adapter.tensors.get(f"{layer}.lora_magnitude")
         if a.ndim == 4:
             b = b[:, :, None, None]
             magnitude = None if magnitude is None else magnitude[None, :, None, None]
         stem = f"base_model.model.{layer}"
         tensors |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
         if magnitude is not None:
-            tensors[f"{stem}.lora_magnitude_vector"] = magnitude.float().contiguous()
+            tensors[f"{stem}.lora_magnitude_vector"] = magnitude.contiguous()
     return tensors
 
 
@@ -357,7 +356,7 @@ def _spread(stacked: Tensor, rows: AdaptedRows, rank: int) -> Tensor:
 
 def _gather(dense: Tensor, slices: tuple[str, ...], rank: int) -> Tensor | None:
     """The inverse of `_spread` for slices of a fused qkv; None where something stands outside the blocks."""
-    rows = AdaptedRows.of_qkv(slices, len(dense) // 3)
+    rows = rows_of_qkv(slices, len(dense) // 3)
     stacked = torch.cat([dense[changed, columns] for changed, columns, _ in rows.parts(rank)])
     return stacked if torch.equal(_spread(stacked, rows, rank), dense) else None
 
