@@ -19,7 +19,7 @@ from visft_ds.config.schema import LoraConfig, ModelConfig
 from visft_ds.interop.adapter import Adapter, adapter_of_run
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, verify_merge
-from visft_ds.interop.peft import README, read_peft_adapter, save_peft_adapter, why_no_peft
+from visft_ds.interop.peft import README, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
 from visft_ds.interop.timm_files import load_timm, open_timm
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
@@ -208,6 +208,19 @@ def test_what_peft_cannot_have() -> None:
     assert "no slices of a fused layer" in (why_no_peft(fused) or "")
     grouped = _adapter(_adapted("test_convnext", magnitude=True), "test_convnext", magnitude=True)
     assert "no grouped convolutions" in (why_no_peft(grouped) or "")
+
+
+def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:
+    """Its rows come first: only the length of the fused layer tells them from all rows."""
+    backbone = _adapted("test_vit", targets=("q",))
+    tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
+    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q",)), tensors, backbone, "model")
+    written = load_file(save_peft_adapter(adapter, tmp_path / "adapter") / WEIGHTS)
+    a, b = (written[f"base_model.model.blocks.0.attn.qkv.lora_{part}.weight"] for part in "AB")
+    weight = backbone.get_parameter("blocks.0.attn.qkv.weight")
+    assert b.shape == (len(weight), 3) and not b[len(weight) // 3 :].any()
+    change = adapter.apply("blocks.0.attn.qkv.weight", weight.detach())[1]
+    assert torch.allclose(change, 0.5 * (b @ a), atol=1e-6)
 
 
 @pytest.mark.parametrize(
