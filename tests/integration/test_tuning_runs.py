@@ -15,8 +15,8 @@ from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import run_ranks
 from tests.integration.tiny import TINY
 from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.backbones import load_timm
 from visft_ds.interop.merge import merge_timm, verify_merge
-from visft_ds.interop.timm_files import load_timm
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.shards.build import Options, build

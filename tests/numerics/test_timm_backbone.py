@@ -17,10 +17,10 @@ from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
 from visft_ds.interop.adapter import Adapter, adapter_of_run
+from visft_ds.interop.backbones import load_timm, open_backbone
 from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, verify_merge
 from visft_ds.interop.peft import README, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
-from visft_ds.interop.timm_files import load_timm, open_timm
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -314,7 +314,7 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     """A classifier is passed over by name; all else has to fit."""
     base = _base_file("test_convnext", tmp_path, **{"head.fc.weight": torch.zeros(5, 64)})
     empty = build_timm("test_convnext", device="meta")
-    assert "left out 3 behind the feature map" in open_timm(empty, base).summary
+    assert "left out 3 behind the feature map" in open_backbone(empty, base).summary
     loaded, _ = load_timm(base, "test_convnext", None, torch.float32)
     assert torch.equal(loaded.get_parameter("stem.0.weight"), load_file(base)["stem.0.weight"])
     model = ModelConfig(name="x", preset="timm:test_convnext", weights=str(base), precision="fp32")
@@ -324,10 +324,10 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     renamed = {("stages.9.x" if key == "stem.0.bias" else key): value for key, value in values.items()}
     save_file(renamed, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"Missing \(1\): stem.0.bias.\nUnexpected \(1\): stages.9.x."):
-        open_timm(empty, tmp_path / "other.safetensors")
+        open_backbone(empty, tmp_path / "other.safetensors")
     vit = _base_file("test_vit", tmp_path / "vit")
     with pytest.raises(ValueError, match=r"set visft\.model\.overrides\.image_size"):
-        open_timm(build_timm("test_vit", image_size=96, device="meta"), vit)
+        open_backbone(build_timm("test_vit", image_size=96, device="meta"), vit)
     small = build_timm("test_vit", image_size=96, device="meta")
     assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
 

@@ -18,12 +18,11 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, TasksConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, of_other_base, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule

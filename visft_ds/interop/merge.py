@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visft_ds.interop import eva_clip, peft, visft
 from visft_ds.interop.adapter import Adapter
-from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone
+from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone, load_timm, open_backbone
 from visft_ds.interop.files import (
     BASE_SHA256,
     VISION_OF,
@@ -36,7 +36,7 @@ from visft_ds.interop.files import (
 )
 from visft_ds.interop.formats import FORMATS, check_format
 from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, tower_in, tower_names
-from visft_ds.interop.timm_files import config_of, load_timm, open_timm
+from visft_ds.interop.timm_names import config_of
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writers import write_shards, write_torch
@@ -294,7 +294,7 @@ def merge_timm(
     assert change.timm is not None
     name, image_size = change.timm
     backbone = build_timm(name, image_size=image_size, device="meta")
-    opened = open_timm(backbone, base)
+    opened = open_backbone(backbone, base)
     file, own = opened.file, base_parameters(backbone)
     if is_merged(file):
         raise ValueError(f"{base} has an adapter merged in already; merging again would count it twice: give the base")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter, fingerprint_of
+from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.files import TRAINED_ON, TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
-from visft_ds.interop.timm_files import timm_settings
 from visft_ds.models.backbone import Backbone
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from visft_ds.config.schema import Precision
 from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
-from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.encoders import (
     Encoder,
     EvaEncoder,
@@ -35,7 +35,6 @@ from visft_ds.interop.encoders import (
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
-from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run.folder import recorded_config
 
