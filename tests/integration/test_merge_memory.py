@@ -20,7 +20,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.files import TensorInfo, open_weights
 from visft_ds.interop.layouts import Tower, tower_names, tower_of
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import write_torch
+from visft_ds.interop.writing import write_torch
 from visft_ds.models.eva_vit import build_backbone
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from tests.adapter_bounds import same_change
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
-from visft_ds.interop import hub, writers
+from visft_ds.interop import hub, writing
 from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
@@ -30,7 +30,7 @@ from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import parse_size, plan_shards, write_shards, write_torch
+from visft_ds.interop.writing import parse_size, plan_shards, write_shards, write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
 
@@ -267,7 +267,7 @@ class _Full(io.BytesIO):
 
 def test_torch_on_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.save replaces the error of the disk by one of its own about a position."""
-    monkeypatch.setattr(writers, "write_atomically", lambda path, write: write(_Full()))
+    monkeypatch.setattr(writing, "write_atomically", lambda path, write: write(_Full()))
     value = torch.zeros(500_000)
     with pytest.raises(OSError, match=r"No space left on device, 2\.0 MB are to be written"):
         write_torch(tmp_path / "x.pt", {"a": TensorInfo.of(value)}, lambda name: value)

@@ -37,8 +37,7 @@ from visft_ds.interop.merge import (
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import parse_size
-from visft_ds.interop.writing import FULL, refuse_existing, write_text
+from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, recorded_config

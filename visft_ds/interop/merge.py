@@ -39,8 +39,7 @@ from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, t
 from visft_ds.interop.timm_names import config_of
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
-from visft_ds.interop.writers import write_shards, write_torch
-from visft_ds.interop.writing import refuse_existing, write_safetensors
+from visft_ds.interop.writing import refuse_existing, write_safetensors, write_shards, write_torch
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.monitor.console import Gauge

@@ -35,8 +35,6 @@ from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
 
 #: Parameters that an adapted layer may have beside those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
-
-
 #: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
 TARGETS = {
     "q": ("attn.qkv", 0, 3),
