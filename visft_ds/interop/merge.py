@@ -34,9 +34,8 @@ from visft_ds.interop.files import (
     sha256_file,
     view,
 )
-from visft_ds.interop.formats import FORMATS, check_format
+from visft_ds.interop.formats import FORMATS, check_format, config_of
 from visft_ds.interop.layouts import TIMM_KEY, Layout, Tower, base_parameters, tower_in, tower_names
-from visft_ds.interop.timm_names import config_of
 from visft_ds.interop.towers import build_tower, open_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.writing import refuse_existing, write_safetensors, write_shards, write_torch

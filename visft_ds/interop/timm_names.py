@@ -1,8 +1,7 @@
 """timm's names (no prefix), and which timm model a tower is.
 
 Models: `eva02_enormous_patch14_clip_224` (post-norm) and `eva_giant_patch14_clip_224` (pre-norm),
-https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/eva.py. timm itself is imported where its
-configurations are asked for alone.
+https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/eva.py. timm itself is not imported here.
 """
 
 from __future__ import annotations
@@ -10,24 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from visft_ds.interop.files import Entry, WeightFile, examples
+from visft_ds.interop.files import Entry, WeightFile
 from visft_ds.interop.layouts import Layout, Tower
-from visft_ds.models.timm_backbone import TimmBackbone
 
 # Pixels in [0, 1] are normalised with these in EVA-CLIP's own training and evaluation (ViSFT trains with ImageNet's).
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POST_NORM, PRE_NORM = "eva02_enormous_patch14_clip_224", "eva_giant_patch14_clip_224"
-
-
-#: What timm knows of pretrained weights that holds for trained ones too; the latter where positions keep their size.
-_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
-_SETTINGS = (
-    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
-    *("first_conv", "classifier"),
-    *_SIZES,
-)
 
 
 def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:
@@ -105,33 +92,6 @@ def create_model_call(tower: Tower, num_classes: int = 0, **more: Any) -> str:
 def classes_in(classifier: str | Sequence[str] | None, shapes: Mapping[str, Sequence[int]]) -> int:
     """`num_classes` of the model of timm that has these tensors, by the names of its classifiers; 0 without one."""
     return next((shapes[f"{name}.weight"][0] for name in classifier_names(classifier) if f"{name}.weight" in shapes), 0)
-
-
-def config_of(backbone: TimmBackbone, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any] | None, list[str]]:
-    """(config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads these tensors;
-    notes). None, and why, where they are not all that timm's model has, and no more.
-    """
-    import timm
-
-    classes = classes_in(backbone.classifier_names, shapes)
-    with torch.device("meta"):
-        model = timm.create_model(backbone.name, num_classes=classes, **backbone.options)
-    wanted = model.state_dict().keys()
-    lacks, more = [key for key in wanted if key not in shapes], [key for key in shapes if key not in wanted]
-    if lacks or more:
-        facts = [f"lacks {examples(lacks)}"] * bool(lacks) + [f"has {examples(more)} beside it"] * bool(more)
-        return None, [f"timm does not load this by itself: of its {backbone.name} the base {' and '.join(facts)}"]
-    known = model.pretrained_cfg
-    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
-    if side := backbone.options.get("img_size"):
-        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
-    return {
-        "architecture": known["architecture"],
-        "num_classes": classes,
-        "num_features": model.num_features,
-        "model_args": backbone.options,
-        "pretrained_cfg": kept | {"num_classes": classes},
-    }, []
 
 
 def classifier_names(classifier: str | Sequence[str] | None) -> list[str]:

@@ -102,10 +102,9 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
     infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
     timm = _drawn_by_timm(model, backbone, infos, storage) if isinstance(backbone, TimmBackbone) else None
     if model.weights is not None:
-        path = Path(model.weights)
-        opened = open_backbone(backbone, path)
+        opened = open_backbone(backbone, model.weights)
         return BaseWeights(
-            sha256_file(path),
+            sha256_file(model.weights),
             f"base weights: {opened.summary}",
             infos,
             lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
@@ -114,13 +113,12 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         )
     if timm is not None:
         return timm
-    seed = model.weights_seed
-    recipe = f"random {model.preset} {model.backbone_options()} seed {seed}"
+    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}"
     return BaseWeights(
         recipe,
-        f"base weights: random, a function of visft.model.weights_seed={seed}",
+        f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}",
         infos,
-        lambda name: random_weight(name, infos[name].shape, seed).to(storage),
+        lambda name: random_weight(name, infos[name].shape, model.weights_seed).to(storage),
         drawn_as=recipe,
     )
 
