@@ -20,10 +20,10 @@ from visft_ds.tasks import registry
 
 SETTINGS: dict[str, Any] = {
     **TINY,
-    "scheduler.params.total_num_steps": 4,
+    "scheduler.params.total_num_steps": 8,
     "scheduler.params.warmup_num_steps": 1,
-    "visft.run.save_every": 4,
-    "visft.run.eval_every": 4,
+    "visft.run.save_every": 8,
+    "visft.run.eval_every": 8,
     "visft.run.pictures": 1,
     "visft.run.log_every": 1,
     **{f"visft.tasks.{task}.updates": 1 for task in registry.BUILT_IN},
