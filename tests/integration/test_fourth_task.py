@@ -71,7 +71,7 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tm
     assert 0 <= metrics["class/accuracy"] <= 1 and {"box/AP", "mask/AP", "caption/CIDEr-D"} <= set(metrics)
     assert result["image_id"] == 1 and f"{result['score']:.2f}" in told and planned > 0
     for stage in (1, 2):
-        records = read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
+        records = list(read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl"))
         losses = [record["loss/classification"] for record in records if "loss/classification" in record]
         assert losses and any("class/accuracy" in json.dumps(record) for record in records)
     assert (tmp_path / "stage1/export/classification.safetensors").is_file()
