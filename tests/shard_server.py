@@ -19,9 +19,10 @@ from pathlib import Path
 class Served:
     """A running server.
 
-    `faults` are used up one per GET request of a shard, but for its first byte alone: a status ("500", "429"), "reset" (the connection breaks),
-    "cut" (half of the body), "slow" (nothing for `slow_seconds`), "shifted" (another range than asked for), "flipped"
-    (one byte differs), "short" (a shorter body that claims to be all); "fine" lets one pass.
+    `faults` are used up one per GET request of a shard, those for its first byte (which ask for its size) left out: a
+    status ("500", "429"), "reset" (the connection breaks), "cut" (half of the body), "slow" (nothing for
+    `slow_seconds`), "shifted" (another range than asked for), "flipped" (one byte differs), "short" (a shorter body
+    that claims to be all); "fine" lets one pass.
     """
 
     folder: Path

@@ -22,7 +22,7 @@ KEYS: dict[str, str] = {
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
     "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
-    "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
+    "visft.data.cache_mode": "visft.data.cache keeps whole shards (docs/remote.md)",
     "visft.tasks.detection.ratio": _UPDATES,
     "visft.tasks.segmentation.ratio": _UPDATES,
     "visft.tasks.captioning.ratio": _UPDATES,

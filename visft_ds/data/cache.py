@@ -105,11 +105,8 @@ class DiskCache:
             self._touched.discard(name)
 
     def close(self) -> None:
-        """Let nobody wait for a copy any more."""
+        """End the copies; call it when fetching was stopped."""
         self._closed.set()
-
-    def join(self) -> None:
-        """Wait for the end of a copy whose fetching was stopped."""
         with self._lock:
             thread = self._thread
         if thread is not None:

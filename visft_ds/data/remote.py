@@ -20,8 +20,10 @@ import threading
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -73,9 +75,7 @@ _in_use: list[Any] = []
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 _log = logging.getLogger(__name__)
-
-#: (name of a file, first byte, byte after the last); None and None for the whole file.
-_Range = tuple[str, int | None, int | None]
+_Answer = TypeVar("_Answer")
 
 
 class NoRanges(ValueError):
@@ -138,7 +138,7 @@ class RemoteStore:
             data = here.ahead.take((name, offset, size))
             if data is None and here.cache is not None and here.cache.touch(name):
                 data = here.cache.read(name, offset, size)
-            return here.requests.fetch([(name, offset, offset + size)])[0] if data is None else data
+            return here.requests.fetch(name, offset, offset + size) if data is None else data
         except NoRanges:
             if here.cache is None:
                 raise
@@ -147,7 +147,7 @@ class RemoteStore:
 
     def load(self, name: str) -> bytes:
         """See `Store.load`."""
-        return self._here().requests.fetch([(name, None, None)])[0]
+        return self._here().requests.fetch(name)
 
     def sizes(self, names: Collection[str] | None = None) -> dict[str, int]:
         """See `Store.sizes`."""
@@ -183,11 +183,9 @@ class RemoteStore:
         """See `Store.close`."""
         here = self._processes.pop(os.getpid(), None)
         if here is not None:
-            if here.cache is not None:
-                here.cache.close()
             here.requests.close()
             if here.cache is not None:
-                here.cache.join()
+                here.cache.close()
 
     def _here(self) -> _Here:
         # No lock, which a fork could leave held for ever: making one too many costs nothing, since it opens nothing.
@@ -209,7 +207,7 @@ class _Group:
     end: int
     hint: int  #: how many hints there were before
     parts: set[Part]  #: not yet taken
-    future: Future[list[bytes]] | None = None
+    future: Future[bytes] | None = None
 
 
 class Ahead:
@@ -247,7 +245,7 @@ class Ahead:
         if group.future is None:  # its reader was faster
             return None
         first = part[1] - group.start
-        return _result(group.future)[0][first : first + part[2]]
+        return _result(group.future)[first : first + part[2]]
 
     def _drop(self, group: _Group) -> None:
         self._groups.remove(group)
@@ -262,7 +260,7 @@ class Ahead:
             if room < 0:
                 return
             if group.future is None:
-                group.future = self._requests.begin([(group.name, group.start, group.end)], ahead=True)
+                group.future = self._requests.begin(group.name, group.start, group.end, ahead=True)
 
 
 def grouped(parts: Sequence[Part], hint: int = 0) -> list[_Group]:
@@ -297,72 +295,59 @@ class Requests:
         self._running: set[Future[Any]] = set()
         self._closed = False
 
-    def fetch(self, ranges: Sequence[_Range]) -> list[bytes]:
-        """Bytes of ranges, by one request each at the same time.
+    def fetch(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file, or all of it.
 
         Raises:
             ValueError: there is no such file, it may not be read, or (`NoRanges`) the server cannot give ranges.
             RuntimeError: the last attempt failed too.
         """
-        return _result(self.begin(ranges))
+        return _result(self.begin(name, start, end))
 
-    def begin(self, ranges: Sequence[_Range], *, ahead: bool = False) -> Future[list[bytes]]:
-        """As `fetch`, in the background; those that read ahead wait for their turn."""
+    def begin(
+        self, name: str, start: int | None = None, end: int | None = None, *, ahead: bool = False
+    ) -> Future[bytes]:
+        """As `fetch`, in the background; what is read ahead waits for its turn."""
         filesystem = self._open()
         # Without a cache of its own, which would read megabytes ahead of every sample.
         options = {"cache_type": "none"} if isinstance(filesystem, AsyncFileSystemWrapper) else {}
 
-        async def ask(places: Sequence[int]) -> list[Any]:
-            names, starts, ends = map(list, zip(*(ranges[place] for place in places), strict=True))
-            if self._ignores_ranges and any(end is not None for end in ends):
-                return [NoRanges()] * len(places)
-            paths = [f"{self._url}/{name}" for name in names]
-            answers = await filesystem._cat_ranges(paths, starts, ends, on_error="return", **options)
-            return [_checked(answer, *ranges[place][1:]) for place, answer in zip(places, answers, strict=True)]
+        async def ask() -> bytes:
+            if self._ignores_ranges and end is not None:
+                raise NoRanges
+            data: bytes = await filesystem._cat_file(f"{self._url}/{name}", start=start, end=end, **options)
+            if start is not None and end is not None and len(data) != end - start:
+                raise ConnectionError(f"{len(data)} bytes came instead of {end - start}")
+            return data
 
-        async def wait() -> list[bytes]:
-            what = [name if end is None else f"{name} [{start}:{end}]" for name, start, end in ranges]
-            if not ahead:
-                return await self._insist(what, ask)
-            async with self._turns:
-                return await self._insist(what, ask)
-
-        return self._submit(wait)
+        return self._submit(name if end is None else f"{name} [{start}:{end}]", ask, ahead=ahead)
 
     def copy(self, name: str, path: str) -> None:
         """Write a whole file by one request, for which any web server will do; raises as `fetch`, OSError of a disk."""
         open(path, "wb").close()  # else the disk's refusal would look like the server's
         filesystem = self._open()
-
-        async def ask(_: Sequence[int]) -> list[Any]:
-            return [await filesystem._get_file(f"{self._url}/{name}", path)]
-
-        _result(self._submit(lambda: self._insist([name], ask)))
+        _result(self._submit(name, lambda: filesystem._get_file(f"{self._url}/{name}", path)))
 
     def sizes(self, names: Collection[str] | None) -> dict[str, int]:
         """Bytes of those of `names` that exist, or of all files; raises ValueError for all files behind http."""
         filesystem = self._open()
-        if not self._protocol.startswith("http"):
+        if self._protocol.startswith("http"):
+            if names is None:
+                raise ValueError(f"{self._url}: files behind {self._protocol}:// cannot be listed; name them")
+            asked = {name: partial(_http_size, filesystem, f"{self._url}/{name}") for name in names}
+            futures = {name: self._submit(name, ask) for name, ask in asked.items()}
+            return {name: size for name, future in futures.items() if (size := _result(future)) is not None}
 
-            async def look(_: Sequence[int]) -> list[Any]:
-                try:
-                    return [await filesystem._ls(self._url, detail=True, refresh=True)]
-                except FileNotFoundError:
-                    return [[]]
+        async def entries() -> list[dict[str, Any]]:
+            try:
+                found: list[dict[str, Any]] = await filesystem._ls(self._url, detail=True, refresh=True)
+                return found
+            except FileNotFoundError:
+                return []
 
-            entries = _result(self._submit(lambda: self._insist([""], look)))[0]
-            files = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries if entry["type"] == "file"}
-            return {name: int(size) for name, size in files.items() if names is None or name in names}
-        if names is None:
-            raise ValueError(f"{self._url}: files behind {self._protocol}:// cannot be listed; name them")
-        wanted = list(names)
-
-        async def ask(places: Sequence[int]) -> list[Any]:
-            sizes = (_http_size(filesystem, f"{self._url}/{wanted[place]}") for place in places)
-            return await asyncio.gather(*sizes, return_exceptions=True)
-
-        found = _result(self._submit(lambda: self._insist(wanted, ask)))
-        return {name: size for name, size in zip(wanted, found, strict=True) if size is not None}
+        files = [entry for entry in _result(self._submit("", entries)) if entry["type"] == "file"]
+        sizes = {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
+        return {name: size for name, size in sizes.items() if names is None or name in names}
 
     def close(self) -> None:
         """End what is under way and close all connections. The object cannot be used any more."""
@@ -375,11 +360,12 @@ class Requests:
         for future in running:
             future.cancel()
 
-    def _submit(self, work: Callable[[], Awaitable[list[Any]]]) -> Future[list[Any]]:
-        """Run a coroutine on fsspec's event loop, which has a thread of its own."""
+    def _submit(self, what: str, ask: Callable[[], Awaitable[_Answer]], *, ahead: bool = False) -> Future[_Answer]:
+        """Make a request on fsspec's event loop, which has a thread of its own; `what` it is, for messages."""
 
-        async def run() -> list[Any]:  # makes the coroutine there: one that is cancelled early was never begun
-            return await work()
+        async def run() -> _Answer:
+            async with self._turns if ahead else nullcontext():
+                return await self._insist(f"{self._url}/{what}", ask)
 
         future = asyncio.run_coroutine_threadsafe(run(), fsspec.asyn.get_loop())
         with self._lock:
@@ -389,41 +375,23 @@ class Requests:
         future.add_done_callback(self._running.discard)
         return future
 
-    async def _insist(self, what: Sequence[str], ask: Callable[[Sequence[int]], Awaitable[list[Any]]]) -> list[Any]:
-        """Answers to several requests, made at the same time; those that fail are made again.
-
-        Args:
-            what: they are, for messages.
-            ask: gives for places in `what` their answers, or the errors in place of them.
-        """
-        answers: dict[int, Any] = {}
+    async def _insist(self, what: str, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         for attempt in range(1, ATTEMPTS + 1):
-            places = [place for place in range(len(what)) if place not in answers]
             try:
-                found = await ask(places)
-            except _foreign(True) as refused:
-                found = [refused] * len(places)
-            failed: list[tuple[str, BaseException]] = []
-            for place, answer in zip(places, found, strict=True):
-                if isinstance(answer, BaseException):
-                    self._refuse_permanent(f"{self._url}/{what[place]}", answer)
-                    failed.append((f"{self._url}/{what[place]}", answer))
-                else:
-                    answers[place] = answer
-            if not failed:
-                break
-            where, error = failed[0]
-            if attempt == ATTEMPTS:
-                raise StoreFailed(f"{where}: attempt {attempt} of {ATTEMPTS} failed too; {_told(error)}") from error
-            # Drawn, so that many processes that failed together do not come back together.
-            wait = random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (attempt - 1)
-            told = where, _told(error), attempt + 1, ATTEMPTS, wait
-            _log.warning("%s: %s; attempt %d of %d follows in %.2f s", *told)
-            await asyncio.sleep(wait)
-        return [answers[place] for place in range(len(what))]
+                return await ask()
+            except (NoRanges, *_foreign(True)) as error:
+                self._refuse_permanent(what, error)
+                if attempt == ATTEMPTS:
+                    raise StoreFailed(f"{what}: attempt {attempt} of {ATTEMPTS} failed too; {_told(error)}") from error
+                # Drawn, so that many processes that failed together do not come back together.
+                wait = random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (attempt - 1)
+                told = what, _told(error), attempt + 1, ATTEMPTS, wait
+                _log.warning("%s: %s; attempt %d of %d follows in %.2f s", *told)
+                await asyncio.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
 
     def _refuse_permanent(self, what: str, error: BaseException) -> None:
-        """Raise for a failure that another attempt would only repeat: ValueError, but for mistakes of ours."""
+        """Raise for a failure that another attempt would only repeat: ValueError, but OSError for a full disk."""
         if isinstance(error, NoRanges):
             self._ignores_ranges = True
             raise NoRanges(
@@ -431,7 +399,7 @@ class Requests:
                 "the shards into a folder, give a cache (visft.data.cache), or use another server"
             ) from error
         status, number = _status(error), getattr(error, "errno", None)
-        if not isinstance(error, _foreign(True)) or number in (errno.ENOSPC, errno.EDQUOT):
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise error
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise ValueError(f"{what}: there is no such file (or it is hidden). Check the URL") from error
@@ -463,18 +431,11 @@ class Requests:
             return self._filesystem
 
 
-def _result(future: Future[list[Any]]) -> list[Any]:
+def _result(future: Future[_Answer]) -> _Answer:
     try:
         return future.result()
     except concurrent.futures.CancelledError as error:
         raise Stopped("reading was stopped, because the store was closed") from error
-
-
-def _checked(answer: bytes | BaseException, start: int | None, end: int | None) -> bytes | BaseException:
-    """The bytes of a range, or an error where they are not as many as were asked for."""
-    if isinstance(answer, bytes) and start is not None and end is not None and len(answer) != end - start:
-        return ConnectionError(f"{len(answer)} bytes came instead of {end - start}")
-    return answer
 
 
 async def _http_client(**options: Any) -> Any:
