@@ -379,7 +379,7 @@ class Requests:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await ask()
-            except (NoRanges, *_foreign(True)) as error:
+            except _foreign(True) as error:
                 self._refuse_permanent(what, error)
                 if attempt == ATTEMPTS:
                     raise StoreFailed(f"{what}: attempt {attempt} of {ATTEMPTS} failed too; {_told(error)}") from error
@@ -504,4 +504,4 @@ def _foreign(transient: bool) -> tuple[type[BaseException], ...]:
     """Errors of requests, or those of them that stay; a package that is not loaded cannot raise any."""
     found = [kind for kind in _FOREIGN_ERRORS if kind[0] in sys.modules and kind[2] is transient]
     kinds = tuple(getattr(sys.modules[module], name) for module, name, _ in found)
-    return (OSError, asyncio.TimeoutError, *kinds) if transient else kinds
+    return (OSError, asyncio.TimeoutError, NoRanges, *kinds) if transient else kinds
