@@ -18,9 +18,9 @@ import random
 import sys
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -183,6 +183,7 @@ class RemoteStore:
         """See `Store.close`."""
         here = self._processes.pop(os.getpid(), None)
         if here is not None:
+            here.ahead.close()
             here.requests.close()
             if here.cache is not None:
                 here.cache.close()
@@ -215,52 +216,72 @@ class Ahead:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._hints = 0
-        self._groups: list[_Group] = []  #: in the order in which they are needed
         self._of: dict[Part, _Group] = {}
+        self._waiting: deque[_Group] = deque()  #: in the order in which they are needed
+        self._running = 0
+        self._bytes = 0  #: of groups that are under way or here
 
     def will_need(self, parts: Sequence[Part]) -> None:
         """Fetch these parts, in this order, as soon as there is room."""
         with self._lock:
             self._hints += 1
             # What was hinted long ago belongs to a loop that was left.
-            for group in [group for group in self._groups if group.hint <= self._hints - _HINTS]:
+            for group in {group for group in self._of.values() if group.hint <= self._hints - _HINTS}:
                 self._drop(group)
             for group in grouped([part for part in parts if part not in self._of], self._hints):
-                self._groups.append(group)
+                self._waiting.append(group)
                 self._of.update(dict.fromkeys(group.parts, group))
             self._begin()
 
     def take(self, part: Part) -> bytes | None:
         """Bytes of a part that is under way or here, once; None if it is neither."""
         with self._lock:
-            group = self._of.pop(part, None)
+            group = self._of.get(part)
             if group is None:
                 return None
+            future = group.future
             group.parts.remove(part)
+            del self._of[part]
             if not group.parts:
                 self._drop(group)
                 self._begin()
-        if group.future is None:  # its reader was faster
+        if future is None:  # its reader was faster
             return None
         first = part[1] - group.start
-        return _result(group.future)[first : first + part[2]]
+        return _result(future)[first : first + part[2]]
+
+    def close(self) -> None:
+        """Begin nothing any more."""
+        with self._lock:
+            self._waiting.clear()
 
     def _drop(self, group: _Group) -> None:
-        self._groups.remove(group)
         for part in group.parts:
             del self._of[part]
+        group.parts.clear()
+        if group.future is not None:
+            self._bytes -= group.end - group.start
 
     def _begin(self) -> None:
-        """Begin the first groups, as many as memory has room for; the lock is held."""
-        room = MEMORY_BYTES
-        for group in self._groups:
-            room -= group.end - group.start
-            if room < 0:
+        """Begin the first groups, as many as there is room for; the lock is held."""
+        while self._waiting and self._running < AHEAD_REQUESTS:
+            group = self._waiting[0]
+            size = group.end - group.start
+            if group.parts and self._bytes + size > MEMORY_BYTES:
                 return
-            if group.future is None:
-                group.future = self._requests.begin(group.name, group.start, group.end, ahead=True)
+            self._waiting.popleft()
+            if group.parts:
+                self._running += 1
+                self._bytes += size
+                group.future = self._requests.begin(group.name, group.start, group.end)
+                group.future.add_done_callback(self._ended)
+
+    def _ended(self, _: Future[bytes]) -> None:
+        with self._lock:
+            self._running -= 1
+            self._begin()
 
 
 def grouped(parts: Sequence[Part], hint: int = 0) -> list[_Group]:
@@ -289,7 +310,6 @@ class Requests:
     def __init__(self, url: str, protocol: str) -> None:
         self._url, self._protocol = url, protocol
         self._ignores_ranges = False  #: True as soon as a server has answered a range with something else
-        self._turns = asyncio.Semaphore(AHEAD_REQUESTS)
         self._lock = threading.Lock()
         self._filesystem: Any = None
         self._running: set[Future[Any]] = set()
@@ -304,10 +324,8 @@ class Requests:
         """
         return _result(self.begin(name, start, end))
 
-    def begin(
-        self, name: str, start: int | None = None, end: int | None = None, *, ahead: bool = False
-    ) -> Future[bytes]:
-        """As `fetch`, in the background; what is read ahead waits for its turn."""
+    def begin(self, name: str, start: int | None = None, end: int | None = None) -> Future[bytes]:
+        """As `fetch`, in the background."""
         filesystem = self._open()
         # Without a cache of its own, which would read megabytes ahead of every sample.
         options = {"cache_type": "none"} if isinstance(filesystem, AsyncFileSystemWrapper) else {}
@@ -320,7 +338,7 @@ class Requests:
                 raise ConnectionError(f"{len(data)} bytes came instead of {end - start}")
             return data
 
-        return self._submit(name if end is None else f"{name} [{start}:{end}]", ask, ahead=ahead)
+        return self._submit(name if end is None else f"{name} [{start}:{end}]", ask)
 
     def copy(self, name: str, path: str) -> None:
         """Write a whole file by one request, for which any web server will do; raises as `fetch`, OSError of a disk."""
@@ -360,12 +378,11 @@ class Requests:
         for future in running:
             future.cancel()
 
-    def _submit(self, what: str, ask: Callable[[], Awaitable[_Answer]], *, ahead: bool = False) -> Future[_Answer]:
+    def _submit(self, what: str, ask: Callable[[], Awaitable[_Answer]]) -> Future[_Answer]:
         """Make a request on fsspec's event loop, which has a thread of its own; `what` it is, for messages."""
 
         async def run() -> _Answer:
-            async with self._turns if ahead else nullcontext():
-                return await self._insist(f"{self._url}/{what}", ask)
+            return await self._insist(f"{self._url}/{what}", ask)
 
         future = asyncio.run_coroutine_threadsafe(run(), fsspec.asyn.get_loop())
         with self._lock:
