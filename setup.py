@@ -81,7 +81,8 @@ setup(
         "ijson>=3.3",  # for annotation files beyond 1 GiB
         "simplejpeg>=1.8",
         "isal>=1.7",
-        "fsspec>=2024.6",
+        "fsspec>=2024.10",
+        "filelock>=3.13",
         "pillow>=10.3",
         "matplotlib>=3.8",
         "jinja2>=3.1",

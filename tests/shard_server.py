@@ -19,9 +19,10 @@ from pathlib import Path
 class Served:
     """A running server.
 
-    `faults` are used up one per GET request of a shard: a status ("500", "429"), "reset" (the connection breaks),
-    "cut" (half of the body), "slow" (nothing for `slow_seconds`), "shifted" (another range than asked for), "flipped"
-    (one byte differs), "short" (a shorter body that claims to be all); "fine" lets one pass.
+    `faults` are used up one per GET request of a shard, those for its first byte (which ask for its size) left out: a
+    status ("500", "429"), "reset" (the connection breaks), "cut" (half of the body), "slow" (nothing for
+    `slow_seconds`), "shifted" (another range than asked for), "flipped" (one byte differs), "short" (a shorter body
+    that claims to be all); "fine" lets one pass.
     """
 
     folder: Path
@@ -72,7 +73,9 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
             if served.authorization != self.headers.get("Authorization"):
                 self._begin(401, 0)
                 return
-            fault = served.faults.popleft() if served.faults and path.suffix == ".tar" else "fine"
+            asked_size = self.headers.get("Range") == "bytes=0-0"
+            faulty = served.faults and path.suffix == ".tar" and not asked_size
+            fault = served.faults.popleft() if faulty else "fine"
             time.sleep(served.slow_seconds if fault == "slow" else served.delay)
             wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if served.ranges else None
             if fault.isdigit() or not path.is_file():

@@ -18,14 +18,13 @@ import pytest
 from coco_tree import make_split
 from shard_server import Served, serve
 
-from visft_ds.data import remote, remote_store, store
-from visft_ds.data.ahead import coalesce
+from visft_ds.data import remote, store
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import ROLES, Role, ShardReader
-from visft_ds.data.store import CacheMode, CacheOptions, open_store
+from visft_ds.data.store import CacheOptions, open_store
 from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
@@ -56,21 +55,21 @@ def served(local: Manifest) -> Iterator[Served]:
         yield server
 
 
-def _open(served: Served, mode: CacheMode | None = None, folder: Path | None = None) -> ShardReader:
-    cache = None if mode is None or folder is None else CacheOptions(folder, 1 << 20, mode)
+def _open(served: Served, folder: Path | None = None) -> ShardReader:
+    cache = None if folder is None else CacheOptions(folder, 1 << 20)
     reader = ShardReader(Manifest.load(served.url, "toy", cache=cache))
     served.requests.clear()
     return reader
 
 
 @pytest.mark.parametrize("hint", [False, True])
-@pytest.mark.parametrize("mode", [None, "ranges", "shards"])
+@pytest.mark.parametrize("cache", [False, True])
 def test_bytes_are_those_of_the_local_files(
-    served: Served, truth: dict[Role, list[Sample]], tmp_path: Path, mode: CacheMode | None, hint: bool
+    served: Served, truth: dict[Role, list[Sample]], tmp_path: Path, cache: bool, hint: bool
 ) -> None:
     order = [7, 0, 11, 3, 3, 5, 1, 2, 10, 4, 9, 8, 6]
     for role in ROLES:
-        with _open(served, mode, tmp_path / role) as reader:
+        with _open(served, tmp_path / role if cache else None) as reader:
             if hint:
                 reader.prefetch(order, role)
             assert [reader.read(index, role) for index in order] == [truth[role][index] for index in order]
@@ -90,26 +89,45 @@ def test_a_sample_is_one_request_and_hinted_neighbours_share_one(served: Served,
 
 
 def test_labels_alone_do_not_pay_for_pixels(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_store, "MAX_GAP", 600)  # the toy pictures are smaller than the gap that is bridged
+    monkeypatch.setattr(remote, "MAX_GAP", 600)  # the toy pictures are smaller than the gap that is bridged
     with _open(served) as reader:
         reader.prefetch(range(12), "labels")
         labels = [reader.read(index, "labels")[1] or b"" for index in range(12)]
     assert sum(size for _, _, size in served.gets()) == sum(map(len, labels))
 
 
-def test_a_cache_on_disk_asks_once(served: Served, tmp_path: Path) -> None:
-    for mode, requests in (("ranges", 12), ("shards", 3)):
-        folder = tmp_path / mode
-        with _open(served, mode, folder) as reader:  # type: ignore[arg-type]
-            for index in [*range(12), *range(12)]:
-                reader.read(index)
-        assert len(served.gets()) == requests
-        with _open(served, mode, folder) as reader:  # type: ignore[arg-type]
-            assert isinstance(reader.manifest.index, np.memmap), "the index is in the cache too"
-            reader.prefetch(range(12))
-            for index in range(12):
-                reader.read(index)
-        assert served.gets() == [] and served.gets(".npy") == []
+def test_a_cache_on_disk_copies_each_shard_once(served: Served, local: Manifest, tmp_path: Path) -> None:
+    whole = [(shard.name, 0, shard.bytes) for shard in local.shards]
+    with _open(served, tmp_path) as reader:
+        for index in range(12):
+            reader.read(index)
+        _wait_until(lambda: len(list(tmp_path.glob("*/*.whole"))) == 4)
+        for index in range(12):
+            reader.read(index)
+    assert sorted(request for request in served.gets() if request in whole) == whole
+    assert len(served.gets()) <= len(whole) + 12, "by sample until the copy is there, at most once"
+    with _open(served, tmp_path) as reader:
+        assert isinstance(reader.manifest.index, np.memmap), "the index is in the cache too"
+        reader.prefetch(range(12))
+        for index in range(12):
+            reader.read(index)
+    assert served.gets() == [] and served.gets(".npy") == []
+
+
+def test_the_first_sample_does_not_wait_for_its_shard(
+    served: Served, truth: dict[Role, list[Sample]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = threading.Event()
+    copy = remote.Requests.copy
+
+    def slow(requests: remote.Requests, name: str, path: str) -> None:
+        assert not name.endswith(".tar") or begun.wait(10)
+        copy(requests, name, path)
+
+    monkeypatch.setattr(remote.Requests, "copy", slow)
+    with _open(served, tmp_path) as reader:
+        assert reader.read(0) == truth["both"][0]
+        begun.set()
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "reset", "cut", "short", "shifted", "slow"])
@@ -172,11 +190,11 @@ def test_a_server_without_ranges_gives_whole_shards_or_an_error(
 ) -> None:
     assert isinstance(local.root, Path)
     with serve(local.root, ranges=False) as served:
-        for mode in (None, "ranges"):
-            with _open(served, mode, tmp_path / "ranges") as reader:  # type: ignore[arg-type]
-                with pytest.raises(ValueError, match=r"does not answer range requests.*copy the shards into a folder"):
-                    reader.read(1)
-        with _open(served, "shards", tmp_path / "shards") as reader:
+        with _open(served) as reader:
+            with pytest.raises(ValueError, match=r"does not answer range requests.*copy the shards into a folder"):
+                reader.read(1)
+        with _open(served, tmp_path) as reader:
+            reader.prefetch(range(4))
             assert [reader.read(index) for index in range(12)] == truth["both"]
 
 
@@ -235,12 +253,12 @@ def test_a_changed_shard_behind_a_server_is_found_at_opening(served: Served, tmp
             Manifest.load(copy.url, "toy")
 
 
-@pytest.mark.parametrize("mode", [None, "ranges"])
+@pytest.mark.parametrize("cache", [False, True])
 def test_a_fork_reads_by_connections_of_its_own(
-    served: Served, truth: dict[Role, list[Sample]], tmp_path: Path, mode: CacheMode | None
+    served: Served, truth: dict[Role, list[Sample]], tmp_path: Path, cache: bool
 ) -> None:
     """The child neither waits for the parent's event loop, which has no thread there, nor closes its sockets."""
-    with _open(served, mode, tmp_path) as reader:
+    with _open(served, tmp_path if cache else None) as reader:
         reader.prefetch(range(4))
         assert reader.read(0) == truth["both"][0]
         with warnings.catch_warnings():
@@ -269,7 +287,8 @@ def test_a_pickled_reader_opens_the_split_again(
 def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
     served: Served, truth: dict[Role, list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_store, "MEMORY_BYTES", 12_000)  # about three samples
+    monkeypatch.setattr(remote, "MEMORY_BYTES", 12_000)  # about three samples
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 1)  # every sample by itself
     with _open(served) as reader:
         reader.prefetch(range(6))
         _wait_until(lambda: len(served.gets()) >= 3)
@@ -300,21 +319,6 @@ def test_the_loader_fetches_neighbours_of_many_steps_together(served: Served, ra
     assert len(served.gets()) <= requests
 
 
-@pytest.mark.parametrize("mode", ["ranges", "shards"])
-def test_what_another_process_has_read_makes_room_for_hints(served: Served, tmp_path: Path, mode: CacheMode) -> None:
-    """A training process whose workers read from the cache hints, and takes nothing itself."""
-    biggest = max(shard.bytes for shard in Manifest.load(served.url, "toy", check_shards=False).shards)
-    cache = CacheOptions(tmp_path / "cache", 2 * biggest, mode)
-    with ShardReader(Manifest.load(served.url, "toy", cache=cache)) as reader:
-        for turn in range(60):
-            first = 3 * (turn % 4)
-            reader.prefetch(range(first, first + 3))
-            reader.passed(range(first, first + 3))
-        ahead = reader._store._process().ahead  # type: ignore[attr-defined]
-        _wait_until(lambda: not ahead._queue)
-        assert not ahead._held and not ahead._queued and ahead._bytes == 0
-
-
 def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 600
     while not condition():
@@ -324,7 +328,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 def test_requests_at_the_same_time_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "MAX_REQUESTS", 3)
-    monkeypatch.setattr(remote_store, "REQUEST_BYTES", 1)  # every sample by itself
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 1)  # every sample by itself
     served.delay = 0.02
     with _open(served) as reader:
         reader.prefetch(range(12))
@@ -333,10 +337,9 @@ def test_requests_at_the_same_time_are_bounded(served: Served, monkeypatch: pyte
     assert len(served.gets()) == 12 and 2 <= served.most_at_once <= 3
 
 
-def test_closing_ends_what_is_under_way(served: Served) -> None:
-    before = threading.active_count()
-    reader = _open(served)
-    reader.read(0)  # the event loop's thread stays
+@pytest.mark.parametrize("cache", [False, True])
+def test_closing_ends_what_is_under_way(served: Served, tmp_path: Path, cache: bool) -> None:
+    reader = _open(served, tmp_path if cache else None)
     served.slow_seconds = 5.0
     served.faults.extend(["slow"] * 12)
     reader.prefetch(range(12))
@@ -344,8 +347,7 @@ def test_closing_ends_what_is_under_way(served: Served) -> None:
     began = time.monotonic()
     reader.close()
     assert time.monotonic() - began < 3, "one request would take 5 s"
-    names = {thread.name.split("_")[0] for thread in threading.enumerate()}
-    assert "ahead" not in names, f"{before} threads before, now {names}"
+    assert "copies" not in {thread.name for thread in threading.enumerate()}
     served.faults.clear()
     assert reader.read(0)[0] is not None, "a later read opens it again"
     reader.close()
@@ -359,25 +361,26 @@ def test_failures_of_an_object_store_are_told_apart(
 ) -> None:
     errors = pytest.importorskip("s3fs.errors", reason="no s3fs: pip install 'visft_ds[remote]'")
     exceptions = pytest.importorskip("botocore.exceptions")
-    transport = remote.Transport("s3://bucket/folder", "s3")
+    requests = remote.Requests("s3://bucket/folder", "s3")
     response = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     answers = [errors.translate_boto_error(exceptions.ClientError(response, "GetObject")), b"bytes"]
 
-    def answer(*_: object) -> bytes:
+    async def answer(*_: object, **__: object) -> bytes:
         found = answers.pop(0)
         if isinstance(found, bytes):
             return found
         raise found
 
-    monkeypatch.setattr(transport, "_range", answer)
+    monkeypatch.setattr("s3fs.S3FileSystem._cat_file", answer)
     if heals:
-        assert transport.fetch("a.tar", 0, 5, exact=True) == b"bytes"
+        assert requests.fetch("a.tar", 0, 5) == b"bytes"
     else:
         with pytest.raises(ValueError, match=r"s3://bucket/folder/a.tar \[0:5\]: there is no such file"):
-            transport.fetch("a.tar", 0, 5)
+            requests.fetch("a.tar", 0, 5)
     answers[:] = [exceptions.NoCredentialsError(), b"bytes"]
     with pytest.raises(ValueError, match="NoCredentialsError: Unable to locate credentials"):
-        transport.fetch("a.tar", 0, 5)
+        requests.fetch("a.tar", 0, 5)
+    requests.close()
 
 
 def test_file_systems_that_are_not_asynchronous(
@@ -386,7 +389,7 @@ def test_file_systems_that_are_not_asynchronous(
     fsspec = pytest.importorskip("fsspec")
     for path in Path(local.root).glob("toy*"):
         fsspec.filesystem("memory").pipe_file(f"/coco/{path.name}", path.read_bytes())
-    for cache in (None, CacheOptions(tmp_path, 1 << 20, "ranges")):
+    for cache in (None, CacheOptions(tmp_path, 1 << 20)):
         manifest = Manifest.load("memory://coco", "toy", cache=cache)
         with ShardReader(manifest) as reader:
             reader.prefetch(range(6))
@@ -395,13 +398,17 @@ def test_file_systems_that_are_not_asynchronous(
         Manifest.load("memory://coco", "train")
 
 
-def test_neighbours_are_joined_up_to_a_gap_and_a_size() -> None:
-    parts = [("b", 0, 10), ("a", 100, 10), ("a", 0, 10), ("a", 12, 10), ("a", 0, 10), ("a", 22, 70)]
-    assert coalesce(parts, max_gap=2, max_bytes=50) == [
-        [("b", 0, 10)],
-        [("a", 100, 10)],
-        [("a", 0, 10), ("a", 12, 10)],
-        [("a", 22, 70)],
-    ]
-    assert coalesce(parts, max_gap=8, max_bytes=1000)[1] == [("a", 0, 10), ("a", 12, 10), ("a", 22, 70), ("a", 100, 10)]
-    assert coalesce([], max_gap=0, max_bytes=1) == []
+def test_neighbours_are_joined_up_to_a_gap_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(max_gap: int, max_bytes: int) -> list[tuple[str, int, int]]:
+        monkeypatch.setattr(remote, "MAX_GAP", max_gap)
+        monkeypatch.setattr(remote, "REQUEST_BYTES", max_bytes)
+        groups = remote.grouped(parts)
+        assert {part for group in groups for part in group.parts} == set(parts)
+        return [(group.name, group.start, group.end) for group in groups]
+
+    parts = [("b", 0, 10), ("a", 100, 10), ("a", 0, 10), ("a", 12, 10), ("a", 0, 10), ("a", 55, 12)]
+    apart = [("b", 0, 10), ("a", 100, 110), ("a", 0, 22), ("a", 55, 67)]
+    assert joined(2, 1000) == apart, "a gap as large as a part is bridged, and the order is that of first use"
+    assert joined(33, 1000) == [("b", 0, 10), ("a", 0, 110)]
+    assert joined(33, 70) == [("b", 0, 10), ("a", 100, 110), ("a", 0, 67)]
+    assert remote.grouped([]) == []

@@ -24,7 +24,7 @@ _KEYS: dict[str, str] = {
     "visft.run.average_last": "average afterwards: visft merge --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
-    "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
+    "visft.data.cache_mode": "visft.data.cache keeps whole shards (docs/remote.md)",
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.

@@ -165,7 +165,7 @@ class DataConfig(StrictModel):
     num_workers: Positive | None = None  #: of each training process; null: chosen for the machine
     prefetch_steps: Count = 2
     skip_damaged: Count = 0  #: damaged samples each process may replace by others before it stops
-    cache: Text | None = None  #: folder for copies of data read from remote shards; null: keep nothing
+    cache: Text | None = None  #: folder for whole copies of remote shards that were read; null: keep nothing
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
 
 

@@ -82,10 +82,9 @@ class StepLoader:
         self._budget = skip_damaged
         self._maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
-        # What this process fetches ahead helps worker processes only through a cache on the disk.
-        remote = [one.reader.manifest for one in sets.values() if isinstance(one.reader.manifest.root, str)]
-        self._read_elsewhere = workers == "processes" and num_workers > 0
-        self._hints = any(not self._read_elsewhere or manifest.cache is not None for manifest in remote)
+        # Worker processes read ahead themselves, a micro-batch at a time.
+        here = workers == "threads" or not num_workers
+        self._hints = here and any(isinstance(one.reader.manifest.root, str) for one in sets.values())
         self._kind, self._number = workers, num_workers
         self._elsewhere: dict[str, Spent] = {}
         self.wait_seconds = 0.0
@@ -119,8 +118,6 @@ class StepLoader:
                     batches.append(one.batch)
                 self.wait_seconds = time.perf_counter() - began
                 step_plan = step_plans.pop(step)
-                if self._hints and self._read_elsewhere:
-                    self._reader(step_plan).passed(self._own(step_plan), self._role)
                 yield step_plan, batches
                 step += 1
         finally:
@@ -144,8 +141,10 @@ class StepLoader:
                 coming: dict[str, list[int]] = {}
                 while stop is None or step + len(planned) < stop:
                     step_plan = step_plans[step + len(planned)] = self.plan.step(step + len(planned))
-                    planned.append(self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation))
-                    coming.setdefault(step_plan.dataset, []).extend(self._own(step_plan))
+                    parts = self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation)
+                    planned.append(parts)
+                    for part in parts:
+                        coming.setdefault(part.dataset, []).extend(part.indices.tolist())
                     if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
                         break
                 if self._hints:
@@ -154,14 +153,6 @@ class StepLoader:
                         self._sets[dataset].reader.prefetch(indices, self._role)
             yield from planned.popleft()
             step += 1
-
-    def _reader(self, step_plan: StepPlan) -> ShardReader:
-        return self._sets[step_plan.dataset].reader
-
-    def _own(self, step_plan: StepPlan) -> list[int]:
-        """This rank's samples of a step."""
-        parts = self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation)
-        return [index for part in parts for index in part.indices.tolist()]
 
     def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
         self.skipped += skipped

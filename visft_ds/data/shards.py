@@ -124,11 +124,6 @@ class ShardReader:
         _check_role(role)
         self._store.will_need(self._parts(indices, role))
 
-    def passed(self, indices: Sequence[int], role: Role = "both") -> None:
-        """Say that these samples, hinted by this reader, were read in another process: their room is free for hints."""
-        _check_role(role)
-        self._store.passed(self._parts(indices, role))
-
     def _parts(self, indices: Sequence[int], role: Role) -> list[Part]:
         parts: list[Part] = []
         for index in indices:

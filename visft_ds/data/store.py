@@ -13,11 +13,8 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, get_args
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
-
-#: What a cache folder holds: only the bytes that were asked for, or every shard as a whole once it was touched.
-CacheMode = Literal["ranges", "shards"]
 
 #: Protocol of a URL -> the package that speaks it.
 REMOTE_PROTOCOLS = {
@@ -44,20 +41,21 @@ class StoreFailed(RuntimeError):
     """A server, a network or the disk of a cache that failed again and again."""
 
 
+class Stopped(RuntimeError):
+    """Reading from a store that was closed meanwhile."""
+
+
 @dataclass(frozen=True)
 class CacheOptions:
     """A folder for copies of remote files, shared by all processes of a host.
 
-    Raises ValueError for an unknown mode or a bound below 1.
+    Raises ValueError for a bound below 1.
     """
 
     folder: Path  #: made if it is not there
     max_bytes: int  #: of all copies together; those not used for longest go first
-    mode: CacheMode = "ranges"
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(CacheMode):
-            raise ValueError(f"cache mode {self.mode!r} is not known: give one of {', '.join(get_args(CacheMode))}")
         if self.max_bytes < 1:
             raise ValueError(f"a cache of {self.max_bytes} bytes is not allowed: give at least the size of one shard")
 
@@ -106,10 +104,6 @@ class Store(Protocol):
         """Hint that these parts are about to be read, in this order. Returns at once."""
         ...
 
-    def passed(self, parts: Sequence[Part]) -> None:
-        """Say that these parts, hinted here, were read by another process from the cache: they make room for others."""
-        ...
-
     def forget(self, name: str, offset: int, size: int) -> bool:
         """Drop copies of a part that proved to be damaged; False if reading it again would give the same bytes."""
         ...
@@ -148,7 +142,7 @@ def open_store(root: Path | str, cache: CacheOptions | None = None) -> Store:
         allowed = ", ".join(f"{name}://" for name in ("file", *REMOTE_PROTOCOLS) if name != "memory")
         raise ValueError(f"{root}: {found[0]} is not allowed; give a folder or a URL that begins with {allowed}")
     # Imported here: fsspec and its event loop are not for those who read local disks.
-    from visft_ds.data.remote_store import RemoteStore
+    from visft_ds.data.remote import RemoteStore
 
     return RemoteStore(str(root), found[1], cache)
 
@@ -208,9 +202,6 @@ class LocalStore:
 
     def will_need(self, parts: Sequence[Part]) -> None:
         """Nothing: reading from a disk ahead of the threads that do it already gains nothing."""
-
-    def passed(self, parts: Sequence[Part]) -> None:
-        """Nothing was read ahead."""
 
     def forget(self, name: str, offset: int, size: int) -> bool:
         """False: there are no copies."""

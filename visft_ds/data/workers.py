@@ -197,7 +197,7 @@ class _Parts(Dataset[Made | Exception]):
             measure_cpu()
         before = spent()
         reader = self._maker.sets[part.dataset].reader
-        if reader.manifest.cache is None and self._maker.features is None:  # else the training process fills the cache
+        if self._maker.features is None:
             reader.prefetch(part.indices.tolist(), self._maker.role)
         try:
             batch, skipped = self._maker.make(part)
