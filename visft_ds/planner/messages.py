@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.model import MultiTaskModel
-from visft_ds.planner.rehearsal import DTYPES
 from visft_ds.planner.step import PlannedRun, rehearse
 from visft_ds.prepare.model import plan_model
 

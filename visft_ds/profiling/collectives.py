@@ -25,8 +25,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
-from visft_ds.planner.cluster import GPUS, Rates, rates_of
-from visft_ds.planner.memory import run_of
+from visft_ds.planner.cluster import GPUS, Rates, rates_of, step_time
 from visft_ds.planner.messages import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -38,8 +37,7 @@ from visft_ds.planner.messages import (
     broadcasts_of,
     messages_of,
 )
-from visft_ds.planner.step import PlannedRun
-from visft_ds.planner.time import step_time
+from visft_ds.planner.step import PlannedRun, run_of
 from visft_ds.prepare.model import choose_precision, plan_groups
 from visft_ds.profiling.communication import measure_communication
 from visft_ds.profiling.plan_validation import measured_rates
