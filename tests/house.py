@@ -68,7 +68,7 @@ def measure_size() -> dict[str, int]:
 def measure_reach() -> dict[str, int]:
     """Functions, lines, files and modules before the first loss of the debug model (tools/reach.py)."""
     command = [sys.executable, str(ROOT / "tools" / "reach.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout, done.stderr
     numbers = json.loads(done.stdout)
     return {f"{name} to the first loss": numbers[name] for name in ("functions", "lines", "files", "modules")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,6 +37,8 @@ COMMANDS = {
     "replay": Program("visft_ds.resilience.replay", "repeat a step that was refused, and find where it went wrong"),
     "doctor": Program("visft_ds.doctor", "is this machine ready to train?"),
 }
+#: Those that several processes do together.
+PARALLEL = ("train", "evaluate", "profile", "contrast")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_refusal(words), file=sys.stderr)
         return 2
     command = COMMANDS[words[0]]
+    words = [part for word in words for part in (word.split("=") if word.startswith("--num_gpus=") else [word])]
+    if words[0] in PARALLEL and "--num_gpus" in words[1:] and "RANK" not in os.environ:
+        return _start_ranks(words)
     return int(getattr(import_module(command.module), command.function)(words[1:]))
+
+
+def _start_ranks(words: list[str]) -> int:
+    """Become deepspeed's launcher of that many processes, deaf to the Ctrl-C that they get as well: they save and end,
+    where it would die with a traceback. Returns only where no number was given."""
+    place = words.index("--num_gpus")
+    count = words[place + 1] if place + 1 < len(words) else ""
+    if not count.isdecimal() or int(count) == 0:
+        print(f"visft {words[0]}: --num_gpus {count}: give the number of processes, one for each GPU", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    launcher = ("deepspeed.launcher.runner", "--num_gpus", count, "--module", "visft_ds")
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, *words[:place], *words[place + 2 :]])
 
 
 def _usage() -> str:
@@ -64,9 +84,11 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`python -m visft_ds COMMAND` is the same. On several GPUs or machines, through a launcher:",
+            "`python -m visft_ds COMMAND` is the same. On the GPUs of this machine:",
+            f"  visft train --num_gpus 8 --stage 2        likewise {', '.join(PARALLEL[1:])}",
+            "or through a launcher, also on several machines:",
             "  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2        torchrun -m visft_ds.launch --stage 2",
-            "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN      (profile and contrast likewise)",
+            "  deepspeed --num_gpus 8 --module visft_ds evaluate --run RUN",
         )
     )
 

@@ -37,7 +37,7 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
         }
         command = ["launchers/train.py", "--stage", str(stage), "--model", "debug"]
         command += ["--data", str(shards), "--out", str(out), *(f"--set={k}={v}" for k, v in settings.items())]
-        done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+        done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[f"stage{stage}"] = [

@@ -44,7 +44,7 @@ def start_ranks(arguments: Sequence[str], world: int = 2) -> list[subprocess.Pop
     return processes
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> tuple[list[int], list[str]]:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> tuple[list[int], list[str]]:
     """Wait for all ranks: exit codes and what each printed."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]

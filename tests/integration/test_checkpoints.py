@@ -122,7 +122,7 @@ def test_a_disk_without_room_stops_the_run_with_one_line(shards: Path, straight:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if "checkpoint" in line]

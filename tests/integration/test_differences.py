@@ -33,7 +33,7 @@ def test_settings_that_differ_are_named_before_the_first_step(shards: Path, tmp_
                 text=True,
             )
         )
-    codes, outputs = finish(processes, timeout=120)
+    codes, outputs = finish(processes, timeout=600)
     assert codes == [2, 2], outputs
     assert "the ranks do not agree on" in outputs[0]
     assert "visft.seed: rank 0 has 0, rank 1 has 1" in outputs[0]
@@ -61,7 +61,7 @@ def test_a_port_that_is_taken_is_named_with_its_holder(shards: Path, tmp_path: P
             env={**os.environ, **group, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -92,7 +92,7 @@ def test_two_runs_in_one_folder(shards: Path, tmp_path: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
         )
         assert second.returncode == 2, second.stderr
         assert f"is in use by another run, process {first.pid} on " in second.stderr

@@ -197,7 +197,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n4: ") == 4, done.stdout
@@ -213,6 +213,6 @@ def test_one_script_trains_again_and_again_on_two_ranks(engines: str, tmp_path: 
 
 @pytest.mark.slow
 def test_an_error_of_the_main_process_ends_the_others(tmp_path: Path) -> None:
-    codes, outputs = finish(start_ranks(["-c", SCRIPT, str(tmp_path), "zero1", "fails"]), timeout=120)
+    codes, outputs = finish(start_ranks(["-c", SCRIPT, str(tmp_path), "zero1", "fails"]), timeout=600)
     assert codes == [1, 1], outputs
     assert outputs[0].rstrip().endswith("LookupError: mine") and "another rank ended first: rank 0" in outputs[1]

@@ -25,7 +25,7 @@ BARE = [sys.executable, "-S", "-E"]  # no site-packages: a Python in which nothi
 
 
 def _run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*BARE, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60)
+    return subprocess.run([*BARE, *arguments], capture_output=True, text=True, cwd=cwd, timeout=600)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)

@@ -77,7 +77,7 @@ def test_a_signal_to_the_script_reaches_every_rank(number: signal.Signals, code:
         for _ in range(4):
             wait_for(process, "ready")
         process.send_signal(number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # tasks that wait for a signal would do so for ever
         raise
@@ -124,11 +124,11 @@ def test_a_job_that_runs_out_of_time_goes_on_in_its_next_turn(target: str, shard
     assert len(ranks) == 2 and all(rank.environ()["LOCAL_RANK"] == "0" for rank in ranks)
     for one in ranks if target == "ranks" else [psutil.Process(process.pid)]:
         one.send_signal(signal.SIGUSR1)
-    said = "".join(lines) + process.communicate(timeout=120)[0]
+    said = "".join(lines) + process.communicate(timeout=600)[0]
     assert process.returncode == 85, said
     assert "stopped after step" in said and len(requeued(job)) == 1
     process = start_command(arguments)
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said
     assert "from step" in said and steps_recorded(out) == list(range(1, STEPS + 1))
     ours, theirs = trained(out), trained(expected)

@@ -15,9 +15,9 @@ from tests.integration.test_engines import BF16_LOSS, BF16_NORM, BF16_WEIGHTS, L
 
 pytest.importorskip("timm")
 pytestmark = pytest.mark.slow
-#: A stage of ConvNeXt begins with a tensor in bf16, whose gradient under ZeRO-3 differs by a unit of bf16; the forward
-#: pass does not. Measured: 1.8e-4, 6.0e-3, 5.2e-4.
-CONVNEXT_BF16 = (1e-3, 2e-2, BF16_WEIGHTS)
+#: Under ZeRO-3 gradients of tensors in bf16, such as that a stage of ConvNeXt begins with, differ by a unit of bf16;
+#: the forward pass does not. Measured, on two processors: 1.8e-4, 1.4e-2, 5.2e-4.
+ZERO3_BF16 = (1e-3, 2e-2, BF16_WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,6 @@ def test_every_engine_equals_one_process(trained: dict[str, Any], name: str, mon
     bounds = {"fp32": (LOSS, NORM, WEIGHTS), "bf16": (BF16_LOSS, BF16_NORM, BF16_WEIGHTS)}[run.precision]
     for engine in timm_case.ENGINES:
         found = differences(trained[f"{engine} {name}"], plain)
-        if name == "convnext-bf16" and engine.startswith("zero3"):
-            bounds = CONVNEXT_BF16
-        assert all(value <= bound for value, bound in zip(found.values(), bounds, strict=True)), (engine, found)
+        wide = run.precision == "bf16" and engine.startswith("zero3")
+        allowed = ZERO3_BF16 if wide else bounds
+        assert all(value <= bound for value, bound in zip(found.values(), allowed, strict=True)), (engine, found)

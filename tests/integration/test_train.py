@@ -107,7 +107,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(shards: Path, straig
     processes = start_ranks(["launchers/train.py", *command(shards, out, extra={"visft.run.save_every": 100})])
     wait_for(processes[0], "step 1/")
     processes[1].send_signal(signal.SIGTERM)
-    codes, outputs = finish(processes, timeout=60)
+    codes, outputs = finish(processes, timeout=600)
     assert codes == [0, 0], outputs
     assert "stopped after step" in outputs[0]
     (checkpoint,) = (out / "checkpoints").iterdir()
@@ -126,7 +126,7 @@ def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "LoRA changes the features" in done.stdout

@@ -49,7 +49,7 @@ SETTINGS = {
     "visft.run.pictures": 1,
     "visft.run.log_every": 1,
 }
-PROMPT = 60  # seconds within which things happen on a busy machine
+PROMPT = 600  # seconds within which things happen on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from tests.random_tower import move_adapters, relative
 from visft_ds.interop.adapters import adapter_of
 from visft_ds.interop.backbones import load_backbone
-from visft_ds.interop.files import TensorInfo, WeightFile
+from visft_ds.interop.cli import main
+from visft_ds.interop.clip_models import TextShape, build_clip, save_clip
+from visft_ds.interop.files import TensorInfo, WeightFile, sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file
 from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT, settings
+from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 
@@ -111,6 +114,26 @@ def test_open_clip_computes_base_plus_adapter_from_a_merged_file(tmp_path: Path,
         assert relative(got.encode_image(images), projection(wanted[:, 0])) < TOLERANCE
 
 
+def test_open_clip_loads_a_merged_tower_of_a_size_of_its_own_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    save_clip(build_clip("debug", TextShape(), log_scale=2.0, seed=0), tmp_path / "clip")
+    ours = build_backbone("debug", class_token=True)
+    load_backbone(ours, tmp_path / "clip" / FILE)
+    inject_lora(ours, rank=4, alpha=2.0)
+    move_adapters(ours, spread=0.2)
+    adapter = adapter_of(ours, base_sha256=sha256_file(tmp_path / "clip" / FILE))
+    save_peft_adapter(adapter, tmp_path / "adapter", tower_of(ours))
+    out = tmp_path / "merged"
+    words = f"--base {tmp_path}/clip/{FILE} --adapter {tmp_path}/adapter --format open_clip --out {out}"
+    assert main(words.split()) == 0
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert 'open_clip.create_model(f"local-dir:{FOLDER}")' in card and "timm_model_name" in card
+    got = open_clip.create_model(f"local-dir:{out}", require_pretrained=True).eval()
+    images = torch.randn(2, 3, ours.image_size, ours.image_size)
+    with torch.no_grad():
+        assert relative(got.visual.trunk.forward_features(images), ours.eval().tokens(images)) < TOLERANCE
+
+
 def test_a_tower_alone_is_no_model_for_open_clip(tmp_path: Path) -> None:
     ours = _ours(True)
     tensors = {f"visual.{name}": parameter.detach() for name, parameter in ours.named_parameters()}
@@ -131,8 +154,9 @@ def test_our_configuration_of_published_models_is_open_clips(preset: str, name: 
         )
     infos = {key: TensorInfo.of(value) for key, value in theirs.state_dict().items()}
     file = WeightFile(Path("published"), infos, lambda _: torch.empty(0), {})
-    config = settings(file, tower_of(build_backbone(preset, device="meta", class_token=True)))
-    assert config is not None
+    files = settings(file, tower_of(build_backbone(preset, device="meta", class_token=True)), Path("anywhere"))
+    assert list(files) == [CONFIG]
+    config = files[CONFIG]
     wanted, got = open_clip.get_model_config(name), config["model_cfg"]
     if preset == "eva_g":  # the same tower under two names of timm
         assert wanted["vision_cfg"].pop("timm_model_name") == "eva_giant_patch14_224"

@@ -55,7 +55,7 @@ def test_a_crash_at_every_operation(scene: str, kind: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_sigkill_at_every_operation(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.unit.faulty_disk", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) > 50
 

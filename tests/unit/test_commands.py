@@ -52,6 +52,16 @@ def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch)
     assert given == [["--local_rank=1", "--run", "r"]]
 
 
+def test_num_gpus_starts_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, words: started.append(words[1:]))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    main(["train", "--stage", "2", "--num_gpus", "8", "--dry-run"])
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "8", "--module", "visft_ds"]
+    assert started == [[*launcher, "train", "--stage", "2", "--dry-run"]]
+    assert main(["train", "--num_gpus", "all"]) == 2 and "give the number of processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -59,6 +69,7 @@ def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch)
         ["deepspeed", "--num_gpus", "8", "--module", "visft_ds.launch"],
         ["python", "-m", "visft_ds", "train"],
         ["bin/visft", "train"],
+        ["visft", "train", "--num_gpus", "8"],
     ],
 )
 def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
@@ -67,7 +78,7 @@ def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
 
 def test_the_training_module_is_no_silent_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "visft_ds.train", "--stage", "1"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-m", "visft_ds.train", "--stage", "1"], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
     assert done.returncode == 2 and "visft train" in done.stderr
 

@@ -43,10 +43,10 @@ def test_tool_writes_the_same_bytes_with_two_workers(tree: Path, tmp_path: Path)
     """Also starts the tool as a script, where its own folder would come first on sys.path."""
     arguments = f"--train {TRAIN} --val {VAL} --size {WIDTH}x{HEIGHT} --seed 3 --workers 2".split()
     command = [sys.executable, "tools/make_toy_coco.py", "--out", str(tmp_path / "again"), *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert _digest(tmp_path / "again") == _digest(tree)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert again.returncode == 2
     assert "not an empty folder" in again.stderr
     assert _digest(tmp_path / "again") == _digest(tree)

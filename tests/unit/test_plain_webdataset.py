@@ -92,10 +92,10 @@ def test_the_tar_program_sees_what_is_promised(split: Manifest) -> None:
         ["tar", "--utc", "--full-time", "-tvf", str(path)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=600,
         env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
     )
-    if "GNU" not in subprocess.run(["tar", "--version"], capture_output=True, text=True, timeout=30).stdout:
+    if "GNU" not in subprocess.run(["tar", "--version"], capture_output=True, text=True, timeout=600).stdout:
         pytest.skip("tar on this machine is not GNU tar, whose listing is known")
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -167,5 +167,5 @@ def test_security_is_on_where_the_environment_says_nothing() -> None:
         "import os; os.environ.pop('WDS_SECURE', None); import visft_ds.data.open_webdataset as ours, webdataset; "
         "ours.check_secure(); print(webdataset.utils.enforce_security, os.environ['WDS_SECURE'])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.stdout == "True 1\n", result.stderr

@@ -13,7 +13,7 @@ from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
 from visft_ds.models.eva_vit import RECOMPUTE, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.profiling import peft_step
-from visft_ds.profiling.peft_step import BASELINE, PLAIN, verdict
+from visft_ds.profiling.peft_step import BASELINE, PLAIN
 
 pytest.importorskip("timm")
 SMALL = ["peft", "--small", "--repeats", "1", "--pixels", "28", "--rank", "2", "--dtypes", "fp32"]
@@ -65,14 +65,6 @@ def test_record_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cases[BASELINE]["speed"]["median"] == cases[BASELINE]["memory_ratio"] == 1
     assert result["gradients_differ_by"] < 1e-4
     assert "28 px (4 tokens), 1 image(s), fp32" in capsys.readouterr().out
-
-
-def test_verdicts() -> None:
-    def case(speed: float, memory: float) -> str:
-        return verdict({"speed": {"median": speed}, "memory_ratio": memory})
-
-    assert case(1.3, 1.0).startswith("1.25 times") and case(1.0, 0.8).startswith("0.8 of")
-    assert case(0.9, 1.1) == "WORSE ON BOTH" and case(1.2, 0.9) == case(1.3, 1.1) == ""
 
 
 def test_what_does_not_compute_the_same_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,7 +316,7 @@ def test_what_another_process_has_read_makes_room_for_hints(served: Served, tmp_
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

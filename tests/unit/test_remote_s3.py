@@ -71,7 +71,7 @@ def test_an_s3_store_gives_the_bytes_of_the_local_files(endpoint: str, tmp_path:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     command = [sys.executable, "-c", SCRIPT, "s3://shards/coco", str(tmp_path / "cache")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     with ShardReader(Manifest.load(local.root, "toy")) as reader:

@@ -15,8 +15,9 @@ from visft_ds.config.resolve import ResolvedConfig, available, resolve
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 
 _EPILOG = """examples:
-  deepspeed --num_gpus 8 --module visft_ds.launch --stage 1
-  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2
+  visft train --num_gpus 8 --stage 1
+  visft train --num_gpus 8 --stage 2                                 through deepspeed, on this machine
+  deepspeed --num_gpus 8 --module visft_ds.launch --stage 2          on the machines of a hostfile, too
   visft train --stage 2 --model debug --engine zero2 --set scheduler.params.total_num_steps=50 --dry-run
 """
 

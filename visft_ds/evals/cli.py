@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,11 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given["use_adapter"] = given["adapter"] != "none"
     given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
     from visft_ds.data.store import StoreFailed
-    from visft_ds.evals.evaluate import Request, answer
-    from visft_ds.parallel import distributed
+    from visft_ds.run.folder import recorded_config, refuse_filled
 
-    rank = distributed.rank()
+    rank = int(os.environ.get("RANK", "0"))
     try:
+        given["recorded"] = recorded_config(given["run"]).visft if given["run"] is not None else None
+        if given["out"] is None and given["recorded"] is not None:
+            given["out"] = given["run"] / f"evaluation-{given['split'] or given['recorded'].data.val}"
+        if given["out"] is not None:
+            refuse_filled(given["out"])
+        from visft_ds.evals.evaluate import Request, answer
+
         problems = answer(Request(**given, command=True)).problems
     except (ValueError, OSError, StoreFailed) as error:
         # What every rank runs into is said once.

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
@@ -47,7 +48,7 @@ from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.prepare.streams import read_vocabulary
-from visft_ds.run.folder import recorded_config
+from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 
@@ -111,7 +112,8 @@ class Request:
     out: Path | None
     images: int
     threshold: float
-    command: bool  #: print what is evaluated and found, and write into a folder of the run where `out` names none
+    command: bool  #: print what is evaluated and found
+    recorded: VisftConfig | None = None  #: of the run, where it has been read
 
 
 def evaluate(
@@ -211,7 +213,7 @@ def answer(given: Request) -> EvaluationResult:
     """
     job = _job(given)
     if job.out is not None:
-        _refuse_filled(job.out)
+        refuse_filled(job.out)
     precision, why = choose_precision(job.precision, distributed.local_device())
     manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
     model = load_model(
@@ -272,7 +274,7 @@ def _job(given: Request) -> Job:
     if coco is not None and splits_in(coco) and not (coco / "annotations").is_dir():  # --coco takes shards as well
         data, coco = str(coco), None
     if given.run:
-        visft = recorded_config(given.run).visft
+        visft = given.recorded or recorded_config(given.run).visft
         streams = _chosen(
             {
                 name: resized(stream, side=given.image_size, batch_size=given.batch_size)
@@ -304,9 +306,6 @@ def _job(given: Request) -> Job:
         streams = _chosen(streams, given)
         shards, split, precision = data, given.split or "val", "auto"
         words = given.vocabulary
-    out = given.out
-    if given.command and given.run:
-        out = out or given.run / f"evaluation-{split}"
     return Job(
         files=files,
         streams=streams,
@@ -315,7 +314,7 @@ def _job(given: Request) -> Job:
         shards=shards,
         cache=cache_of(visft.data) if given.run else None,
         split=split,
-        out=out,
+        out=given.out,
         precision=given.precision or precision,
         packed=visft.model.packed if given.run else False,
     )
@@ -323,13 +322,6 @@ def _job(given: Request) -> Job:
 
 def _chosen(streams: Mapping[str, Stream], given: Request) -> dict[str, Stream]:
     return chosen_streams(streams, given.tasks, given.heads, given.heads or given.run or Path())
-
-
-def _refuse_filled(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and nothing in it is overwritten: choose another --out, or remove it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
 
 
 def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manifest, precision: str) -> EvaluationResult:

@@ -6,7 +6,7 @@ recorded or measured it says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from visft_ds.interop import peft, visft
@@ -50,9 +50,9 @@ def merged_card(
     report: MergeReport,
     verification: Verification | None,
     *,
-    alone: bool,
+    beside: Collection[str],
 ) -> str:
-    """README.md of full weights. `alone`: the library loads the folder by itself (see `formats.side_files`)."""
+    """README.md of full weights. `beside`: files by which the library loads the folder alone (`formats.side_files`)."""
     tower = report.tower
     what = [
         f"A vision tower of EVA-CLIP ({tower.describe()}) {_how(adapter)}.",
@@ -73,7 +73,7 @@ def merged_card(
     lines += fact_table("How it was trained", origin.trained, "Not recorded.")
     lines += fact_table("Measured", measured | dict(origin.measured), "Nothing.")
     sharded = len(report.files) > 1
-    lines += ["## How to load it", "", *_snippet(form, report, alone=alone, sharded=sharded)]
+    lines += ["## How to load it", "", *_snippet(form, report, beside, sharded=sharded)]
     return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
     return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
 
 
-def _snippet(form: str, report: MergeReport, *, alone: bool, sharded: bool) -> list[str]:
+def _snippet(form: str, report: MergeReport, beside: Collection[str], *, sharded: bool) -> list[str]:
     tower, file = report.tower, report.files[-1].name
     read = ['FOLDER = "."  # this folder']
     if form == "transformers":
@@ -149,10 +149,17 @@ def _snippet(form: str, report: MergeReport, *, alone: bool, sharded: bool) -> l
             '`eva_clip.create_model_and_transforms("EVA02-CLIP-bigE-14-plus", pretrained=FILE)`.',
             "",
         ]
-    if alone:
+    if beside:
         how = "timm.create_model" if form == "timm" else "open_clip.create_model"
         more = ", pretrained=True" if form == "timm" else ""
-        return _code([*read, f"import {form}", "", f'model = {how}(f"local-dir:{{FOLDER}}"{more})'])
+        lines = _code([*read, f"import {form}", "", f'model = {how}(f"local-dir:{{FOLDER}}"{more})'])
+        if form == "open_clip" and len(beside) > 1:
+            lines += [
+                "timm has no name for a tower of this size: `open_clip_config.json` names this folder by its absolute "
+                "path. Change `timm_model_name` in it where the folder has moved.",
+                "",
+            ]
+        return lines
     pattern = "*.safetensors" if sharded else file
     read += ["from pathlib import Path", "from safetensors.torch import load_file", "", "weights = {}"]
     read += [f'for file in sorted(Path(FOLDER).glob("{pattern}")):', "    weights |= load_file(file)"]

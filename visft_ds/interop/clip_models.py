@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visft_ds.interop import open_clip
-from visft_ds.interop import timm_names as timm
 from visft_ds.interop.encoders import EvaEncoder
 from visft_ds.interop.files import WeightFile, open_weights
-from visft_ds.interop.foreign_code import LOCAL
 from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
-from visft_ds.interop.open_clip import CONFIG, FILE, LAYOUT
+from visft_ds.interop.open_clip import FILE, LAYOUT
 from visft_ds.interop.text_towers import HEAD_WIDTH, PREFIX, TextTower
 from visft_ds.interop.writing import save_tensors, write_text
 from visft_ds.models.eva_vit import build_backbone, generator_for
@@ -137,22 +135,8 @@ def save_clip(clip: Clip, folder: Path, *, named: Path | None = None) -> tuple[s
 
 
 def write_configs(weights: WeightFile, folder: Path, named: Path) -> tuple[str, ...]:
-    """Beside the weights of an open_clip model, what open_clip needs to build it; returns the names of the files.
-
-    Towers that timm has no name for are built by timm from a config.json of their own, which open_clip's configuration
-    names by its absolute path: nothing else would find it from every working folder. Nothing is written where the
-    number of heads is not known, or without class token.
-    """
-    tower = tower_in(weights, LAYOUT)
-    content = open_clip.settings(weights, tower)
-    written: dict[str, Any] = {}
-    if content is None and tower.num_heads is not None and tower.post_norm is not None:
-        trunk = timm.settings(tower, weights.shape(LAYOUT.prefix + "head.weight")[0])
-        if trunk is not None:
-            written["config.json"] = trunk
-            content = open_clip.settings_for(weights, tower, f"{LOCAL}{named.resolve()}")
-    if content is not None:
-        written[CONFIG] = content
+    """Beside the weights of an open_clip model, what open_clip needs to build it; returns the names of the files."""
+    written = open_clip.settings(weights, tower_in(weights, LAYOUT), named)
     for name, value in written.items():
         write_text(folder / name, json.dumps(value, indent=2) + "\n")
     return tuple(written)

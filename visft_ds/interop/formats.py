@@ -66,16 +66,16 @@ def check_format(name: str, out: Path, tower: Tower, *, sharded: bool) -> None:
 
 
 def side_files(
-    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, *, sharded: bool
+    name: str, weights: WeightFile, tower: Tower, dtype: torch.dtype, folder: Path, *, sharded: bool
 ) -> dict[str, dict[str, Any]]:
-    """File -> content (JSON) by which the library loads the folder alone; empty where it cannot (tower, shards)."""
+    """File -> content (JSON) by which the library loads `folder` alone; empty where it cannot (tower, shards)."""
     content: dict[str, Any] | None = None
     if sharded and name != "transformers":
         return {}
     if name == "timm" and tower.num_heads is not None:
         content = timm.settings(tower, weights.shape("head.weight")[0] if "head.weight" in weights else 0)
     elif name == "open_clip":
-        content = open_clip.settings(weights, tower)
+        return open_clip.settings(weights, tower, folder)
     elif name == "transformers":
         content = transformers.settings(tower, dtype)
-    return {} if content is None else {open_clip.CONFIG if name == "open_clip" else "config.json": content}
+    return {} if content is None else {"config.json": content}

@@ -6,11 +6,13 @@ Names and configurations: https://github.com/mlfoundations/open_clip, models EVA
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from visft_ds.interop import eva_clip
 from visft_ds.interop import timm_names as timm
 from visft_ds.interop.files import Entry, WeightFile
+from visft_ds.interop.foreign_code import LOCAL
 from visft_ds.interop.layouts import LAYOUTS, Layout, Tower
 
 LAYOUT = LAYOUTS["open_clip"]
@@ -37,19 +39,25 @@ def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:
     return entries
 
 
-def settings(entries: WeightFile, tower: Tower) -> dict[str, Any] | None:
-    """open_clip_config.json of the whole model; None for a tower that timm has no name for, which open_clip needs."""
-    if tower.preset() not in ("eva_e", "eva_g") or tower.image_size != 224 or tower.post_norm is None:
-        return None
-    return settings_for(entries, tower, timm.POST_NORM if tower.post_norm else timm.PRE_NORM)
+def settings(weights: WeightFile, tower: Tower, folder: Path) -> dict[str, dict[str, Any]]:
+    """File -> content (JSON) by which open_clip builds the whole model from `folder` alone, its final place.
 
-
-def settings_for(entries: WeightFile, tower: Tower, trunk: str) -> dict[str, Any]:
-    """The same for a tower that timm builds by the name `trunk`."""
-    context, text_width = entries.shape("text.positional_embedding")
-    layers = 1 + max(int(match[1]) for name in entries if (match := _RESBLOCK.match(name)))
+    Towers that timm has no name for are built by timm from a config.json of their own, which open_clip's configuration
+    names by its absolute path: nothing else would find it from every working folder. Empty where the number of heads or
+    the place of the norms is not known, or without class token.
+    """
+    if tower.post_norm is None:
+        return {}
+    rows = weights.shape(LAYOUT.prefix + "head.weight")[0]
+    trunk, written = timm.POST_NORM if tower.post_norm else timm.PRE_NORM, {}
+    if tower.preset() not in ("eva_e", "eva_g") or tower.image_size != 224:
+        content = None if tower.num_heads is None else timm.settings(tower, rows)
+        if content is None:
+            return {}
+        trunk, written = f"{LOCAL}{folder.resolve()}", {"config.json": content}
+    context, text_width = weights.shape("text.positional_embedding")
     model = {
-        "embed_dim": entries.shape(LAYOUT.prefix + "head.weight")[0],
+        "embed_dim": rows,
         "vision_cfg": {
             "image_size": tower.image_size,
             "timm_model_name": trunk,
@@ -59,11 +67,12 @@ def settings_for(entries: WeightFile, tower: Tower, trunk: str) -> dict[str, Any
         },
         "text_cfg": {
             "context_length": context,
-            "vocab_size": entries.shape("text.token_embedding.weight")[0],
+            "vocab_size": weights.shape("text.token_embedding.weight")[0],
             "width": text_width,
             "heads": max(1, text_width // _TEXT_HEAD),
-            "layers": layers,
+            "layers": 1 + max(int(match[1]) for name in weights if (match := _RESBLOCK.match(name))),
         },
         "custom_text": True,
     }
-    return {"model_cfg": model, "preprocess_cfg": {"mean": list(timm.MEAN), "std": list(timm.STD)}}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": list(timm.MEAN), "std": list(timm.STD)}}
+    return {**written, CONFIG: config}

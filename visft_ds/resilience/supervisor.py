@@ -178,7 +178,11 @@ def flags_of_training(command: Sequence[str]) -> Sequence[str]:
         if word == "visft_ds.launch" or Path(word).name == "train.py":
             return command[place + 1 :]
         if Path(word).name in ("visft", "visft_ds") and command[place + 1 : place + 2] == ["train"]:
-            return command[place + 2 :]
+            flags = list(command[place + 2 :])
+            if "--num_gpus" in flags:  # the command's own, see cli.py
+                number = flags.index("--num_gpus")
+                del flags[number : number + 2]
+            return flags
     raise ValueError(
         f"{' '.join(command) or 'no command'}: give a training after --, for example deepspeed --num_gpus 8 --module "
         "visft_ds.launch --stage 2"

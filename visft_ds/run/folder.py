@@ -116,6 +116,14 @@ def recorded_config(out: Path) -> ResolvedConfig:
     return resolve_values(values, str(record))
 
 
+def refuse_filled(out: Path) -> None:
+    """Raise ValueError for a folder of results that is not new or empty."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and nothing in it is overwritten: choose another --out, or remove it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+
+
 def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
     """Dotted key -> where the run in `out` had an input and what proves it; empty for runs before 0.2.
 
