@@ -13,7 +13,7 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.preflight import head_files
-from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
@@ -32,6 +32,7 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.profiling.data import every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.captioning.vocabulary import Vocabulary
@@ -77,8 +78,9 @@ class Session:
         kind, number, _ = workers_of(settings.data)
         if self.manifest.split == SYNTHETIC_SPLIT:
             kind = "threads"  # another process would open the split again, without the repeated samples
-        dataset = settings.data.train
-        manifest = _repeated(self.manifest, stream.batch_size)
+        dataset, manifest = settings.data.train, self.manifest
+        if manifest.split == SYNTHETIC_SPLIT and len(manifest) < stream.batch_size:
+            manifest = replace(manifest, index=np.resize(manifest.index, stream.batch_size))
         loader = StepLoader(
             {dataset: DataSet(ShardReader(manifest))},
             Plan({name: TaskPlan({dataset: SetPlan(manifest.selection())}, stream.batch_size)}, settings.seed),
@@ -139,13 +141,6 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
-def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
-    """The split itself; a generated one with its samples repeated until a batch is full."""
-    if manifest.split != SYNTHETIC_SPLIT or len(manifest) >= batch_size:
-        return manifest
-    return replace(manifest, index=np.resize(manifest.index, batch_size))
-
-
 def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
     """Run a step on its batches as the training loop does, up to the record. Collective."""
     agreement = distributed.agree_on_step(
@@ -158,7 +153,7 @@ def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:
     """Random values where files are missing, and what was replaced: speed does not depend on values."""
     # Generated captions are few: words need not be frequent.
-    settings = _every_word(config.visft)
+    settings = every_word(config.visft)
     notes = [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
     weights, heads = settings.model.weights, settings.heads.path
     if weights is not None and not Path(weights).is_file():
@@ -170,21 +165,19 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
     return replace(config, visft=settings), tuple(notes)
 
 
-def _every_word(settings: VisftConfig) -> VisftConfig:
-    task = settings.tasks.captioning
-    if task is None or task.vocabulary.file is not None:
-        return settings
-    task = task.model_copy(update={"vocabulary": task.vocabulary.model_copy(update={"min_count": 1})})
-    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"captioning": task})})
-
-
 def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
     """Refuse a model whose weights and optimiser alone exceed the memory, before anything is allocated.
 
     Raises:
         ValueError: the sum by part, what there is, and what helps.
     """
-    trained, frozen = _sizes(config, precision)
+    groups = plan_groups(config.visft, config.optimizer.params)
+    sizes = {name: p.numel() for group in groups for name, p in zip(group.names, group.parameters, strict=True)}
+    model, trained = config.visft.model, sum(sizes.values())
+    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
+    # From shapes alone. Frozen heads, small beside these, are left out.
+    still = (p for name, p in backbone.named_parameters() if f"backbone.{name}" not in sizes)
+    frozen = sum(p.numel() * p.element_size() for p in still)
     here = distributed.processes_here()
     weights = frozen + trained * 4
     zero, ranks = config.deepspeed["zero_optimization"], distributed.world_size()
@@ -192,7 +185,7 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
     if stage == 3:
         weights, training = weights // ranks, training // ranks
-    name, help_ = config.visft.model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
+    name, help_ = model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
     # Values go straight to where an engine wants them: beside GPUs, a host has one tensor, and what is offloaded.
     on_host = {}
     if device.type == "cpu" or "offload_param" in zero:
@@ -219,19 +212,6 @@ def _require(model: str, need: dict[str, int], found: int, where: str, share: fl
             f"{model} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), and of "
             f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: {help_}"
         )
-
-
-def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
-    """Values that train, and bytes that do not, from shapes alone. Frozen heads, small beside these, are left out."""
-    trained = {
-        name: parameter.numel()
-        for group in plan_groups(config.visft, config.optimizer.params)
-        for name, parameter in zip(group.names, group.parameters, strict=True)
-    }
-    model = config.visft.model
-    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
-    frozen = [p for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained]
-    return sum(trained.values()), sum(p.numel() * p.element_size() for p in frozen)
 
 
 @contextmanager
