@@ -101,7 +101,7 @@ def operations(run: PlannedRun) -> float:
     )
 
 
-Candidates = Iterator[tuple[tuple[str, ...], ResolvedConfig, float]]
+Candidates = Iterator[tuple[tuple[str, ...], ResolvedConfig, float]]  #: flags, what they lead to, relative time
 
 
 def _flags(settings: Sequence[str]) -> tuple[str, ...]:

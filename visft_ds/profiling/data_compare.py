@@ -163,75 +163,65 @@ def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Pass
     as_written = partial(naive, urls, data.vocabulary, batch)
     as_ours = partial(tuned, urls, pipeline, batch, buffer=whole)
     selected = partial(label_batches, urls, pipeline, batch, buffer=whole)
-    steps = whole // batch
+
+    def of_pairs(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(len(images) for images, _ in start())
+
+    def of_batches(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(len(found.indices) for found in start())
+
+    def of_samples(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(1 for _ in range(_TURNS) for _ in start())
+
+    def of_loader(loader: StepLoader) -> int:
+        return sum(len(part.indices) for _, parts in loader.steps(0, whole // batch) for part in parts)
+
+    def of_reader() -> int:
+        order = shuffled(whole)
+        for _ in range(_TURNS):
+            for index in order:
+                reader.read(index)
+        return _TURNS * whole
+
+    def of_label_reader(*, parse: bool) -> int:
+        order = shuffled(whole)
+        for _ in range(_TURNS):
+            for first in range(0, whole, batch):
+                for label in reader.read_labels(order[first : first + batch]):
+                    if parse:
+                        orjson.loads(label)
+        return _TURNS * whole
+
     sample: dict[str, Callable[[], int]] = {}
     for workers in (0, 2):
-        sample[f"naive webdataset, {workers} workers"] = partial(_naive, partial(as_written, workers=workers))
+        sample[f"naive webdataset, {workers} workers"] = partial(of_pairs, partial(as_written, workers=workers))
     for workers in _WORKERS:
-        sample[f"tuned webdataset, {workers} workers"] = partial(_tuned, partial(as_ours, workers=workers))
-        sample[f"ours, {workers} threads"] = partial(_ours, ours(num_workers=workers), steps)
+        sample[f"tuned webdataset, {workers} workers"] = partial(of_batches, partial(as_ours, workers=workers))
+        sample[f"ours, {workers} threads"] = partial(of_loader, ours(num_workers=workers))
     for number in _WORKERS[1:]:
         processes = ours(workers="processes", num_workers=number)
-        sample[f"ours, {number} processes"] = partial(_ours, processes, steps)
+        sample[f"ours, {number} processes"] = partial(of_loader, processes)
     return {
         SAMPLE: sample,
         LABELS: {
-            "webdataset, json files selected": partial(_tuned, selected),
-            "ours, 0 threads": partial(_ours, ours(num_workers=0, role="labels"), steps),
+            "webdataset, json files selected": partial(of_batches, selected),
+            "ours, 0 threads": partial(of_loader, ours(num_workers=0, role="labels")),
         },
         LABELS_PARSED: {
-            "webdataset, json files selected": partial(_streamed, partial(labels, urls, parse=True)),
-            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=True),
+            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=True)),
+            "ours, shuffled, crc": partial(of_label_reader, parse=True),
         },
         LABELS_READ: {
-            "webdataset, json files selected": partial(_streamed, partial(labels, urls, parse=False)),
-            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=False),
+            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=False)),
+            "ours, shuffled, crc": partial(of_label_reader, parse=False),
         },
         RAW: {
-            "webdataset, shards in order": partial(_streamed, partial(raw, urls, 0)),
-            "webdataset, shuffled": partial(_streamed, partial(raw, urls, whole)),
-            "index and pread, shuffled, no crc": partial(_pread, data),
-            "ours, shuffled, crc": partial(_read, reader, whole),
+            "webdataset, shards in order": partial(of_samples, partial(raw, urls, 0)),
+            "webdataset, shuffled": partial(of_samples, partial(raw, urls, whole)),
+            "index and pread, shuffled, no crc": lambda: sum(pread(data) for _ in range(_TURNS)),
+            "ours, shuffled, crc": of_reader,
         },
     }
-
-
-def _ours(loader: StepLoader, steps: int) -> int:
-    return sum(len(part.indices) for _, batches in loader.steps(0, steps) for part in batches)
-
-
-def _read(reader: ShardReader, count: int) -> int:
-    order = shuffled(count)
-    for _ in range(_TURNS):
-        for index in order:
-            reader.read(index)
-    return _TURNS * count
-
-
-def _read_labels(reader: ShardReader, count: int, batch: int, *, parse: bool) -> int:
-    order = shuffled(count)
-    for _ in range(_TURNS):
-        for first in range(0, count, batch):
-            for data in reader.read_labels(order[first : first + batch]):
-                if parse:
-                    orjson.loads(data)
-    return _TURNS * count
-
-
-def _pread(data: MeasuredSet) -> int:
-    return sum(pread(data) for _ in range(_TURNS))
-
-
-def _naive(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(len(images) for images, _ in start())
-
-
-def _tuned(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(len(batch.indices) for batch in start())
-
-
-def _streamed(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(1 for _ in range(_TURNS) for _ in start())
 
 
 # ----------------------------------------------------------------------------------------------------- measuring

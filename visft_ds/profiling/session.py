@@ -49,16 +49,6 @@ FILLED = {"cpu": 0.7, "cuda": 0.95}
 
 
 @dataclass(frozen=True)
-class StreamRun:
-    """The part of a `visft_ds.train.Run` that a step needs, for one stream alone."""
-
-    config: ResolvedConfig
-    batches: Batches
-    engine: ZeroEngine
-    loader: StepLoader
-
-
-@dataclass(frozen=True)
 class Session:
     """Configuration, engine and data of a measurement."""
 
@@ -71,8 +61,8 @@ class Session:
     precision_reason: str
     notes: tuple[str, ...]  #: differences from the run of the same command
 
-    def of_stream(self, name: str) -> StreamRun:
-        """The run as if it had this stream only: its batches in the order in which training meets them."""
+    def loader_of(self, name: str) -> StepLoader:
+        """The loader of a run that has this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
         stream = streams_of(settings, self.manifest)[name]
         kind, number, _ = workers_of(settings.data)
@@ -81,7 +71,7 @@ class Session:
         dataset, manifest = settings.data.train, self.manifest
         if manifest.split == SYNTHETIC_SPLIT and len(manifest) < stream.batch_size:
             manifest = replace(manifest, index=np.resize(manifest.index, stream.batch_size))
-        loader = StepLoader(
+        return StepLoader(
             {dataset: DataSet(ShardReader(manifest))},
             Plan({name: TaskPlan({dataset: SetPlan(manifest.selection())}, stream.batch_size)}, settings.seed),
             {name: {dataset: pipeline_of(stream, self.vocabulary, train=True)}},
@@ -92,7 +82,6 @@ class Session:
             num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
         )
-        return StreamRun(self.config, batches, self.engine, loader)
 
 
 @contextmanager
@@ -141,13 +130,12 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
-def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
+def make_step(session: Session, step: int, batches: Sequence[Batch]) -> StepReport:
     """Run a step on its batches as the training loop does, up to the record. Collective."""
-    agreement = distributed.agree_on_step(
-        f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
-    )
-    parts = run.batches.dp * run.batches.accumulation
-    return run.engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, run.engine.device))
+    engine, kind = session.engine, f"step {step} {batches[0].tasks}"
+    agreement = distributed.agree_on_step(kind, counts_of(engine.module, batches), False, engine.device)
+    parts = session.batches.dp * session.batches.accumulation
+    return engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, engine.device))
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:
@@ -185,33 +173,31 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
     if stage == 3:
         weights, training = weights // ranks, training // ranks
-    name, help_ = model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
+    help_ = "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
     # Values go straight to where an engine wants them: beside GPUs, a host has one tensor, and what is offloaded.
-    on_host = {}
+    on_host, state = {}, "gradients and optimizer state"
     if device.type == "cpu" or "offload_param" in zero:
         on_host[f"weights of {here} processes on this machine"] = weights * here
     if device.type == "cpu" or "offload_optimizer" in zero:
-        on_host["gradients and optimizer state"] = training * here
+        on_host[state] = training * here
     on_hosts = f"{help_}, {'more machines' if stage == 3 else 'fewer processes, --engine zero3'}"
-    _require(name, on_host, host_memory_available(), "of host memory available", FILLED[device.type], on_hosts)
+    checks = [(on_host, host_memory_available(), "of host memory available", on_hosts)]
     if device.type == "cuda":
         on_gpu = {
-            "weights": 0 if "offload_param" in zero else weights,
-            "gradients and optimizer state": 0 if "offload_optimizer" in zero else training,
+            "weights": weights * ("offload_param" not in zero),
+            state: training * ("offload_optimizer" not in zero),
         }
         total = torch.cuda.get_device_properties(device).total_memory
-        help_ += ", --engine zero3 on more GPUs"
-        _require(name, on_gpu, total, "of GPU memory", FILLED["cuda"], help_)
-
-
-def _require(model: str, need: dict[str, int], found: int, where: str, share: float, help_: str) -> None:
-    total = sum(need.values())
-    if total > share * found:
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
-        raise ValueError(
-            f"{model} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), and of "
-            f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: {help_}"
-        )
+        checks.append((on_gpu, total, "of GPU memory", f"{help_}, --engine zero3 on more GPUs"))
+    for need, found, where, what_helps in checks:
+        whole, share = sum(need.values()), FILLED[device.type]
+        if whole > share * found:
+            parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in need.items())
+            raise ValueError(
+                f"{model.name} does not fit: {whole / 2**30:.1f} GiB before the first activation ({parts}), and of "
+                f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: "
+                f"{what_helps}"
+            )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,16 +21,16 @@ from visft_ds.costs.counting import FlopMeter
 from visft_ds.costs.flops import HEAD_FORMULAS, Flops, packed_flops, tower_flops, tower_from
 from visft_ds.costs.hardware import DTYPES, reference_rate
 from visft_ds.costs.ledger import KINDS, TRANSIENT, Ledger
-from visft_ds.data.plan import StepPlan
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section
 from visft_ds.ops.attention import attention_backend, plain_below
 from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import StepReport
 from visft_ds.prepare.model import stage_of
 from visft_ds.profiling.harness import circumstances, device_row, spread, synchronize
 from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
-from visft_ds.profiling.session import Session, StreamRun, make_step, open_session
+from visft_ds.profiling.session import Session, make_step, open_session
 from visft_ds.profiling.timing import (
     BACKBONE,
     BACKWARD,
@@ -49,7 +49,6 @@ from visft_ds.resilience.host_memory import peak_memory
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
-Steps = Iterator[tuple[StepPlan, list[Batch]]]
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,6 @@ class Lengths:
                 f"--steps {self.steps} and --warmup {self.warmup}: both must be at least 1 (the first step is never a "
                 "typical one: memory is allocated, the optimizer makes its state)"
             )
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """A step that was run."""
-
-    time: MeasuredStep
-    images: int  #: over all processes
-    flops: Flops | None  #: of this process, by formula
-    losses: dict[str, float]
-    skipped: bool
 
 
 def measure_train(
@@ -96,84 +84,57 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
     Raises:
         ValueError: the step does not fit into memory.
     """
-    run = session.of_stream(stream)
-    device = run.engine.device
+    engine, micro = session.engine, session.batches.micro[stream]
+    device, loader = engine.device, session.loader_of(stream)
     reference = reference_rate(device, session.precision)
     # Behind the counted step as much is read ahead as in training.
-    total = lengths.warmup + 2 * lengths.steps + 2 + session.config.visft.data.prefetch_steps
-    steps = run.loader.steps(0, total)
-    with out_of_memory_explained(run, stream):
-        first = [_timed_step(session, run, steps) for _ in range(lengths.warmup)]
+    steps = loader.steps(0, lengths.warmup + 2 * lengths.steps + 2 + session.config.visft.data.prefetch_steps)
+    reports: list[StepReport] = []
+    images = 0
+
+    def timed(watch: Stopwatch | None = None) -> tuple[MeasuredStep, Flops | None]:
+        """The next step, exactly as the training loop makes it, timed from asking for the data; its operations."""
+        nonlocal images
+        synchronize(device)
+        began = time.perf_counter()
+        step_plan, batches = next(steps)
+        wait, images = loader.wait_seconds, len(step_plan.indices)
+        reports.append(make_step(session, step_plan.step, batches))
+        synchronize(device)
+        step = divide(time.perf_counter() - began, wait, watch.seconds() if watch else {})
+        return step, formula_of(session, batches).total
+
+    with out_of_memory_explained(stream, micro):
+        for _ in range(lengths.warmup):
+            timed()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        plain, hooked = [], []
+        plain, hooked, flops = list[MeasuredStep](), list[MeasuredStep](), list[Flops | None]()
         watch = Stopwatch(device)
         for _ in range(lengths.steps):
-            plain.append(_timed_step(session, run, steps))
-            with metered(run.engine, watch):
-                hooked.append(_timed_step(session, run, steps, watch))
-        peak = peak_memory(device)
-        communication = None
-        if distributed.world_size() > 1:
-            communication = asdict(measure_communication(lambda: _timed_step(session, run, steps), device))
-        counted = _counted_step(session, run, steps)
-    seconds = [step.time.seconds for step in plain]
-    return {
-        "batch": {
-            "images": plain[0].images,
-            "micro": run.batches.micro[stream],
-            "accumulation": run.batches.accumulation,
-            "shapes": counted.pop("shapes"),
-            "content": counted.pop("content"),
-        },
-        "steps": {"measured": len(plain), "warmup": len(first), "skipped": sum(s.skipped for s in (*plain, *hooked))},
-        "losses": [step.losses["loss"] for step in (*first, *plain)][:2],
-        "images_per_second": spread(step.images / step.time.seconds for step in plain),
-        "step_seconds": spread(seconds),
-        "parts_seconds": typical_parts([step.time for step in hooked]),
-        "hooked_step_seconds": spread(step.time.seconds for step in hooked),
-        "overhead": spread(h.time.seconds / p.time.seconds - 1 for p, h in zip(plain, hooked, strict=True)),
-        "communication": communication,
-        "memory_bytes": {**counted.pop("memory"), "process_peak": peak},
-        "flops": {**counted, **_rates(plain, counted, reference.flops_per_second)},
-        "reference": asdict(reference),
-    }
+            step, operations = timed()
+            plain.append(step)
+            flops.append(operations)
+            with metered(engine, watch):
+                hooked.append(timed(watch)[0])
+        peak, told = peak_memory(device), list(reports)
+        several = distributed.world_size() > 1
+        communication = asdict(measure_communication(timed, device)) if several else None
 
+        # The last step: operations by part, counted and by formula, and bytes by kind.
+        step_plan, batches = next(steps)
+        ledger, meter, optimizer = Ledger(device.type), FlopMeter(), engine.deepspeed.optimizer
+        note_residents(ledger, engine)
+        ledger.forget_peaks()
+        with (
+            torch.compiler.set_stance("force_eager"),  # compiled kernels do not say what they compute
+            metered(engine, _AtBackward(meter, ledger, optimizer)),
+            meter.counting(),
+            step_watched(ledger, engine.module, optimizer),
+        ):
+            make_step(session, step_plan.step, batches)
+        steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
 
-def _timed_step(session: Session, run: StreamRun, steps: Steps, watch: Stopwatch | None = None) -> _Timed:
-    """The next step, exactly as the training loop makes it; the clock runs from asking for the data to the end."""
-    device = run.engine.device
-    synchronize(device)
-    began = time.perf_counter()
-    step_plan, batches = next(steps)
-    wait = run.loader.wait_seconds
-    report = make_step(run, step_plan.step, batches)
-    synchronize(device)
-    seconds = time.perf_counter() - began
-    return _Timed(
-        divide(seconds, wait, watch.seconds() if watch else {}),
-        len(step_plan.indices),
-        formula_of(session, batches).total,
-        dict(report.losses),
-        report.skipped,
-    )
-
-
-def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, Any]:
-    """The last step: operations by part, counted and by formula, and bytes by kind."""
-    step_plan, batches = next(steps)
-    ledger, meter = Ledger(run.engine.device.type), FlopMeter()
-    note_residents(ledger, run.engine)
-    ledger.forget_peaks()
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled kernels do not say what they compute
-        stack.enter_context(metered(run.engine, _AtBackward(meter, ledger, run.engine.deepspeed.optimizer)))
-        stack.enter_context(meter.counting())
-        stack.enter_context(step_watched(ledger, run.engine.module, run.engine.deepspeed.optimizer))
-        make_step(run, step_plan.step, batches)
-    steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
-    formula = formula_of(session, batches)
-    whole_formula = formula.total
     # Largest values of any micro-batch: mean number of objects per image, ids of the longest caption.
     content: dict[str, float] = {}
     for targets in (targets for batch in batches for targets in batch.targets.values()):
@@ -181,13 +142,46 @@ def _counted_step(session: Session, run: StreamRun, steps: Steps) -> dict[str, A
             content["objects"] = max(content.get("objects", 0), float(targets.counts.float().mean()))
         if hasattr(targets, "tokens"):
             content["caption_ids"] = max(content.get("caption_ids", 0), targets.tokens.shape[1])
+    formula = formula_of(session, batches)
+    known, seconds = [one for one in flops if one is not None], [step.seconds for step in plain]
+    # Operations a second: "model" leaves out what activation checkpointing computes again, "hardware" includes it.
+    model, hardware = None, meter.total / statistics.median(seconds)  # of a head without a formula the count stands
+    if len(known) == len(flops):
+        model = statistics.median((f.forward + f.backward) / s for f, s in zip(known, seconds, strict=True))
+        hardware = statistics.median(f.all / s for f, s in zip(known, seconds, strict=True))
+    rate = reference.flops_per_second
+    first = [*told[: lengths.warmup], *told[lengths.warmup :: 2]]  # those without hooks
     return {
-        "shapes": [list(batch.images.shape) for batch in batches],
-        "content": content,
-        "memory": {"at_peak": ledger.at_peak, "highest": ledger.highest},
-        "counted": {**meter.parts, "total": meter.total},
-        "formula": formula.by_part(),
-        "ratio": meter.total / whole_formula.all if whole_formula else None,
+        "batch": {
+            "images": images,
+            "micro": micro,
+            "accumulation": session.batches.accumulation,
+            "shapes": [list(batch.images.shape) for batch in batches],
+            "content": content,
+        },
+        "steps": {
+            "measured": lengths.steps,
+            "warmup": lengths.warmup,
+            "skipped": sum(report.skipped for report in told[lengths.warmup :]),
+        },
+        "losses": [dict(report.losses)["loss"] for report in first[:2]],
+        "images_per_second": spread(images / one for one in seconds),
+        "step_seconds": spread(seconds),
+        "parts_seconds": typical_parts(hooked),
+        "hooked_step_seconds": spread(step.seconds for step in hooked),
+        "overhead": spread(h.seconds / p.seconds - 1 for p, h in zip(plain, hooked, strict=True)),
+        "communication": communication,
+        "memory_bytes": {"at_peak": ledger.at_peak, "highest": ledger.highest, "process_peak": peak},
+        "flops": {
+            "counted": {**meter.parts, "total": meter.total},
+            "formula": formula.by_part(),
+            "ratio": meter.total / formula.total.all if formula.total else None,
+            "model_per_second": model,
+            "hardware_per_second": hardware,
+            "model_utilisation": None if model is None else model / rate,
+            "hardware_utilisation": hardware / rate,
+        },
+        "reference": asdict(reference),
     }
 
 
@@ -208,28 +202,8 @@ class _AtBackward:
             note_gradients(self.ledger, self.optimizer)
 
 
-def _rates(plain: Sequence[_Timed], counted: dict[str, Any], rate: float) -> dict[str, float | None]:
-    """Operations a second of the plain steps, and the share of the reference rate.
-
-    "model" leaves out what activation checkpointing computes again, "hardware" includes it.
-    """
-    steps = [(step.flops, step.time.seconds) for step in plain]
-    if all(flops is not None for flops, _ in steps):
-        model = statistics.median((f.forward + f.backward) / s for f, s in steps if f is not None)
-        hardware = statistics.median(f.all / s for f, s in steps if f is not None)
-    else:  # a head without a formula: the counted step stands for all
-        hardware = counted["counted"]["total"] / statistics.median(seconds for _, seconds in steps)
-        model = None
-    return {
-        "model_per_second": model,
-        "hardware_per_second": hardware,
-        "model_utilisation": None if model is None else model / rate,
-        "hardware_utilisation": hardware / rate,
-    }
-
-
 @contextmanager
-def out_of_memory_explained(run: StreamRun, stream: str) -> Iterator[None]:
+def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
     """Turn the allocator's error into one that says what to change."""
     try:
         yield
@@ -237,7 +211,6 @@ def out_of_memory_explained(run: StreamRun, stream: str) -> Iterator[None]:
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not full:
             raise
-        micro = run.batches.micro[stream]
         key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
         first = (str(error).splitlines() or ["out of memory"])[0]
         explained = ValueError(
