@@ -26,7 +26,6 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.costs.counting import NOT_COUNTED_BY_TORCH
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch, DetectionTargets
-from visft_ds.model import MultiTaskModel
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.masks import grid_size
@@ -96,15 +95,6 @@ def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input
     tracer = Tracer(device, None if precision == "fp32" else DTYPES[precision])
     with tracer, chosen_kernels(device, linear_keeps_input=linear_keeps_input):
         yield tracer
-
-
-def loss_denominators_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
-    """The names that the criteria divide by, as 0-d tensors on the meta device. The batch is still on the host."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name in module.count(batch):
-        task, _, count = name.partition("/")
-        found.setdefault(task, {})[count] = torch.empty((), device=META)
-    return found
 
 
 @contextmanager
@@ -192,7 +182,10 @@ class _Result:
         """None where a result is more than its shape."""
         single = isinstance(result, Tensor)
         found = (result,) if single else result
-        if not isinstance(found, tuple) or not all(one is None or _is_on_meta(one) for one in found):
+        alike = isinstance(found, tuple) and all(
+            one is None or (isinstance(one, Tensor) and one.is_meta) for one in found
+        )
+        if not alike:
             return None
         shapes = [None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in found]
         return cls(tuple(shapes), single)
@@ -203,10 +196,6 @@ class _Result:
             None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
         ]
         return made[0] if self.single else tuple(made)
-
-
-def _is_on_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 @cache

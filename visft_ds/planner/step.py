@@ -38,7 +38,7 @@ from visft_ds.models.backbone import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.meta_step import META, Content, Total, blank_batch, loss_denominators_of, rehearsing
+from visft_ds.planner.meta_step import META, Content, Total, blank_batch, rehearsing
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 
@@ -125,7 +125,10 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
     taught = [[p for p in group if id(p) in used] for group in groups]
 
     on_host = blank_batch(stream, run.batches.micro[stream.name], run.content)
-    loss_denominators, batch = loss_denominators_of(module, on_host), on_host.to(META)
+    batch, loss_denominators = on_host.to(META), dict[str, dict[str, Tensor]]()
+    for name in module.count(on_host):  # what the criteria divide by
+        task, _, count = name.partition("/")
+        loss_denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     inputs = [value for value in values if isinstance(value, Tensor) and value.is_meta]
     tokens = (0, 0, 0)  # shape (B, N, D) of what travels from block to block

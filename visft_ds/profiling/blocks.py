@@ -31,9 +31,8 @@ from visft_ds.ops.triton import why_not
 from visft_ds.profiling.harness import (
     circumstances,
     clock,
-    device_row,
     in_turn,
-    load_row,
+    measured_on,
     ratio,
     spread,
     with_quartiles,
@@ -288,7 +287,7 @@ def rounds_row(options: Mapping[str, Any]) -> tuple[str, str]:
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables: blocks, projection and memory of every image size and dtype."""
-    sections = [Section("measured on", [device_row(record), load_row(record), rounds_row(record["options"])])]
+    sections = [Section("measured on", [*measured_on(record), rounds_row(record["options"])])]
     names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"

@@ -100,16 +100,20 @@ def _check_folder(file: Path | None) -> None:
         raise ValueError(f"--json {file}: there is no folder {file.resolve().parent}; make it first")
 
 
-def _show(record: Mapping[str, Any] | None, kind: ModuleType, file: Path | None) -> None:
-    """Print the tables that a module makes of its record, and write it where a file is given; None: not this rank's."""
+def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[str], file: Path | None) -> int:
+    """Print the tables that a module makes of its record, and write it where a file is given. Returns exit status 0.
+
+    Args:
+        record: None on all ranks but the main one.
+    """
     from visft_ds.monitor.console import print_plan
 
-    if record is None:
-        return
-    print_plan(kind.make_title(record), kind.make_sections(record))
-    if file is not None:
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {file}", flush=True)
+    if record is not None:
+        print_plan(kind.make_title(record), kind.make_sections(record))
+        if file is not None:
+            file.write_text(json.dumps({**record, "command": list(command)}, indent=2) + "\n", encoding="utf-8")
+            print(f"wrote {file}", flush=True)
+    return 0
 
 
 @contextmanager
@@ -193,8 +197,8 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
 
     lengths = train.Lengths(options.steps, options.warmup)
     _check_folder(options.json)
-    _show(train.measure_train(config, lengths, synthetic=options.synthetic, command=command), train, options.json)
-    return 0
+    record = train.measure_train(config, lengths, synthetic=options.synthetic)
+    return _show(record, train, command, options.json)
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -254,8 +258,7 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
                 reencode=options.reencode,
                 **images,
             )
-            _show(data_compare.compare(comparison) | {"command": list(command)}, data_compare, options.json)
-        return 0
+            return _show(data_compare.compare(comparison), data_compare, command, options.json)
     config: ResolvedConfig | None = None
     if configured:
         given = [*rest, *([] if options.data is None else ["--data", str(options.data)])]
@@ -275,8 +278,7 @@ def profile_data(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     else:
         opened = data.configured(config, how.images, split=options.split, synthetic=options.synthetic)
     with _threads(1), opened as (found, streams):
-        _show(data.measure_data(found, streams, how) | {"command": list(command)}, data, options.json)
-    return 0
+        return _show(data.measure_data(found, streams, how), data, command, options.json)
 
 
 def _folder(options: argparse.Namespace) -> Path | None:
@@ -333,17 +335,14 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
 
         found = plan_validation.validate()
         distributed.close()
-        if found is None:
-            return 0
-        _show(found | {"command": list(command)}, plan_validation, options.json)
-        return 0 if found["largest_error"] <= plan_validation.TOLERANCE else 1
+        _show(found, plan_validation, command, options.json)
+        return int(found is not None and found["largest_error"] > plan_validation.TOLERANCE)
     from visft_ds.profiling import plan
 
     models = [options.model] if options.model else ["eva_e", "eva_g"]
     stages = [options.stage] if options.stage else [1, 2]
     record = plan.make_plans(options.cluster, models, stages, options.engine, options.set)
-    _show(record | {"command": list(command)}, plan, options.json)
-    return 0
+    return _show(record, plan, command, options.json)
 
 
 # ----------------------------------------------------------------------------------------------- ops and peft
@@ -405,8 +404,7 @@ def profile_ops(options: argparse.Namespace, rest: Sequence[str], command: Seque
 
     with _threads(options.threads):
         record = blocks.measure_operations(blocks.OperationOptions(**_chosen(options, blocks.OperationOptions)))
-    _show(record | {"command": list(command)}, blocks, options.json)
-    return 0
+    return _show(record, blocks, command, options.json)
 
 
 def profile_peft(options: argparse.Namespace, rest: Sequence[str], command: Sequence[str]) -> int:
@@ -416,8 +414,7 @@ def profile_peft(options: argparse.Namespace, rest: Sequence[str], command: Sequ
 
     with _threads(options.threads):
         record = peft.measure_peft(peft.PeftOptions(**_chosen(options, peft.PeftOptions)))
-    _show(record | {"command": list(command)}, peft, options.json)
-    return 0
+    return _show(record, peft, command, options.json)
 
 
 def _check_block_flags(rest: Sequence[str], options: argparse.Namespace) -> None:
@@ -468,9 +465,8 @@ def profile_comm(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     from visft_ds.profiling import comm
 
     record = comm.measure_comm(config, comm.CommOptions(options.sizes, options.max_bytes, options.repeats))
-    if record is not None:
-        _show(record | {"command": list(command)}, comm, options.json)
-        if options.csv is not None:
-            comm.write_csv(record, options.csv)
-            print(f"wrote {options.csv}", flush=True)
+    _show(record, comm, command, options.json)
+    if record is not None and options.csv is not None:
+        comm.write_csv(record, options.csv)
+        print(f"wrote {options.csv}", flush=True)
     return 0

@@ -151,10 +151,11 @@ def circumstances(load: Sequence[float] | None, device: torch.device | None = No
     }
 
 
-def device_row(record: Mapping[str, Any]) -> tuple[str, str]:
-    """Device of a record with hardware, as a row of a table."""
+def measured_on(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Device of a record with hardware, and its load where it has one, as rows of a table."""
     hardware = record["hardware"]
-    return "device", f"{hardware['device']}, {hardware['threads']} CPU threads of {hardware['cores']} cores"
+    text = f"{hardware['device']}, {hardware['threads']} CPU threads of {hardware['cores']} cores"
+    return [("device", text), *([load_row(record)] if "load" in record else [])]
 
 
 def load_row(record: Mapping[str, Any], text: str = "processes in the last 1, 5, 15 minutes before") -> tuple[str, str]:

@@ -33,9 +33,8 @@ from visft_ds.profiling.blocks import SMALL, blocks_text, check_blocks, rounds_r
 from visft_ds.profiling.harness import (
     circumstances,
     clock,
-    device_row,
     in_turn,
-    load_row,
+    measured_on,
     ratio,
     spread,
     with_quartiles,
@@ -189,8 +188,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables, one for each image size and dtype."""
     options = record["options"]
     facts = [
-        device_row(record),
-        load_row(record),
+        *measured_on(record),
         rounds_row(options),
         ("memory", "peak of live tensors, forward and backward, without weights; exact to the byte"),
         ("timm's stream", "fp32, as ours" if options["stream"] == "fp32" else "16 bit in 16 bit, ours fp32"),

@@ -28,7 +28,7 @@ from visft_ds.ops.attention import attention_backend, plain_below
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport
 from visft_ds.prepare.model import stage_of
-from visft_ds.profiling.harness import circumstances, device_row, spread, synchronize
+from visft_ds.profiling.harness import circumstances, measured_on, spread, synchronize
 from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
 from visft_ds.profiling.session import Session, make_step, open_session
 from visft_ds.profiling.timing import (
@@ -66,14 +66,12 @@ class Lengths:
             )
 
 
-def measure_train(
-    config: ResolvedConfig, lengths: Lengths, *, synthetic: bool, command: Sequence[str]
-) -> dict[str, Any] | None:
+def measure_train(config: ResolvedConfig, lengths: Lengths, *, synthetic: bool) -> dict[str, Any] | None:
     """Every stream of a configuration on every rank; the record on the main process, None on the others."""
     with open_session(config, synthetic=synthetic) as session:
         own = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
         ranks = distributed.gather_objects(own)
-        record = make_record(session, ranks, command) if ranks is not None else None
+        record = make_record(session, ranks) if ranks is not None else None
     distributed.close()
     return record
 
@@ -293,7 +291,7 @@ def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
 # ------------------------------------------------------------------------------------------------------ record
 
 
-def make_record(session: Session, ranks: Sequence[Mapping[str, Any]], command: Sequence[str]) -> dict[str, Any]:
+def make_record(session: Session, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Everything that was measured; `ranks` holds task -> measurement of each rank."""
     config, device = session.config, session.engine.device
     tasks = {}
@@ -310,7 +308,6 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]], command: S
     return {
         "format": FORMAT,
         "version": VERSION,
-        "command": list(command),
         **circumstances(None, device),
         "world_size": distributed.world_size(),
         "stage": config.visft.stage,
@@ -346,7 +343,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     tasks = record["tasks"]
     first = _slowest(next(iter(tasks.values())))
     rows = [
-        device_row(record),
+        *measured_on(record),
         ("precision", record["precision"]),
         ("attention", record["attention"]),
         ("compared with", f"{first['reference']['flops_per_second'] / 1e12:.4g} TFLOP/s: {first['reference']['text']}"),
