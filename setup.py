@@ -59,7 +59,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["visft_ds", "visft_ds.*"]), *INSTALLED],
     package_dir=INSTALLED,
-    package_data={"visft_ds": ["py.typed"], **{package: ["*.json"] for package in INSTALLED}},
+    package_data={"": ["*.j2"], "visft_ds": ["py.typed"], **{package: ["*.json"] for package in INSTALLED}},
     entry_points={"console_scripts": ["visft=visft_ds.cli:main"]},
     install_requires=[
         "torch>=2.10,<2.16",
@@ -83,6 +83,8 @@ setup(
         "isal>=1.7",
         "fsspec>=2024.6",
         "pillow>=10.3",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
         "rich>=13.7",
     ],
     extras_require={

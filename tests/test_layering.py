@@ -25,6 +25,7 @@ APART = (
     "resilience.processes",
     "resilience.signals",
     "run.folder",
+    "tasks.registry",
     "interop.cli",
     "interop.command",
 )
@@ -38,6 +39,8 @@ RESERVED = {
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),
+    "jinja2": ("visft_ds.evals.page",),
+    "matplotlib": ("visft_ds.evals.charts", "visft_ds.experiments.ablations.draw"),
 }
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
 #: Commands and the modules that are imported when one of them is given.

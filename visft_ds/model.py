@@ -20,9 +20,8 @@ from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
 from visft_ds.models.layers import stack_padded
 from visft_ds.ops import no_autocast
-from visft_ds.tasks import Criterion
 from visft_ds.tasks.matching import at_least_float32
-from visft_ds.tasks.segmentation.loss import SegmentationOutput
+from visft_ds.tasks.spec import Criterion
 
 LossDenominators = Mapping[str, Mapping[str, Tensor]]  #: task -> name of a count -> 0-d tensor
 
@@ -244,7 +243,7 @@ class MultiTaskModel(nn.Module):
 
 def _placed(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
     """The output of a head; maps over packed images also say where each image lies in them."""
-    if frames is None or not isinstance(output, SegmentationOutput):
+    if frames is None or not hasattr(output, "extents"):
         return output
     return replace(output, extents=frames.extents(batch.sizes, features.dtype))
 

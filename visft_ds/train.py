@@ -65,7 +65,7 @@ from visft_ds.run.record import write_record
 from visft_ds.run.start_report import data_section, print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, open_validation
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, me
 from visft_ds.planner.step import run_of
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.plan_validation import VOCABULARY, made_up_batch
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Operators of torch.distributed -> our name, and which argument holds all that is sent.
 CALLS = {

@@ -23,7 +23,7 @@ from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, reso
 from visft_ds.config.schema import Precision
 from visft_ds.prepare.materialize import HOST, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 #: Seconds between two looks at the memory; copying the largest tensor takes longer.

@@ -16,7 +16,7 @@ from visft_ds.data.samples import RawSample
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(tuple(f"word{number}" for number in range(VOCABULARY - 4)))
 SQUARE = [[10.0, 10.0, 40.0, 10.0, 40.0, 30.0, 10.0, 30.0]]

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +25,7 @@ from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.captions import TOKENIZER, caption_metrics
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
-from visft_ds.evals.runner import EVALUATORS
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
 from visft_ds.interop.heads import save_heads
@@ -40,7 +37,8 @@ from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.captioning.metrics import TOKENIZER, caption_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +437,7 @@ def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
     def judge(*_: Any) -> dict[str, float]:
         raise ValueError("the score of a result for image_id 7 is nan")
 
-    monkeypatch.setitem(EVALUATORS, "detection", replace(EVALUATORS["detection"], measure=judge))  # type: ignore[index]
+    monkeypatch.setitem(vars(TASKS["detection"].evaluator), "measure", judge)
     status, printed, errors = _evaluate(tool, "--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
     assert status == 2
     assert errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"

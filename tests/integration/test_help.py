@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py"))
 #: reach.py takes the flags of launchers/train.py, and trains; gpu.py is a test of torch itself.
 WITHOUT_FLAGS = {"reach.py", "gpu.py"}
-SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "torchvision")
+SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "torchvision", "matplotlib")
 RUN = """
 import runpy, sys
 sys.argv = sys.argv[1:]

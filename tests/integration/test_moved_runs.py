@@ -26,7 +26,7 @@ from visft_ds.models.eva_vit import build_backbone
 from visft_ds.predict.model import load
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.info import describe_step
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {

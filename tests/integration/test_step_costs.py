@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from tests.integration import engine_case as case
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample
-from visft_ds.data.transforms import DetectionTransform
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
+from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
+from visft_ds.tasks.transform import collate_joint
 
 pytestmark = [
     pytest.mark.slow,
@@ -111,7 +111,7 @@ def test_packed_batches() -> None:
     keys = [range(first, first + IMAGES) for first in range(0, IMAGES * TURNS, IMAGES)]
 
     def of_detection(module: MultiTaskModel) -> list[tuple[MultiTaskModel, Batch]]:
-        return [(module, collate_detection([detect(picture(k), generator(k)) for k in group])) for group in keys]
+        return [(module, collate_joint([detect(picture(k), generator(k)) for k in group])) for group in keys]
 
     def of_segmentation(module: MultiTaskModel, *, only: bool) -> list[tuple[MultiTaskModel, Batch]]:
         made = [[jitter[only](picture(k), generator(k)) for k in group] for group in keys]

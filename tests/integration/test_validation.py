@@ -35,10 +35,11 @@ from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run import async_eval as judging
 from visft_ds.run.async_eval import AsyncEvaluation
-from visft_ds.run.validation import SHOWN, Validation
+from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
 
 SETTINGS = {
     **TINY,
@@ -161,7 +162,8 @@ def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
     lines = [line for line in held.printed.splitlines() if "validation:" in line]
     assert [line.split()[1] for line in lines] == ["2", "4"]
     for line, numbers in zip(lines, judged.values(), strict=True):
-        assert line.split("validation: ")[1] == "  ".join(f"{name} {numbers[f'val/{name}']:.3f}" for name in SHOWN)
+        told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()]
+        assert line.split("validation: ")[1] == "  ".join(told)
     # Files of the last one stay.
     assert [path.name for path in (held.out / "validation").iterdir()] == ["step_00000004"]
     files = {path.name for path in (held.out / "validation/step_00000004").iterdir()}

@@ -89,7 +89,8 @@ def test_the_wheel_holds_the_package_its_configurations_and_the_licence(archives
         assert contents == {name: direct.read(name) for name in direct.namelist() if not name.endswith("RECORD")}
     assert archives["wheel"].name == f"visft_ds-{visft_ds.__version__}-py3-none-any.whl"
     configurations = {f"visft_ds/{path.relative_to(ROOT)}" for path in (ROOT / "ds_configs").rglob("*.json")}
-    assert {name for name in names if name.endswith(".json")} == configurations
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "visft_ds").rglob("*.j2")}
+    assert {name for name in names if name.endswith((".json", ".j2"))} == configurations | templates
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "visft_ds").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == code
     assert any(name.endswith("/LICENSE") for name in names) and "visft_ds/py.typed" in names

@@ -13,7 +13,7 @@ from transformers import DetrConfig
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer, DetrSinePositionEmbedding
 
-from visft_ds.data.samples import DetectionTargets
+from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionOutput
 from visft_ds.tasks.matching import MatchingCosts, match
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, sine_positions

@@ -244,8 +244,8 @@ if __name__ == "__main__":
 
 def test_intervals_are_those_of_scipy() -> None:
     rng = np.random.default_rng(0)
-    for count in (2, 3, 5, 12):
-        values = rng.normal(1.0, 2.0, count).tolist()
+    for count in (2, 3, 5, 12) * 5:
+        values = rng.normal(1.0, 10.0 ** rng.uniform(-3, 1), count).tolist()
         found, expected = estimate(values), stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
         assert found.mean == pytest.approx(np.mean(values), rel=1e-12)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
@@ -298,6 +298,9 @@ def test_tables_and_charts_tell_what_is_missing(tmp_path: Path) -> None:
     assert read_outcome(tmp_path / "mine") == outcome
     page, text = write_report(tmp_path, ["mine", "absent"])
     assert "<svg" in page.read_text() and markdown(outcome) in text.read_text()
+    arms = [replace(arm, name="<script>", failures=("<script>",)) for arm in outcome.arms]
+    write_question(tmp_path, replace(outcome, asks="<script>", note="<script>", arms=arms))
+    assert "<script" not in (shown := write_report(tmp_path, ["mine"])[0].read_text()) and "&lt;script&gt;" in shown
 
 
 def test_numbers_come_from_what_the_tools_write(tmp_path: Path) -> None:

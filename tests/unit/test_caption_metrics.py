@@ -11,8 +11,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from visft_ds.evals.caption_tokenizer import ptb_words
-from visft_ds.evals.captions import caption_metrics, results_metrics
+from visft_ds.tasks.captioning.metrics import caption_metrics, results_metrics
+from visft_ds.tasks.captioning.tokenizer import ptb_words
 
 NAMES = ["CIDEr-D", "CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"]
 REFERENCES = {

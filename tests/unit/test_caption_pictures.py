@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from visft_ds.evals.caption_pictures import draw_caption
-from visft_ds.evals.pictures import Picture, split_panels
+from visft_ds.tasks.captioning.pictures import draw_caption
+from visft_ds.tasks.pictures import Picture, split_panels
 
 TITLE = 26  # pixels
 SMALL = (448 - 3 * 6) // 4  # width of a small picture at the usual size

@@ -20,7 +20,7 @@ from visft_ds.tasks.captioning.head import (
     pool_valid,
     postprocess,
 )
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
 START, END = SIZE - 2, SIZE - 1

@@ -10,8 +10,9 @@ import torch
 
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.tasks.captioning.data import CaptionChoice, CaptionTransform, collate_captioning
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.captioning.data import CaptionChoice, CaptionTransform
+from visft_ds.tasks.transform import collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
 LONG = "a " * 51
@@ -82,7 +83,7 @@ def test_long_and_wordless_captions_are_never_drawn() -> None:
 @pytest.mark.parametrize("captions", [(), ("",), ("?!", LONG)])
 def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str, ...]) -> None:
     transform = CaptionTransform(True, vocabulary=VOCABULARY, size=14)
-    batch = collate_captioning([transform(raw(*captions), generator(0))])
+    batch = collate_joint([transform(raw(*captions), generator(0))])
     targets = batch.targets["captioning"]
     assert targets.lengths.tolist() == [1]  # never 0
     assert targets.tokens.tolist() == [[8, 0]]  # two ids, so that the head has a step to make
@@ -92,7 +93,7 @@ def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str,
 def test_collate() -> None:
     transform = CaptionTransform(False, vocabulary=VOCABULARY, size=14)
     samples = [transform(raw(text, index=place), generator(0)) for place, text in enumerate(("a b c", "d", ""))]
-    batch = collate_captioning(samples)
+    batch = collate_joint(samples)
     targets = batch.targets["captioning"]
     assert targets.tokens.tolist() == [[8, 1, 2, 3, 9], [8, 4, 9, 0, 0], [8, 0, 0, 0, 0]]
     assert targets.tokens.dtype == targets.lengths.dtype == torch.int64
@@ -107,7 +108,7 @@ def test_collate() -> None:
 def test_collate_without_labels() -> None:
     sample = CaptionTransform(False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
     unlabelled = type(sample)(**{**vars(sample), "targets": {}})
-    assert collate_captioning([unlabelled]).tasks == ()
+    assert collate_joint([unlabelled]).tasks == ()
 
 
 def test_impossible_options_are_refused() -> None:

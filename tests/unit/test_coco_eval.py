@@ -18,7 +18,7 @@ from coco_tree import make_split
 
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.coco import IouType, coco_average_precision, pack_results, unpack_results
+from visft_ds.tasks.average_precision import IouType, coco_average_precision, pack_results, unpack_results
 
 SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 Results = list[dict[str, Any]]

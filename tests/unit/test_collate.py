@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.samples import Sample
+from visft_ds.tasks.transform import collate_joint
 
 
 def _sample(index: int, size: tuple[int, int], objects: int, *, pixels: bool = True, labels: bool = True) -> Sample:
@@ -17,7 +17,7 @@ def _sample(index: int, size: tuple[int, int], objects: int, *, pixels: bool = T
 
 
 def test_images_are_padded_right_and_bottom_and_boxes_packed() -> None:
-    batch = collate_detection([_sample(1, (4, 7), 2), _sample(2, (6, 5), 0), _sample(3, (2, 2), 1)])
+    batch = collate_joint([_sample(1, (4, 7), 2), _sample(2, (6, 5), 0), _sample(3, (2, 2), 1)])
     assert batch.images.shape == (3, 3, 6, 7) and batch.images.dtype == torch.uint8
     for place, (height, width) in enumerate(batch.sizes.tolist()):
         assert (batch.images[place, :, :height, :width] == 101 + place).all()
@@ -32,14 +32,14 @@ def test_images_are_padded_right_and_bottom_and_boxes_packed() -> None:
 
 
 def test_a_batch_without_any_object_keeps_its_types() -> None:
-    targets = collate_detection([_sample(1, (4, 4), 0)]).targets["detection"]
+    targets = collate_joint([_sample(1, (4, 4), 0)]).targets["detection"]
     assert targets.boxes.shape == (0, 4) and targets.boxes.dtype == torch.float32
     assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64
 
 
 def test_without_pixels_everything_else_is_the_same() -> None:
-    full = collate_detection([_sample(1, (4, 7), 2), _sample(2, (6, 5), 1)])
-    blind = collate_detection([_sample(1, (4, 7), 2, pixels=False), _sample(2, (6, 5), 1, pixels=False)])
+    full = collate_joint([_sample(1, (4, 7), 2), _sample(2, (6, 5), 1)])
+    blind = collate_joint([_sample(1, (4, 7), 2, pixels=False), _sample(2, (6, 5), 1, pixels=False)])
     assert blind.images.shape == (2, 3, 0, 0)
     assert torch.equal(blind.sizes, full.sizes)
     assert torch.equal(blind.targets["detection"].boxes, full.targets["detection"].boxes)
@@ -47,10 +47,10 @@ def test_without_pixels_everything_else_is_the_same() -> None:
 
 def test_without_labels_there_are_no_targets() -> None:
     """Empty targets would teach that there is nothing in the pictures."""
-    assert collate_detection([_sample(1, (4, 7), 2, labels=False)]).tasks == ()
+    assert collate_joint([_sample(1, (4, 7), 2, labels=False)]).tasks == ()
 
 
 def test_keys_need_all_63_bits() -> None:
     sample = _sample(1, (1, 1), 0)
     big = Sample(**{**vars(sample), "random_key": 2**63 - 1})
-    assert collate_detection([big]).random_keys.item() == 2**63 - 1
+    assert collate_joint([big]).random_keys.item() == 2**63 - 1

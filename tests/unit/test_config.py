@@ -220,17 +220,16 @@ def test_contradictions(stage: int, settings: list[str], message: str) -> None:
 
 
 def test_metrics_that_can_be_named_are_those_that_an_evaluation_gives() -> None:
-    from visft_ds.config.task_schema import METRICS
-    from visft_ds.evals.runner import EVALUATORS
+    from visft_ds.tasks import TASKS
 
     corner = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "segmentation": [[0, 0, 4, 0, 4, 4]]}
     caption = {"image_id": 1, "caption": "a cat"}
     truth = {"images": [{"id": 1, "width": 8, "height": 8}], "categories": [{"id": 1, "name": "cat"}]}
-    for task, evaluator in EVALUATORS.items():
+    for task, spec in TASKS.items():
         words = task == "captioning"
         annotations = [caption if words else corner]
-        found = evaluator.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
-        assert tuple(found) == METRICS[task]
+        found = spec.evaluator.measure({**truth, "annotations": annotations}, [caption] if words else [], False)
+        assert tuple(found) == spec.config.metrics and spec.config.main in found
 
 
 def test_a_run_that_began_with_an_unknown_metric_stays_readable() -> None:

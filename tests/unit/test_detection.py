@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.samples import Batch
 from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.transformer import MultiHeadAttention
 

@@ -18,12 +18,12 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.examples import draw_examples, example_positions
-from visft_ds.evals.pictures import Picture, split_panels
 from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import prepare_model
 from visft_ds.prepare.streams import vocabulary_of
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.pictures import Picture, split_panels
+from visft_ds.tasks.vocabulary import Vocabulary
 
 TASKS = ("detection", "segmentation", "captioning")
 

@@ -20,7 +20,6 @@ from tests.integration.engine_case import build, samples
 from visft_ds.config import resolve
 from visft_ds.data import dataset as reading
 from visft_ds.data import features as kept
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache, StoredFeatures, View
 from visft_ds.data.loader import StepLoader
@@ -28,7 +27,7 @@ from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.transforms import DetectionTransform
+from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
 IDENTITY = {"base weights": "a", "data": "b"}
@@ -183,7 +182,7 @@ def test_samples_with_features_are_read_without_pixels(
     reader: ShardReader, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
-    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True, **sizes), collate_detection)}}
+    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True, **sizes), collate_joint)}}
 
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
         loader = StepLoader({"toy": DataSet(reader)}, plan_of(reader, 1), pipelines, num_workers=workers)

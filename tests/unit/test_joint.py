@@ -12,22 +12,23 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import DetectionTransform, Flip, Op, Resize, final_size
-from visft_ds.tasks.captioning.data import CaptionTransform, collate_captioning
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.data.transforms import Flip, Op, Resize, final_size
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.data import CaptionTransform
+from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
-from visft_ds.tasks.transform import JOINT_TASKS, JointTransform, collate_joint
+from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
 SMALL: dict[str, Any] = {"short_sides": (40, 48, 56), "max_long": 90, "eval_short": 48, "eval_max_long": 90}
 CAPTIONS = ("a b", "c", "d e f", "b b b b", "f")
-SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(JOINT_TASKS, count)]
+SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(TASKS, count)]
 
 
-def _joint(train: bool = True, tasks: Any = JOINT_TASKS, **options: Any) -> JointTransform:
+def _joint(train: bool = True, tasks: Any = tuple(TASKS), **options: Any) -> JointTransform:
     return JointTransform(train, tasks, vocabulary=VOCABULARY, **{**SMALL, **options})
 
 
@@ -245,7 +246,7 @@ def test_the_caption_belongs_to_the_key() -> None:
 def test_missing_labels_of_one_task_leave_the_others(objects: Any, captions: Any) -> None:
     sample = _joint()(_raw(objects=objects, captions=captions), generator(6))
     found = len(objects) if len(objects) == 2 else 0
-    detection, segmentation, captioning = (sample.targets[task] for task in JOINT_TASKS)
+    detection, segmentation, captioning = (sample.targets[task] for task in tuple(TASKS))
     assert detection["boxes"].shape == (found, 4) and detection["labels"].shape == (found,)
     assert segmentation["masks"].shape == (found, *(-(-side // 4) for side in sample.size))
     assert segmentation["labels"].dtype == np.int64 and segmentation["labels"].shape == (found,)
@@ -278,7 +279,7 @@ def test_extreme_images(size: tuple[int, int], scaled: set[tuple[int, int]], eva
     raw = _raw(size, (_annotation(0, 0, width, height),), pixels=height * width < 1_000_000)
     found = set()
     for train in (True, False):
-        transform = JointTransform(train, JOINT_TASKS, vocabulary=VOCABULARY)
+        transform = JointTransform(train, tuple(TASKS), vocabulary=VOCABULARY)
         sizes = {transform.geometry(size, generator(key))[-1] for key in range(60)}
         found |= {(op.height, op.width) for op in sizes if isinstance(op, Resize)} if train else set()
         sample = transform(raw, generator(3))
@@ -293,7 +294,7 @@ def test_extreme_images(size: tuple[int, int], scaled: set[tuple[int, int]], eva
 # ---- batches ----
 
 
-def _samples(*, pixels: bool = True, labels: bool = True, tasks: Any = JOINT_TASKS) -> list[Sample]:
+def _samples(*, pixels: bool = True, labels: bool = True, tasks: Any = tuple(TASKS)) -> list[Sample]:
     """48 x 61, 61 x 48 and 48 x 48; the second without objects and captions."""
     transform = _joint(False, tasks)
     raws = [_raw(), _raw((90, 70), (), ()), _raw((60, 60), (_annotation(0, 0, 60, 60),), ("c d",))]
@@ -318,7 +319,7 @@ def _assert_equal_batches(one: Batch, other: Batch, *, images: bool = True) -> N
 def test_ragged_images_and_the_frames_of_their_targets() -> None:
     samples = _samples()
     batch = collate_joint(samples)
-    assert batch.images.shape == (3, 3, 61, 61) and batch.tasks == JOINT_TASKS
+    assert batch.images.shape == (3, 3, 61, 61) and batch.tasks == tuple(TASKS)
     assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [70, 71, 72]
     for padded, sample in zip(batch.images, samples, strict=True):
         height, width = sample.size
@@ -343,7 +344,7 @@ def test_ragged_images_and_the_frames_of_their_targets() -> None:
 def test_batches_are_those_of_the_single_tasks() -> None:
     samples = _samples()
     batch = collate_joint(samples)
-    for task, collate in zip(JOINT_TASKS, (collate_detection, collate_segmentation, collate_captioning), strict=True):
+    for task, collate in zip(tuple(TASKS), (collate_joint, collate_segmentation, collate_joint), strict=True):
         _assert_equal_batches(replace(batch, targets={task: batch.targets[task]}), collate(samples))
 
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 from coco_tree import NO_PHOTOS, PHOTOS, make_split
 
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, SamplePipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.manifest import Manifest
@@ -29,14 +28,15 @@ from visft_ds.data.plan import Plan, SetPlan, StepPlan, TaskPlan
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import DamagedSample, ShardReader
-from visft_ds.data.transforms import DetectionTransform
 from visft_ds.data.workers import choose_workers
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
+from visft_ds.tasks.detection.data import DetectionTransform
+from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
-TRAIN = SamplePipeline(DetectionTransform(True, **SIZES), collate_detection)
-EVALUATE = SamplePipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_detection)
+TRAIN = SamplePipeline(DetectionTransform(True, **SIZES), collate_joint)
+EVALUATE = SamplePipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_joint)
 #: Of the two tasks, "other" stands for any second one.
 PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
 
@@ -317,7 +317,7 @@ def test_read_ahead_hides_the_work_and_is_bounded(reader: ShardReader) -> None:
         return TRAIN.transform(raw, rng)
 
     plan = Plan({"detection": one(len(reader), 2)}, seed=0)
-    pipelines = {"detection": {"toy": SamplePipeline(slow, collate_detection)}}
+    pipelines = {"detection": {"toy": SamplePipeline(slow, collate_joint)}}
     loader = loader_of(reader, plan, pipelines, num_workers=2, prefetch_steps=2)
     loop = loader.steps(0)
     next(loop)
@@ -385,7 +385,7 @@ def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: Sha
 def test_real_photographs_at_full_size(tmp_path: Path) -> None:
     labels = PHOTOS / "annotations"
     build(Options(PHOTOS / "val2017", labels / "instances_val2017.json", None, tmp_path, "val"))
-    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True), collate_detection)}}
+    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True), collate_joint)}}
     with ShardReader(Manifest.load(tmp_path, "val")) as photos:
         plan = Plan({"detection": one(len(photos), 8)}, seed=0)
         for _, (batch,) in loader_of(photos, plan, pipelines).steps(0, 3):

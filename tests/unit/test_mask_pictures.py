@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from faster_coco_eval import mask as coco_mask
 
-from visft_ds.evals.mask_pictures import MaskArray, decode_mask, draw_masks
-from visft_ds.evals.pictures import Picture, split_panels
+from visft_ds.tasks.pictures import Picture, split_panels
+from visft_ds.tasks.segmentation.pictures import MaskArray, decode_mask, draw_masks
 
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
 TITLE = 26  # pixels

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from visft_ds.data.samples import DetectionTargets
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
+from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.matching import Matches, MatchingCosts, match
 
 COSTS = MatchingCosts()

@@ -14,11 +14,12 @@ import torch
 
 from visft_ds import launch, train
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.samples import Batch
 from visft_ds.planner import MemoryPlan, Suggestion
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
 from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.detection.data import DetectionTargets
 
 CPU, GIB = torch.device("cpu"), 2**30
 PLAN = MemoryPlan(2 * GIB, GIB, GIB, 0, 0, 6 * GIB, 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visft_ds.evals.pictures import Picture, draw_detections, grid, palette, save_png
+from visft_ds.tasks.pictures import Picture, draw_detections, grid, palette, save_png
 
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
 

@@ -17,7 +17,7 @@ from visft_ds.evals.model import heads_in
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
 from visft_ds.prepare.datasets import TrainingSet
-from visft_ds.prepare.places import DATA, HEADS, VOCABULARY, WEIGHTS, data_of_run, find, located, paths_of
+from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, data_of_run, find, located, paths_of
 from visft_ds.run.folder import recorded_config, recorded_inputs
 from visft_ds.run.record import keep_inputs, write_record
 from visft_ds.shards.build import Options, build
@@ -25,10 +25,12 @@ from visft_ds.tasks import TASKS
 
 CATEGORIES = (Category(0, 3, "crack"), Category(1, 8, "rust"))
 
+WORD_MAP = "visft.tasks.captioning.vocabulary.file"
+
 
 def _config(*settings: str, **paths: Path | str) -> ResolvedConfig:
     """Stage 2 of the debug model with heads, words and base weights, all relative."""
-    keys = {"weights": WEIGHTS, "heads": HEADS, "words": VOCABULARY, "data": DATA, "out": "visft.run.out"}
+    keys = {"weights": WEIGHTS, "heads": HEADS, "words": WORD_MAP, "data": DATA, "out": "visft.run.out"}
     places = {"weights": "base.pt", "heads": "stage1/export", "words": "words.json", "data": "shards", "out": "run"}
     given = (f"{keys[name]}={path}" for name, path in {**places, **paths}.items())
     return resolve(stage=2, model="debug", settings=[*given, *settings])
@@ -120,7 +122,7 @@ def test_a_run_comes_before_where_its_files_came_from(home: Path) -> None:
     """Unless the command says where they are: what it names is compared with the run's, not passed over."""
     run, config = home / "run", _config()
     assert find(run, config.visft, HEADS) == run / "inputs/heads"
-    assert find(run, config.visft, VOCABULARY) == run / "inputs/vocabulary.json"
+    assert find(run, config.visft, WORD_MAP) == run / "inputs/vocabulary.json"
     assert located(config, run).to_dict() == config.to_dict()
     for task in TASKS:
         (home / f"stage1/export/{task}.safetensors").unlink()

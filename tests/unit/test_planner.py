@@ -22,7 +22,7 @@ from visft_ds.planner.zero import Zero
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.plan_validation import FIRST_IDS, OBJECTS, VOCABULARY, made_up_batch
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_AGAIN = ("visft.model.checkpoint_every=1", "visft.model.recompute=block")

@@ -21,7 +21,6 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import files_of_run, load_model
-from visft_ds.evals.pictures import palette
 from visft_ds.evals.runner import collect
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.predict.images import find_images, open_image
@@ -29,6 +28,7 @@ from visft_ds.predict.model import Model, load, load_backbone
 from visft_ds.predict.results import Prediction
 from visft_ds.prepare.streams import streams_of
 from visft_ds.run.folder import recorded_config
+from visft_ds.tasks.pictures import palette
 
 TASKS = ["detection", "segmentation", "captioning"]
 

@@ -14,7 +14,7 @@ from torch import nn
 from visft_ds.config import resolve
 from visft_ds.costs import hardware
 from visft_ds.costs.counting import FlopMeter
-from visft_ds.costs.flops import Flops, TowerShape, detection_flops, packed_flops, tower_flops
+from visft_ds.costs.flops import Flops, TowerShape, packed_flops, tower_flops
 from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -26,7 +26,7 @@ from visft_ds.costs.ledger import (
     Ledger,
     saved_tensors_counted,
 )
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.samples import Batch
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
@@ -50,6 +50,8 @@ from visft_ds.profiling.timing import (
 )
 from visft_ds.resilience import host_memory
 from visft_ds.tasks import TASKS
+from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks.detection.flops import detection_flops
 from visft_ds.tasks.detection.head import DetectionHead
 
 CPU = torch.device("cpu")

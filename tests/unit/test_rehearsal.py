@@ -15,15 +15,16 @@ from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.plan import generator
 from visft_ds.data.roles import sample_checksum
-from visft_ds.data.transforms import DetectionTransform, final_size
+from visft_ds.data.transforms import final_size
 from visft_ds.prepare.datasets import TrainingSet, open_training_data
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.memory import Largest, _gathered, largest_batches
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.segmentation.data import SegmentationTransform
 from visft_ds.tasks.segmentation.data import final_size as final_frame
 from visft_ds.tasks.transform import JointTransform
+from visft_ds.tasks.vocabulary import Vocabulary
 
 SIZES = [(480, 640), (640, 480), (427, 640), (500, 500), (333, 1000), (900, 300), (20, 700)]
 #: What a long side may exceed its bound by, because the short side is rounded first: half of long / short pixels of the

@@ -20,14 +20,14 @@ from shard_server import Served, serve
 
 from visft_ds.data import remote, remote_store, store
 from visft_ds.data.ahead import coalesce
-from visft_ds.data.collate import collate_detection
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import ROLES, Role, ShardReader
 from visft_ds.data.store import CacheMode, CacheOptions, open_store
-from visft_ds.data.transforms import DetectionTransform
+from visft_ds.tasks.detection.data import DetectionTransform
+from visft_ds.tasks.transform import collate_joint
 
 Sample = tuple[bytes | None, bytes | None]
 
@@ -289,7 +289,7 @@ def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
 @pytest.mark.parametrize(("ranks", "requests"), [(1, 3), (2, 6)])
 def test_the_loader_fetches_neighbours_of_many_steps_together(served: Served, ranks: int, requests: int) -> None:
     """A hint of one small batch after another would ask for nearly every sample by itself."""
-    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_detection)
+    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_joint)
     with _open(served) as reader:
         plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
         for rank in range(ranks):

@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from visft_ds.config import resolve
-from visft_ds.evals.caption_pictures import draw_caption
-from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, log_ticks, smooth, thin, ticks
+from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin
 from visft_ds.evals.compare import FORMAT, VERSION, Evaluation, compare_results, read_evaluation
-from visft_ds.evals.mask_pictures import draw_masks
-from visft_ds.evals.pictures import draw_detections, save_png, split_panels
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.monitor.metrics import MetricsWriter, RunRecord
+from visft_ds.tasks.captioning.pictures import draw_caption
+from visft_ds.tasks.pictures import draw_detections, save_png, split_panels
+from visft_ds.tasks.segmentation.pictures import draw_masks
 
-VOID = {"meta", "img", "line", "path", "br"}
+VOID = {"meta", "img", "path", "br", "use", "rect"}
 METRICS = {
     **{"box/AP": 0.25, "box/AP50": 0.5, "box/APl": -1.0, "box/AP/star": 0.3, "box/AP/<ring>": 0.2},
     **{"mask/AP": 0.375, "mask/AP50": 0.75, "mask/AP/star": 0.4, "caption/CIDEr-D": 1.25, "caption/BLEU-4": 0.0},
@@ -164,11 +162,24 @@ def test_everything_is_on_the_page(report: Report, tmp_path: Path) -> None:
         assert told in text, told
 
 
+def test_names_and_captions_of_the_data_cannot_become_code(report: Report, tmp_path: Path) -> None:
+    bad = "a <script>alert('x')"
+    first, second = (
+        _evaluation(tmp_path / name, bad, {**METRICS, f"box/AP/{bad}": 0.5}, caption=caption)
+        for name, caption in {"first": "a star", "second": bad}.items()
+    )
+    second.record["data"]["where"] = second.record["caption_tokenizer"] = bad
+    runs, merged, texts = {bad: report.runs["stage 2"]}, replace(first, label=bad), {bad: bad}
+    everywhere = Report(bad, [bad], runs, [first, second], merged, [first], {bad: Path(bad)}, texts, {bad: 1.0})
+    text = write_report(tmp_path / "report.html", everywhere).read_text(encoding="utf-8")
+    assert "<script" not in text and _Page(text).open == [] and text.count("a &lt;script&gt;alert(&#39;x") > 30
+
+
 def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: Path) -> None:
     text = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
     loads = _Page(text).loads
     assert len(loads) == 3 * 2 * 3 and all(load.startswith("data:image/jpeg;base64,") for load in loads)
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == [] and "url(" not in text
+    assert re.findall(r"https?://(?!www\.w3\.org/(?:2000/svg|1999/xlink))|url\((?!#)", text) == []
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(loads[0].split(",")[1]))))
     truth, _ = split_panels(report.evaluations[0].pictures("detection")[1])
     # JPEG of flat colours with thin lines: a wrong panel would be off by far more
@@ -264,47 +275,30 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_enclose_the_data(low: float, span: float) -> None:
-    places = ticks(low, low + span)
-    step = places[1] - places[0]
-    # 1e-6 of a step: rounding; a span below the resolution of the numbers counts as none
-    assert places[0] <= low + 1e-6 * step and places[-1] >= low + span - 1e-6 * step
-    assert 2 <= len(places) <= 8
+def _chart(xs: list[float], ys: list[float]) -> tuple[str, list[list[tuple[float, float]]]]:
+    """A chart, and the points of its line, unbroken run by run, from the lower left."""
+    series = [Series(xs, ys, "#123456", name="a & $b$ <c>")]
+    text, again = (line_chart(series, title="t", x_label="x", y_label="y") for _ in range(2))
+    assert text == again and text.startswith("<svg ") and "a &amp; $b$ &lt;c&gt;" in text and "nan" not in text
+    path = re.search(r'<path d="M([^"]*)" clip-path="[^"]*" style="fill: none; stroke: #123456', text)
+    runs = path[1].split("M") if path else []
+    return text, [[(float(x), -float(y)) for x, y in re.findall(r"(\S+) (\S+) \n", run)] for run in runs]
 
 
-def test_chart_places_points_between_its_axes() -> None:
-    """Values from 0 to 10 and steps from 0 to 100: the line runs from one corner of the plot to the other."""
-    text = line_chart([Series([0, 50, 100], [10, 5, 0], "#123456", name="a & b")], title="t", x_label="x", y_label="y")
-    path = re.search(r'<path d="M(.*?)"', text)
-    assert path is not None
-    points = [tuple(map(float, point.split())) for point in path[1].split(" L")]
-    assert points == [(58.0, 34.0), (281.0, 145.0), (504.0, 256.0)]
-    assert "a &amp; b" in text and ">100</text>" in text
+@pytest.mark.parametrize(("ys", "share"), [([10.0, 6.0, 2.5], 4 / 7.5), ([100.0, 10.0, 1.0], 0.5)])
+def test_chart_places_points_between_its_axes(ys: list[float], share: float) -> None:
+    """Where the middle value lies between the others; on a wide chart by its logarithm."""
+    text, [[first, middle, last]] = _chart([0, 50, 100], ys)
+    assert first[0] < last[0] and middle[0] == pytest.approx((first[0] + last[0]) / 2, abs=0.01)
+    assert (first[1] - middle[1]) / (first[1] - last[1]) == pytest.approx(share, abs=1e-3) and ">100</text>" in text
 
 
-def test_wide_chart_is_logarithmic() -> None:
-    """From 1 to 100: the geometric mean lies in the middle; a gap where a value is missing, a point on each side."""
-    text = line_chart([Series([0, 50, 100], [100, 10, 1], "red")], title="t", x_label="x", y_label="y")
-    path = re.search(r'<path d="M(.*?)"', text)
-    assert path is not None
-    assert [tuple(map(float, point.split())) for point in path[1].split(" L")] == [(58, 34), (281, 145), (504, 256)]
-    broken = line_chart([Series([0, 50, 100], [100, math.nan, 1], "red")], title="t", x_label="x", y_label="y")
-    assert broken.count("<path") == 2 and "nan" not in broken
-
-
-@given(st.floats(1e-9, 1e9), st.floats(1, 1e6))
-def test_logarithmic_ticks_enclose_the_data(low: float, factor: float) -> None:
-    places = log_ticks(low, low * factor)
-    assert places[0] <= low * (1 + 1e-6) and places[-1] >= low * factor * (1 - 1e-6) and len(places) >= 2
-    # no more than one step too many: 2.5 is the widest gap
-    assert places[0] * 2.6 >= low and places[-1] <= 2.6 * 2.6 * low * factor
-
-
-def test_chart_of_nothing_finite_says_so() -> None:
-    assert "no finite values" in line_chart([Series([1.0], [math.nan], "red")], title="t", x_label="x", y_label="y")
-    one = line_chart([Series([1.0], [3.0], "red")], title="t", x_label="x", y_label="y")
-    assert one.count("<path") == 1 and "nan" not in one
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_chart_has_gaps_where_values_are_missing(missing: float) -> None:
+    assert [len(line) for line in _chart([0, 1, 2, 3, 4, 5], [5, 4, missing, 3, 2, 1])[1]] == [2, 3]
+    dots = re.findall(r'<use [^>]*style="fill: #123456', _chart([0, 1, 2], [100, missing, 1])[0])
+    assert len(dots) == 3, "lone points, and the one in the legend"
+    assert "no finite values" in _chart([1], [missing])[0]
 
 
 def test_smoothing_follows_without_lag_at_the_start() -> None:

@@ -12,14 +12,14 @@ import torch
 from tests.integration.tiny import TINY
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig, resolve
-from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.data.manifest import Category
 from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import tower_metadata
+from visft_ds.interop.published_heads import KINDS
 from visft_ds.prepare.model import PreparedModel, prepare_model
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 CATEGORIES = (Category(0, 1, "person"), Category(1, 2, "bicycle"))
@@ -66,7 +66,7 @@ def stage1() -> tuple[ResolvedConfig, PreparedModel]:
 def test_published_heads_start_stage_2(stage1: tuple[ResolvedConfig, PreparedModel], tmp_path: Path) -> None:
     _, first = stage1
     for task, head in first.module.heads.items():
-        save_heads(head, tmp_path / f"eva_g_{PUBLISHED_TASKS[task]}_heads.ckpt")
+        save_heads(head, tmp_path / f"eva_g_{KINDS[task]}_heads.ckpt")
     second = prepared(configured(2, PUBLISHED), tmp_path)
     theirs, ours = first.module.heads.state_dict(), second.module.heads.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], value) for name, value in ours.items())

@@ -29,8 +29,8 @@ from visft_ds.prepare.streams import (
 )
 from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
+from visft_ds.tasks.vocabulary import Vocabulary
 
 SPLIT = "toy"
 SILENT = (1, 4, 5)  #: places of the pictures without captions in `partly`

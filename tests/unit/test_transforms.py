@@ -12,18 +12,8 @@ from PIL import Image
 
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.data.transforms import (
-    Crop,
-    DetectionTransform,
-    Flip,
-    Op,
-    Resize,
-    apply_to_boxes,
-    apply_to_image,
-    detection_targets,
-    final_size,
-    short_side_size,
-)
+from visft_ds.data.transforms import Crop, Flip, Op, Resize, apply_to_boxes, apply_to_image, final_size, short_side_size
+from visft_ds.tasks.detection.data import DetectionTransform, detection_targets
 
 SMALL = {
     "short_sides": (60, 72, 84),

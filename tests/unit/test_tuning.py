@@ -20,7 +20,7 @@ from visft_ds.interop.tuned import TunedWeights, tuned_of
 from visft_ds.interop.verify import verify_merge
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visft_ds.tasks.captioning.vocabulary import TOKENIZER, Vocabulary, caption_words
+from visft_ds.tasks.vocabulary import TOKENIZER, Vocabulary, caption_words
 
 COUNTS = {"dog": 7, "a": 20, "cat": 7, "zebra": 6, "rare": 5}
 

@@ -32,7 +32,7 @@ from visft_ds.parallel.state import gather_parameters, trainable
 from visft_ds.prepare.materialize import BaseWeights
 from visft_ds.run.folder import ADAPTER_FOLDER, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def export_weights(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from visft_ds.config.fields import STRICT, Count, Fraction, Positive
+from visft_ds.config.fields import Count, Fraction, Positive, StrictModel
 
 DEEPSPEED_VERSION = "0.19.8"
 
@@ -88,10 +88,9 @@ REFUSED_ZERO: dict[str, str] = {
 Device = Literal["none", "cpu", "nvme"]
 
 
-class OffloadParam(BaseModel):
+class OffloadParam(StrictModel):
     """`zero_optimization.offload_param`, ZeRO-3 only."""
 
-    model_config = STRICT
     device: Device = "none"
     nvme_path: str | None = None
     buffer_count: Count | None = None
@@ -100,10 +99,9 @@ class OffloadParam(BaseModel):
     pin_memory: bool | None = None
 
 
-class OffloadOptimizer(BaseModel):
+class OffloadOptimizer(StrictModel):
     """`zero_optimization.offload_optimizer`."""
 
-    model_config = STRICT
     device: Device = "none"
     nvme_path: str | None = None
     buffer_count: Count | None = None
@@ -116,10 +114,9 @@ class OffloadOptimizer(BaseModel):
     cpuadam_cores_perc: Fraction | None = None
 
 
-class ZeroOptimization(BaseModel):
+class ZeroOptimization(StrictModel):
     """`zero_optimization`: types and names only; absent keys keep DeepSpeed's defaults."""
 
-    model_config = STRICT
     stage: Literal[0, 1, 2, 3]
     contiguous_gradients: bool | None = None
     reduce_scatter: bool | None = None
@@ -154,17 +151,15 @@ class ZeroOptimization(BaseModel):
     leaf_module: dict[str, Any] | None = None
 
 
-class PipelineKeys(BaseModel):
+class PipelineKeys(StrictModel):
     """`pipeline`: the layers are divided over stages; DeepSpeed's other keys of it are decided by the engine."""
 
-    model_config = STRICT
     stages: Annotated[int, Field(ge=2)]  #: processes that hold one model together; all processes are a multiple of it
 
 
-class DeepSpeedKeys(BaseModel):
+class DeepSpeedKeys(StrictModel):
     """Top-level keys that are handed to DeepSpeed as they stand."""
 
-    model_config = STRICT
     zero_optimization: ZeroOptimization
     pipeline: PipelineKeys | None = None  #: absent: every process has all layers
     zero_allow_untested_optimizer: bool | None = None

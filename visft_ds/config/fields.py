@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-#: Unknown keys are errors, "1e-5" is no number, true is no integer, and a validated config does not change.
-STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+class StrictModel(BaseModel):
+    """Part of a configuration: unknown keys are errors, "1e-5" is no number, true no integer, and nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _whole(value: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.config.resolve import ResolvedConfig
-from visft_ds.config.task_schema import TasksConfig
+from visft_ds.tasks import registry
 
 #: File name of published base weights -> command that fetches it into a folder. Sources: the model cards of
 #: https://huggingface.co/QuanSun/EVA-CLIP and https://github.com/salesforce/LAVIS (lavis/models/eva_vit.py).
@@ -26,10 +26,6 @@ PUBLISHED_WEIGHTS = {
 
 #: Copies in a run's folder of what it was given.
 INPUTS_FOLDER = "inputs"
-#: Our tasks in the names of the published files (https://huggingface.co/TencentARC/ViSFT).
-PUBLISHED_TASKS = {"detection": "detection", "segmentation": "segment", "captioning": "caption"}
-
-
 #: Exit code of a dry run where the run itself could not start.
 CANNOT_START = 3
 
@@ -76,11 +72,13 @@ def is_url(root: str) -> bool:
 
 
 def _vocabulary(config: ResolvedConfig) -> Iterator[Missing]:
-    task = config.visft.tasks.captioning
-    if task is None or task.vocabulary.file is None or Path(task.vocabulary.file).is_file():
+    words = config.visft.tasks.with_words()
+    if words is None:
         return
-    command = "put it there, or take the words of the captions: --set visft.tasks.captioning.vocabulary.file=null"
-    yield Missing("vocabulary of the captions", task.vocabulary.file, command)
+    name, file = words[0], words[1].vocabulary.file
+    if file is not None and not Path(file).is_file():
+        command = f"put it there, or take the words of the captions: --set visft.tasks.{name}.vocabulary.file=null"
+        yield Missing("vocabulary of the captions", file, command)
 
 
 def _weights(config: ResolvedConfig) -> Iterator[Missing]:
@@ -112,7 +110,7 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
         command = f"{launcher()} --stage 1 --model {config.visft.model.name}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
-        if len(others) < len(TasksConfig.model_fields):
+        if len(others) < len(registry.BUILT_IN):
             command += f" --set visft.tasks={','.join(others)}"
         folder, where = Path(heads.path), heads.path
         if folder.is_dir():
@@ -128,7 +126,10 @@ def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
     data = config.visft.data
     try:
         counts = json.loads((Path(data.root) / f"{data.train}.manifest.json").read_text(encoding="utf-8"))["counts"]
-        return not data.sets and counts["captions" if task == "captioning" else "trainable"] == 0
+        return (
+            not data.sets
+            and counts["captions" if registry.config_class(task).labels == "captions" else "trainable"] == 0
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False  # whoever opens it says what is wrong with it
 
@@ -153,7 +154,8 @@ def head_files(folder: Path, task: str) -> list[Path]:
     own = folder / f"{task}.safetensors"
     if own.is_file():
         return [own]
-    published = (folder / f"eva_{tower}_{PUBLISHED_TASKS[task]}_heads.ckpt" for tower in ("e", "g"))
+    word = registry.config_class(task).published
+    published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
     return [path for path in published if path.is_file()]
 
 

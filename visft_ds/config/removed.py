@@ -7,7 +7,10 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Any
+
+from visft_ds.tasks import registry
 
 #: Version of run.json. 1: release 0.1, whose records do not state it. 2: without the keys below.
 RUN_SCHEMA = 2
@@ -16,28 +19,20 @@ _COPIES = "find copies with a program made for that, as imagededup, and name the
 _MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
 _UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 
-#: Dotted key -> what serves instead.
-KEYS: dict[str, str] = {
+#: Dotted key -> what serves instead; those of the tasks come from `TaskConfig.removed`.
+_KEYS: dict[str, str] = {
     "visft.run.average_last": "average afterwards: visft merge --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
-    "visft.tasks.segmentation.image.content_multiple": "content_only extends to multiples of 14, a patch of EVA",
     "visft.data.cache_mode": "visft.data.cache keeps what was read; copy whole shards yourself (aws s3 sync, rclone)",
-    "visft.tasks.detection.ratio": _UPDATES,
-    "visft.tasks.segmentation.ratio": _UPDATES,
-    "visft.tasks.captioning.ratio": _UPDATES,
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
-IDLE: dict[str, Any] = {
+_IDLE: dict[str, Any] = {
     "visft.run.average_last": 0,
     "visft.run.min_loss_scale": 1.0,
     "visft.run.skip_spikes": 0,
-    "visft.tasks.segmentation.image.content_multiple": 14,
     "visft.data.cache_mode": "ranges",
-    "visft.tasks.detection.ratio": None,
-    "visft.tasks.segmentation.ratio": None,
-    "visft.tasks.captioning.ratio": None,
     "visft.model.base": "full",
 }
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
@@ -66,9 +61,27 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 }
 
 
+@cache
+def _of_tasks() -> dict[str, tuple[str, Any]]:
+    """Dotted key of a task of this package -> what serves instead, and the value that changed nothing."""
+    gone = {name: {"ratio": (_UPDATES, None), **registry.config_class(name).removed} for name in registry.BUILT_IN}
+    return {f"visft.tasks.{name}.{key}": found for name, keys in gone.items() for key, found in keys.items()}
+
+
+def removed_keys() -> dict[str, str]:
+    """Dotted key -> what serves instead."""
+    return _KEYS | {key: instead for key, (instead, _) in _of_tasks().items()}
+
+
+def idle_values() -> dict[str, Any]:
+    """Dotted key that a record written before may hold -> the value with which it changed nothing."""
+    return _IDLE | {key: idle for key, (_, idle) in _of_tasks().items()}
+
+
 def removed_key(key: str) -> str | None:
     """The answer to a removed key, or None for any other."""
-    return f"removed in 0.2: {KEYS[key]}" if key in KEYS else None
+    instead = removed_keys().get(key)
+    return None if instead is None else f"removed in 0.2: {instead}"
 
 
 def refuse_removed(tool: str, arguments: Sequence[str]) -> None:
@@ -91,12 +104,12 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
     _ratios_to_updates(kept)
-    for key, instead in KEYS.items():
+    for key, instead in removed_keys().items():
         *parents, name = key.split(".")
         node: Any = kept
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and name in node and node.pop(name) != IDLE.get(key):
+        if isinstance(node, dict) and name in node and node.pop(name) != idle_values().get(key):
             print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
     return kept
 

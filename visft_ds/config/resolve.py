@@ -23,10 +23,10 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, without_removed
+from visft_ds.config.removed import idle_values, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
-from visft_ds.config.task_schema import TasksConfig
 from visft_ds.config.validate import validate
+from visft_ds.tasks import registry
 
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
 #: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
@@ -53,8 +53,8 @@ NOT_IDENTITY = (
     "visft.model.kernels",
     "visft.model.compile",
     "visft.tasks.*.micro_batch",
-    "visft.tasks.captioning.decoding.*",
-    "visft.tasks.captioning.vocabulary.file",
+    "visft.tasks.*.decoding.*",
+    "visft.tasks.*.vocabulary.file",
     "visft.shared.micro_batch",
 )
 
@@ -104,7 +104,7 @@ class ResolvedConfig:
         Removed keys count with the values that changed nothing: the checkpoints of older runs hold them.
         """
         values = self.identity()
-        for key, idle in IDLE.items():
+        for key, idle in idle_values().items():
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle
@@ -204,7 +204,7 @@ def _apply(tree: Tree, text: str) -> None:
 def _keep_tasks(tree: Tree, value: Any) -> None:
     """`--set visft.tasks=detection,captioning` or a JSON list of names: turn every other task off."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    known = list(TasksConfig.model_fields)
+    known = list(registry.entries())
     given = f"--set visft.tasks={','.join(names) if isinstance(value, str) else json.dumps(value)}"
     if not isinstance(names, list) or not names or any(name not in known for name in names):
         unknown = [name for name in names if name not in known] if isinstance(names, list) else []
@@ -230,7 +230,7 @@ def _keep_tasks(tree: Tree, value: Any) -> None:
 
 def _drop_idle_groups(visft: VisftConfig) -> VisftConfig:
     """Without the parameter groups of heads that take no part: a recipe for three tasks also serves for one."""
-    off = tuple(f"heads.{name}." for name in TasksConfig.model_fields if name not in visft.tasks.enabled())
+    off = tuple(f"heads.{name}." for name in registry.entries() if name not in visft.tasks.enabled())
     used = [(group, [glob for glob in group.globs() if not glob.startswith(off)]) for group in visft.param_groups]
     kept = tuple(
         group if len(globs) == len(group.globs()) else group.model_copy(update={"params": ",".join(globs)})

@@ -12,11 +12,13 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Text
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel, Text
 from visft_ds.config.task_schema import SHARED, SharedConfig, Stream, TasksConfig
+from visft_ds.tasks import registry
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
@@ -24,7 +26,16 @@ ExitCode = Annotated[int, Field(ge=0, lt=126)]  #: shells use the numbers above
 ROLES = ("q", "k", "v", "proj", "fc1", "fc2")
 #: Towers of our own; TIMM + NAME is a model of timm.
 PRESETS, TIMM = ("eva_e", "eva_g", "debug"), "timm:"
-TaskName = Literal["detection", "segmentation", "captioning"]
+
+
+def _known_task(value: str) -> str:
+    if value in registry.entries():
+        return value
+    allowed = " or ".join(", ".join(f"'{name}'" for name in registry.entries()).rsplit(", ", 1))
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 def _known_preset(value: str) -> str:
@@ -42,46 +53,41 @@ def _known_preset(value: str) -> str:
 Preset = Annotated[str, AfterValidator(_known_preset)]
 
 
-class OptimizerParams(BaseModel):
+class OptimizerParams(StrictModel):
     """AdamW's numbers; a parameter group may set its own lr and weight_decay."""
 
-    model_config = STRICT
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Rate
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(StrictModel):
     """`optimizer`, written as DeepSpeed writes it; built with torch, so that nothing is compiled at start."""
 
-    model_config = STRICT
     type: Literal["AdamW"]
     params: OptimizerParams
 
 
-class SchedulerParams(BaseModel):
+class SchedulerParams(StrictModel):
     """Numbers of the schedule, in optimiser steps and in fractions of each group's own learning rate."""
 
-    model_config = STRICT
     warmup_num_steps: Count
     total_num_steps: Positive | None = None  #: the length of the run; null: what the tasks' `updates` amount to
     warmup_min_ratio: Fraction = 0.0
     cos_min_ratio: Fraction = 0.0  #: only with WarmupCosineLR
 
 
-class SchedulerConfig(BaseModel):
+class SchedulerConfig(StrictModel):
     """`scheduler`, under DeepSpeed's names; ours does not spend the first step at learning rate 0."""
 
-    model_config = STRICT
     type: Literal["WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]  #: cosine, linear, constant after the warm-up
     params: SchedulerParams
 
 
-class BackboneOverrides(BaseModel):
+class BackboneOverrides(StrictModel):
     """Fields of the backbone preset that this model replaces."""
 
-    model_config = STRICT
     width: Positive | None = None
     depth: Positive | None = None
     num_heads: Positive | None = None
@@ -91,10 +97,9 @@ class BackboneOverrides(BaseModel):
     post_norm: bool | None = None
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(StrictModel):
     """`visft.model`: backbone, weights, precision, and memory and kernel options."""
 
-    model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
@@ -119,29 +124,26 @@ class ModelConfig(BaseModel):
         return self.overrides.model_dump(exclude_none=True)
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(StrictModel):
     """`visft.lora`: low-rank adapters in every block; the update is scaled by alpha / rank. Keys as `inject_lora`'s."""
 
-    model_config = STRICT
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[Text, ...], Field(min_length=1)]  #: ROLES; with timm also globs over names of layers
     magnitude: bool = False  #: the length of each adapted row is learnt apart from its direction (DoRA)
 
 
-class HeadsConfig(BaseModel):
+class HeadsConfig(StrictModel):
     """`visft.heads`: the heads that stage 2 learns from."""
 
-    model_config = STRICT
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
-class DataSetConfig(BaseModel):
+class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
-    model_config = STRICT
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     root: Text  #: folder or URL of its shards
     split: Text = "train"
@@ -150,10 +152,9 @@ class DataSetConfig(BaseModel):
     categories: Text | None = None  #: JSON file, its category names -> ids of the heads, or null; null: the same ids
 
 
-class DataConfig(BaseModel):
+class DataConfig(StrictModel):
     """`visft.data`: shards made by visft shards, ROOT/NAME.manifest.json; ROOT may be a URL."""
 
-    model_config = STRICT
     root: Text = "data/coco"
     train: Text = "train"
     val: Text = "val"
@@ -168,19 +169,17 @@ class DataConfig(BaseModel):
     cache_bytes: Positive = 200_000_000_000  #: bound of the cache folder
 
 
-class FeaturesConfig(BaseModel):
+class FeaturesConfig(StrictModel):
     """`visft.features`: images come again under the same geometry, so that a frozen backbone sees each only once."""
 
-    model_config = STRICT
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
     storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: format that features are rounded to, also where none are kept
     cache: Text | None = None  #: folder that keeps them; null: the backbone sees every image again
 
 
-class ParamGroup(BaseModel):
+class ParamGroup(StrictModel):
     """Entry of `visft.param_groups`; null numbers are the optimizer's."""
 
-    model_config = STRICT
     name: Text
     params: Text  #: globs over qualified parameter names, separated by commas
     lr: Rate | None = None
@@ -191,15 +190,14 @@ class ParamGroup(BaseModel):
         return tuple(glob.strip() for glob in self.params.split(","))
 
 
-class RunConfig(BaseModel):
+class RunConfig(StrictModel):
     """`visft.run`: run folder, intervals of checkpoints, evaluations and logs in optimiser steps, failure handling."""
 
-    model_config = STRICT
     out: Text | None = None  #: null: runs/stage<N>-<visft.model.name>
     save_every: Positive = 500
     keep_last: Positive = 3  #: newest checkpoints kept
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
-    keep_best: Text | None = None  #: and the best one by this metric of `task_schema.METRICS`; null: none
+    keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
@@ -214,10 +212,9 @@ class RunConfig(BaseModel):
     requeue_code: ExitCode = 85  #: exit code after a stop by SIGUSR1, for a job script to queue the job again
 
 
-class VisftConfig(BaseModel):
+class VisftConfig(StrictModel):
     """`visft`: every setting that is not DeepSpeed's."""
 
-    model_config = STRICT
     stage: Literal[1, 2]
     seed: Count = 0
     model: ModelConfig
@@ -253,11 +250,21 @@ class VisftConfig(BaseModel):
         return max(stated) if self.mode == "shared" else sum(stated)
 
 
-class Recipe(BaseModel):
+class Recipe(StrictModel):
     """The keys of a configuration that this project reads; all others go to DeepSpeed."""
 
-    model_config = STRICT
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     gradient_clipping: Rate  #: global L2 norm; 0: off. Required: DeepSpeed's default is 1.0
     visft: VisftConfig
+
+
+def complete() -> None:
+    """Give the schema every task of the table; a task may be registered at any time."""
+    absent = [name for name in registry.entries() if name not in TasksConfig.model_fields]
+    for name in absent:
+        kind = registry.config_class(name)
+        TasksConfig.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(kind | None, None)
+    if absent:
+        for model in (TasksConfig, VisftConfig, Recipe):  # from the inside out
+            model.model_rebuild(force=True)

@@ -1,221 +1,113 @@
-"""The tasks of a configuration: images, head, loss, share of the steps. Defaults are those of the published code."""
+"""Settings that every task has (image, head, loss, share of the steps), and those that all of them share.
+
+The settings of each task stand in its folder, `visft_ds/tasks/<task>/config.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from visft_ds.config.fields import STRICT, Above, Count, Fraction, Positive, Probability, Rate, Sides, Text
+from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
+from visft_ds.tasks import registry
 
-_PRECISION = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-#: Metrics of each task in an evaluation during training.
-METRICS: Mapping[str, tuple[str, ...]] = {
-    "detection": tuple(f"box/{name}" for name in _PRECISION),
-    "segmentation": tuple(f"mask/{name}" for name in _PRECISION),
-    "captioning": (
-        *("caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
-        "caption/ROUGE-L",
-    ),
-}
-CaptionChoice = Literal["random", "first", "consensus"]  #: selection of an image's caption to learn from
+#: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
+#: shares most words with the others. The last two give a small set of images one answer each.
+CaptionChoice = Literal["random", "first", "consensus"]
 
 
-class _Share(BaseModel):
-    """Share of a task in a run: its optimiser steps and batch sizes."""
+class VocabularyConfig(StrictModel):
+    """Vocabulary of a head that works with words."""
 
-    model_config = STRICT
+    min_count: Positive = 6  #: least number of times a word occurs in the training captions
+    file: Text | None = None  #: a word map (JSON, word -> id) of a published head instead
+
+
+class DecodingConfig(StrictModel):
+    """Decoding of words in evaluation."""
+
+    beam_size: Positive = 1  #: 1: greedy
+    max_length: Positive = 50  #: words
+
+
+class TaskConfig(StrictModel):
+    """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
+
+    The fields of `image`, `head` and `loss` are the keyword arguments of the task's transform, head and criterion.
+    """
+
+    #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one that
+    #: the task is known by.
+    metrics: ClassVar[tuple[str, ...]] = ()
+    shown: ClassVar[tuple[str, ...]] = ()
+    main: ClassVar[str] = ""
+    labels: ClassVar[str] = "annotations"  #: what a data set must have to teach it, see `Manifest.labels`
+    learns_from: ClassVar[str] = "any"  #: which samples it can learn from, see `Manifest.selection`
+    published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
+    #: Key below `visft.tasks.<task>` that is gone -> what serves instead, and the value with which it did nothing.
+    removed: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})
+
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
     #: sum, in mode "shared" the most of them.
     updates: Positive | None = None
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
+    image: BaseModel
+    head: BaseModel
+    loss: BaseModel
 
     @property
     def share(self) -> float:
         """Share of the steps, relative to the other tasks; 0 where `updates` is null."""
         return float(self.updates or 0)
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Pairs (key below `visft.tasks.<task>`, problem) of values that are right alone and wrong together."""
+        yield from ()
 
-class DetectionImage(BaseModel):
-    """Keyword arguments of the detection transform; sizes in pixels."""
-
-    model_config = STRICT
-    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
-    max_long: Positive = 672
-    crop_short_sides: Sides = (400, 500, 600)
-    crop_range: tuple[Positive, Positive] = (384, 600)
-    flip: Fraction = 0.5  #: probability
-    eval_short: Positive = 800
-    eval_max_long: Positive = 672
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
+        """The same with a backbone whose patches have so many pixels."""
+        yield from ()
 
 
-class DetectionHeadConfig(BaseModel):
-    """Keyword arguments of the detection head (asymmetric DETR)."""
+class WordsConfig(TaskConfig):
+    """Settings of a task that learns from captions, and works with a vocabulary."""
 
-    model_config = STRICT
-    num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
-    num_queries: Positive = 100
-    encoder_dim: Positive = 128
-    decoder_dim: Positive = 256
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 6
-    num_heads: Positive = 8
-    ffn_dim: Positive = 1024
-    dropout: Probability = 0.1
+    labels = "captions"
+    learns_from = "captions"
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    decoding: DecodingConfig = DecodingConfig()
 
 
-class DetectionLoss(BaseModel):
-    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
-
-    model_config = STRICT
-    ce: Rate = 1.0
-    l1: Rate = 5.0
-    giou: Rate = 2.0
-    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
-
-
-class DetectionTask(_Share):
-    """`visft.tasks.detection`."""
-
-    image: DetectionImage = DetectionImage()
-    head: DetectionHeadConfig = DetectionHeadConfig()
-    loss: DetectionLoss = DetectionLoss()
-
-
-class SegmentationImage(BaseModel):
-    """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
-
-    model_config = STRICT
-    size: Positive = 1024  #: square that a training image is cut to
-    scale: tuple[Above, Above] = (0.1, 2.0)
-    flip: Fraction = 0.5  #: probability
-    pad_value: Count = 128
-    eval_short: Positive = 800
-    eval_max_long: Positive = 1333
-    eval_multiple: Positive = 32
-    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
-    mask_stride: Positive = 4  #: pixels to a cell of a target mask
-    content_only: bool = False  #: in training, drop the patches that show no image but only its extension
-
-
-class SegmentationHeadConfig(BaseModel):
-    """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
-
-    model_config = STRICT
-    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
-    num_queries: Positive = 100
-    hidden_dim: Positive = 256
-    encoder_layers: Positive = 6
-    decoder_layers: Positive = 9
-    num_heads: Positive = 8
-    num_points: Positive = 4
-    encoder_ffn_dim: Positive = 512
-    decoder_ffn_dim: Positive = 1024
-    dropout: Probability = 0.0
-    labelling: Literal["contiguous", "published"] = "contiguous"  #: from 0, or 1..80 as in the published heads
-
-
-class SegmentationLoss(BaseModel):
-    """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
-
-    model_config = STRICT
-    ce: Rate = 2.0
-    bce: Rate = 5.0
-    dice: Rate = 5.0
-    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
-    num_points: Positive = 12544
-    oversample: Annotated[float, Field(ge=1)] = 3.0
-    importance: Fraction = 0.75
-
-
-class SegmentationTask(_Share):
-    """`visft.tasks.segmentation`."""
-
-    image: SegmentationImage = SegmentationImage()
-    head: SegmentationHeadConfig = SegmentationHeadConfig()
-    loss: SegmentationLoss = SegmentationLoss()
-
-
-class CaptioningImage(BaseModel):
-    """Keyword arguments of the captioning transform; sizes in pixels."""
-
-    model_config = STRICT
-    size: Positive = 256  #: side of the square
-    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
-    max_words: Positive = 50
-
-
-class CaptioningHeadConfig(BaseModel):
-    """Keyword arguments of the captioning head; its vocabulary comes with the data."""
-
-    model_config = STRICT
-    attention_dim: Positive = 384
-    embed_dim: Positive = 384
-    decoder_dim: Positive = 384
-    grid: Positive = 14
-    dropout: Probability = 0.5
-
-
-class CaptioningLoss(BaseModel):
-    """Keyword arguments of the captioning criterion."""
-
-    model_config = STRICT
-    ce: Rate = 1.0
-    attention: Rate = 1.0  #: the doubly stochastic penalty
-
-
-class CaptioningVocabulary(BaseModel):
-    """Vocabulary of a captioning head."""
-
-    model_config = STRICT
-    min_count: Positive = 6  #: least number of times a word occurs in the training captions
-    file: Text | None = None  #: a word map (JSON, word -> id) of a published head instead
-
-
-class CaptioningDecoding(BaseModel):
-    """Decoding of captions in evaluation."""
-
-    model_config = STRICT
-    beam_size: Positive = 1  #: 1: greedy
-    max_length: Positive = 50  #: words
-
-
-class CaptioningTask(_Share):
-    """`visft.tasks.captioning`."""
-
-    image: CaptioningImage = CaptioningImage()
-    head: CaptioningHeadConfig = CaptioningHeadConfig()
-    loss: CaptioningLoss = CaptioningLoss()
-    vocabulary: CaptioningVocabulary = CaptioningVocabulary()
-    decoding: CaptioningDecoding = CaptioningDecoding()
-
-
-TaskConfig = DetectionTask | SegmentationTask | CaptioningTask
-
-
-class TasksConfig(BaseModel):
-    """`visft.tasks`: the tasks that train together. A task set to null, or absent, takes no part."""
-
-    model_config = STRICT
-    detection: DetectionTask | None = None
-    segmentation: SegmentationTask | None = None
-    captioning: CaptioningTask | None = None
+class TasksConfig(StrictModel):
+    """`visft.tasks`: the tasks that train together, by name. A task set to null, or absent, takes no part."""
 
     def enabled(self) -> dict[str, TaskConfig]:
-        """Task name -> its settings, in the order of this class."""
+        """Task name -> its settings, in the order of the table of tasks."""
         pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: task for name, task in pairs if task is not None}
 
+    def with_words(self) -> tuple[str, WordsConfig] | None:
+        """Name and settings of the task that works with words; None without one."""
+        found = ((name, task) for name, task in self.enabled().items() if isinstance(task, WordsConfig))
+        return next(found, None)
 
-class SharedImage(BaseModel):
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Tasks of other packages count only where they train: installing one changes no other run's record."""
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if value is not None or name in registry.BUILT_IN}
+
+
+class SharedImage(StrictModel):
     """Keyword arguments of the transform that all tasks share; sizes in pixels."""
 
-    model_config = STRICT
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
     flip: Fraction = 0.5  #: probability
@@ -227,10 +119,9 @@ class SharedImage(BaseModel):
     max_words: Positive = 50
 
 
-class SharedConfig(BaseModel):
+class SharedConfig(StrictModel):
     """`visft.shared`: batch and images of a step in which all tasks share the images (`visft.mode` "shared")."""
 
-    model_config = STRICT
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
     image: SharedImage = SharedImage()

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.removed import removed_key
-from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig
-from visft_ds.config.task_schema import METRICS, TasksConfig
+from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig, complete
+from visft_ds.config.task_schema import TasksConfig
+from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
     "images pass through the backbone one by one, on some processes more than on others, which a pipeline or ZeRO-3 "
@@ -23,9 +24,14 @@ _ONE_BY_ONE = (
 ITEM = "*"  #: stands for a position in a list
 
 
-@functools.cache
 def known_keys() -> tuple[str, ...]:
     """Every key a configuration may set, dotted; "*" stands for a position in a list."""
+    complete()
+    return _known_keys(tuple(registry.entries()))
+
+
+@functools.cache
+def _known_keys(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted({*_model_keys(Recipe, ""), *_model_keys(DeepSpeedKeys, "")}))
 
 
@@ -79,6 +85,7 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     Raises:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
     """
+    complete()
     errors = [*_refused(tree.values), *_automatic(tree.values)]
     handled = {key for key, _ in errors}
     ours = {key: value for key, value in tree.values.items() if key in Recipe.model_fields}
@@ -270,7 +277,7 @@ def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
-    best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled() for name in METRICS[task]]
+    best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled().values() for name in task.metrics]
     if best is None or best in measured:
         return
     near = difflib.get_close_matches(best.lower(), (lower := {name.lower(): name for name in measured}), n=1)
@@ -299,37 +306,9 @@ def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
     if visft.mode == "sampled":
         yield from _share_contradictions(visft.tasks)
-    if visft.tasks.detection is not None:
-        head, image = visft.tasks.detection.head, visft.tasks.detection.image
-        for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
-            if width % head.num_heads:
-                yield f"visft.tasks.detection.head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
-        if head.encoder_dim % 4:
-            yield (
-                "visft.tasks.detection.head.encoder_dim",
-                f"{head.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)",
-            )
-        if image.crop_range[0] > image.crop_range[1]:
-            yield "visft.tasks.detection.image.crop_range", "must be [smallest, largest]"
-    if visft.tasks.segmentation is not None:
-        mask_head, jitter = visft.tasks.segmentation.head, visft.tasks.segmentation.image
-        if mask_head.hidden_dim % mask_head.num_heads or mask_head.hidden_dim % 32:
-            yield (
-                "visft.tasks.segmentation.head.hidden_dim",
-                f"{mask_head.hidden_dim} is no multiple of num_heads = {mask_head.num_heads} and of 32 (norm groups)",
-            )
-        if mask_head.labelling == "published" and mask_head.num_classes < 80:
-            yield "visft.tasks.segmentation.head.num_classes", "must be at least 80: published labels are COCO's 80"
-        if jitter.scale[0] > jitter.scale[1]:
-            yield "visft.tasks.segmentation.image.scale", "must be [smallest, largest]"
-        if jitter.content_only and jitter.fixed_size is not None:
-            yield (
-                "visft.tasks.segmentation.image.content_only",
-                "fixed_size scales every image to the whole square, nothing is left away: set one of the two to its "
-                "default",
-            )
-        if jitter.pad_value > 255:
-            yield "visft.tasks.segmentation.image.pad_value", "must be a pixel value from 0 to 255"
+    for name, task in visft.tasks.enabled().items():
+        for key, problem in task.contradictions():
+            yield f"visft.tasks.{name}.{key}", problem
 
 
 def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

@@ -6,14 +6,12 @@ Shape letters: B images, H W pixels, N objects packed over the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from visft_ds.data.features import View
-from visft_ds.data.samples import Batch, DetectionTargets, Sample
+from visft_ds.data.samples import Batch, Sample
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:
@@ -29,24 +27,6 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         real=torch.ones(len(samples), dtype=torch.bool),
         views=_views(samples),
         frames=torch.tensor([sample.size for sample in samples]),
-    )
-
-
-def collate_detection(samples: Sequence[Sample]) -> Batch:
-    """A batch with `targets["detection"]`; without targets where no labels were read (`Sample.targets` empty)."""
-    batch = stack_samples(samples)
-    if not has_targets(samples, "detection"):
-        return batch
-    return replace(batch, targets={"detection": pack_detection(samples)})
-
-
-def pack_detection(samples: Sequence[Sample]) -> DetectionTargets:
-    """The boxes of all samples one after another."""
-    parts = [sample.targets["detection"] for sample in samples]
-    return DetectionTargets(
-        boxes=torch.from_numpy(np.concatenate([part["boxes"] for part in parts])),
-        labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
-        counts=torch.tensor([len(part["labels"]) for part in parts]),
     )
 
 

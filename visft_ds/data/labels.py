@@ -96,3 +96,10 @@ def _wrong_field(annotation: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def whole_image(size: tuple[int, int], category: int) -> dict[str, Any]:
+    """An annotation that fills an image of `size`, (height, width)."""
+    height, width = size
+    outline = [0, 0, width, 0, width, height, 0, height]
+    return {"bbox": [0, 0, width, height], "category_id": category, "iscrowd": 0, "segmentation": [outline]}

@@ -58,23 +58,6 @@ class Targets(Protocol):
 
 
 @dataclass(frozen=True)
-class DetectionTargets:
-    """Boxes of a batch, packed: image b owns the next `counts[b]` rows."""
-
-    boxes: Tensor  #: (N, 4) float32, cxcywh, relative to the unpadded image, in [0, 1]
-    labels: Tensor  #: (N,) int64, raw COCO category ids (1..90)
-    counts: Tensor  #: (B,) int64, sums to N
-
-    def to(self, device: torch.device) -> DetectionTargets:
-        """The same targets on `device`."""
-        return DetectionTargets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
-
-    def head_inputs(self) -> dict[str, Tensor]:
-        """Nothing: boxes are for the criterion alone."""
-        return {}
-
-
-@dataclass(frozen=True)
 class Batch:
     """Micro-batch. `targets` has an entry for every task that learns from these images."""
 

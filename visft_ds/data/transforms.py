@@ -9,7 +9,6 @@ Shape letters: H W pixels, n boxes of one image.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
-from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 
 Size = tuple[int, int]  # (height, width)
@@ -167,102 +165,13 @@ class ShortSides:
             return Resize(self.fixed_size, self.fixed_size)
         if not train:
             return Resize(*short_side_size(size, self.eval_short, self.eval_max_long))
-        return Resize(*short_side_size(size, _choose(self.short_sides, generator), self.max_long))
+        return Resize(*short_side_size(size, choose(self.short_sides, generator), self.max_long))
 
     def largest(self, size: Size) -> Size:
         """Largest size that training can give an image of `size`."""
         if self.fixed_size is not None:
             return (self.fixed_size, self.fixed_size)
         return short_side_size(size, max(self.short_sides), self.max_long)
-
-
-class DetectionTransform:
-    """Augmentation and targets of detection, as in the DETR recipe with a cap for a plain ViT.
-
-    Training: mirror with probability `flip`; then, with equal chances, either scale the short side to one of
-    `short_sides`, or scale it to one of `crop_short_sides`, cut out a random rectangle with sides from `crop_range`
-    and scale that as in the first case. Long sides are capped at `max_long`. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`. With `fixed_size`, both only scale to a square of that many pixels, and training
-    also mirrors.
-
-    Crowd regions and boxes without area (before or after a crop) give no target; images without targets stay.
-
-    The sample's `targets["detection"]` is {"boxes": (n, 4) float32, cxcywh relative to the transformed image,
-    "labels": (n,) int64, raw category ids, or places in `classes` where it is given}.
-
-    Raises:
-        ValueError: an empty or not positive list of sizes; when called, a category that is not in `classes`.
-    """
-
-    def __init__(
-        self,
-        train: bool,
-        *,
-        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672),
-        max_long: int = 672,
-        crop_short_sides: Sequence[int] = (400, 500, 600),
-        crop_range: tuple[int, int] = (384, 600),
-        flip: float = 0.5,
-        eval_short: int = 800,
-        eval_max_long: int = 672,
-        fixed_size: int | None = None,
-        classes: Sequence[int] | None = None,
-    ) -> None:
-        if not crop_short_sides or min(*crop_short_sides, *crop_range) < 1 or crop_range[0] > crop_range[1]:
-            raise ValueError(
-                f"crop sizes must be positive and in order: crop_short_sides={tuple(crop_short_sides)}, "
-                f"crop_range={crop_range}"
-            )
-        self.train = train
-        self.sides = ShortSides(tuple(short_sides), max_long, flip, eval_short, eval_max_long, fixed_size)
-        self.crop_short_sides = tuple(crop_short_sides)
-        self.crop_range = crop_range
-        self.labels = None if classes is None else places(classes)
-
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        """Transform one sample; evaluation draws nothing from `generator`."""
-        ops = self.geometry(raw.size, generator)
-        size = final_size(raw.size, ops)
-        with span("boxes"):
-            targets = detection_targets(raw.annotations, raw.size, ops, self.labels)
-        return Sample(
-            index=raw.index,
-            image_id=raw.image_id,
-            original_size=raw.size,
-            size=size,
-            image=None if raw.image is None else apply_to_image(raw.image, ops),
-            random_key=0,
-            targets={"detection": targets},
-        )
-
-    def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
-        """Geometric operations for an image of `size`, in order."""
-        ops = self.sides.mirror(self.train, generator)
-        if self.train and self.sides.fixed_size is None and generator.random() >= 0.5:
-            first = short_side_size(size, _choose(self.crop_short_sides, generator), None)
-            width = _between(*self.crop_range, first[1], generator)
-            height = _between(*self.crop_range, first[0], generator)
-            top = int(generator.integers(0, first[0] - height + 1))
-            left = int(generator.integers(0, first[1] - width + 1))
-            ops += [Resize(*first), Crop(top, left, height, width)]
-            size = (height, width)
-        return [*ops, self.sides.scale(size, self.train, generator)]
-
-    def extremes(self, size: Size) -> set[Size]:
-        """Sizes that training can give an image of `size`, among them the highest, the widest and the largest."""
-        found = {self.sides.largest(size)}
-        if self.sides.fixed_size is not None:
-            return found
-        # The narrowest crops become the longest images, those of this shape the images of most pixels.
-        shape = self.sides.max_long / max(self.sides.short_sides)
-        for first in {short_side_size(size, short_side, None) for short_side in self.crop_short_sides}:
-            heights, widths = ([min(end, side) for end in self.crop_range] for side in first)
-            crops = set(itertools.product(heights, widths))
-            for wanted in (shape, 1 / shape):
-                crops |= {(h, min(max(round(h * wanted), widths[0]), widths[1])) for h in heights}
-                crops |= {(min(max(round(w / wanted), heights[0]), heights[1]), w) for w in widths}
-            found |= {self.sides.largest(crop) for crop in crops}
-        return found
 
 
 def places(classes: Sequence[int]) -> dict[int, int]:
@@ -281,37 +190,6 @@ def labels_of(annotations: Sequence[Mapping[str, Any]], labels: Mapping[int, int
     return np.array([labels[annotation["category_id"]] for annotation in annotations], dtype=np.int64)
 
 
-def detection_targets(
-    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op], labels: Mapping[int, int] | None = None
-) -> dict[str, npt.NDArray[Any]]:
-    """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
-
-    `labels` maps category ids; None leaves them as they are.
-    """
-    used = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    raw = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-    classes = raw if labels is None else labels_of(used, labels)
-    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), size)
-    kept = _has_area(boxes)
-    boxes, classes = apply_to_boxes(boxes[kept], size, ops), classes[kept]
-    kept = _has_area(boxes)
-    boxes, classes = boxes[kept], classes[kept]
-    height, width = final_size(size, ops)
-    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-    return {"boxes": relative.astype(np.float32), "labels": classes}
-
-
-def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
-    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-
-
-def _choose(options: Sequence[int], generator: np.random.Generator) -> int:
+def choose(options: Sequence[int], generator: np.random.Generator) -> int:
     """Uniform random choice from `options`."""
     return options[int(generator.integers(0, len(options)))]
-
-
-def _between(low: int, high: int, available: int, generator: np.random.Generator) -> int:
-    """A side from [low, high], as far as the image has that many pixels."""
-    return int(generator.integers(min(low, available), min(high, available) + 1))

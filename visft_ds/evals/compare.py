@@ -12,15 +12,16 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.evals.mask_pictures import decode_mask
-from visft_ds.evals.pictures import Picture
+from visft_ds.tasks.pictures import Picture
+from visft_ds.tasks.registry import config_class, entries
+from visft_ds.tasks.segmentation.pictures import decode_mask
 
 #: What visft evaluate leaves in its folder; METRICS is written last.
 FORMAT, VERSION = "visft_ds evaluation", 1
 METRICS, PICTURES = "metrics.json", "pictures"
 
 #: Task -> the one number it is known by. Part before the slash: of all its numbers.
-MAIN = {"detection": "box/AP50", "segmentation": "mask/AP50", "captioning": "caption/CIDEr-D"}
+MAIN = {name: str(config_class(name).main) for name in entries()}
 
 
 def results_name(task: str) -> str:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from visft_ds.data.manifest import Manifest
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
-from visft_ds.evals.pictures import save_png
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.towers import open_tower
 from visft_ds.monitor.console import Section, print_plan
-
-_SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
+from visft_ds.tasks.pictures import save_png
+from visft_ds.tasks.registry import shown_metrics
 
 
 def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | None, seconds: float) -> None:
@@ -63,7 +62,7 @@ def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | 
         save_png(sheet, files["comparison"])
     times = [(name, f"{value:.0f}") for name, value in durations.items()] + [("all, now", f"{seconds:.0f}")]
     head = ("", *(one.label for one in held_out), "difference")
-    names = [name for name in _SHOWN if name in held_out[0].metrics]
+    names = [name for name in shown_metrics() if name in held_out[0].metrics]
     same = [(task, compare_results(held_out[1], merged, task).text()) for task in held_out[1].tasks]
     tokenizer = held_out[1].tokenizer
     sections = [

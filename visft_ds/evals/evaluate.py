@@ -20,8 +20,6 @@ from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions, StoreFailed
-from visft_ds.evals.captions import TOKENIZER
-from visft_ds.evals.coco import Scorer
 from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -38,7 +36,6 @@ from visft_ds.evals.model import (
     streams_without_run,
     tasks_of,
 )
-from visft_ds.evals.pictures import Picture, grid, save_png
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
 from visft_ds.interop.heads import check_categories, classes_of_heads
 from visft_ds.monitor.console import Section, print_plan
@@ -47,10 +44,12 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
-from visft_ds.prepare.streams import read_vocabulary
+from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.average_precision import Scorer
+from visft_ds.tasks.pictures import Picture, grid, save_png
 
 _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
 
@@ -354,7 +353,8 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
             "precision": model.precision,
             "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
             "settings": {name: dict(stream.image) for name, stream in job.streams.items()},
-            **({"caption_tokenizer": TOKENIZER, "decoding": job.decoding} if "captioning" in job.tasks else {}),
+            **_facts(job.tasks),
+            **({"decoding": job.decoding} if needs_vocabulary(job.tasks) else {}),
             "scorer": given.scorer,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),
@@ -446,6 +446,11 @@ def _write(
     (out / METRICS).write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))
 
 
+def _facts(tasks: Sequence[str]) -> dict[str, Any]:
+    """Name -> whatever else the numbers of these tasks depend on."""
+    return {name: value for task in tasks for name, value in TASKS[task].evaluator.facts.items()}
+
+
 def _print_start(model: EvaluationModel, precision: str, data: str) -> None:
     processes = distributed.world_size()
     rows = [*model.facts.items(), ("data", data), ("precision", f"{precision}, {processes} process(es)")]
@@ -456,8 +461,7 @@ def _print_results(out: Path, tasks: Sequence[str], outcome: Sequence[TaskEvalua
     named = {name: value for name, value in as_metrics(outcome).items() if name.count("/") == 1}
     # -1 is COCO's mark for "there is nothing of this kind to find".
     rows = [(name, "no such objects" if value < 0 else f"{value:.4f}") for name, value in named.items()]
-    if any(part.task == "captioning" for part in outcome):
-        rows.append(("words of captions", f"cut by {TOKENIZER}"))
+    rows += [(name.replace("_", " "), str(value)) for name, value in _facts([part.task for part in outcome]).items()]
     files = [*(results_name(task) for task in tasks), METRICS, f"{PICTURES}/"]
     rows += [("images/s", f"{speed:.1f}"), ("written", f"{out}: {', '.join(files)}")]
     print_plan("results", [Section("name and value", rows)])

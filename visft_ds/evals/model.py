@@ -15,7 +15,7 @@ import torch
 
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
-from visft_ds.config.task_schema import Stream, TasksConfig
+from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapters import LoraAdapter
 from visft_ds.interop.backbones import is_merged, load_backbone
@@ -31,11 +31,12 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
-from visft_ds.prepare.places import HEADS, VOCABULARY, WEIGHTS, find, paths_of
+from visft_ds.prepare.places import HEADS, WEIGHTS, find, given_words
 from visft_ds.prepare.streams import needs_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.registry import config_class
+from visft_ds.tasks.vocabulary import Vocabulary
 
 DEFAULT_BATCH = 8  # without a run that tells
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -235,7 +236,7 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
         ValueError: numbers that the schema does not allow.
     """
     one = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
-    settings = TasksConfig.model_validate(dict.fromkeys(tasks, one)).enabled()
+    settings = {name: config_class(name).model_validate(one) for name in tasks}
     streams = {
         name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
         for name, task in settings.items()
@@ -286,14 +287,20 @@ def chosen_streams(
 
 def recorded_words(run: Path, config: VisftConfig) -> Path | None:
     """The word map that a run was given, where captioning is on. Raises ValueError as `find`."""
-    return find(run, config, VOCABULARY) if VOCABULARY in paths_of(config) else None
+    key = given_words(config)
+    return None if key is None else find(run, config, key)
 
 
 def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dict[str, dict[str, Any]]:
-    """Options of caption decoding: as the run says, with another number of beams where given."""
-    task = config.tasks.captioning if config else None
-    options = task.decoding.model_dump() if task else {}
-    return {"captioning": {**options, **({"beam_size": beam_size} if beam_size else {})}}
+    """Task with words -> options of its decoding: as the run says, with another number of beams where given."""
+    stated = config.tasks.enabled() if config else {}
+    found = {}
+    for task, spec in TASKS.items():
+        if spec.uses_vocabulary:
+            settings = stated.get(task)
+            options = settings.decoding.model_dump() if isinstance(settings, WordsConfig) else {}
+            found[task] = {**options, **({"beam_size": beam_size} if beam_size else {})}
+    return found
 
 
 def adapter_for(backbone: Path, path: Path) -> LoraAdapter:

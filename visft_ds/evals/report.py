@@ -5,12 +5,10 @@ Reads only what runs (run.json, metrics.jsonl) and visft evaluate (metrics.json,
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ from PIL import Image, ImageDraw
 
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
-from visft_ds.evals.page import embed, page, section, table
-from visft_ds.evals.pictures import INK, Picture, grid, letters, paper, split_panels
+from visft_ds.evals.page import embed, render
 from visft_ds.monitor.metrics import read_metrics
+from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
 MEANINGS = {
@@ -78,25 +76,30 @@ def write_report(path: Path, report: Report) -> Path:
     """
     where = " on held-out images" if report.training else ""
     most = _MOST_OF_TWO if report.training else _MOST_PICTURES
-    sections = [
-        _header(report),
+    results = [
         _results(f"Results{where}", report.evaluations, report.merged),
         _results("Results on training images", report.training, None),
     ]
+    pictures = []
     for task in report.tasks:
         title = f"{task.capitalize()}: the same images, before and after"
-        sections.append(_pictures(f"{title}{where and ', held out'}", report.evaluations, task, most))
-        sections.append(_pictures(f"{title}, trained on", report.training, task, most))
-    sections += [
-        _curves(report),
-        _categories(report),
-        _runs(report),
-        table("Seconds", {name: f"{value:.1f} s" for name, value in report.seconds.items()}),
-        table("Files", {name: str(file) for name, file in report.files.items()}, code=True),
-        _commands(report),
-    ]
+        pictures.append(_pictures(f"{title}{where and ', held out'}", report.evaluations, task, most))
+        pictures.append(_pictures(f"{title}, trained on", report.training, task, most))
+    text = render(
+        "evals/report.html.j2",
+        title=report.title,
+        report=report,
+        cards=[_card(report, task) for task in report.tasks],
+        results=results,
+        pictures=pictures,
+        curves=_curves(report),
+        categories=_categories(report),
+        colours=_COLOURS,
+        runs=_runs(report),
+        seconds={name: f"{value:.1f} s" for name, value in report.seconds.items()},
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(report.title, "\n".join(filter(None, sections))), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -130,90 +133,65 @@ def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Pict
     return {image_id: [pairs[0][0], *(pair[1] for pair in pairs)] for image_id, pairs in halves.items()}
 
 
-def _header(report: Report) -> str:
-    cards = []
-    for task in report.tasks:
-        name = MAIN[task]
-        values = [one.metrics.get(name, math.nan) for one in report.evaluations]
+def _card(report: Report, task: str) -> dict[str, Any]:
+    name = MAIN[task]
+    values = [one.metrics.get(name, math.nan) for one in report.evaluations]
+    told = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
+    if len(values) > 1:
         change = _change(report.evaluations, name)
-        told = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
-        if len(values) > 1:
-            difference = f" ({change:+.3f})" if math.isfinite(change) else ""
-            told.append(f"{report.evaluations[0].label}: {_short(values[0])}{difference}")
-        for one in report.training[-1:]:
-            told.append(f"on training images: {_short(one.metrics.get(name, math.nan))}")
-        lines = "".join(f"<span>{html.escape(line)}</span>" for line in told)
-        cards.append(f"<div class=card><b>{_short(values[-1])}</b>{lines}</div>")
-    shown = "".join(cards)
-    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in report.introduction)
-    return f"<header><h1>{html.escape(report.title)}</h1>{paragraphs}<div class=cards>{shown}</div></header>"
+        difference = f" ({change:+.3f})" if math.isfinite(change) else ""
+        told.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
+    for one in report.training[-1:]:
+        told.append(f"on training images: {_number(one.metrics.get(name, math.nan), 3)}")
+    return {"value": _number(values[-1], 3), "lines": told}
 
 
-def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> str:
-    if not evaluations:
-        return ""
-    several = len(evaluations) > 1
-    labels = [one.label for one in evaluations] + ["difference"] * several + ([merged.label] if merged else [])
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
-    body = "".join(_rows(evaluations, merged, task) for task in evaluations[-1].tasks)
-    data = evaluations[-1].record["data"]
-    notes = [f"Measured on {data['images']} images of {html.escape(data['where'])}."]
-    if several:
-        first, last = html.escape(evaluations[0].label), html.escape(evaluations[-1].label)
-        notes.append(f"The difference is {last} − {first}.")
-    tokenizer = evaluations[-1].tokenizer
-    if tokenizer is not None:
-        notes.append(
-            f"Captions are cut into words by <code>{html.escape(tokenizer)}</code>; papers print a hundred times the "
-            f"caption numbers (CIDEr 1.0 as 100)."
-        )
-    paragraphs = f"<p>{' '.join(notes)}</p>"
-    if merged:
-        label = html.escape(evaluations[-1].label)
-        texts = [compare_results(evaluations[-1], merged, task).text() for task in evaluations[-1].tasks]
-        items = "".join(f"<li>{html.escape(text)}.</li>" for text in texts)
-        paragraphs += f"<p><b>Merged weights against the adapter ({label}).</b></p><ul>{items}</ul>"
-    numbers = f"<table class=numbers><thead><tr><th></th>{head}</tr></thead>{body}</table>"
-    return section(title, numbers + paragraphs)
+def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> dict[str, Any]:
+    last = evaluations[-1] if evaluations else None
+    tasks = last.tasks if last else []
+    return {
+        "title": title,
+        "evaluations": evaluations,
+        "merged": merged,
+        "tasks": [_rows(evaluations, merged, task) for task in tasks],
+        "differences": [compare_results(last, merged, task).text() for task in tasks] if last and merged else [],
+    }
 
 
-def _rows(evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str) -> str:
+def _rows(evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str) -> list[dict[str, Any]]:
     """A task's numbers: each evaluation, the difference, the merged weights."""
     rows, prefix = [], MAIN[task].partition("/")[0]
     for name in evaluations[-1].metrics:
         if not name.startswith(f"{prefix}/") or name.count("/") > 1:
             continue
-        cells = "".join(f"<td>{_number(one.metrics.get(name, math.nan))}</td>" for one in evaluations)
-        if len(evaluations) > 1:
-            change = _change(evaluations, name)
-            kind = "up" if change > 0 else "down" if change < 0 else ""
-            cells += f'<td class="{kind}">{f"{change:+.4f}" if math.isfinite(change) else "–"}</td>'
-        cells += f"<td>{_number(merged.metrics.get(name, math.nan))}</td>" if merged else ""
-        meaning = MEANINGS.get(name.partition("/")[2], "")
-        mark = " class=main" if name == MAIN[task] else ""
-        rows.append(f"<tr{mark}><th>{html.escape(name)} <small>{html.escape(meaning)}</small></th>{cells}</tr>")
-    return f"<tbody>{''.join(rows)}</tbody>"
+        change = _change(evaluations, name)
+        rows.append(
+            {
+                "name": name,
+                "meaning": MEANINGS.get(name.partition("/")[2], ""),
+                "main": name == MAIN[task],
+                "numbers": [_number(one.metrics.get(name, math.nan)) for one in evaluations],
+                "change": f"{change:+.4f}" if math.isfinite(change) else "–",
+                "kind": "up" if change > 0 else "down" if change < 0 else "",
+                "merged": _number(merged.metrics.get(name, math.nan)) if merged else "",
+            }
+        )
+    return rows
 
 
-def _pictures(title: str, evaluations: Sequence[Evaluation], task: str, most: int) -> str:
-    rows = list(_panels(evaluations, task).items())[:most]
-    if not rows:
-        return ""
-    labels = ["ground truth", *(one.label for one in evaluations)]
-    columns = f'style="grid-template-columns: repeat({len(labels)}, 1fr)"'
-    cells = [f"<div class=label>{html.escape(label)}</div>" for label in labels]
-    for image_id, panels in rows:
-        cells += [
-            f'<img src="{embed(panel)}" alt="image {image_id}, {html.escape(label)}">'
-            for label, panel in zip(labels, panels, strict=True)
-        ]
-    note = ""
-    if task == "captioning":
-        note = "<p class=faint>Below a predicted caption: where the head looked for each of its words.</p>"
-    return section(title, f"{note}<div class=pictures {columns}>{''.join(cells)}</div>")
+def _pictures(title: str, evaluations: Sequence[Evaluation], task: str, most: int) -> dict[str, Any]:
+    return {
+        "title": title,
+        "task": task,
+        "labels": ["ground truth", *(one.label for one in evaluations)],
+        "rows": {
+            image_id: [embed(panel) for panel in panels]
+            for image_id, panels in list(_panels(evaluations, task).items())[:most]
+        },
+    }
 
 
-def _curves(report: Report) -> str:
+def _curves(report: Report) -> list[str]:
     """A chart for each task of each run: their losses have nothing in common but the steps."""
     charts = []
     for label, folder in report.runs.items():
@@ -232,62 +210,43 @@ def _curves(report: Report) -> str:
             ]
             title = f"{label}: {task} loss"
             charts.append(line_chart(series, title=title, x_label="optimiser step", y_label="weighted loss", width=360))
-    shown = "".join(f"<figure>{chart}</figure>" for chart in charts)
-    return section("Training curves", f"<div class=charts>{shown}</div>") if charts else ""
+    return charts
 
 
-def _categories(report: Report) -> str:
-    """For boxes and masks, bars of the average precision of each category; of many, those that changed most."""
-    parts = [_bars(report, prefix) for prefix in ("box", "mask")] if report.evaluations else []
-    if not any(parts):
-        return ""
-    legend = " ".join(
-        f'<span class=key><i style="background:{colour}"></i>{html.escape(one.label)}</span>'
-        for one, colour in zip(report.evaluations, cycle(_COLOURS), strict=False)
-    )
-    body = f"<p>{legend}</p><div class=halves>{''.join(parts)}</div>"
-    return section("Average precision by category", body)
+def _categories(report: Report) -> list[dict[str, Any]]:
+    """For boxes and masks, the average precision of each category; of many, those that changed most."""
+    halves = [_bars(report, prefix) for prefix in ("box", "mask")] if report.evaluations else []
+    return [half for half in halves if half["rows"]]
 
 
-def _bars(report: Report, prefix: str) -> str:
+def _bars(report: Report, prefix: str) -> dict[str, Any]:
     first, last = report.evaluations[0].metrics, report.evaluations[-1].metrics
     names = [name for name in last if name.startswith(f"{prefix}/") and name.count("/") == 2]
     names = [name for name in names if name in first and min(first[name], last[name]) >= 0]
     total = len(names)
     names = sorted(names, key=lambda name: abs(last[name] - first[name]), reverse=True)[:_MOST_CATEGORIES]
-    if not names:
-        return ""
-    rows = []
-    for name in sorted(names, key=lambda name: last[name], reverse=True):
-        bars = "".join(
-            f'<div class=bar><i style="width:{85 * one.metrics[name]:.1f}%;background:{colour}"></i>'
-            f"<span>{one.metrics[name]:.3f}</span></div>"
-            for one, colour in zip(report.evaluations, cycle(_COLOURS), strict=False)
-        )
-        rows.append(f"<tr><th>{html.escape(name.split('/')[2])}</th><td>{bars}</td></tr>")
-    which = f"the {len(names)} of {total} categories that changed most" if len(names) < total else "every category"
-    return f"<div><h3>{prefix} AP of {which}</h3><table class=bars>{''.join(rows)}</table></div>"
+    names.sort(key=lambda name: last[name], reverse=True)
+    return {
+        "prefix": prefix,
+        "which": f"the {len(names)} of {total} categories that changed most"
+        if len(names) < total
+        else "every category",
+        "rows": {name.split("/")[2]: [one.metrics[name] for one in report.evaluations] for name in names},
+    }
 
 
-def _runs(report: Report) -> str:
+def _runs(report: Report) -> dict[str, Any]:
     if not report.runs:
-        return ""
-    records = {label: _run_record(folder) for label, folder in report.runs.items()}
-    facts = {label: _run_facts(record) for label, record in records.items()}
-    names = list(dict.fromkeys(name for one in facts.values() for name in one))
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in facts)
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(one.get(name, '–'))}</td>" for one in facts.values())
-        + "</tr>"
-        for name in names
-    )
-    last = list(records.values())[-1]
-    commit = (last.get("git") or {}).get("commit")
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    versions += f", commit {commit[:12]}" if commit else ""
-    shown = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return section("What was run", f"{shown}<p class=faint>{html.escape(versions)}</p>")
+        return {}
+    records = [_run_record(folder) for folder in report.runs.values()]
+    facts = [_run_facts(record) for record in records]
+    names = dict.fromkeys(name for one in facts for name in one)
+    commit = (records[-1].get("git") or {}).get("commit")
+    versions = ", ".join(f"{name} {version}" for name, version in records[-1]["versions"].items())
+    return {
+        "facts": {name: [one.get(name, "–") for one in facts] for name in names},
+        "versions": versions + (f", commit {commit[:12]}" if commit else ""),
+    }
 
 
 def _run_record(folder: Path) -> dict[str, Any]:
@@ -336,21 +295,10 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     )
 
 
-def _commands(report: Report) -> str:
-    if not report.commands:
-        return ""
-    shown = "".join(f"<p>{html.escape(n)}</p><pre>{html.escape(text)}</pre>" for n, text in report.commands.items())
-    return section("What to do next", shown)
-
-
 def _change(evaluations: Sequence[Evaluation], name: str) -> float:
     values = [evaluations[place].metrics.get(name, math.nan) for place in (0, -1)]
     return values[1] - values[0] if min(values) >= 0 else math.nan
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if value >= 0 else "–"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3f}" if value >= 0 else "–"
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if value >= 0 else "–"

@@ -7,68 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from visft_ds.config.task_schema import Stream
-from visft_ds.data.dataset import caption_dataset, coco_dataset
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.captions import results_metrics
-from visft_ds.evals.coco import (
-    IouType,
-    Scorer,
-    check_ground_truth,
-    coco_average_precision,
-    pack_results,
-    unpack_results,
-)
 from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.average_precision import (
+    Scorer,
+)
+from visft_ds.tasks.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Functions to gather a task's results and to compute its metrics."""
-
-    truth: Callable[[ShardReader, Sequence[int]], dict[str, Any]]  #: COCO ground truth of positions in a split
-    measure: Callable[..., dict[str, float]]
-    #: (ground truth, results, each category too, scorer of average precision) -> named numbers
-    check: Callable[[Mapping[str, Any]], None] = lambda truth: None  #: ValueError: nothing can be compared with it
-    pack: Callable[[Results], Any] = list  #: compact form that travels between ranks
-    unpack: Callable[[Any], Results] = list
-
-
-def _average_precision(
-    iou_type: IouType, truth: Mapping[str, Any], results: Results, each: bool, scorer: Scorer = "faster-coco-eval"
-) -> dict[str, float]:
-    return coco_average_precision(truth, results, iou_type, per_category=each, scorer=scorer)
-
-
-EVALUATORS: Mapping[str, Evaluator] = {
-    "detection": Evaluator(
-        truth=coco_dataset,
-        measure=partial(_average_precision, "bbox"),
-        check=lambda truth: check_ground_truth(truth, "bbox"),
-        pack=pack_results,
-        unpack=unpack_results,
-    ),
-    "segmentation": Evaluator(
-        truth=coco_dataset,
-        measure=partial(_average_precision, "segm"),
-        check=lambda truth: check_ground_truth(truth, "segm"),
-    ),
-    "captioning": Evaluator(
-        truth=caption_dataset,
-        measure=lambda truth, results, *_: results_metrics(truth, results),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -120,9 +74,9 @@ def collect(
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 gauge.show(min(gauge.done + world * len(batch.real), count))
         for task, results in own.items():
-            parts = distributed.gather_objects(EVALUATORS[task].pack(results))
+            parts = distributed.gather_objects(TASKS[task].evaluator.pack(results))
             if parts is not None:
-                gathered[task] = [result for part in parts for result in EVALUATORS[task].unpack(part)]
+                gathered[task] = [result for part in parts for result in TASKS[task].evaluator.unpack(part)]
     if not distributed.is_main():
         return None
     place = {image_id: number for number, image_id in enumerate(reader.manifest.index["image_id"].tolist())}
@@ -145,7 +99,7 @@ def measure(
     """
     outcome, problems = [], []
     for task, results in collected.items():
-        evaluator = EVALUATORS[task]
+        evaluator = TASKS[task].evaluator
         try:
             metrics = evaluator.measure(_truth(task, reader, limit), results, per_category, scorer)
         except ValueError as error:
@@ -158,11 +112,11 @@ def measure(
 def check_truth(tasks: Sequence[str], reader: ShardReader, limit: int | None) -> None:
     """Raise ValueError where a task could not be judged by these labels, before anything is predicted."""
     for task in tasks:
-        EVALUATORS[task].check(_truth(task, reader, limit))
+        TASKS[task].evaluator.check(_truth(task, reader, limit))
 
 
 def _truth(task: str, reader: ShardReader, limit: int | None) -> dict[str, Any]:
-    return EVALUATORS[task].truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
+    return TASKS[task].evaluator.truth(reader, range(len(reader) if limit is None else min(limit, len(reader))))
 
 
 def as_metrics(outcome: Sequence[TaskEvaluation]) -> dict[str, float]:

@@ -15,45 +15,6 @@ from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
 
-# Options that follow from no tensor's shape, and that are attributes of the head itself.
-_OWN_ATTRIBUTES = {"segmentation": ("labelling",), "captioning": ("grid",)}
-# option -> (parameter, axis, summand): the size is that of the axis plus the summand.
-_Size = tuple[str, int, int]
-_IN_CHANNELS: Mapping[str, _Size] = {
-    "detection": ("input_proj.weight", 1, 0),
-    "segmentation": ("pixel_decoder.input_proj.weight", 1, 0),
-    "captioning": ("encoder_att.weight", 1, 0),
-}
-_SIZES: Mapping[str, Mapping[str, _Size]] = {
-    "detection": {
-        "num_classes": ("class_embed.weight", 0, -1),  # the last row is "no object"
-        "num_queries": ("query_embed.weight", 0, 0),
-        "encoder_dim": ("input_proj.weight", 0, 0),
-        "decoder_dim": ("class_embed.weight", 1, 0),
-        "ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
-    },
-    "segmentation": {
-        "num_classes": ("decoder.class_embed.weight", 0, -1),
-        "num_queries": ("decoder.query_feat.weight", 0, 0),
-        "hidden_dim": ("decoder.class_embed.weight", 1, 0),
-        "encoder_ffn_dim": ("pixel_decoder.layers.0.linear1.weight", 0, 0),
-        "decoder_ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
-    },
-    "captioning": {
-        "vocabulary_size": ("embedding.weight", 0, 0),
-        "attention_dim": ("encoder_att.weight", 0, 0),
-        "embed_dim": ("embedding.weight", 1, 0),
-        "decoder_dim": ("init_h.weight", 0, 0),
-    },
-}
-_LAYERS: Mapping[str, Mapping[str, str]] = {
-    "detection": {"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
-    "segmentation": {"encoder_layers": "pixel_decoder.layers.", "decoder_layers": "decoder.layers."},
-    "captioning": {},
-}
-# Rows are heads times points of the one feature level.
-_POINTS = "pixel_decoder.layers.0.self_attn.attention_weights.weight"
-
 
 @dataclass(frozen=True)
 class HeadInfo:
@@ -93,11 +54,12 @@ def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | 
     Raises:
         ValueError: lists the parameters that sizes follow from and that are missing or have another number of axes.
     """
-    sizes = {"in_channels": _IN_CHANNELS[task], **_SIZES[task]}
-    points = task == "segmentation" and num_heads is not None
+    of_task = TASKS[task].sizes
+    sizes = {"in_channels": of_task.in_channels, **of_task.options}
+    points = of_task.points if num_heads is not None else None
     # Without a first layer, a file that lacks all of a stack would pass as a head with no layers there.
-    needed = dict.fromkeys((f"{prefix}0.norm1.weight" for prefix in _LAYERS[task].values()), 0)
-    for name, axis, _ in (*sizes.values(), *([(_POINTS, 0, 0)] if points else [])):
+    needed = dict.fromkeys((f"{prefix}0.norm1.weight" for prefix in of_task.layers.values()), 0)
+    for name, axis, _ in (*sizes.values(), *([(points, 0, 0)] if points else [])):
         needed[name] = max(axis, needed.get(name, 0))
     unclear = [
         f"{name} {tuple(shapes[name])}" if name in shapes else name
@@ -111,10 +73,10 @@ def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | 
         )
     options = {option: shapes[name][axis] + summand for option, (name, axis, summand) in sizes.items()}
     in_channels = options.pop("in_channels")
-    options |= {option: _count_layers(shapes, prefix) for option, prefix in _LAYERS[task].items()}
-    if points:
+    options |= {option: _count_layers(shapes, prefix) for option, prefix in of_task.layers.items()}
+    if points is not None:
         assert num_heads is not None
-        options["num_points"] = shapes[_POINTS][0] // num_heads
+        options["num_points"] = shapes[points][0] // num_heads
     return in_channels, options
 
 
@@ -143,9 +105,10 @@ def describe(head: nn.Module) -> HeadInfo:
     if num_heads is not None:
         options["num_heads"] = num_heads
     dropout = {module.p for module in head.modules() if isinstance(module, nn.Dropout)}
-    assert len(dropout) == 1, dropout
-    options["dropout"] = dropout.pop()
-    options |= {name: getattr(head, name) for name in _OWN_ATTRIBUTES.get(task, ())}
+    assert len(dropout) <= 1, dropout
+    if dropout:
+        options["dropout"] = dropout.pop()
+    options |= {name: getattr(head, name) for name in TASKS[task].sizes.attributes}
     return HeadInfo(task, in_channels, options)
 
 

@@ -27,8 +27,7 @@ from visft_ds.interop.published_heads import (
 )
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks import TASKS, get_task
-from visft_ds.tasks.classes import are_of_coco, classes_of
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
 from visft_ds.tasks.segmentation.loss import Labelling
 
 __all__ = [
@@ -69,8 +68,8 @@ def find_head(folder: str | Path, task: str) -> Path:
         other = published_task(folder)
         if other not in (None, task):
             raise ValueError(
-                f"{folder} is the published file of the {other} head, in which other heads are untrained: give the "
-                f"file eva_*_{KINDS[task]}_heads.ckpt, or the folder with all of them"
+                f"{folder} is the published file of the {other} head, in which other heads are untrained: give "
+                f"{f'the file eva_*_{KINDS[task]}_heads.ckpt, or ' if task in KINDS else ''}the folder with all of them"
             )
         return folder
     found = head_files(folder, task)
@@ -78,11 +77,11 @@ def find_head(folder: str | Path, task: str) -> Path:
         inside = next((one for one in heads_inside(folder) if head_files(one, task)), None)
         if inside is not None:
             raise ValueError(f"no {task} head in {folder} itself: it is in {inside}, give that")
-        published = (f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg")
+        published = [f"eva_{size}_{KINDS[task]}_heads.ckpt" for size in "eg" if task in KINDS]
         names = ", ".join((head_file(folder, task).name, *published))
         raise ValueError(
-            f"no {task} head in {folder}: looked for {names}. Stage 1 of a training writes the first into RUN/export; "
-            f"the others are ViSFT's published files"
+            f"no {task} head in {folder}: looked for {names}. Stage 1 of a training writes the first into RUN/export"
+            + "; the others are ViSFT's published files" * bool(published)
         )
     if len(found) > 1:
         raise ValueError(
@@ -169,7 +168,9 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
             finite, second names of segmentation tensors that hold something else.
     """
     get_task(task)
-    if labelling is not None and (task != "segmentation" or labelling not in get_args(Labelling)):
+    if labelling is not None and (
+        "labelling" not in TASKS[task].sizes.attributes or labelling not in get_args(Labelling)
+    ):
         raise ValueError(
             f"labelling {labelling!r} with task {task!r}: only segmentation has one, {' or '.join(get_args(Labelling))}"
         )
@@ -196,7 +197,7 @@ def read_head_info(path: str | Path, task: str | None = None) -> HeadInfo:
     named = published_task(Path(path))
     if named is None and len(tasks) > 1:
         raise ValueError(f"{path} holds heads for {', '.join(tasks)}: say which is meant")
-    return _open(path, named or next(iter(tasks), "detection"), assume=True).info
+    return _open(path, named or next(iter(tasks), next(iter(TASKS))), assume=True).info
 
 
 def open_head(head: nn.Module, path: str | Path, task: str) -> HeadFile:
@@ -320,14 +321,10 @@ def categories_of(info: HeadInfo) -> dict[int, str]:
 
 
 def _classes(info: HeadInfo) -> tuple[int, ...] | None:
-    names, number = categories_of(info), info.options["num_classes"]
-    if not names and info.task == "segmentation" and info.options.get("labelling") == "published":
+    names = categories_of(info)
+    if not names:
+        check_unnamed(info.task, info.options)
         return None
-    if not names and info.task == "segmentation" and number < len(COCO_CATEGORY_IDS):
-        raise ValueError(
-            f"the segmentation head has {number} classes, and its file does not name their categories: give the file "
-            "that a training exported"
-        )
     try:
         return classes_of(info.task, info.options, names)
     except ValueError as error:

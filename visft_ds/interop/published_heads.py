@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visft_ds.config.preflight import PUBLISHED_TASKS
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights
 from visft_ds.interop.head_info import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
@@ -30,12 +29,13 @@ from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.captioning.head import PUBLISHED_NAMES
+from visft_ds.tasks.registry import BUILT_IN, config_class
 
 PREFIX = "visft_heads."
 NUM_HEADS = 8  #: attention heads of the published detection and segmentation heads
 GRID = 14  #: side of the pixel grid that the published caption head looks at
-#: What a file is called after, by task.
-KINDS = PUBLISHED_TASKS
+#: Task -> its word in the names of the published files.
+KINDS: Mapping[str, str] = {name: config_class(name).published for name in BUILT_IN}
 
 _DETR = "transformer.decoders.detection.detection_coco."
 _PIXEL, _PREDICTOR = "segment_pixel_decoder.", "segment_predictor."

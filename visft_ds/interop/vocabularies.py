@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from visft_ds.interop.heads import HeadInfo
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def vocabulary_in(infos: Mapping[str, HeadInfo]) -> Vocabulary | None:

@@ -5,10 +5,11 @@ Costs are operations (`profiling.flops`), not parameters: a frozen block has non
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from visft_ds.data.shards import Role
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import require_eva_vit
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.spec import Content
 
 #: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
 _CAPTION_IDS = 13
@@ -170,24 +173,28 @@ def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, i
         to_weight="patch_embed.proj.weight" in tower.trainable,
     )
     blocks = block_flops(tower, images, patches + (backbone.cls_token is not None))
-    heads = sum((_head_flops(module, task, images, side, flows=bool(trained)) for task in stream.tasks), Flops())
+    heads = sum(
+        (_head_flops(module, task, stream.image, images, side, flows=bool(trained)) for task in stream.tasks), Flops()
+    )
     return [float(cost.all) for cost in (embedding, *blocks, heads)]
 
 
-def _head_flops(module: MultiTaskModel, task: str, images: int, side: int, *, flows: bool) -> Flops:
+def _head_flops(
+    module: MultiTaskModel, task: str, options: Mapping[str, Any], images: int, side: int, *, flows: bool
+) -> Flops:
     """Operations that torch counts in a head's forward and backward, on shapes alone, without criteria.
 
     Args:
         module: on the meta device.
+        options: of the task's images.
         side: of the feature map, in patches.
         flows: the features need a gradient.
     """
     features = torch.empty(images, module.backbone.width, side, side, device="meta", requires_grad=flows)
     valid = torch.empty(images, side, side, dtype=torch.bool, device="meta")
-    inputs: dict[str, Tensor] = {}
-    if task == "captioning":
-        inputs["captions"] = torch.empty(images, _CAPTION_IDS, dtype=torch.int64, device="meta")
-        inputs["lengths"] = torch.empty(images, dtype=torch.int64, device="meta")
+    size = (side * module.backbone.patch_size,) * 2
+    blank = TASKS[task].blank(images, size, Content(caption_ids=_CAPTION_IDS), options, features.device)
+    inputs = {name: value.to("meta") for name, value in blank.head_inputs().items()}
     head: nn.Module = module.heads[task]
     with FlopCounterMode(display=False) as forward:
         output = head(features, valid, **inputs)

@@ -6,7 +6,7 @@ the fastest settings on a cluster.
 """
 
 from visft_ds.planner.fitting import Suggestion, fitting_settings, memory_of, settle_recompute
-from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import MemoryPlan, plan_memory
+from visft_ds.tasks.spec import Content
 
 __all__ = ["Content", "MemoryPlan", "Suggestion", "fitting_settings", "memory_of", "plan_memory", "settle_recompute"]

@@ -25,10 +25,9 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.counting import NOT_COUNTED_BY_TORCH
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.data.samples import Batch, DetectionTargets
-from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.masks import grid_size
+from visft_ds.data.samples import Batch
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.spec import Content
 
 META = torch.device("meta")
 
@@ -49,35 +48,12 @@ class Work(NamedTuple):
 Total = Counter[Work]  #: work -> number of calls
 
 
-@dataclass(frozen=True)
-class Content:
-    """Contents of a micro-batch besides pixels. The defaults are more than all but a few of COCO's images have."""
-
-    objects: int = 30  #: in every image; COCO's mean is 7.3
-    caption_ids: int = 30  #: of the longest caption, <start> and <end> included; COCO's mean is 12.5
-    size: tuple[int, int] | None = None  #: (height, width) in pixels; None: the largest square of the stream
-
-
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
     """A micro-batch of a stream on the meta device; what criteria read on the host is there, as zeros."""
     side = stream.largest_side()
     height, width = content.size or (side, side)
-    whole = torch.ones(images, 2)
-    counts, ids = torch.full((images,), content.objects), torch.arange(images)
-    boxes = torch.zeros(images * content.objects, 4)
-    labels = torch.zeros(images * content.objects, dtype=torch.int64)
-    targets: dict[str, Any] = {}
-    for task in stream.tasks:
-        if task == "detection":
-            targets[task] = DetectionTargets(boxes, labels, counts)
-        elif task == "segmentation":
-            cells = grid_size((height, width), int(stream.image["mask_stride"]))
-            masks = torch.empty(images * content.objects, *cells, dtype=torch.uint8, device=META)
-            targets[task] = SegmentationTargets(masks, labels, whole, whole, counts, ids)
-        else:
-            assert task == "captioning", task
-            tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
-            targets[task] = CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
+    targets = {task: TASKS[task].blank(images, (height, width), content, stream.image, META) for task in stream.tasks}
+    ids = torch.arange(images)
     pixels = torch.empty(images, 3, height, width, dtype=torch.uint8, device=META)
     sizes = torch.tensor([[height, width]] * images)
     return Batch(pixels, sizes, sizes, ids, ids, ids, torch.ones(images, dtype=torch.bool), targets)

@@ -11,9 +11,9 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
 from visft_ds.planner.cluster import Cluster, PlannedTime, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, POLICIES, policy_settings
-from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, rehearse
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
+from visft_ds.tasks.spec import Content
 
 CUDA = torch.device("cuda")
 

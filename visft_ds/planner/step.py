@@ -38,9 +38,10 @@ from visft_ds.models.backbone import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.meta_step import META, Content, Total, blank_batch, rehearsing
+from visft_ds.planner.meta_step import META, Total, blank_batch, rehearsing
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
+from visft_ds.tasks.spec import Content
 
 
 @dataclass(frozen=True)

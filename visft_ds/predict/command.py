@@ -20,12 +20,12 @@ import orjson
 import torch
 
 from visft_ds.checkpoint.disk import explained
-from visft_ds.evals.pictures import save_png
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction, category_name
 from visft_ds.run.lock import locked
+from visft_ds.tasks.pictures import save_png
 
 RECORD, RESULTS, PICTURES = "predictions.jsonl", "predictions.json", "pictures"
 FORMAT, VERSION = "visft_ds predictions", 1

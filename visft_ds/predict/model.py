@@ -273,7 +273,7 @@ class Model:
         found = []
         for place, (one, size) in enumerate(zip(images, sizes, strict=True)):
             own = {task: [r for r in results if r["image_id"] == place] for task, results in by_task.items()}
-            boxes, masks, captions = (own.get(task) for task in ("detection", "segmentation", "captioning"))
+            boxes, masks, captions = (own.pop(task, None) for task in ("detection", "segmentation", "captioning"))
             found.append(
                 Prediction(
                     one.pixels,
@@ -282,6 +282,7 @@ class Model:
                     None if boxes is None else Boxes.of(_surest_first(boxes), self.categories),
                     None if masks is None else Masks.of(_surest_first(masks), self.categories, size),
                     None if captions is None else captions[0]["caption"],
+                    own,
                 )
             )
         return found

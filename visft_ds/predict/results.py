@@ -6,7 +6,7 @@ Letters: H W pixels of the image, n objects.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import numpy.typing as npt
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from PIL import Image
 
-from visft_ds.evals.caption_pictures import CAPTION_LINES, text_lines
-from visft_ds.evals.mask_pictures import MaskArray, predicted_masks
-from visft_ds.evals.pictures import grid, palette, predicted_boxes, scaled, side_by_side
-from visft_ds.tasks import Results
+from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.pictures import CAPTION_LINES, text_lines
+from visft_ds.tasks.pictures import grid, palette, predicted_boxes, scaled, side_by_side
+from visft_ds.tasks.segmentation.pictures import MaskArray, predicted_masks
 
 Floats = npt.NDArray[np.float32]
 
@@ -84,12 +84,14 @@ class Prediction:
     boxes: Boxes | None = None  #: None: the model has no such task
     masks: Masks | None = None
     caption: str | None = None
+    others: Mapping[str, Results] = field(default_factory=dict)  #: task of another package -> results
 
     def __repr__(self) -> str:
         parts = [f"{self.image.shape[0]} x {self.image.shape[1]} pixels"]
         parts += [] if self.boxes is None else [f"{len(self.boxes)} boxes"]
         parts += [] if self.masks is None else [f"{len(self.masks)} masks"]
         parts += [] if self.caption is None else [repr(self.caption)]
+        parts += self._lines()
         return f"Prediction({'' if self.path is None else f'{self.path}: '}{', '.join(parts)})"
 
     def draw(self, threshold: float = 0.0, *, side: int = 448) -> Image.Image:
@@ -128,7 +130,13 @@ class Prediction:
         rows = [side_by_side(*panels)]
         if self.caption is not None:
             rows.append(text_lines("", self.caption, rows[0].shape[1], CAPTION_LINES))
+        rows += [text_lines("", line, rows[0].shape[1], CAPTION_LINES) for line in self._lines()]
         return Image.fromarray(grid(rows, columns=1))
+
+    def _lines(self) -> list[str]:
+        """Lines of tasks of other packages about the image."""
+        told = ((TASKS[task].describe, results) for task, results in self.others.items())
+        return [describe(results, self.categories) for describe, results in told if describe is not None]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""
@@ -154,6 +162,8 @@ class Prediction:
             ]
         if self.caption is not None:
             found["captioning"] = [{"image_id": image_id, "caption": self.caption}]
+        for task, results in self.others.items():
+            found[task] = [{**result, "image_id": image_id} for result in results]
         return found
 
 

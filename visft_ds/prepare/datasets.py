@@ -51,12 +51,12 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
     others = [Manifest.load(one.root, one.split, check_shards=check_shards, cache=cache) for one in data.sets]
     sets = {data.train: TrainingSet(first, _taught(first, enabled), data.weight)}
     check_samples(sets[data.train].tasks, first)
-    _check_masks(first, sets[data.train].tasks, "leave segmentation out of visft.tasks")
+    _check_labels(first, sets[data.train].tasks, "leave {task} out of visft.tasks")
     for one, manifest in zip(data.sets, others, strict=True):
         tasks = tuple(task for task in enabled if task in one.tasks) if one.tasks else _taught(manifest, enabled)
         check_samples(tasks, manifest)
         if one.tasks is None:
-            _check_masks(manifest, tasks, f"state visft.data.sets.N.tasks of {one.name}, without it or with it")
+            _check_labels(manifest, tasks, f"state visft.data.sets.N.tasks of {one.name}, without it or with it")
         categories = _categories(one, manifest, first) if needs_categories(tasks) else None
         sets[one.name] = TrainingSet(manifest, tasks, one.weight, categories)
     check_samples([task for task in enabled if not any(task in one.tasks for one in sets.values())], first)
@@ -65,7 +65,7 @@ def open_training_data(config: VisftConfig, *, check_shards: bool = True) -> dic
 
 def captioned(sets: Mapping[str, TrainingSet]) -> list[Manifest]:
     """The splits whose words a captioning head has to know."""
-    return [one.manifest for one in sets.values() if "captioning" in one.tasks]
+    return [one.manifest for one in sets.values() if any(TASKS[task].uses_vocabulary for task in one.tasks)]
 
 
 def cache_of(data: DataConfig) -> CacheOptions | None:
@@ -181,14 +181,12 @@ def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for task in enabled if TASKS[task].labels in manifest.labels)
 
 
-def _check_masks(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
-    """Objects without masks are background to segmentation: a set of boxes alone would teach that nothing is there."""
-    without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
-    if "segmentation" in tasks and 2 * without > manifest.counts["annotations"]:
-        raise ValueError(
-            f"{manifest.root}/{manifest.split}: {without} of its {manifest.counts['annotations']} objects have no "
-            f"mask. Segmentation would take them for background: {remedy}"
-        )
+def _check_labels(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:
+    """Raise ValueError for a split whose labels would teach a task something wrong."""
+    for task in tasks:
+        problem = TASKS[task].data_problem(manifest)
+        if problem is not None:
+            raise ValueError(f"{problem}: {remedy.format(task=task)}")
 
 
 def _categories(one: DataSetConfig, manifest: Manifest, first: Manifest) -> dict[int, int | None] | None:

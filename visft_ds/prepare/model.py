@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, VisftConfig
-from visft_ds.config.task_schema import CaptioningTask
+from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_info import HeadFile, HeadInfo
@@ -32,8 +32,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
-from visft_ds.tasks.segmentation.data import CONTENT_MULTIPLE
+from visft_ds.tasks.vocabulary import Vocabulary
 
 #: Ids of the published captioning heads (https://huggingface.co/TencentARC/ViSFT).
 PUBLISHED_VOCABULARY = 9490
@@ -193,7 +192,7 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
-    _check_content(config, backbone.patch_size)
+    _check_patches(config, backbone.patch_size)
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):
@@ -273,7 +272,7 @@ def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int 
         with torch.device("meta"):
             head = TASKS[name].build_head(backbone.width, task.head.model_dump(), vocabulary_size)
         criterion = TASKS[name].criterion(task.head.model_dump(), task.loss.model_dump())
-        decoding = task.decoding.model_dump() if isinstance(task, CaptioningTask) else {}
+        decoding = task.decoding.model_dump() if isinstance(task, WordsConfig) else {}
         tasks[name] = TaskModule(head, criterion, decoding)
     return MultiTaskModel(backbone, tasks, train_backbone=False, heads_active=False)
 
@@ -326,17 +325,11 @@ def _without_adapters(idle: str) -> str:
     return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
 
 
-def _check_content(config: VisftConfig, patch_size: int) -> None:
-    """Require that `content_only` images end at a patch border; the transform does not know the patch size."""
-    task = config.tasks.segmentation
-    if config.mode == "shared" or task is None or not task.image.content_only:
-        return
-    if CONTENT_MULTIPLE % patch_size:
-        raise ValueError(
-            f"visft.tasks.segmentation.image.content_only: content ends at multiples of {CONTENT_MULTIPLE} pixels, and "
-            f"the patches of this backbone have {patch_size}: set it to false, or take a backbone with patches of "
-            f"{CONTENT_MULTIPLE}"
-        )
+def _check_patches(config: VisftConfig, patch_size: int) -> None:
+    """Refuse images of a task that patches of this size do not divide; transforms do not know the backbone."""
+    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
+        for key, problem in task.backbone_contradictions(patch_size):
+            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
 
 
 def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:

@@ -26,7 +26,7 @@ from visft_ds.data.manifest import manifest_path, read_manifest
 from visft_ds.run.folder import recorded_inputs, saved_something
 
 WEIGHTS, HEADS, DATA = "visft.model.weights", "visft.heads.path", "visft.data.root"
-VOCABULARY = "visft.tasks.captioning.vocabulary.file"
+WORDS = ".vocabulary.file"  #: end of the key of a word map
 #: Inside RUN/inputs.
 VOCABULARY_FILE, CATEGORIES_FILE = "vocabulary.json", "categories.json"
 _REMEDIES = {
@@ -35,11 +35,17 @@ _REMEDIES = {
 }
 
 
+def given_words(config: VisftConfig) -> str | None:
+    """Dotted key of the word map that a run was given; None without one."""
+    return next((key for key in paths_of(config) if key.endswith(WORDS)), None)
+
+
 def paths_of(config: VisftConfig) -> dict[str, str]:
     """Dotted key -> path of each file or folder that a configuration names as an input; not what a server has."""
-    task = config.tasks.captioning
     found = {WEIGHTS: config.model.weights, HEADS: config.heads.path, DATA: config.data.root}
-    found[VOCABULARY] = task.vocabulary.file if task is not None else None
+    words = config.tasks.with_words()
+    if words is not None:
+        found[f"visft.tasks.{words[0]}{WORDS}"] = words[1].vocabulary.file
     for number, one in enumerate(config.data.sets):
         found[f"visft.data.sets.{number}.root"] = one.root
         found[f"visft.data.sets.{number}.categories"] = one.categories
@@ -115,7 +121,7 @@ def data_of_run(run: Path, config: VisftConfig, split: str) -> str:
 
 def _copy(run: Path, config: VisftConfig, key: str, name: str) -> Path | None:
     """The run's own copy of an input, whose name was `name`; None where it has none."""
-    if key == VOCABULARY:
+    if key.endswith(WORDS):
         words = run / INPUTS_FOLDER / VOCABULARY_FILE
         return words if words.is_file() else None
     if key != HEADS:

@@ -18,9 +18,8 @@ from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import FORMAT, Vocabulary
-from visft_ds.tasks.segmentation.data import CONTENT_MULTIPLE
 from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.vocabulary import FORMAT, Vocabulary
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
@@ -90,8 +89,9 @@ def features_of(
         return None
     shape = {"preset": config.model.preset, **config.model.backbone_options()}
     streams = {stream.name: stream.image for stream in config.streams().values()}
-    if "segmentation" in streams:  # as caches of earlier releases say it
-        streams["segmentation"]["content_multiple"] = CONTENT_MULTIPLE
+    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
+        gone = {key.partition("image.")[2]: idle for key, (_, idle) in task.removed.items()}
+        streams[name] |= gone  # as caches of earlier releases say it
     identity = {
         "base weights": base_weights,
         "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
@@ -126,9 +126,10 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
     Raises:
         ValueError: shards without captions, a tokenizer of another release, or an unusable file.
     """
-    task = config.tasks.captioning
-    if task is None:
+    words_of = config.tasks.with_words()
+    if words_of is None:
         return None
+    name, task = words_of
     if task.vocabulary.file is not None:
         return read_vocabulary(Path(task.vocabulary.file))
     where = ", ".join(f"{manifest.root}/{manifest.split}" for manifest in manifests)
@@ -142,7 +143,7 @@ def vocabulary_of(config: VisftConfig, *manifests: Manifest) -> Vocabulary | Non
         return Vocabulary.from_counts(words, min_count=task.vocabulary.min_count, tokenizer=tokenizers.pop())
     except ValueError as error:
         raise ValueError(
-            f"{where}, visft.tasks.captioning.vocabulary.min_count = {task.vocabulary.min_count}: {error}"
+            f"{where}, visft.tasks.{name}.vocabulary.min_count = {task.vocabulary.min_count}: {error}"
         ) from error
 
 
@@ -152,9 +153,10 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
     Raises:
         ValueError: as `vocabulary_of` and `open_training_data`.
     """
-    task, data = config.tasks.captioning, config.data
-    if task is None:
+    words_of, data = config.tasks.with_words(), config.data
+    if words_of is None:
         return None
+    task = words_of[1]
     if task.vocabulary.file is not None:
         path = Path(task.vocabulary.file)
         return read_vocabulary(path) if path.is_file() else None

@@ -42,8 +42,8 @@ from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.profiling.harness import CpuClock, circumstances, in_turn, load_row, quartiles, spread
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
 FORMAT, VERSION = "visft_ds data", 1
@@ -432,11 +432,12 @@ def plain(folder: Path | None, split: str, images: int, batch: int) -> Iterator[
 
 def every_word(settings: VisftConfig) -> VisftConfig:
     """Settings whose vocabulary has every word: generated captions are few."""
-    task = settings.tasks.captioning
-    if task is None or task.vocabulary.file is not None:
+    words = settings.tasks.with_words()
+    if words is None or words[1].vocabulary.file is not None:
         return settings
+    name, task = words
     task = task.model_copy(update={"vocabulary": task.vocabulary.model_copy(update={"min_count": 1})})
-    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={"captioning": task})})
+    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={name: task})})
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from visft_ds.monitor.console import Section
 from visft_ds.profiling.data import SIDE, MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
 from visft_ds.profiling.harness import CpuClock, circumstances, in_turn, load_row, quartiles, ratio, spread
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 check_secure()  # the program may have imported the library before
 FORMAT, VERSION = "visft_ds data comparison", 1

@@ -23,7 +23,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import OTHER, Ledger
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
@@ -31,14 +31,16 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.partition import Place, plan_partition
 from visft_ds.planner.cluster import Rates, step_time
-from visft_ds.planner.meta_step import Content, rehearsing
+from visft_ds.planner.meta_step import rehearsing
 from visft_ds.planner.step import PlannedRun, plan_memory
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.tasks.segmentation.masks import grid_size
+from visft_ds.tasks.spec import Content
+from visft_ds.tasks.vocabulary import Vocabulary
 
 FORMAT, VERSION = "visft_ds plan validation", 1
 #: Objects to an image; ids of the first caption (8 words, <start>, <end>; each further one has one more); words.

@@ -35,7 +35,7 @@ from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.profiling.data import every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
 #: Height and width of the images of `--synthetic`: COCO's most frequent size. The transforms make of them what the

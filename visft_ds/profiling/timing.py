@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from visft_ds.data.samples import Batch
 from visft_ds.parallel.engine import ZeroEngine
 from visft_ds.profiling.harness import synchronize
-from visft_ds.tasks import Criterion
+from visft_ds.tasks.spec import Criterion
 
 #: Parts of a step that do not overlap, in the order in which they are printed. "data wait" and "rest" have no hook.
 DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST = (

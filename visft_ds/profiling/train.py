@@ -18,7 +18,7 @@ import torch
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
 from visft_ds.costs.counting import FlopMeter
-from visft_ds.costs.flops import HEAD_FORMULAS, Flops, packed_flops, tower_flops, tower_from
+from visft_ds.costs.flops import Flops, packed_flops, tower_flops, tower_from
 from visft_ds.costs.hardware import DTYPES, reference_rate
 from visft_ds.costs.ledger import KINDS, TRANSIENT, Ledger
 from visft_ds.data.samples import Batch
@@ -46,6 +46,7 @@ from visft_ds.profiling.timing import (
     typical_parts,
 )
 from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.tasks import TASKS
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
@@ -273,11 +274,12 @@ def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
         for task in batch.tasks:
             head = module.heads[task]
             trains = {parameter.requires_grad for parameter in head.parameters()}
-            if task not in HEAD_FORMULAS or len(trains) > 1:  # of a head that trains in part only the counter knows
+            formula = TASKS[task].flops
+            if formula is None or len(trains) > 1:  # of a head that trains in part only the counter knows
                 known = False
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
-            in_heads += HEAD_FORMULAS[task](
+            in_heads += formula(
                 options if head.training else {**options, "dropout": 0.0},
                 module.backbone.width,
                 images,

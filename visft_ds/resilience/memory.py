@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
+from visft_ds.data.labels import whole_image
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample, Sample
@@ -37,8 +37,8 @@ from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.transform import JointTransform
+from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
 #: What the transform of a stream says of its labels' sizes.
@@ -96,7 +96,7 @@ class Largest:
         caption = " ".join([_WORD] * labelling.max_words)
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
-            raw = RawSample(number, number, size, None, [_object(size, self.category)] * objects, [caption])
+            raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
             samples.append(
                 Sample(
                     index=number,
@@ -192,13 +192,6 @@ def _compiled_section(how: str, seconds: float) -> Section:
             ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")
         )
     return Section("compiled", rows)
-
-
-def _object(size: Size, category: int) -> Mapping[str, Any]:
-    """An annotation that fills the picture."""
-    height, width = size
-    outline = [0, 0, width, 0, width, height, 0, height]
-    return {"bbox": [0, 0, width, height], "category_id": category, "iscrowd": 0, "segmentation": [outline]}
 
 
 def _sizes(manifest: Manifest) -> Iterator[Size]:

@@ -26,31 +26,23 @@ def locked(out: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
 
     A POSIX record lock: the kernel lets go of it when the process ends, however it ends, and children do not inherit
     it. NFS keeps it across machines (version 3 with its lock service, version 4 by itself); where a file system has no
-    locks, a warning says so and nothing is kept.
+    locks, a warning says so and nothing is kept. (filelock would do, from 3.32 on: before, who waits empties the file
+    that names the holder, and a forked child keeps the lock of a killed parent.)
 
     Raises:
         ValueError: a folder that cannot be written, or another process that does not let go in time; it is named.
     """
-    path = out / LOCK_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
-        _lock(descriptor, out, patience)
+    with contextlib.ExitStack() as stack:
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, out, patience)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         except OSError as error:
-            raise _unwritable(out, error) from error
+            raise ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it") from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _unwritable(out: Path, error: OSError) -> ValueError:
-    return ValueError(f"{out} cannot be written: {error.strerror}; choose another --out, or mend it")
 
 
 def _lock(descriptor: int, out: Path, patience: float) -> None:
@@ -69,9 +61,7 @@ def _lock(descriptor: int, out: Path, patience: float) -> None:
         if time.monotonic() > deadline:
             raise ValueError(f"{out} is in use by another run, {holder}: wait for it, stop it, or choose another --out")
         if not told:
-            print(
-                f"{holder} still writes into {out}; waiting up to {patience:.0f} s for it", file=sys.stderr, flush=True
-            )
+            _tell(f"{holder} still writes into {out}; waiting up to {patience:.0f} s for it")
             told = True
         time.sleep(0.2)
 

@@ -26,9 +26,10 @@ from visft_ds.prepare.places import (
     CATEGORIES_FILE,
     DATA,
     HEADS,
-    VOCABULARY,
     VOCABULARY_FILE,
     WEIGHTS,
+    WORDS,
+    given_words,
     paths_of,
     with_paths,
 )
@@ -70,8 +71,9 @@ def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) 
     if HEADS in paths:
         found = {find_head(paths[HEADS], task) for task in config.tasks.enabled()}
         sources = {heads_inside(run)[0] / path.name: path for path in found}
-    if VOCABULARY in paths:
-        sources[folder / VOCABULARY_FILE] = Path(paths[VOCABULARY])
+    words = given_words(config)
+    if words is not None:
+        sources[folder / VOCABULARY_FILE] = Path(paths[words])
     remove_unfinished(folder)
     for path, source in sources.items():
         if not path.is_file() or sha256_file(path) != sha256_file(source):
@@ -94,7 +96,7 @@ def _places(
     names |= {f"visft.data.sets.{number}.root": one.name for number, one in enumerate(config.data.sets)}
     found = {}
     for key, path in paths_of(config).items():
-        if key in (HEADS, VOCABULARY):
+        if key == HEADS or key.endswith(WORDS):
             continue
         found[key] = {"path": os.path.abspath(path), "beside": os.path.relpath(Path(path).resolve(), run.resolve())}
         if key in names:

@@ -36,7 +36,7 @@ from visft_ds.prepare.model import (
 )
 from visft_ds.prepare.streams import known_vocabulary
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def print_start(

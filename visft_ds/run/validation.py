@@ -21,10 +21,10 @@ from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of, check_samples, evaluation_threads
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
+from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
 
 #: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
-SHOWN = ("box/AP", "box/AP50", "mask/AP", "mask/AP50", "caption/CIDEr-D", "caption/BLEU-4")
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
 
@@ -164,6 +164,6 @@ def _record(verdict: EvalResult, writer: MetricsWriter, progress: Progress, *, b
     for problem in verdict.problems:
         print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
     if verdict.metrics:
-        shown = [f"{name} {verdict.metrics[name]:.3f}" for name in SHOWN if name in verdict.metrics]
+        shown = [f"{name} {verdict.metrics[name]:.3f}" for name in shown_metrics() if name in verdict.metrics]
         progress.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")
         writer.evaluation(verdict.step, verdict.metrics)

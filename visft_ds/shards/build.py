@@ -38,7 +38,7 @@ from visft_ds.shards.shard_writer import (
 )
 from visft_ds.shards.source import CATEGORY_RULES, CocoSource, SourceImage, SourceSelection, read_source
 from visft_ds.shards.workers import BuildProgress, BuildWorkers
-from visft_ds.tasks.captioning.vocabulary import TOKENIZER
+from visft_ds.tasks.vocabulary import TOKENIZER
 
 #: Of the order of samples. It is part of the random key and independent of the manifest's version.
 _ORDER_VERSION = 1

@@ -16,7 +16,7 @@ from visft_ds.data.manifest import INDEX_DTYPE, ShardFile, index_path, manifest_
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned
 from visft_ds.shards.source import CocoSource, SourceImage
-from visft_ds.tasks.captioning.vocabulary import caption_words
+from visft_ds.tasks.vocabulary import caption_words
 
 _DETAILS = 8  # why images were left out: so many are shown, all are in the manifest
 

@@ -15,7 +15,7 @@ from visft_ds.data.decode import decode_image, image_format, image_size
 from visft_ds.data.labels import parse_label, stored_size, trainable
 from visft_ds.shards.problem import Problem
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
-from visft_ds.tasks.captioning.vocabulary import caption_words
+from visft_ds.tasks.vocabulary import caption_words
 
 #: Extensions of members that are read; any other is a problem.
 ALLOWED = ("jpg", "jpeg", "png", "json")

@@ -25,27 +25,29 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
     """The raw id that each class of a head stands for; None: a class is what it is in the published heads.
 
     Args:
-        task: "detection" or "segmentation".
+        task: one that learns from annotated objects; any but segmentation may have raw ids as classes.
         options: of the head.
         names: id -> name of all categories of its training data.
 
     Raises:
         ValueError: no such head has classes for these categories.
     """
+    if "num_classes" not in options:
+        return None
     number, published = options["num_classes"], options.get("labelling") == "published"
     if task == "segmentation" and published and not are_of_coco(names):
         raise ValueError(
             f"visft.tasks.segmentation.head.labelling = published is the numbering of COCO's 80 categories only, and "
             f"the data has {_few(names, _COCO)}: leave it at contiguous and train heads of your own in stage 1"
         )
-    if task == "detection" and all(0 <= one < number for one in names):
+    if task != "segmentation" and all(0 <= one < number for one in names):
         return None
     if task == "segmentation" and are_of_coco(names) and number >= len(COCO_CATEGORY_IDS):
         return None
     if number == len(names) and not published:
         return tuple(sorted(names))
     further = ""
-    if task == "detection":
+    if task != "segmentation":
         further = f", or at least {max(names) + 1}, so that classes are raw ids"
     elif are_of_coco(names):
         further = f", or {len(COCO_CATEGORY_IDS)}, those of COCO"
@@ -54,6 +56,20 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
         f"visft.tasks.{task}.head.num_classes is {number}, and the data has {len(names)} categories ({_few(names)}): "
         f"leave num_classes out, then it comes from the data, or give {allowed}"
     )
+
+
+def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
+    """Refuse a head whose categories are not known and whose classes are not those of the published heads either.
+
+    Raises:
+        ValueError: it has too few of them.
+    """
+    enough = options.get("labelling") == "published" or options["num_classes"] >= len(COCO_CATEGORY_IDS)
+    if task == "segmentation" and not enough:
+        raise ValueError(
+            f"the segmentation head has {options['num_classes']} classes, and its file does not name their "
+            "categories: give the file that a training exported"
+        )
 
 
 def _few(names: Mapping[int, str], but: frozenset[int] = frozenset()) -> str:

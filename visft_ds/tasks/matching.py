@@ -19,8 +19,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from visft_ds.data.samples import DetectionTargets
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
+from visft_ds.tasks.detection.data import DetectionTargets
 
 
 @dataclass(frozen=True)

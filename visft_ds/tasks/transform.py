@@ -16,16 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visft_ds.data.collate import has_targets, pack_detection, stack_samples
-from visft_ds.data.samples import Batch, RawSample, Sample, Targets
-from visft_ds.data.spans import span
-from visft_ds.data.transforms import Op, ShortSides, Size, apply_to_image, detection_targets, final_size, places
-from visft_ds.tasks.captioning.data import CaptionChoice, caption_targets, choice_for, pack_captions
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
-from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, pack_segmentation, segmentation_targets
-
-#: The tasks that can share an image; their order in a batch, whatever the order in which they were asked for.
-JOINT_TASKS = ("detection", "segmentation", "captioning")
+from visft_ds.config.task_schema import CaptionChoice
+from visft_ds.data.collate import has_targets, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.transforms import Op, ShortSides, Size, apply_to_image, final_size
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.captioning.data import choice_for
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
 class JointTransform:
@@ -38,8 +35,8 @@ class JointTransform:
     scale to a square of that many pixels, and training also mirrors. The rounding of sides, and how far that may pass
     a cap, is that of `short_side_size`.
 
-    The sample's `targets` have exactly the entries `tasks`, each as the transform of that task alone gives it for the
-    same geometry:
+    The sample's `targets` have exactly the entries `tasks`, in the order of TASKS, each as the transform of that task
+    alone gives it for the same geometry; of the tasks of this package:
         "detection": {"boxes": (n, 4) float32, cxcywh relative to the transformed image, "labels": (n,) int64, raw
             category ids, or places in `classes["detection"]` where it is given}.
         "segmentation": {"masks": (n, hm, wm) uint8, covered part of cells of at most `mask_stride` pixels, "labels":
@@ -50,7 +47,7 @@ class JointTransform:
             `max_words` words, chosen as by `CaptionTransform`.
 
     Args:
-        tasks: one or more of `JOINT_TASKS`, each once.
+        tasks: one or more of `TASKS`, each once.
         vocabulary: the ids of words; captioning needs it, the others do not.
         classes: task -> raw ids of its classes, see above.
 
@@ -78,12 +75,10 @@ class JointTransform:
         classes: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         # a bare string would be read letter by letter
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(JOINT_TASKS):
+        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks) or not set(tasks) <= set(TASKS):
             raise ValueError(
-                f"tasks={tasks!r} is not allowed: give a list of one or more of {', '.join(JOINT_TASKS)}, each once"
+                f"tasks={tasks!r} is not allowed: give a list of one or more of {', '.join(TASKS)}, each once"
             )
-        if "captioning" in tasks and vocabulary is None:
-            raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
         if min(mask_stride, max_words) < 1:
             raise ValueError(f"mask_stride={mask_stride} and max_words={max_words} must be at least 1")
         self.train = train
@@ -93,8 +88,7 @@ class JointTransform:
         self.mask_stride = mask_stride
         self.caption_choice = choice_for(train, caption_choice)
         self.max_words = max_words
-        self.boxes = places(classes["detection"]) if "detection" in classes else None
-        self.masks = places(classes.get("segmentation", COCO_CATEGORY_IDS))
+        self._targets = {task: TASKS[task].joint(self, classes.get(task)) for task in TASKS if task in tasks}
 
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
         """Transform one sample; evaluation draws nothing from `generator`."""
@@ -121,42 +115,17 @@ class JointTransform:
         self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
     ) -> dict[str, Mapping[str, npt.NDArray[Any]]]:
         """Labels of each task for the image after `ops`."""
-        targets: dict[str, Mapping[str, npt.NDArray[Any]]] = {}
-        if "detection" in self.tasks:
-            with span("boxes"):
-                targets["detection"] = detection_targets(raw.annotations, raw.size, ops, self.boxes)
-        if "segmentation" in self.tasks:
-            try:
-                with span("masks"):
-                    masks = segmentation_targets(raw.annotations, raw.size, ops, self.mask_stride, self.masks)
-            except ValueError as error:
-                raise ValueError(f"image {raw.image_id}: {error}") from error
-            targets["segmentation"] = {**masks, "frame": np.array(final_size(raw.size, ops))}
-        if "captioning" in self.tasks:
-            assert self.vocabulary is not None
-            with span("tokens"):
-                targets["captioning"] = caption_targets(
-                    raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words
-                )
-        return targets
+        return {task: targets(raw, ops, generator) for task, targets in self._targets.items()}
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:
     """A batch with the targets of every task of the samples; without any where no labels were read.
 
     Images are padded right and bottom with 0 to the largest height and width of the batch. Targets stand in the order
-    of `JOINT_TASKS`, so that losses are summed in one order however the tasks were listed.
+    of `TASKS`, so that losses are summed in one order however the tasks were listed.
     """
     batch = stack_samples(samples)
-    unknown = {task for sample in samples for task in sample.targets} - set(JOINT_TASKS)
-    assert not unknown, f"no way to pack targets of {sorted(unknown)}"
     # from the sizes, not from the pixels: a process that reads labels only has none
     frame = (max(sample.size[0] for sample in samples), max(sample.size[1] for sample in samples))
-    targets: dict[str, Targets] = {}
-    if has_targets(samples, "detection"):
-        targets["detection"] = pack_detection(samples)
-    if has_targets(samples, "segmentation"):
-        targets["segmentation"] = pack_segmentation(samples, frame)
-    if has_targets(samples, "captioning"):
-        targets["captioning"] = pack_captions(samples)
-    return replace(batch, targets=targets)
+    taught = [task for task in TASKS if has_targets(samples, task)]
+    return replace(batch, targets={task: TASKS[task].pack(samples, frame) for task in taught})

@@ -21,7 +21,6 @@ from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
-from visft_ds.evals.pictures import save_png
 from visft_ds.interop.encoders import NORMALISATIONS, POOLS
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
@@ -29,6 +28,7 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
+from visft_ds.tasks.pictures import save_png
 
 _EXTRA = ("open_clip", "sklearn")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1

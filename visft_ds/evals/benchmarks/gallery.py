@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from visft_ds.evals.benchmarks.protocol import Benchmark, IntArray, Score
-from visft_ds.evals.pictures import INK, Colour, Picture, grid, letters, paper, scaled
+from visft_ds.tasks.pictures import INK, Colour, Picture, grid, letters, paper, scaled
 
 _SIDE, _SIZE, _LINE = 220, 13, 18  # of an image; of letters and lines of text, pixels
 _RIGHT, _WRONG = (29, 122, 51), (179, 38, 30)

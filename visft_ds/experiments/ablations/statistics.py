@@ -46,6 +46,5 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / count
     if count < FEWEST:
         return Estimate(tuple(values), mean, None, None)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    margin = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count)
+    margin = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * stats.sem(values))
     return Estimate(tuple(values), mean, mean - margin, mean + margin)

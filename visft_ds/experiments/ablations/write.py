@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from visft_ds.evals.page import page, section
+from visft_ds.evals.page import render
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair
 from visft_ds.experiments.ablations.draw import chart
 from visft_ds.experiments.ablations.tables import as_json, markdown, remarks, sections
@@ -42,9 +41,11 @@ def shown(outcome: Outcome) -> list[Section]:
 def write_report(root: Path, names: Sequence[str]) -> list[Path]:
     """Write a page over all questions that have been run in this folder, in the order of `names`."""
     outcomes = [read_outcome(root / name) for name in names if (root / name / f"{TABLE}.json").is_file()]
-    body = [f"<header><h1>Ablations</h1><p>{html.escape(_summary(outcomes))}</p></header>"]
-    body += [_section(outcome) for outcome in outcomes]
-    write_text(root / PAGE, page("Ablations", "\n".join(body)), overwrite=True)
+    parts = [
+        {"outcome": one, "chart": chart(one), "tables": sections(one), "remarks": remarks(one)} for one in outcomes
+    ]
+    page = render("experiments/ablations/report.html.j2", title="Ablations", summary=_summary(outcomes), parts=parts)
+    write_text(root / PAGE, page, overwrite=True)
     text = "\n".join(["# Ablations", "", _summary(outcomes), "", *map(markdown, outcomes)])
     write_text(root / MARKDOWN, text, overwrite=True)
     return [root / PAGE, root / MARKDOWN]
@@ -72,18 +73,3 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
     arms = sum(len(outcome.arms) for outcome in outcomes)
     failed = sum(bool(arm.failures) for outcome in outcomes for arm in outcome.arms)
     return f"{len(outcomes)} questions, {arms} arms" + (f", {failed} of them incomplete" if failed else "")
-
-
-def _section(outcome: Outcome) -> str:
-    parts = [f"<p>{html.escape(outcome.asks)}</p><figure>{chart(outcome)}</figure>"]
-    for one in sections(outcome):
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in one.columns)
-        rows = "".join(
-            f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row[1:])}</tr>"
-            for row in one.rows
-        )
-        parts.append(
-            f"<h3>{html.escape(one.title)}</h3><table class=numbers><thead><tr>{head}</tr></thead>{rows}</table>"
-        )
-    parts.append(f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in remarks(outcome))}</ul>")
-    return section(outcome.name, "".join(parts))

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import fsum
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visft_ds.data.collate import has_targets, stack_samples
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.config.task_schema import CaptionChoice
+from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Resize, Size, apply_to_image
-from visft_ds.tasks.captioning.vocabulary import Vocabulary, caption_words
-
-#: Which caption of an image a head learns from: one drawn anew each time, always the first one, or always the one that
-#: shares most words with the others. The last two give a small set of images one answer each.
-CaptionChoice = Literal["random", "first", "consensus"]
+from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
 
 @dataclass(frozen=True)
@@ -141,14 +137,6 @@ def consensus(captions: Sequence[Sequence[str]]) -> int:
     # Each caption also meets itself, which adds 1 to all. The sum is exact, lest the order of its terms decide a tie.
     sums = [fsum(2 * (own & other).total() / (own.total() + other.total()) for other in counts) for own in counts]
     return max(range(len(sums)), key=sums.__getitem__)
-
-
-def collate_captioning(samples: Sequence[Sample]) -> Batch:
-    """A batch with `targets["captioning"]`; without targets where no labels were read (`Sample.targets` empty)."""
-    batch = stack_samples(samples)
-    if not has_targets(samples, "captioning"):
-        return batch
-    return replace(batch, targets={"captioning": pack_captions(samples)})
 
 
 def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:

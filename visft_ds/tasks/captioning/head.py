@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.vocabulary import Vocabulary
 from visft_ds.tasks.matching import at_least_float32
+from visft_ds.tasks.vocabulary import Vocabulary
 
 _PAD = 0
 #: Counted from the end of the vocabulary, see `data.vocabulary`.
@@ -133,7 +133,7 @@ class CaptioningHead(nn.Module):
         if lengths is None or captions.shape[1] < 2:
             raise ValueError(
                 f"captions {tuple(captions.shape)} need lengths (B,) and at least two ids (<start> and one to "
-                "predict); collate_captioning gives both"
+                "predict); collate_joint gives both"
             )
         return self._answer(features, valid, captions, lengths, dropout=True)
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.data.samples import Batch, DetectionTargets
+from visft_ds.data.samples import Batch
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
+from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.matching import Matches, MatchingCosts, at_least_float32, match
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 

@@ -22,13 +22,12 @@ from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
+from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE
 from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
 #: The raw ids of COCO's 80 categories. By default, a label is a place in here.
 COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 _LABELS_OF_COCO = places(COCO_CATEGORY_IDS)
-#: Pixels that sides of content alone are multiples of: a patch of the published towers.
-CONTENT_MULTIPLE = 14
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visft_ds.evals.caption_tokenizer import TOKENIZER, ptb_words
+from visft_ds.tasks.captioning.tokenizer import TOKENIZER, ptb_words
 
 __all__ = ["TOKENIZER", "caption_metrics", "results_metrics"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.pictures import INK, Colour, Picture, letters, paper, scaled, side_by_side
+from visft_ds.tasks.pictures import INK, Colour, Picture, letters, paper, scaled, side_by_side
 
 _FADED: Colour = (130, 130, 132)
 _TEXT_SIZE = 15

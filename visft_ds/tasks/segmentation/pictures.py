@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.pictures import (
+from visft_ds.tasks.pictures import (
     Colour,
     Picture,
     Rectangle,

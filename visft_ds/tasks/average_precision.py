@@ -18,6 +18,8 @@ import numpy.typing as npt
 import orjson
 from faster_coco_eval import COCO, COCOeval_faster
 
+from visft_ds.tasks import Results
+
 IouType = Literal["bbox", "segm"]
 Scorer = Literal["faster-coco-eval", "pycocotools"]
 
@@ -202,3 +204,10 @@ def _plain_results(
 
 def _quiet(*_: object) -> None:
     """The evaluator's table; the numbers are returned instead."""
+
+
+def average_precision_of(
+    iou_type: IouType, truth: Mapping[str, Any], results: Results, each: bool, scorer: Scorer = "faster-coco-eval"
+) -> dict[str, float]:
+    """`coco_average_precision` with the arguments of `Evaluator.measure`."""
+    return coco_average_precision(truth, results, iou_type, per_category=each, scorer=scorer)

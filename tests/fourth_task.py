@@ -1,0 +1,145 @@
+"""Image classification as a fourth task: which kinds of objects are in an image. All that a task of one's own takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visft_ds.config.fields import Positive, Rate, StrictModel
+from visft_ds.config.task_schema import TaskConfig
+from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.transforms import Op, Resize, Size, apply_to_image
+from visft_ds.tasks import Results
+from visft_ds.tasks.spec import Content, Evaluator, HeadSizes, ImageTargets, TaskSpec
+
+NAME, MOST = "classification", 91  # COCO's ids are below this
+
+
+class ClassificationImage(StrictModel):
+    size: Positive = 224  #: side of the square
+
+
+class ClassificationHeadConfig(StrictModel):
+    num_classes: Positive = MOST
+
+
+class ClassificationLoss(StrictModel):
+    bce: Rate = 1.0
+
+
+class ClassificationTask(TaskConfig):
+    metrics = ("class/accuracy",)
+    main = "class/accuracy"
+    image: ClassificationImage = ClassificationImage()
+    head: ClassificationHeadConfig = ClassificationHeadConfig()
+    loss: ClassificationLoss = ClassificationLoss()
+
+
+@dataclass(frozen=True)
+class ClassificationTargets:
+    present: Tensor  #: (B, C) float32, 1 where an image has an object of the class
+
+    def to(self, device: torch.device) -> ClassificationTargets:
+        return ClassificationTargets(self.present.to(device, non_blocking=True))
+
+    def head_inputs(self) -> dict[str, Tensor]:
+        return {}
+
+
+def image_targets(places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], generator: Any) -> dict[str, Any]:
+    found = np.zeros(len(places) or MOST, dtype=np.float32)
+    for annotation in raw.annotations:
+        found[places.get(annotation["category_id"], annotation["category_id"])] = 1
+    return {"present": found}
+
+
+def joint(transform: Any, classes: Sequence[int] | None) -> ImageTargets:
+    return partial(image_targets, {category: place for place, category in enumerate(classes or ())})
+
+
+class ClassificationTransform:
+    def __init__(self, train: bool, *, size: int = 224, classes: Sequence[int] | None = None) -> None:
+        self.size, self.targets = (size, size), joint(None, classes)
+
+    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
+        image = None if raw.image is None else apply_to_image(raw.image, [Resize(*self.size)])
+        targets = {NAME: self.targets(raw, (), generator)}
+        return Sample(raw.index, raw.image_id, raw.size, self.size, image, 0, targets)
+
+    def extremes(self, size: Size) -> set[Size]:
+        return {self.size}
+
+
+def pack(samples: Sequence[Sample], frame: Size) -> ClassificationTargets:
+    return ClassificationTargets(torch.from_numpy(np.stack([sample.targets[NAME]["present"] for sample in samples])))
+
+
+@dataclass(frozen=True)
+class ClassificationOutput:
+    logits: Tensor  #: (B, C)
+
+
+class ClassificationHead(nn.Module):
+    def __init__(self, in_channels: int, *, num_classes: int = MOST) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+    def forward(self, features: Tensor, valid: Tensor) -> ClassificationOutput:
+        shares = valid / valid.sum(dim=(1, 2), keepdim=True)
+        return ClassificationOutput(self.classifier((features * shares[:, None]).sum(dim=(2, 3))))
+
+
+class ClassificationCriterion:
+    def __init__(self, *, bce: float = 1.0) -> None:
+        self.weights = {"bce": bce}
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        return {"images": float(len(batch.images))}
+
+    def __call__(self, output: Any, targets: Any, loss_denominators: Any, image_ids: Any = None) -> dict[str, Tensor]:
+        total = F.binary_cross_entropy_with_logits(output.logits, targets.present, reduction="sum")
+        return {"bce": total / loss_denominators["images"]}
+
+
+def results(output: Any, batch: Batch, classes: Sequence[int] | None = None, threshold: float = 0.0) -> Results:
+    scores, best = output.logits.sigmoid().max(dim=1)
+    rows = zip(batch.image_ids.tolist(), batch.real.tolist(), scores.tolist(), best.tolist(), strict=True)
+    ids = range(MOST) if classes is None else classes
+    return [{"image_id": image, "category_id": ids[place], "score": s} for image, real, s, place in rows if real]
+
+
+def measure(truth: Mapping[str, Any], found: Results, *_: Any) -> dict[str, float]:
+    present = {(annotation["image_id"], annotation["category_id"]) for annotation in truth["annotations"]}
+    return {"class/accuracy": float(np.mean([(one["image_id"], one["category_id"]) in present for one in found]))}
+
+
+def describe(found: Results, names: Mapping[int, str]) -> str:
+    return ", ".join(f"{names.get(one['category_id'], one['category_id'])} {one['score']:.2f}" for one in found)
+
+
+def blank(images: int, size: Size, content: Content, options: Any, device: torch.device) -> ClassificationTargets:
+    return ClassificationTargets(torch.zeros(images, MOST))
+
+
+SPEC = TaskSpec(
+    name=NAME,
+    config=ClassificationTask,
+    head=ClassificationHead,
+    build_criterion=ClassificationCriterion,
+    transform=ClassificationTransform,
+    joint=joint,
+    pack=pack,
+    postprocess=results,
+    evaluator=Evaluator(truth=coco_dataset, measure=measure),
+    sizes=HeadSizes(("classifier.weight", 1, 0), {"num_classes": ("classifier.weight", 0, 0)}),
+    blank=blank,
+    describe=describe,
+)

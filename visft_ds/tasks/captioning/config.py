@@ -1,0 +1,50 @@
+"""`visft.tasks.captioning`: images, head and loss of captioning. Defaults are those of the published code."""
+
+from __future__ import annotations
+
+from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
+from visft_ds.config.task_schema import CaptionChoice, WordsConfig
+
+
+class CaptioningImage(StrictModel):
+    """Keyword arguments of the captioning transform; sizes in pixels."""
+
+    size: Positive = 256  #: side of the square
+    caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
+    max_words: Positive = 50
+
+
+class CaptioningHeadConfig(StrictModel):
+    """Keyword arguments of the captioning head; its vocabulary comes with the data."""
+
+    attention_dim: Positive = 384
+    embed_dim: Positive = 384
+    decoder_dim: Positive = 384
+    grid: Positive = 14
+    dropout: Probability = 0.5
+
+
+class CaptioningLoss(StrictModel):
+    """Keyword arguments of the captioning criterion."""
+
+    ce: Rate = 1.0
+    attention: Rate = 1.0  #: the doubly stochastic penalty
+
+
+class CaptioningTask(WordsConfig):
+    """`visft.tasks.captioning`."""
+
+    metrics = (
+        *("caption/CIDEr-D", "caption/CIDEr", "caption/BLEU-1", "caption/BLEU-2", "caption/BLEU-3", "caption/BLEU-4"),
+        "caption/ROUGE-L",
+    )
+    shown = ("caption/CIDEr-D", "caption/BLEU-4")
+    main = "caption/CIDEr-D"
+    published = "caption"
+
+    image: CaptioningImage = CaptioningImage()
+    head: CaptioningHeadConfig = CaptioningHeadConfig()
+    loss: CaptioningLoss = CaptioningLoss()
+
+
+CONFIG = CaptioningTask

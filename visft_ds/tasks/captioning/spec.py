@@ -1,0 +1,94 @@
+"""Captioning as a task: what training, evaluation, export, prediction and planning ask of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from visft_ds.config.task_schema import CaptionChoice
+from visft_ds.data.dataset import caption_dataset
+from visft_ds.data.samples import RawSample
+from visft_ds.data.spans import span
+from visft_ds.data.transforms import Op
+from visft_ds.tasks.captioning.config import CaptioningTask
+from visft_ds.tasks.captioning.data import (
+    CaptionTargets,
+    CaptionTransform,
+    caption_targets,
+    pack_captions,
+)
+from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
+from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
+from visft_ds.tasks.captioning.pictures import draw_caption
+from visft_ds.tasks.pictures import Picture
+from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
+from visft_ds.tasks.transform import JointTransform
+from visft_ds.tasks.vocabulary import Vocabulary
+
+
+def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
+    if transform.vocabulary is None:
+        raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
+    return partial(_image_targets, transform.vocabulary, transform.caption_choice, transform.max_words)
+
+
+def _image_targets(
+    vocabulary: Vocabulary,
+    choice: CaptionChoice,
+    max_words: int,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
+) -> Mapping[str, npt.NDArray[Any]]:
+    with span("tokens"):
+        return caption_targets(raw.captions, vocabulary, choice, generator, max_words)
+
+
+def _blank(
+    images: int, size: tuple[int, int], content: Content, options: Mapping[str, Any], device: torch.device
+) -> CaptionTargets:
+    tokens = torch.zeros(images, content.caption_ids, dtype=torch.int64)
+    return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
+
+
+def _draw(one: Example) -> Picture:
+    caption = one.results[0]["caption"] if one.results else ""
+    words = caption.split()
+    maps = one.output.attention[one.place, : len(words)].float().cpu().numpy()
+    grid = math.isqrt(maps.shape[1])
+    return draw_caption(one.pixels(), one.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
+
+
+SPEC = TaskSpec(
+    name="captioning",
+    config=CaptioningTask,
+    head=CaptioningHead,
+    build_criterion=CaptioningCriterion,
+    transform=CaptionTransform,
+    joint=_joint,
+    pack=lambda samples, frame: pack_captions(samples),
+    postprocess=postprocess,
+    evaluator=Evaluator(
+        truth=caption_dataset,
+        measure=lambda truth, results, *_: results_metrics(truth, results),
+        facts={"caption_tokenizer": TOKENIZER},
+    ),
+    draw=_draw,
+    sizes=HeadSizes(
+        in_channels=("encoder_att.weight", 1, 0),
+        options={
+            "vocabulary_size": ("embedding.weight", 0, 0),
+            "attention_dim": ("encoder_att.weight", 0, 0),
+            "embed_dim": ("embedding.weight", 1, 0),
+            "decoder_dim": ("init_h.weight", 0, 0),
+        },
+        attributes=("grid",),
+    ),
+    blank=_blank,
+)

@@ -1,0 +1,71 @@
+"""`visft.tasks.detection`: images, head and loss of detection. Defaults are those of the published code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
+from visft_ds.config.task_schema import TaskConfig
+
+
+class DetectionImage(StrictModel):
+    """Keyword arguments of the detection transform; sizes in pixels."""
+
+    short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
+    max_long: Positive = 672
+    crop_short_sides: Sides = (400, 500, 600)
+    crop_range: tuple[Positive, Positive] = (384, 600)
+    flip: Fraction = 0.5  #: probability
+    eval_short: Positive = 800
+    eval_max_long: Positive = 672
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+
+
+class DetectionHeadConfig(StrictModel):
+    """Keyword arguments of the detection head (asymmetric DETR)."""
+
+    num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
+    num_queries: Positive = 100
+    encoder_dim: Positive = 128
+    decoder_dim: Positive = 256
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 6
+    num_heads: Positive = 8
+    ffn_dim: Positive = 1024
+    dropout: Probability = 0.1
+
+
+class DetectionLoss(StrictModel):
+    """Keyword arguments of the detection criterion; the matcher's costs are the same ce, l1 and giou."""
+
+    ce: Rate = 1.0
+    l1: Rate = 5.0
+    giou: Rate = 2.0
+    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+
+
+class DetectionTask(TaskConfig):
+    """`visft.tasks.detection`."""
+
+    metrics = tuple(f"box/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
+    shown = ("box/AP", "box/AP50")
+    main = "box/AP50"
+    published = "detection"
+
+    image: DetectionImage = DetectionImage()
+    head: DetectionHeadConfig = DetectionHeadConfig()
+    loss: DetectionLoss = DetectionLoss()
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Widths that heads or positions do not divide, and a range that is none."""
+        head = self.head
+        for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
+            if width % head.num_heads:
+                yield f"head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
+        if head.encoder_dim % 4:
+            yield "head.encoder_dim", f"{head.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)"
+        if self.image.crop_range[0] > self.image.crop_range[1]:
+            yield "image.crop_range", "must be [smallest, largest]"
+
+
+CONFIG = DetectionTask

@@ -1,0 +1,96 @@
+"""Detection as a task: what training, evaluation, export, prediction and planning ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.samples import RawSample
+from visft_ds.data.spans import span
+from visft_ds.data.transforms import Op, places
+from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth, pack_results, unpack_results
+from visft_ds.tasks.detection.config import DetectionTask
+from visft_ds.tasks.detection.data import (
+    DetectionTargets,
+    DetectionTransform,
+    detection_targets,
+    pack_detection,
+)
+from visft_ds.tasks.detection.flops import detection_flops
+from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
+from visft_ds.tasks.pictures import Picture, draw_detections, palette
+from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
+from visft_ds.tasks.transform import JointTransform
+
+
+def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
+    return partial(_image_targets, None if classes is None else places(classes))
+
+
+def _image_targets(
+    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+) -> Mapping[str, npt.NDArray[Any]]:
+    with span("boxes"):
+        return detection_targets(raw.annotations, raw.size, ops, labels)
+
+
+def _blank(
+    images: int, size: tuple[int, int], content: Content, options: Mapping[str, Any], device: torch.device
+) -> DetectionTargets:
+    objects = images * content.objects
+    labels = torch.zeros(objects, dtype=torch.int64)
+    return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
+
+
+def _draw(one: Example) -> Picture:
+    true, found = one.objects(), one.known()
+    return draw_detections(
+        one.pixels(),
+        [annotation["bbox"] for annotation in true],
+        [one.names[annotation["category_id"]] for annotation in true],
+        [result["bbox"] for result in found],
+        [one.names[result["category_id"]] for result in found],
+        [result["score"] for result in found],
+        threshold=one.threshold,
+        colours=palette(list(one.names.values())),
+    )
+
+
+SPEC = TaskSpec(
+    name="detection",
+    config=DetectionTask,
+    head=DetectionHead,
+    build_criterion=DetectionCriterion,
+    shared_options=("num_queries", "decoder_layers"),
+    transform=DetectionTransform,
+    joint=_joint,
+    pack=lambda samples, frame: pack_detection(samples),
+    postprocess=postprocess,
+    evaluator=Evaluator(
+        truth=coco_dataset,
+        measure=partial(average_precision_of, "bbox"),
+        check=lambda truth: check_ground_truth(truth, "bbox"),
+        pack=pack_results,
+        unpack=unpack_results,
+    ),
+    draw=_draw,
+    sizes=HeadSizes(
+        in_channels=("input_proj.weight", 1, 0),
+        options={
+            "num_classes": ("class_embed.weight", 0, -1),  # the last row is "no object"
+            "num_queries": ("query_embed.weight", 0, 0),
+            "encoder_dim": ("input_proj.weight", 0, 0),
+            "decoder_dim": ("class_embed.weight", 1, 0),
+            "ffn_dim": ("decoder.layers.0.linear1.weight", 0, 0),
+        },
+        layers={"encoder_layers": "encoder.layers.", "decoder_layers": "decoder.layers."},
+    ),
+    blank=_blank,
+    flops=detection_flops,
+)

@@ -1,0 +1,106 @@
+"""`visft.tasks.segmentation`: images, head and loss of segmentation. Defaults are those of the published code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
+from visft_ds.config.task_schema import TaskConfig
+
+#: Pixels that sides of content alone are multiples of: a patch of the published towers.
+CONTENT_MULTIPLE = 14
+_MULTIPLE = f"content_only extends to multiples of {CONTENT_MULTIPLE}, a patch of EVA"
+
+
+class SegmentationImage(StrictModel):
+    """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
+
+    size: Positive = 1024  #: square that a training image is cut to
+    scale: tuple[Above, Above] = (0.1, 2.0)
+    flip: Fraction = 0.5  #: probability
+    pad_value: Count = 128
+    eval_short: Positive = 800
+    eval_max_long: Positive = 1333
+    eval_multiple: Positive = 32
+    fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
+    mask_stride: Positive = 4  #: pixels to a cell of a target mask
+    content_only: bool = False  #: in training, drop the patches that show no image but only its extension
+
+
+class SegmentationHeadConfig(StrictModel):
+    """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
+
+    num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
+    num_queries: Positive = 100
+    hidden_dim: Positive = 256
+    encoder_layers: Positive = 6
+    decoder_layers: Positive = 9
+    num_heads: Positive = 8
+    num_points: Positive = 4
+    encoder_ffn_dim: Positive = 512
+    decoder_ffn_dim: Positive = 1024
+    dropout: Probability = 0.0
+    labelling: Literal["contiguous", "published"] = "contiguous"  #: from 0, or 1..80 as in the published heads
+
+
+class SegmentationLoss(StrictModel):
+    """Keyword arguments of the segmentation criterion; the matcher's costs are the same ce, bce and dice."""
+
+    ce: Rate = 2.0
+    bce: Rate = 5.0
+    dice: Rate = 5.0
+    no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    num_points: Positive = 12544
+    oversample: Annotated[float, Field(ge=1)] = 3.0
+    importance: Fraction = 0.75
+
+
+class SegmentationTask(TaskConfig):
+    """`visft.tasks.segmentation`."""
+
+    metrics = tuple(f"mask/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"))
+    shown = ("mask/AP", "mask/AP50")
+    main = "mask/AP50"
+    published = "segment"
+    removed = MappingProxyType({"image.content_multiple": (_MULTIPLE, CONTENT_MULTIPLE)})
+
+    image: SegmentationImage = SegmentationImage()
+    head: SegmentationHeadConfig = SegmentationHeadConfig()
+    loss: SegmentationLoss = SegmentationLoss()
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Widths that do not divide, numbers out of range, and sizes that exclude each other."""
+        head, image = self.head, self.image
+        if head.hidden_dim % head.num_heads or head.hidden_dim % 32:
+            yield (
+                "head.hidden_dim",
+                f"{head.hidden_dim} is no multiple of num_heads = {head.num_heads} and of 32 (norm groups)",
+            )
+        if head.labelling == "published" and head.num_classes < 80:
+            yield "head.num_classes", "must be at least 80: published labels are COCO's 80"
+        if image.scale[0] > image.scale[1]:
+            yield "image.scale", "must be [smallest, largest]"
+        if image.content_only and image.fixed_size is not None:
+            yield (
+                "image.content_only",
+                "fixed_size scales every image to the whole square, nothing is left away: set one of the two to its "
+                "default",
+            )
+        if image.pad_value > 255:
+            yield "image.pad_value", "must be a pixel value from 0 to 255"
+
+    def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
+        """`content_only` images have to end at a patch border; the transform does not know the patch size."""
+        if self.image.content_only and CONTENT_MULTIPLE % patch_size:
+            yield (
+                "image.content_only",
+                f"content ends at multiples of {CONTENT_MULTIPLE} pixels, and the patches of this backbone have "
+                f"{patch_size}: set it to false, or take a backbone with patches of {CONTENT_MULTIPLE}",
+            )
+
+
+CONFIG = SegmentationTask
