@@ -31,7 +31,7 @@ from visft_ds.costs.hardware import DTYPES
 from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import KERNELS, attention, dora, gelu, lora, norm, use_kernels
+from visft_ds.ops import KERNELS, attention, gelu, lora, norm, use_kernels
 from visft_ds.profiling.harness import circumstances
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
@@ -207,7 +207,7 @@ def adapt(device: torch.device, folder: Path) -> Cases:
 
     def project(backend: str, *given: Tensor) -> Tensor:
         if backend == "DoRA":
-            return dora.dora_linear(*given, lengths.to(given[0]), 0.5, slices)
+            return lora.dora_linear(*given, lengths.to(given[0]), 0.5, slices)
         return lora.lora_linear(*given, 0.5, slices, backend=backend)
 
     for backend in (*lora.BACKENDS, "DoRA"):

@@ -22,7 +22,7 @@ from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
 from visft_ds.evals.runner import collect
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import DRAWN_AS, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files

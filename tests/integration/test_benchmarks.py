@@ -24,7 +24,7 @@ from visft_ds.evals.benchmarks.cache import Stored
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.encoding import encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of

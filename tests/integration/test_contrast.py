@@ -23,7 +23,7 @@ from tests.integration.ranks import REPOSITORY, run_ranks
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
 from visft_ds.experiments.contrastive.output import RECORD
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of

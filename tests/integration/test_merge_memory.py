@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from visft_ds.interop.adapters import LoraAdapter, expected_shapes
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.files import TensorInfo, open_weights
 from visft_ds.interop.layouts import Tower, tower_names, tower_of
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import write_torch
+from visft_ds.interop.writing import write_torch
 from visft_ds.models.eva_vit import build_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,8 +74,8 @@ def test_ten_gigabytes_are_merged_in_the_memory_of_a_few_tensors(tmp_path: Path)
     infos = _infos(tower)
     assert sum(info.nbytes for info in infos.values()) == 10_089_778_178
     base, lora, out = tmp_path / "base.pt", tmp_path / "lora.pt", tmp_path / "out.safetensors"
-    empty = LoraAdapter(64, 1.0, ("q", "v"), {}, "visft")
-    shapes = expected_shapes(empty, tower)
+    empty = Adapter(64, 1.0, ("q", "v"), {}, "visft")
+    shapes = empty.expected_shapes(tower)
     write_visft_lora(replace(empty, tensors={name: torch.randn(shape) for name, shape in shapes.items()}), lora)
     _write_base(base, infos)
     command = [sys.executable, str(ROOT / "tools/merge_lora.py"), "--base", base, "--adapter", lora, "--out", out]

@@ -14,9 +14,9 @@ from tests.coco_tree import write_tree
 from tests.integration.evaluate_case import load_tool
 from tests.integration.ranks import run_ranks
 from tests.integration.tiny import TINY
-from visft_ds.interop.module_adapters import ModuleAdapter
-from visft_ds.interop.timm_files import load_timm
-from visft_ds.interop.timm_merge import merge_timm, verify_timm
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.backbones import load_timm
+from visft_ds.interop.merge import merge_timm, verify_merge
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.shards.build import Options, build
@@ -59,13 +59,13 @@ def test_both_stages_evaluation_and_merge(shards: Path, tool: ModuleType, tmp_pa
     heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
     second = _train(shards, tmp_path / "two", 2, **heads)
     adapter = read_change(place_of(second))
-    assert isinstance(adapter, ModuleAdapter) and base_of(second) == second / "export" / BACKBONE_FILE
+    assert isinstance(adapter, Adapter) and base_of(second) == second / "export" / BACKBONE_FILE
     early = read_change(second / "checkpoints" / "step_00000003")
-    assert isinstance(early, ModuleAdapter) and early.fingerprint() == adapter.fingerprint()
+    assert isinstance(early, Adapter) and early.fingerprint() == adapter.fingerprint()
     base = second / "export" / BACKBONE_FILE
     merge_timm(base, adapter, tmp_path / "merged.safetensors")
-    difference, effect = verify_timm(base, adapter, tmp_path / "merged.safetensors")
-    assert difference < 1e-5 < effect
+    proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
+    assert proof.relative < 1e-5 < proof.effect
     assert tool.main(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
 
 

@@ -11,19 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.random_tower import move_adapters, random_tower, relative
-from visft_ds.interop.adapters import LoraAdapter, adapter_of, average, install_adapter
+from visft_ds.interop.adapter import Adapter, adapter_of, average
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, scaled
+from visft_ds.interop.merge import merge_into_file, verify_merge
 from visft_ds.interop.peft import CONFIG, read_peft_adapter, save_peft_adapter
 from visft_ds.interop.timm_names import model_arguments
-from visft_ds.interop.verify import verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters, merge_lora, unmerge_lora
-from visft_ds.ops.dora import dora_linear, row_lengths
-from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
 
 QV: Slices = ((0, 8), (16, 24))
 SCALE = 0.5
@@ -137,7 +135,7 @@ def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: 
         assert relative(got, _outputs(ours, images)) < TOLERANCE
     again = read_peft_adapter(folder)
     other = random_tower()
-    install_adapter(other, again)
+    again.install(other)
     assert all(torch.equal(value, lora_parameters(other)[n]) for n, value in lora_parameters(ours).items())
     theirs.save_pretrained(tmp_path / "theirs")
     read = read_peft_adapter(tmp_path / "theirs")
@@ -146,7 +144,7 @@ def test_peft_computes_the_same_reads_ours_and_is_read(tmp_path: Path, targets: 
     assert read.tensors.keys() == again.tensors.keys()
 
 
-def _saved(folder: Path) -> tuple[Path, LoraAdapter]:
+def _saved(folder: Path) -> tuple[Path, Adapter]:
     base = random_tower()
     save_backbone(base, folder / "base.safetensors")
     return folder / "base.safetensors", adapter_of(_moved(base), base_sha256=sha256_file(folder / "base.safetensors"))
@@ -169,7 +167,7 @@ def test_what_magnitudes_do_not_allow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold no magnitudes"):
         write_visft_lora(adapter, tmp_path / "lora.pt")
     with pytest.raises(ValueError, match="cannot be scaled"):
-        scaled(adapter, 0.5)
+        adapter.scaled(0.5)
     with pytest.raises(ValueError, match="cannot be averaged"):
         average([adapter, adapter], [0.5, 0.5])
     folder = save_peft_adapter(adapter, tmp_path / "split", tower_of(random_tower()), split=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests.random_tower import move_adapters, random_tower, relative
 from tools.merge_lora import main
-from visft_ds.interop.adapters import LoraAdapter, adapter_of
+from visft_ds.interop.adapter import Adapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.layouts import Tower, tower_of
 from visft_ds.interop.merge import merge_into_file
@@ -39,7 +39,7 @@ def _tiny(seed: int = 1) -> EvaViT:
     return random_tower(seed, post_norm=False, **sizes)
 
 
-def _adapted(model: EvaViT) -> LoraAdapter:
+def _adapted(model: EvaViT) -> Adapter:
     inject_lora(model, rank=3, alpha=1.5)
     move_adapters(model)
     return adapter_of(model)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.random_tower import move_adapters, relative
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.cli import main
 from visft_ds.interop.clip_models import TextShape, build_clip, save_clip

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.random_tower import move_adapters, random_tower, relative
 from tools.merge_lora import main
-from visft_ds.interop.adapters import adapter_of, install_adapter
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import LAYOUTS, tower_of
@@ -132,7 +132,7 @@ def test_what_we_wrote_reads_back_bit_for_bit(tmp_path: Path, targets: tuple[str
     adapter = read_peft_adapter(_export(ours, tmp_path, split=split))
     assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 1.5, targets) and adapter.base_sha256 == "0" * 64
     other = random_tower()
-    install_adapter(other, adapter)
+    adapter.install(other)
     expected = lora_parameters(ours)
     assert {name: value.tolist() for name, value in lora_parameters(other).items()} == {
         name: value.tolist() for name, value in expected.items()
@@ -175,7 +175,7 @@ def test_an_adapter_that_peft_trained_on_separate_projections_is_read(tmp_path: 
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = read_peft_adapter(tmp_path / "theirs")
     assert (adapter.rank, adapter.alpha, adapter.targets) == (3, 6.0, ("q", "v"))
-    install_adapter(ours, adapter)
+    adapter.install(ours)
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         assert relative(ours.tokens(images), theirs.forward_features(images)) < TOLERANCE

@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from tests.random_tower import move_adapters, relative
 from tools.merge_lora import main
 from visft_ds.config.schema import LoraConfig, ModelConfig
+from visft_ds.interop.adapter import Adapter, adapter_of_run
+from visft_ds.interop.backbones import load_timm, open_backbone
 from visft_ds.interop.layouts import tower_metadata
-from visft_ds.interop.module_adapters import (
-    ModuleAdapter,
-    module_adapter,
-    read_module_adapter,
-    save_module_adapter,
-    why_no_peft,
-)
-from visft_ds.interop.peft import README
-from visft_ds.interop.timm_files import load_timm, open_timm
-from visft_ds.interop.timm_merge import merge_timm, verify_timm
+from visft_ds.interop.merge import merge_timm, verify_merge
+from visft_ds.interop.peft import README, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
 from visft_ds.interop.writing import save_tensors
 from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
@@ -50,10 +44,10 @@ def _adapted(name: str, *, magnitude: bool = False, targets: tuple[str, ...] | N
     return backbone
 
 
-def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> ModuleAdapter:
+def _adapter(backbone: TimmBackbone, name: str, *, magnitude: bool = False) -> Adapter:
     lora = LoraConfig(rank=3, alpha=1.5, targets=ADAPTED[name], magnitude=magnitude)
     tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
-    return module_adapter(lora, tensors, backbone, None)
+    return adapter_of_run(lora, tensors, backbone, "model")
 
 
 def _base_file(name: str, folder: Path, **more: Tensor) -> Path:
@@ -191,7 +185,7 @@ def test_the_readme_loads_it_into_peft(
     pytest.importorskip("peft")
     ours, images = _adapted(name, magnitude=magnitude), torch.randn(2, 3, 160, 160)
     adapter = _adapter(ours, name, magnitude=magnitude)
-    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    folder = save_peft_adapter(adapter, tmp_path / "adapter")
     _base_file(name, folder)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
     monkeypatch.chdir(folder)
@@ -203,8 +197,9 @@ def test_the_readme_loads_it_into_peft(
         with theirs.disable_adapter():
             plain = _map_of(theirs.base_model.model, images)
     assert relative(wanted, plain) > 1e-3 and relative(got, wanted) < TOLERANCE
-    again = read_module_adapter(folder)
-    assert again.fingerprint() == adapter.fingerprint() and again.places == adapter.places
+    again = read_peft_adapter(folder)
+    assert again.fingerprint() == adapter.fingerprint() and again.layers() == adapter.layers()
+    assert all(again.adapted(layer) == adapter.adapted(layer) for layer in adapter.layers())
     assert all(torch.equal(value, again.tensors[key]) for key, value in adapter.tensors.items())
 
 
@@ -213,6 +208,19 @@ def test_what_peft_cannot_have() -> None:
     assert "no slices of a fused layer" in (why_no_peft(fused) or "")
     grouped = _adapter(_adapted("test_convnext", magnitude=True), "test_convnext", magnitude=True)
     assert "no grouped convolutions" in (why_no_peft(grouped) or "")
+
+
+def test_q_alone_is_no_whole_layer(tmp_path: Path) -> None:
+    """Its rows come first: only the length of the fused layer tells them from all rows."""
+    backbone = _adapted("test_vit", targets=("q",))
+    tensors = {key: value.detach() for key, value in lora_parameters(backbone).items()}
+    adapter = adapter_of_run(LoraConfig(rank=3, alpha=1.5, targets=("q",)), tensors, backbone, "model")
+    written = load_file(save_peft_adapter(adapter, tmp_path / "adapter") / WEIGHTS)
+    a, b = (written[f"base_model.model.blocks.0.attn.qkv.lora_{part}.weight"] for part in "AB")
+    weight = backbone.get_parameter("blocks.0.attn.qkv.weight")
+    assert b.shape == (len(weight), 3) and not b[len(weight) // 3 :].any()
+    change = adapter.apply("blocks.0.attn.qkv.weight", weight.detach())[1]
+    assert torch.allclose(change, 0.5 * (b @ a), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +237,8 @@ def test_merged_weights_are_loaded_by_timm(tmp_path: Path, name: str) -> None:
     adapter = _adapter(ours, name)
     report = merge_timm(base, adapter, tmp_path / "merged.safetensors")
     assert report.total.retained == pytest.approx(1, abs=1e-4)
-    difference, effect = verify_timm(base, adapter, tmp_path / "merged.safetensors")
-    assert difference < TOLERANCE and effect > 1e-3
+    proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
+    assert proof.relative < TOLERANCE and proof.effect > 1e-3
     names: dict[str, Any] = {"timm": timm, "FILE": str(tmp_path / "merged.safetensors")}
     exec(f"model = {report.create_call()}", names)
     model = names["model"].eval()
@@ -256,7 +264,7 @@ def test_timm_loads_the_folder_by_itself(
     ours.load_state_dict({key: value for key, value in load_file(base).items() if key in ours.state_dict()})
     inject_lora(ours, rank=3, alpha=1.5, targets=ADAPTED[name])
     move_adapters(ours, spread=0.1)
-    folder = save_module_adapter(_adapter(ours, name), tmp_path / "adapter")
+    folder = save_peft_adapter(_adapter(ours, name), tmp_path / "adapter")
     out = tmp_path / "out"
     assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -280,7 +288,7 @@ def test_a_base_without_what_timms_model_has_is_said_to_be_none(
     """A backbone that trained itself is written without the norm that ConvNeXt has behind its feature map."""
     base, ours = tmp_path / "base.safetensors", _adapted("test_convnext")
     save_tensors(base, build_timm("test_convnext").state_dict(), {})
-    folder = save_module_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
+    folder = save_peft_adapter(_adapter(ours, "test_convnext"), tmp_path / "adapter")
     out = tmp_path / "out"
     assert main(["--base", str(base), "--adapter", str(folder), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -296,7 +304,7 @@ def test_an_adapter_of_another_base_is_not_written_for_peft_either(
         _base_file("test_vit", tmp_path),
         replace(_adapter(_adapted("test_vit"), "test_vit"), base_sha256="0"),
     )
-    folder = save_module_adapter(adapter, tmp_path / "adapter")
+    folder = save_peft_adapter(adapter, tmp_path / "adapter")
     words = ["--base", base, "--adapter", folder, "--out", tmp_path / "out", "--format", "peft"]
     assert main([str(word) for word in words]) == 2
     assert "trained on the base with sha256 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -306,7 +314,7 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     """A classifier is passed over by name; all else has to fit."""
     base = _base_file("test_convnext", tmp_path, **{"head.fc.weight": torch.zeros(5, 64)})
     empty = build_timm("test_convnext", device="meta")
-    assert "left out 3 behind the feature map" in open_timm(empty, base).summary
+    assert "left out 3 behind the feature map" in open_backbone(empty, base).summary
     loaded, _ = load_timm(base, "test_convnext", None, torch.float32)
     assert torch.equal(loaded.get_parameter("stem.0.weight"), load_file(base)["stem.0.weight"])
     model = ModelConfig(name="x", preset="timm:test_convnext", weights=str(base), precision="fp32")
@@ -316,10 +324,10 @@ def test_files_are_accounted_for_key_by_key(tmp_path: Path) -> None:
     renamed = {("stages.9.x" if key == "stem.0.bias" else key): value for key, value in values.items()}
     save_file(renamed, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"Missing \(1\): stem.0.bias.\nUnexpected \(1\): stages.9.x."):
-        open_timm(empty, tmp_path / "other.safetensors")
+        open_backbone(empty, tmp_path / "other.safetensors")
     vit = _base_file("test_vit", tmp_path / "vit")
     with pytest.raises(ValueError, match=r"set visft\.model\.overrides\.image_size"):
-        open_timm(build_timm("test_vit", image_size=96, device="meta"), vit)
+        open_backbone(build_timm("test_vit", image_size=96, device="meta"), vit)
     small = build_timm("test_vit", image_size=96, device="meta")
     assert json.loads(small.settings()) == {"name": "test_vit", "image_size": 96} and small.pos_embed.shape[1] == 37
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.adapter_bounds import same_change
-from visft_ds.interop.adapters import LoraAdapter, adapter_of, average, fit_to_tower, install_adapter
+from visft_ds.interop.adapter import Adapter, adapter_of, average
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import Tower, tower_of
@@ -44,7 +44,7 @@ def test_a_published_file_changes_q_and_v_by_one_over_r(tmp_path: Path, prefix: 
     torch.save({"model": tensors | rest} if prefix.startswith("visft") else tensors, tmp_path / "lora.pt")
     model = _tiny()
     adapter = read_visft_lora(tmp_path / "lora.pt")
-    install_adapter(model, adapter)
+    adapter.install(model)
     assert (lora_settings(model).rank, lora_settings(model).alpha, lora_settings(model).targets) == (2, 1.0, ("q", "v"))
     a, b = (tensors[f"{prefix}blocks.1.attn.qkv.lora_{part}"] for part in "AB")
     expected = torch.zeros(3 * WIDTH, WIDTH)
@@ -90,19 +90,19 @@ def test_write_and_read_keep_the_change_for_any_alpha(tmp_path: Path) -> None:
 def test_forty_block_adapter_on_the_39_block_giant() -> None:
     tower = Tower(width=WIDTH, depth=39, hidden=16, patch_size=14, positions=5, class_token=False)
     tensors = {name.removeprefix("visual."): value for name, value in _published(40).items()}
-    adapter = LoraAdapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, "visft")
     with pytest.warns(UserWarning, match="block 39 is ignored"):
-        assert fit_to_tower(adapter, tower).depth == 39
+        assert adapter.fit(tower).depth == 39
     # Only the published files are known to carry a block that their users' tower lacks.
     for wrong, sizes in ((replace(adapter, origin="peft"), tower), (adapter, replace(tower, depth=38))):
         with pytest.raises(ValueError, match=r"width 8, depth 40; this tower has width 8, depth 3"):
-            fit_to_tower(wrong, sizes)
+            wrong.fit(sizes)
 
 
 def test_an_adapter_that_does_not_fit_is_refused() -> None:
     model = _tiny()
     tensors = {name.removeprefix("visual."): value for name, value in _published().items()}
-    adapter = LoraAdapter(RANK, 1.0, ("q", "v"), tensors, "visft")
+    adapter = Adapter(RANK, 1.0, ("q", "v"), tensors, "visft")
     first = "blocks.0.attn.qkv.lora_A"
     cases = [
         ({**tensors, first: torch.full_like(tensors[first], float("inf"))}, "holds NaN or infinity"),
@@ -111,14 +111,14 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
     ]
     for changed, message in cases:
         with pytest.raises(ValueError, match=message):
-            install_adapter(model, replace(adapter, tensors=changed))
+            replace(adapter, tensors=changed).install(model)
     assert not lora_parameters(model), "nothing may be injected by a refused adapter"
     inject_lora(model, rank=RANK, alpha=2.0)
     with pytest.raises(ValueError, match=r"alpha 2 on q\+v; the adapter has LoRA of rank 2, alpha 1"):
-        install_adapter(model, adapter)
+        adapter.install(model)
     merge_lora(model)
     with pytest.raises(ValueError, match="unmerge_lora"):
-        install_adapter(model, adapter)
+        adapter.install(model)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,13 @@ from torch import Tensor
 from tests.adapter_bounds import same_change
 from tests.random_tower import SIZES, move_adapters, random_tower
 from tools.merge_lora import main
-from visft_ds.interop.adapters import LoraAdapter, adapter_of
+from visft_ds.interop.adapter import Adapter, adapter_of
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import open_weights, sha256_file
 from visft_ds.interop.layouts import Tower, tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter, scaled
+from visft_ds.interop.merge import merge_into_file, merge_tolerance, read_adapter, verify_merge
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.towers import resolve_tower
-from visft_ds.interop.verify import merge_tolerance, verify_merge
 from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
@@ -34,9 +33,7 @@ from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _case(
-    folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")
-) -> tuple[Path, LoraAdapter, EvaViT]:
+def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")) -> tuple[Path, Adapter, EvaViT]:
     """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
     model = random_tower(class_token=False)
     save_backbone(model, folder / "plain.safetensors", "eva_clip")
@@ -107,7 +104,7 @@ def test_eva_clip_form_carries_everything_else_untouched(tmp_path: Path) -> None
 
 def test_scale(tmp_path: Path) -> None:
     base, adapter, _ = _case(tmp_path)
-    merge_into_file(base, scaled(adapter, -0.5), tmp_path / "out.safetensors", layout="eva_clip")
+    merge_into_file(base, adapter.scaled(-0.5), tmp_path / "out.safetensors", layout="eva_clip")
     name = "blocks.1.attn.qkv.weight"
     difference = load_file(tmp_path / "out.safetensors")[f"visual.{name}"] - load_file(base)[f"visual.{name}"]
     assert torch.allclose(difference, -0.5 * adapter.delta(name), atol=1e-6)
@@ -121,7 +118,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_backbone(build_backbone("debug", depth=3, width=32, num_heads=2, image_size=28), tmp_path / "deep.safetensors")
     elsewhere = replace(adapter, base_sha256="f" * 64)
-    cases: list[tuple[Path, LoraAdapter, Path, str]] = [
+    cases: list[tuple[Path, Adapter, Path, str]] = [
         (base, adapter, out, "not overwritten"),
         (out, adapter, other, "count it twice"),
         (base, elsewhere, other, r"trained on the base with sha256 ffff.*--allow-other-base"),
@@ -167,7 +164,7 @@ def test_verification_passes_a_right_file_and_fails_a_wrong_one(tmp_path: Path, 
     result = verify_merge(base, adapter, out, tower, dtype=dtype)
     assert result.passed and result.effect > 3 * result.tolerance
     wrong = tmp_path / "wrong.safetensors"
-    merge_into_file(base, scaled(adapter, 0.0), wrong, dtype=dtype)
+    merge_into_file(base, adapter.scaled(0.0), wrong, dtype=dtype)
     assert not verify_merge(base, adapter, wrong, tower, dtype=dtype).passed
 
 

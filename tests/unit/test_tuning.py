@@ -15,9 +15,8 @@ from visft_ds.config import ResolvedConfig, resolve, resolve_values
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, scaled
+from visft_ds.interop.merge import merge_into_file, verify_merge
 from visft_ds.interop.tuned import TunedWeights, tuned_of
-from visft_ds.interop.verify import verify_merge
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -137,7 +136,7 @@ def test_weights_that_trained_themselves_are_written_as_they_are(tmp_path: Path)
     assert report.total.retained == pytest.approx(1) and report.total.error < 1e-6
     proof = verify_merge(base, tuned, tmp_path / "merged.safetensors", report.tower, dtype=torch.float32)
     assert proof.passed and proof.effect > 1e-3
-    half = merge_into_file(base, scaled(tuned, 0.5), tmp_path / "half.safetensors").weights
+    half = merge_into_file(base, tuned.scaled(0.5), tmp_path / "half.safetensors").weights
     before = build_backbone("debug", **SMALL).get_parameter("norm.weight")  # type: ignore[arg-type]
     torch.testing.assert_close(half.get("norm.weight"), (before + values["norm.weight"]) / 2)
     with pytest.raises(ValueError, match="cannot be taken out again"):

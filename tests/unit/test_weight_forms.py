@@ -22,15 +22,15 @@ from tests.adapter_bounds import same_change
 from tools.merge_lora import main
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.config import resolve
-from visft_ds.interop import hub, writers
-from visft_ds.interop.adapters import LoraAdapter, average
+from visft_ds.interop import hub, writing
+from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.backbones import load_backbone, save_backbone
 from visft_ds.interop.files import INDEX, TensorInfo, open_weights, sha256_file
 from visft_ds.interop.layouts import tower_of
-from visft_ds.interop.merge import merge_into_file, read_adapter, scaled
+from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import parse_size, plan_shards, write_shards, write_torch
+from visft_ds.interop.writing import parse_size, plan_shards, write_shards, write_torch
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.parallel.state import EngineState
 
@@ -47,7 +47,7 @@ def _model() -> EvaViT:
     return model
 
 
-def _adapter(seed: int = 0, rank: int = 3, targets: tuple[str, ...] = ("q", "v"), size: float = 0.3) -> LoraAdapter:
+def _adapter(seed: int = 0, rank: int = 3, targets: tuple[str, ...] = ("q", "v"), size: float = 0.3) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     rows = {"attn.qkv": sum(target in "qkv" for target in targets), "attn.proj": 1}
     tensors = {}
@@ -57,10 +57,10 @@ def _adapter(seed: int = 0, rank: int = 3, targets: tuple[str, ...] = ("q", "v")
                 stem = f"blocks.{index}.{module}."
                 tensors[stem + "lora_A"] = torch.randn(count * rank, 32, generator=generator)
                 tensors[stem + "lora_B"] = size * torch.randn(count * 32, rank, generator=generator)
-    return LoraAdapter(rank, 2.0, targets, tensors, "model")
+    return Adapter(rank, 2.0, targets, tensors, "model")
 
 
-def _case(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, LoraAdapter]:
+def _case(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path, Adapter]:
     """(base, PEFT folder, adapter): an EVA-CLIP file with a text side, and an adapter that records its hash."""
     model, base = _model(), folder / "base.safetensors"
     save_backbone(model, base, "eva_clip", dtype=dtype)
@@ -146,12 +146,12 @@ def test_only_what_was_merged_in_is_taken_out(tmp_path: Path) -> None:
     elsewhere = replace(adapter, base_sha256="f" * 64)
     for given, one, message in (
         (base, adapter, "does not say that an adapter was merged in.*--scale -1"),
-        (merged, scaled(adapter, 2.0), r"with its scale\) that was merged in has sha256"),
+        (merged, adapter.scaled(2.0), r"with its scale\) that was merged in has sha256"),
         (merged, elsewhere, "trained on the base with sha256 ffff.*the base of this file has"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_into_file(given, one, out, unmerge=True)
-    report = merge_into_file(merged, scaled(adapter, 2.0), out, unmerge=True, allow_other_base=True)
+    report = merge_into_file(merged, adapter.scaled(2.0), out, unmerge=True, allow_other_base=True)
     assert any(note.startswith("allowed: ") for note in report.notes)
 
 
@@ -267,7 +267,7 @@ class _Full(io.BytesIO):
 
 def test_torch_on_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.save replaces the error of the disk by one of its own about a position."""
-    monkeypatch.setattr(writers, "write_atomically", lambda path, write: write(_Full()))
+    monkeypatch.setattr(writing, "write_atomically", lambda path, write: write(_Full()))
     value = torch.zeros(500_000)
     with pytest.raises(OSError, match=r"No space left on device, 2\.0 MB are to be written"):
         write_torch(tmp_path / "x.pt", {"a": TensorInfo.of(value)}, lambda name: value)
@@ -299,7 +299,7 @@ def test_an_adapter_needs_no_weights_where_the_model_is_named(tmp_path: Path) ->
     assert read_adapter(tmp_path / "out").rank == 2
 
 
-def _unfinished_run(folder: Path, base: Path, adapter: LoraAdapter, *more: str) -> Path:
+def _unfinished_run(folder: Path, base: Path, adapter: Adapter, *more: str) -> Path:
     """A run folder as training leaves it after a checkpoint, before its export."""
     config = resolve(
         stage=2,
@@ -336,7 +336,7 @@ def test_a_run_is_taken_by_its_newest_checkpoint_until_it_has_an_export(
         assert "| checkpoint | step 40 |" in card and "| stage | 2 |" in card and str(tmp_path) not in card
     assert "step_00000040" in capsys.readouterr().out
     (run / "export").mkdir()
-    other = scaled(adapter, 3.0)
+    other = adapter.scaled(3.0)
     save_peft_adapter(other, run / "export" / "adapter", tower_of(_model()))
     assert _run("--base", base, "--adapter", run, "--out", tmp_path / "last", "--format", "peft", *PRE_NORM) == 0
     assert read_adapter(tmp_path / "last").fingerprint() == other.fingerprint()

@@ -7,19 +7,15 @@ from pathlib import Path
 import torch
 
 from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint
-from visft_ds.interop.adapters import adapter_of_run
+from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.files import examples, sha256_file
 from visft_ds.interop.layouts import is_lora, tower_metadata
-from visft_ds.interop.merge import Change
-from visft_ds.interop.module_adapters import ModuleAdapter, module_adapter
-from visft_ds.interop.tuned import tuned_of
+from visft_ds.interop.tuned import Change, tuned_of
 from visft_ds.models.backbone import build_empty
-from visft_ds.models.lora import inject_lora
-from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.run.folder import BACKBONE_FILE, recorded_config
 
 
-def change_of_checkpoint(folder: Path) -> Change | ModuleAdapter:
+def change_of_checkpoint(folder: Path) -> Change:
     """The adapter, or the backbone's own parameters, in `<run>/checkpoints/step_N`, whose files are checked; settings
     come from the run's record.
 
@@ -51,10 +47,7 @@ def change_of_checkpoint(folder: Path) -> Change | ModuleAdapter:
             f"{folder}: the run trains its backbone itself as well ({examples(others)}), so that the adapter belongs "
             f"to weights that only its export has: let the run finish and give {run.name}/export/adapter"
         )
-    if isinstance(empty, TimmBackbone):
-        inject_lora(empty, **lora.model_dump())
-        return module_adapter(lora, tensors, empty, base)
-    return adapter_of_run(lora, tensors, "checkpoint", base)
+    return adapter_of_run(lora, tensors, empty, "checkpoint", base)
 
 
 def newest_checkpoint_folder(run: Path) -> Path:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.data.manifest import Category
-from visft_ds.interop.adapters import adapter_of_run
+from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
-from visft_ds.interop.module_adapters import module_adapter, save_module_adapter
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.writing import file_order, write_safetensors
+from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
@@ -79,15 +79,12 @@ def export_weights(
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
-        place = folder / ADAPTER_FOLDER
-        if isinstance(backbone, TimmBackbone):
-            whole_module = module_adapter(lora, adapter, backbone, base_sha256)
-            written.append(save_module_adapter(whole_module, place, overwrite=True))
-            return written
-        whole_adapter = adapter_of_run(lora, adapter, "model", base_sha256)
+        tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
         # PEFT cannot have magnitudes on slices of the fused qkv: DoRA is for the model with separate q, k and v.
-        split = lora.magnitude
-        written.append(save_peft_adapter(whole_adapter, place, tower_of(backbone), split=split, overwrite=True))
+        split = lora.magnitude and tower is not None
+        whole_adapter = adapter_of_run(lora, adapter, backbone, "model", base_sha256)
+        place = folder / ADAPTER_FOLDER
+        written.append(save_peft_adapter(whole_adapter, place, tower, split=split, overwrite=True))
     return written
 
 

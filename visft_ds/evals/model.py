@@ -17,14 +17,12 @@ from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
 from visft_ds.data.samples import Batch
-from visft_ds.interop.adapters import LoraAdapter
-from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
 from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, of_other_base, read_head_info
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
-from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
-from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
 from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
@@ -208,23 +206,21 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
     if files.adapter is not None:
         refuse_merged(weights, files.adapter)
     facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
-    adapter: LoraAdapter | ModuleAdapter | None = None
     backbone: Backbone
+    adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
     if timm is not None:
-        adapter = module_adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
         backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage)
     else:
         file, layout = open_tower(files.backbone)
         # Training builds towers without class token; a file that has one is read the same way.
         tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
-        adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
         backbone = empty_backbone(tower, storage)
         facts["backbone"] = load_backbone(backbone, files.backbone).summary()
     if adapter is not None:
-        adapter.install(backbone)  # type: ignore[arg-type]  # each was read for its kind of backbone
+        adapter.install(backbone)
         targets = "+".join(adapter.targets)
         facts["adapter"] = f"{files.adapter}: rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}"
-        if isinstance(adapter, LoraAdapter) and adapter.base_storage != "full":
+        if adapter.base_storage != "full":
             facts["adapter"] += f"; trained over a base in {adapter.base_storage}, evaluated on the full one"
     return backbone, facts
 
@@ -303,7 +299,7 @@ def decoding_of(config: VisftConfig | None, beam_size: int | None = None) -> dic
     return found
 
 
-def adapter_for(backbone: Path, path: Path) -> LoraAdapter:
+def adapter_for(backbone: Path, path: Path) -> Adapter:
     """Read an adapter that was trained on these base weights.
 
     Raises:
@@ -312,23 +308,13 @@ def adapter_for(backbone: Path, path: Path) -> LoraAdapter:
     if not path.exists():
         raise ValueError(f"{path}: no such adapter; stage 2 of a training writes it into RUN/export/adapter")
     adapter = read_adapter(path)
-    _check_adapter(adapter.base_sha256, backbone, path)
-    return adapter
-
-
-def module_adapter_for(backbone: Path, path: Path) -> ModuleAdapter:
-    """Read an adapter of a model of timm that was trained on these base weights. Raises ValueError as `adapter_for`."""
-    adapter = read_module_adapter(path)
-    _check_adapter(adapter.base_sha256, backbone, path)
-    return adapter
-
-
-def _check_adapter(wanted: str | None, backbone: Path, path: Path) -> None:
+    wanted = adapter.base_sha256
     if wanted is not None and (found := base_identity(open_weights(backbone))) != wanted:
         raise ValueError(
             f"{path} was trained on base weights with sha256 {wanted}, but {backbone} has {found}: name the base "
             f"it was trained on with --backbone, or --adapter none"
         )
+    return adapter
 
 
 def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:

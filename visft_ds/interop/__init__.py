@@ -1,4 +1,4 @@
-"""Weights in and out: one file per foreign format; files.py, layouts.py and adapters.py are what they share.
+"""Weights in and out: one file per foreign format; files.py, layouts.py and adapter.py are what they share.
 
 `load_heads` and `save_heads` are here by name. They are imported when they are first asked for: the heads bring all
 tasks with them, which most users of this package do not need.

@@ -1,4 +1,4 @@
-"""Weights of the backbone, in from every known file layout and out again.
+"""Weights of a backbone, in from every known file layout and out again; those of models of timm under timm's names.
 
 Reading is strict: each tensor of the file is loaded, or ignored for a named reason, or the file is refused. Names
 and shapes are all checked before the first copy.
@@ -6,20 +6,34 @@ and shapes are all checked before the first copy.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, sha256_file
-from visft_ds.interop.layouts import LAYOUTS, PROJECTION, Layout, Tower, base_parameters, is_lora, tower_in, tower_of
+from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights, sha256_file
+from visft_ds.interop.layouts import (
+    LAYOUTS,
+    PROJECTION,
+    TIMM_KEY,
+    Layout,
+    Tower,
+    base_parameters,
+    is_lora,
+    tower_in,
+    tower_of,
+)
+from visft_ds.interop.timm_names import classifier_names
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_safetensors
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import lora_layers
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 
 
 @dataclass(frozen=True)
@@ -62,29 +76,39 @@ def load_backbone(backbone: EvaViT, path: str | Path, *, with_sha256: bool = Fal
     """
     if any(layer.merged for layer in lora_layers(backbone).values()):
         raise ValueError("the backbone has its adapter merged in: call unmerge_lora before loading weights")
-    opened = open_backbone(backbone, path)
+    opened, report = _open_own(backbone, path)
     copy_tensors(opened.file, opened.sources, base_parameters(backbone))
-    return replace(opened.report, sha256=sha256_file(path) if with_sha256 else None)
+    return replace(report, sha256=sha256_file(path) if with_sha256 else None)
 
 
 @dataclass(frozen=True)
 class BackboneFile:
-    """A weight file that fits a tower, of which nothing but names and shapes has been read."""
+    """A weight file that fits a backbone, of which nothing but names and shapes has been read."""
 
     file: WeightFile
     sources: Mapping[str, str]  #: our name -> name in the file
-    report: LoadReport
+    summary: str  #: one line for the console
+    stored: tuple[str, ...] = ()  #: names of the buffers that belong to the weights: statistics of batch norms
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Read a tensor by our name, see `read_tensor`."""
+        """Read a parameter by our name, see `read_tensor`."""
         return read_tensor(self.file, self.sources[name], dtype)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Stored buffers, in memory of their own."""
+        return {name: self.file.get(name).clone() for name in self.stored}
 
-def open_backbone(backbone: EvaViT, path: str | Path) -> BackboneFile:
-    """Open a weight file for a tower on any device, the meta device too.
 
-    Raises ValueError as `load_backbone` does for names, shapes and quantised weights; values are not looked at.
+def open_backbone(backbone: Backbone, path: str | Path) -> BackboneFile:
+    """Open a weight file for a backbone on any device, the meta device too.
+
+    Of a model of timm, what lies behind the feature map (classifier, pooling, the norm of a head) is passed over and
+    named. Raises ValueError as `load_backbone` does for names, shapes and quantised weights; values are not looked at.
     """
+    return _open_timm(backbone, path) if isinstance(backbone, TimmBackbone) else _open_own(backbone, path)[0]
+
+
+def _open_own(backbone: EvaViT, path: str | Path) -> tuple[BackboneFile, LoadReport]:
     file, layout = open_tower(path)
     targets = base_parameters(backbone)
     ignored = check_names(
@@ -103,7 +127,27 @@ def open_backbone(backbone: EvaViT, path: str | Path) -> BackboneFile:
         mapped=file.mapped,
         ignored=ignored,
     )
-    return BackboneFile(file, sources, report)
+    return BackboneFile(file, sources, report.summary()), report
+
+
+def _open_timm(backbone: TimmBackbone, path: str | Path) -> BackboneFile:
+    file = open_weights(path)
+    parameters, buffers = base_parameters(backbone), backbone.stored_buffers()
+    behind = _behind(backbone)
+    wanted = {name: tuple(value.shape) for name, value in {**parameters, **buffers}.items()}
+    ignored, problems = _account(file, wanted, lambda name: "behind" if name.startswith(behind) else None)
+    problems["Quantised"] = [
+        f"{name} {file.dtype(name)}" for name in parameters if name in file and not file.dtype(name).is_floating_point
+    ]
+    if any(problems.values()):
+        raise ValueError(_timm_complaint(file, backbone, problems))
+    count = sum(value.numel() for value in parameters.values())
+    summary = f"{file.path.name}: timm {backbone.name}, {len(parameters)} tensors, {count:,} parameters"
+    if buffers:
+        summary += f", {len(buffers)} statistics"
+    if left_out := ignored.get("behind"):
+        summary += f"; left out {len(left_out)} behind the feature map ({examples(left_out, 3)})"
+    return BackboneFile(file, {name: name for name in parameters}, summary, tuple(buffers))
 
 
 def is_merged(file: WeightFile) -> bool:
@@ -119,24 +163,40 @@ def check_names(
     Returns what is ignored: reason -> names in the file. Raises ValueError listing all that is missing, unexpected or
     of another shape.
     """
+    prefix = layout.prefix
+
+    def reason(name: str) -> str | None:
+        inner = name.removeprefix(prefix) if name.startswith(prefix) else None
+        return _reason(inner) or layout.reason_to_ignore(name)
+
+    ignored, problems = _account(file, {prefix + name: shape for name, shape in wanted.items()}, reason)
+    if any(problems.values()):
+        raise ValueError(_complaint(file, layout, tower, problems))
+    return {reason: tuple(names) for reason, names in ignored.items()}
+
+
+def _account(
+    file: WeightFile, wanted: Mapping[str, tuple[int, ...]], reason: Callable[[str], str | None]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Every name of a file against those that it should have: (ignored: reason -> names, problems: title -> names)."""
     ignored: dict[str, list[str]] = {}
     unexpected: list[str] = []
     shapes: list[str] = []
     for name in file:
-        inner = name[len(layout.prefix) :] if name.startswith(layout.prefix) else None
-        if inner is not None and inner in wanted:
-            if file.shape(name) != wanted[inner]:
-                shapes.append(f"{name} {file.shape(name)} in the file, {wanted[inner]} wanted")
-            continue
-        reason = _reason(inner) or layout.reason_to_ignore(name)
-        if reason is None:
-            unexpected.append(name)
-        else:
-            ignored.setdefault(reason, []).append(name)
-    missing = [layout.prefix + name for name in wanted if layout.prefix + name not in file]
-    if missing or unexpected or shapes:
-        raise ValueError(_complaint(file, layout, tower, missing, unexpected, shapes))
-    return {reason: tuple(names) for reason, names in ignored.items()}
+        if name not in wanted:
+            why = reason(name)
+            if why is None:
+                unexpected.append(name)
+            else:
+                ignored.setdefault(why, []).append(name)
+        elif file.shape(name) != wanted[name]:
+            shapes.append(f"{name} {file.shape(name)} in the file, {wanted[name]} wanted")
+    missing = [name for name in wanted if name not in file]
+    return ignored, {"Missing": missing, "Unexpected": unexpected, "Other shape": shapes}
+
+
+def _listed(problems: Mapping[str, list[str]]) -> list[str]:
+    return [f"{title} ({len(names)}): {examples(names, 12)}." for title, names in problems.items() if names]
 
 
 def _reason(inner: str | None) -> str | None:
@@ -149,9 +209,7 @@ def _reason(inner: str | None) -> str | None:
     return None
 
 
-def _complaint(
-    file: WeightFile, layout: Layout, tower: Tower, missing: list[str], unexpected: list[str], shapes: list[str]
-) -> str:
+def _complaint(file: WeightFile, layout: Layout, tower: Tower, problems: Mapping[str, list[str]]) -> str:
     found = tower_in(file, layout)
     lines = [f"{file.path} does not fit the model (layout {layout.name}, prefix {layout.prefix!r})."]
     if (found.width, found.depth, found.hidden) != (tower.width, tower.depth, tower.hidden):
@@ -165,13 +223,31 @@ def _complaint(
             f"The file has positions for images of {found.image_size} pixels, the model for {tower.image_size}: build "
             f"the model with image_size={found.image_size} (it resizes positions itself)."
         )
-    if any(is_lora(name) for name in unexpected):
+    if any(is_lora(name) for name in problems["Unexpected"]):
         lines.append("It holds LoRA tensors beside the tower: merge them first (visft merge), or split the file.")
-    if missing == [layout.prefix + "cls_token"]:
+    if problems["Missing"] == [layout.prefix + "cls_token"]:
         lines.append("The model was built with class_token=True; the file has no class token.")
-    for title, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shape", shapes)):
-        if names:
-            lines.append(f"{title} ({len(names)}): {examples(names, 12)}.")
+    return "\n".join([*lines, *_listed(problems)])
+
+
+def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
+    """Beginnings of names of what a file may hold beyond the feature map."""
+    tops = {name.partition(".")[0] for name in (*classifier_names(backbone.classifier_names), *backbone.left_out)}
+    return tuple(f"{name}." for name in sorted(tops | {"fc_norm"}))
+
+
+def _timm_complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, list[str]]) -> str:
+    lines = [f"{file.path} does not fit timm's {backbone.name} of images of {backbone.image_size} pixels."]
+    lines += _listed(problems)
+    if any(is_lora(name) for name in problems["Unexpected"]):
+        lines.append("It holds LoRA tensors beside the model: merge them first (visft merge).")
+    elif any(name.startswith("pos_embed") for name in problems["Other shape"]):
+        lines.append(
+            "Positions of another size: set visft.model.overrides.image_size to the size the file was made for; images "
+            "of any size are fed all the same."
+        )
+    else:
+        lines.append("Give weights as timm saves them (model.safetensors of its repositories), of this very model.")
     return "\n".join(lines)
 
 
@@ -220,6 +296,25 @@ def _check_finite(file: WeightFile, source: str, value: Tensor, result: Tensor) 
     if result.is_floating_point() and not all_finite(result):
         cause = "NaN or infinity" if not all_finite(value) else f"values too large for {result.dtype}"
         raise ValueError(f"{file.path}: {source} holds {cause}")
+
+
+def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
+    """(name, image size where it is not the model's own) of the model that a file of ours says it is of, or None."""
+    if TIMM_KEY not in file.metadata:
+        return None
+    told = json.loads(file.metadata[TIMM_KEY])
+    return str(told["name"]), told["image_size"]
+
+
+def load_timm(path: str | Path, name: str, image_size: int | None, storage: torch.dtype) -> tuple[TimmBackbone, str]:
+    """A model of timm with the weights of a file, and what to say of it; matrices in `storage`, the rest in fp32."""
+    backbone = build_timm(name, image_size=image_size)
+    opened = _open_timm(backbone, path)
+    for key, parameter in backbone.named_parameters():
+        small = parameter.ndim < 2 or key in ("pos_embed", "cls_token", "reg_token")
+        parameter.data = opened.read(key, torch.float32 if small else storage)
+    backbone.set_buffers(opened.buffers())
+    return backbone, opened.summary
 
 
 def save_backbone(

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 from visft_ds.interop import peft, visft
 from visft_ds.interop import timm_names as timm
-from visft_ds.interop.adapters import LoraAdapter
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.formats import FORMATS
 from visft_ds.interop.layouts import Tower
-from visft_ds.interop.merge import Change, MergeReport
-from visft_ds.interop.tuned import TunedWeights
-from visft_ds.interop.verify import Verification
+from visft_ds.interop.merge import MergeReport, TimmMerge, Verification
+from visft_ds.interop.tuned import Change, TunedWeights
 
 _METHOD = "[ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)"
 
@@ -77,7 +76,7 @@ def merged_card(
     return "\n".join(lines)
 
 
-def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, tower: Tower, file: str) -> str:
+def adapter_card(title: str, form: str, adapter: Adapter, origin: Origin, tower: Tower, file: str) -> str:
     """README.md of a LoRA alone."""
     what = f"The LoRA of a supervised fine-tuning ({_METHOD}) for a vision tower of EVA-CLIP, without the tower."
     lines = [*_front("peft"), f"# {title}", "", what, peft.facts(adapter, tower), ""]
@@ -95,6 +94,29 @@ def adapter_card(title: str, form: str, adapter: LoraAdapter, origin: Origin, to
         "",
     ]
     return "\n".join(lines)
+
+
+def timm_card(title: str, change: Change, report: TimmMerge) -> str:
+    """README.md of merged weights."""
+    what = "with its LoRA merged in" if isinstance(change, Adapter) else "trained itself"
+    snippet = ["```python", 'FOLDER = "."  # this folder', "import timm", ""]
+    snippet += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)', "```"]
+    if report.settings is None:
+        snippet = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    return "\n".join(
+        [
+            *("---", "library_name: timm", "tags: [vision, visft]", "---", ""),
+            f"# {title}",
+            "",
+            f"timm's {report.backbone.name} after a supervised fine-tuning "
+            f"([ViSFT, arXiv 2401.10222](https://arxiv.org/abs/2401.10222)), {what}: {change.describe()}.",
+            f"Base weights: sha256 {report.base_sha256}. Change: sha256 {change.fingerprint()}. "
+            f"{report.total.retained:.2%} of the change is in the file.",
+            "",
+            *snippet,
+            "",
+        ]
+    )
 
 
 def _front(library: str) -> list[str]:

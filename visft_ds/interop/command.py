@@ -18,20 +18,26 @@ from visft_ds.checkpoint.disk import reason
 from visft_ds.config import ResolvedConfig
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import hub, peft
-from visft_ds.interop.adapters import LoraAdapter, average, fit_to_tower
-from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card
+from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, timm_card
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
 from visft_ds.interop.layouts import Tower, tower_in, tower_of
-from visft_ds.interop.merge import DTYPES, Change, MergeReport, Share, check_base, merge_into_file, scaled
-from visft_ds.interop.module_adapters import ModuleAdapter, save_module_adapter, why_no_peft
-from visft_ds.interop.timm_merge import check_timm_base, merge_timm, scaled_module, timm_card, verify_timm
+from visft_ds.interop.merge import (
+    DTYPES,
+    MergeReport,
+    Share,
+    Verification,
+    check_base,
+    check_timm_base,
+    merge_into_file,
+    merge_timm,
+    verify_merge,
+)
 from visft_ds.interop.towers import open_tower, resolve_tower
-from visft_ds.interop.tuned import TunedWeights
-from visft_ds.interop.verify import Verification, merge_tolerance, verify_merge
+from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writers import parse_size
-from visft_ds.interop.writing import FULL, refuse_existing, write_text
+from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, recorded_config
@@ -56,11 +62,10 @@ def merge(given: argparse.Namespace) -> int:
         return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
-    if any(change.timm is not None for change in adapters if not isinstance(change, LoraAdapter)):
+    if any(change.timm is not None for change in adapters):
         return _write_timm(given, places, adapters)
     weights = given.weights or [1 / len(adapters)] * len(adapters)
-    towers = [change for change in adapters if not isinstance(change, ModuleAdapter)]
-    adapter = _joined(towers, weights if len(adapters) > 1 or given.weights else None, given.scale)
+    adapter = _joined(adapters, weights if len(adapters) > 1 or given.weights else None, given.scale)
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
@@ -81,25 +86,25 @@ def merge(given: argparse.Namespace) -> int:
     return _write_adapter(given, adapter, origin)
 
 
-def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change | ModuleAdapter]) -> int:
+def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change]) -> int:
     """Write the change that a run made to a model of timm: full weights for timm, or the adapter for PEFT."""
     if len(changes) > 1 or given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size:
         raise ValueError(
             f"{places[0]} is of a model of timm: give one --adapter, --format timm or peft, without --unmerge and "
             f"--max-shard-size"
         )
-    change = changes[0] if isinstance(changes[0], LoraAdapter) else scaled_module(changes[0], given.scale)
-    assert not isinstance(change, LoraAdapter) and change.timm is not None
+    change = changes[0].scaled(given.scale)
+    assert change.timm is not None
     print(f"adapter  {given.adapter[0]} ({places[0]}): timm {change.timm[0]}, {change.describe()}")
     if given.format == "peft":
-        if not isinstance(change, ModuleAdapter):
+        if not isinstance(change, Adapter):
             raise ValueError(f"{given.adapter[0]} trained its own weights and has no adapter to write: --format timm")
-        if reason := why_no_peft(change):
+        if reason := peft.why_no_peft(change):
             raise ValueError(f"PEFT cannot have this adapter: {reason}; write full weights, --format timm")
         if given.base is not None:
             for note in check_timm_base(given.base, change, allow_other=given.allow_other_base)[1]:
                 print(f"note: {note}")
-        print(f"out      {save_module_adapter(change, given.out)} (peft)")
+        print(f"out      {peft.save_peft_adapter(change, given.out)} (peft)")
         return 0
     with _staged(given.out) as stage:
         file = stage / ("model.safetensors" if _is_folder(given.out) else given.out.name)
@@ -111,10 +116,12 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
         for note in report.notes:
             print(f"note: {note}")
         if given.verify:
-            relative, effect = verify_timm(given.base, change, file, images=given.images)
-            allowed = merge_tolerance(DTYPES[given.dtype])
-            print(f"verify   relative difference {relative:.3g} (allowed {allowed:.2g}); the effect is {effect:.3g}")
-            if relative > allowed:
+            proof = verify_merge(given.base, change, file, None, dtype=DTYPES[given.dtype], images=given.images)
+            print(
+                f"verify   relative difference {proof.relative:.3g} (allowed {proof.tolerance:.2g}); the effect is "
+                f"{proof.effect:.3g}"
+            )
+            if not proof.passed:
                 print(f"merge_lora: the result computes something else; {given.out} is not written", file=sys.stderr)
                 return 1
         if _is_folder(given.out):
@@ -131,11 +138,11 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
 def _joined(changes: Sequence[Change], weights: Sequence[float] | None, scale: float) -> Change:
     """Join several changes into one; `weights` None: there is one, as it is."""
     if weights is None:
-        return scaled(changes[0], scale)
-    adapters = [change for change in changes if isinstance(change, LoraAdapter)]
+        return changes[0].scaled(scale)
+    adapters = [change for change in changes if isinstance(change, Adapter)]
     if len(adapters) < len(changes):
         raise ValueError("only adapters are averaged here, not weights that trained themselves: give one --adapter")
-    return scaled(average(adapters, weights), scale)
+    return average(adapters, weights).scaled(scale)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -285,9 +292,9 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
     return _push(given)
 
 
-def _write_adapter(given: argparse.Namespace, adapter: LoraAdapter, origin: Origin) -> int:
+def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
     tower, notes, base = _tower_of_adapter(given, adapter)
-    adapter = fit_to_tower(adapter, tower)
+    adapter = adapter.fit(tower)
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
@@ -312,7 +319,7 @@ def _write_adapter(given: argparse.Namespace, adapter: LoraAdapter, origin: Orig
     return _push(given)
 
 
-def _tower_of_adapter(given: argparse.Namespace, adapter: LoraAdapter) -> tuple[Tower, list[str], CardSource | None]:
+def _tower_of_adapter(given: argparse.Namespace, adapter: Adapter) -> tuple[Tower, list[str], CardSource | None]:
     if given.base is None:
         if given.model not in PRESETS:
             raise ValueError(f"unknown model {given.model!r}; allowed: {', '.join(PRESETS)}")

@@ -27,7 +27,7 @@ from torchvision.transforms import v2 as transforms
 
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
 from visft_ds.interop.text_towers import TextTower, tower_of_model
-from visft_ds.interop.timm_files import classes_in
+from visft_ds.interop.timm_names import classes_in
 from visft_ds.models.eva_vit import EvaViT
 
 KINDS = ("pooled", "clip", "patches")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,17 @@ import torch
 
 from visft_ds.interop import eva_clip, lavis, open_clip, transformers
 from visft_ds.interop import timm_names as timm
-from visft_ds.interop.files import Entry, WeightFile
+from visft_ds.interop.files import Entry, WeightFile, examples
 from visft_ds.interop.layouts import Layout, Tower
+from visft_ds.models.timm_backbone import TimmBackbone
+
+#: What timm knows of pretrained weights that holds for trained ones too; the latter where positions keep their size.
+_SIZES = ("test_input_size", "min_input_size", "test_crop_pct", "pool_size")
+_SETTINGS = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("first_conv", "classifier"),
+    *_SIZES,
+)
 
 
 @dataclass(frozen=True)
@@ -79,3 +88,31 @@ def side_files(
     elif name == "transformers":
         content = transformers.settings(tower, dtype)
     return {} if content is None else {"config.json": content}
+
+
+def config_of(backbone: TimmBackbone, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(config.json, by which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads these tensors;
+    notes). None, and why, where they are not all that timm's model has, and no more.
+    """
+    from timm import create_model
+
+    classes = timm.classes_in(backbone.classifier_names, shapes)
+    with torch.device("meta"):
+        model = create_model(backbone.name, num_classes=classes, **backbone.options)
+    wanted = model.state_dict().keys()
+    lacks, more = [key for key in wanted if key not in shapes], [key for key in shapes if key not in wanted]
+    if lacks or more:
+        facts = [f"lacks {examples(lacks)}"] if lacks else []
+        facts += [f"has {examples(more)} beside it"] if more else []
+        return None, [f"timm does not load this by itself: of its {backbone.name} the base {' and '.join(facts)}"]
+    known = model.pretrained_cfg
+    kept = {key: known[key] for key in _SETTINGS if known.get(key) is not None}
+    if side := backbone.options.get("img_size"):
+        kept = {key: value for key, value in kept.items() if key not in _SIZES} | {"input_size": [3, side, side]}
+    return {
+        "architecture": known["architecture"],
+        "num_classes": classes,
+        "num_features": model.num_features,
+        "model_args": backbone.options,
+        "pretrained_cfg": kept | {"num_classes": classes},
+    }, []

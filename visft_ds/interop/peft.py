@@ -4,8 +4,9 @@ PEFT has no LoRA on *slices* of a fused qkv. Ours is put into its plain one on t
 slices): rank G*r, A as it is, B (3D, G*r) block by block (slice g in columns g*r..(g+1)*r) and zero elsewhere,
 lora_alpha G times as large so that alpha / rank stays. On timm's model with separate q_proj, k_proj, v_proj ("split")
 each slice is an adapter of its own. Both maps are exact, both ways. Magnitudes (DoRA) go into the split form only: on
-the fused qkv PEFT would give all its rows a length, also those that are not adapted. File format:
-https://huggingface.co/docs/peft/developer_guides/checkpoint.
+the fused qkv PEFT would give all its rows a length, also those that are not adapted. Neither has it groups of a
+convolution that share A: of g groups ours is one of rank g*r, with zeros. What PEFT cannot have of a model of timm is
+in our own file, which lies beside PEFT's. File format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visft_ds.interop.adapters import MODULES, SLICES, LoraAdapter, canonical_targets, fit_to_tower
+from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
 from visft_ds.interop.layouts import Tower
 from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
+from visft_ds.models.lora import KINDS, AdaptedRows
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_KEY = "visft_adapter"
+#: Our own file of an adapter on a model of timm.
+TIMM_FILE = "lora.safetensors"
+#: Values that PEFT's form may have: zeros of depthwise convolutions could make it many times larger than the model.
+LARGEST_PEFT = 2**27
+_KEY, _TIMM_KEY = "visft_adapter", "visft_module_adapter"
 _NAME = re.compile(
     r"base_model\.model\.(blocks\.\d+\.(attn\.qkv|attn\.[qkv]_proj|attn\.proj|mlp\.fc1|mlp\.fc2))"
     r"\.lora_(?:([AB])\.weight|magnitude_vector)"
@@ -103,53 +110,139 @@ for name in {beside}:  # of a whole CLIP
 """
 
 
+_TIMM_HEAD = """\
+# LoRA adapter for timm's {name}
+
+{facts}
+Base weights: sha256 {base}.
+
+`{file}` is what `visft merge` of visft_ds reads to add it into full weights, which need nothing else.
+
+"""
+_TIMM_LOADING = """\
+## Load it with timm and PEFT
+
+```python
+import timm
+from peft import PeftModel
+from safetensors.torch import load_file
+
+ADAPTER = "."  # this folder
+BASE = "base.safetensors"  # the base weights, under timm's names
+
+model = timm.create_model("{name}", num_classes=0{size})
+weights = load_file(BASE)
+model.load_state_dict({{name: weights[name] for name in model.state_dict()}})  # without a classifier
+model = PeftModel.from_pretrained(model, ADAPTER).eval()
+```
+"""
+
+
 def save_peft_adapter(
-    adapter: LoraAdapter,
+    adapter: Adapter,
     folder: str | Path,
-    tower: Tower,
+    tower: Tower | None = None,
     *,
     split: bool = False,
     card: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder that PEFT loads onto timm's model of this tower; returns the folder.
+    """Write an adapter folder that PEFT loads onto timm's model; returns the folder.
 
-    `split`: for the model with separate q, k and v instead of the fused one. `card` replaces the README.md.
-    adapter_config.json comes last: a folder without it was not finished. Raises ValueError for an adapter that does
-    not fit the tower, and where the folder holds an adapter already (unless `overwrite`).
+    An adapter on a model of timm also has a file of our own, and no other where PEFT cannot compute with it.
+    adapter_config.json comes last: a folder without it was not finished, or is not for PEFT.
+
+    Args:
+        tower: of an adapter on a tower of our own, which is timm's model of these sizes.
+        split: for the model with separate q, k and v instead of the fused one.
+        card: replaces the README.md.
+
+    Raises:
+        ValueError: an adapter that does not fit the tower, and where the folder holds an adapter already (unless
+            `overwrite`).
     """
     folder = Path(folder)
-    adapter = fit_to_tower(adapter, tower)
-    if adapter.magnitude and adapter.slices() and not split:
-        raise ValueError(
-            "PEFT's DoRA on the fused qkv also has lengths of rows that are not adapted: write peft_split, for the "
-            "model with separate q, k and v"
-        )
+    reason = None if adapter.model is None else why_no_peft(adapter)
+    if adapter.model is None:
+        assert tower is not None
+        adapter = adapter.fit(tower)
+        if adapter.magnitude and adapter.slices() and not split:
+            raise ValueError(
+                "PEFT's DoRA on the fused qkv also has lengths of rows that are not adapted: write peft_split, for the "
+                "model with separate q, k and v"
+            )
     config = folder / CONFIG
-    if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, README)):
+    if not overwrite and any((folder / name).exists() for name in (CONFIG, WEIGHTS, TIMM_FILE, README)):
         raise ValueError(f"{folder} holds an adapter already and is not overwritten: choose another folder")
     if overwrite:
         config.unlink(missing_ok=True)
-    told = {
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "targets": adapter.targets,
-        "base_sha256": adapter.base_sha256,
-        **({} if adapter.base_storage == "full" else {"base_storage": adapter.base_storage}),
-    }
-    save_tensors(folder / WEIGHTS, peft_tensors(adapter, split), {_KEY: json.dumps(told)}, overwrite=overwrite)
-    text = _readme(adapter, tower, split) if card is None else card
-    write_text(folder / README, text, overwrite=overwrite)
-    write_text(config, json.dumps(adapter_config(adapter, split), indent=2, sort_keys=True) + "\n", overwrite=overwrite)
+    header = {_KEY: json.dumps(_settings(adapter))} if adapter.model is None else {}
+    if adapter.model is not None:
+        tensors = {name: value.float().contiguous() for name, value in adapter.tensors.items()}
+        save_tensors(folder / TIMM_FILE, tensors, {_TIMM_KEY: json.dumps(_timm_settings(adapter))}, overwrite=overwrite)
+    if reason is None:
+        save_tensors(folder / WEIGHTS, peft_tensors(adapter, split), header, overwrite=overwrite)
+    if card is None:
+        card = _timm_readme(adapter, reason) if tower is None else _readme(adapter, tower, split)
+    write_text(folder / README, card, overwrite=overwrite)
+    if reason is None:
+        text = json.dumps(adapter_config(adapter, split), indent=2, sort_keys=True) + "\n"
+        write_text(config, text, overwrite=overwrite)
     return folder
 
 
-def _readme(adapter: LoraAdapter, tower: Tower, split: bool) -> str:
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    """Entry of the header of PEFT's file about an adapter on a tower of our own."""
+    told = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
+    return told if adapter.base_storage == "full" else {**told, "base_storage": adapter.base_storage}
+
+
+def _timm_settings(adapter: Adapter) -> dict[str, Any]:
+    """Entry of the header of our own file about an adapter on a model of timm."""
+    return {
+        "name": adapter.model,
+        **adapter.record(),
+        "places": _places(adapter),
+        "base_sha256": adapter.base_sha256,
+        "options": dict(adapter.options),
+    }
+
+
+def _places(adapter: Adapter) -> dict[str, Any]:
+    adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
+    return {n: {"slices": [list(edges) for edges in rows.slices], "groups": rows.groups} for n, rows in adapted.items()}
+
+
+def why_no_peft(adapter: Adapter) -> str | None:
+    """Why PEFT cannot compute with an adapter on a model of timm; None where it can."""
+    adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
+    grouped = [layer for layer, rows in adapted.items() if rows.groups > 1]
+    if adapter.magnitude:
+        sliced = [layer for layer, rows in adapted.items() if not rows.whole]
+        if sliced or grouped:
+            why = "slices of a fused layer" if sliced else "grouped convolutions"
+            return f"its DoRA knows no {why} ({examples(sliced or grouped, 1)})"
+    size = sum(adapted[layer].groups ** 2 * adapter.tensors[f"{layer}.lora_A"].numel() for layer in grouped)
+    if size > LARGEST_PEFT:
+        return f"as updates of convolutions without groups they would have {size:,} values, nearly all of them zero"
+    return None
+
+
+def _timm_readme(adapter: Adapter, reason: str | None) -> str:
+    base = adapter.base_sha256 or "not recorded"
+    text = _TIMM_HEAD.format(name=adapter.model, facts=f"{adapter.describe()}.", base=base, file=TIMM_FILE)
+    if reason is not None:
+        return f"{text}It is not in PEFT's form: {reason}.\n"
+    size = "".join(f", {key}={value}" for key, value in adapter.options.items())
+    return text + _TIMM_LOADING.format(name=adapter.model, size=size)
+
+
+def _readme(adapter: Adapter, tower: Tower, split: bool) -> str:
     base = adapter.base_sha256 or "not recorded"
     return _HEAD.format(facts=facts(adapter, tower), base=base) + loading(adapter, tower, split=split)
 
 
-def facts(adapter: LoraAdapter, tower: Tower) -> str:
+def facts(adapter: Adapter, tower: Tower) -> str:
     """Description of an adapter in a sentence or two."""
     kind = "DoRA of rank" if adapter.magnitude else "Rank"
     text = (
@@ -162,7 +255,7 @@ def facts(adapter: LoraAdapter, tower: Tower) -> str:
     return text
 
 
-def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
+def loading(adapter: Adapter, tower: Tower, *, split: bool) -> str:
     """The part of a README.md that says how PEFT + timm load an adapter folder."""
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
@@ -177,14 +270,24 @@ def loading(adapter: LoraAdapter, tower: Tower, *, split: bool) -> str:
     )
 
 
-def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
+def adapter_config(adapter: Adapter, split: bool) -> dict[str, Any]:
     """Arguments of PEFT's LoraConfig; `split` as in `save_peft_adapter`."""
-    modules = adapter.modules()
-    if split:
-        modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))
-    groups = 1 if split else max(len(adapter.slices()), 1)
-    patterns = {"attn.qkv": groups} if groups > 1 and modules != ("attn.qkv",) else {}
-    factor = groups if modules == ("attn.qkv",) else 1
+    factor = 1
+    targets: list[str] | str
+    if adapter.model is None:
+        # With the parent's name: a bare "proj" would also match patch_embed.proj.
+        modules = adapter.modules()
+        if split:
+            modules = (*(f"attn.{name}_proj" for name in adapter.slices()), *(m for m in modules if m != "attn.qkv"))
+        factors = {"attn.qkv": len(adapter.slices())} if "attn.qkv" in modules else {}
+        if modules == ("attn.qkv",):
+            factor, factors = factors["attn.qkv"], {}
+        targets = list(modules)
+    else:
+        # Whole names: "conv1" alone would be the conv1 of every block.
+        targets = "|".join(re.escape(layer) for layer in adapter.layers())
+        factors = {re.escape(layer): _factor(adapter.adapted(layer)) for layer in adapter.layers()}
+    factors = {name: count for name, count in factors.items() if count > 1}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -192,10 +295,9 @@ def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
         "inference_mode": True,
         "r": adapter.rank * factor,
         "lora_alpha": adapter.alpha * factor,
-        "rank_pattern": {name: adapter.rank * count for name, count in patterns.items()},
-        "alpha_pattern": {name: adapter.alpha * count for name, count in patterns.items()},
-        # With the parent's name: a bare "proj" would also match patch_embed.proj.
-        "target_modules": list(modules),
+        "rank_pattern": {name: adapter.rank * count for name, count in factors.items()},
+        "alpha_pattern": {name: adapter.alpha * count for name, count in factors.items()},
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -206,53 +308,76 @@ def adapter_config(adapter: LoraAdapter, split: bool) -> dict[str, Any]:
     }
 
 
-def peft_tensors(adapter: LoraAdapter, split: bool) -> dict[str, Tensor]:
+def _factor(rows: AdaptedRows) -> int:
+    """PEFT's rank of a layer over ours."""
+    return max(len(rows.slices), rows.groups)
+
+
+def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
     """Its tensors, fp32, under the names of PEFT's file; `split` as in `save_peft_adapter`."""
-    tensors = {}
-    slices = adapter.slices()
-    for name, value in adapter.tensors.items():
-        value = value.float()
-        if split and ".attn.qkv." in name:
-            for part, rows in zip(slices, value.chunk(len(slices)), strict=True):
-                tensors[_peft_name(name.replace(".attn.qkv.", f".attn.{part}_proj."))] = rows.contiguous()
-            continue
-        if name.endswith("attn.qkv.lora_B"):
-            value = _spread(value, slices, adapter.rank)
-        tensors[_peft_name(name)] = value.contiguous()
+    tensors: dict[str, Tensor] = {}
+    if split:
+        adapter = _separated(adapter)
+    for layer in adapter.layers():
+        rows = adapter.adapted(layer)
+        a, b, magnitude = adapter.factors(layer)
+        if rows.groups > 1:
+            a = _spread_groups(a, rows.groups)
+        if not rows.whole:
+            b = _spread(b, rows, adapter.rank)
+        if a.ndim == 4:
+            b = b[:, :, None, None]
+            magnitude = None if magnitude is None else magnitude[None, :, None, None]
+        stem = f"base_model.model.{layer}"
+        tensors |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
+        if magnitude is not None:
+            tensors[f"{stem}.lora_magnitude_vector"] = magnitude.contiguous()
     return tensors
 
 
-def _peft_name(own: str) -> str:
-    stem, magnitude, _ = own.partition(".lora_magnitude")
-    return f"base_model.model.{stem}.lora_magnitude_vector" if magnitude else f"base_model.model.{own}.weight"
+def _separated(adapter: Adapter) -> Adapter:
+    """The same on a model with separate projections of q, k and v."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in adapter.tensors.items():
+        names = [name]
+        if ".attn.qkv." in name:
+            names = [name.replace(".attn.qkv.", f".attn.{part}_proj.") for part in adapter.slices()]
+        tensors |= dict(zip(names, value.chunk(len(names)), strict=True))
+    return replace(adapter, tensors=tensors)
 
 
-def _own_name(name: str) -> str:
-    """The inverse of `_peft_name`."""
-    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix("_vector")
-
-
-def _spread(stacked: Tensor, slices: tuple[str, ...], rank: int) -> Tensor:
-    """lora_B of ours (G*D, r) -> PEFT's (3D, G*r), zero outside the blocks."""
-    width = stacked.shape[0] // len(slices)
-    result = torch.zeros(3 * width, len(slices) * rank, dtype=stacked.dtype)
-    for group, name in enumerate(slices):
-        start = SLICES.index(name) * width
-        block = stacked[group * width : (group + 1) * width]
-        result[start : start + width, group * rank : (group + 1) * rank] = block
+def _spread(stacked: Tensor, rows: AdaptedRows, rank: int) -> Tensor:
+    """lora_B of ours (adapted rows, r) -> PEFT's (all rows, G*r), zero outside the blocks."""
+    result = stacked.new_zeros(rows.rows, len(rows.slices) * rank)
+    for changed, columns, own in rows.parts(rank):
+        result[changed, columns] = stacked[own]
     return result
 
 
 def _gather(dense: Tensor, slices: tuple[str, ...], rank: int) -> Tensor | None:
-    """The inverse of `_spread`; None where something stands outside the blocks."""
-    width = dense.shape[0] // 3
-    starts = [SLICES.index(name) * width for name in slices]
-    blocks = [dense[start : start + width, group * rank : (group + 1) * rank] for group, start in enumerate(starts)]
-    stacked = torch.cat(blocks)
-    return stacked if torch.equal(_spread(stacked, slices, rank), dense) else None
+    """The inverse of `_spread` for slices of a fused qkv; None where something stands outside the blocks."""
+    rows = rows_of_qkv(slices, len(dense) // 3)
+    stacked = torch.cat([dense[changed, columns] for changed, columns, _ in rows.parts(rank)])
+    return stacked if torch.equal(_spread(stacked, rows, rank), dense) else None
 
 
-def read_peft_adapter(folder: str | Path) -> LoraAdapter:
+def _spread_groups(a: Tensor, groups: int) -> Tensor:
+    """lora_A of ours (r, in / g, k, k), which all groups share -> PEFT's (g*r, in, k, k).
+
+    Group i of the output sees rows i*r.. of it, which see group i of the input.
+    """
+    spread = a.new_zeros(groups, a.shape[0], groups, *a.shape[1:])
+    for group in range(groups):
+        spread[group, :, group] = a
+    return spread.flatten(2, 3).flatten(0, 1)
+
+
+def _own_name(name: str) -> str:
+    """Name of a tensor of PEFT's file in ours."""
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix("_vector")
+
+
+def read_peft_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder, ours or one that PEFT wrote for timm's EVA, into LoRA on slices, exactly.
 
     Raises ValueError for settings and structures that LoRA on slices cannot express (DoRA on the fused qkv, biases,
@@ -260,6 +385,8 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
     ask for code to be run or could run for ever.
     """
     folder = Path(folder)
+    if (folder / TIMM_FILE).is_file():
+        return _read_timm(folder / TIMM_FILE)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are needed")
     config = read_config(folder / CONFIG)
@@ -300,7 +427,23 @@ def read_peft_adapter(folder: str | Path) -> LoraAdapter:
             value = gathered
         tensors[own] = value
     base, storage = (told["base_sha256"], told.get("base_storage", "full")) if told else (None, "full")
-    return LoraAdapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
+    return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
+
+
+def _read_timm(path: Path) -> Adapter:
+    """Read our own file of an adapter on a model of timm. Raises ValueError for another file."""
+    file = open_weights(path)
+    if _TIMM_KEY not in file.metadata:
+        raise ValueError(f"{file.path} is no adapter that this project wrote for a model of timm")
+    told = json.loads(file.metadata[_TIMM_KEY])
+    name, targets, places = told.pop("name"), tuple(told.pop("targets")), told.pop("places")
+    names = [f"{layer}.{kind}" for layer in places for kind in KINDS]
+    tensors = {name: file.get(name) for name in names if name in file}
+    groups = {layer: place["groups"] for layer, place in places.items() if place["groups"] > 1}
+    adapter = Adapter(targets=targets, tensors=tensors, origin="model", model=name, groups=groups, **told)
+    if len(adapter.tensors) != len(file) or _places(adapter) != places:
+        raise ValueError(f"{file.path}: its tensors are not those of the layers that its header names")
+    return adapter
 
 
 def _beside(lora_b: str) -> str:

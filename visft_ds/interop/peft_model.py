@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from visft_ds.interop.adapters import adapter_of
+from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.layouts import is_lora, tower_of
 from visft_ds.interop.peft import adapter_config, peft_tensors
 from visft_ds.interop.timm_names import model_arguments

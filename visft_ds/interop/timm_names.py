@@ -6,6 +6,7 @@ https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/eva.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visft_ds.interop.files import Entry, WeightFile
@@ -86,3 +87,13 @@ def create_model_call(tower: Tower, num_classes: int = 0, **more: Any) -> str:
     name, arguments = model_arguments(tower, num_classes)
     given = {**arguments, **more}
     return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value!r}" for key, value in given.items())]) + ")"
+
+
+def classes_in(classifier: str | Sequence[str] | None, shapes: Mapping[str, Sequence[int]]) -> int:
+    """`num_classes` of the model of timm that has these tensors, by the names of its classifiers; 0 without one."""
+    return next((shapes[f"{name}.weight"][0] for name in classifier_names(classifier) if f"{name}.weight" in shapes), 0)
+
+
+def classifier_names(classifier: str | Sequence[str] | None) -> list[str]:
+    """Names of the classifiers that timm's configuration of a model tells."""
+    return [classifier] if isinstance(classifier, str) else list(classifier or ())

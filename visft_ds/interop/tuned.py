@@ -5,18 +5,18 @@ Its values are known, and not a difference: what is written is what was trained,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from visft_ds.interop.adapter import Adapter, fingerprint_of
+from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.files import TRAINED_ON, TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
-from visft_ds.interop.timm_files import timm_settings
 from visft_ds.models.backbone import Backbone
 
 
@@ -51,15 +51,15 @@ class TunedWeights:
 
     @cached_property
     def _sha256(self) -> str:
-        digest = hashlib.sha256(repr(("tuned", self.scale)).encode())
-        for name in sorted(self.file):
-            digest.update(name.encode())
-            digest.update(self.file.get(name).float().contiguous().numpy().data)
-        return digest.hexdigest()
+        return fingerprint_of(("tuned", self.scale), ((name, self.file.get(name)) for name in sorted(self.file)))
 
     def fingerprint(self) -> str:
         """sha256 of values and scale, whatever file they came from."""
         return self._sha256
+
+    def scaled(self, scale: float) -> TunedWeights:
+        """With `scale` times its effect, any number, also 0 and below."""
+        return replace(self, scale=self.scale * scale)
 
     def record(self) -> dict[str, object]:
         """Entry in the metadata of merged weights."""
@@ -86,6 +86,10 @@ class TunedWeights:
         with torch.no_grad():
             for name in (name for name in self.file if name in parameters):
                 parameters[name].copy_(self.apply(name, parameters[name].float())[0])
+
+
+#: What can come on top of base weights.
+Change = Adapter | TunedWeights
 
 
 def read_tuned(path: Path) -> TunedWeights:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from visft_ds.interop.adapters import LoraAdapter
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.files import examples, open_weights
 from visft_ds.interop.layouts import LAYOUTS, is_lora
 from visft_ds.interop.writing import write_atomically
@@ -21,7 +21,7 @@ TARGETS = ("q", "v")
 _PREFIX = "visual."
 
 
-def read_visft_lora(path: str | Path) -> LoraAdapter:
+def read_visft_lora(path: str | Path) -> Adapter:
     """Read a published LoRA file or the LoRA of a ViSFT training checkpoint; the prefix is found.
 
     Raises ValueError for a file without LoRA tensors, with unexpected ones, and of inconsistent shapes.
@@ -46,10 +46,10 @@ def read_visft_lora(path: str | Path) -> LoraAdapter:
             f"{path}: lora_A has {rows} rows and lora_B {rank} columns; ViSFT adapts q and v, so 2 x {rank} rows are "
             f"expected: not a ViSFT LoRA file"
         )
-    return LoraAdapter(rank, ALPHA, TARGETS, {name: value.float() for name, value in tensors.items()}, "visft")
+    return Adapter(rank, ALPHA, TARGETS, {name: value.float() for name, value in tensors.items()}, "visft")
 
 
-def write_visft_lora(adapter: LoraAdapter, path: str | Path, *, overwrite: bool = False) -> None:
+def write_visft_lora(adapter: Adapter, path: str | Path, *, overwrite: bool = False) -> None:
     """Write the published form (`visual.` prefix, flat, fp32, torch zip), which reads back as scaling 1/r.
 
     Another alpha is multiplied into lora_B, so the change of the weights is the same. Raises ValueError for an adapter

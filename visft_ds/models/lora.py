@@ -5,6 +5,11 @@ the adapted slices as loralib's MergedLinear stacks them, so files of either kin
 projection any of q, k and v can be adapted alone. The paper's code adapts q and v with rank 64 and alpha 1: scale 1/64.
 With a magnitude (DoRA, https://arxiv.org/abs/2402.09353) each adapted row also has a length that is learnt.
 
+On convolutions, grouped and depthwise ones too, the update is one of the weight (out, in / groups, k, k), seen as a
+matrix with a row for each output channel, as LoCon has it (https://github.com/KohakuBlueleaf/LyCORIS). Without groups
+it is a convolution to r channels and a 1x1 one behind it, which is PEFT's form. With groups all of them share A, so
+that the update is one of the grouped weight and can be merged; PEFT's would be one of a weight without groups.
+
 Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it twice.
 """
 
@@ -13,7 +18,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,14 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.models.adapted import KINDS, AdaptedLayer, resized
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
-from visft_ds.models.lora_conv import LoRAConv2d
-from visft_ds.ops import matmul_dtype
-from visft_ds.ops.dora import dora_linear, row_lengths
-from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops import matmul_dtype, no_autocast
+from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
 
+#: Parameters that an adapted layer may have beside those of the layer it replaces.
+KINDS = ("lora_A", "lora_B", "lora_magnitude")
 #: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
 TARGETS = {
     "q": ("attn.qkv", 0, 3),
@@ -40,6 +44,155 @@ TARGETS = {
     "fc1": ("mlp.fc1", 0, 1),
     "fc2": ("mlp.fc2", 0, 1),
 }
+
+
+@dataclass(frozen=True)
+class AdaptedRows:
+    """The rows of a weight that low-rank updates change: of `rows` in all those in `slices`, from and below."""
+
+    slices: Slices
+    rows: int
+    groups: int = 1  #: of a convolution
+
+    @property
+    def whole(self) -> bool:
+        """Return True if the weight is adapted as one matrix."""
+        return self.slices == ((0, self.rows),)
+
+    def parts(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
+        """(rows of the weight, rows of lora_A, rows of lora_B) of each slice."""
+        start = 0
+        for index, (lo, hi) in enumerate(self.slices):
+            yield slice(lo, hi), slice(index * rank, (index + 1) * rank), slice(start, start + hi - lo)
+            start += hi - lo
+
+    def update(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Dense scale * B A (rows, fan in) in the precision of the factors; zero in rows that are not adapted."""
+        result = a.new_zeros(self.rows, a[0].numel())
+        for changed, own_a, own_b in self.parts(b.shape[1]):
+            torch.matmul(b[own_b], a[own_a].flatten(1), out=result[changed])
+        return result.mul_(scale)
+
+    def change(self, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
+        """Dense change of a weight (rows, ...), of which rows with magnitudes get these lengths."""
+        result = self.update(a, b, scale).view_as(weight)
+        if magnitude is not None:
+            for changed, _, own in self.parts(b.shape[1]):
+                result[changed] = resized(weight[changed], result[changed], magnitude[own])
+        return result
+
+
+class AdaptedLayer(nn.Module):
+    """A layer that takes over weight and bias of the one it replaces and adds lora_A, lora_B and, or not, magnitudes.
+
+    While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them again.
+    Subclasses compute the forward and the first magnitudes.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(
+        self, base: nn.Module, adapted: AdaptedRows, fan_in: Sequence[int], *, rank: int, alpha: float, magnitude: bool
+    ) -> None:
+        """Take over a layer's parameters; the adapters are fp32 over weights of any narrower dtype.
+
+        Args:
+            base: with `weight` and `bias`.
+            fan_in: shape of a row of the weight, and of lora_A.
+            magnitude: whether each adapted row has one.
+        """
+        super().__init__()
+        self.rank = rank
+        self.alpha = alpha
+        self.scale = alpha / rank
+        self.adapted = adapted
+        a, b = (len(adapted.slices) * rank, *fan_in), (sum(hi - lo for lo, hi in adapted.slices), rank)
+        self.shapes = {"lora_A": a, "lora_B": b}  # ZeRO-3 takes those of parameters away
+        weight: Any = base.weight
+        self.weight = weight
+        self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
+        like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        self.lora_A = nn.Parameter(torch.empty(*a, **like))
+        self.lora_B = nn.Parameter(torch.zeros(*b, **like))
+        self.register_parameter("lora_magnitude", nn.Parameter(torch.empty(b[0], **like)) if magnitude else None)
+
+    def start(self, generator: torch.Generator | None) -> None:
+        """Give A and the magnitudes their first values, where the layer holds any."""
+        if self.weight.is_meta:
+            return
+        self.lora_A.data.copy_(self.random_a(generator))
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.data.copy_(self.first_magnitude(self.weight))
+
+    def random_a(self, generator: torch.Generator | None = None) -> Tensor:
+        """Initial values of A, fp32 on the CPU, so that every device starts alike.
+
+        kaiming_uniform_(a=sqrt(5)), as loralib initialises it: uniform in +-1/sqrt(fan in).
+        """
+        shape = self.shapes["lora_A"]
+        bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+        return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    def first_magnitude(self, weight: Tensor) -> Tensor:
+        """Initial magnitudes, fp32: the norms of the adapted rows of a weight on any device."""
+        raise AssertionError("subclasses say it")
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The dense change of the weight, which is not merged, in the precision of the adapters."""
+        return self.adapted.change(self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.scale)
+
+    @property
+    def merged(self) -> bool:
+        """Return True while the update is part of `weight`."""
+        return self._original is not None
+
+    _original: Tensor | None = None
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Add the update to the weight, in fp32 and rounded once; keeps the original weight for `unmerge`.
+
+        Returns:
+            The share of the update that survived the rounding: <W_after - W_before, delta> / <delta, delta>, 1 for a
+            zero update.
+
+        Raises:
+            ValueError: already merged.
+        """
+        if self.merged:
+            raise ValueError("this LoRA layer is merged already; unmerge it first")
+        before = self.weight.detach()
+        delta = self.delta()
+        after = (before.to(delta.dtype) + delta).to(before.dtype)
+        self._original = before
+        self.weight.data = after
+        size = torch.sum(delta.double() ** 2)
+        kept = torch.sum((after.double() - before.double()) * delta.double())
+        return float(kept / size) if size > 0 else 1.0
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit. Raises ValueError where nothing is merged."""
+        if self._original is None:
+            raise ValueError("this LoRA layer is not merged; merge it first")
+        self.weight.data = self._original.to(self.weight.device)
+        self._original = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in KINDS:
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged:
+            raise ValueError(f"{prefix}: cannot load into a merged LoRA layer; unmerge it first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LoRALinear(AdaptedLayer):
@@ -60,8 +213,8 @@ class LoRALinear(AdaptedLayer):
         magnitude: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        a, b = (len(slices) * rank, base.in_features), (sum(hi - lo for lo, hi in slices), rank)
-        super().__init__(base, a, b, rank=rank, alpha=alpha, magnitude=magnitude)
+        adapted = AdaptedRows(slices, base.out_features)
+        super().__init__(base, adapted, (base.in_features,), rank=rank, alpha=alpha, magnitude=magnitude)
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.slices = slices
@@ -83,25 +236,79 @@ class LoRALinear(AdaptedLayer):
             return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices)
         return lora_linear(x, *factors, self.scale, self.slices)
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """The dense change (out, in) of the weight, which is not merged, in the precision of the adapters."""
-        out = self.lora_A.new_zeros(self.out_features, self.in_features)
-        start = 0
-        for index, (lo, hi) in enumerate(self.slices):
-            a = self.lora_A[index * self.rank : (index + 1) * self.rank]
-            part = slice(start, start + hi - lo)
-            out[lo:hi] = self.scale * (self.lora_B[part] @ a)
-            if self.lora_magnitude is not None:
-                out[lo:hi] = resized(self.weight[lo:hi], out[lo:hi], self.lora_magnitude[part])
-            start += hi - lo
-        return out
-
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, slices={self.slices}, "
             f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
         )
+
+
+class LoRAConv2d(AdaptedLayer):
+    """An `nn.Conv2d` with a low-rank update: lora_A (r, in / groups, k, k), lora_B (out, r), lora_magnitude (out,) or
+    None.
+    """
+
+    def __init__(
+        self,
+        base: nn.Conv2d,
+        *,
+        rank: int,
+        alpha: float,
+        magnitude: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        out, *fan_in = base.weight.shape
+        adapted = AdaptedRows(((0, out),), out, base.groups)
+        super().__init__(base, adapted, fan_in, rank=rank, alpha=alpha, magnitude=magnitude)
+        self.stride, self.padding, self.dilation, self.groups = base.stride, base.padding, base.dilation, base.groups
+        self.out_channels, self.kernel_size = out, base.kernel_size
+        self.start(generator)
+
+    def first_magnitude(self, weight: Tensor) -> Tensor:
+        """See `AdaptedLayer`."""
+        return lengths(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
+        how: tuple[Any, Any, Any] = (self.stride, self.padding, self.dilation)
+        y = F.conv2d(x, self.weight, self.bias, *how, self.groups)
+        if self.merged:
+            return y
+        if self.groups == 1:
+            inner = F.conv2d(x, self.lora_A, None, *how)
+            y = y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
+        else:
+            y = y + F.conv2d(x, self._update(), None, *how, self.groups)
+        if self.lora_magnitude is None:
+            return y
+        with torch.no_grad():
+            length = lengths(self.weight.to(self.lora_B.dtype) + self._update())
+        excess = (self.lora_magnitude / length - 1).view(1, -1, 1, 1)  # 0 where nothing has been learnt
+        product = y if self.bias is None else y.to(excess.dtype) - self.bias.to(excess.dtype).view(1, -1, 1, 1)
+        return (y + excess * product).to(y.dtype)
+
+    def _update(self) -> Tensor:
+        """scale * B A in the shape of the weight, in the precision of the adapters."""
+        with no_autocast(self.lora_A.device):
+            return self.scale * torch.einsum("or,rikl->oikl", self.lora_B, self.lora_A)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, bias={self.bias is not None}, "
+            f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+        )
+
+
+def resized(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """The change of rows (n, ...) that DoRA moves by `delta` and then gives the lengths `magnitude` (n,)."""
+    turned = weight.to(delta.dtype) + delta
+    factor = magnitude / lengths(turned)
+    return turned * factor.view(-1, *(1,) * (turned.ndim - 1)) - weight
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """(n, ...) -> (n,): Euclidean, never quite zero, so that a row of zeros stays one."""
+    return rows.flatten(1).norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 @dataclass(frozen=True)

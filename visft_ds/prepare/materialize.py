@@ -21,7 +21,6 @@ from visft_ds.interop.backbones import open_backbone
 from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
 from visft_ds.interop.head_info import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
-from visft_ds.interop.timm_files import open_timm
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
@@ -101,71 +100,55 @@ def open_base(model: ModelConfig, backbone: Backbone, storage: torch.dtype) -> B
         ValueError: a file of another model, see `open_backbone`.
     """
     infos = {name: TensorInfo.of(parameter) for name, parameter in base_parameters(backbone).items()}
-    if isinstance(backbone, TimmBackbone):
-        return _open_timm_base(model, backbone, infos, storage)
-    if model.weights is None:
-        seed = model.weights_seed
-        recipe = f"random {model.preset} {model.backbone_options()} seed {seed}"
+    timm = _drawn_by_timm(model, backbone, infos, storage) if isinstance(backbone, TimmBackbone) else None
+    if model.weights is not None:
+        opened = open_backbone(backbone, model.weights)
         return BaseWeights(
-            recipe,
-            f"base weights: random, a function of visft.model.weights_seed={seed}",
+            sha256_file(model.weights),
+            f"base weights: {opened.summary}",
             infos,
-            lambda name: random_weight(name, infos[name].shape, seed).to(storage),
-            drawn_as=recipe,
+            lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
+            lambda: {**(timm.buffers() if timm is not None else {}), **opened.buffers()},
+            drawn_as=opened.file.metadata.get(DRAWN_AS),
         )
-    path = Path(model.weights)
-    opened = open_backbone(backbone, path)
+    if timm is not None:
+        return timm
+    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}"
     return BaseWeights(
-        sha256_file(path),
-        f"base weights: {opened.report.summary()}",
+        recipe,
+        f"base weights: random, a function of visft.model.weights_seed={model.weights_seed}",
         infos,
-        lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
-        drawn_as=opened.file.metadata.get(DRAWN_AS),
+        lambda name: random_weight(name, infos[name].shape, model.weights_seed).to(storage),
+        drawn_as=recipe,
     )
 
 
 def check_base_file(model: ModelConfig, backbone: Backbone) -> None:
     """Raise what `open_base` raises of a file; unlike it, do not read the whole file for its hash."""
     path = None if model.weights is None else Path(model.weights)
-    if path is None or not path.is_file():
-        return
-    if isinstance(backbone, TimmBackbone):
-        open_timm(backbone, path)
-    else:
+    if path is not None and path.is_file():
         open_backbone(backbone, path)
 
 
-def _open_timm_base(
+def _drawn_by_timm(
     model: ModelConfig, backbone: TimmBackbone, infos: Mapping[str, TensorInfo], storage: torch.dtype
 ) -> BaseWeights:
+    """Random weights of a model of timm; of one that is read from a file only buffers are taken, if it has any."""
+
     @cache
     def drawn() -> TimmBackbone:
-        """timm draws a model as a whole. Of one that is read from a file only buffers are taken, if it has any."""
+        """timm draws a model as a whole."""
         return build_timm(backbone.name, image_size=model.overrides.image_size, seed=model.weights_seed)
 
-    def first_buffers() -> dict[str, Tensor]:
-        return dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {}
-
-    if model.weights is None:
-        recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
-        return BaseWeights(
-            recipe,
-            f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
-            infos,
-            lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
-            first_buffers,
-            lambda: drawn().left_out,
-            recipe,
-        )
-    path = Path(model.weights)
-    opened = open_timm(backbone, path)
+    recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
     return BaseWeights(
-        sha256_file(path),
-        f"base weights: {opened.summary}",
+        recipe,
+        f"base weights: random, drawn by timm, a function of visft.model.weights_seed={model.weights_seed}",
         infos,
-        lambda name: opened.read(name, torch.float32 if is_small(name, infos[name].shape) else storage),
-        lambda: {**first_buffers(), **opened.buffers()},
-        drawn_as=opened.file.metadata.get(DRAWN_AS),
+        lambda name: drawn().get_parameter(name).detach().to(storage, copy=True),
+        lambda: dict(drawn().named_buffers()) if any(True for _ in backbone.buffers()) else {},
+        lambda: drawn().left_out,
+        recipe,
     )
 
 

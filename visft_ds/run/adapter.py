@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visft_ds.interop import module_adapters, peft
-from visft_ds.interop.merge import Change, read_adapter
-from visft_ds.interop.module_adapters import ModuleAdapter, read_module_adapter
-from visft_ds.interop.tuned import read_tuned
+from visft_ds.interop import peft
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.tuned import Change, read_tuned
 from visft_ds.prepare.places import WEIGHTS, find
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE, recorded_config
 
@@ -21,7 +20,7 @@ def place_of(path: Path) -> Path:
     if not (path / "run.json").is_file():
         return path
     export = path / "export"
-    if any((export / ADAPTER_FOLDER / name).is_file() for name in (peft.CONFIG, module_adapters.FILE)):
+    if any((export / ADAPTER_FOLDER / name).is_file() for name in (peft.CONFIG, peft.TIMM_FILE)):
         return export / ADAPTER_FOLDER
     if recorded_config(path).visft.lora is None and (export / TRAINED_BACKBONE_FILE).is_file():
         return export / TRAINED_BACKBONE_FILE
@@ -30,12 +29,10 @@ def place_of(path: Path) -> Path:
     return newest_checkpoint_folder(path)
 
 
-def read_change(place: Path) -> Change | ModuleAdapter:
+def read_change(place: Path) -> Change:
     """The change at a place. Raises ValueError where there is none, or a damaged one."""
     if place.name == TRAINED_BACKBONE_FILE:
         return read_tuned(place)
-    if (place / module_adapters.FILE).is_file():
-        return read_module_adapter(place)
     if (place / "state.json").is_file():
         from visft_ds.checkpoint.adapter import change_of_checkpoint
 

@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import Precision
-from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, module_adapter_for, refuse_merged
-from visft_ds.interop.adapters import install_adapter
-from visft_ds.interop.backbones import is_merged, load_backbone
+from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.encoders import (
     Encoder,
     EvaEncoder,
@@ -35,9 +34,7 @@ from visft_ds.interop.encoders import (
 )
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
-from visft_ds.interop.merge import scaled
 from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
-from visft_ds.interop.timm_files import load_timm, timm_settings
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run.folder import recorded_config
 
@@ -152,7 +149,7 @@ def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptio
     backbone, summary = load_timm(path, *timm, DTYPES[options.precision])
     facts = {"backbone": summary, "adapter": "none"}
     if spec.adapter is not None:
-        adapter = module_adapter_for(path, spec.adapter).scaled(spec.scale)
+        adapter = adapter_for(path, spec.adapter).scaled(spec.scale)
         adapter.install(backbone)
         facts["adapter"] = f"{spec.adapter}: {adapter.describe()}, times {spec.scale:g}"
     side = options.image_size or backbone.image_size
@@ -190,8 +187,8 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     facts["adapter"] = "merged into the weights" if is_merged(weights) else "none"
     if spec.adapter is not None:
         # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
-        adapter = scaled(adapter_for(Path(spec.name), spec.adapter), spec.scale)
-        install_adapter(backbone, adapter)
+        adapter = adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
+        adapter.install(backbone)
         facts["adapter"] = f"{spec.adapter}: rank {adapter.rank}, on {'+'.join(adapter.targets)}, times {spec.scale:g}"
     projection = projection_of(spec.name)
     if projection is None and options.text is not None and tower.class_token:

@@ -1,0 +1,359 @@
+"""A low-rank adapter apart from any model and any file format; every format reads into it and writes from it.
+
+Legend: r rank, G number of adapted slices of a fused qkv, D width, g groups of a convolution. Tensors are named and
+shaped as in the model: linear layers `lora_A` (G*r, in), rows stacked slice by slice in the order q, k, v, and `lora_B`
+(rows, r), likewise; convolutions `lora_A` (r, in / g, k, k) and `lora_B` (out, r). The change of a weight is
+(alpha / r) * B @ A, per slice; with `lora_magnitude` (rows,) (DoRA) the moved rows then get these lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from visft_ds.config.schema import LoraConfig
+from visft_ds.interop.files import examples
+from visft_ds.interop.layouts import Tower, depth_of, tower_names, tower_of
+from visft_ds.models.backbone import Backbone
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.lora import (
+    KINDS,
+    TARGETS,
+    AdaptedRows,
+    LoRAConv2d,
+    LoraSettings,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    lora_settings,
+)
+from visft_ds.models.timm_backbone import TimmBackbone
+
+SLICES = ("q", "k", "v")
+# Target -> module inside a block.
+MODULES = {target: place[0] for target, place in TARGETS.items()}
+# The layers of which q, k and v are slices.
+_FUSED = re.compile(r"blocks\.\d+\.attn\.qkv")
+
+
+def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
+    """The rows of a fused qkv that belong to slices of it."""
+    starts = (SLICES.index(name) * width for name in slices)
+    return AdaptedRows(tuple((start, start + width) for start in starts), 3 * width)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All of an adapter. `tensors` as the legend above says; `targets` as configured, those of a tower of our own in
+    the order q k v proj fc1 fc2.
+
+    `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
+    hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
+    earlier release kept that base, "full" or in few bits; the adapter belongs to the file, in full precision, all the
+    same. `model` is None for a tower of our own.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    origin: str
+    base_sha256: str | None = None
+    magnitude: bool = False
+    base_storage: str = "full"
+    model: str | None = None  #: name of the model of timm
+    options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
+    groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B @ A."""
+        return self.alpha / self.rank
+
+    @property
+    def timm(self) -> tuple[str, int | None] | None:
+        """(name, image size where it is not the model's own) of the model of timm that it is of, or None."""
+        return None if self.model is None else (self.model, self.options.get("img_size"))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks it spans."""
+        return depth_of(self.tensors)
+
+    @property
+    def width(self) -> int:
+        """Width of the tower it fits: the input size of a block's projections (fc2 apart, its output size)."""
+        module = MODULES[self.targets[0]]
+        part, axis = ("lora_B", 0) if module == "mlp.fc2" else ("lora_A", 1)
+        shapes = [value.shape for name, value in self.tensors.items() if name.endswith(f".{module}.{part}")]
+        return shapes[0][axis] if shapes else 0
+
+    def slices(self) -> tuple[str, ...]:
+        """The adapted slices of the fused qkv, in order."""
+        return tuple(name for name in SLICES if name in self.targets)
+
+    def modules(self) -> tuple[str, ...]:
+        """Adapted modules inside a block of a tower of our own, each once."""
+        return tuple(dict.fromkeys(MODULES[target] for target in self.targets))
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of the adapted layers, in the order of the tensors."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.tensors))
+
+    def weights(self) -> tuple[str, ...]:
+        """Names of all base weights it changes: `blocks.0.attn.qkv.weight`, ..."""
+        return tuple(f"{layer}.weight" for layer in self.layers())
+
+    def adapted(self, layer: str) -> AdaptedRows:
+        """The rows of a layer that it changes."""
+        rows, slices = len(self.tensors[f"{layer}.lora_B"]), self.slices()
+        if slices and _FUSED.fullmatch(layer):
+            return rows_of_qkv(slices, rows // len(slices))
+        return AdaptedRows(((0, rows),), rows, self.groups.get(layer, 1))
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and magnitudes of a layer, fp32."""
+        a, b = (self.tensors[f"{layer}.{kind}"].float() for kind in ("lora_A", "lora_B"))
+        return a, b, self.tensors[f"{layer}.lora_magnitude"].float() if self.magnitude else None
+
+    def delta(self, weight: str) -> Tensor:
+        """scaling * B @ A of one base weight, dense, fp32, (out, fan in); zero in rows that are not adapted."""
+        layer = weight.removesuffix(".weight")
+        a, b, _ = self.factors(layer)
+        return self.adapted(layer).update(a, b, self.scaling)
+
+    def apply(self, weight: str, base: Tensor) -> tuple[Tensor, Tensor]:
+        """(result, change) of one base weight, fp32 all."""
+        layer = weight.removesuffix(".weight")
+        change = self.adapted(layer).change(base, *self.factors(layer), self.scaling)
+        return base + change, change
+
+    def scaled(self, scale: float) -> Adapter:
+        """With `scale` times its effect, any number, also 0 and below; it goes into lora_B.
+
+        Raises ValueError for magnitudes, whose effect is no multiple of lora_B.
+        """
+        if scale == 1:
+            return self
+        if self.magnitude:
+            raise ValueError("an adapter with magnitudes (DoRA) cannot be scaled: its effect is no multiple of lora_B")
+        tensors = {name: value * scale if name.endswith("lora_B") else value for name, value in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
+    def record(self) -> dict[str, object]:
+        """Entry in the metadata of merged weights."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "magnitude": self.magnitude}
+
+    def describe(self) -> str:
+        """A few words for the console."""
+        where = "+".join(self.targets)
+        if self.model is not None:
+            where = f"on {len(self.layers())} layers ({', '.join(self.targets)})"
+        kind = "DoRA, rank" if self.magnitude else "rank"
+        return f"{kind} {self.rank}, scaling {self.scaling:g}, {where}"
+
+    def fingerprint(self) -> str:
+        """sha256 of what it computes with: settings and values, whatever file they came from."""
+        if self.model is None:
+            settings: object = (self.rank, float(self.alpha), self.targets, *(("magnitude",) if self.magnitude else ()))
+        else:
+            settings = (self.model, self.rank, float(self.alpha), sorted(self.layers()))
+        return fingerprint_of(settings, ((name, self.tensors[name]) for name in sorted(self.tensors)))
+
+    def expected_shapes(self, tower: Tower) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor an adapter of these settings has on a tower of our own."""
+        base, slices = tower_names(tower), len(self.slices())
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in (f"blocks.{index}.{module}" for index in range(tower.depth) for module in self.modules()):
+            rows, fan_in = base[f"{layer}.weight"]
+            parts = 1
+            if _FUSED.fullmatch(layer):
+                rows, parts = slices * tower.width, slices
+            shapes |= {f"{layer}.lora_A": (parts * self.rank, fan_in), f"{layer}.lora_B": (rows, self.rank)}
+            if self.magnitude:
+                shapes[f"{layer}.lora_magnitude"] = (rows,)
+        return shapes
+
+    def fit(self, tower: Tower) -> Adapter:
+        """The adapter, checked to have exactly the tensors that its settings mean on this tower.
+
+        A published ViSFT adapter of the 40-block giant loses its last block on a 39-block tower (LAVIS builds it
+        without that block) with a warning. Raises ValueError for every other difference, and for values that are not
+        finite.
+        """
+        if self.model is not None:
+            raise ValueError(
+                f"the adapter is for timm's {self.model}, and this is a tower of EVA ({tower.describe()}): take the "
+                f"adapter and the base of the same model"
+            )
+        tensors = self.tensors
+        if self.origin == "visft" and (self.depth, tower.depth) == (40, 39):
+            warnings.warn(
+                "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
+                "ignored",
+                UserWarning,
+                stacklevel=2,
+            )
+            tensors = {name: value for name, value in tensors.items() if not name.startswith("blocks.39.")}
+        if (depth_of(tensors), self.width) != (tower.depth, tower.width):
+            raise ValueError(
+                f"the adapter is for a tower of width {self.width}, depth {self.depth}; this tower has "
+                f"{tower.describe()}: take the adapter and the base of the same model"
+            )
+        wanted = self.expected_shapes(tower)
+        wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+        wrong += [f"{name} is unexpected" for name in tensors if name not in wanted]
+        wrong += [
+            f"{name} is {tuple(tensors[name].shape)}, not {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ]
+        wrong += [f"{name} holds NaN or infinity" for name, value in tensors.items() if not value.isfinite().all()]
+        if wrong:
+            raise ValueError(
+                f"the adapter (rank {self.rank}, {'+'.join(self.targets)}) is not whole: {examples(wrong)}"
+            )
+        return replace(self, tensors=tensors)
+
+    def install(self, backbone: Backbone) -> None:
+        """Put it into a model: inject LoRA of its settings where the model has none, then copy every value.
+
+        Raises ValueError where it does not fit the model, and where the model has LoRA of other settings.
+        """
+        adapter = self
+        if isinstance(backbone, EvaViT):
+            adapter = self.fit(tower_of(backbone))
+        elif self.model is None:
+            raise ValueError(
+                f"the adapter is for a tower of EVA of width {self.width}, depth {self.depth}, and the model is timm's "
+                f"{backbone.name}: take the adapter and the base of the same model"
+            )
+        layers = lora_layers(backbone)
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError("the model has its adapter merged in: call unmerge_lora before loading another")
+        if isinstance(backbone, EvaViT) and layers:
+            settings = lora_settings(backbone)
+            wanted = LoraSettings(self.rank, self.alpha, self.targets, self.magnitude)
+            if settings != wanted:
+                raise ValueError(
+                    f"the model has {_described(settings)}; the adapter has {_described(wanted)}: use the adapter's "
+                    f"settings"
+                )
+        else:
+            inject_lora(backbone, rank=self.rank, alpha=self.alpha, targets=self.targets, magnitude=self.magnitude)
+        parameters = lora_parameters(backbone)
+        wrong = sorted(parameters.keys() ^ adapter.tensors.keys())
+        wrong += [n for n, p in parameters.items() if n in adapter.tensors and p.shape != adapter.tensors[n].shape]
+        if wrong and isinstance(backbone, TimmBackbone):
+            raise ValueError(f"the adapter is not one of timm's {backbone.name}: {examples(wrong)}")
+        assert not wrong, wrong
+        with torch.no_grad():
+            for name, value in adapter.tensors.items():
+                parameters[name].copy_(value)
+
+
+def fingerprint_of(settings: object, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of settings and of values, as fp32, by name."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, value in tensors:
+        digest.update(name.encode())
+        digest.update(value.float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Adapter whose change of every weight is the weighted sum of theirs, exactly: ranks add up, scaling is 1.
+
+    Factors A and B themselves are not averaged: the product of two means is not the mean of two products. (PEFT calls
+    this combination "cat".)
+
+    Raises ValueError for adapters of other projections, towers or bases, and for weights that are not one a piece.
+    """
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"{len(adapters)} adapters and weights {list(weights)}: give one finite number for each")
+    first = adapters[0]
+    if any(adapter.magnitude for adapter in adapters):
+        raise ValueError("adapters with magnitudes (DoRA) cannot be averaged: their changes are no low-rank sums")
+    for other in adapters[1:]:
+        if (other.targets, other.depth, other.width) != (first.targets, first.depth, first.width):
+            raise ValueError(
+                f"adapters on {'+'.join(first.targets)} (width {first.width}, depth {first.depth}) and on "
+                f"{'+'.join(other.targets)} (width {other.width}, depth {other.depth}) cannot be averaged"
+            )
+    bases = {adapter.base_sha256 for adapter in adapters if adapter.base_sha256 is not None}
+    if len(bases) > 1:
+        raise ValueError(
+            f"the adapters were trained on different bases, sha256 {' and '.join(sorted(bases))}: their changes do not "
+            f"add up"
+        )
+    tensors: dict[str, Tensor] = {}
+    for layer in first.layers():
+        a, b = f"{layer}.lora_A", f"{layer}.lora_B"
+        slices = len(first.adapted(layer).slices)
+        parts = [adapter.tensors[a].float().chunk(slices) for adapter in adapters]
+        tensors[a] = torch.cat([part[index] for index in range(slices) for part in parts])
+        factors = [w * adapter.scaling for w, adapter in zip(weights, adapters, strict=True)]
+        columns = [f * adapter.tensors[b].float() for f, adapter in zip(factors, adapters, strict=True)]
+        tensors[b] = torch.cat(columns, dim=1)
+    rank = sum(adapter.rank for adapter in adapters)
+    origins = {adapter.origin for adapter in adapters}
+    return replace(
+        first,
+        rank=rank,
+        alpha=float(rank),
+        tensors=tensors,
+        origin=first.origin if len(origins) == 1 else "average",
+        base_sha256=next(iter(bases), None),
+        base_storage=" and ".join(sorted({adapter.base_storage for adapter in adapters})),
+    )
+
+
+def canonical_targets(targets: Iterable[str]) -> tuple[str, ...]:
+    """The same targets in the order q k v proj fc1 fc2."""
+    given = set(targets)
+    return tuple(name for name in MODULES if name in given)
+
+
+def adapter_of(backbone: EvaViT, *, base_sha256: str | None = None) -> Adapter:
+    """A copy (CPU, fp32) of the adapter in a model. Raises ValueError where the model has none."""
+    tensors = {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in lora_parameters(backbone).items()
+    }
+    return adapter_of_run(lora_settings(backbone), tensors, backbone, "model", base_sha256)
+
+
+def adapter_of_run(
+    lora: LoraConfig | LoraSettings,
+    tensors: Mapping[str, Tensor],
+    backbone: Backbone,
+    origin: str,
+    base_sha256: str | None = None,
+) -> Adapter:
+    """The adapter that a run with `visft.lora` has in these tensors; the model may be on the meta device."""
+    own = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
+    if isinstance(backbone, EvaViT):
+        return replace(own, targets=canonical_targets(own.targets))
+    layers = {name: module for name, module in backbone.named_modules() if f"{name}.lora_A" in tensors}
+    # In the order of the model's layers, which is that of the file's header.
+    names = [f"{layer}.{kind}" for layer in layers for kind in KINDS if f"{layer}.{kind}" in tensors]
+    assert len(names) == len(tensors)
+    groups = {
+        name: module.groups
+        for name, module in layers.items()
+        if isinstance(module, nn.Conv2d | LoRAConv2d) and module.groups > 1
+    }
+    tensors = {name: tensors[name] for name in names}
+    return replace(own, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
+
+
+def _described(settings: LoraSettings) -> str:
+    kind = "DoRA" if settings.magnitude else "LoRA"
+    return f"{kind} of rank {settings.rank}, alpha {settings.alpha:g} on {'+'.join(settings.targets)}"
