@@ -32,7 +32,7 @@ APART = (
 #: Package -> the only places of visft_ds, tools and launchers that may import it.
 RESERVED = {
     "deepspeed": ("visft_ds.parallel",),
-    "webdataset": ("visft_ds.data", "visft_ds.profiling.data_baselines"),
+    "webdataset": ("visft_ds.data", "visft_ds.profiling.data_compare"),
     "timm": ("visft_ds.interop", "visft_ds.models.timm_backbone"),
     "peft": ("visft_ds.interop",),
     "open_clip": ("visft_ds.interop",),

@@ -32,7 +32,7 @@ from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops import KERNELS, attention, gelu, lora, norm, use_kernels
-from visft_ds.profiling.record import circumstances
+from visft_ds.profiling.harness import circumstances
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 

@@ -23,8 +23,8 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.placement import placement_for
-from visft_ds.planner.memory import run_of
 from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, messages_of
+from visft_ds.planner.step import run_of
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.plan_validation import VOCABULARY, made_up_batch
 from visft_ds.tasks.vocabulary import Vocabulary

@@ -13,9 +13,9 @@ from tests.integration.ranks import finish, run_ranks, start_ranks
 from tests.integration.tiny import TINY
 from tools.profile import main
 from visft_ds.config import resolve
-from visft_ds.planner.memory import run_of
 from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, Message, broadcasts_of, messages_of
-from visft_ds.profiling.collectives import bus_factor, seconds_of
+from visft_ds.planner.step import run_of
+from visft_ds.profiling.comm import bus_factor, seconds_of
 
 _TINY = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
 

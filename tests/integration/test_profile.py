@@ -13,8 +13,8 @@ from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny import TINY
 from tools.profile import main
 from visft_ds.costs.ledger import KINDS
-from visft_ds.profiling.report import FORMAT, VERSION, make_sections, make_title
 from visft_ds.profiling.timing import MATCHER, PARTS
+from visft_ds.profiling.train import FORMAT, VERSION, make_sections, make_title
 from visft_ds.shards.build import Options, build
 
 #: One task: of the three heads detection alone has a formula for its operations.

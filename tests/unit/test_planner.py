@@ -14,12 +14,10 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.planner import Content, fitting_settings, plan_memory, settle_recompute
-from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of
-from visft_ds.planner.rehearsal import chosen_kernels
+from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of, step_time
+from visft_ds.planner.meta_step import Work, chosen_kernels
 from visft_ds.planner.search import forecast
 from visft_ds.planner.step import PlannedRun, rehearse
-from visft_ds.planner.time import step_time
-from visft_ds.planner.work import Work
 from visft_ds.planner.zero import Zero
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import step_watched

@@ -21,10 +21,8 @@ from tests.coco_tree import NO_PHOTOS, PHOTOS, make_split, write_tree
 from tools.profile import main
 from visft_ds.data.shards import ShardReader
 from visft_ds.profiling import data as parts
-from visft_ds.profiling import data_baselines as plain
 from visft_ds.profiling import data_compare as comparison
-from visft_ds.profiling import data_source
-from visft_ds.profiling.data_source import MeasuredSet, joint_pipeline, open_set, our_loader
+from visft_ds.profiling.data import MeasuredSet, joint_pipeline, open_set, our_loader
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> MeasuredSet:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    with plain.quiet():
+    with comparison.quiet():
         yield
 
 
@@ -54,7 +52,7 @@ def _assert_tuned_is_ours(data: MeasuredSet, workers: int) -> None:
     keys = {image: int(batch.random_keys) for image, batch in ours.items()}
     pipeline = joint_pipeline(data.vocabulary)
     seen = []
-    for batch in plain.tuned(data.urls, pipeline, 1, workers=workers, buffer=len(data), key_of=keys.__getitem__):
+    for batch in comparison.tuned(data.urls, pipeline, 1, workers=workers, buffer=len(data), key_of=keys.__getitem__):
         expected = ours[int(batch.image_ids)]
         seen.append(int(batch.image_ids))
         for name in ("images", "sizes", "original_sizes", "image_ids", "random_keys", "real"):
@@ -83,7 +81,7 @@ def test_the_same_on_photographs() -> None:
 def test_the_naive_baseline_has_the_same_objects(data: MeasuredSet) -> None:
     """Every sample once; as many objects; masks of full size cover as much as the soft masks of the head."""
     ours = list(_ours(data).values())
-    ((images, targets),) = plain.naive(data.urls, data.vocabulary, 12, workers=0)
+    ((images, targets),) = comparison.naive(data.urls, data.vocabulary, 12, workers=0)
     assert images.shape == (12, 3, 224, 224) and images.dtype == torch.float32
     assert -3 < float(images.min()) < -1 and 1 < float(images.max()) < 3  # normalised
     sizes = sorted(len(target["labels"]) for target in targets)
@@ -100,15 +98,17 @@ def test_the_naive_baseline_has_the_same_objects(data: MeasuredSet) -> None:
 
 def test_labels_and_bytes_are_complete(data: MeasuredSet) -> None:
     ids = sorted(data.rows["image_id"].tolist())
-    assert sorted(label["image_id"] for label in plain.labels(data.urls, parse=True)) == ids
-    assert all(sample.keys() >= {"json"} and "jpg" not in sample for sample in plain.labels(data.urls, parse=False))
+    assert sorted(label["image_id"] for label in comparison.labels(data.urls, parse=True)) == ids
+    assert all(
+        sample.keys() >= {"json"} and "jpg" not in sample for sample in comparison.labels(data.urls, parse=False)
+    )
     for buffer in (0, 12):
-        found = [(int(sample["__key__"]), len(sample["jpg"])) for sample in plain.raw(data.urls, buffer)]
+        found = [(int(sample["__key__"]), len(sample["jpg"])) for sample in comparison.raw(data.urls, buffer)]
         assert sorted(found) == sorted(
             zip(data.rows["image_id"].tolist(), data.rows["image_size"].tolist(), strict=True)
         )
-    assert plain.pread(data) == 12
-    batches = list(plain.label_batches(data.urls, joint_pipeline(data.vocabulary), 5, buffer=12))
+    assert comparison.pread(data) == 12
+    batches = list(comparison.label_batches(data.urls, joint_pipeline(data.vocabulary), 5, buffer=12))
     assert [len(batch.indices) for batch in batches] == [5, 5, 2] and batches[0].images.shape == (5, 3, 0, 0)
 
 
@@ -179,16 +179,6 @@ def test_the_calls_that_count_as_releasing_the_lock_do(name: str, tmp_path: Path
     finally:
         sys.setswitchinterval(before)
     assert ended and awake < ended[0]
-
-
-def test_ratios_are_formed_within_rounds() -> None:
-    pair = comparison.Rivals("group", "theirs", "ours")
-    rounds = [
-        {"theirs": comparison.Cost(10, cpu, 1.0), "ours": comparison.Cost(5, own, 1.0)}
-        for cpu, own in ((30.0, 5.0), (20.0, 5.0), (90.0, 5.0))
-    ]
-    found = comparison._ratio(pair, rounds)
-    assert (found["ratio"]["least"], found["ratio"]["median"], found["ratio"]["most"]) == (2.0, 3.0, 9.0)
 
 
 # ------------------------------------------------------------------------------------------------------- tools
@@ -277,7 +267,7 @@ def test_a_tree_is_repeated(tmp_path: Path) -> None:
         shutil.move(tmp_path / "written" / f"{kind}.json", tree / "annotations" / f"{kind}_train2017.json")
     with open_set(tree, "train", 11) as found:
         assert len(found) == 15 and found.facts()["samples"] == 15
-        ids = found.rows["image_id"] % data_source._REPETITION
+        ids = found.rows["image_id"] % parts._REPETITION
         assert sorted(ids.tolist()) == sorted(3 * [1000, 1007, 1014, 1021, 1028])
         crcs = {int(i): set(found.rows["image_crc32"][ids == i].tolist()) for i in ids}
         assert all(len(values) == 1 for values in crcs.values()) and len(set.union(*crcs.values())) == 5

@@ -12,8 +12,8 @@ from tools.profile import main
 from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
 from visft_ds.models.eva_vit import RECOMPUTE, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
-from visft_ds.profiling import peft_step
-from visft_ds.profiling.peft_step import BASELINE, PLAIN
+from visft_ds.profiling import peft
+from visft_ds.profiling.peft import BASELINE, PLAIN
 
 pytest.importorskip("timm")
 SMALL = ["peft", "--small", "--repeats", "1", "--pixels", "28", "--rank", "2", "--dtypes", "fp32"]
@@ -68,7 +68,7 @@ def test_record_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_does_not_compute_the_same_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_step, "AGREE", {"fp32": 0.0})
+    monkeypatch.setattr(peft, "AGREE", {"fp32": 0.0})
     with pytest.raises(RuntimeError, match="gradients of timm \\+ PEFT and ours differ by"):
         main(SMALL)
 

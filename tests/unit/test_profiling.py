@@ -31,7 +31,7 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.profiling import session
-from visft_ds.profiling.communication import covered
+from visft_ds.profiling.harness import Spread, in_turn, ratio
 from visft_ds.profiling.memory import step_watched
 from visft_ds.profiling.timing import (
     BACKBONE,
@@ -41,10 +41,9 @@ from visft_ds.profiling.timing import (
     MATCHER,
     PARTS,
     REST,
-    Spread,
     Stopwatch,
+    covered,
     divide,
-    in_turn,
     matchers,
     metered,
     typical_parts,
@@ -302,6 +301,11 @@ def test_all_are_measured_in_every_round_and_the_first_only_warms_up() -> None:
     found = in_turn(("a", "b", "c"), measure, 2)
     assert "".join(calls) == "bcacababc"  # everyone comes after everyone
     assert found == {"a": [5, 7], "b": [6, 8], "c": [4, 9]}
+
+
+def test_ratios_are_formed_within_rounds() -> None:
+    found = ratio((30.0, 10.0, 90.0), (10.0, 5.0, 10.0))
+    assert (found["least"], found["median"], found["most"], found["count"]) == (2.0, 3.0, 9.0, 3)
 
 
 def test_time_under_way_is_a_union() -> None:

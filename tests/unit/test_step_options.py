@@ -15,7 +15,7 @@ from visft_ds.models.compiled import CompiledBlocks, check_compiler, compilation
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.parallel.partition import plan_partition
-from visft_ds.planner.rehearsal import Content
+from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import PlannedRun
 from visft_ds.prepare.model import plan_groups
 

@@ -5,44 +5,47 @@ The plain PyTorch version of an op is its specification; a faster one is tested 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from visft_ds.ops.triton import why_not
 
-#: The device that tensors on the meta device stand for, and what autocast computes in there; see `rehearsing_on`.
-_REHEARSED: ContextVar[tuple[torch.device, torch.dtype | None] | None] = ContextVar("rehearsed", default=None)
 
+class StandIn(Protocol):
+    """A torch dispatch mode under which the meta device stands for another one, as fake tensors do for real ones.
 
-@contextmanager
-def rehearsing_on(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
-    """Inside, the meta device stands for another one: ops choose and autocast computes as they would there.
-
-    Args:
-        device: which need not exist on this machine.
-        autocast: the dtype of torch.autocast; None: it is off.
+    Whoever computes shapes alone enters such a mode; ops find it on torch's stack of modes and choose as they would
+    choose on that device.
     """
-    token = _REHEARSED.set((device, autocast))
-    try:
-        yield
-    finally:
-        _REHEARSED.reset(token)
+
+    stands_for: torch.device  #: which need not exist on this machine
+    autocast: torch.dtype | None  #: dtype that torch.autocast would compute in there; None: it is off
+
+    def no_autocast(self) -> AbstractContextManager[None]: ...
+
+
+def _stand_in(device: torch.device) -> StandIn | None:
+    """The innermost mode that says what a meta device stands for; None on every other device."""
+    if device.type != "meta":  # torch.compile cannot look any further
+        return None
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    return next((mode for mode in reversed(modes) if hasattr(mode, "stands_for")), None)
 
 
 def placed(device: torch.device) -> torch.device:
     """The device itself, or what the meta device stands for."""
-    rehearsed = _REHEARSED.get() if device.type == "meta" else None  # torch.compile cannot look into it
-    return rehearsed[0] if rehearsed else device
+    mode = _stand_in(device)
+    return mode.stands_for if mode else device
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype `torch.autocast` computes in on this device right now; None where it is off, and on meta alone."""
-    rehearsed = _REHEARSED.get() if device.type == "meta" else None
-    if rehearsed:
-        return rehearsed[1]
+    mode = _stand_in(device)
+    if mode:
+        return mode.autocast
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -58,9 +61,9 @@ def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast off inside, for code that casts by hand; nothing on devices without autocast (meta alone)."""
-    rehearsed = _REHEARSED.get() if device.type == "meta" else None
-    if rehearsed:
-        return rehearsing_on(rehearsed[0], None)
+    mode = _stand_in(device)
+    if mode:
+        return mode.no_autocast()
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 

@@ -1,6 +1,6 @@
-"""Hardware that need not be there: how much memory it has, and what it does in a second.
+"""Hardware that need not be there: its memory, what it does in a second, and so the time of a step by roofline.
 
-Peaks in arithmetic are those of `profiling.hardware`. What an ordinary program reaches of them is stated here, once.
+Peaks in arithmetic are those of `costs.hardware`. What an ordinary program reaches of them is stated here, once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Literal
 import torch
 
 from visft_ds.config.schema import Precision
-from visft_ds.costs.hardware import find_peak
-from visft_ds.planner.work import Kind, Total
+from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES, find_peak
+from visft_ds.planner.meta_step import Kind, Total
+from visft_ds.planner.step import PlannedRun, rehearse
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
 #: TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88 and 112.
@@ -28,8 +30,8 @@ BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
 LINK_SHARE = 0.75
 #: Seconds from one kernel to the next, however small: the host's Python and the launch.
 CALL_SECONDS = 5e-6
-#: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
-MEMORY_SHARE = 0.92
+#: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
+_UPDATE_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def _gpu(name: str, driver: str, gigabytes: int, bandwidth: float, link: float) 
     return Gpu(name, gigabytes * 2**30, bandwidth * 1e9, link * 1e9, found)
 
 
-#: Memory in GiB and bandwidths in GB/s from the makers' data sheets (see `profiling.hardware.PEAKS`). Links: NVLink 2,
+#: Memory in GiB and bandwidths in GB/s from the makers' data sheets (see `costs.hardware.PEAKS`). Links: NVLink 2,
 #: 3 and 4 with 150, 300 and 450 GB/s in each direction; PCIe 4 x16 with 32.
 GPUS = {
     gpu.name: gpu
@@ -75,6 +77,7 @@ GPUS = {
         _gpu("3090-24GB", "NVIDIA GeForce RTX 3090", 24, 936, 32),
     )
 }
+_PRECISION: Mapping[torch.dtype, Precision] = {dtype: precision for precision, dtype in DTYPES.items()}
 _PER_NODE = 8
 _NETWORK = 25e9  #: bytes a second of a machine's network (200 Gbit/s), shared by its GPUs
 
@@ -161,13 +164,6 @@ def _from_file(path: Path) -> Cluster:
     return Cluster(int(values["count"]), gpu, network, int(values.get("per_node", _PER_NODE)))
 
 
-_PRECISION: Mapping[torch.dtype, Precision] = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-}
-
-
 @dataclass(frozen=True)
 class Rates:
     """Rates that a device reaches, per second."""
@@ -200,3 +196,56 @@ def rates_of(gpu: Gpu) -> Rates:
         bandwidth={"plain": plain, "curve": plain, "sampling": SAMPLING_SHARE * gpu.bandwidth},
         call=CALL_SECONDS,
     )
+
+
+# ------------------------------------------------------------------------------------------------------- a step
+
+
+@dataclass(frozen=True)
+class PlannedTime:
+    """Seconds of one optimiser step."""
+
+    compute: float  #: forward and backward of all micro-batches
+    update: float
+    communication: float  #: not hidden behind computation
+    waiting: float  #: of a pipeline that fills and drains
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.compute + self.update + self.communication + self.waiting
+
+
+def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> PlannedTime:
+    """Of one kind of step.
+
+    Args:
+        link: bytes a second that a rank exchanges with another in one direction, at its peak.
+    """
+    run = run.typical(stream)
+    found, reached = rehearse(run, stream), LINK_SHARE * link
+    batches, zero = run.batches, run.zero()
+    micro = rates.seconds(found.work)
+    shared = batches.dp if zero.stage else 1
+    update = _UPDATE_BYTES * found.trained / shared / batches.stages / rates.bandwidth["plain"]
+    # A ring sends every byte of an average, or of a division and a gathering, twice.
+    exchanged = 2 * 4 * found.trained * (batches.dp - 1) / batches.dp / batches.stages / reached
+    if batches.stages > 1:
+        busy, whole = _of_pipeline(run, micro)
+        # Tokens go forward and their gradients back; what the stages in between send lies beside computation.
+        sent = 2 * (batches.stages - 1) * found.tokens / reached
+        return PlannedTime(busy, update, exchanged + sent, whole - busy)
+    compute = batches.accumulation * micro
+    gathering = 0.0
+    if zero.stage == 3:  # weights arrive ahead of what is computed with them: what takes longer decides
+        passes = batches.accumulation * (1 + found.backbone_trains)
+        gathering = passes * found.parameters * (batches.dp - 1) / batches.dp / reached
+    return PlannedTime(compute, update, exchanged + max(0.0, gathering - compute), 0.0)
+
+
+def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:
+    """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
+    assert run.partition is not None
+    costs, accumulation = run.partition.stage_costs(), run.batches.accumulation
+    slowest = max(costs) / sum(costs)
+    return accumulation * micro / run.batches.stages, ((accumulation - 1) * slowest + 1) * micro

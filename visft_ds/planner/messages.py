@@ -9,23 +9,16 @@ Letters: S bytes of a message as nccl-tests count them (all that is reduced, gat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.model import MultiTaskModel
-from visft_ds.planner.rehearsal import DTYPES
 from visft_ds.planner.step import PlannedRun, rehearse
 from visft_ds.prepare.model import plan_model
 
-ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND = (
-    "all_reduce",
-    "reduce_scatter",
-    "all_gather",
-    "broadcast",
-    "send",
-)
-COLLECTIVES = (ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND)
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "send")
+ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND = COLLECTIVES
 _FP32 = 4
 #: Of the all-reduce in which ranks agree on a step, see `parallel.distributed.agree_on_step`.
 _AGREEMENT = 8 * 15
@@ -44,13 +37,44 @@ class Message:
 
 def messages_of(run: PlannedRun, stream: Stream) -> list[Message]:
     """The messages of one optimiser step of a stream, those of a rank in the middle where ranks differ."""
-    batches, zero = run.batches, run.zero()
-    found = list(_pipeline(run, stream)) if batches.stages > 1 else []
-    if batches.dp > 1:
-        found += _gradients(run, stream)
-        if zero.stage == 3:
-            found += _weights(run, stream)
-    if batches.dp * batches.stages > 1:
+    batches, zero, found = run.batches, run.zero(), list[Message]()
+    stages, accumulation = batches.stages, batches.accumulation
+
+    def idle(name: str) -> bool:
+        """Return True for heads that this stream does not teach."""
+        return name.startswith("heads.") and name.split(".")[1] not in stream.tasks
+
+    if stages > 1:  # tokens to the next stage, and their gradients back where something before it trains
+        last = rehearse(run, stream, stages - 1)
+        found.append(Message("tokens to the next stage", SEND, last.tokens, accumulation))
+        if last.backbone_trains:
+            found.append(Message("their gradients back", SEND, last.tokens, accumulation))
+    if batches.dp > 1:  # sums of gradients, and what comes back after the update
+        module, groups = plan_model(run.config.visft, run.config.optimizer.params, run.vocabulary_size)
+        trained = [name for group in groups for name in group.names if not idle(name)]
+        whole = sum(_FP32 * module.get_parameter(name).numel() for name in trained) // stages
+        # ZeRO-2 and 3 keep no whole gradient until the step's last micro-batch, so that each of them is summed.
+        often = accumulation if zero.stage >= 2 else 1
+        # Parameters are not cut at the end of a bucket, which is left out here.
+        full, rest = divmod(whole, zero.reduce_bucket * _FP32) if zero.stage else (0, whole)
+        buckets = [zero.reduce_bucket * _FP32] * full + ([rest] if rest or not zero.stage else [])
+        collective = REDUCE_SCATTER if zero.stage == 3 else ALL_REDUCE
+        for size, count in sorted(Counter(buckets).items(), reverse=True):
+            found.append(Message("gradients of what trains", collective, size, count * often))
+        if zero.stage in (1, 2):
+            found.append(Message("what was updated", ALL_GATHER, whole, 1))
+    if batches.dp > 1 and zero.stage == 3:
+        # Whole weights, gathered for the forward pass, and again for the backward pass unless that comes soon.
+        backbone_trains, gathered = rehearse(run, stream).backbone_trains, Counter[int]()
+        left = zero.max_reuse / 2  # elements, there and back again, over which a weight stays whole
+        for name, parameter in reversed(list(_model(run).named_parameters())):
+            if parameter.numel() > zero.persist_below and not idle(name):
+                again = backbone_trains or not name.startswith("backbone.")
+                left -= parameter.numel()
+                gathered[parameter.numel() * parameter.element_size()] += 1 + (again and left < 0)
+        for size, count in sorted(gathered.items(), reverse=True):
+            found.append(Message("weights while they are needed", ALL_GATHER, size, count * accumulation, hidden=True))
+    if batches.dp * stages > 1:
         found.append(Message("agreement on the step", ALL_REDUCE, _AGREEMENT, 1))
     return found
 
@@ -67,57 +91,3 @@ def _model(run: PlannedRun) -> MultiTaskModel:
     """On the meta device, every parameter as it is stored."""
     config = run.config
     return plan_model(config.visft, config.optimizer.params, run.vocabulary_size, DTYPES[run.precision])[0]
-
-
-def _gradients(run: PlannedRun, stream: Stream) -> Iterator[Message]:
-    """Sums of gradients, and what comes back after the update."""
-    zero, stages, accumulation = run.zero(), run.batches.stages, run.batches.accumulation
-    sizes = _trained(run, stream)
-    whole = sum(sizes) // stages
-    # ZeRO-2 and 3 keep no whole gradient until the step's last micro-batch, so that each of them is summed.
-    often = accumulation if zero.stage >= 2 else 1
-    buckets = [whole] if zero.stage == 0 else _buckets(whole, zero.reduce_bucket * _FP32)
-    collective = REDUCE_SCATTER if zero.stage == 3 else ALL_REDUCE
-    for size, count in sorted(Counter(buckets).items(), reverse=True):
-        yield Message("gradients of what trains", collective, size, count * often)
-    if zero.stage in (1, 2):
-        yield Message("what was updated", ALL_GATHER, whole, 1)
-
-
-def _trained(run: PlannedRun, stream: Stream) -> list[int]:
-    """Bytes of what learns from this stream; idle heads have no gradient to send."""
-    module, groups = plan_model(run.config.visft, run.config.optimizer.params, run.vocabulary_size)
-    names = [name for group in groups for name in group.names]
-    return [_FP32 * module.get_parameter(name).numel() for name in names if not _is_idle(name, stream.tasks)]
-
-
-def _buckets(whole: int, size: int) -> list[int]:
-    """Bytes of each bucket; parameters are not cut, which is left out here."""
-    full, rest = divmod(whole, size)
-    return [size] * full + [rest] * bool(rest)
-
-
-def _weights(run: PlannedRun, stream: Stream) -> Iterator[Message]:
-    """ZeRO-3: whole weights, gathered for the forward pass, and again for the backward pass unless that comes soon."""
-    zero, found = run.zero(), rehearse(run, stream)
-    gathered: Counter[int] = Counter()
-    left = zero.max_reuse / 2  # elements, there and back again, over which a weight stays whole
-    for name, parameter in reversed(list(_model(run).named_parameters())):
-        if parameter.numel() > zero.persist_below and not _is_idle(name, stream.tasks):
-            again = found.backbone_trains or not name.startswith("backbone.")
-            left -= parameter.numel()
-            gathered[parameter.numel() * parameter.element_size()] += 1 + (again and left < 0)
-    for size, count in sorted(gathered.items(), reverse=True):
-        yield Message("weights while they are needed", ALL_GATHER, size, count * run.batches.accumulation, hidden=True)
-
-
-def _is_idle(name: str, tasks: Sequence[str]) -> bool:
-    return name.startswith("heads.") and name.split(".")[1] not in tasks
-
-
-def _pipeline(run: PlannedRun, stream: Stream) -> Iterator[Message]:
-    """Tokens to the next stage, and their gradients back where something before it trains."""
-    found, accumulation = rehearse(run, stream, run.batches.stages - 1), run.batches.accumulation
-    yield Message("tokens to the next stage", SEND, found.tokens, accumulation)
-    if found.backbone_trains:
-        yield Message("their gradients back", SEND, found.tokens, accumulation)

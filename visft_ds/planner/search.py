@@ -9,11 +9,9 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.planner.cluster import MEMORY_SHARE, Cluster, rates_of
-from visft_ds.planner.fitting import POLICIES, policy_settings
-from visft_ds.planner.memory import MemoryPlan, plan_stream
-from visft_ds.planner.step import PlannedRun, rehearse
-from visft_ds.planner.time import PlannedTime, step_time
+from visft_ds.planner.cluster import Cluster, PlannedTime, rates_of, step_time
+from visft_ds.planner.fitting import MEMORY_SHARE, POLICIES, policy_settings
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, rehearse
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 

@@ -1,4 +1,7 @@
-"""Rehearsal of a rank's part of an optimiser step: what lives at its fullest moment, and the work it does.
+"""A rank's part of an optimiser step, before anything is allocated: its memory by part, and the work it does.
+
+The model's own step runs on the meta device (`meta_step`), and what the engine holds is added (`zero`). Libraries'
+workspaces, the CUDA context and fragmentation are not in it.
 
 Letters: B images, N tokens, D width.
 """
@@ -6,17 +9,18 @@ Letters: B images, N tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -31,12 +35,12 @@ from visft_ds.costs.ledger import (
 )
 from visft_ds.data.samples import Batch
 from visft_ds.models.backbone import require_eva_vit
+from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.rehearsal import DTYPES, META, blank_batch, loss_denominators_of, rehearsing
-from visft_ds.planner.work import Total
+from visft_ds.planner.meta_step import META, Total, blank_batch, rehearsing
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
-from visft_ds.prepare.model import plan_model
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks.spec import Content
 
 
@@ -85,196 +89,245 @@ class Rehearsed:
     backbone_trains: bool
 
 
-@dataclass(frozen=True)
-class _Key:
-    """All that a rehearsal depends on."""
-
-    model: str
-    images: int
-    precision: Precision
-    vocabulary_size: int
-    device_type: str
-    content: Content
-    zero: Zero
-    stage: int | None
-    bounds: tuple[int, ...] | None
-
-
-_KNOWN: dict[_Key, Rehearsed] = {}
+_KNOWN: dict[tuple[Any, ...], Rehearsed] = {}
 
 
 def rehearse(run: PlannedRun, stream: Stream, stage: int | None = None) -> Rehearsed:
-    """Rehearse a micro-batch of a stream on one rank; results are cached.
+    """Rehearse a micro-batch of a stream on one rank; results are cached by all that they depend on.
 
     Args:
         stage: of the pipeline; None: the whole model.
     """
     visft, bounds = run.config.visft, None if run.partition is None else run.partition.bounds
     decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
-    tasks = [visft.tasks.enabled()[name].model_dump_json(include={"head", "loss"}) for name in visft.tasks.enabled()]
-    key = _Key(
-        "".join([decides, *tasks, repr(stream.image), repr(stream.tasks)]),
-        run.batches.micro[stream.name],
-        run.precision,
-        run.vocabulary_size,
-        run.device.type,
-        run.content,
-        run.zero(),
-        stage,
-        bounds,
-    )
+    tasks = [task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()]
+    model = "".join([decides, *tasks, repr(stream.image), repr(stream.tasks)])
+    images, device = run.batches.micro[stream.name], run.device.type
+    key = (model, images, run.precision, run.vocabulary_size, device, run.content, run.zero(), stage, bounds)
     if key not in _KNOWN:
-        _KNOWN[key] = _Rehearsal(run, stream, stage, bounds).result()
+        _KNOWN[key] = _rehearse(run, stream, stage, bounds)
     return _KNOWN[key]
 
 
-class _Rehearsal:
-    """The model of a run on the meta device, with everything that a micro-batch needs."""
+def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> Rehearsed:
+    zero, device, accumulation = run.zero(), run.device, run.batches.accumulation
+    module, all_groups = plan_model(
+        run.config.visft, run.config.optimizer.params, run.vocabulary_size, DTYPES[run.precision]
+    )
+    module.train()
+    every_layer = [] if bounds is None or stage is None else [layer for _, layer in pipeline_layers(module)]
+    layers = [] if bounds is None or stage is None else every_layer[bounds[stage] : bounds[stage + 1]]
+    parameters = list((nn.ModuleList(layers) if layers else module).parameters())
+    here = {id(p) for p in parameters}
+    own = [[p for p in group.parameters if id(p) in here] for group in all_groups]
+    groups: Groups = [group for group in own if group]
+    in_backbone = {id(p) for p in module.backbone.parameters()}
+    used = in_backbone | {id(p) for task in stream.tasks for p in module.heads[task].parameters()}
+    taught = [[p for p in group if id(p) in used] for group in groups]
 
-    def __init__(self, run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> None:
-        self.run, self.stage, self.bounds, self.zero = run, stage, bounds, run.zero()
-        visft = run.config.visft
-        storage = DTYPES[run.precision]
-        self.module, groups = plan_model(visft, run.config.optimizer.params, run.vocabulary_size, storage)
-        self.module.train()
-        self.layers = self._layers()
-        held = nn.ModuleList(self.layers) if self.layers else self.module
-        self.parameters = list(held.parameters())
-        here = {id(parameter) for parameter in self.parameters}
-        heads = [p for task in stream.tasks for p in self.module.heads[task].parameters()]
-        self.used = {id(p) for p in (*self.module.backbone.parameters(), *heads)}
-        own = [[p for p in group.parameters if id(p) in here] for group in groups]
-        self.groups: Groups = [group for group in own if group]
-        batch = blank_batch(stream, run.batches.micro[stream.name], run.content)
-        self.loss_denominators = loss_denominators_of(self.module, batch)
-        self.batch = batch.to(META)
-        self.labels = replace(self.batch, sizes=batch.sizes)  # the heads of a pipeline ask the host for sizes
-
-    def _layers(self) -> list[nn.Module]:
-        """Those of the pipeline stage; none where the model is whole."""
-        if self.bounds is None or self.stage is None:
-            return []
-        layers = [layer for _, layer in pipeline_layers(self.module)]
-        return layers[self.bounds[self.stage] : self.bounds[self.stage + 1]]
-
-    def result(self) -> Rehearsed:
-        """Weights, state and the fullest moments."""
-        zero, groups = self.zero, self.groups
-        peak, work = self._forward_and_backward()
-        taught = [[p for p in group if id(p) in self.used] for group in groups]
-        update = zero.update([group for group in (taught if zero.stage == 0 else groups) if group], self.run.device)
-        moments = [peak, *([{**update, ACTIVATIONS: 0}] if update else [])]
-        if zero.stage == 3:
-            whole = self._gathered()
-            moments = [{**moment, GATHERED: whole} for moment in moments]
-            moments += [] if self.module.train_backbone else [self._frozen_forward()]
-        for moment in moments:
-            moment[GRADIENTS] = moment.get(GRADIENTS, 0) + zero.standing_gradients(groups)
-            moment[BUCKETS] = moment.get(BUCKETS, 0) + zero.standing_buckets()
-            moment[TRANSIENT] = moment.get(TRANSIENT, 0) + self._read_ahead()
-        return Rehearsed(
-            weights=zero.weights(self.parameters),
-            optimizer=zero.optimizer(groups),
-            moments=tuple(moments),
-            work=work,
-            trained=sum(p.numel() for group in taught for p in group),
-            parameters=sum(p.numel() * p.element_size() for p in self.parameters),
-            tokens=4 * math.prod(self._tokens()) if self.bounds else 0,
-            backbone_trains=self.module.train_backbone,
-        )
-
-    def _gathered(self) -> int:
-        """ZeRO-3: bytes of whole weights between forward and backward pass."""
-        backbone = {id(p) for p in self.module.backbone.parameters()}
-        behind = [p for p in self.parameters if id(p) in self.used]
-        return self.zero.gathered(behind, lambda p: self.module.train_backbone or id(p) not in backbone)
-
-    def _frozen_forward(self) -> dict[str, int]:
-        """ZeRO-3: bytes by kind while images pass through a backbone that keeps nothing but gathers its weights."""
-        ledger = Ledger(META.type)
-        ledger.add_all(self.module.parameters(), FROZEN)
-        ledger.add_all(_tensors_of(self.batch), OTHER)
-        ledger.forget_peaks()
-        with rehearsing(self.run.device, self.run.precision), Allocations(ledger), torch.no_grad():
-            self.module.features(self.batch)
-        gathered = self.zero.ahead(self.module.backbone.parameters())
-        return {ACTIVATIONS: 0, TRANSIENT: ledger.at_peak[TRANSIENT], GATHERED: gathered}
-
-    def _read_ahead(self) -> int:
-        """Bytes of the batches on the device: on a CPU, where all are read to, those that wait as well."""
-        steps = 1 + self.run.config.visft.data.prefetch_steps
-        count = steps * self.run.batches.accumulation if self.run.device.type == "cpu" else 1
-        return count * sum(tensor.untyped_storage().nbytes() for tensor in _tensors_of(self.batch))
-
-    def _forward_and_backward(self) -> tuple[dict[str, int], Total]:
-        """Bytes by kind at the peak, and the work."""
-        ledger = Ledger(META.type)
-        ledger.add_all(self.module.parameters(), FROZEN)
-        ledger.add_all(_tensors_of(self.batch), OTHER)
-        earlier = [torch.empty(p.shape, device=META) for p in self._accumulated()]
-        for parameter, gradient in zip(self._accumulated(), earlier, strict=True):
-            parameter.grad = gradient
-            ledger.add(gradient, GRADIENTS)
-        ledger.forget_peaks()
-        keeps = self.zero.linear_keeps_input
-        with (
-            rehearsing(self.run.device, self.run.precision, linear_keeps_input=keeps) as tracer,
-            gradients_reduced(ledger, self.module, self.groups, self.zero),
-            saved_tensors_counted(ledger, self.module),
-            Allocations(ledger),
-        ):
-            if self.layers:
-                self._stage_steps()
-            else:
-                torch.autograd.backward(self.module(self.batch, self.loss_denominators)["loss"])
-        return {kind: ledger.at_peak[kind] for kind in (ACTIVATIONS, TRANSIENT, GRADIENTS, BUCKETS)}, tracer.work
-
-    def _accumulated(self) -> Sequence[nn.Parameter]:
-        """Parameters whose gradients are there from earlier micro-batches of the step."""
-        whole = self.zero.stage < 2 and self.zero.accumulation > 1
-        return [p for group in self.groups for p in group if id(p) in self.used] if whole else []
-
-    def _stage_steps(self) -> None:
-        """Run a stage until its first backward pass: as many forwards as there are stages behind it, and one."""
-        assert self.bounds is not None and self.stage is not None
-        stages = len(self.bounds) - 1
-        under_way = min(stages - self.stage, self.zero.accumulation)
-        trains_before = any(p.requires_grad for p in self._before())
-        shape, outputs = self._tokens(), []
-        # Of DeepSpeed's two buffers or more each keeps what was received last; one more tensor receives tokens, one
-        # their gradients.
-        idle = (self.stage > 0) * (1 + max(0, 2 - under_way)) + (self.stage < stages - 1)
-        waiting = [torch.empty(shape, device=META) for _ in range(idle)]
-        for _ in range(under_way):
-            checksum = torch.empty(1, dtype=torch.int64, device=META)
-            travelling: Any = (self.batch.images, self.batch.sizes, checksum)
-            if self.stage:
-                travelling = (torch.empty(shape, device=META, requires_grad=trains_before), checksum)
-            for layer in self.layers:
-                if isinstance(layer, HeadsLayer):
-                    layer.batch, layer.loss_denominators = self.labels, self.loss_denominators
-                travelling = layer(travelling)
-            outputs.append(travelling)
-        last = outputs[0]
-        end: Tensor = last["loss"] if isinstance(last, dict) else last[0]
-        if end.requires_grad:
-            torch.autograd.backward(end, None if isinstance(last, dict) else torch.empty_like(end))
-        waiting.clear()
-
-    def _tokens(self) -> tuple[int, int, int]:
-        """Shape (B, N, D) of what travels from block to block."""
-        backbone = require_eva_vit(self.module.backbone)
-        height, width = backbone.grid(self.batch.images)
-        return len(self.batch.images), height * width + (backbone.cls_token is not None), backbone.width
-
-    def _before(self) -> Iterator[nn.Parameter]:
-        """Parameters of the stages in front."""
-        assert self.bounds is not None and self.stage is not None
-        for _, layer in pipeline_layers(self.module)[: self.bounds[self.stage]]:
-            yield from layer.parameters()
-
-
-def _tensors_of(batch: Batch) -> list[Tensor]:
-    """Pixels and labels on the meta device."""
+    on_host = blank_batch(stream, run.batches.micro[stream.name], run.content)
+    batch, loss_denominators = on_host.to(META), dict[str, dict[str, Tensor]]()
+    for name in module.count(on_host):  # what the criteria divide by
+        task, _, count = name.partition("/")
+        loss_denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
-    return [value for value in values if isinstance(value, Tensor) and value.is_meta]
+    inputs = [value for value in values if isinstance(value, Tensor) and value.is_meta]
+    tokens = (0, 0, 0)  # shape (B, N, D) of what travels from block to block
+    if bounds:
+        backbone = require_eva_vit(module.backbone)
+        height, width = backbone.grid(batch.images)
+        tokens = (len(batch.images), height * width + (backbone.cls_token is not None), backbone.width)
+
+    # Forward and backward pass. Gradients of earlier micro-batches of the step are there where they stay whole.
+    ledger = Ledger(META.type)
+    ledger.add_all(module.parameters(), FROZEN)
+    ledger.add_all(inputs, OTHER)
+    if zero.stage < 2 and accumulation > 1:
+        for parameter in (p for group in taught for p in group):
+            parameter.grad = torch.empty(parameter.shape, device=META)
+            ledger.add(parameter.grad, GRADIENTS)
+    ledger.forget_peaks()
+    with (
+        rehearsing(device, run.precision, linear_keeps_input=zero.linear_keeps_input) as tracer,
+        gradients_reduced(ledger, module, groups, zero),
+        saved_tensors_counted(ledger, module),
+        Allocations(ledger),
+    ):
+        if layers:
+            assert bounds is not None and stage is not None
+            labels = replace(batch, sizes=on_host.sizes)  # the heads of a pipeline ask the host for sizes
+            for layer in layers:
+                if isinstance(layer, HeadsLayer):
+                    layer.batch, layer.loss_denominators = labels, loss_denominators
+            before = [p for layer in every_layer[: bounds[stage]] for p in layer.parameters()]
+            behind = len(bounds) - 1 - stage
+            _until_first_backward(layers, batch, tokens, stage, behind, accumulation, before)
+        else:
+            torch.autograd.backward(module(batch, loss_denominators)["loss"])
+    moments = [{kind: ledger.at_peak[kind] for kind in (ACTIVATIONS, TRANSIENT, GRADIENTS, BUCKETS)}]
+
+    stepped = [group for group in (taught if zero.stage == 0 else groups) if group]
+    if update := zero.update(stepped, device):
+        moments.append({**update, ACTIVATIONS: 0})
+    if zero.stage == 3:
+        # Whole weights are most when the forward ends; a frozen backbone's are not needed again.
+        behind_it = [p for p in parameters if id(p) in used]
+        whole = zero.gathered(behind_it, lambda p: module.train_backbone or id(p) not in in_backbone)
+        moments = [{**moment, GATHERED: whole} for moment in moments]
+        if not module.train_backbone:  # which keeps nothing, but gathers its weights
+            frozen = Ledger(META.type)
+            frozen.add_all(module.parameters(), FROZEN)
+            frozen.add_all(inputs, OTHER)
+            frozen.forget_peaks()
+            with rehearsing(device, run.precision), Allocations(frozen), torch.no_grad():
+                module.features(batch)
+            ahead = zero.ahead(module.backbone.parameters())
+            moments.append({ACTIVATIONS: 0, TRANSIENT: frozen.at_peak[TRANSIENT], GATHERED: ahead})
+    # Batches on the device: on a CPU, where all are read to, those that wait as well.
+    held = (1 + run.config.visft.data.prefetch_steps) * accumulation if device.type == "cpu" else 1
+    held *= sum(tensor.untyped_storage().nbytes() for tensor in inputs)
+    for moment in moments:
+        moment[GRADIENTS] = moment.get(GRADIENTS, 0) + zero.standing_gradients(groups)
+        moment[BUCKETS] = moment.get(BUCKETS, 0) + zero.standing_buckets()
+        moment[TRANSIENT] = moment.get(TRANSIENT, 0) + held
+    return Rehearsed(
+        weights=zero.weights(parameters),
+        optimizer=zero.optimizer(groups),
+        moments=tuple(moments),
+        work=tracer.work,
+        trained=sum(p.numel() for group in taught for p in group),
+        parameters=sum(p.numel() * p.element_size() for p in parameters),
+        tokens=4 * math.prod(tokens),
+        backbone_trains=module.train_backbone,
+    )
+
+
+def _until_first_backward(
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    tokens: tuple[int, int, int],
+    stage: int,
+    behind: int,
+    accumulation: int,
+    before: Sequence[nn.Parameter],
+) -> None:
+    """Run a pipeline stage until its first backward pass: as many forwards as there are stages behind it, and one.
+
+    Args:
+        tokens: shape (B, N, D) of what travels from block to block.
+        before: parameters of the stages in front.
+    """
+    under_way, outputs = min(behind, accumulation), list[Any]()
+    trains_before = any(p.requires_grad for p in before)
+    # Of DeepSpeed's two buffers or more each keeps what was received last; one more tensor receives tokens, one their
+    # gradients.
+    idle = (stage > 0) * (1 + max(0, 2 - under_way)) + (behind > 1)
+    waiting = [torch.empty(tokens, device=META) for _ in range(idle)]
+    for _ in range(under_way):
+        checksum = torch.empty(1, dtype=torch.int64, device=META)
+        travelling: Any = (batch.images, batch.sizes, checksum)
+        if stage:
+            travelling = (torch.empty(tokens, device=META, requires_grad=trains_before), checksum)
+        for layer in layers:
+            travelling = layer(travelling)
+        outputs.append(travelling)
+    last = outputs[0]
+    end: Tensor = last["loss"] if isinstance(last, dict) else last[0]
+    if end.requires_grad:
+        torch.autograd.backward(end, None if isinstance(last, dict) else torch.empty_like(end))
+    waiting.clear()
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part at the fullest moment of a step on the fullest rank."""
+
+    weights: int  #: frozen and trained, what this rank holds between steps
+    gradients: int
+    optimizer: int  #: moments, and fp32 masters where the engine divides them
+    buckets: int  #: in which ZeRO collects gradients
+    gathered: int  #: ZeRO-3: whole weights for as long as they are needed
+    activations: int  #: kept for the backward pass
+    transient: int  #: on their way: results, criteria, the batch itself
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(asdict(self).values())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Rows for the parts, and the sum."""
+        parts = [(name, size) for name, size in asdict(self).items() if size]
+        return [(name, f"{size / 2**20:12,.1f} MiB") for name, size in [*parts, ("whole", self.total)]]
+
+
+def plan_memory(
+    config: ResolvedConfig,
+    world_size: int,
+    *,
+    precision: Precision,
+    task: str | None = None,
+    vocabulary_size: int | None = None,
+    device: torch.device | None = None,
+    content: Content | None = None,
+) -> MemoryPlan:
+    """Peak memory of a rank of this run, by part.
+
+    Args:
+        world_size: number of processes.
+        precision: what visft.model.precision means on the device; never "auto".
+        task: or stream; None: the largest of the run's.
+        vocabulary_size: of the captions; None: that of the published heads.
+        device: where ranks compute, which need not exist here; None: this process's own.
+        content: of the micro-batches; None: more than most have.
+
+    Raises:
+        ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
+    """
+    run = run_of(config, world_size, precision, vocabulary_size, device, content)
+    streams = config.visft.streams()
+    if task is not None and task not in streams:
+        raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
+    chosen = streams.values() if task is None else [streams[task]]
+    return max((plan_stream(run, stream) for stream in chosen), key=lambda plan: plan.total)
+
+
+def run_of(
+    config: ResolvedConfig,
+    world_size: int,
+    precision: Precision,
+    vocabulary_size: int | None,
+    device: torch.device | None,
+    content: Content | None = None,
+) -> PlannedRun:
+    """Run to be planned; arguments as those of `plan_memory`."""
+    return PlannedRun(
+        config=config,
+        batches=derive_batches(config, world_size),
+        precision=precision,
+        vocabulary_size=vocabulary_size or PUBLISHED_VOCABULARY,
+        device=device or distributed.local_device(),
+        content=content or Content(),
+    )
+
+
+def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
+    """The fullest moment of one kind of step."""
+    stages = range(run.batches.stages) if run.batches.stages > 1 else [None]
+    plans = [
+        MemoryPlan(
+            weights=found.weights,
+            gradients=moment[GRADIENTS],
+            optimizer=found.optimizer,
+            buckets=moment[BUCKETS],
+            gathered=moment.get(GATHERED, 0),
+            activations=moment[ACTIVATIONS],
+            transient=moment[TRANSIENT],
+        )
+        for found in (rehearse(run, stream, stage) for stage in stages)
+        for moment in found.moments
+    ]
+    return max(plans, key=lambda plan: plan.total)

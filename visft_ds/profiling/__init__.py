@@ -1,6 +1,5 @@
-"""Measuring: `visft profile`.
+"""Measurements of what a training configuration costs: time, memory, arithmetic, data, communication; the plan of it.
 
-session: the model, engine and loader of a training run, without a run folder. timing: a step by part. memory: bytes by
-part. formula: the arithmetic of a step. measure: the order of everything. report: what a person sees. command: the
-flags of `train`, and what all commands share.
+cli: the commands. harness: cases in turn, spreads, records. train (with session, timing, memory), data, data_compare,
+blocks, peft, comm: one measurement each, with its record and tables. plan, plan_validation: the planner's answers.
 """

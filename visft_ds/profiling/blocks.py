@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.config.schema import Precision
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, TRAINED, TRANSIENT, Ledger
 from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
@@ -26,17 +28,23 @@ from visft_ds.monitor.console import Section
 from visft_ds.ops.attention import attention_backend
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
 from visft_ds.ops.triton import why_not
+from visft_ds.profiling.harness import (
+    circumstances,
+    clock,
+    in_turn,
+    measured_on,
+    ratio,
+    spread,
+    with_quartiles,
+)
 from visft_ds.profiling.memory import step_watched
-from visft_ds.profiling.record import circumstances, measured_on
-from visft_ds.profiling.timing import Spread, clock, in_turn
 
 FORMAT, VERSION = "visft_ds ops", 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROZEN_LAYERS, OURS, DENSE, AFTERWARDS = "frozen", "adapted", "dense update, as loralib", "added afterwards, as PEFT"
 FORWARD, BACKWARD = "forward", "backward"
-BLOCKS, PROJECTION, KEPT = "blocks", "projection", "kept"
-PARTS = (BLOCKS, PROJECTION, KEPT)
-_SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
+PARTS = BLOCKS, PROJECTION, KEPT = "blocks", "projection", "kept"
+#: Debug width instead of EVA-ViT-E's.
+SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
 
 Projection = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float, Slices], Tensor]
 Case = Callable[[Tensor], Tensor]
@@ -44,10 +52,10 @@ Case = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OperationOptions:
-    """Options of the measurement of operations. Raises ValueError for values out of range and a missing GPU."""
+    """Options of the measurement of operations."""
 
     pixels: Sequence[int] = (224, 448)  #: sides of the one image
-    dtypes: Sequence[str] = ("fp32", "bf16")
+    dtypes: Sequence[Precision] = ("fp32", "bf16")
     depth: int = 2  #: blocks
     rank: int = 64
     targets: Sequence[str] = ("q", "v")
@@ -57,16 +65,30 @@ class OperationOptions:
     small: bool = False  #: debug width instead of EVA-ViT-E's
 
     def __post_init__(self) -> None:
-        unknown = [dtype for dtype in self.dtypes if dtype not in DTYPES]
-        if unknown or not self.dtypes:
-            raise ValueError(f"--dtypes {' '.join(self.dtypes)}: give some of {', '.join(DTYPES)}")
-        for name in ("depth", "rank", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if not self.pixels or min(self.pixels) < 14:
-            raise ValueError(f"--pixels {' '.join(map(str, self.pixels))}: give sides of at least one patch, 14")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see visft doctor")
+        check_blocks(self)
+
+
+def check_blocks(options: Any, *, counts: Sequence[str] = ("depth", "rank", "repeats"), whole: bool = False) -> None:
+    """Check the options that `ops` and `peft` share.
+
+    Args:
+        counts: names of those that must be at least 1.
+        whole: images must be of whole patches.
+
+    Raises:
+        ValueError: values out of range, a missing GPU.
+    """
+    if not options.dtypes or any(dtype not in DTYPES for dtype in options.dtypes):
+        raise ValueError(f"--dtypes {' '.join(options.dtypes)}: give some of {', '.join(DTYPES)}")
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    sides = options.pixels
+    if not sides or min(sides) < 14 or (whole and any(side % 14 for side in sides)):
+        what = "whole patches of 14" if whole else "at least one patch, 14"
+        raise ValueError(f"--pixels {' '.join(map(str, sides))}: give sides of {what}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave it out, or see visft doctor")
 
 
 def dense_update(
@@ -104,7 +126,7 @@ def _parts(a: Tensor, b: Tensor, slices: Slices) -> Iterator[tuple[int, int, Ten
 def measure_operations(options: OperationOptions) -> dict[str, Any]:
     """Measure every image size and dtype; returns a record of JSON values."""
     device, load = torch.device(options.device), os.getloadavg()
-    sizes: dict[str, Any] = _SMALL if options.small else {}
+    sizes: dict[str, Any] = SMALL if options.small else {}
     results = []
     for name in options.dtypes:
         backbone = build_backbone("eva_e", depth=options.depth, dtype=DTYPES[name], device=device, **sizes)
@@ -203,26 +225,27 @@ def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int, trained: Se
     """Seconds forward and backward of every case, and its ratio to the first one, round by round."""
     with torch.no_grad():
         gradient = torch.randn_like(next(iter(cases.values()))(given))
-    runs = in_turn(cases, lambda name: _run(cases[name], given, gradient, trained), repeats)
-    first = [sum(run.values()) for run in next(iter(runs.values()))]
+
+    def run(name: str) -> tuple[float, float]:
+        for parameter in trained:
+            parameter.grad = None  # as after an update; to add to gradients is what accumulation costs
+        x = given.clone().requires_grad_()
+        began = clock(given.device)
+        out = cases[name](x)
+        between = clock(given.device)
+        out.backward(gradient)
+        return between - began, clock(given.device) - between
+
+    seconds = in_turn(cases, run, repeats)
+    first = [sum(one) for one in next(iter(seconds.values()))]
     return {
         name: {
-            **{part: asdict(Spread.of([run[part] for run in found])) for part in (FORWARD, BACKWARD)},
-            "ratio": asdict(Spread.of([sum(run.values()) / base for run, base in zip(found, first, strict=True)])),
+            FORWARD: spread(forward for forward, _ in found),
+            BACKWARD: spread(backward for _, backward in found),
+            "ratio": ratio(map(sum, found), first),
         }
-        for name, found in runs.items()
+        for name, found in seconds.items()
     }
-
-
-def _run(case: Case, given: Tensor, gradient: Tensor, trained: Sequence[nn.Parameter]) -> dict[str, float]:
-    for parameter in trained:
-        parameter.grad = None  # as after an update; to add to gradients is what accumulation costs
-    x = given.clone().requires_grad_()
-    began = clock(given.device)
-    out = case(x)
-    between = clock(given.device)
-    out.backward(gradient)
-    return {FORWARD: between - began, BACKWARD: clock(given.device) - between}
 
 
 def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tensor) -> float:
@@ -247,35 +270,38 @@ def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tenso
 
 def make_title(record: Mapping[str, Any]) -> str:
     """Title of the tables: blocks, width, rank and adapted projections."""
-    options = record["options"]
+    return f"operations: {blocks_text(record['options'])} on {', '.join(record['options']['targets'])}"
+
+
+def blocks_text(options: Mapping[str, Any]) -> str:
+    """Number, width and rank of the blocks."""
     width = "debug width" if options["small"] else "width of EVA-ViT-E"
-    return f"operations: {options['depth']} blocks, {width}, rank {options['rank']} on {', '.join(options['targets'])}"
+    return f"{options['depth']} blocks, {width}, rank {options['rank']}"
+
+
+def rounds_row(options: Mapping[str, Any]) -> tuple[str, str]:
+    """Number of rounds and kind of clock, as a row of a table."""
+    kind = "wall clock" if options["device"] == "cuda" else "CPU time"
+    return "rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {kind}"
 
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables: blocks, projection and memory of every image size and dtype."""
-    options = record["options"]
-    kind = "wall clock" if options["device"] == "cuda" else "CPU time"
-    facts = [
-        *measured_on(record),
-        ("rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {kind}"),
-    ]
-    sections = [Section("measured on", facts)]
+    sections = [Section("measured on", [*measured_on(record), rounds_row(record["options"])])]
+    names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"
-        names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
         for part in (part for part in (BLOCKS, PROJECTION) if part in result):
-            sections.append(Section(f"{part}: {what}", [_time_row(*found) for found in result[part].items()], names))
+            rows = [
+                (
+                    name,
+                    *(f"{1000 * numbers[half]['median']:.1f}" for half in (FORWARD, BACKWARD)),
+                    with_quartiles(numbers["ratio"], 3),
+                )
+                for name, numbers in result[part].items()
+            ]
+            sections.append(Section(f"{part}: {what}", rows, names))
         if KEPT in result:
             kept = [(policy, f"{size:.3f}") for policy, size in result[KEPT].items()]
             sections.append(Section(f"kept for the backward pass: {what}", kept, ("recomputed", "D a token and block")))
     return sections
-
-
-def _time_row(name: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
-    ratio = numbers["ratio"]
-    return (
-        name,
-        *(f"{1000 * numbers[part]['median']:.1f}" for part in (FORWARD, BACKWARD)),
-        f"{ratio['median']:.3f}  ({ratio['low']:.3f} .. {ratio['high']:.3f})",
-    )

@@ -7,29 +7,57 @@ passes moves on by one with every round, lest one of them always have the same n
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
+os.environ["WDS_SECURE"] = "1"  # before the import: no shell commands as shard names, no pickles as samples
 
+import numpy as np
+import numpy.typing as npt
+import orjson
+import torch
+import webdataset
+from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from visft_ds.data.dataset import SamplePipeline
+from visft_ds.data.decode import decode_image
 from visft_ds.data.loader import StepLoader
+from visft_ds.data.open_webdataset import check_secure
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample
 from visft_ds.data.shards import ShardReader
 from visft_ds.monitor.console import Section
-from visft_ds.profiling import data_baselines as plain
-from visft_ds.profiling.data_source import MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
-from visft_ds.profiling.timing import CpuClock, Spread
+from visft_ds.profiling.data import SIDE, MeasuredSet, facts_rows, joint_pipeline, open_set, our_loader
+from visft_ds.profiling.harness import CpuClock, circumstances, in_turn, load_row, quartiles, ratio, spread
 from visft_ds.shards.reencode import Reencoding
+from visft_ds.tasks.vocabulary import Vocabulary
 
+check_secure()  # the program may have imported the library before
 FORMAT, VERSION = "visft_ds data comparison", 1
 #: Passes of one kind; each returns its number of samples.
 Passes = Mapping[str, Callable[[], int]]
 _WORKERS = (0, 1, 2)
 #: Times that a pass of plain reading goes through the set: once takes milliseconds only.
 _TURNS = 8
+#: CLIP's mean and standard deviation of the channels.
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+WEBDATASET = str(webdataset.__version__)
+#: What people write: shards in shuffled order, and a buffer of that many samples.
+_SHARD_BUFFER = 100
+NAIVE_BUFFER = 1000
+
+WdsSample = dict[str, Any]  # "__key__", "jpg", "json"
 SAMPLE, LABELS_READ, LABELS_PARSED, LABELS, RAW = (
     "three-task sample at 224 pixels",
     "labels, bytes",
@@ -83,6 +111,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     Raises ValueError where the shards are fewer than the worker processes.
     """
+    load = os.getloadavg()
     stored = None if options.reencode is None else Reencoding.parse(options.reencode)
     with open_set(options.folder, options.split, options.images, stored) as data, ShardReader(data.manifest) as reader:
         if data.shards < max(_WORKERS):
@@ -90,18 +119,37 @@ def compare(options: CompareOptions) -> dict[str, Any]:
                 f"{data.name} has {data.shards} shard: webdataset needs one for each of {max(_WORKERS)} worker "
                 "processes. Make smaller shards (--max-count), or give the COCO tree itself"
             )
-        groups = passes(data, reader, options.batch)
-        with plain.quiet():
-            measured = {name: _measure(group, options.rounds) for name, group in groups.items()}
+        measured: dict[str, dict[str, list[Cost]]] = {}
+        with quiet():
+            for name, group in passes(data, reader, options.batch).items():
+                costs = in_turn(group.items(), lambda case: measure_pass(case[1]), options.rounds)
+                measured[name] = {case: found for (case, _), found in costs.items()}
         facts = data.facts()
     return {
         "format": FORMAT,
         "version": VERSION,
-        "webdataset": plain.VERSION,
+        **circumstances(load),
+        "webdataset": WEBDATASET,
         "options": {**asdict(options), "folder": None if options.folder is None else str(options.folder)},
         "set": facts,
-        "groups": {name: _summary(rounds) for name, rounds in measured.items()},
-        "ratios": [_ratio(pair, measured[pair.group]) for pair in PAIRS],
+        "groups": {
+            name: {
+                case: {
+                    "cpu_seconds_per_sample": spread(cost.cpu for cost in costs),
+                    "wall_samples_per_second": spread(cost.wall for cost in costs),
+                    "samples": costs[0].samples,
+                }
+                for case, costs in group.items()
+            }
+            for name, group in measured.items()
+        },
+        "ratios": [
+            {
+                **pair._asdict(),
+                "ratio": ratio(*((cost.cpu for cost in measured[pair.group][case]) for case in pair[1:])),
+            }
+            for pair in PAIRS
+        ],
     }
 
 
@@ -111,79 +159,69 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Passes]:
     """The passes that are compared, by group and name."""
     pipeline, urls, whole = joint_pipeline(data.vocabulary), data.urls, len(data)
-    naive = partial(plain.naive, urls, data.vocabulary, batch)
-    tuned = partial(plain.tuned, urls, pipeline, batch, buffer=whole)
     ours = partial(our_loader, data, reader, pipeline, batch)
-    selected = partial(plain.label_batches, urls, pipeline, batch, buffer=whole)
-    steps = whole // batch
+    as_written = partial(naive, urls, data.vocabulary, batch)
+    as_ours = partial(tuned, urls, pipeline, batch, buffer=whole)
+    selected = partial(label_batches, urls, pipeline, batch, buffer=whole)
+
+    def of_pairs(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(len(images) for images, _ in start())
+
+    def of_batches(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(len(found.indices) for found in start())
+
+    def of_samples(start: Callable[[], Iterator[Any]]) -> int:
+        return sum(1 for _ in range(_TURNS) for _ in start())
+
+    def of_loader(loader: StepLoader) -> int:
+        return sum(len(part.indices) for _, parts in loader.steps(0, whole // batch) for part in parts)
+
+    def of_reader() -> int:
+        order = shuffled(whole)
+        for _ in range(_TURNS):
+            for index in order:
+                reader.read(index)
+        return _TURNS * whole
+
+    def of_label_reader(*, parse: bool) -> int:
+        order = shuffled(whole)
+        for _ in range(_TURNS):
+            for first in range(0, whole, batch):
+                for label in reader.read_labels(order[first : first + batch]):
+                    if parse:
+                        orjson.loads(label)
+        return _TURNS * whole
+
     sample: dict[str, Callable[[], int]] = {}
     for workers in (0, 2):
-        sample[f"naive webdataset, {workers} workers"] = partial(_naive, partial(naive, workers=workers))
+        sample[f"naive webdataset, {workers} workers"] = partial(of_pairs, partial(as_written, workers=workers))
     for workers in _WORKERS:
-        sample[f"tuned webdataset, {workers} workers"] = partial(_tuned, partial(tuned, workers=workers))
-        sample[f"ours, {workers} threads"] = partial(_ours, ours(num_workers=workers), steps)
+        sample[f"tuned webdataset, {workers} workers"] = partial(of_batches, partial(as_ours, workers=workers))
+        sample[f"ours, {workers} threads"] = partial(of_loader, ours(num_workers=workers))
     for number in _WORKERS[1:]:
         processes = ours(workers="processes", num_workers=number)
-        sample[f"ours, {number} processes"] = partial(_ours, processes, steps)
+        sample[f"ours, {number} processes"] = partial(of_loader, processes)
     return {
         SAMPLE: sample,
         LABELS: {
-            "webdataset, json files selected": partial(_tuned, selected),
-            "ours, 0 threads": partial(_ours, ours(num_workers=0, role="labels"), steps),
+            "webdataset, json files selected": partial(of_batches, selected),
+            "ours, 0 threads": partial(of_loader, ours(num_workers=0, role="labels")),
         },
         LABELS_PARSED: {
-            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=True)),
-            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=True),
+            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=True)),
+            "ours, shuffled, crc": partial(of_label_reader, parse=True),
         },
         LABELS_READ: {
-            "webdataset, json files selected": partial(_streamed, partial(plain.labels, urls, parse=False)),
-            "ours, shuffled, crc": partial(_read_labels, reader, whole, batch, parse=False),
+            "webdataset, json files selected": partial(of_samples, partial(labels, urls, parse=False)),
+            "ours, shuffled, crc": partial(of_label_reader, parse=False),
         },
         RAW: {
-            "webdataset, shards in order": partial(_streamed, partial(plain.raw, urls, 0)),
-            "webdataset, shuffled": partial(_streamed, partial(plain.raw, urls, whole)),
-            "index and pread, shuffled, no crc": partial(_pread, data),
-            "ours, shuffled, crc": partial(_read, reader, whole),
+            "webdataset, shards in order": partial(of_samples, partial(raw, urls, 0)),
+            "webdataset, shuffled": partial(of_samples, partial(raw, urls, whole)),
+            "index and pread, shuffled, no crc": lambda: sum(pread(data) for _ in range(_TURNS)),
+            "ours, shuffled, crc": of_reader,
         },
     }
-
-
-def _ours(loader: StepLoader, steps: int) -> int:
-    return sum(len(part.indices) for _, batches in loader.steps(0, steps) for part in batches)
-
-
-def _read(reader: ShardReader, count: int) -> int:
-    order = plain.shuffled(count)
-    for _ in range(_TURNS):
-        for index in order:
-            reader.read(index)
-    return _TURNS * count
-
-
-def _read_labels(reader: ShardReader, count: int, batch: int, *, parse: bool) -> int:
-    order = plain.shuffled(count)
-    for _ in range(_TURNS):
-        for first in range(0, count, batch):
-            for data in reader.read_labels(order[first : first + batch]):
-                if parse:
-                    orjson.loads(data)
-    return _TURNS * count
-
-
-def _pread(data: MeasuredSet) -> int:
-    return sum(plain.pread(data) for _ in range(_TURNS))
-
-
-def _naive(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(len(images) for images, _ in start())
-
-
-def _tuned(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(len(batch.indices) for batch in start())
-
-
-def _streamed(start: Callable[[], Iterator[Any]]) -> int:
-    return sum(1 for _ in range(_TURNS) for _ in start())
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -194,8 +232,8 @@ class Cost:
     """Cost of a pass."""
 
     samples: int
-    cpu: float  #: seconds of this process and its workers
-    wall: float  #: seconds
+    cpu: float  #: seconds of this process and its workers, a sample
+    wall: float  #: samples a second
 
 
 def measure_pass(run: Callable[[], int]) -> Cost:
@@ -203,38 +241,186 @@ def measure_pass(run: Callable[[], int]) -> Cost:
     clock, wall = CpuClock.start(), time.perf_counter()
     samples = run()
     wall = time.perf_counter() - wall
-    return Cost(samples, clock.seconds(), wall)
+    return Cost(samples, clock.seconds() / samples, samples / wall)
 
 
-def _measure(group: Passes, rounds: int) -> list[dict[str, Cost]]:
-    """Costs by name of every round; one round before these brings files and code into memory."""
-    names = list(group)
-    found = []
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        costs = {name: measure_pass(group[name]) for name in names[first:] + names[:first]}
-        if turn:
-            found.append(costs)
-    return found
+# --------------------------------------------------------------------------------------------- plain webdataset
+#
+# `naive` is what people write first; `tuned` has this project's decoder, transforms and collate, and differs in how
+# samples are read, shuffled and handed to the consumer alone. `labels` and `raw` are the reading by itself.
 
 
-def _summary(rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]:
-    return {
-        name: {
-            "cpu_seconds_per_sample": asdict(Spread.of([costs[name].cpu / costs[name].samples for costs in rounds])),
-            "wall_samples_per_second": asdict(Spread.of([costs[name].samples / costs[name].wall for costs in rounds])),
-            "samples": rounds[0][name].samples,
-        }
-        for name in rounds[0]
+def naive(urls: Sequence[str], vocabulary: Vocabulary, batch: int, *, workers: int) -> Iterator[Any]:
+    """Pillow, all masks at full size, torchvision v2 on PIL images, float32: one pass over the shards.
+
+    Yields:
+        (images (B, 3, 224, 224) float32, normalised; a list of B targets).
+    """
+    dataset = (
+        _shards(urls, NAIVE_BUFFER)
+        .decode("pil")
+        .map(partial(_naive_sample, transform=_naive_transform(), vocabulary=vocabulary))
+        .batched(batch, collation_fn=_naive_collate)
+    )
+    return _loaded(dataset, workers)
+
+
+def tuned(
+    urls: Sequence[str],
+    pipeline: SamplePipeline,
+    batch: int,
+    *,
+    workers: int,
+    buffer: int,
+    key_of: Callable[[int], int] = int,
+) -> Iterator[Any]:
+    """This project's decoder, transforms and collate in a webdataset pipeline: one pass over the shards.
+
+    Args:
+        buffer: samples of the shuffle buffer; as many as the set has for a global order.
+        key_of: image id -> key of the sample's random numbers.
+    """
+    dataset = (
+        _shards(urls, buffer)
+        .map(partial(_tuned_sample, pipeline=pipeline, key_of=key_of))
+        .batched(batch, collation_fn=pipeline.collate)
+    )
+    return _loaded(dataset, workers)
+
+
+def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
+    """The labels alone, as bytes or parsed, in the order of the shards; the images lie between them in the stream."""
+    dataset = _shards(urls, 0, select_files=_is_label)
+    return iter(dataset.map(_parse) if parse else dataset)
+
+
+def label_batches(urls: Sequence[str], pipeline: SamplePipeline, batch: int, *, buffer: int) -> Iterator[Any]:
+    """Batches of targets without pixels, shuffled."""
+    dataset = (
+        _shards(urls, buffer, select_files=_is_label)
+        .map(partial(_tuned_sample, pipeline=pipeline, key_of=int))
+        .batched(batch, collation_fn=pipeline.collate)
+    )
+    return iter(dataset)
+
+
+def raw(urls: Sequence[str], buffer: int) -> Iterator[WdsSample]:
+    """The bytes of all samples, nothing decoded; `buffer` 0 keeps the order of the shards."""
+    return iter(_shards(urls, buffer))
+
+
+def shuffled(count: int) -> list[int]:
+    """The positions of a set in a random order, the same in every run."""
+    order: list[int] = np.random.default_rng(0).permutation(count).tolist()
+    return order
+
+
+def pread(data: MeasuredSet) -> int:
+    """Every sample in random order by its place in the index: one read for both members, no check of their bytes."""
+    files = [os.open(url, os.O_RDONLY) for url in data.urls]
+    rows = data.rows
+    start, end = rows["image_offset"], rows["label_offset"] + rows["label_size"]
+    places = list(zip(rows["shard"].tolist(), (end - start).tolist(), start.tolist(), strict=True))
+    try:
+        for index in shuffled(len(rows)):
+            shard, size, offset = places[index]
+            os.pread(files[shard], size, offset)
+    finally:
+        for file in files:
+            os.close(file)
+    return len(rows)
+
+
+def _shards(urls: Sequence[str], buffer: int, **options: Any) -> Any:
+    """Samples of the shards, shuffled by shard and through a buffer of that many samples; 0 for none."""
+    dataset = webdataset.WebDataset(list(urls), shardshuffle=_SHARD_BUFFER if buffer else False, seed=0, **options)
+    # A full buffer before the first sample leaves it: with the default of 100, early ones would come from few shards.
+    return dataset.shuffle(buffer, initial=buffer, seed=0) if buffer else dataset
+
+
+def _loaded(dataset: Any, workers: int) -> Iterator[Any]:
+    """Batches, made in worker processes unless there are none."""
+    if not workers:
+        return iter(dataset)
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of webdataset: it leaves closing its files to the collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+
+
+def _is_label(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _parse(sample: WdsSample) -> Any:
+    return orjson.loads(sample["json"])
+
+
+def _tuned_sample(sample: WdsSample, *, pipeline: SamplePipeline, key_of: Callable[[int], int]) -> Any:
+    label = orjson.loads(sample["json"])
+    raw_sample = RawSample(
+        index=0,  # a stream does not know
+        image_id=label["image_id"],
+        size=(label["height"], label["width"]),
+        image=decode_image(sample["jpg"]) if "jpg" in sample else None,
+        annotations=label["annotations"],
+        captions=label["captions"],
+    )
+    key = key_of(label["image_id"])
+    return replace(pipeline.transform(raw_sample, generator(key)), random_key=key)
+
+
+def _naive_transform() -> Any:
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.5),
+            v2.Resize((SIDE, SIDE), antialias=True),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(_MEAN, _STD),
+            v2.SanitizeBoundingBoxes(),
+        ]
+    )
+
+
+def _naive_sample(sample: WdsSample, *, transform: Any, vocabulary: Vocabulary) -> tuple[Tensor, dict[str, Any]]:
+    image: Image.Image = sample["jpg"]
+    label: Mapping[str, Any] = sample["json"]
+    size = (label["height"], label["width"])  # of the annotations; --reencode may have made the image smaller
+    objects = [annotation for annotation in label["annotations"] if not annotation["iscrowd"]]
+    boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
+    masks = [torch.from_numpy(full_mask(annotation["segmentation"], size)) for annotation in objects]
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYWH, canvas_size=size),
+        "labels": torch.tensor([annotation["category_id"] for annotation in objects], dtype=torch.int64),
+        "masks": tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.uint8)),
     }
+    pixels, target = transform(image, target)
+    captions = label["captions"]
+    chosen = captions[int(torch.randint(len(captions), ()))] if captions else ""
+    target["tokens"] = torch.tensor(vocabulary.encode(chosen))
+    return pixels, target
 
 
-def _ratio(pair: Rivals, rounds: Sequence[Mapping[str, Cost]]) -> dict[str, Any]:
-    ratios = [
-        (costs[pair.theirs].cpu / costs[pair.theirs].samples) / (costs[pair.ours].cpu / costs[pair.ours].samples)
-        for costs in rounds
-    ]
-    return {**pair._asdict(), "ratio": asdict(Spread.of(ratios))}
+def full_mask(segmentation: Any, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """(H, W) uint8 0 or 1 of the stored image: polygons or run lengths -> run-length code -> pixels."""
+    if isinstance(segmentation, list):
+        code = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        code = coco_mask.frPyObjects(segmentation, *size)
+    else:
+        code = segmentation
+    mask: npt.NDArray[np.uint8] = coco_mask.decode(code)
+    return mask
+
+
+def _naive_collate(samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, list[dict[str, Any]]]:
+    return torch.stack([pixels for pixels, _ in samples]), [target for _, target in samples]
 
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -247,36 +433,30 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """The record as tables: what was read, every group, the ratios."""
-    load = ", ".join(f"{value:.2f}" for value in record["load"])
-    options, facts = record["options"], record["set"]
-    rows = [
-        *facts_rows(facts),
+    options = record["options"]
+    facts = [
+        *facts_rows(record["set"]),
         ("passes", f"{options['rounds']} rounds in turn after 1 to warm up, batches of {options['batch']}"),
-        ("load", f"{load} before, {record['cores']} cores"),
+        load_row(record, f"before, {record['cores']} cores"),
         ("CPU time", "of this process and its workers, their start included; wall-clock rates depend on the load"),
     ]
-    sections = [Section("on", rows)]
+    sections = [Section("on", facts)]
     for name, group in record["groups"].items():
+        rows = [
+            (
+                case,
+                f"{1e6 * numbers['cpu_seconds_per_sample']['median']:10.1f}",
+                quartiles(numbers["cpu_seconds_per_sample"], 1, 1e6),
+                f"{1 / numbers['cpu_seconds_per_sample']['median']:10.0f}",
+                f"{numbers['wall_samples_per_second']['median']:10.0f}",
+            )
+            for case, numbers in group.items()
+        ]
         columns = ("", "CPU us a sample", "quartiles", "samples per CPU-second", "samples a second")
-        sections.append(Section(name, [_row(one, numbers) for one, numbers in group.items()], columns))
+        sections.append(Section(name, rows, columns))
     ratios = [
-        (
-            f"{pair['theirs']} / {pair['ours']}",
-            f"{pair['ratio']['median']:.2f}",
-            f"{pair['ratio']['low']:.2f} .. {pair['ratio']['high']:.2f}",
-        )
+        (f"{pair['theirs']} / {pair['ours']}", f"{pair['ratio']['median']:.2f}", quartiles(pair["ratio"], 2))
         for pair in record["ratios"]
     ]
     title = f"ratios, pairwise, n {options['rounds']}"
     return [*sections, Section(title, ratios, ("CPU time a sample", "ratio", "quartiles"))]
-
-
-def _row(name: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
-    cpu, wall = numbers["cpu_seconds_per_sample"], numbers["wall_samples_per_second"]
-    return (
-        name,
-        f"{1e6 * cpu['median']:10.1f}",
-        f"{1e6 * cpu['low']:.1f} .. {1e6 * cpu['high']:.1f}",
-        f"{1 / cpu['median']:10.0f}",
-        f"{wall['median']:10.0f}",
-    )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import OTHER, Ledger
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import Block
@@ -29,11 +30,9 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.partition import Place, plan_partition
-from visft_ds.planner.cluster import Rates
-from visft_ds.planner.memory import plan_memory
-from visft_ds.planner.rehearsal import DTYPES, rehearsing
-from visft_ds.planner.step import PlannedRun
-from visft_ds.planner.time import step_time
+from visft_ds.planner.cluster import Rates, step_time
+from visft_ds.planner.meta_step import rehearsing
+from visft_ds.planner.step import PlannedRun, plan_memory
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
 from visft_ds.tasks.captioning.data import CaptionTargets

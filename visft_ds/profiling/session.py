@@ -13,7 +13,7 @@ import torch
 
 from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict, derive_batches
 from visft_ds.config.preflight import head_files
-from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
@@ -32,6 +32,7 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
+from visft_ds.profiling.data import every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -48,16 +49,6 @@ FILLED = {"cpu": 0.7, "cuda": 0.95}
 
 
 @dataclass(frozen=True)
-class StreamRun:
-    """The part of a `visft_ds.train.Run` that a step needs, for one stream alone."""
-
-    config: ResolvedConfig
-    batches: Batches
-    engine: ZeroEngine
-    loader: StepLoader
-
-
-@dataclass(frozen=True)
 class Session:
     """Configuration, engine and data of a measurement."""
 
@@ -70,16 +61,17 @@ class Session:
     precision_reason: str
     notes: tuple[str, ...]  #: differences from the run of the same command
 
-    def of_stream(self, name: str) -> StreamRun:
-        """The run as if it had this stream only: its batches in the order in which training meets them."""
+    def loader_of(self, name: str) -> StepLoader:
+        """The loader of a run that has this stream only: its batches in the order in which training meets them."""
         settings, batches = self.config.visft, self.batches
         stream = streams_of(settings, self.manifest)[name]
         kind, number, _ = workers_of(settings.data)
         if self.manifest.split == SYNTHETIC_SPLIT:
             kind = "threads"  # another process would open the split again, without the repeated samples
-        dataset = settings.data.train
-        manifest = _repeated(self.manifest, stream.batch_size)
-        loader = StepLoader(
+        dataset, manifest = settings.data.train, self.manifest
+        if manifest.split == SYNTHETIC_SPLIT and len(manifest) < stream.batch_size:
+            manifest = replace(manifest, index=np.resize(manifest.index, stream.batch_size))
+        return StepLoader(
             {dataset: DataSet(ShardReader(manifest))},
             Plan({name: TaskPlan({dataset: SetPlan(manifest.selection())}, stream.batch_size)}, settings.seed),
             {name: {dataset: pipeline_of(stream, self.vocabulary, train=True)}},
@@ -90,7 +82,6 @@ class Session:
             num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
         )
-        return StreamRun(self.config, batches, self.engine, loader)
 
 
 @contextmanager
@@ -139,26 +130,18 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
-def _repeated(manifest: Manifest, batch_size: int) -> Manifest:
-    """The split itself; a generated one with its samples repeated until a batch is full."""
-    if manifest.split != SYNTHETIC_SPLIT or len(manifest) >= batch_size:
-        return manifest
-    return replace(manifest, index=np.resize(manifest.index, batch_size))
-
-
-def make_step(run: StreamRun, step: int, batches: Sequence[Batch]) -> StepReport:
+def make_step(session: Session, step: int, batches: Sequence[Batch]) -> StepReport:
     """Run a step on its batches as the training loop does, up to the record. Collective."""
-    agreement = distributed.agree_on_step(
-        f"step {step} {batches[0].tasks}", counts_of(run.engine.module, batches), False, run.engine.device
-    )
-    parts = run.batches.dp * run.batches.accumulation
-    return run.engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, run.engine.device))
+    engine, kind = session.engine, f"step {step} {batches[0].tasks}"
+    agreement = distributed.agree_on_step(kind, counts_of(engine.module, batches), False, engine.device)
+    parts = session.batches.dp * session.batches.accumulation
+    return engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, engine.device))
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:
     """Random values where files are missing, and what was replaced: speed does not depend on values."""
     # Generated captions are few: words need not be frequent.
-    settings = _every_word(config.visft)
+    settings = every_word(config.visft)
     notes = [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
     weights, heads = settings.model.weights, settings.heads.path
     if weights is not None and not Path(weights).is_file():
@@ -170,22 +153,19 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
     return replace(config, visft=settings), tuple(notes)
 
 
-def _every_word(settings: VisftConfig) -> VisftConfig:
-    words = settings.tasks.with_words()
-    if words is None or words[1].vocabulary.file is not None:
-        return settings
-    name, task = words
-    task = task.model_copy(update={"vocabulary": task.vocabulary.model_copy(update={"min_count": 1})})
-    return settings.model_copy(update={"tasks": settings.tasks.model_copy(update={name: task})})
-
-
 def check_fits(config: ResolvedConfig, precision: Precision, device: torch.device) -> None:
     """Refuse a model whose weights and optimiser alone exceed the memory, before anything is allocated.
 
     Raises:
         ValueError: the sum by part, what there is, and what helps.
     """
-    trained, frozen = _sizes(config, precision)
+    groups = plan_groups(config.visft, config.optimizer.params)
+    sizes = {name: p.numel() for group in groups for name, p in zip(group.names, group.parameters, strict=True)}
+    model, trained = config.visft.model, sum(sizes.values())
+    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
+    # From shapes alone. Frozen heads, small beside these, are left out.
+    still = (p for name, p in backbone.named_parameters() if f"backbone.{name}" not in sizes)
+    frozen = sum(p.numel() * p.element_size() for p in still)
     here = distributed.processes_here()
     weights = frozen + trained * 4
     zero, ranks = config.deepspeed["zero_optimization"], distributed.world_size()
@@ -193,46 +173,31 @@ def check_fits(config: ResolvedConfig, precision: Precision, device: torch.devic
     training = trained * (4 + (8 if stage == 0 else 12 // ranks))  # gradients, moments, ZeRO's masters
     if stage == 3:
         weights, training = weights // ranks, training // ranks
-    name, help_ = config.visft.model.name, "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
+    help_ = "a smaller --model, 16-bit weights (--set visft.model.precision=bf16)"
     # Values go straight to where an engine wants them: beside GPUs, a host has one tensor, and what is offloaded.
-    on_host = {}
+    on_host, state = {}, "gradients and optimizer state"
     if device.type == "cpu" or "offload_param" in zero:
         on_host[f"weights of {here} processes on this machine"] = weights * here
     if device.type == "cpu" or "offload_optimizer" in zero:
-        on_host["gradients and optimizer state"] = training * here
+        on_host[state] = training * here
     on_hosts = f"{help_}, {'more machines' if stage == 3 else 'fewer processes, --engine zero3'}"
-    _require(name, on_host, host_memory_available(), "of host memory available", FILLED[device.type], on_hosts)
+    checks = [(on_host, host_memory_available(), "of host memory available", on_hosts)]
     if device.type == "cuda":
         on_gpu = {
-            "weights": 0 if "offload_param" in zero else weights,
-            "gradients and optimizer state": 0 if "offload_optimizer" in zero else training,
+            "weights": weights * ("offload_param" not in zero),
+            state: training * ("offload_optimizer" not in zero),
         }
         total = torch.cuda.get_device_properties(device).total_memory
-        help_ += ", --engine zero3 on more GPUs"
-        _require(name, on_gpu, total, "of GPU memory", FILLED["cuda"], help_)
-
-
-def _require(model: str, need: dict[str, int], found: int, where: str, share: float, help_: str) -> None:
-    total = sum(need.values())
-    if total > share * found:
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in need.items())
-        raise ValueError(
-            f"{model} does not fit: {total / 2**30:.1f} GiB before the first activation ({parts}), and of "
-            f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: {help_}"
-        )
-
-
-def _sizes(config: ResolvedConfig, precision: Precision) -> tuple[int, int]:
-    """Values that train, and bytes that do not, from shapes alone. Frozen heads, small beside these, are left out."""
-    trained = {
-        name: parameter.numel()
-        for group in plan_groups(config.visft, config.optimizer.params)
-        for name, parameter in zip(group.names, group.parameters, strict=True)
-    }
-    model = config.visft.model
-    backbone = build_empty(model.preset, DTYPES[precision], model.backbone_options())
-    frozen = [p for name, p in backbone.named_parameters() if f"backbone.{name}" not in trained]
-    return sum(trained.values()), sum(p.numel() * p.element_size() for p in frozen)
+        checks.append((on_gpu, total, "of GPU memory", f"{help_}, --engine zero3 on more GPUs"))
+    for need, found, where, what_helps in checks:
+        whole, share = sum(need.values()), FILLED[device.type]
+        if whole > share * found:
+            parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in need.items())
+            raise ValueError(
+                f"{model.name} does not fit: {whole / 2**30:.1f} GiB before the first activation ({parts}), and of "
+                f"{found / 2**30:.1f} GiB {where} no more than {100 * share:.0f} % may be spoken for. What helps: "
+                f"{what_helps}"
+            )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Time of a step by part: hooks around the parts of a model and the calls of its engine.
+"""Time of a step by part: hooks around the parts of a model and the calls of its engine; its collectives.
 
 The step itself is unchanged. Time outside of all hooked parts is the rest, so that the parts always sum to the step.
 """
@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import inspect
 import os
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from visft_ds.data.samples import Batch
 from visft_ds.parallel.engine import ZeroEngine
+from visft_ds.profiling.harness import synchronize
 from visft_ds.tasks.spec import Criterion
 
 #: Parts of a step that do not overlap, in the order in which they are printed. "data wait" and "rest" have no hook.
@@ -37,8 +37,6 @@ DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST = (
 PARTS = (DATA_WAIT, BACKBONE, HEAD, CRITERION, BACKWARD, OPTIMIZER, REST)
 #: Lies inside the criterion and is part of its time.
 MATCHER = "matcher"
-
-Measured = TypeVar("Measured")
 
 
 class Meter(Protocol):
@@ -81,37 +79,6 @@ class Stopwatch:
 
     def _between(self, first: Any, last: Any) -> float:
         return float(first.elapsed_time(last)) / 1000 if self._device.type == "cuda" else float(last - first)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: CPU time of this process, or the wall clock when a GPU has done what it was given."""
-    synchronize(device)
-    return time.perf_counter() if device.type == "cuda" else time.process_time()
-
-
-def in_turn(names: Iterable[str], measure: Callable[[str], Measured], repeats: int) -> dict[str, list[Measured]]:
-    """Measure all of them in every round, so that a machine whose speed drifts does so for all.
-
-    What ran before leaves its mark on caches: with each round the order moves on by one.
-
-    Args:
-        repeats: rounds that count, after one to warm up.
-    """
-    order = list(names)
-    found: dict[str, list[Measured]] = {name: [] for name in order}
-    for turn in range(repeats + 1):
-        order.append(order.pop(0))
-        for name in order:
-            measured = measure(name)
-            if turn:
-                found[name].append(measured)
-    return found
 
 
 class _MeteredCriterion:
@@ -192,76 +159,6 @@ def divide(seconds: float, wait_seconds: float, measured: Mapping[str, float]) -
     return MeasuredStep(seconds, parts | {MATCHER: measured.get(MATCHER, 0.0)})
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Repeated measurements of one number."""
-
-    median: float
-    low: float  #: first quartile
-    high: float  #: third quartile
-    least: float
-    most: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0], values[0], values[0], 1)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, min(values), max(values), len(values))
-
-
-@dataclass(frozen=True)
-class CpuClock:
-    """CPU time of this process and of all that descend from it since the clock was started.
-
-    Living processes are counted in ticks of the system's clock, usually 10 ms. Looking for them takes milliseconds,
-    which are not counted: this process is looked at last at the start, and first at the end.
-    """
-
-    living: float
-    own: float
-
-    @classmethod
-    def start(cls) -> CpuClock:
-        """Raises RuntimeError where there is no /proc."""
-        living = _living_seconds()
-        return cls(living, _own_seconds())
-
-    def seconds(self) -> float:
-        """Since the start."""
-        own = _own_seconds()
-        return own - self.own + _living_seconds() - self.living
-
-
-def _own_seconds() -> float:
-    """CPU time of this process, all its threads and its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def _living_seconds() -> float:
-    """CPU time of living descendants, and of their children that have ended; a fork server's are grandchildren."""
-    if not Path("/proc/self/stat").is_file():
-        raise RuntimeError("this system has no /proc: the CPU time of worker processes cannot be measured here")
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, ProcessLookupError):  # it ended just now: its parent has its time
-            continue
-        fields = text.rpartition(")")[2].split()  # behind the name, which may contain blanks
-        process = int(path.parent.name)
-        parents[process] = int(fields[1])
-        ticks[process] = sum(map(int, fields[11:15]))  # user, system, and both of children that were waited for
-    descend = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in descend} - descend:
-        descend |= more
-    return sum(ticks[process] for process in descend - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
-
-
 def typical_parts(steps: Sequence[MeasuredStep]) -> dict[str, float]:
     """Mean of every part over the middle half of the steps, by duration; the parts sum to the mean of these steps.
 
@@ -271,3 +168,47 @@ def typical_parts(steps: Sequence[MeasuredStep]) -> dict[str, float]:
     cut = len(ordered) // 4
     middle = ordered[cut : len(ordered) - cut]
     return {part: statistics.fmean(step.parts[part] for step in middle) for part in middle[0].parts}
+
+
+# ----------------------------------------------------------------------------------------------- communication
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Collectives of one step, inside its other parts (the backward pass, the optimizer, gathering weights).
+
+    With gloo these are the intervals from a call to its result, waiting for slower ranks included; with NCCL the run
+    time of its kernels, which may lie beside computation. So they are reported beside the parts.
+    """
+
+    seconds: float  #: during which at least one of them was under way
+    calls: Mapping[str, int] = field(default_factory=dict)  #: by name
+    backend: str = "gloo"
+
+
+def measure_communication(step: Callable[[], object], device: torch.device) -> Communication:
+    """Run a step under the profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own starts and stops
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, acc_events=False) as profiler:
+        step()
+        synchronize(device)
+    events: list[Any] = list(profiler.events())
+    prefix, kind = ("nccl", "CUDA") if cuda else ("gloo:", "CPU")
+    found = [event for event in events if event.name.startswith(prefix) and event.device_type.name == kind]
+    calls: dict[str, int] = {}
+    for event in found:
+        name = event.name.removeprefix("gloo:").removeprefix("ncclDevKernel_").split("(")[0]
+        calls[name] = calls.get(name, 0) + 1
+    microseconds = covered((event.time_range.start, event.time_range.end) for event in found)
+    return Communication(microseconds / 1e6, calls, "nccl" if cuda else "gloo")
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -9,28 +9,43 @@ Letters: B images, H W pixels, N objects packed over the batch, T ids of a capti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.counting import NOT_COUNTED_BY_TORCH
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
-from visft_ds.model import MultiTaskModel
-from visft_ds.ops import rehearsing_on
-from visft_ds.planner.work import Total, Work, work_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content
 
 META = torch.device("meta")
-DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: "product": matrix products and convolutions. "attention": fused kernels. "curve": one transcendental function or
+#: more for each value. "sampling": bilinear reads. "plain": everything else, which only moves bytes.
+Kind = Literal["product", "attention", "curve", "sampling", "plain"]
+
+
+class Work(NamedTuple):
+    """Of one call of an operator."""
+
+    kind: Kind
+    dtype: torch.dtype  #: of the first tensor
+    operations: int  #: two for each multiplication with its addition; 0 where only bytes count
+    bytes: int  #: read and written
+
+
+Total = Counter[Work]  #: work -> number of calls
 
 
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
@@ -53,22 +68,9 @@ def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input
         precision: of the run.
         linear_keeps_input: DeepSpeed's linear layer, which replaces torch's under ZeRO-3.
     """
-    autocast = None if precision == "fp32" else DTYPES[precision]
-    with (
-        rehearsing_on(device, autocast),
-        Tracer() as tracer,
-        chosen_kernels(device, linear_keeps_input=linear_keeps_input),
-    ):
+    tracer = Tracer(device, None if precision == "fp32" else DTYPES[precision])
+    with tracer, chosen_kernels(device, linear_keeps_input=linear_keeps_input):
         yield tracer
-
-
-def loss_denominators_of(module: MultiTaskModel, batch: Batch) -> dict[str, dict[str, Tensor]]:
-    """The names that the criteria divide by, as 0-d tensors on the meta device. The batch is still on the host."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name in module.count(batch):
-        task, _, count = name.partition("/")
-        found.setdefault(task, {})[count] = torch.empty((), device=META)
-    return found
 
 
 @contextmanager
@@ -79,10 +81,9 @@ def chosen_kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterato
     computes a forward again.
     """
     attend, multiply = F.scaled_dot_product_attention, F.linear
-    chosen = _attention_on_gpu if device.type == "cuda" else _attention_on_cpu
 
     def attention(query: Tensor, *rest: Any, **named: Any) -> Tensor:
-        return chosen(query, *rest, **named) if query.is_meta else attend(query, *rest, **named)
+        return _attention(device, query, *rest, **named) if query.is_meta else attend(query, *rest, **named)
 
     def linear(x: Tensor, *rest: Any, **named: Any) -> Tensor:
         out: Tensor = _KeepingLinear.apply(x, *rest, **named) if x.is_meta else multiply(x, *rest, **named)
@@ -100,7 +101,7 @@ class Tracer(TorchDispatchMode):
     """Sums up the work of operators on the meta device, and remembers the shapes of what functional ones return.
 
     Torch works most shapes out in Python, slowly; they depend on the arguments' shapes, strides and dtypes, and on the
-    plain arguments alone.
+    plain arguments alone. While it is entered, ops choose as on the device it stands for (`visft_ds.ops.StandIn`).
 
     Attributes:
         work: of every operator so far.
@@ -108,9 +109,19 @@ class Tracer(TorchDispatchMode):
 
     known: ClassVar[dict[Any, tuple[_Result, Work | None]]] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, stands_for: torch.device, autocast: torch.dtype | None) -> None:
         super().__init__()
+        self.stands_for, self.autocast = stands_for, autocast
         self.work: Total = Counter()
+
+    @contextmanager
+    def no_autocast(self) -> Iterator[None]:
+        """Autocast off inside."""
+        before, self.autocast = self.autocast, None
+        try:
+            yield
+        finally:
+            self.autocast = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,7 +158,10 @@ class _Result:
         """None where a result is more than its shape."""
         single = isinstance(result, Tensor)
         found = (result,) if single else result
-        if not isinstance(found, tuple) or not all(one is None or _is_on_meta(one) for one in found):
+        alike = isinstance(found, tuple) and all(
+            one is None or (isinstance(one, Tensor) and one.is_meta) for one in found
+        )
+        if not alike:
             return None
         shapes = [None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in found]
         return cls(tuple(shapes), single)
@@ -158,10 +172,6 @@ class _Result:
             None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
         ]
         return made[0] if self.single else tuple(made)
-
-
-def _is_on_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 @cache
@@ -193,7 +203,8 @@ def _sampled_shapes(func: Any, args: Sequence[Any]) -> Any:
     return torch.empty_like(maps) if to_maps else None, torch.empty_like(grid) if to_grid else None
 
 
-def _attention_on_cpu(
+def _attention(
+    device: torch.device,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,41 +214,29 @@ def _attention_on_cpu(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """The fused kernel, which knows no dropout; else plain products."""
+    """`F.scaled_dot_product_attention` by the kernel that torch takes on a device."""
+    aten, out = torch.ops.aten, tuple[Tensor, ...]()
+    if device.type == "cuda":
+        if attn_mask is None and query.dtype != torch.float32:
+            flash = aten._scaled_dot_product_flash_attention
+            out = flash(query, key, value, dropout_p, is_causal, scale=scale)
+            return out[0]
+        if attn_mask is not None:  # a bias of every head and query, whose rows are aligned
+            batch, heads, queries = query.shape[:3]
+            bias = query.new_zeros(batch, 1, queries, -(-key.shape[2] // 16) * 16)
+            attn_mask = bias[..., : key.shape[2]].expand(batch, heads, queries, key.shape[2])
+        efficient, keeps = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and query.requires_grad
+        out = efficient(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)
+        return out[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # torch makes a bias of it
-    if dropout_p:
-        plain = torch.ops.aten._scaled_dot_product_attention_math
-        out: Tensor = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
-        return out
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return out
-
-
-def _attention_on_gpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """Flash attention in 16 bit without a mask; else the memory-efficient kernel."""
-    if attn_mask is None and query.dtype != torch.float32:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        return out
-    if attn_mask is not None:  # a bias of every head and query, whose rows are aligned
-        batch, heads, queries = query.shape[:3]
-        bias = query.new_zeros(batch, 1, queries, -(-key.shape[2] // 16) * 16)
-        attn_mask = bias[..., : key.shape[2]].expand(batch, heads, queries, key.shape[2])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    keeps = torch.is_grad_enabled() and query.requires_grad
-    out = efficient(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)[0]
-    return out
+    if dropout_p:  # which the fused kernel of CPUs does not know
+        plain = aten._scaled_dot_product_attention_math
+        out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    else:
+        fused = aten._scaled_dot_product_flash_attention_for_cpu
+        out = fused(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+    return out[0]
 
 
 class _KeepingLinear(torch.autograd.Function):
@@ -256,3 +255,48 @@ class _KeepingLinear(torch.autograd.Function):
         to_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
         to_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         return to_input, to_weight, rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
+
+
+# ---------------------------------------------------------------------------------------- work of an operator
+
+_FORMULAS: dict[Any, Any] = {**flop_registry, **NOT_COUNTED_BY_TORCH}
+_FREE = ("empty", "empty_strided", "empty_like", "new_empty", "detach", "lift_fresh", "_unsafe_view")
+_CURVES = ("gelu", "softmax", "sigmoid", "tanh", "exp", "log", "softplus", "native_layer_norm", "binary_cross_entropy")
+
+
+def work_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Work | None:
+    """None for operators that only look at a tensor in another way, and for those on the host."""
+    kind = _kind(func)
+    if kind is None:
+        return None
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
+    made = list(_tensors(result if isinstance(result, (tuple, list)) else (result,)))
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *made))
+    if not all(tensor.is_meta for tensor in made):
+        return None  # done by the host
+    first = (tensors or made or [torch.empty(0, device="meta")])[0]
+    formula = _FORMULAS.get(func._overloadpacket)
+    operations = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+    return Work(kind, first.dtype, operations, moved)
+
+
+@cache
+def _kind(func: Any) -> Kind | None:
+    name = func._overloadpacket.__name__
+    if func.is_view or name in _FREE:
+        return None
+    if "scaled_dot_product" in name:
+        return "attention"
+    if func._overloadpacket in _FORMULAS:
+        return "product"
+    if "grid_sampler" in name:
+        return "sampling"
+    return "curve" if any(curve in name for curve in _CURVES) else "plain"
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)

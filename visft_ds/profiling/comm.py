@@ -10,10 +10,13 @@ what each link has to carry for it: S is all that is reduced, gathered or sent, 
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,10 +26,10 @@ from torch import Tensor, nn
 from visft_ds.config import ResolvedConfig, deepspeed_dict
 from visft_ds.config.schema import Precision
 from visft_ds.model import MultiTaskModel
+from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import ZeroEngine, start_process_group
-from visft_ds.planner.cluster import GPUS, Rates, rates_of
-from visft_ds.planner.memory import run_of
+from visft_ds.planner.cluster import GPUS, Rates, rates_of, step_time
 from visft_ds.planner.messages import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -38,13 +41,20 @@ from visft_ds.planner.messages import (
     broadcasts_of,
     messages_of,
 )
-from visft_ds.planner.step import PlannedRun
-from visft_ds.planner.time import step_time
+from visft_ds.planner.step import PlannedRun, run_of
 from visft_ds.prepare.model import choose_precision, plan_groups
-from visft_ds.profiling.communication import measure_communication
+from visft_ds.profiling.harness import (
+    Spread,
+    circumstances,
+    in_turn,
+    load_row,
+    ratio,
+    spread,
+    synchronize,
+    with_quartiles,
+)
 from visft_ds.profiling.plan_validation import measured_rates
-from visft_ds.profiling.record import circumstances
-from visft_ds.profiling.timing import Spread, synchronize
+from visft_ds.profiling.timing import Communication, measure_communication
 
 FORMAT, VERSION = "visft_ds comm profile", 1
 COPY = "copy in memory"
@@ -92,43 +102,53 @@ def measure_comm(config: ResolvedConfig, options: CommOptions) -> dict[str, Any]
     keys = [(name, size) for name in (*COLLECTIVES, COPY) for size in sweep]
     wanted = {(m.collective, m.bytes) for found in messages.values() for m in found if m.bytes <= largest}
     keys += sorted(wanted - set(keys))
-    times = _measure(keys, options.repeats, device)
+    calls = {key: make_call(*key, device) for key in keys}
+    seconds = in_turn(keys, lambda key: _seconds(calls[key], key, device), options.repeats)
+    slowest = _slowest_rank(list(seconds.values()), device)
     engine = _measure_engine(config, run, precision, options.repeats) if run.batches.stages == 1 else None
-    rates = _rates(device) if distributed.is_main() else None
     record: dict[str, Any] | None = None
     if distributed.is_main():
-        assert times is not None and rates is not None
-        backend = dist.get_backend()
+        times = {key: Spread.of(row) for key, row in zip(seconds, slowest, strict=True)}
+        costs = {name: _costs(found, times, world) for name, found in messages.items()}
+        rates, source = _rates(device)
+        stages = run.batches.stages
+        kind = f"pipeline of {stages} stages, " if stages > 1 else ""
         record = {
             "format": FORMAT,
             "version": VERSION,
             **circumstances(load, device),
             "ranks": world,
-            "backend": backend,
+            "backend": dist.get_backend(),
             "model": config.visft.model.name,
             "stage": config.visft.stage,
-            "engine": _engine_name(run),
+            "engine": f"{kind}ZeRO-{run.zero().stage} over {run.batches.dp}",
             "options": asdict(options),
-            "calls": [_entry(key, spread, world) for key, spread in times.items()],
-            "messages": {name: _costs(found, times, world) for name, found in messages.items()},
+            "calls": [
+                {
+                    "call": name,
+                    "bytes": size,
+                    "seconds": asdict(found),
+                    "algbw": size / found.median,
+                    "busbw": size / found.median * bus_factor(name, world),
+                }
+                for (name, size), found in times.items()
+            ],
+            "messages": costs,
             "at_start": _costs(at_start, times, world) if at_start else [],
             "update": engine,
-            "share": {
-                name: _share(run, name, _costs(found, times, world), rates[0], rates[1])
-                for name, found in messages.items()
-            }
-            if rates[0] is not None
-            else {},
-            "rates": rates[1],
+            "share": {name: _share(run, name, found, rates) for name, found in costs.items()} if rates else {},
+            "rates": source,
         }
     distributed.close()
     return record
 
 
-def _engine_name(run: PlannedRun) -> str:
-    stages = run.batches.stages
-    kind = f"pipeline of {stages} stages, " if stages > 1 else ""
-    return f"{kind}ZeRO-{run.zero().stage} over {run.batches.dp}"
+def _slowest_rank(seconds: Sequence[Sequence[float]], device: torch.device) -> list[list[float]]:
+    """The same table with the seconds of the slowest rank in every round. Collective."""
+    table = torch.tensor(seconds, device=device, dtype=torch.float64)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    found: list[list[float]] = table.tolist()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- calls
@@ -168,22 +188,6 @@ def _there_and_back(tensor: Tensor, rank: int, world: int) -> None:
         dist.send(tensor, other)
 
 
-def _measure(keys: Sequence[Key], repeats: int, device: torch.device) -> dict[Key, Spread] | None:
-    """Seconds of a call of every kind, round by round, of the slowest rank; on the main process."""
-    calls = {key: make_call(*key, device) for key in keys}
-    rounds: list[Tensor] = []
-    order = list(keys)
-    for turn in range(repeats + 1):
-        order.append(order.pop(0))  # everyone comes after everyone
-        found = {key: _seconds(calls[key], key, device) for key in order}
-        slowest = torch.tensor([found[key] for key in keys], device=device, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        if turn:  # the first round warms up
-            rounds.append(slowest.cpu())
-    table = torch.stack(rounds).t().tolist()
-    return {key: Spread.of(row) for key, row in zip(keys, table, strict=True)} if distributed.is_main() else None
-
-
 def _seconds(call: Callable[[], object], key: Key, device: torch.device) -> float:
     name, size = key
     count = min(max(_ENOUGH // size, _CALLS[0]), _CALLS[1])
@@ -201,18 +205,6 @@ def bus_factor(name: str, ranks: int) -> float:
     if name == ALL_REDUCE:
         return 2 * (ranks - 1) / ranks
     return (ranks - 1) / ranks if name in (ALL_GATHER, REDUCE_SCATTER) else 1.0
-
-
-def _entry(key: Key, spread: Spread, ranks: int) -> dict[str, Any]:
-    name, size = key
-    speed = size / spread.median
-    return {
-        "call": name,
-        "bytes": size,
-        "seconds": asdict(spread),
-        "algbw": speed,
-        "busbw": speed * bus_factor(name, ranks),
-    }
 
 
 def _costs(messages: Sequence[Message], times: Mapping[Key, Spread], ranks: int) -> list[dict[str, Any]]:
@@ -289,23 +281,19 @@ def _measure_engine(config: ResolvedConfig, run: PlannedRun, precision: Precisio
         for call in calls:
             call()
 
-    found: dict[str, list[Any]] = {"engine": [], "plain": []}
-    for turn in range(repeats + 1):
-        for kind, action in (("engine", by_engine), ("plain", plainly)):
-            distributed.barrier()
-            one = measure_communication(action, device)
-            if turn:  # the first round warms up
-                found[kind].append(one)
-    table = torch.tensor([[one.seconds for one in kind] for kind in found.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(table, dist.ReduceOp.MAX)
-    ours, plain = table.tolist()
+    def sent(kind: str) -> Communication:
+        distributed.barrier()
+        return measure_communication(by_engine if kind == "engine" else plainly, device)
+
+    found = in_turn(("engine", "plain"), sent, repeats)
+    ours, plain = _slowest_rank([[one.seconds for one in kind] for kind in found.values()], device)
     return {
         "bytes": size,
         "plain_calls": list(names),
         "calls": dict(found["engine"][0].calls),
-        "seconds": asdict(Spread.of(ours)),
-        "plain_seconds": asdict(Spread.of(plain)),
-        "ratio": asdict(Spread.of([a / b for a, b in zip(ours, plain, strict=True)])),
+        "seconds": spread(ours),
+        "plain_seconds": spread(plain),
+        "ratio": ratio(ours, plain),
     }
 
 
@@ -335,7 +323,7 @@ def _rates(device: torch.device) -> tuple[Rates | None, str]:
     return rates_of(gpu), f"planned for {gpu.name}"
 
 
-def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates, source: str) -> dict[str, Any]:
+def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates) -> dict[str, Any]:
     """Share of communication in a step: computed seconds as planned, sent as measured, less those that overlap."""
     planned = step_time(run, run.config.visft.streams()[name], rates, 1e30)  # without anything sent
     computed = planned.compute + planned.update + planned.waiting
@@ -348,3 +336,121 @@ def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates
         "share": seen / (computed + seen),
         "share_nothing_hidden": (sent[False] + sent[True]) / (computed + sent[False] + sent[True]),
     }
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def write_csv(record: Mapping[str, Any], file: Path) -> None:
+    """Write a CSV file with a row for every measured call, each with hardware, ranks, time, versions and commit."""
+    told = {
+        "device": record["hardware"]["device"],
+        "backend": record["backend"],
+        "ranks": record["ranks"],
+        "measured": record["measured"],
+        "versions": json.dumps(record["versions"]),
+        "git": json.dumps(record["git"]),
+    }
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        rows = [
+            {
+                **{key: call[key] for key in ("call", "bytes", "algbw", "busbw")},
+                **{f"seconds_{key}": value for key, value in call["seconds"].items()},
+                **told,
+            }
+            for call in record["calls"]
+        ]
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+_CALL_HEAD = ("call", "bytes", "µs (quartiles)", "algbw GB/s", "busbw GB/s", "of a copy")
+_MESSAGE_HEAD = ("message", "call", "bytes", "calls", "µs a call", "busbw GB/s", "ms of a step", "")
+_SHARE_HEAD = ("step", "computed s", "sent s", "of it not hidden", "share of the step", "if nothing were hidden")
+
+
+def make_title(record: Mapping[str, Any]) -> str:
+    """Title of the tables: stage, model, engine, backend and number of processes."""
+    return (
+        f"communication: stage {record['stage']}, {record['model']}, {record['engine']}; {record['backend']}, "
+        f"{record['ranks']} processes"
+    )
+
+
+def make_sections(record: Mapping[str, Any]) -> list[Section]:
+    """The record as tables."""
+    hardware = record["hardware"]
+    sections = [
+        Section(
+            "measured on",
+            [
+                ("device", f"{hardware['device']}, {hardware['cores']} cores"),
+                load_row(record),
+                ("rounds", f"{record['options']['repeats']} after 1 to warm up; all calls in turn; the slowest rank"),
+            ],
+        )
+    ]
+    copies = {call["bytes"]: call["algbw"] for call in record["calls"] if call["call"] == COPY}
+    for name in (*COLLECTIVES, COPY):
+        calls = sorted((call for call in record["calls"] if call["call"] == name), key=lambda call: call["bytes"])
+        rows = [
+            (
+                name,
+                f"{call['bytes']:,}",
+                with_quartiles(call["seconds"], 0, 1e6),
+                f"{call['algbw'] / 1e9:.3f}",
+                f"{call['busbw'] / 1e9:.3f}",
+                f"{100 * call['algbw'] / copies[call['bytes']]:.0f} %"
+                if call["bytes"] in copies and name != COPY
+                else "",
+            )
+            for call in calls
+        ]
+        sections.append(Section(name, rows, _CALL_HEAD))
+    for name, messages in record["messages"].items():
+        sent = [
+            (
+                one["what"],
+                one["collective"],
+                f"{one['bytes']:,}",
+                str(one["calls"]),
+                f"{1e6 * one['seconds']:.0f}",
+                f"{one['busbw'] / 1e9:.3f}",
+                f"{1e3 * one['of_step']:.3f}",
+                "" if one["measured"] else "from other sizes",
+            )
+            for one in messages
+        ]
+        sections.append(Section(f"{name}: sent in a step", sent, _MESSAGE_HEAD))
+    if record["at_start"]:
+        once = record["at_start"]
+        count, size = sum(one["calls"] for one in once), sum(one["calls"] * one["bytes"] for one in once)
+        text = f"{count} broadcasts, {size:,} bytes, {sum(one['of_step'] for one in once):.3f} s"
+        sections.append(Section("sent once, when the engine is built", [("every parameter", text)]))
+    if found := record["update"]:
+        by_engine = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items()))
+        seconds, plain = (with_quartiles(found[key], 2, 1e3, " ms", " ") for key in ("seconds", "plain_seconds"))
+        facts = [
+            ("bytes that train", f"{found['bytes']:,}"),
+            ("the engine", f"{seconds} inside {by_engine}"),
+            ("plain", f"{plain} inside {' and '.join(found['plain_calls'])}"),
+            ("engine / plain", f"{with_quartiles(found['ratio'], 2)}, round by round"),
+        ]
+        sections.append(Section("averaging and update of what trains, nothing computed", facts))
+    shares = [
+        (
+            name,
+            f"{share['computed_seconds']:.3f}",
+            f"{share['sent_seconds']:.4f}",
+            f"{share['not_hidden_seconds']:.4f}",
+            f"{100 * share['share']:.2f} %",
+            f"{100 * share['share_nothing_hidden']:.2f} %",
+        )
+        for name, share in record["share"].items()
+    ]
+    title = f"predicted share of communication ({record['rates']})"
+    return [
+        *sections,
+        Section(title, shares, _SHARE_HEAD) if shares else Section(title, [("unknown", record["rates"])]),
+    ]

@@ -1,0 +1,459 @@
+"""Measuring every task of a session, in order: warm-up, plain and hooked steps in turn, then one step that is counted.
+
+Plain steps give the speed. Hooked steps in between give the split, so that a machine whose speed drifts does so for
+both; their difference is the cost of looking. The last step is slow and is not timed: it counts operations and bytes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.task_schema import SHARED
+from visft_ds.costs.counting import FlopMeter
+from visft_ds.costs.flops import Flops, packed_flops, tower_flops, tower_from
+from visft_ds.costs.hardware import DTYPES, reference_rate
+from visft_ds.costs.ledger import KINDS, TRANSIENT, Ledger
+from visft_ds.data.samples import Batch
+from visft_ds.models.eva_vit import EvaViT
+from visft_ds.monitor.console import Section
+from visft_ds.ops.attention import attention_backend, plain_below
+from visft_ds.parallel import distributed
+from visft_ds.parallel.engine import StepReport
+from visft_ds.prepare.model import stage_of
+from visft_ds.profiling.harness import circumstances, measured_on, spread, synchronize
+from visft_ds.profiling.memory import note_gradients, note_residents, step_watched
+from visft_ds.profiling.session import Session, make_step, open_session
+from visft_ds.profiling.timing import (
+    BACKBONE,
+    BACKWARD,
+    CRITERION,
+    HEAD,
+    MATCHER,
+    PARTS,
+    MeasuredStep,
+    Stopwatch,
+    divide,
+    measure_communication,
+    metered,
+    typical_parts,
+)
+from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.tasks import TASKS
+
+FORMAT, VERSION = "visft_ds profile", 1
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of measured and of warm-up steps, in optimiser steps of each task. Raises ValueError below 1."""
+
+    steps: int = 10
+    warmup: int = 3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.warmup < 1:
+            raise ValueError(
+                f"--steps {self.steps} and --warmup {self.warmup}: both must be at least 1 (the first step is never a "
+                "typical one: memory is allocated, the optimizer makes its state)"
+            )
+
+
+def measure_train(config: ResolvedConfig, lengths: Lengths, *, synthetic: bool) -> dict[str, Any] | None:
+    """Every stream of a configuration on every rank; the record on the main process, None on the others."""
+    with open_session(config, synthetic=synthetic) as session:
+        own = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
+        ranks = distributed.gather_objects(own)
+        record = make_record(session, ranks) if ranks is not None else None
+    distributed.close()
+    return record
+
+
+def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str, Any]:
+    """Everything about one stream on this rank, as JSON values. Collective: every rank measures the same steps.
+
+    Raises:
+        ValueError: the step does not fit into memory.
+    """
+    engine, micro = session.engine, session.batches.micro[stream]
+    device, loader = engine.device, session.loader_of(stream)
+    reference = reference_rate(device, session.precision)
+    # Behind the counted step as much is read ahead as in training.
+    steps = loader.steps(0, lengths.warmup + 2 * lengths.steps + 2 + session.config.visft.data.prefetch_steps)
+    reports: list[StepReport] = []
+    images = 0
+
+    def timed(watch: Stopwatch | None = None) -> tuple[MeasuredStep, Flops | None]:
+        """The next step, exactly as the training loop makes it, timed from asking for the data; its operations."""
+        nonlocal images
+        synchronize(device)
+        began = time.perf_counter()
+        step_plan, batches = next(steps)
+        wait, images = loader.wait_seconds, len(step_plan.indices)
+        reports.append(make_step(session, step_plan.step, batches))
+        synchronize(device)
+        step = divide(time.perf_counter() - began, wait, watch.seconds() if watch else {})
+        return step, formula_of(session, batches).total
+
+    with out_of_memory_explained(stream, micro):
+        for _ in range(lengths.warmup):
+            timed()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        plain, hooked, flops = list[MeasuredStep](), list[MeasuredStep](), list[Flops | None]()
+        watch = Stopwatch(device)
+        for _ in range(lengths.steps):
+            step, operations = timed()
+            plain.append(step)
+            flops.append(operations)
+            with metered(engine, watch):
+                hooked.append(timed(watch)[0])
+        peak, told = peak_memory(device), list(reports)
+        several = distributed.world_size() > 1
+        communication = asdict(measure_communication(timed, device)) if several else None
+
+        # The last step: operations by part, counted and by formula, and bytes by kind.
+        step_plan, batches = next(steps)
+        ledger, meter, optimizer = Ledger(device.type), FlopMeter(), engine.deepspeed.optimizer
+        note_residents(ledger, engine)
+        ledger.forget_peaks()
+        with (
+            torch.compiler.set_stance("force_eager"),  # compiled kernels do not say what they compute
+            metered(engine, _AtBackward(meter, ledger, optimizer)),
+            meter.counting(),
+            step_watched(ledger, engine.module, optimizer),
+        ):
+            make_step(session, step_plan.step, batches)
+        steps.close()  # type: ignore[attr-defined]  # ends the loader's threads
+
+    # Largest values of any micro-batch: mean number of objects per image, ids of the longest caption.
+    content: dict[str, float] = {}
+    for targets in (targets for batch in batches for targets in batch.targets.values()):
+        if hasattr(targets, "counts"):
+            content["objects"] = max(content.get("objects", 0), float(targets.counts.float().mean()))
+        if hasattr(targets, "tokens"):
+            content["caption_ids"] = max(content.get("caption_ids", 0), targets.tokens.shape[1])
+    formula = formula_of(session, batches)
+    known, seconds = [one for one in flops if one is not None], [step.seconds for step in plain]
+    # Operations a second: "model" leaves out what activation checkpointing computes again, "hardware" includes it.
+    model, hardware = None, meter.total / statistics.median(seconds)  # of a head without a formula the count stands
+    if len(known) == len(flops):
+        model = statistics.median((f.forward + f.backward) / s for f, s in zip(known, seconds, strict=True))
+        hardware = statistics.median(f.all / s for f, s in zip(known, seconds, strict=True))
+    rate = reference.flops_per_second
+    first = [*told[: lengths.warmup], *told[lengths.warmup :: 2]]  # those without hooks
+    return {
+        "batch": {
+            "images": images,
+            "micro": micro,
+            "accumulation": session.batches.accumulation,
+            "shapes": [list(batch.images.shape) for batch in batches],
+            "content": content,
+        },
+        "steps": {
+            "measured": lengths.steps,
+            "warmup": lengths.warmup,
+            "skipped": sum(report.skipped for report in told[lengths.warmup :]),
+        },
+        "losses": [dict(report.losses)["loss"] for report in first[:2]],
+        "images_per_second": spread(images / one for one in seconds),
+        "step_seconds": spread(seconds),
+        "parts_seconds": typical_parts(hooked),
+        "hooked_step_seconds": spread(step.seconds for step in hooked),
+        "overhead": spread(h.seconds / p.seconds - 1 for p, h in zip(plain, hooked, strict=True)),
+        "communication": communication,
+        "memory_bytes": {"at_peak": ledger.at_peak, "highest": ledger.highest, "process_peak": peak},
+        "flops": {
+            "counted": {**meter.parts, "total": meter.total},
+            "formula": formula.by_part(),
+            "ratio": meter.total / formula.total.all if formula.total else None,
+            "model_per_second": model,
+            "hardware_per_second": hardware,
+            "model_utilisation": None if model is None else model / rate,
+            "hardware_utilisation": hardware / rate,
+        },
+        "reference": asdict(reference),
+    }
+
+
+@dataclass(frozen=True)
+class _AtBackward:
+    """A meter that also names DeepSpeed's gradients when the backward pass has made them."""
+
+    meter: FlopMeter
+    ledger: Ledger
+    optimizer: Any
+
+    def start(self, part: str) -> None:
+        self.meter.start(part)
+
+    def stop(self, part: str) -> None:
+        self.meter.stop(part)
+        if part == BACKWARD:
+            note_gradients(self.ledger, self.optimizer)
+
+
+@contextmanager
+def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
+    """Turn the allocator's error into one that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
+        first = (str(error).splitlines() or ["out of memory"])[0]
+        explained = ValueError(
+            f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
+            f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
+            "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
+        )
+        explained.of_one_rank = True  # type: ignore[attr-defined]  # the others wait for it and do not know why
+        raise explained from error
+
+
+# ---------------------------------------------------------------------------------------- the closed formulas
+
+
+@dataclass(frozen=True)
+class StepFormula:
+    """Operations of this rank's part of a step."""
+
+    backbone: Flops | None  #: None: there is no formula, as for models of timm
+    head: Flops | None  #: None: a head of the step has no formula
+
+    @property
+    def total(self) -> Flops | None:
+        """Both together, where both are known."""
+        return None if self.head is None or self.backbone is None else self.backbone + self.head
+
+    def by_part(self) -> dict[str, int | None]:
+        """Under the names of the parts of a step; "recomputed" is a part of the backward pass."""
+        total = self.total
+        return {
+            BACKBONE: self.backbone.forward if self.backbone else None,
+            HEAD: self.head.forward if self.head else None,
+            BACKWARD: total.backward + total.recompute if total else None,
+            "recomputed": self.backbone.recompute if self.backbone else None,
+            "total": total.all if total else None,
+        }
+
+
+def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
+    """Operations of the micro-batches by formula, from the shapes of their images."""
+    module, config, engine = session.engine.module, session.config.visft, session.engine
+    if not isinstance(module.backbone, EvaViT):
+        return StepFormula(None, None)
+    trained = (name for name, parameter in module.backbone.named_parameters() if parameter.requires_grad)
+    keeps_late = session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)
+    tower = tower_from(
+        module.backbone,
+        config.lora if config.stage == 2 else None,
+        trained if module.train_backbone else (),
+        plain_attention_below=plain_below(engine.device, DTYPES[session.precision]),
+        linear_keeps_late=engine.stage == 3 and bool(keeps_late),
+    )
+    first = module.backbone.cls_token is not None
+    in_backbone, in_heads, known = Flops(), Flops(), True
+    for batch in batches:
+        images, (height, width) = len(batch.images), module.backbone.grid(batch.images)
+        patches, frames = height * width, module.frames(batch)
+        if frames is None:
+            in_backbone += tower_flops(tower, images, patches + first, patches)
+        else:
+            in_backbone += packed_flops(tower, [first + h * w for h, w in frames.grids], images * patches)
+        for task in batch.tasks:
+            head = module.heads[task]
+            trains = {parameter.requires_grad for parameter in head.parameters()}
+            formula = TASKS[task].flops
+            if formula is None or len(trains) > 1:  # of a head that trains in part only the counter knows
+                known = False
+                continue
+            options = config.tasks.enabled()[task].head.model_dump()
+            in_heads += formula(
+                options if head.training else {**options, "dropout": 0.0},
+                module.backbone.width,
+                images,
+                patches,
+                trains=trains == {True},
+                flows=module.train_backbone,
+            )
+    return StepFormula(in_backbone, in_heads if known else None)
+
+
+# ------------------------------------------------------------------------------------------------------ record
+
+
+def make_record(session: Session, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that was measured; `ranks` holds task -> measurement of each rank."""
+    config, device = session.config, session.engine.device
+    tasks = {}
+    for task in ranks[0]:
+        measured = [rank[task] for rank in ranks]
+        slowest = max(range(len(measured)), key=lambda rank: measured[rank]["step_seconds"]["median"])
+        fullest = max(range(len(measured)), key=lambda rank: sum(measured[rank]["memory_bytes"]["at_peak"].values()))
+        tasks[task] = {"slowest_rank": slowest, "fullest_rank": fullest, "ranks": measured}
+    # Speed of a run that does every task as often as its ratio says.
+    streams = config.visft.streams()
+    whole = sum(stream.share for stream in streams.values())
+    images = sum(s.share / whole * _slowest(tasks[name])["batch"]["images"] for name, s in streams.items())
+    seconds = sum(s.share / whole * _slowest(tasks[name])["step_seconds"]["median"] for name, s in streams.items())
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **circumstances(None, device),
+        "world_size": distributed.world_size(),
+        "stage": config.visft.stage,
+        "trains": stage_of(config.visft).name,
+        "model": config.visft.model.name,
+        "engine": f"ZeRO-{session.engine.stage}",
+        "precision": f"{session.precision} ({session.precision_reason})",
+        "attention": ": ".join(attention_backend(device, DTYPES[session.precision])),
+        "differs_from_training": list(session.notes),
+        "config": config.to_dict(),
+        "tasks": tasks,
+        "mix": {"step_seconds": seconds, "images_per_second": images / seconds},
+    }
+
+
+def _slowest(task: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = task["ranks"][task["slowest_rank"]]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def make_title(record: Mapping[str, Any]) -> str:
+    """Title of the tables: stage, what trains, model, engine and number of processes."""
+    stage, processes = record["stage"], record["world_size"]
+    count = f"{processes} process{'es' if processes > 1 else ''}"
+    return f"profile: stage {stage} ({record['trains']}), {record['model']}, {record['engine']}, {count}"
+
+
+def make_sections(record: Mapping[str, Any]) -> list[Section]:
+    """The record as tables. Of several ranks the slowest one's times and the fullest one's memory are shown."""
+    tasks = record["tasks"]
+    first = _slowest(next(iter(tasks.values())))
+    rows = [
+        *measured_on(record),
+        ("precision", record["precision"]),
+        ("attention", record["attention"]),
+        ("compared with", f"{first['reference']['flops_per_second'] / 1e12:.4g} TFLOP/s: {first['reference']['text']}"),
+        *(("not as in training", note) for note in record["differs_from_training"]),
+    ]
+    sections = [Section("measured on", rows)]
+    for name, task in tasks.items():
+        fullest = task["ranks"][task["fullest_rank"]]
+        numbers = _slowest(task)
+        ranks = f" (rank {task['slowest_rank']}, the slowest)" if len(task["ranks"]) > 1 else ""
+        sections += [
+            Section(f"{name}: speed{ranks}", _speed_rows(numbers, record["world_size"])),
+            Section(f"{name}: time of a step{ranks}", _time_rows(numbers), ("part", "ms", "share", "")),
+            Section(f"{name}: memory of a process", _memory_rows(fullest), ("kind", "MiB at the peak", "most at once")),
+            Section(f"{name}: operations of a process", _flop_rows(numbers), ("part", "counted", "formula", "ratio")),
+        ]
+    if len(tasks) > 1:
+        mix = record["mix"]
+        text = f"{mix['images_per_second']:.4g} images/s, {1000 * mix['step_seconds']:.4g} ms a step on average"
+        sections.append(Section("all tasks in their ratios", [("speed", text)]))
+    return sections
+
+
+def _speed_rows(numbers: Mapping[str, Any], processes: int) -> list[tuple[str, str]]:
+    batch, steps, flops = numbers["batch"], numbers["steps"], numbers["flops"]
+    shapes = ", ".join(sorted({"x".join(map(str, shape)) for shape in batch["shapes"]}))
+    equation = f"{processes} processes x {batch['accumulation']} accumulation x {batch['micro']}"
+    reference = "the measured rate" if numbers["reference"]["measured"] else "the peak"
+    hardware = f"{_rate(flops['hardware_per_second'])}, {100 * flops['hardware_utilisation']:.1f} % of {reference}"
+    rows = [
+        ("batch", f"{batch['images']} images = {equation}; at once {shapes}"),
+        ("images/s", _spread(numbers["images_per_second"], 1, "")),
+        ("step", _spread(numbers["step_seconds"], 1000, " ms")),
+    ]
+    if flops["model_per_second"] is None:
+        rows.append(("FLOP/s", f"{hardware} (counted; backbone or head has no formula)"))
+    elif flops["model_per_second"] == flops["hardware_per_second"]:
+        rows.append(("FLOP/s, MFU", hardware))
+    else:
+        model = f"{_rate(flops['model_per_second'])}, {100 * flops['model_utilisation']:.1f} % of {reference}"
+        rows += [("FLOP/s, MFU", f"{model} (without recomputation)"), ("with recomputation", hardware)]
+    rows.append(("cost of looking", f"{_spread(numbers['overhead'], 100, ' %')} of hooked over plain steps"))
+    if steps["skipped"]:
+        rows.append(("skipped", f"{steps['skipped']} steps overflowed in 16 bit and did not update"))
+    return rows
+
+
+_MEANING = {
+    "data wait": "until the batch was there",
+    "optimizer": "clipping and update; ZeRO: gathering what other processes updated",
+    BACKWARD: "with recomputation, if any; ZeRO: averaging gradients",
+    "rest": "copies to the device, pixel normalisation, agreement of the ranks, Python",
+}
+
+
+def _time_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    parts = numbers["parts_seconds"]
+    whole = sum(parts[part] for part in PARTS)
+    rows = [(part, parts[part], _MEANING.get(part, "")) for part in PARTS]
+    rows.insert(1 + PARTS.index(CRITERION), (f"  of it {MATCHER}", parts[MATCHER], ""))
+    rows.append(("whole", whole, "mean of the middle half of the hooked steps"))
+    found = numbers["communication"]
+    if found is not None:
+        calls = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items())) or "no call"
+        text = f"inside the parts above, from one other step ({found['backend']}: {calls})"
+        rows.append(("communication", found["seconds"], text))
+    return [
+        (name, f"{1000 * seconds:9.2f}", f"{100 * seconds / whole:5.1f} %", meaning) for name, seconds, meaning in rows
+    ]
+
+
+def _memory_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    memory = numbers["memory_bytes"]
+    # Much of what is transient gets its name a moment later, so that its own maximum would count that twice.
+    most = {kind: "" if kind == TRANSIENT else f"{memory['highest'][kind] / _MIB:11.2f}" for kind in KINDS}
+    whole = sum(memory["at_peak"].values())
+    return [
+        *((kind, f"{memory['at_peak'][kind] / _MIB:11.2f}", most[kind]) for kind in KINDS),
+        ("whole", f"{whole / _MIB:11.2f}", ""),
+        ("process at its peak", f"{memory['process_peak'] / _MIB:11.2f}", ""),
+    ]
+
+
+def _flop_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    counted, formula = numbers["flops"]["counted"], numbers["flops"]["formula"]
+    rows = []
+    for part in (*(part for part in PARTS if part in counted or part in formula), "total", "recomputed"):
+        ours, theirs = counted.get(part), formula.get(part)
+        if part == "recomputed" and not theirs:
+            continue
+        ratio = f"{ours / theirs:.4f}" if ours and theirs else ""
+        name = "  of backward recomputed" if part == "recomputed" else part
+        if ours or theirs:
+            rows.append((name, _operations(ours), _operations(theirs), ratio))
+    return rows
+
+
+def _spread(numbers: Mapping[str, Any], scale: float, unit: str) -> str:
+    """Median, quartiles, extremes and n."""
+    median, low, high, least, most = (scale * numbers[key] for key in ("median", "low", "high", "least", "most"))
+    return (
+        f"{median:.4g}{unit}  (quartiles {low:.4g} .. {high:.4g}, all {least:.4g} .. {most:.4g}, n {numbers['count']})"
+    )
+
+
+def _operations(number: int | None) -> str:
+    return "" if number is None else f"{number / 1e9:12.3f} GFLOP"
+
+
+def _rate(number: float) -> str:
+    return f"{number / 1e12:.4g} TFLOP/s" if number >= 1e12 else f"{number / 1e9:.4g} GFLOP/s"
