@@ -18,7 +18,7 @@ from visft_ds.data.transforms import Flip, Op, Resize, final_size
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import CaptionTransform
 from visft_ds.tasks.detection.data import DetectionTransform
-from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
+from visft_ds.tasks.segmentation.data import SegmentationTransform
 from visft_ds.tasks.transform import JointTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -342,10 +342,11 @@ def test_ragged_images_and_the_frames_of_their_targets() -> None:
 
 
 def test_batches_are_those_of_the_single_tasks() -> None:
-    samples = _samples()
-    batch = collate_joint(samples)
-    for task, collate in zip(tuple(TASKS), (collate_joint, collate_segmentation, collate_joint), strict=True):
-        _assert_equal_batches(replace(batch, targets={task: batch.targets[task]}), collate(samples))
+    batch = collate_joint(_samples())
+    for task, spec in TASKS.items():
+        _assert_equal_batches(
+            replace(batch, targets={task: batch.targets[task]}), spec.collate(_samples(tasks=(task,)))
+        )
 
 
 @pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
