@@ -340,7 +340,7 @@ def _settings(stage: int, train: Manifest, most_steps: int | None, given: argpar
     config = resolve(stage=stage, model="debug", settings=settings)
     for stream in config.visft.streams().values():
         # Where captions are the only thing to learn from, only images that have some count.
-        selections = {TASKS[task].learns_from for task in stream.tasks}
+        selections = {TASKS[task].config.learns_from for task in stream.tasks}
         count = len(train if "any" in selections else train.select(selections.pop()))
         if stream.batch_size > count:
             key = "visft.shared" if stream.name == SHARED else f"visft.tasks.{stream.name}"

@@ -17,7 +17,7 @@ from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.loader import StepLoader
-from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.manifest import Category
 from visft_ds.data.plan import StepPlan
 from visft_ds.data.roles import IdleLoader
 from visft_ds.data.samples import Batch
@@ -174,7 +174,9 @@ def train(
             batches=batches,
             engine=engine,
             loader=loader,
-            validation=_validation(settings, manifest, validation, vocabulary, state),
+            validation=None
+            if validation is None
+            else Validation(settings, streams_of(settings, manifest), validation, vocabulary, out, state.judged),
             state=state,
             categories=manifest.categories,
             vocabulary=vocabulary,
@@ -286,15 +288,6 @@ def _prepare(
         prepared.module.feature_cache = features
         loader.keep_features(features)
     return prepared, features
-
-
-def _validation(
-    settings: VisftConfig, training: Manifest, split: Manifest | None, vocabulary: Vocabulary | None, state: RunState
-) -> Validation | None:
-    if split is None:
-        return None
-    out, streams = Path(settings.run.out or ""), streams_of(settings, training)
-    return Validation(settings, streams, split, vocabulary, out, state.judged)
 
 
 def _build_loader(

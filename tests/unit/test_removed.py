@@ -18,8 +18,8 @@ TASKS = ("detection", "segmentation", "captioning")
 
 @pytest.fixture
 def gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(removed._KEYS, "visft.run.sparkle", "use --shine")
-    monkeypatch.setitem(removed._IDLE, "visft.run.sparkle", 0)
+    monkeypatch.setitem(removed.KEYS, "visft.run.sparkle", "use --shine")
+    monkeypatch.setitem(removed.IDLE, "visft.run.sparkle", 0)
     monkeypatch.setitem(removed.ARGUMENTS, "polish", {"wax": "oil", "--wax": "oil", "build --shine": "wax"})
 
 
@@ -41,10 +41,11 @@ def test_a_record_with_a_removed_key_is_read(value: int, said: str, capsys: pyte
 
 def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints hold it, and runs that did not use the key go on."""
-    monkeypatch.setattr(removed, "_IDLE", {})
-    monkeypatch.setattr(removed, "_of_tasks", dict)
+    for key in list(removed.IDLE):
+        monkeypatch.delitem(removed.IDLE, key)
+    monkeypatch.setattr("visft_ds.config.resolve.removed_of_tasks", dict)
     for key, value in (("visft.model.sparkle", 0), ("visft.lora.sparkle", 1), ("visft.run.sparkle", 2)):
-        monkeypatch.setitem(removed._IDLE, key, value)
+        monkeypatch.setitem(removed.IDLE, key, value)
     config = resolve(stage=1, model="debug")
     older = config.identity() | {"visft.model.sparkle": 0}  # stage 1 has no visft.lora, and visft.run never counted
     assert config.fingerprint() == hashlib.sha256(json.dumps(older, sort_keys=True).encode()).hexdigest()
@@ -125,5 +126,5 @@ def test_removed_measurements_say_where_they_stand(line: str, capsys: pytest.Cap
 def test_what_is_removed_is_not_known_any_more() -> None:
     assert (
         removed.removed_keys().keys() & set(known_keys()) == set()
-        and removed.idle_values().keys() <= removed.removed_keys().keys()
+        and removed.IDLE.keys() <= removed.removed_keys().keys()
     )

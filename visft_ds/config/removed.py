@@ -20,7 +20,7 @@ _MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last 
 _UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 
 #: Dotted key -> what serves instead; those of the tasks come from `TaskConfig.removed`.
-_KEYS: dict[str, str] = {
+KEYS: dict[str, str] = {
     "visft.run.average_last": "average afterwards: visft merge --adapter RUN/checkpoints/step_N --adapter ...",
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
@@ -28,7 +28,7 @@ _KEYS: dict[str, str] = {
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
-_IDLE: dict[str, Any] = {
+IDLE: dict[str, Any] = {
     "visft.run.average_last": 0,
     "visft.run.min_loss_scale": 1.0,
     "visft.run.skip_spikes": 0,
@@ -62,20 +62,15 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 
 
 @cache
-def _of_tasks() -> dict[str, tuple[str, Any]]:
-    """Dotted key of a task of this package -> what serves instead, and the value that changed nothing."""
+def removed_of_tasks() -> dict[str, tuple[str, Any]]:
+    """Dotted key of a task of this package -> what serves instead, and the value with which it changed nothing."""
     gone = {name: {"ratio": (_UPDATES, None), **registry.config_class(name).removed} for name in registry.BUILT_IN}
     return {f"visft.tasks.{name}.{key}": found for name, keys in gone.items() for key, found in keys.items()}
 
 
 def removed_keys() -> dict[str, str]:
     """Dotted key -> what serves instead."""
-    return _KEYS | {key: instead for key, (instead, _) in _of_tasks().items()}
-
-
-def idle_values() -> dict[str, Any]:
-    """Dotted key that a record written before may hold -> the value with which it changed nothing."""
-    return _IDLE | {key: idle for key, (_, idle) in _of_tasks().items()}
+    return KEYS | {key: instead for key, (instead, _) in removed_of_tasks().items()}
 
 
 def removed_key(key: str) -> str | None:
@@ -104,12 +99,13 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
     _ratios_to_updates(kept)
+    idle = IDLE | {key: value for key, (_, value) in removed_of_tasks().items()}
     for key, instead in removed_keys().items():
         *parents, name = key.split(".")
         node: Any = kept
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and name in node and node.pop(name) != idle_values().get(key):
+        if isinstance(node, dict) and name in node and node.pop(name) != idle.get(key):
             print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
     return kept
 

@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import idle_values, without_removed
+from visft_ds.config.removed import IDLE, removed_of_tasks, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
@@ -90,7 +90,11 @@ class ResolvedConfig:
             gradient_clipping=self.gradient_clipping,
             visft=self.visft,
         )
-        return {**copy.deepcopy(dict(self.deepspeed)), **ours.model_dump(mode="json")}
+        values = {**copy.deepcopy(dict(self.deepspeed)), **ours.model_dump(mode="json")}
+        tasks = values["visft"]["tasks"]  # of other packages, those that train: installing one changes nothing
+        for name in [name for name, task in tasks.items() if task is None and name not in registry.BUILT_IN]:
+            del tasks[name]
+        return values
 
     def identity(self) -> dict[str, Any]:
         """Dotted key -> value of everything that must be equal to resume a run (all but `NOT_IDENTITY`)."""
@@ -104,7 +108,7 @@ class ResolvedConfig:
         Removed keys count with the values that changed nothing: the checkpoints of older runs hold them.
         """
         values = self.identity()
-        for key, idle in idle_values().items():
+        for key, idle in [*IDLE.items(), *((key, value) for key, (_, value) in removed_of_tasks().items())]:
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle

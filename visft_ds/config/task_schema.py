@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, model_serializer
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import BaseModel
 
 from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
-from visft_ds.tasks import registry
 
 #: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
 #: shares most words with the others. The last two give a small set of images one answer each.
@@ -97,12 +95,6 @@ class TasksConfig(StrictModel):
         """Name and settings of the task that works with words; None without one."""
         found = ((name, task) for name, task in self.enabled().items() if isinstance(task, WordsConfig))
         return next(found, None)
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Tasks of other packages count only where they train: installing one changes no other run's record."""
-        values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if value is not None or name in registry.BUILT_IN}
 
 
 class SharedImage(StrictModel):

@@ -14,7 +14,6 @@ from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_Z
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig, complete
-from visft_ds.config.task_schema import TasksConfig
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -86,7 +85,7 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
         ValueError: everything that is wrong, one line each: key = value (source): what is allowed, nearest name.
     """
     complete()
-    errors = [*_refused(tree.values), *_automatic(tree.values)]
+    errors = list(_refused(tree.values))
     handled = {key for key, _ in errors}
     ours = {key: value for key, value in tree.values.items() if key in Recipe.model_fields}
     theirs = {key: value for key, value in tree.values.items() if key not in Recipe.model_fields and key not in REFUSED}
@@ -139,9 +138,6 @@ def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in zero if isinstance(zero, dict) else ():
         if key in REFUSED_ZERO:
             yield f"zero_optimization.{key}", f"may not be set: {REFUSED_ZERO[key]}"
-
-
-def _automatic(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in leaves({name: values[name] for name in values if name not in ("visft", *REFUSED)}):
         if value == "auto":
             yield (
@@ -304,9 +300,11 @@ def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     if visft.mode == "shared" and visft.shared is None:
         yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-    if visft.mode == "sampled":
-        yield from _share_contradictions(visft.tasks)
-    for name, task in visft.tasks.enabled().items():
+    enabled = visft.tasks.enabled()
+    for name, task in enabled.items():
+        if visft.mode == "sampled" and task.updates is None:
+            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+    for name, task in enabled.items():
         for key, problem in task.contradictions():
             yield f"visft.tasks.{name}.{key}", problem
 
@@ -336,12 +334,6 @@ def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
             "visft.data.skip_damaged",
             "must be 0 with visft.features: pixels are read in some epochs only, and damage would be seen in those",
         )
-
-
-def _share_contradictions(tasks: TasksConfig) -> Iterator[tuple[str, str]]:
-    for name, task in tasks.enabled().items():
-        if task.updates is None:
-            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
 
 
 def _engine_contradictions(keys: DeepSpeedKeys) -> Iterator[tuple[str, str]]:

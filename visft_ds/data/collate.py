@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visft_ds.data.features import View
 from visft_ds.data.samples import Batch, Sample
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:
     """A batch without targets: images padded right and bottom with 0 to the largest height and width of the batch."""
     assert samples, "a batch needs at least one sample"
+    views = tuple(sample.view for sample in samples if sample.view is not None)
+    assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
     return Batch(
         images=_pad(samples),
         sizes=torch.tensor([sample.size for sample in samples]),
@@ -25,7 +26,7 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
-        views=_views(samples),
+        views=views or None,
         frames=torch.tensor([sample.size for sample in samples]),
     )
 
@@ -48,9 +49,3 @@ def _pad(samples: Sequence[Sample]) -> Tensor:
     for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image
     return padded
-
-
-def _views(samples: Sequence[Sample]) -> tuple[View, ...] | None:
-    views = tuple(sample.view for sample in samples if sample.view is not None)
-    assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
-    return views or None

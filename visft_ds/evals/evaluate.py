@@ -250,7 +250,7 @@ def _start_process_group() -> None:
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
     """Refuse data that a task cannot be judged by, before anything is computed."""
     for task in tasks:
-        selection = TASKS[task].learns_from
+        selection = TASKS[task].config.learns_from
         if not (manifest.select(selection) < (limit or len(manifest))).any():
             others = ",".join(other for other in tasks if other != task)
             first = f"the first {limit} images of " if limit else ""

@@ -25,7 +25,7 @@ def example_positions(reader: ShardReader, tasks: Sequence[str], count: int, lim
     index = reader.manifest.index[:limit]
     shown = np.ones(len(index), dtype=bool)
     for task in tasks:
-        shown &= index["num_captions" if TASKS[task].labels == "captions" else "num_annotations"] > 0
+        shown &= index["num_captions" if TASKS[task].config.labels == "captions" else "num_annotations"] > 0
     positions: list[int] = np.flatnonzero(shown)[:count].tolist()
     return positions
 

@@ -29,7 +29,7 @@ from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
-from visft_ds.prepare.places import HEADS, WEIGHTS, find, given_words
+from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import needs_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
@@ -283,7 +283,7 @@ def chosen_streams(
 
 def recorded_words(run: Path, config: VisftConfig) -> Path | None:
     """The word map that a run was given, where captioning is on. Raises ValueError as `find`."""
-    key = given_words(config)
+    key = next((key for key in paths_of(config) if key.endswith(WORDS)), None)
     return None if key is None else find(run, config, key)
 
 

@@ -105,7 +105,7 @@ def evaluation_threads(data: DataConfig) -> int:
 
 def needs_categories(tasks: Sequence[str]) -> bool:
     """Return True if one of the tasks learns from annotated objects."""
-    return any(TASKS[task].labels == "annotations" for task in tasks)
+    return any(TASKS[task].config.labels == "annotations" for task in tasks)
 
 
 def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifest) -> None:
@@ -118,8 +118,8 @@ def check_samples(tasks: Sequence[str] | Mapping[str, object], manifest: Manifes
     for task in tasks:
         if not len(manifest):
             raise ValueError(f"{where} has no samples: make the shards anew")
-        labels = TASKS[task].labels
-        if labels not in manifest.labels or not len(manifest.selection(TASKS[task].learns_from)):
+        labels = TASKS[task].config.labels
+        if labels not in manifest.labels or not len(manifest.selection(TASKS[task].config.learns_from)):
             option = {"annotations": "instances"}.get(labels, labels)
             raise ValueError(
                 f"{where} has no sample with {labels}, which {task} needs: make the shards "
@@ -178,7 +178,7 @@ def _names(categories: Sequence[Category]) -> dict[int, str]:
 
 def _taught(manifest: Manifest, enabled: Sequence[str]) -> tuple[str, ...]:
     """The tasks that a split has labels for."""
-    return tuple(task for task in enabled if TASKS[task].labels in manifest.labels)
+    return tuple(task for task in enabled if TASKS[task].config.labels in manifest.labels)
 
 
 def _check_labels(manifest: Manifest, tasks: Sequence[str], remedy: str) -> None:

@@ -192,12 +192,18 @@ def plan_model(
     module = _build_module(config, backbone, vocabulary_size)
     if config.lora is not None:
         inject_lora(backbone, **config.lora.model_dump())
-    _check_patches(config, backbone.patch_size)
+    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
+        for key, problem in task.backbone_contradictions(backbone.patch_size):  # transforms do not know the backbone
+            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
     groups = apply_groups(module, config.param_groups, defaults)
     _check_stage(module, stage_of(config))
     for parameter in (parameter for group in groups for parameter in group.parameters):
         parameter.data = parameter.data.float()
-    _set_modes(module, config, groups)
+    # What runs with a graph and with dropout, and what is recomputed in the backward pass.
+    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
+    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
+    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    module.packed = config.model.packed
     return module, groups
 
 
@@ -255,14 +261,6 @@ def choose_precision(requested: str, device: torch.device) -> tuple[Precision, s
         )
     assert requested in ("fp32", "bf16", "fp16")  # the schema allows nothing else
     return cast(Precision, requested), "as configured"
-
-
-def _set_modes(module: MultiTaskModel, config: VisftConfig, groups: Sequence[TrainedGroup]) -> None:
-    """Set which parts run with a graph and with dropout, and which are recomputed in the backward pass."""
-    module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
-    module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
-    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
-    module.packed = config.model.packed
 
 
 def _build_module(config: VisftConfig, backbone: Backbone, vocabulary_size: int | None) -> MultiTaskModel:
@@ -323,13 +321,6 @@ def _check_stage(module: nn.Module, stage: StageSpec) -> None:
 
 def _without_adapters(idle: str) -> str:
     return ", or train without adapters: visft.lora=null" if is_lora(idle) else ""
-
-
-def _check_patches(config: VisftConfig, patch_size: int) -> None:
-    """Refuse images of a task that patches of this size do not divide; transforms do not know the backbone."""
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        for key, problem in task.backbone_contradictions(patch_size):
-            raise ValueError(f"visft.tasks.{name}.{key}: {problem}")
 
 
 def _check_effect(backbone: Backbone, placement: Placement) -> list[str]:

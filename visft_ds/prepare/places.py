@@ -35,11 +35,6 @@ _REMEDIES = {
 }
 
 
-def given_words(config: VisftConfig) -> str | None:
-    """Dotted key of the word map that a run was given; None without one."""
-    return next((key for key in paths_of(config) if key.endswith(WORDS)), None)
-
-
 def paths_of(config: VisftConfig) -> dict[str, str]:
     """Dotted key -> path of each file or folder that a configuration names as an input; not what a server has."""
     found = {WEIGHTS: config.model.weights, HEADS: config.heads.path, DATA: config.data.root}

@@ -60,17 +60,15 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
     Raises:
         ValueError: fewer samples that a stream can learn from than its batch size.
     """
-    tasks = {
-        stream.name: TaskPlan(
-            {
-                name: SetPlan(sets[name].manifest.selection(selection_of(part)), sets[name].weight)
-                for name, part in parts_of(stream, sets).items()
-            },
-            stream.batch_size,
-            stream.share,
-        )
-        for stream in config.streams().values()
-    }
+    tasks = {}
+    for stream in config.streams().values():
+        parts = {}
+        for name, part in parts_of(stream, sets).items():
+            # what teaches at least one of its tasks
+            selections = {TASKS[task].config.learns_from for task in part.tasks}
+            samples = sets[name].manifest.selection(selections.pop() if len(selections) == 1 else "any")
+            parts[name] = SetPlan(samples, sets[name].weight)
+        tasks[stream.name] = TaskPlan(parts, stream.batch_size, stream.share)
     views = None if config.features is None else config.features.views
     return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
 
@@ -107,12 +105,6 @@ def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Strea
     """Data set -> the stream as far as the set has labels for it; without sets that have none."""
     taught = {name: tuple(task for task in stream.tasks if task in one.tasks) for name, one in sets.items()}
     return {name: replace(stream, tasks=tasks) for name, tasks in taught.items() if tasks}
-
-
-def selection_of(stream: Stream) -> str:
-    """Name in `Manifest.selection` of the samples that teach at least one of the tasks of a stream."""
-    selections = {TASKS[task].learns_from for task in stream.tasks}
-    return selections.pop() if len(selections) == 1 else "any"
 
 
 def needs_vocabulary(tasks: Sequence[str] | Mapping[str, object]) -> bool:

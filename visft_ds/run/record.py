@@ -29,7 +29,6 @@ from visft_ds.prepare.places import (
     VOCABULARY_FILE,
     WEIGHTS,
     WORDS,
-    given_words,
     paths_of,
     with_paths,
 )
@@ -71,9 +70,8 @@ def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) 
     if HEADS in paths:
         found = {find_head(paths[HEADS], task) for task in config.tasks.enabled()}
         sources = {heads_inside(run)[0] / path.name: path for path in found}
-    words = given_words(config)
-    if words is not None:
-        sources[folder / VOCABULARY_FILE] = Path(paths[words])
+    for key in (key for key in paths if key.endswith(WORDS)):
+        sources[folder / VOCABULARY_FILE] = Path(paths[key])
     remove_unfinished(folder)
     for path, source in sources.items():
         if not path.is_file() or sha256_file(path) != sha256_file(source):

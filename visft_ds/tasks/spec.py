@@ -137,16 +137,6 @@ class TaskSpec:
     flops: Callable[..., Flops] | None = None  #: closed formula of the head's operations; None: they are counted only
 
     @property
-    def labels(self) -> str:
-        """Labels that a data set must have to teach it, see `Manifest.labels`."""
-        return self.config.labels
-
-    @property
-    def learns_from(self) -> str:
-        """Samples that it can learn from, see `Manifest.selection`."""
-        return self.config.learns_from
-
-    @property
     def uses_vocabulary(self) -> bool:
         """Return True if it works with words."""
         return issubclass(self.config, WordsConfig)

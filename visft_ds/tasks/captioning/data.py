@@ -19,7 +19,7 @@ from torch import Tensor
 from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
-from visft_ds.data.transforms import Resize, Size, apply_to_image
+from visft_ds.data.transforms import Op, Resize, Size, apply_to_image
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
 
@@ -149,3 +149,16 @@ def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:
         row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
     references = tuple(tuple(part["references"].tolist()) for part in parts)
     return CaptionTargets(tokens, torch.tensor(lengths), references)
+
+
+def image_targets(
+    vocabulary: Vocabulary,
+    choice: CaptionChoice,
+    max_words: int,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Targets of an image in a geometry that all tasks share; see `caption_targets`."""
+    with span("tokens"):
+        return caption_targets(raw.captions, vocabulary, choice, generator, max_words)

@@ -7,20 +7,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.dataset import caption_dataset
-from visft_ds.data.samples import RawSample
-from visft_ds.data.spans import span
-from visft_ds.data.transforms import Op
 from visft_ds.tasks.captioning.config import CaptioningTask
 from visft_ds.tasks.captioning.data import (
     CaptionTargets,
     CaptionTransform,
-    caption_targets,
+    image_targets,
     pack_captions,
 )
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
@@ -29,25 +23,12 @@ from visft_ds.tasks.captioning.pictures import draw_caption
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
 from visft_ds.tasks.transform import JointTransform
-from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
     if transform.vocabulary is None:
         raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
-    return partial(_image_targets, transform.vocabulary, transform.caption_choice, transform.max_words)
-
-
-def _image_targets(
-    vocabulary: Vocabulary,
-    choice: CaptionChoice,
-    max_words: int,
-    raw: RawSample,
-    ops: Sequence[Op],
-    generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
-    with span("tokens"):
-        return caption_targets(raw.captions, vocabulary, choice, generator, max_words)
+    return partial(image_targets, transform.vocabulary, transform.caption_choice, transform.max_words)
 
 
 def _blank(

@@ -182,3 +182,11 @@ def pack_detection(samples: Sequence[Sample]) -> DetectionTargets:
         labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
         counts=torch.tensor([len(part["labels"]) for part in parts]),
     )
+
+
+def image_targets(
+    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Targets of an image in a geometry that all tasks share; see `detection_targets`."""
+    with span("boxes"):
+        return detection_targets(raw.annotations, raw.size, ops, labels)

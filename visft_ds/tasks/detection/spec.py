@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.samples import RawSample
-from visft_ds.data.spans import span
-from visft_ds.data.transforms import Op, places
+from visft_ds.data.transforms import places
 from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth, pack_results, unpack_results
 from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import (
     DetectionTargets,
     DetectionTransform,
-    detection_targets,
+    image_targets,
     pack_detection,
 )
 from visft_ds.tasks.detection.flops import detection_flops
 from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, postprocess
 from visft_ds.tasks.pictures import Picture, draw_detections, palette
-from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
-from visft_ds.tasks.transform import JointTransform
-
-
-def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
-    return partial(_image_targets, None if classes is None else places(classes))
-
-
-def _image_targets(
-    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> Mapping[str, npt.NDArray[Any]]:
-    with span("boxes"):
-        return detection_targets(raw.annotations, raw.size, ops, labels)
+from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, TaskSpec
 
 
 def _blank(
@@ -69,7 +53,7 @@ SPEC = TaskSpec(
     build_criterion=DetectionCriterion,
     shared_options=("num_queries", "decoder_layers"),
     transform=DetectionTransform,
-    joint=_joint,
+    joint=lambda transform, classes: partial(image_targets, None if classes is None else places(classes)),
     pack=lambda samples, frame: pack_detection(samples),
     postprocess=postprocess,
     evaluator=Evaluator(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.collate import has_targets, stack_samples
+from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
@@ -318,4 +319,27 @@ def pack_segmentation(samples: Sequence[Sample], frame: Size) -> SegmentationTar
         mask_extents=torch.from_numpy((grids / grids.max(axis=0)).astype(np.float32)),
         counts=torch.tensor(counts),
         keys=torch.tensor([sample.random_key for sample in samples]),
+    )
+
+
+def image_targets(
+    labels: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+) -> Mapping[str, npt.NDArray[Any]]:
+    """The frame is the image: nothing is padded. An object without a mask has a box only."""
+    try:
+        with span("masks"):
+            masks = segmentation_targets(raw.annotations, raw.size, ops, mask_stride, labels)
+    except ValueError as error:
+        raise ValueError(f"image {raw.image_id}: {error}") from error
+    return {**masks, "frame": np.array(final_size(raw.size, ops))}
+
+
+def problem_of(manifest: Manifest) -> str | None:
+    """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
+    without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
+    if 2 * without <= manifest.counts["annotations"]:
+        return None
+    return (
+        f"{manifest.root}/{manifest.split}: {without} of its {manifest.counts['annotations']} objects have no "
+        "mask. Segmentation would take them for background"
     )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.manifest import Manifest
-from visft_ds.data.samples import RawSample
-from visft_ds.data.spans import span
-from visft_ds.data.transforms import Op, final_size, places
+from visft_ds.data.transforms import places
 from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth
 from visft_ds.tasks.pictures import Picture, palette
 from visft_ds.tasks.segmentation.config import SegmentationTask
@@ -23,30 +18,14 @@ from visft_ds.tasks.segmentation.data import (
     SegmentationTargets,
     SegmentationTransform,
     collate_segmentation,
+    image_targets,
     pack_segmentation,
-    segmentation_targets,
+    problem_of,
 )
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, postprocess
 from visft_ds.tasks.segmentation.masks import grid_size
 from visft_ds.tasks.segmentation.pictures import decode_mask, draw_masks
-from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
-from visft_ds.tasks.transform import JointTransform
-
-
-def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
-    return partial(_image_targets, places(COCO_CATEGORY_IDS if classes is None else classes), transform.mask_stride)
-
-
-def _image_targets(
-    labels: Mapping[int, int], mask_stride: int, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> Mapping[str, npt.NDArray[Any]]:
-    """The frame is the image: nothing is padded. An object without a mask has a box only."""
-    try:
-        with span("masks"):
-            masks = segmentation_targets(raw.annotations, raw.size, ops, mask_stride, labels)
-    except ValueError as error:
-        raise ValueError(f"image {raw.image_id}: {error}") from error
-    return {**masks, "frame": np.array(final_size(raw.size, ops))}
+from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, TaskSpec
 
 
 def _blank(
@@ -56,17 +35,6 @@ def _blank(
     masks = torch.empty(objects, *grid_size(size, int(options["mask_stride"])), dtype=torch.uint8, device=device)
     counts, keys = torch.full((images,), content.objects), torch.arange(images)
     return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
-
-
-def _data_problem(manifest: Manifest) -> str | None:
-    """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
-    without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
-    if 2 * without <= manifest.counts["annotations"]:
-        return None
-    return (
-        f"{manifest.root}/{manifest.split}: {without} of its {manifest.counts['annotations']} objects have no "
-        "mask. Segmentation would take them for background"
-    )
 
 
 def _draw(one: Example) -> Picture:
@@ -91,7 +59,9 @@ SPEC = TaskSpec(
     shared_options=("num_classes", "num_queries", "decoder_layers", "labelling"),
     transform=SegmentationTransform,
     collate=collate_segmentation,
-    joint=_joint,
+    joint=lambda transform, classes: partial(
+        image_targets, places(COCO_CATEGORY_IDS if classes is None else classes), transform.mask_stride
+    ),
     pack=pack_segmentation,
     postprocess=postprocess,
     evaluator=Evaluator(
@@ -114,5 +84,5 @@ SPEC = TaskSpec(
         points="pixel_decoder.layers.0.self_attn.attention_weights.weight",  # of the one feature level
     ),
     blank=_blank,
-    data_problem=_data_problem,
+    data_problem=problem_of,
 )
