@@ -31,7 +31,7 @@ from visft_ds.costs.hardware import DTYPES
 from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops import KERNELS, attention, gelu, lora, norm, use_kernels
+from visft_ds.ops import KERNELS, attention, gelu, lora, use_kernels
 from visft_ds.profiling.harness import circumstances
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
@@ -162,7 +162,7 @@ def ops(device: torch.device, folder: Path) -> Cases:
     size, coded = (1030, 1792) if device.type == "cuda" else (7, 100), partial(gelu.gelu, coded=True)
     one, two, scale = [(2, 0, *size)], [(1, 0, *size), (0.5, 3, *size)], torch.linspace(0.5, 1.5, size[1])
     added = (
-        lambda x, branch: norm.layer_norm(branch, scale.to(device), scale.to(device) - 1, 1e-6, x),
+        lambda x, branch: gelu.layer_norm(branch, scale.to(device), scale.to(device) - 1, 1e-6, x),
         lambda x, branch: x + F.layer_norm(branch, size[1:], scale.to(x), scale.to(x) - 1, 1e-6),
     )
     for kernels in KERNELS:

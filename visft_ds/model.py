@@ -230,7 +230,8 @@ class MultiTaskModel(nn.Module):
                     self.faults.append(f"{task}: {error}")
                     losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
                     continue
-                losses[task] = sum_weighted(parts, criterion.weights)
+                # names without a weight are for the log only
+                losses[task] = torch.stack([weight * parts[name] for name, weight in criterion.weights.items()]).sum()
                 losses.update({f"{task}/{name}": value for name, value in parts.items()})
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
 
@@ -256,12 +257,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
                 yield from [one] * one.requires_grad
             elif is_dataclass(one):
                 yield from _tensors(one)
-
-
-def sum_weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Weighted sum of the named losses; names without a weight are for the log only."""
-    terms = [weight * losses[name] for name, weight in weights.items()]
-    return torch.stack(terms).sum()
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visft_ds.ops import KERNELS, use_kernels
-from visft_ds.ops.gelu import STEPS, gelu
+from visft_ds.ops.gelu import STEPS, gelu, layer_norm
 from visft_ds.ops.lora import Slices, lora_linear
-from visft_ds.ops.norm import layer_norm
 from visft_ds.ops.triton import interpreted
 
 assert interpreted(), "run by tests/numerics/test_triton.py"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 
 import pytest
 
 from tools.profile import main as profile
 from visft_ds.config import changed, removed, resolve
-from visft_ds.config.resolve import ResolvedConfig, resolve_values
+from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
+from visft_ds.tasks import registry
 
 TASKS = ("detection", "segmentation", "captioning")
 
@@ -44,7 +44,7 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
     """Checkpoints hold it, and runs that did not use the key go on."""
     for key in list(removed.IDLE):
         monkeypatch.delitem(removed.IDLE, key)
-    monkeypatch.setattr(sys.modules[ResolvedConfig.__module__], "removed_of_tasks", dict)
+    monkeypatch.setattr(registry, "removed_settings", dict)
     for key, value in (("visft.model.sparkle", 0), ("visft.lora.sparkle", 1), ("visft.run.sparkle", 2)):
         monkeypatch.setitem(removed.IDLE, key, value)
     config = resolve(stage=1, model="debug")

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
 from visft_ds.tasks import registry
@@ -17,7 +16,6 @@ RUN_SCHEMA = 2
 _PACK_AGAIN = "run the same `build` with another --out: the same COCO files and images give the same fingerprint"
 _COPIES = "find copies with a program made for that, as imagededup, and name the images to keep in --ids FILE"
 _MEASURED = "what it measured stands in docs/LOG.md; commit 584c6d3 is the last that has it"
-_UPDATES = "state visft.tasks.<task>.updates; steps are shared out in proportion to them, whatever the run's length"
 
 #: Dotted key -> what serves instead; those of the tasks come from `TaskConfig.removed`.
 KEYS: dict[str, str] = {
@@ -61,16 +59,9 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 }
 
 
-@cache
-def removed_of_tasks() -> dict[str, tuple[str, Any]]:
-    """Dotted key of a task of this package -> what serves instead, and the value with which it changed nothing."""
-    gone = {name: {"ratio": (_UPDATES, None), **registry.config_class(name).removed} for name in registry.BUILT_IN}
-    return {f"visft.tasks.{name}.{key}": found for name, keys in gone.items() for key, found in keys.items()}
-
-
 def removed_keys() -> dict[str, str]:
     """Dotted key -> what serves instead."""
-    return KEYS | {key: instead for key, (instead, _) in removed_of_tasks().items()}
+    return KEYS | {key: instead for key, (instead, _) in registry.removed_settings().items()}
 
 
 def removed_key(key: str) -> str | None:
@@ -99,7 +90,7 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
     _ratios_to_updates(kept)
-    idle = IDLE | {key: value for key, (_, value) in removed_of_tasks().items()}
+    idle = IDLE | {key: value for key, (_, value) in registry.removed_settings().items()}
     for key, instead in removed_keys().items():
         *parents, name = key.split(".")
         node: Any = kept

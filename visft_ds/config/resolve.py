@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, removed_of_tasks, without_removed
+from visft_ds.config.removed import IDLE, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
@@ -108,7 +108,7 @@ class ResolvedConfig:
         Removed keys count with the values that changed nothing: the checkpoints of older runs hold them.
         """
         values = self.identity()
-        for key, idle in [*IDLE.items(), *((key, value) for key, (_, value) in removed_of_tasks().items())]:
+        for key, idle in [*IDLE.items(), *((key, value) for key, (_, value) in registry.removed_settings().items())]:
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle

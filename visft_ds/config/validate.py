@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.removed import removed_key
-from visft_ds.config.schema import ROLES, Recipe, RunConfig, VisftConfig, complete
+from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -225,11 +225,36 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if name in names[:index]:
             yield f"visft.param_groups.{index}.name", f"two groups are called {name}; give each its own name"
     yield from _backbone_contradictions(visft)
-    yield from _task_contradictions(visft)
-    yield from _data_contradictions(visft)
+    if visft.mode == "shared" and visft.shared is None:
+        yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
+    enabled = visft.tasks.enabled()
+    for name, task in enabled.items():
+        if visft.mode == "sampled" and task.updates is None:
+            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
+    for name, task in enabled.items():
+        for key, problem in task.contradictions():
+            yield f"visft.tasks.{name}.{key}", problem
+    data = visft.data
+    sets = [data.train, *(one.name for one in data.sets)]
+    for number, one in enumerate(data.sets):
+        if one.name in sets[: number + 1]:
+            yield f"visft.data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
+        idle = [task for task in one.tasks or () if task not in enabled]
+        if idle:
+            yield f"visft.data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
     if visft.features is not None:
         yield from _feature_contradictions(visft)
-    yield from _checkpoint_contradictions(visft.run)
+    run = visft.run
+    if run.keep_best is not None and not run.eval_every:
+        yield "visft.run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
+    elif run.keep_best is not None and run.eval_every % run.save_every:
+        yield (
+            "visft.run.keep_best",
+            f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
+            f"visft.run.save_every = {run.save_every}",
+        )
+    if run.keep_every % run.save_every:
+        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 
 
 def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
@@ -258,19 +283,6 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
 
-def _checkpoint_contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
-    if run.keep_best is not None and not run.eval_every:
-        yield "visft.run.keep_best", "needs an evaluation during training: set visft.run.eval_every, or null"
-    elif run.keep_best is not None and run.eval_every % run.save_every:
-        yield (
-            "visft.run.keep_best",
-            f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
-            f"visft.run.save_every = {run.save_every}",
-        )
-    if run.keep_every % run.save_every:
-        yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
-
-
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
     """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
     best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled().values() for name in task.metrics]
@@ -295,29 +307,6 @@ def _length_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return
     if params.warmup_num_steps > total:
         yield "scheduler.params.warmup_num_steps", f"longer than the run ({meaning} = {total})"
-
-
-def _task_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    if visft.mode == "shared" and visft.shared is None:
-        yield "visft.shared", 'missing: mode "shared" needs visft.shared.batch_size and visft.shared.micro_batch'
-    enabled = visft.tasks.enabled()
-    for name, task in enabled.items():
-        if visft.mode == "sampled" and task.updates is None:
-            yield f"visft.tasks.{name}.updates", "missing: steps are shared out in proportion to the tasks' updates"
-    for name, task in enabled.items():
-        for key, problem in task.contradictions():
-            yield f"visft.tasks.{name}.{key}", problem
-
-
-def _data_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    data, enabled = visft.data, visft.tasks.enabled()
-    names = [data.train, *(one.name for one in data.sets)]
-    for number, one in enumerate(data.sets):
-        if one.name in names[: number + 1]:
-            yield f"visft.data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
-        idle = [task for task in one.tasks or () if task not in enabled]
-        if idle:
-            yield f"visft.data.sets.{number}.tasks", f"{', '.join(idle)} does not train in this run"
 
 
 def _feature_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:

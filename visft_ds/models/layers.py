@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from visft_ds.ops import matmul_dtype
 from visft_ds.ops.attention import Packing, attention, attention_packed
-from visft_ds.ops.gelu import gelu
-from visft_ds.ops.norm import layer_norm
+from visft_ds.ops.gelu import gelu, layer_norm
 
 
 def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

@@ -1,4 +1,5 @@
-"""The exact (erf) GELU, and one that keeps 8 bits of its slope for the backward pass instead of its whole input.
+"""Pointwise operations: the exact (erf) GELU, one that keeps 8 bits of its slope for the backward pass instead of its
+input, and layer norm, alone or added to a residual stream.
 
 In a vision transformer the input of the GELU is the widest tensor of a block, 55 % of what EVA-ViT-E keeps. Its
 backward pass needs the slope alone, which lies between -0.129 and 1.129: 8 bits suffice (Few-Bit Backward, arXiv
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels, placed
+from visft_ds.ops import kernels, no_autocast, placed
 from visft_ds.ops.triton import DTYPES
 
 #: Codes for one unit of slope, and the code of slope 0; so codes run from 1 to 254.
@@ -137,3 +138,20 @@ def _triton_backward(dy: Tensor, code: Tensor) -> Tensor:
     from visft_ds.ops.triton.pointwise import gelu_coded_backward
 
     return gelu_coded_backward(dy, code, STEPS, ZERO)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, added_to: Tensor | None = None) -> Tensor:
+    """Layer norm over the last axis, (..., D) -> (..., D), in the dtype of x; or the sum of it and `added_to`.
+
+    Gradients of weight and bias are computed only where they train. The Triton kernel for the sum has none, so it is
+    taken for frozen norms only; it adds before it rounds.
+    """
+    frozen = not (torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad))
+    if added_to is not None and frozen and kernels(x.device) == "triton" and {x.dtype, added_to.dtype} <= set(DTYPES):
+        from visft_ds.ops.triton.pointwise import add_normed
+
+        return add_normed(added_to, x, weight.detach(), bias.detach(), eps)
+    # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32.
+    with no_autocast(x.device):
+        normed = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return normed if added_to is None else added_to + normed

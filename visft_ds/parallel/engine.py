@@ -252,7 +252,8 @@ class ZeroEngine:
         torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         self.module.train()
         clear_stale_gradients(self.deepspeed.optimizer)
-        rates = {name: group["lr"] for name, group in zip(self.group_names, self._param_groups(), strict=True)}
+        groups = self.deepspeed.optimizer.param_groups
+        rates = {name: group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
         scale = self.loss_scale.value
         sums: dict[str, Tensor] = {}
         self.module.faults = []
@@ -298,10 +299,6 @@ class ZeroEngine:
     def holder(self, name: str) -> int:
         """The rank that speaks for a parameter: the main process, like every other one, can gather all of them."""
         return 0
-
-    def _param_groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
-        return groups
 
     def _dense_gradient_norm(self) -> float:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]

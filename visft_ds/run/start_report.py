@@ -12,7 +12,7 @@ import torch
 from visft_ds.config import Batches, ResolvedConfig, derive_batches
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
-from visft_ds.config.schema import ModelConfig, RunConfig, VisftConfig
+from visft_ds.config.schema import RunConfig, VisftConfig
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.plan import Plan
 from visft_ds.interop.heads import find_head, open_head
@@ -57,6 +57,12 @@ def print_start(
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
     model = config.visft.model
+    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
+    again = "nothing"
+    if model.checkpoint_every and model.recompute == "gelu_8bit":
+        again = f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
+    elif model.checkpoint_every:
+        again = f"{what[model.recompute]}every {model.checkpoint_every}. block"
     sections = [
         Section(
             "model",
@@ -73,7 +79,7 @@ def print_start(
                     if model.packed
                     else "up to the largest image",
                 ),
-                ("recompute", f"{_recompute(model)} ({recompute})"),
+                ("recompute", f"{again} ({recompute})"),
             ],
         ),
         _groups_section(prepared.groups),
@@ -98,13 +104,6 @@ def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> st
     tower = require_eva_vit(backbone)
     name, why = packed_backend(device, dtype, tower.width // tower.num_heads)
     return f"none: images of different sizes are packed, attention {name} ({why})"
-
-
-def _recompute(model: ModelConfig) -> str:
-    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
-    if model.checkpoint_every and model.recompute == "gelu_8bit":
-        return f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
-    return f"{what[model.recompute]}every {model.checkpoint_every}. block" if model.checkpoint_every else "nothing"
 
 
 def data_section(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +150,8 @@ class TaskSpec:
 
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
         """A new head for features of that width."""
-        own = {"vocabulary_size": _needed(self, vocabulary_size)} if self.uses_vocabulary else {}
+        assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
+        own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
         return self.head(in_channels=in_channels, **options, **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
@@ -187,13 +188,6 @@ class TaskSpec:
         return self.postprocess(output, batch, **objects, **self._of_data(vocabulary, classes))
 
     def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
-        own: dict[str, Any] = {"vocabulary": _needed(self, vocabulary)} if self.uses_vocabulary else {}
+        assert vocabulary is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
+        own: dict[str, Any] = {"vocabulary": vocabulary} if self.uses_vocabulary else {}
         return own if classes is None else {**own, "classes": classes}
-
-
-Given = TypeVar("Given")
-
-
-def _needed(spec: TaskSpec, value: Given | None) -> Given:
-    assert value is not None, f"{spec.name} works with a vocabulary"
-    return value

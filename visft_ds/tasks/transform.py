@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.config.task_schema import CaptionChoice
-from visft_ds.data.collate import has_targets, stack_samples
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.transforms import Op, ShortSides, Size, apply_to_image, final_size
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.captioning.data import choice_for

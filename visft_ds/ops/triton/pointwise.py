@@ -1,7 +1,7 @@
 """Pointwise kernels between a block's matrix products: GELU that keeps its slope in 8 bits, and a norm that is added.
 
 Reading and writing memory is all that these cost, so each is one pass over its tensors where PyTorch makes several.
-The slope's code and the order of operations are those of `visft_ds.ops.gelu` and `visft_ds.ops.norm`.
+The slope's code and the order of operations are those of `visft_ds.ops.gelu`.
 """
 
 from __future__ import annotations

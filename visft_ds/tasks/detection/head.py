@@ -170,7 +170,9 @@ class DetectionCriterion:
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
         boxes = at_least_float32(torch.stack([layer.boxes for layer in layers]))
         matches = match(logits, boxes, targets, self.costs, image_ids)
-        wanted = self._wanted_classes(logits, targets, matches)
+        # (L, B, Q) int64: the class of the matched object, "no object" elsewhere
+        wanted = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
+        wanted[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
         by_name = {
             "ce": self._cross_entropy(logits, wanted) / loss_denominators["class_weight"],
             **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
@@ -189,13 +191,6 @@ class DetectionCriterion:
                     f"the detection head has {name} {value}, its criterion was built with {getattr(self, name)}: "
                     f"give both the same {name}"
                 )
-
-    @staticmethod
-    def _wanted_classes(logits: Tensor, targets: DetectionTargets, matches: Matches) -> Tensor:
-        """(L, B, Q) int64: the class of the matched object, "no object" elsewhere."""
-        wanted = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
-        wanted[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
-        return wanted
 
     def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
         """(L,) sums over images and queries, each term with the weight of its wanted class."""

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.data.collate import has_targets, stack_samples
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, Size, apply_to_image, labels_of, places
 from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE
