@@ -32,14 +32,14 @@ def test_broken_kernels_fail_and_nothing_else_does(tmp_path: Path) -> None:
     for name in ("visft_ds", "tools", "ds_configs"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     mistakes = {
-        "gelu.py": ("codes.copy_(_codes(values))", "codes.copy_(_codes(1.02 * values))"),
-        "norm.py": (
-            "return normed if",
+        "codes.copy_(_codes(values))": ("gelu.py", "codes.copy_(_codes(1.02 * values))"),
+        "return normed if": (
+            "gelu.py",
             "if x.dtype == torch.half:\n        raise MemoryError('worn out')\n    return normed if",
         ),
-        "attention.py": ("q.shape[-1] ** -0.5", "q.shape[-1] ** -0.51"),
+        "q.shape[-1] ** -0.5": ("attention.py", "q.shape[-1] ** -0.51"),
     }
-    for file, (right, wrong) in mistakes.items():
+    for right, (file, wrong) in mistakes.items():
         path = copy / "visft_ds" / "ops" / file
         text = path.read_text()
         assert text.count(right) == 1
