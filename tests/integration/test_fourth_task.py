@@ -89,6 +89,12 @@ def test_a_name_is_taken_once() -> None:
         registry.register("detection", "mine:SPEC")
 
 
+@pytest.mark.parametrize("place", ["tests.nothing:SPEC", "tests.fourth_task:NOTHING", "classification", ":"])
+def test_a_place_without_a_task_is_named(place: str) -> None:
+    with pytest.raises(ValueError, match=r"a task is said to be at .*give module:NAME of a TaskSpec"):
+        registry.load(place)
+
+
 def test_the_core_names_no_task() -> None:
     """But the fields of COCO's annotations, and the tables of the published heads."""
     allowed = {f"visft_ds.{name}" for name in ("data.labels", "interop.published_heads")}

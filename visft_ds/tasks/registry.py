@@ -70,9 +70,18 @@ def _check_free(name: str, place: str) -> None:
 
 @cache
 def load(place: str) -> Any:
-    """The object at "module:name"."""
+    """The object at "module:name".
+
+    Raises:
+        ValueError: there is none at the place that another package or the environment gives.
+    """
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    if place.startswith("visft_ds."):
+        return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module or "?"), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"a task is said to be at {place!r} ({error}): give module:NAME of a TaskSpec") from error
 
 
 def config_class(name: str) -> Any:
