@@ -89,6 +89,15 @@ def test_a_name_is_taken_once() -> None:
         registry.register("detection", "mine:SPEC")
 
 
+def test_a_name_that_is_taken_is_refused_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no table with a part of the tasks behind."""
+    monkeypatch.setattr(registry, "_entries", {})
+    monkeypatch.setenv(registry.VARIABLE, "mine=tests.fourth_task:SPEC detection=mine:SPEC")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="choose another one"):
+            registry.entries()
+
+
 @pytest.mark.parametrize("place", ["tests.nothing:SPEC", "tests.fourth_task:NOTHING", "classification", ":"])
 def test_a_place_without_a_task_is_named(place: str) -> None:
     with pytest.raises(ValueError, match=r"a task is said to be at .*give module:NAME of a TaskSpec"):

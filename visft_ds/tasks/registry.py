@@ -37,17 +37,16 @@ def entries() -> Mapping[str, Location]:
     """Name -> places of every task, those of this package first.
 
     Raises:
-        ValueError: an installed package gives a task a name that is taken.
+        ValueError: an installed package, or the environment, gives a task a name that is taken.
     """
     if not _entries:
-        _entries.update(BUILT_IN)
-        for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-            _check_free(point.name, point.value)
-            _entries[point.name] = Location(point.value)
-        for word in os.environ.get(VARIABLE, "").split():
-            name, _, place = word.partition("=")
-            _check_free(name, place)
-            _entries[name] = Location(place)
+        found = dict(BUILT_IN)
+        places = sorted((point.name, point.value) for point in entry_points(group=GROUP))
+        words = (word.partition("=") for word in os.environ.get(VARIABLE, "").split())
+        for name, place in (*places, *((name, place or name) for name, _, place in words)):
+            _check_free(name, place, found)
+            found[name] = Location(place)
+        _entries.update(found)  # all or none
     return _entries
 
 
@@ -57,15 +56,14 @@ def register(name: str, spec: str) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    entries()
-    _check_free(name, spec)
+    _check_free(name, spec, entries())
     _entries[name] = Location(spec)
     os.environ[VARIABLE] = f"{os.environ.get(VARIABLE, '')} {name}={spec}".strip()
 
 
-def _check_free(name: str, place: str) -> None:
-    if name in _entries:
-        raise ValueError(f"task {name!r} of {place}: the name is that of {_entries[name].spec}; choose another one")
+def _check_free(name: str, place: str, taken: Mapping[str, Location]) -> None:
+    if name in taken:
+        raise ValueError(f"task {name!r} of {place}: the name is that of {taken[name].spec}; choose another one")
 
 
 @cache
