@@ -64,7 +64,7 @@ class RunData:
         return self.vocabulary.size if self.vocabulary else None
 
     def identity(self) -> dict[str, str]:
-        """What must be the same on all ranks, and when a run goes on."""
+        """Facts that must be the same on all ranks, and when a run goes on."""
         return {
             "data set": data_identity(self.sets),
             "order of samples": self.plan.describe(),

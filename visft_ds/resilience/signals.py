@@ -30,7 +30,7 @@ Scope = Literal["all ranks", "one rank"]
 
 
 class RankError(ValueError):
-    """What a user can mend, with the ranks that meet it; a plain ValueError is met by all."""
+    """Mistake that a user can mend, with the ranks that meet it; a plain ValueError is met by all."""
 
     def __init__(self, message: str, scope: Scope = "one rank") -> None:
         super().__init__(message)
