@@ -1,4 +1,4 @@
-"""Whole steps of an engine that change nothing: they allocate what training allocates, and learn nothing."""
+"""Complete steps of an engine that change nothing: they allocate what training allocates, and learn nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from visft_ds.parallel.state import MOMENTS, base_optimizer, ensure_moments
 
 #: What DeepSpeed counts as steps go by. Without a scheduler it has none to move on.
 _COUNTED = ("lr_scheduler", "micro_steps", "global_steps", "global_samples", "skipped_steps")
-#: The same of our engines.
-_OWN = ("accept", "_steps_here")
 
 
 @contextmanager
@@ -33,7 +31,7 @@ def unchanged(engine: Engine) -> Iterator[None]:
     ensure_moments(engine)
     inside, optimizer = engine.deepspeed, base_optimizer(engine)
     counted = {name: getattr(inside, name) for name in _COUNTED}
-    own = {name: value for name, value in vars(engine).items() if name in _OWN}
+    ours = dict(vars(engine))  # `should_update` and counters, which a step may rebind
     step, scale = optimizer.step, engine.loss_scale.state()
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         inside.lr_scheduler, engine.should_update = None, lambda loss: True
@@ -46,7 +44,7 @@ def unchanged(engine: Engine) -> Iterator[None]:
             engine.loss_scale.restore(scale)
             for name, value in counted.items():
                 setattr(inside, name, value)
-            vars(engine).update(own)
+            vars(engine).update(ours)
 
 
 def _step_over_gradients(optimizer: Any) -> None:
