@@ -1,5 +1,5 @@
-"""Random orders that are computed place by place instead of being kept as a list: the same few bytes for ten samples
-and for ten billion, any place at once, and no state.
+"""Pseudo-random permutations that are computed place by place, without a list in memory: the same few bytes for ten
+samples and for ten billion, any place at once, and no state.
 
 All arithmetic is on integers, so that an order never changes with a library.
 
@@ -19,15 +19,15 @@ UInt64Array = npt.NDArray[np.uint64]
 WORD = 1 << 64
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 
-#: The least number that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000 keys: 8 rounds
-#: miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
+#: Least number of Feistel rounds that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000
+#: keys: 8 rounds miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
 _ROUNDS = 16
-#: Samples that lie side by side in the shards and stay together in a windowed order, and blocks mixed at a time.
+#: Neighbouring samples of the shards that stay together in a windowed order, and number of such blocks in a window.
 BLOCK, WINDOW = 64, 16
 
 
 def mix(words: UInt64Array) -> UInt64Array:
-    """Scatter 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    """Hash 64-bit words, one by one (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -44,8 +44,8 @@ def mix_int(*values: int) -> int:
 class Permutation:
     """A random permutation of 0 .. size - 1 that belongs to a key.
 
-    A Feistel network over pairs (a, b) with a * b just above `size`; results outside are sent through again until they
-    lie inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4 and 5).
+    A Feistel network on a grid of rows x columns cells, at least `size`; results outside go through it again until they
+    lie inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4, 5).
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -80,11 +80,11 @@ def shuffled(places: Int64Array, size: int, key: int) -> Int64Array:
 
 
 def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
-    """The same with neighbours kept near each other, for storage where reading far apart is dear.
+    """The same with neighbours kept near each other, for storage where random access is slow.
 
-    Blocks of `BLOCK` neighbours stand in random order, and `WINDOW` blocks at a time are mixed sample by sample: a
-    consumer touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks,
-    and the samples of the incomplete one at the end, differ between epochs.
+    Blocks of `BLOCK` neighbours are shuffled, and within each window of `WINDOW` blocks all samples are: a consumer
+    touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks, and the
+    samples of the incomplete one at the end, differ between epochs.
     """
     blocks, window = size // BLOCK, BLOCK * WINDOW
     numbers = places // window
@@ -94,7 +94,7 @@ def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
         slots[chosen] = start + Permutation(min(window, size - start), mix_int(key, 1, number))(places[chosen] - start)
     # the incomplete block, whose number is `blocks`, keeps its slot
     numbers, inside = slots // BLOCK, slots % BLOCK
-    whole = numbers < blocks
+    complete = numbers < blocks
     if blocks:
-        numbers[whole] = Permutation(blocks, mix_int(key, 2))(numbers[whole])
+        numbers[complete] = Permutation(blocks, mix_int(key, 2))(numbers[complete])
     return (numbers * BLOCK + inside + mix_int(key, 3) % size) % size
