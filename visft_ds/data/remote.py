@@ -506,8 +506,8 @@ def _told(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of any of the packages."""
-    for one in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
-        response = getattr(one, "response", None)
+    for cause in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
+        response = getattr(cause, "response", None)
         if isinstance(response, Mapping):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     for holder, attribute in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):

@@ -181,8 +181,9 @@ class Processes:
 
     def _modules(self) -> list[str]:
         """Modules that define the functions of the pipelines: the fork server loads them once for all processes."""
-        pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
-        names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
+        pipelines = [each for by_set in self._maker.pipelines.values() for each in by_set.values()]
+        names = {type(each.transform).__module__ for each in pipelines}
+        names |= {each.collate.__module__ for each in pipelines}
         return sorted(names - {"__main__", "builtins"})
 
 

@@ -133,7 +133,7 @@ def heads_in(folder: Path) -> tuple[str, ...]:
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
         wanted = ", ".join(head_file("", task).name for task in TASKS)
-        inside = next((one for one in heads_inside(folder) if any(head_files(one, task) for task in TASKS)), None)
+        inside = next((inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)), None)
         raise ValueError(
             f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): "
             + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")

@@ -136,7 +136,7 @@ def _sources(origin: Origin, change: Change, tower: Tower) -> list[str]:
     else:
         source, facts = "adapter", f"Adapter: {peft.facts(change, tower)}"
     rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
-    rows += [f"| {source} | {one.name} | {one.sha256} |" for one in origin.adapters]
+    rows += [f"| {source} | {adapter.name} | {adapter.sha256} |" for adapter in origin.adapters]
     lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
     return [*lines, facts, *(f"{note}." for note in origin.notes), ""]
 

@@ -69,12 +69,12 @@ def merge(given: argparse.Namespace) -> int:
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
-    for path, place, one in zip(given.adapter, places, adapters, strict=True):
+    for path, place, adapter in zip(given.adapter, places, adapters, strict=True):
         where = f" ({place})" if place != path else ""
-        print(f"adapter  {path}{where}: {one.describe()}")
+        print(f"adapter  {path}{where}: {adapter.describe()}")
     origin = Origin(
         None,
-        tuple(CardSource(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
+        tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
         _trained(places[0]) if len(places) == 1 else {},
         _measured(given.results) if given.results else {},
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),

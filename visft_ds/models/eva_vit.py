@@ -244,7 +244,7 @@ class EvaViT(nn.Module):
             return self._positioned(x, size)
         # Patches do not overlap: embedded once for the padded batch, where ZeRO-3 expects one call on every rank.
         maps = zip(x.unflatten(1, size), grids, strict=True)
-        own = [self._positioned(one[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for one, grid in maps]
+        own = [self._positioned(patches[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for patches, grid in maps]
         return torch.cat(own, dim=1)
 
     def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -216,7 +216,7 @@ def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(PREFIX + one for one in near)}?" if near else "see timm.list_models()"
+        hint = f"did you mean {' or '.join(PREFIX + known for known in near)}?" if near else "see timm.list_models()"
         raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     if image_size is not None:

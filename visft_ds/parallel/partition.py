@@ -210,4 +210,4 @@ def _tensors(output: object) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     inner = output if isinstance(output, tuple) else vars(output).values() if hasattr(output, "__dict__") else ()
-    return [tensor for one in inner for tensor in _tensors(one)]
+    return [tensor for item in inner for tensor in _tensors(item)]

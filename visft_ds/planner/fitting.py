@@ -178,7 +178,7 @@ def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig,
         if plan.total <= capacity:
             return candidate, f"the fastest that fits: {_mib(plan.total)} of {_mib(capacity)}, as predicted"
     others = fitting_settings(candidate, processes, capacity, precision=precision, vocabulary_size=size, device=device)
-    help_ = "; ".join(" ".join(one.settings) for one in others) or "a smaller --model, or more memory"
+    help_ = "; ".join(" ".join(suggestion.settings) for suggestion in others) or "a smaller --model, or more memory"
     raise ValueError(
         f"visft.model.fit_memory: even with every block computed again a step needs {_mib(plan.total)} of "
         f"{_mib(capacity)}, as predicted. What helps: {help_}"

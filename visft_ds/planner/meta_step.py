@@ -159,17 +159,18 @@ class _Result:
         single = isinstance(result, Tensor)
         found = (result,) if single else result
         alike = isinstance(found, tuple) and all(
-            one is None or (isinstance(one, Tensor) and one.is_meta) for one in found
+            value is None or (isinstance(value, Tensor) and value.is_meta) for value in found
         )
         if not alike:
             return None
-        shapes = [None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in found]
+        shapes = [None if value is None else (tuple(value.shape), value.stride(), value.dtype) for value in found]
         return cls(tuple(shapes), single)
 
     def make(self) -> Any:
         """New tensors like those."""
         made = [
-            None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
+            None if shape is None else torch.empty_strided(*shape[:2], dtype=shape[2], device=META)
+            for shape in self.tensors
         ]
         return made[0] if self.single else tuple(made)
 
@@ -178,7 +179,7 @@ class _Result:
 def _is_functional(func: Any) -> bool:
     """Return True if an operator mutates nothing and returns no view of its arguments."""
     schema = func._schema
-    return not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
+    return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
 
 
 def _signature(value: Any) -> Any:
@@ -186,7 +187,7 @@ def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, (list, tuple)):
-        return tuple(_signature(one) for one in value)
+        return tuple(_signature(item) for item in value)
     return type(value), value
 
 

@@ -50,7 +50,7 @@ class SearchArm:
     @property
     def fullest(self) -> MemoryPlan:
         """Of the kind of step that needs most."""
-        return max((one.memory for one in self.streams.values()), key=lambda memory: memory.total)
+        return max((stream.memory for stream in self.streams.values()), key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
@@ -60,12 +60,12 @@ class SearchArm:
     @property
     def step_seconds(self) -> float:
         """Mean over the run."""
-        return sum(self.shares[name] * one.time.total for name, one in self.streams.items())
+        return sum(self.shares[name] * stream.time.total for name, stream in self.streams.items())
 
     @property
     def images_per_second(self) -> float:
         """Of the mix, over all GPUs."""
-        return sum(self.shares[name] * one.images for name, one in self.streams.items()) / self.step_seconds
+        return sum(self.shares[name] * stream.images for name, stream in self.streams.items()) / self.step_seconds
 
     @property
     def hours(self) -> float:
@@ -75,7 +75,7 @@ class SearchArm:
     @property
     def of_limit(self) -> float:
         """Share of the peak: the time of the arithmetic alone over the predicted one."""
-        return sum(self.shares[name] * one.limit for name, one in self.streams.items()) / self.step_seconds
+        return sum(self.shares[name] * stream.limit for name, stream in self.streams.items()) / self.step_seconds
 
 
 def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
@@ -136,7 +136,7 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
             break  # a pipeline divides what does not fit; it waits while it fills
         tried = []
         for settings, candidate in _variants(of_engine, cluster):
-            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {one}" for one in settings))))
+            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
             if tried[-1].fits:
                 break
         if tried:

@@ -174,7 +174,7 @@ def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
             for record in _measure(case, rates):
                 ranks = distributed.gather_objects(record)
                 if ranks is not None:
-                    records.append(max(ranks, key=lambda one: sum(one["measured"].values())))
+                    records.append(max(ranks, key=lambda rank: sum(rank["measured"].values())))
     return records if distributed.is_main() else None
 
 
@@ -343,7 +343,7 @@ def error_of(record: Mapping[str, Any]) -> float:
 
 def time_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """Predicted over measured time, in units of the geometric mean of that over all records that have both."""
-    ratios = [one["predicted_seconds"] / one["cpu_seconds"] for one in records if one["predicted_seconds"]]
+    ratios = [case["predicted_seconds"] / case["cpu_seconds"] for case in records if case["predicted_seconds"]]
     if not ratios:
         return []
     middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -360,16 +360,16 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """Every step, and the largest error."""
     ratios = iter(record["time_ratios"])
     rows = []
-    for one in record["records"]:
-        timed = one["predicted_seconds"] is not None
+    for case in record["records"]:
+        timed = case["predicted_seconds"] is not None
         rows.append(
             (
-                one["case"],
-                one["task"],
-                f"{sum(one['measured'].values()) / _MIB:.2f}",
-                f"{one['predicted']['total'] / _MIB:.2f}",
-                f"{100 * error_of(one):+.1f} %",
-                f"{1e3 * one['cpu_seconds']:.0f}",
+                case["case"],
+                case["task"],
+                f"{sum(case['measured'].values()) / _MIB:.2f}",
+                f"{case['predicted']['total'] / _MIB:.2f}",
+                f"{100 * error_of(case):+.1f} %",
+                f"{1e3 * case['cpu_seconds']:.0f}",
                 f"{next(ratios):.2f}" if timed else "",
             )
         )

@@ -142,7 +142,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         if hasattr(targets, "tokens"):
             content["caption_ids"] = max(content.get("caption_ids", 0), targets.tokens.shape[1])
     formula = formula_of(session, batches)
-    known, seconds = [one for one in flops if one is not None], [step.seconds for step in plain]
+    known, seconds = [count for count in flops if count is not None], [step.seconds for step in plain]
     # Operations a second: "model" leaves out what activation checkpointing computes again, "hardware" includes it.
     model, hardware = None, meter.total / statistics.median(seconds)  # of a head without a formula the count stands
     if len(known) == len(flops):
@@ -164,7 +164,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             "skipped": sum(report.skipped for report in told[lengths.warmup :]),
         },
         "losses": [dict(report.losses)["loss"] for report in first[:2]],
-        "images_per_second": spread(images / one for one in seconds),
+        "images_per_second": spread(images / step_seconds for step_seconds in seconds),
         "step_seconds": spread(seconds),
         "parts_seconds": typical_parts(hooked),
         "hooked_step_seconds": spread(step.seconds for step in hooked),

@@ -52,7 +52,7 @@ def robust_score(past: Iterable[float], loss: float) -> float:
     """
     known = list(past)
     middle = statistics.median(known)
-    deviation = statistics.median(abs(one - middle) for one in known)
+    deviation = statistics.median(abs(loss - middle) for loss in known)
     return _MEDIAN_DEVIATION * (loss - middle) / max(deviation, _FLAT * abs(middle), 1e-12)
 
 
@@ -70,8 +70,8 @@ class LossGuard:
         self.bad = 0  #: steps in a row without an update because loss or gradient was no number
         self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
         self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
-        for one in past:
-            self._note(one)
+        for step in past:
+            self._note(step)
 
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
         """Take note of a finished step. Returns what to say of it, "" for nothing."""
@@ -175,8 +175,8 @@ def find_overflow(
     found: dict[str, str] = {}
 
     def note(what: str, tensor: Tensor) -> None:
-        if what not in found and (one := not_finite(what, tensor)) is not None:
-            found[what] = one.text()
+        if what not in found and (fault := not_finite(what, tensor)) is not None:
+            found[what] = fault.text()
 
     engine.should_update = lambda loss: False
     engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})

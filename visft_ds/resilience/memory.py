@@ -118,13 +118,13 @@ def largest_batches(
     lies, one stands), or where images are packed."""
     found: list[tuple[Largest, SamplePipeline]] = []
     pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
-    category = next((one.coco_id for one in first.categories), 0)
+    category = next((category.coco_id for category in first.categories), 0)
     for name, stream in streams_of(settings, first).items():
         own: list[tuple[Largest, SamplePipeline]] = []
         for dataset, part in parts_of(stream, sets).items():
             manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
             objects = _most_objects(manifest, batches.micro[name])
-            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
+            extremes = {size for size in _sizes(manifest) for size in pipeline.transform.extremes(size)}
             packed = settings.model.packed
             for sizes in _gathered(extremes, batches.micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
@@ -199,7 +199,7 @@ def _sizes(manifest: Manifest) -> Iterator[Size]:
     found: set[int] = set()
     for rows in manifest.parts():
         found.update(np.unique(rows["height"].astype(np.int64) << 32 | rows["width"]).tolist())
-    return (divmod(one, 1 << 32) for one in sorted(found))
+    return (divmod(number, 1 << 32) for number in sorted(found))
 
 
 def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:

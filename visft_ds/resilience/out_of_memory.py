@@ -115,8 +115,8 @@ class MemoryWatch:
             self._config, self._world_size, room, precision=self._precision, vocabulary_size=self._vocabulary_size
         )
         fits = [
-            f"    {' '.join(one.settings)}   ({gib(one.memory.total)}, {one.relative_time:.2f} x the time)"
-            for one in suggestions
+            f"    {' '.join(s.settings)}   ({gib(s.memory.total)}, {s.relative_time:.2f} x the time)"
+            for s in suggestions
         ]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [

@@ -49,8 +49,8 @@ def describe(manifest: Manifest, *, categories: bool = False, shards: bool = Fal
         facts["category_table"] = _category_table(manifest)
     if shards:
         facts["shard_table"] = [
-            {"name": one.name, "samples": one.count, "bytes": one.bytes, "sha256": one.sha256}
-            for one in manifest.shards
+            {"name": shard.name, "samples": shard.count, "bytes": shard.bytes, "sha256": shard.sha256}
+            for shard in manifest.shards
         ]
     return facts
 

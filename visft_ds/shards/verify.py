@@ -139,7 +139,7 @@ def verify(
     problems += repeated(totals.image_ids)
     if not problems:
         messages = totals.compare(fields)
-        problems = [Problem(manifest_path(root, split).name, one, fix=rebuild_hint(split)) for one in messages]
+        problems = [Problem(manifest_path(root, split).name, message, fix=rebuild_hint(split)) for message in messages]
     return problems
 
 
@@ -321,7 +321,7 @@ class _Totals:
             messages.append(f"{len(differing)} words are counted otherwise in the captions: {some(differing)}")
         unlisted = sorted(self._categories - {category["coco_id"] for category in fields["categories"]})
         if unlisted:
-            messages.append(f"annotations use categories that it does not list: {some([str(one) for one in unlisted])}")
+            messages.append(f"annotations use categories that it does not list: {some([str(id_) for id_ in unlisted])}")
         return messages
 
 

@@ -198,13 +198,13 @@ class Vocabulary:
         Raises ValueError for an id outside 0..size - 1.
         """
         words = []
-        for one in ids:
-            if not 0 <= one < self.size:
-                raise ValueError(f"id {one} is not in this vocabulary of {self.size} ids (0..{self.size - 1})")
-            if one == self.end:
+        for id_ in ids:
+            if not 0 <= id_ < self.size:
+                raise ValueError(f"id {id_} is not in this vocabulary of {self.size} ids (0..{self.size - 1})")
+            if id_ == self.end:
                 break
-            if one not in (self.pad, self.start):
-                words.append(UNKNOWN if one == self.unknown else self.words[one - 1])
+            if id_ not in (self.pad, self.start):
+                words.append(UNKNOWN if id_ == self.unknown else self.words[id_ - 1])
         return " ".join(words)
 
     def check_same(self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards") -> None:

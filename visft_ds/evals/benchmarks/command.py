@@ -154,16 +154,14 @@ def _write(
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
-    chosen = {
-        label: {name: dict(one.settings) for name, one in of.items() if one.settings} for label, of in results.items()
-    }
+    chosen = {label: {name: dict(s.settings) for name, s in of.items() if s.settings} for label, of in results.items()}
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "models": {label: dict(facts[label]) for label in labels},
         "benchmarks": {
-            one.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in one.sets.items()}
-            for one in benchmarks
+            each.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in each.sets.items()}
+            for each in benchmarks
         },
         "rows": as_json(rows),
         "chosen": chosen,

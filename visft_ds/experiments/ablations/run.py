@@ -80,8 +80,8 @@ class Runner:
                         each = (time.monotonic() - began) / done if done else 0.0
                         left = f"  left {clock(each * (total - kept - done))}" if each else ""
                         self.say(f"[{kept + begun}/{total}] {step.title}{left}")
-                        one = _start(step, self.forks)
-                        running[one.process.sentinel] = one
+                        child = _start(step, self.forks)
+                        running[child.process.sentinel] = child
                 for sentinel in wait(list(running)) if running else ():
                     assert isinstance(sentinel, int)
                     failure = running.pop(sentinel).finish()
@@ -91,8 +91,8 @@ class Runner:
                         for line in failure[1].end:
                             self.say(f"  | {line}")
         except KeyboardInterrupt:
-            for one in running.values():
-                one.stop()
+            for child in running.values():
+                child.stop()
             raise
         return failures
 
