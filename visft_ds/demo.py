@@ -117,8 +117,8 @@ class Demo:
         code = _stream(command_line, environment, log, hide)
         seconds = time.perf_counter() - began
         if code:
-            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            lines = [f"  | {line}" for line in said if not NOISE.match(line)][-TAIL:]
+            logged = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = [f"  | {line}" for line in logged if not NOISE.match(line)][-TAIL:]
             from visft_ds.evals.demo import short_path
 
             raise StepFailed(

@@ -88,15 +88,15 @@ def export_weights(
     return written
 
 
-def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
+def save_base(base: BaseWeights, metadata: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: the file's metadata (`tower_metadata`).
+    So they need not be gathered from whoever holds them. `metadata`: the file's metadata (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
     drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
-    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**told, **drawn})
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**metadata, **drawn})
 
 
 def _export_tower(
@@ -132,9 +132,9 @@ def _export_tower(
 
 
 def _write_tower(
-    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], told: Mapping[str, str]
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    write_safetensors(path, infos, produce, {**told, "lora_merged": "false"}, overwrite=True)
+    write_safetensors(path, infos, produce, {**metadata, "lora_merged": "false"}, overwrite=True)
 
 
 def _head_info(

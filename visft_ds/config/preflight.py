@@ -151,9 +151,9 @@ def head_files(folder: Path, task: str) -> list[Path]:
     """Files that may hold a task's head: ours, else those named as the published ones. `folder` may be a file."""
     if folder.is_file():
         return [folder]
-    own = folder / f"{task}.safetensors"
-    if own.is_file():
-        return [own]
+    file = folder / f"{task}.safetensors"
+    if file.is_file():
+        return [file]
     word = registry.config_class(task).published
     published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
     return [path for path in published if path.is_file()]

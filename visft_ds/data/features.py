@@ -109,8 +109,8 @@ class FeatureCache:
             self._look()
 
     def __reduce__(self) -> tuple[Callable[..., FeatureCache], tuple[Any, ...]]:
-        own = {name: value for name, value in self._identity.items() if name not in ("version", "storage")}
-        return FeatureCache, (self._root, own, self.storage)
+        identity = {name: value for name, value in self._identity.items() if name not in ("version", "storage")}
+        return FeatureCache, (self._root, identity, self.storage)
 
     def __len__(self) -> int:
         """Entries known so far."""

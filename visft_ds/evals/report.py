@@ -136,14 +136,14 @@ def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Pict
 def _card(report: Report, task: str) -> dict[str, Any]:
     name = MAIN[task]
     values = [evaluation.metrics.get(name, math.nan) for evaluation in report.evaluations]
-    told = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
+    lines = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
     if len(values) > 1:
         change = _change(report.evaluations, name)
         difference = f" ({change:+.3f})" if math.isfinite(change) else ""
-        told.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
+        lines.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
     for evaluation in report.training[-1:]:
-        told.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
-    return {"value": _number(values[-1], 3), "lines": told}
+        lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
+    return {"value": _number(values[-1], 3), "lines": lines}
 
 
 def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> dict[str, Any]:

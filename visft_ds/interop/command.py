@@ -357,8 +357,8 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
         print("block    retained     error   (share of the change that is in the file; |missing| / |change|)")
         rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
         for name, share in [*rows, ("all", report.total)]:
-            told = f"{share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else "  no change"
-            print(f"{name:>5} {told}")
+            text = f"{share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else "  no change"
+            print(f"{name:>5} {text}")
     if report.total.lost:
         print(
             f"warning: {given.dtype} cannot hold this change: its numbers near the weights are farther apart than the "

@@ -193,7 +193,7 @@ def tower_in(file: WeightFile, layout: Layout) -> Tower:
     if missing:
         raise ValueError(f"{file.path}: the tower under {prefix!r} lacks {', '.join(missing)}: not an EVA ViT")
     width, _, patch_size, _ = file.shape(prefix + _ANCHOR)
-    told = json.loads(file.metadata.get("tower", "{}"))
+    recorded = json.loads(file.metadata.get("tower", "{}"))
     return Tower(
         width=width,
         depth=depth_of(name[len(prefix) :] for name in file if name.startswith(prefix)),
@@ -201,8 +201,8 @@ def tower_in(file: WeightFile, layout: Layout) -> Tower:
         patch_size=patch_size,
         positions=file.shape(prefix + "pos_embed")[1],
         class_token=prefix + "cls_token" in file,
-        num_heads=told.get("num_heads"),
-        post_norm=told.get("post_norm"),
+        num_heads=recorded.get("num_heads"),
+        post_norm=recorded.get("post_norm"),
     )
 
 

@@ -244,8 +244,8 @@ class EvaViT(nn.Module):
             return self._positioned(x, size)
         # Patches do not overlap: embedded once for the padded batch, where ZeRO-3 expects one call on every rank.
         maps = zip(x.unflatten(1, size), grids, strict=True)
-        own = [self._positioned(patches[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for patches, grid in maps]
-        return torch.cat(own, dim=1)
+        rows = [self._positioned(cells[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for cells, grid in maps]
+        return torch.cat(rows, dim=1)
 
     def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, h*w, D) with positions, behind the class token if there is one."""

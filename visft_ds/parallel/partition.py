@@ -147,10 +147,10 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             return (last**2 if last <= limit else float("inf")), (start, count)
         options = []
         for stop in range(start + 1, count - parts + 2):
-            own = sums[stop] - sums[start]
-            if own <= limit:
+            stage_cost = sums[stop] - sums[start]
+            if stage_cost <= limit:
                 rest, bounds = evenest(stop, parts - 1)
-                options.append((own**2 + rest, (start, *bounds)))
+                options.append((stage_cost**2 + rest, (start, *bounds)))
         return min(options, default=(float("inf"), ()))
 
     return evenest(0, stages)[1]

@@ -253,11 +253,11 @@ def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE)
         group = parameter.ds_process_group
         size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
         flat = tensor.flatten()
-        own = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
+        shard = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
         if what == VALUE:
-            safe_set_local_fp32_param(parameter, own)
+            safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, own, what)
+            safe_set_local_optimizer_state(parameter, shard, what)
     elif what == VALUE:
         safe_set_full_fp32_param(parameter, tensor)
     else:

@@ -119,8 +119,8 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
     layers = [] if bounds is None or stage is None else every_layer[bounds[stage] : bounds[stage + 1]]
     parameters = list((nn.ModuleList(layers) if layers else module).parameters())
     here = {id(p) for p in parameters}
-    own = [[p for p in group.parameters if id(p) in here] for group in all_groups]
-    groups: Groups = [group for group in own if group]
+    held_here = [[p for p in group.parameters if id(p) in here] for group in all_groups]
+    groups: Groups = [group for group in held_here if group]
     in_backbone = {id(p) for p in module.backbone.parameters()}
     used = in_backbone | {id(p) for task in stream.tasks for p in module.heads[task].parameters()}
     taught = [[p for p in group if id(p) in used] for group in groups]

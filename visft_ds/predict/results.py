@@ -135,8 +135,8 @@ class Prediction:
 
     def _lines(self) -> list[str]:
         """Lines of tasks of other packages about the image."""
-        told = ((TASKS[task].describe, results) for task, results in self.others.items())
-        return [describe(results, self.categories) for describe, results in told if describe is not None]
+        described = ((TASKS[task].describe, results) for task, results in self.others.items())
+        return [describe(results, self.categories) for describe, results in described if describe is not None]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""

@@ -343,7 +343,7 @@ def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates
 
 def write_csv(record: Mapping[str, Any], file: Path) -> None:
     """Write a CSV file with a row for every measured call, each with hardware, ranks, time, versions and commit."""
-    told = {
+    facts = {
         "device": record["hardware"]["device"],
         "backend": record["backend"],
         "ranks": record["ranks"],
@@ -356,7 +356,7 @@ def write_csv(record: Mapping[str, Any], file: Path) -> None:
             {
                 **{key: call[key] for key in ("call", "bytes", "algbw", "busbw")},
                 **{f"seconds_{key}": value for key, value in call["seconds"].items()},
-                **told,
+                **facts,
             }
             for call in record["calls"]
         ]

@@ -455,12 +455,12 @@ def configured(
             manifest = Manifest.load(where, split, cache=cache_of(settings.data))
             data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
         words = vocabulary_of(settings, data.manifest)
-        own = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
+        streams = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
         yield (
             data,
             [
                 StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
-                for stream in own.values()
+                for stream in streams.values()
             ],
         )
 

@@ -70,8 +70,8 @@ class Lengths:
 def measure_train(config: ResolvedConfig, lengths: Lengths, *, synthetic: bool) -> dict[str, Any] | None:
     """Every stream of a configuration on every rank; the record on the main process, None on the others."""
     with open_session(config, synthetic=synthetic) as session:
-        own = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
-        ranks = distributed.gather_objects(own)
+        measured = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
+        ranks = distributed.gather_objects(measured)
         record = make_record(session, ranks) if ranks is not None else None
     distributed.close()
     return record
@@ -116,7 +116,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             flops.append(operations)
             with metered(engine, watch):
                 hooked.append(timed(watch)[0])
-        peak, told = peak_memory(device), list(reports)
+        peak, made = peak_memory(device), list(reports)
         several = distributed.world_size() > 1
         communication = asdict(measure_communication(timed, device)) if several else None
 
@@ -149,7 +149,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         model = statistics.median((f.forward + f.backward) / s for f, s in zip(known, seconds, strict=True))
         hardware = statistics.median(f.all / s for f, s in zip(known, seconds, strict=True))
     rate = reference.flops_per_second
-    first = [*told[: lengths.warmup], *told[lengths.warmup :: 2]]  # those without hooks
+    first = [*made[: lengths.warmup], *made[lengths.warmup :: 2]]  # those without hooks
     return {
         "batch": {
             "images": images,
@@ -161,7 +161,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         "steps": {
             "measured": lengths.steps,
             "warmup": lengths.warmup,
-            "skipped": sum(report.skipped for report in told[lengths.warmup :]),
+            "skipped": sum(report.skipped for report in made[lengths.warmup :]),
         },
         "losses": [dict(report.losses)["loss"] for report in first[:2]],
         "images_per_second": spread(images / step_seconds for step_seconds in seconds),

@@ -120,7 +120,7 @@ def largest_batches(
     pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
     category = next((category.coco_id for category in first.categories), 0)
     for name, stream in streams_of(settings, first).items():
-        own: list[tuple[Largest, SamplePipeline]] = []
+        kept: list[tuple[Largest, SamplePipeline]] = []
         for dataset, part in parts_of(stream, sets).items():
             manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
             objects = _most_objects(manifest, batches.micro[name])
@@ -128,10 +128,10 @@ def largest_batches(
             packed = settings.model.packed
             for sizes in _gathered(extremes, batches.micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
-                if not any(other.covers(largest) for other, _ in own):
-                    own = [(other, made) for other, made in own if not largest.covers(other)]
-                    own.append((largest, pipeline))
-        found += own
+                if not any(other.covers(largest) for other, _ in kept):
+                    kept = [(other, made) for other, made in kept if not largest.covers(other)]
+                    kept.append((largest, pipeline))
+        found += kept
     return found
 
 
@@ -164,8 +164,8 @@ def rehearse(
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
                     micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
-                    own = counts_of(engine.module, micro)
-                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
+                    counts = counts_of(engine.module, micro)
+                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
                     parts = batches.dp * batches.accumulation
                     engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
                 times.append(time.perf_counter() - began)
@@ -185,8 +185,8 @@ def rehearse(
 def _compiled_section(how: str, seconds: float) -> Section:
     """Blocks compiled before the first step, with the time it took; evaluation compiles what it runs itself."""
     graphs, breaks = compilations()
-    told = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
-    rows = [("blocks", told), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
+    text = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
+    rows = [("blocks", text), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
     if how == "cuda_graphs":
         rows.append(
             ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")

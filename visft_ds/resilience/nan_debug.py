@@ -252,8 +252,8 @@ def _build(
     split = [plan.split(step_plan, place, batches.dp, batches.accumulation) for place in range(batches.dp)]
     # Of a pipeline the last stage, which has the losses: its random numbers, and the name that messages give it.
     first = batches.dp * (batches.stages - 1)
-    parts = {rank: [maker.make(part)[0] for part in own] for rank, own in enumerate(split, first)}
-    counts = counts_of(module, [batch for own in parts.values() for batch in own])
+    parts = {rank: [maker.make(part)[0] for part in of_rank] for rank, of_rank in enumerate(split, first)}
+    counts = counts_of(module, [batch for of_rank in parts.values() for batch in of_rank])
     return parts, module.to(device), loss_denominators_of(counts, batches.dp * batches.accumulation, device)
 
 

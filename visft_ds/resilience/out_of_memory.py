@@ -75,13 +75,13 @@ class MemoryWatch:
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             measured = self._measured()
             # What the step still holds is what the plan is made with.
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         note = "\n  The rehearsal before the first step did not foresee this." if self.rehearsed else ""
-        lines = [f"out of memory in {what}: {shape()}{note}", f"  {said}", measured, *self._explained(stream)]
+        lines = [f"out of memory in {what}: {shape()}{note}", f"  {message}", measured, *self._explained(stream)]
         raise OutOfMemory("\n".join(lines))
 
     def planned(self) -> Section:

@@ -283,8 +283,8 @@ def repeated(image_ids: Mapping[str, npt.NDArray[np.int64]]) -> list[Problem]:
     ids, counts = np.unique(every, return_counts=True)
     twice = ids[counts > 1]
     problems = []
-    for name, own in image_ids.items() if len(twice) else ():
-        keys = tuple(f"{image_id:012d}" for image_id in own[np.isin(own, twice)].tolist())
+    for name, ids_of_set in image_ids.items() if len(twice) else ():
+        keys = tuple(f"{image_id:012d}" for image_id in ids_of_set[np.isin(ids_of_set, twice)].tolist())
         if keys:
             message = f"{len(keys)} of its samples are twice in the split: {some(keys)}"
             problems.append(Problem(name, message, keys, fix="Take one of the shards away, or pack them again."))

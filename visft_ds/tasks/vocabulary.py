@@ -211,13 +211,13 @@ class Vocabulary:
         """Raise ValueError, with what differs, unless every id means the same word in both."""
         if self.fingerprint == other.fingerprint:
             return
-        own, foreign = set(self.words), set(other.words)
-        if own == foreign:
+        ours, foreign = set(self.words), set(other.words)
+        if ours == foreign:
             difference = "the words are the same but their ids are not"
         else:
             difference = "; ".join(
                 f"{len(rest)} words only in {name}: {_some(rest)}"
-                for name, rest in ((this, sorted(own - foreign)), (that, sorted(foreign - own)))
+                for name, rest in ((this, sorted(ours - foreign)), (that, sorted(foreign - ours)))
                 if rest
             )
         raise ValueError(

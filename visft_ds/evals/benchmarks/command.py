@@ -174,10 +174,10 @@ def _write(
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
-    told = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
+    models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
     written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-    print_plan("visft_ds benchmarks", [Section("models", told), section(rows, labels), Section("run", rest)])
+    print_plan("visft_ds benchmarks", [Section("models", models), section(rows, labels), Section("run", rest)])
 
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:

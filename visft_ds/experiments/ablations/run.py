@@ -110,8 +110,8 @@ class _Running:
         if code:
             lines = step.log.read_text(encoding="utf-8", errors="replace").splitlines() if step.log.is_file() else []
             end = [line for line in lines if line.strip()][-_TAIL:]
-            told = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
-            return step, Failure(f"exit status {code}: {told[:300]}", end)
+            reason = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
+            return step, Failure(f"exit status {code}: {reason[:300]}", end)
         if step.proof is not None and not step.proof.exists():
             return step, Failure(f"ended before it had made {step.proof}; the same command goes on with it")
         record = {"command": step.command, "seconds": round(time.monotonic() - self.began, 1), "title": step.title}

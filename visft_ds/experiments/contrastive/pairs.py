@@ -45,8 +45,8 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
         raise ValueError(f"{where} has no captions: build it with make_shards.py build --captions FILE, or give others")
     reader = ShardReader(manifest)
     found = [orjson.loads(label)["captions"] for label in reader.read_labels(chosen)]
-    captions = [[text.strip() for text in own if text.strip()] for own in found]
-    if empty := [number for number, own in zip(chosen, captions, strict=True) if not own]:
+    captions = [[text.strip() for text in texts if text.strip()] for texts in found]
+    if empty := [number for number, texts in zip(chosen, captions, strict=True) if not texts]:
         raise ValueError(f"{where}: {reader.describe(empty[0])} has nothing but empty captions")
 
     def read(place: int) -> Image.Image:
@@ -58,9 +58,9 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
             raise DamagedSample(f"{reader.describe(chosen[place])} cannot be decoded: {error}") from error
 
     names = [f"{reader.row(number)['image_id']:012d}" for number in chosen]
-    told = digest((manifest.fingerprint, np.asarray(chosen, dtype=np.int64).tobytes()))
-    owners = np.repeat(np.arange(len(chosen)), [len(own) for own in captions]).astype(np.int64)
-    return CaptionSet(ImageSet(names, read, told), tuple(text for own in captions for text in own), owners)
+    fingerprint = digest((manifest.fingerprint, np.asarray(chosen, dtype=np.int64).tobytes()))
+    owners = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions]).astype(np.int64)
+    return CaptionSet(ImageSet(names, read, fingerprint), tuple(text for texts in captions for text in texts), owners)
 
 
 @dataclass(frozen=True)
