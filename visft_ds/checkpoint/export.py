@@ -58,14 +58,16 @@ def export_weights(
     written = []
     lora, backbone = config.visft.lora, engine.module.backbone
     names = trainable(engine)
-    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
-    if names.keys() & set(whole):
+    base_names = [
+        name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
+    ]
+    if names.keys() & set(base_names):
         path = folder / TRAINED_BACKBONE_FILE
         began = {TRAINED_ON: base_sha256}
         began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
-        written.append(_export_tower(engine, whole, path, instead, began))
+        written.append(_export_tower(engine, base_names, path, instead, began))
     # Heads and adapters: small.
-    trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
+    trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
     if not distributed.is_main():
         return []
     if written:
@@ -123,8 +125,8 @@ def _export_tower(
         return {**found, **instead}[qualified]
 
     if distributed.is_main():
-        whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
-        _write_tower(path, whole, gather, {**tower_metadata(backbone), **began})
+        stored = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
+        _write_tower(path, stored, gather, {**tower_metadata(backbone), **began})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))

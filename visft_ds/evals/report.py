@@ -288,9 +288,9 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
     # Records of earlier releases may state a ratio.
     shares = {name: float(task.get("ratio") or task["updates"] or 0) for name, task in tasks.items()}
-    whole = sum(shares.values())
+    all_shares = sum(shares.values())
     return "one task: " + ", ".join(
-        f"{name} in {100 * shares[name] / whole:.0f} % of the steps, {task['batch_size']} images"
+        f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"
         for name, task in tasks.items()
     )
 

@@ -218,7 +218,7 @@ def why_no_peft(adapter: Adapter) -> str | None:
     adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
     grouped = [layer for layer, rows in adapted.items() if rows.groups > 1]
     if adapter.magnitude:
-        sliced = [layer for layer, rows in adapted.items() if not rows.whole]
+        sliced = [layer for layer, rows in adapted.items() if not rows.unsliced]
         if sliced or grouped:
             why = "slices of a fused layer" if sliced else "grouped convolutions"
             return f"its DoRA knows no {why} ({examples(sliced or grouped, 1)})"
@@ -323,7 +323,7 @@ def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
         a, b, magnitude = adapter.factors(layer)
         if rows.groups > 1:
             a = _spread_groups(a, rows.groups)
-        if not rows.whole:
+        if not rows.unsliced:
             b = _spread(b, rows, adapter.rank)
         if a.ndim == 4:
             b = b[:, :, None, None]

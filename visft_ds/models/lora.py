@@ -60,7 +60,7 @@ class AdaptedRows:
     groups: int = 1  #: of a convolution
 
     @property
-    def whole(self) -> bool:
+    def unsliced(self) -> bool:
         """Return True if the weight is adapted as one matrix."""
         return self.slices == ((0, self.rows),)
 

@@ -77,12 +77,12 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        whole = sum(self.costs)
+        total = sum(self.costs)
         lines = []
         for number, cost in enumerate(self.stage_costs()):
             names = self.names[self.bounds[number] : self.bounds[number + 1]]
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            share = f"{100 * cost / whole:.1f} % of the operations"
+            share = f"{100 * cost / total:.1f} % of the operations"
             lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
         idle = (
             f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
@@ -116,11 +116,11 @@ def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: in
             f"{depth} blocks, heads); give at most {len(names)}"
         )
     streams = visft.streams()
-    whole = sum(stream.share for stream in streams.values())
+    all_shares = sum(stream.share for stream in streams.values())
     costs = [0.0] * len(names)
     for name, stream in streams.items():
         for index, cost in enumerate(_stream_costs(module, visft, stream, batches.micro[name])):
-            costs[index] += cost * stream.share / whole
+            costs[index] += cost * stream.share / all_shares
     return Partition(names, tuple(costs), divide(costs, stages))
 
 

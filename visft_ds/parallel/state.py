@@ -62,7 +62,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
         for what, named in found.items():
-            tensor = on_main(engine, name, whole(engine, parameter, what))
+            tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
@@ -88,7 +88,7 @@ def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
     """
     parameter = _named(engine, name, what)
     ensure_moments(engine)
-    held = whole(engine, parameter, what)
+    held = gather_tensor(engine, parameter, what)
     tensor = None if held is None else to_host(name, held)
     found: Tensor = distributed.broadcast_object(tensor, engine.holder(name))
     return found
@@ -109,7 +109,7 @@ def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> No
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {shape}, given {tuple(tensor.shape)}")
     ensure_moments(engine)
-    set_whole(engine, parameter, tensor, what)
+    set_tensor(engine, parameter, tensor, what)
     if what == VALUE:
         refresh_module(engine)
 
@@ -150,9 +150,9 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         )
     _create_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
-        set_whole(engine, parameter, state.parameters[name], VALUE)
+        set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
-            set_whole(engine, parameter, state.moments[key][name], key)
+            set_tensor(engine, parameter, state.moments[key][name], key)
     refresh_module(engine)
     scheduler = engine.deepspeed.lr_scheduler
     scheduler.last_epoch = state.updates
@@ -212,7 +212,7 @@ def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
     return named[name]
 
 
-def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
+def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
     """Gather an fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
     if parameter.is_meta:
         return None
@@ -243,7 +243,7 @@ def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
+def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
     """Write this rank's part of a whole fp32 tensor. What the forward computes with is left as it is."""
     if parameter.is_meta:  # another pipeline stage holds it
         return

@@ -16,7 +16,7 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
 from visft_ds.parallel import distributed
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_memory, plan_stream, rehearse, run_of
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_memory, plan_stream, run_of, trace_step
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import known_vocabulary
 from visft_ds.run.folder import recorded_config, saved_something
@@ -93,11 +93,11 @@ def fitting_settings(
 def operations(run: PlannedRun) -> float:
     """Of one rank's mean step, forward and backward."""
     streams = run.config.visft.streams().values()
-    whole = sum(stream.share for stream in streams)
+    all_shares = sum(stream.share for stream in streams)
     return sum(
-        stream.share / whole * run.batches.accumulation * count * work.operations
+        stream.share / all_shares * run.batches.accumulation * count * work.operations
         for stream in streams
-        for work, count in rehearse(run, stream).work.items()
+        for work, count in trace_step(run, stream).work.items()
     )
 
 

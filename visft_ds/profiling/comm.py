@@ -158,21 +158,21 @@ def make_call(name: str, size: int, device: torch.device) -> Callable[[], object
     """A call that moves `size` bytes, as nccl-tests count them, in its own tensors. Collective."""
     rank, world = distributed.rank(), distributed.world_size()
     elements = max(world, size // 4 // world * world)
-    whole = torch.zeros(elements, device=device)
+    full = torch.zeros(elements, device=device)
     if name == COPY:
-        other = torch.empty_like(whole)
-        return lambda: other.copy_(whole)
+        other = torch.empty_like(full)
+        return lambda: other.copy_(full)
     if name == ALL_REDUCE:
-        return lambda: dist.all_reduce(whole)
+        return lambda: dist.all_reduce(full)
     if name == BROADCAST:
-        return lambda: dist.broadcast(whole, 0)
+        return lambda: dist.broadcast(full, 0)
     part = torch.zeros(elements // world, device=device)
     if name == ALL_GATHER:
-        return lambda: dist.all_gather_into_tensor(whole, part)
+        return lambda: dist.all_gather_into_tensor(full, part)
     if name == REDUCE_SCATTER:
-        return lambda: dist.reduce_scatter_tensor(part, whole)
+        return lambda: dist.reduce_scatter_tensor(part, full)
     assert name == SEND, name
-    return lambda: _there_and_back(whole, rank, world)
+    return lambda: _there_and_back(full, rank, world)
 
 
 def _there_and_back(tensor: Tensor, rank: int, world: int) -> None:

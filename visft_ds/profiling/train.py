@@ -304,9 +304,9 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]]) -> dict[st
         tasks[task] = {"slowest_rank": slowest, "fullest_rank": fullest, "ranks": measured}
     # Speed of a run that does every task as often as its ratio says.
     streams = config.visft.streams()
-    whole = sum(stream.share for stream in streams.values())
-    images = sum(s.share / whole * _slowest(tasks[name])["batch"]["images"] for name, s in streams.items())
-    seconds = sum(s.share / whole * _slowest(tasks[name])["step_seconds"]["median"] for name, s in streams.items())
+    all_shares = sum(stream.share for stream in streams.values())
+    images = sum(s.share / all_shares * _slowest(tasks[name])["batch"]["images"] for name, s in streams.items())
+    seconds = sum(s.share / all_shares * _slowest(tasks[name])["step_seconds"]["median"] for name, s in streams.items())
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -403,17 +403,17 @@ _MEANING = {
 
 def _time_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     parts = numbers["parts_seconds"]
-    whole = sum(parts[part] for part in PARTS)
+    total = sum(parts[part] for part in PARTS)
     rows = [(part, parts[part], _MEANING.get(part, "")) for part in PARTS]
     rows.insert(1 + PARTS.index(CRITERION), (f"  of it {MATCHER}", parts[MATCHER], ""))
-    rows.append(("whole", whole, "mean of the middle half of the hooked steps"))
+    rows.append(("whole", total, "mean of the middle half of the hooked steps"))
     found = numbers["communication"]
     if found is not None:
         calls = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items())) or "no call"
         text = f"inside the parts above, from one other step ({found['backend']}: {calls})"
         rows.append(("communication", found["seconds"], text))
     return [
-        (name, f"{1000 * seconds:9.2f}", f"{100 * seconds / whole:5.1f} %", meaning) for name, seconds, meaning in rows
+        (name, f"{1000 * seconds:9.2f}", f"{100 * seconds / total:5.1f} %", meaning) for name, seconds, meaning in rows
     ]
 
 
@@ -421,10 +421,10 @@ def _memory_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     memory = numbers["memory_bytes"]
     # Much of what is transient gets its name a moment later, so that its own maximum would count that twice.
     most = {kind: "" if kind == TRANSIENT else f"{memory['highest'][kind] / _MIB:11.2f}" for kind in KINDS}
-    whole = sum(memory["at_peak"].values())
+    total = sum(memory["at_peak"].values())
     return [
         *((kind, f"{memory['at_peak'][kind] / _MIB:11.2f}", most[kind]) for kind in KINDS),
-        ("whole", f"{whole / _MIB:11.2f}", ""),
+        ("whole", f"{total / _MIB:11.2f}", ""),
         ("process at its peak", f"{memory['process_peak'] / _MIB:11.2f}", ""),
     ]
 

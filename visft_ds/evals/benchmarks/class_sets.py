@@ -96,17 +96,17 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
     """
     split = train or ("train" if source in BUILT_IN[2:] or _has_train(Path(source)) else None)
     if split is None:
-        whole = read_classes(source, test)
+        classes = read_classes(source, test)
         halves: tuple[list[int], list[int]] = ([], [])
-        for label, name in enumerate(whole.classes):
-            of_class = np.flatnonzero(whole.labels == label).tolist()
+        for label, name in enumerate(classes.classes):
+            of_class = np.flatnonzero(classes.labels == label).tolist()
             if len(of_class) < 2:
                 raise ValueError(
                     f"{source}: {name} has {len(of_class)} image(s), a probe needs one to train and one to test"
                 )
             for place, number in enumerate(of_class):
                 halves[place % 2].append(number)
-        return whole.part(sorted(halves[0])), whole.part(sorted(halves[1]))
+        return classes.part(sorted(halves[0])), classes.part(sorted(halves[1]))
     parts = read_classes(source, split), read_classes(source, test)
     if parts[0].classes != parts[1].classes:
         lone = sorted(set(parts[0].classes) ^ set(parts[1].classes))
@@ -176,13 +176,13 @@ def _read_objectnet(root: Path) -> ClassSet:
     if not folders:
         raise ValueError(f"{own} has none of the {len(shared)} folders that ObjectNet shares with ImageNet")
     classes = [labels[folder.name] for folder in folders]
-    whole = _of_folders(folders, classes, imagenet.templates(), "imagenet", own)
+    labelled = _of_folders(folders, classes, imagenet.templates(), "imagenet", own)
 
     def cut(place: int, image: Image.Image) -> Image.Image:
         return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
-    images = changed(whole.images, cut, f"without {_BORDER} pixels of border")
-    return ClassSet(images, whole.labels, whole.classes, whole.templates, whole.family)
+    images = changed(labelled.images, cut, f"without {_BORDER} pixels of border")
+    return ClassSet(images, labelled.labels, labelled.classes, labelled.templates, labelled.family)
 
 
 def _read_shards(root: Path, folder: Path, tars: Sequence[Path]) -> ClassSet:

@@ -126,10 +126,10 @@ def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image],
 
 def chosen(images: ImageSet, places: Sequence[int], names: Sequence[str] | None = None) -> ImageSet:
     """Some of the images, in the given order; one may come several times."""
-    whole = images.read
+    read = images.read
     return replace(
         images,
         names=[images.names[place] for place in places] if names is None else names,
-        read=lambda number: whole(places[number]),
+        read=lambda number: read(places[number]),
         fingerprint=digest((images.fingerprint, np.asarray(places, dtype=np.int64).tobytes())),
     )

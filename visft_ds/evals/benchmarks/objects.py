@@ -141,15 +141,15 @@ def read_objects(instances: Path, images: Path) -> ObjectSet:
     boxes.sort(key=lambda entry: entry[0])  # neighbours share their image
     used = sorted({number for number, _, _ in boxes})
     files = [images / content["images"][number]["file_name"] for number in used]
-    whole = from_files(files, images)
+    pictures = from_files(files, images)
     # Boxes of an image follow each other, also where threads share them: it is decoded once.
-    whole = replace(whole, read=lru_cache(maxsize=_KEPT)(whole.read))
+    pictures = replace(pictures, read=lru_cache(maxsize=_KEPT)(pictures.read))
     position = {number: order for order, number in enumerate(used)}
     owners = np.array([position[number] for number, _, _ in boxes], dtype=np.int64)
     labelled = [
-        f"{whole.names[owner]} {[round(v) for v in box]}" for owner, (_, box, _) in zip(owners, boxes, strict=True)
+        f"{pictures.names[owner]} {[round(v) for v in box]}" for owner, (_, box, _) in zip(owners, boxes, strict=True)
     ]
-    base = chosen(whole, owners.tolist(), labelled)
+    base = chosen(pictures, owners.tolist(), labelled)
     settings = str([box for _, box, _ in boxes])
     views = {
         "crop": changed(base, lambda number, image: crop(image, boxes[number][1]), f"crop {MARGIN} {settings}"),
