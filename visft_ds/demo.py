@@ -300,8 +300,8 @@ def _training(processes: int) -> list[str]:
     """`visft train`, under the `deepspeed` of this environment where there are several processes."""
     if processes == 1:
         return _visft("train")
-    beside = Path(sys.executable).with_name("deepspeed")
-    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    installed = Path(sys.executable).with_name("deepspeed")
+    found = str(installed) if installed.exists() else shutil.which("deepspeed")
     if found is None:
         raise ValueError("the deepspeed command is not installed: pip install deepspeed brings it")
     return [found, "--module", "visft_ds.launch"]

@@ -26,18 +26,18 @@ _ROUNDS = 16
 BLOCK, WINDOW = 64, 16
 
 
-def mix(words: UInt64Array) -> UInt64Array:
+def hash_words(words: UInt64Array) -> UInt64Array:
     """Hash 64-bit words, one by one (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
-def mix_int(*values: int) -> int:
+def hash_ints(*values: int) -> int:
     """Hash several integers, in their order, to a 64-bit word."""
     state = np.zeros(1, dtype=np.uint64)
     for value in values:
-        state = mix(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))
+        state = hash_words(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))
     return int(state[0])
 
 
@@ -54,7 +54,7 @@ class Permutation:
         self._rows = math.isqrt(size - 1) + 1
         self._columns = -(-size // self._rows)
         # the stream of SplitMix64 that begins at the key
-        self._keys = mix(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+        self._keys = hash_words(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
 
     def __call__(self, places: Int64Array) -> Int64Array:
         """(G,) places in 0 .. size - 1 -> (G,) what stands there."""
@@ -68,9 +68,9 @@ class Permutation:
         left, right = values // columns, values % columns
         for number, key in enumerate(self._keys):
             if number % 2:
-                right = (right + mix(left + key) % columns) % columns
+                right = (right + hash_words(left + key) % columns) % columns
             else:
-                left = (left + mix(right + key) % rows) % rows
+                left = (left + hash_words(right + key) % rows) % rows
         return left * columns + right
 
 
@@ -91,10 +91,12 @@ def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
     slots = np.empty_like(places)
     for number in np.unique(numbers).tolist():  # a batch lies in one or two windows
         start, chosen = number * window, numbers == number
-        slots[chosen] = start + Permutation(min(window, size - start), mix_int(key, 1, number))(places[chosen] - start)
+        slots[chosen] = start + Permutation(min(window, size - start), hash_ints(key, 1, number))(
+            places[chosen] - start
+        )
     # the incomplete block, whose number is `blocks`, keeps its slot
     numbers, inside = slots // BLOCK, slots % BLOCK
     complete = numbers < blocks
     if blocks:
-        numbers[complete] = Permutation(blocks, mix_int(key, 2))(numbers[complete])
-    return (numbers * BLOCK + inside + mix_int(key, 3) % size) % size
+        numbers[complete] = Permutation(blocks, hash_ints(key, 2))(numbers[complete])
+    return (numbers * BLOCK + inside + hash_ints(key, 3) % size) % size

@@ -27,7 +27,7 @@ import numpy as np
 
 from visft_ds.config.task_schema import SHARED
 from visft_ds.data.interleave import Interleaving
-from visft_ds.data.permutation import GOLDEN, Int64Array, mix, mix_int, shuffled, shuffled_in_windows
+from visft_ds.data.permutation import GOLDEN, Int64Array, hash_ints, hash_words, shuffled, shuffled_in_windows
 from visft_ds.data.selection import Selection
 
 _KEY_MASK = (1 << 63) - 1  # keys become int64 tensors
@@ -108,10 +108,10 @@ class Plan:
         self.seed = seed
         self.shuffle: Shuffle = shuffle
         self.views = views
-        self._task_order = Interleaving({name: task.ratio for name, task in self.tasks.items()}, mix_int(seed))
+        self._task_order = Interleaving({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
         self._set_order = {
             name: Interleaving(
-                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, mix_int(seed, _number(name))
+                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, hash_ints(seed, _number(name))
             )
             for name, task in self.tasks.items()
         }
@@ -162,18 +162,18 @@ class Plan:
         earlier = self._set_order[task].before(position, dataset)
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         places = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size)  # in the epoch's order
-        key = mix_int(self.seed, _number(task), _number(dataset), epoch)
+        key = hash_ints(self.seed, _number(task), _number(dataset), epoch)
         indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
         if self.shuffle == "windowed":
             indices = np.sort(indices)  # each rank reads neighbours: which rank computes what changes no result
         if self.views is not None:
-            key = mix_int(_number(task), _number(dataset), epoch % self.views)
-        return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, mix_int(key, 1)))
+            key = hash_ints(_number(task), _number(dataset), epoch % self.views)
+        return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, hash_ints(key, 1)))
 
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:
         """Index of the substitute for a damaged sample of `part`: a function of its key and the number of attempts."""
         samples = self.tasks[part.task].sets[part.dataset].samples
-        return int(samples.positions(np.array([mix_int(key, attempt) % len(samples)]))[0])
+        return int(samples.positions(np.array([hash_ints(key, attempt) % len(samples)]))[0])
 
     def micro_batch(self, step: int, dp_rank: int, dp_size: int, accumulation: int, micro: int) -> StepPlan:
         """The part of a step that a rank computes in its `micro`-th micro-batch.
@@ -212,7 +212,7 @@ def _number(name: str) -> int:
 
 
 def _keys(indices: Int64Array, base: int) -> Int64Array:
-    hashed = mix(mix(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
+    hashed = hash_words(hash_words(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
     return (hashed & np.uint64(_KEY_MASK)).astype(np.int64)
 
 

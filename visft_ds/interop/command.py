@@ -280,12 +280,12 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
         if _is_folder(given.out):
             assert adapter is not None
             sharded = len(report.files) > 1
-            beside = side_files(given.format, report.weights, report.tower, dtype, given.out, sharded=sharded)
+            files = side_files(given.format, report.weights, report.tower, dtype, given.out, sharded=sharded)
             origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
-            for name, content in beside.items():
+            for name, content in files.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")
             card = merged_card(
-                given.out.name, given.format, given.dtype, adapter, origin, report, verification, beside=beside
+                given.out.name, given.format, given.dtype, adapter, origin, report, verification, side_files=files
             )
             write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)

@@ -96,9 +96,9 @@ def _side_of_file(name: str, encoder: Encoder) -> TextSide:
     merged = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
     parameters = {PREFIX + key: value for key, value in encoder.text.module.named_parameters()}
     scale = nn.Parameter(file.get("logit_scale").float().clone())
-    beside = Path(name).parent / CONFIG
+    config_file = Path(name).parent / CONFIG
     return TextSide(
-        encoder.text, parameters, scale, merged, _read_config(beside) if layout.name == "open_clip" else None
+        encoder.text, parameters, scale, merged, _read_config(config_file) if layout.name == "open_clip" else None
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from visft_ds.data.decode import decode_image
 from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.permutation import mix, mix_int, shuffled
+from visft_ds.data.permutation import hash_ints, hash_words, shuffled
 from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.evals.benchmarks.images import digest
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
@@ -98,8 +98,8 @@ class PairOrder:
         """((B,) places of images, (B,) places of captions) of a step; steps count from 0."""
         epoch, number = divmod(step, self.steps_in_epoch)
         places = np.arange(number * self.batch_size, (number + 1) * self.batch_size, dtype=np.int64)
-        images = shuffled(places, self.images, mix_int(self.seed, epoch))
+        images = shuffled(places, self.images, hash_ints(self.seed, epoch))
         first = np.searchsorted(self.owners, images)
         counts = np.searchsorted(self.owners, images, side="right") - first
-        drawn = mix(images.astype(np.uint64) + np.uint64(mix_int(self.seed, epoch, 1)))
+        drawn = hash_words(images.astype(np.uint64) + np.uint64(hash_ints(self.seed, epoch, 1)))
         return images, first + (drawn % counts.astype(np.uint64)).astype(np.int64)
