@@ -1,4 +1,4 @@
-"""Training state in and out of an engine, free of any topology: every trainable tensor whole, by its plain name.
+"""Training state read from and written to an engine, whatever its topology: undivided tensors by parameter name.
 
 DeepSpeed's own accessors have gaps in 0.19.8 (only the first parameter group is found, the ZeRO-3 setter needs sizes
 divisible by the world size, low-precision copies are not rewritten); each is closed here, next to the call it concerns.
@@ -53,7 +53,7 @@ def to_host(name: str, tensor: Tensor) -> Tensor:
 
 
 def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
-    """Collect the whole training state on the main process; None on the others. Collective.
+    """Gather the training state on the main process; None on the others. Collective.
 
     Args:
         keep: copies each tensor to the host.
@@ -72,12 +72,12 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
 
 
 def updates_done(engine: Engine) -> int:
-    """Optimiser updates since the start of training; steps that an overflow made it skip are none."""
+    """Optimiser updates since the start of training; steps skipped for an overflow do not count."""
     return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
 
 
 def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
-    """The fp32 value or a moment of something that trains, whole, on the host of every rank. Collective.
+    """The undivided fp32 value or a moment of a trainable parameter, on the host of every rank. Collective.
 
     Args:
         name: qualified name, e.g. "backbone.blocks.0.attn.qkv.lora_A".
@@ -95,11 +95,11 @@ def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
 
 
 def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> None:
-    """Replace the fp32 value or a moment of something that trains; what the forward computes with follows. Collective.
+    """Replace the fp32 value, and its low-precision copy, or a moment of a trainable parameter. Collective.
 
     Args:
         name, what: see `safe_get`.
-        tensor: the whole new content, the same on every rank, on any device.
+        tensor: the new undivided content, the same on every rank, on any device.
 
     Raises:
         ValueError: nothing of that name trains, or another shape.
@@ -213,7 +213,7 @@ def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
 
 
 def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """Gather an fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
+    """Gather an undivided fp32 tensor on this rank's device; None if another pipeline stage holds it. Collective."""
     if parameter.is_meta:
         return None
     if engine.stage == 0:
@@ -225,10 +225,10 @@ def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor 
 
 
 def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
-    """A tensor of a parameter on the main process, from the rank that speaks for it; None elsewhere. Collective.
+    """A tensor of a parameter on the main process, sent by its `Engine.holder`; None elsewhere. Collective.
 
     Args:
-        held: the whole tensor, of the parameter's shape and dtype; None where another pipeline stage holds it.
+        held: the undivided tensor, of the parameter's shape and dtype; None if another pipeline stage holds it.
     """
     source = engine.holder(name)
     if distributed.rank() == source != 0:
@@ -244,7 +244,7 @@ def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
-    """Write this rank's part of a whole fp32 tensor. What the forward computes with is left as it is."""
+    """Write this rank's part of an undivided fp32 tensor; the forward's low-precision copies stay as they are."""
     if parameter.is_meta:  # another pipeline stage holds it
         return
     if engine.stage == 0:
@@ -265,7 +265,7 @@ def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE
 
 
 def refresh_module(engine: Engine) -> None:
-    """Rewrite what the forward computes with from the fp32 values, which setting them leaves untouched. Collective."""
+    """Rewrite the low-precision copies that the forward reads from the fp32 values. Collective."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
         for index in range(len(optimizer.fp16_groups)):

@@ -22,11 +22,11 @@ def unchanged(engine: Engine) -> Iterator[None]:
     """Within, `train_step` leaves weights, moments, schedule, loss scale, counters and random numbers as they are.
 
     Everything else happens, the update too: in place of the optimiser's step the same operations run on the gradients,
-    which nobody needs any more (see `_step_over_gradients`). DeepSpeed then copies the fp32 values, which are those of
-    before, to where the forward reads them. The moments, which AdamW makes in its first update, are there from here on.
+    which are not needed any more (see `_step_over_gradients`). DeepSpeed then copies the unchanged fp32 values to where
+    the forward reads them. The moments, which AdamW allocates in its first update, exist from here on.
 
-    A gradient that is not finite makes DeepSpeed pass over the update, as always. In fp16 the loss scale is 1, so that
-    a scale that is still to be found does not lead to that.
+    A gradient that is not finite makes DeepSpeed skip the update, as always. In fp16 the loss scale is 1, so that a
+    scale that is still too high does not lead to that.
     """
     ensure_moments(engine)
     inside, optimizer = engine.deepspeed, base_optimizer(engine)
@@ -48,9 +48,9 @@ def unchanged(engine: Engine) -> Iterator[None]:
 
 
 def _step_over_gradients(optimizer: Any) -> None:
-    """An update of an optimiser whose values and moments are the gradients themselves, which are overwritten.
+    """Update with gradients in the place of values and moments, which are overwritten.
 
-    It takes the temporary memory of a real one, and none for copies.
+    It takes the temporary memory of a real update, and none for copies.
     """
     groups, states = [], {}
     for group in optimizer.param_groups:

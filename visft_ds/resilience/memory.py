@@ -1,7 +1,7 @@
-"""Before the first step: the largest micro-batches of every stream, through the real engine, without a trace.
+"""Memory probe before the first step ("rehearsal"): a step of the largest micro-batches, whose result is discarded.
 
-Images differ in size and in what is in them, so that a step that needs more memory than all before may come after days.
-Here it comes first. What is made up are pixels and labels; everything else is what training does.
+Images differ in size and in numbers of objects, so that a step that needs more memory than all before may come after
+days. Here it comes first. Only pixels and labels are made up; everything else is what training does.
 Letters: B images of a micro-batch.
 """
 
@@ -41,18 +41,18 @@ from visft_ds.tasks.transform import JointTransform
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
-#: What the transform of a stream says of its labels' sizes.
+#: Options of a stream's transform that decide about the sizes of its labels.
 _LABEL_OPTIONS = ("mask_stride", "max_words")
 
 
 @dataclass(frozen=True)
 class Largest:
-    """A micro-batch than which a run meets none that needs more memory.
+    """Micro-batch that needs at least as much memory as any of the run.
 
-    The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
-    batch is padded to the height of the one and the width of the other. Where images are packed, the heads still see
-    that; the backbone has most to do with images of most pixels, which are a micro-batch of their own then. Captions
-    have `max_words` words.
+    It has the images with the most objects, and where B > 1 the highest image and the widest, since a batch is padded
+    to the height of the one and the width of the other. Where images are packed, the heads still see that padding; the
+    backbone needs most for the images with the most pixels, which then are another micro-batch. Captions have
+    `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
@@ -83,7 +83,7 @@ class Largest:
         return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
     def batch(self, pipeline: SamplePipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
-        """It, as far as a process that reads with this role has it."""
+        """The batch, or the part of it that a process with this role reads."""
         options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
         labelling = JointTransform(
             True,
@@ -114,8 +114,8 @@ class Largest:
 def largest_batches(
     settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
 ) -> list[tuple[Largest, SamplePipeline]]:
-    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
-    lies, one stands), or where images are packed."""
+    """The largest micro-batches of each stream, with their pipelines. Two for a batch of a single image (a landscape
+    and a portrait one), or where images are packed."""
     found: list[tuple[Largest, SamplePipeline]] = []
     pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
     category = next((category.coco_id for category in first.categories), 0)
@@ -145,7 +145,7 @@ def rehearse(
     watchdog: Watchdog,
     memory: MemoryWatch,
 ) -> None:
-    """Make a step of the largest micro-batches of every stream that leaves no trace, and print its cost. Collective.
+    """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
     Raises:
         OutOfMemory: it does not fit.
@@ -159,7 +159,7 @@ def rehearse(
         for largest, pipeline in found:
             name, shape = largest.stream.name, largest.describe()
             times = []
-            for _ in range(1 + compiles):  # what the second time takes less was for compiling
+            for _ in range(1 + compiles):  # the first time minus the second is the time for compiling
                 watchdog.begin(f"rehearsal of {name}")
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
@@ -211,12 +211,14 @@ def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
 
 
 def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
-    """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
-    one, or one batch with the highest and the widest; where they are packed, also one of the largest alone."""
+    """Sizes of the images of each largest batch of `count`: for 1 the largest landscape and portrait image; for more
+    the highest and the widest with the largest of all, and where images are packed also the largest alone."""
     known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
     if count == 1:
-        lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
-        return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
+        landscape = [size for size in known if size[0] <= size[1]]
+        portrait = [size for size in known if size[0] > size[1]]
+        return [tuple(sizes[:1]) for sizes in (landscape, portrait) if sizes]
     highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
-    gathered = [(highest, widest, *[known[0]] * (count - 2))]
-    return [*gathered, (known[0],) * count] if packed else gathered
+    largest = [known[0]] * count
+    padded = (highest, widest, *largest[2:])
+    return [padded, tuple(largest)] if packed else [padded]
