@@ -60,7 +60,7 @@ def adapter_gradients(adapted: nn.Module, backbone: EvaViT) -> tuple[Tensor, Ten
     ours = peft_tensors(adapter, split=True)
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     flat = [theirs[name] for name in ours]
-    return torch.cat([one.flatten() for one in flat if one is not None]), torch.cat(
+    return torch.cat([gradient.flatten() for gradient in flat if gradient is not None]), torch.cat(
         [v.flatten() for v in ours.values()]
     )
 
