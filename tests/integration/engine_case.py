@@ -152,7 +152,7 @@ def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Map
     masks = np.zeros((objects, size[0] // 4, size[1] // 4), dtype=np.uint8)
     for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
         mask[top : top + 6, left : left + 5] = 255
-    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array(size)}
+    return {"masks": masks, "labels": rng.integers(0, 80, objects)}
 
 
 def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:

@@ -158,7 +158,7 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
     sets = open_training_data(config.visft)
     batches = derive_batches(config, 1)
     for largest, pipeline in largest_batches(config.visft, sets, None, batches):
-        targets = largest.batch(pipeline, None, "both").targets[largest.stream.name]
+        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
         assert len(targets.labels) and set(targets.labels.tolist()) == {0}
 
 

@@ -18,7 +18,6 @@ from visft_ds.config import (
     identity_differences,
     resolve,
     resolve_values,
-    task_schema,
 )
 from visft_ds.config.resolve import NOT_IDENTITY
 from visft_ds.config.task_schema import SHARED, TasksConfig
@@ -376,7 +375,6 @@ def test_defaults_are_those_of_the_constructors(task: str) -> None:
     spec = table[task]
     given_elsewhere = ("vocabulary", "vocabulary_size") if spec.uses_vocabulary else ("classes",)
     assert keyword_defaults(spec.head.__init__, without=given_elsewhere) == options(task, "head")
-    assert keyword_defaults(spec.transform.__init__, without=given_elsewhere) == options(task, "image")
     assert keyword_defaults(spec.build_criterion, without=spec.shared_options) == options(task, "loss")
     shared = {name: options(task, "head")[name] for name in spec.shared_options}
     assert {name: keyword_defaults(spec.build_criterion)[name] for name in spec.shared_options} == shared
@@ -384,11 +382,8 @@ def test_defaults_are_those_of_the_constructors(task: str) -> None:
 
 def test_defaults_of_what_tasks_share_words_and_decoding() -> None:
     from visft_ds.tasks.captioning.head import CaptioningHead
-    from visft_ds.tasks.transform import JointTransform
     from visft_ds.tasks.vocabulary import Vocabulary
 
-    shared = task_schema.SharedImage().model_dump()
-    assert keyword_defaults(JointTransform.__init__, without=("vocabulary", "classes")) == shared
     assert keyword_defaults(CaptioningHead.forward) == options("captioning", "decoding")
     assert keyword_defaults(CaptioningHead.generate) == options("captioning", "decoding")
     least = keyword_defaults(Vocabulary.from_counts, without=("tokenizer",))

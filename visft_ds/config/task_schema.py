@@ -37,7 +37,8 @@ class DecodingConfig(StrictModel):
 class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
-    The fields of `image`, `head` and `loss` are the keyword arguments of the task's transform, head and criterion.
+    The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
+    arguments of its head and criterion.
     """
 
     #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one that
@@ -98,7 +99,7 @@ class TasksConfig(StrictModel):
 
 
 class SharedImage(StrictModel):
-    """Keyword arguments of the transform that all tasks share; sizes in pixels."""
+    """Geometry that all tasks share, and what their targets need; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
@@ -128,7 +129,7 @@ class Stream:
     share: float  #: of the steps, relative to the other streams
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once
-    image: dict[str, Any]  #: keyword arguments of the transform
+    image: dict[str, Any]  #: options of geometry and targets
     #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

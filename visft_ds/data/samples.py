@@ -45,6 +45,7 @@ class Sample:
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
     view: View | None = None  #: where features are kept; with features, `image` is None
+    frame: tuple[int, int] | None = None  #: (height, width) of `image` with padding of its own; None: it has none
 
 
 class Targets(Protocol):
@@ -102,8 +103,14 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
         views=views or None,
-        frames=torch.tensor([sample.size for sample in samples]),
+        frames=torch.tensor([sample.frame or sample.size for sample in samples]),
     )
+
+
+def common_frame(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Largest height and width, own padding included: from sizes, since who reads labels only has no pixels."""
+    heights, widths = zip(*(sample.frame or sample.size for sample in samples), strict=True)
+    return max(heights), max(widths)
 
 
 def has_targets(samples: Sequence[Sample], task: str) -> bool:
@@ -119,8 +126,7 @@ def _pad(samples: Sequence[Sample]) -> Tensor:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
     known = [place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features]
     assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
-    height, width = (max(sample.size[side] for sample in samples) for side in (0, 1))
-    padded = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
+    padded = torch.zeros((len(samples), 3, *common_frame(samples)), dtype=torch.uint8)
     for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image
     return padded

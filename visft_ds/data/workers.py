@@ -180,10 +180,9 @@ class Processes:
             del batches  # its finaliser ends the processes
 
     def _modules(self) -> list[str]:
-        """Modules that define the functions of the pipelines: the fork server loads them once for all processes."""
+        """Modules that the pipelines work with: the fork server loads them once for all processes."""
         pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
-        names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
-        return sorted(names - {"__main__", "builtins"})
+        return sorted(set[str]().union(*(one.transform.modules() for one in pipelines)) - {"__main__"})
 
 
 class _Parts(Dataset[Made | Exception]):

@@ -37,12 +37,9 @@ from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import JointTransform
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
-#: What the transform of a stream says of its labels' sizes.
-_LABEL_OPTIONS = ("mask_stride", "max_words")
 
 
 @dataclass(frozen=True)
@@ -82,18 +79,9 @@ class Largest:
         """Numbers that memory grows with."""
         return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
-    def batch(self, pipeline: SamplePipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
+    def batch(self, pipeline: SamplePipeline, role: Role) -> Batch:
         """It, as far as a process that reads with this role has it."""
-        options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
-        labelling = JointTransform(
-            True,
-            self.stream.tasks,
-            vocabulary=vocabulary,
-            caption_choice="first",
-            classes=self.stream.classes,
-            **options,
-        )
-        caption = " ".join([_WORD] * labelling.max_words)
+        caption = " ".join([_WORD] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
             raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
@@ -105,7 +93,7 @@ class Largest:
                     size=size,
                     image=None if role == "labels" else torch.zeros((3, *size), dtype=torch.uint8),
                     random_key=number,
-                    targets={} if role == "images" else labelling.targets(raw, (), generator(number)),
+                    targets={} if role == "images" else pipeline.transform.targets(raw, (), generator(number)),
                 )
             )
         return pipeline.collate(samples)
@@ -124,7 +112,7 @@ def largest_batches(
         for dataset, part in parts_of(stream, sets).items():
             manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
             objects = _most_objects(manifest, batches.micro[name])
-            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
+            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.geometry.extremes(one)}
             packed = settings.model.packed
             for sizes in _gathered(extremes, batches.micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
@@ -163,7 +151,7 @@ def rehearse(
                 watchdog.begin(f"rehearsal of {name}")
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                    micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
+                    micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
                     own = counts_of(engine.module, micro)
                     agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
                     parts = batches.dp * batches.accumulation

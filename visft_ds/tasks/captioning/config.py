@@ -7,7 +7,7 @@ from visft_ds.config.task_schema import CaptionChoice, WordsConfig
 
 
 class CaptioningImage(StrictModel):
-    """Keyword arguments of the captioning transform; sizes in pixels."""
+    """Geometry and targets of captioning; sizes in pixels."""
 
     size: Positive = 256  #: side of the square
     caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all

@@ -9,7 +9,7 @@ from visft_ds.config.task_schema import TaskConfig
 
 
 class DetectionImage(StrictModel):
-    """Keyword arguments of the detection transform; sizes in pixels."""
+    """Geometry of detection; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672

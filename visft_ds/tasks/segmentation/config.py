@@ -17,7 +17,7 @@ _MULTIPLE = f"content_only extends to multiples of {CONTENT_MULTIPLE}, a patch o
 
 
 class SegmentationImage(StrictModel):
-    """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
+    """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
     scale: tuple[Above, Above] = (0.1, 2.0)
