@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.transforms import Op, Size, Square
@@ -27,7 +27,7 @@ class ClassificationImage(StrictModel):
     size: Positive = 224  #: side of the square
 
 
-class ClassificationHeadConfig(StrictModel):
+class ClassificationHeadConfig(HeadConfig):
     num_classes: Positive = MOST
 
 
@@ -75,7 +75,7 @@ class ClassificationOutput:
 
 
 class ClassificationHead(nn.Module):
-    def __init__(self, in_channels: int, *, num_classes: int = MOST) -> None:
+    def __init__(self, in_channels: int, *, num_classes: int) -> None:
         super().__init__()
         self.classifier = nn.Linear(in_channels, num_classes)
 
@@ -85,7 +85,7 @@ class ClassificationHead(nn.Module):
 
 
 class ClassificationCriterion:
-    def __init__(self, *, bce: float = 1.0) -> None:
+    def __init__(self, *, bce: float) -> None:
         self.weights = {"bce": bce}
 
     def count(self, batch: Batch) -> dict[str, float]:

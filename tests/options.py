@@ -19,9 +19,20 @@ NO_CLASSES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 def options(task: str, part: Literal["image", "head", "loss"], **changed: Any) -> dict[str, Any]:
     """Options of a part of a task."""
-    defaults: dict[str, Any] = TASKS[task].config.model_fields[part].default.model_dump()
+    defaults = TASKS[task].options(part, {})
     assert changed.keys() <= defaults.keys(), changed.keys() - defaults.keys()
     return defaults | changed
+
+
+def head_of(task: str, in_channels: int, vocabulary_size: int | None = None, **changed: Any) -> Any:
+    """A head of the task."""
+    return TASKS[task].build_head(in_channels, options(task, "head", **changed), vocabulary_size)
+
+
+def criterion_of(task: str, **changed: Any) -> Any:
+    """A criterion of the task; `changed` are options of the loss, or those it shares with the head."""
+    shared = {name: changed.pop(name) for name in TASKS[task].shared_options if name in changed}
+    return TASKS[task].criterion(shared, changed)
 
 
 def alone(

@@ -34,6 +34,14 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
+class HeadConfig(StrictModel):
+    """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Pairs (option, problem) of values that are right alone and wrong together."""
+        yield from ()
+
+
 class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
@@ -58,7 +66,7 @@ class TaskConfig(StrictModel):
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
     image: BaseModel
-    head: BaseModel
+    head: HeadConfig
     loss: BaseModel
 
     @property
@@ -68,7 +76,7 @@ class TaskConfig(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Pairs (key below `visft.tasks.<task>`, problem) of values that are right alone and wrong together."""
-        yield from ()
+        yield from ((f"head.{option}", problem) for option, problem in self.head.contradictions())
 
     def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
         """The same with a backbone whose patches have so many pixels."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,12 +113,13 @@ def describe(head: nn.Module) -> HeadInfo:
 
 def build_empty(info: HeadInfo) -> nn.Module:
     """The head that `info` describes, on the meta device. Raises ValueError for options that are not possible."""
-    kind = get_task(info.task).head
-    unknown = sorted(info.options.keys() - inspect.signature(kind).parameters.keys())
+    spec, options = get_task(info.task), dict(info.options)
+    words = options.pop("vocabulary_size", None) if spec.uses_vocabulary else None
+    unknown = sorted(options.keys() - spec.options("head", {}).keys())
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
     with torch.device("meta"):
-        return kind(info.in_channels, **info.options)
+        return spec.build_head(info.in_channels, options, words)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor, device, nn
 
-from visft_ds.config.task_schema import TaskConfig, WordsConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig, WordsConfig
 from visft_ds.costs.flops import Flops
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
@@ -145,21 +146,40 @@ class TaskSpec:
         line = self.describe(example.results, example.names) if self.describe is not None else str(example.results)
         return side_by_side((np.asarray(scaled(example.pixels(), _SIDE)), line))
 
-    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
-        """A new head for features of that width."""
+    def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a part: those given, and the schema's defaults of the others."""
+        return {**self._defaults(part).model_dump(), **given}
+
+    def _defaults(self, part: str) -> BaseModel:
+        found: BaseModel = self.config.model_fields[part].get_default(call_default_factory=True)
+        return found
+
+    def build_head(self, in_channels: int, given: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        """A new head for features of that width.
+
+        Raises:
+            ValueError: options that the schema of the head refuses.
+        """
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
+        options = self.options("head", given)
+        checked = type(self._defaults("head"))(**options)
+        assert isinstance(checked, HeadConfig), checked
+        problems = [f"{name} {problem}" for name, problem in checked.contradictions()]
+        if problems:
+            raise ValueError(f"no {self.name} head has these options: {'; '.join(problems)}")
         return self.head(in_channels=in_channels, **options, **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""
-        shared = {name: head_options[name] for name in self.shared_options if name in head_options}
+        head_options = self.options("head", head_options)
+        shared = {name: head_options[name] for name in self.shared_options}
         doubled = sorted(shared.keys() & loss_options.keys())
         if doubled:
             raise ValueError(
                 f"task {self.name!r}: {doubled} stand with the head already: remove them from the loss options"
             )
-        return self.build_criterion(**shared, **loss_options)
+        return self.build_criterion(**shared, **self.options("loss", loss_options))
 
     def build_targets(
         self,
