@@ -131,7 +131,7 @@ def test_attention_equals_torch() -> None:
     valid = torch.rand(2, 9) > 0.4
     wanted, _ = theirs(query, key, value, key_padding_mask=~valid)
     # float32, 16 channels: a few roundings
-    torch.testing.assert_close(ours(query, key, value, valid), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(query, key, value, valid[:, None]), wanted, rtol=0, atol=1e-6)
 
 
 def test_output_shapes_and_ranges() -> None:

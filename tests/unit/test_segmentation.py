@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.head import MaskedAttention
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points, uncertain_points
 from visft_ds.tasks.segmentation.pixel_decoder import MaskedGroupNorm
+from visft_ds.tasks.transformer import MultiHeadAttention
 
 #: Our names -> those of the published ViSFT head files (after `visft_heads.`); {n} is a layer's number.
 PUBLISHED_KEYS = {
@@ -185,7 +185,7 @@ def test_group_norm_of_unpadded_maps_is_torchs() -> None:
 
 
 def test_attention_equals_torch() -> None:
-    ours, theirs = MaskedAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours, theirs = MultiHeadAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
     query, key, value = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     allowed = torch.rand(2, 5, 9) > 0.4

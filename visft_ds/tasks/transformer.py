@@ -1,4 +1,4 @@
-"""The transformer of the detection head: an encoder over the feature map and a wider decoder over the queries.
+"""Attention of the heads, and the transformer of detection: an encoder over the feature map and a wider decoder.
 
 Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width, L decoder layers.
 
@@ -51,15 +51,16 @@ class MultiHeadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
-        """query (B, Q, D), key and value (B, S, D) -> (B, Q, D). `valid` (B, S) bool: entries that may be looked at.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """query (B, Q, D), key and value (B, S, D) -> (B, Q, D).
 
-        Each image needs one valid entry, else its output is NaN.
+        `allowed` (B, Q, S) bool, or (B, 1, S) for all queries: entries that may be looked at. Each query needs one,
+        else its output is NaN.
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = None if allowed is None else allowed[:, None]
         mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
@@ -80,7 +81,7 @@ class EncoderLayer(nn.Module):
     def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
         placed = entries + positions
-        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid)))
+        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid[:, None])))
         inner = self.dropout(F.relu(self.linear1(entries)))
         out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
         return out
@@ -104,7 +105,7 @@ class DecoderLayer(nn.Module):
         """state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); valid (B, S) -> (B, Q, D)."""
         placed = state + query
         state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
-        state = self.norm2(state + self.dropout(self.cross_attn(state + query, memory_key, memory, valid)))
+        state = self.norm2(state + self.dropout(self.cross_attn(state + query, memory_key, memory, valid[:, None])))
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out

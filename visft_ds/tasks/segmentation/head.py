@@ -15,35 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.tasks.transformer import FeedForward, sine_positions
-
-
-class MaskedAttention(nn.Module):
-    """Multi-head attention with a mask for each query; parameter names and shapes of `nn.MultiheadAttention`."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        for weight in (self.in_proj_weight, self.out_proj.weight):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """query (B, Q, E), key and value (B, S, E) -> (B, Q, E).
-
-        `allowed` (B, Q, S) bool: what each query may look at, at least one entry, else its output is NaN.
-        """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = zip((query, key, value), weights, biases, strict=True)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        mask = None if allowed is None else allowed[:, None]
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
-        return out
+from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
 
 
 class MaskedDecoderLayer(nn.Module):
@@ -51,9 +23,9 @@ class MaskedDecoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.cross_attn = MaskedAttention(width, num_heads, dropout)
+        self.cross_attn = _attention(width, num_heads, dropout)
         self.norm1 = nn.LayerNorm(width)
-        self.self_attn = MaskedAttention(width, num_heads, dropout)
+        self.self_attn = _attention(width, num_heads, dropout)
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
@@ -71,6 +43,12 @@ class MaskedDecoderLayer(nn.Module):
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out
+
+
+def _attention(width: int, num_heads: int, dropout: float) -> MultiHeadAttention:
+    attention = MultiHeadAttention(width, num_heads, dropout)
+    nn.init.xavier_uniform_(attention.out_proj.weight)
+    return attention
 
 
 class MaskedDecoder(nn.Module):
