@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.options import head_of
 from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import TensorInfo, WeightFile
-from visft_ds.interop.head_info import build_empty
+from visft_ds.interop.head_file import build_empty
 from visft_ds.interop.heads import find_head, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, read_published_head, sort_names
 from visft_ds.interop.visft import read_visft_lora

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import WeightFile, examples, open_weights
-from visft_ds.interop.head_info import HeadFile, HeadInfo, describe, task_of
+from visft_ds.interop.head_file import HeadFile, HeadInfo, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
     PREFIX,

@@ -1,4 +1,4 @@
-"""Construction of a task head from its own description or the shapes of its tensors, and loading from a file."""
+"""A task head in a file: its description, the module built from that or from the shapes of its tensors, its values."""
 
 from __future__ import annotations
 
