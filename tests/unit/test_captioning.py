@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.captioning.head import (
     PUBLISHED_NAMES,
@@ -396,10 +397,10 @@ def test_what_cannot_be_captioned_is_refused() -> None:
     ("options", "message"),
     [
         ({"vocabulary_size": 4}, "vocabulary_size 4 must be at least 5"),
-        ({"vocabulary_size": 9, "grid": 0}, "grid\n  Input should be greater than or equal to 1"),
-        ({"vocabulary_size": 9, "dropout": 1.0}, "dropout\n  Input should be less than 1"),
+        ({"vocabulary_size": 9, "grid": 0}, "grid = 0: must be greater than or equal to 1"),
+        ({"vocabulary_size": 9, "dropout": 1.0}, "dropout = 1.0: must be less than 1"),
     ],
 )
 def test_impossible_heads_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        head_of("captioning", D, **options)
+        build_empty(HeadInfo("captioning", D, options))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
@@ -209,15 +210,18 @@ def test_predictions_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_dim": 18}, "no detection head has these options: encoder_dim 18 is no multiple of num_heads = 4"),
-        ({"encoder_dim": 6, "num_heads": 2}, "encoder_dim 6 is no multiple of 4"),
-        ({"decoder_dim": 30}, "decoder_dim 30 is no multiple of num_heads = 4"),
-        ({"num_queries": 0}, "num_queries\n  Input should be greater than or equal to 1"),
+        (
+            {"encoder_dim": 18},
+            "no detection head has these options: encoder_dim = 18: 18 is no multiple of num_heads = 4",
+        ),
+        ({"encoder_dim": 6, "num_heads": 2}, "6 is no multiple of 4"),
+        ({"decoder_dim": 30}, "30 is no multiple of num_heads = 4"),
+        ({"num_queries": 0}, "num_queries = 0: must be greater than or equal to 1"),
     ],
 )
 def test_impossible_heads(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _small_head(**options)
+        build_empty(HeadInfo("detection", 12, {**SMALL, **options}))
 
 
 # ---- criterion ----

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points, uncertain_points
@@ -249,15 +250,15 @@ def test_predictions_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_dim": 48}, "hidden_dim 48 is no multiple of num_heads = 4 and of 32"),
-        ({"num_heads": 5}, "hidden_dim 32 is no multiple of num_heads = 5"),
-        ({"decoder_layers": 0}, "decoder_layers\n  Input should be greater than or equal to 1"),
-        ({"labelling": "coco"}, "labelling\n  Input should be 'contiguous' or 'published'"),
+        ({"hidden_dim": 48}, "hidden_dim = 48: 48 is no multiple of num_heads = 4 and of 32"),
+        ({"num_heads": 5}, "32 is no multiple of num_heads = 5"),
+        ({"decoder_layers": 0}, "decoder_layers = 0: must be greater than or equal to 1"),
+        ({"labelling": "coco"}, "labelling = coco: must be 'contiguous' or 'published'"),
     ],
 )
 def test_impossible_heads(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _head(**options)
+        build_empty(HeadInfo("segmentation", CHANNELS, {"hidden_dim": 32, "num_heads": 4, **options}))
 
 
 # ---- points ----

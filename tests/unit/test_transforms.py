@@ -141,7 +141,7 @@ def test_crowds_and_boxes_without_area_give_no_target() -> None:
         _annotation([40, 5, 4, 4]),  # outside
         _annotation([-3, -3, 5, 5], category=12),  # partly outside
     ]
-    targets = detection_targets(annotations, (20, 40), [])
+    targets = detection_targets(None, _sample((20, 40), *annotations), [], generator(0))
     assert targets["labels"].tolist() == [11, 12] and targets["labels"].dtype == np.int64
     expected = [[2.5 / 40, 4 / 20, 3 / 40, 4 / 20], [1 / 40, 1 / 20, 2 / 40, 2 / 20]]
     # Exact numbers but for the rounding to float32.
@@ -151,13 +151,13 @@ def test_crowds_and_boxes_without_area_give_no_target() -> None:
 
 def test_boxes_cut_away_by_a_crop_vanish() -> None:
     annotations = [_annotation([0, 0, 10, 10], category=1), _annotation([8, 8, 20, 10], category=2)]
-    targets = detection_targets(annotations, (40, 40), [Crop(10, 10, 20, 20)])
+    targets = detection_targets(None, _sample((40, 40), *annotations), [Crop(10, 10, 20, 20)], generator(0))
     assert targets["labels"].tolist() == [2]
     np.testing.assert_allclose(targets["boxes"], [[0.45, 0.2, 0.9, 0.4]], rtol=1e-6)
 
 
 def test_no_objects_give_empty_arrays() -> None:
-    targets = detection_targets([], (20, 40), [Flip(), Resize(10, 10)])
+    targets = detection_targets(None, _sample((20, 40)), [Flip(), Resize(10, 10)], generator(0))
     assert targets["boxes"].shape == (0, 4) and targets["labels"].shape == (0,)
 
 

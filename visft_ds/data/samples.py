@@ -94,8 +94,9 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
     assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)
     assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
+    frames = torch.tensor([sample.frame or sample.size for sample in samples])
     return Batch(
-        images=_pad(samples),
+        images=_pad(samples, frames),
         sizes=torch.tensor([sample.size for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
@@ -103,14 +104,8 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
         views=views or None,
-        frames=torch.tensor([sample.frame or sample.size for sample in samples]),
+        frames=frames,
     )
-
-
-def common_frame(samples: Sequence[Sample]) -> tuple[int, int]:
-    """Largest height and width, own padding included: from sizes, since who reads labels only has no pixels."""
-    heights, widths = zip(*(sample.frame or sample.size for sample in samples), strict=True)
-    return max(heights), max(widths)
 
 
 def has_targets(samples: Sequence[Sample], task: str) -> bool:
@@ -120,13 +115,13 @@ def has_targets(samples: Sequence[Sample], task: str) -> bool:
     return found.pop()
 
 
-def _pad(samples: Sequence[Sample]) -> Tensor:
+def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
     images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
     known = [place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features]
     assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
-    padded = torch.zeros((len(samples), 3, *common_frame(samples)), dtype=torch.uint8)
+    padded = torch.zeros((len(samples), 3, *frames.amax(dim=0).tolist()), dtype=torch.uint8)
     for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image
     return padded

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.config.validate import check
 from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
@@ -118,6 +119,13 @@ def build_empty(info: HeadInfo) -> nn.Module:
     unknown = sorted(options.keys() - spec.options("head", {}).keys())
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
+    options = spec.options("head", options)
+    checked, problems = check(type(spec.config.model_fields["head"].get_default(call_default_factory=True)), options)
+    if checked is not None:
+        problems = list(checked.contradictions())
+    if problems:
+        told = "; ".join(f"{name} = {options[name]}: {problem}" for name, problem in problems)
+        raise ValueError(f"no {info.task} head has these options: {told}")
     with torch.device("meta"):
         return spec.build_head(info.in_channels, options, words)
 

@@ -9,10 +9,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel
 from torch import Tensor, device, nn
 
-from visft_ds.config.task_schema import HeadConfig, TaskConfig, WordsConfig
+from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.costs.flops import Flops
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
@@ -148,27 +147,13 @@ class TaskSpec:
 
     def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a part: those given, and the schema's defaults of the others."""
-        return {**self._defaults(part).model_dump(), **given}
+        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
 
-    def _defaults(self, part: str) -> BaseModel:
-        found: BaseModel = self.config.model_fields[part].get_default(call_default_factory=True)
-        return found
-
-    def build_head(self, in_channels: int, given: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
-        """A new head for features of that width.
-
-        Raises:
-            ValueError: options that the schema of the head refuses.
-        """
+    def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
+        """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        options = self.options("head", given)
-        checked = type(self._defaults("head"))(**options)
-        assert isinstance(checked, HeadConfig), checked
-        problems = [f"{name} {problem}" for name, problem in checked.contradictions()]
-        if problems:
-            raise ValueError(f"no {self.name} head has these options: {'; '.join(problems)}")
-        return self.head(in_channels=in_channels, **options, **own)
+        return self.head(in_channels=in_channels, **self.options("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""
@@ -181,16 +166,6 @@ class TaskSpec:
             )
         return self.build_criterion(**shared, **self.options("loss", loss_options))
 
-    def build_targets(
-        self,
-        train: bool,
-        options: Mapping[str, Any],
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-    ) -> ImageTargets:
-        """Function that gives this task's targets of an image."""
-        return self.targets(train, options, **self._of_data(vocabulary, classes))
-
     def results(
         self,
         output: Any,
@@ -201,9 +176,10 @@ class TaskSpec:
     ) -> Results:
         """Predictions for the real images of a batch, in COCO's results format; objects with at least `threshold`."""
         objects = {} if self.uses_vocabulary else {"threshold": threshold}
-        return self.postprocess(output, batch, **objects, **self._of_data(vocabulary, classes))
+        return self.postprocess(output, batch, **objects, **self.of_data(vocabulary, classes))
 
-    def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
+    def of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
+        """Arguments of `targets` and `postprocess` that come with the data."""
         if vocabulary is None and self.uses_vocabulary:
             raise ValueError(
                 f"{self.name} needs a vocabulary: give that of the shards, or leave {self.name} out of tasks"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visft_ds.config.task_schema import SHARED, Stream
-from visft_ds.data.samples import Batch, RawSample, Sample, common_frame, has_targets, stack_samples
+from visft_ds.data.samples import Batch, RawSample, Sample, has_targets, stack_samples
 from visft_ds.data.transforms import Geometry, Op, Pad, ShortSides, apply_to_image, final_size, of_options
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.registry import entries
@@ -84,11 +84,11 @@ def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) 
         geometry: Geometry = of_options(ShortSides, stream.image)
     else:
         geometry = TASKS[stream.name].geometry(stream.image)
-    targets = {
-        task: TASKS[task].build_targets(train, stream.image, vocabulary, stream.classes.get(task))
-        for task in TASKS
-        if task in stream.tasks
-    }
+    targets = {}
+    for task in TASKS:
+        if task in stream.tasks:
+            own = TASKS[task].of_data(vocabulary, stream.classes.get(task))
+            targets[task] = TASKS[task].targets(train, stream.image, **own)
     return ImageTransform(train, geometry, targets)
 
 
@@ -98,6 +98,8 @@ def collate_joint(samples: Sequence[Sample]) -> Batch:
     Images are padded right and bottom with 0 to the largest height and width of the batch. Targets stand in the order
     of `TASKS`, so that losses are summed in one order however the tasks were listed.
     """
-    batch, frame = stack_samples(samples), common_frame(samples)
+    batch = stack_samples(samples)
+    assert batch.frames is not None
+    height, width = batch.frames.amax(dim=0).tolist()  # who reads labels only has no pixels that tell
     taught = [task for task in TASKS if has_targets(samples, task)]
-    return replace(batch, targets={task: TASKS[task].pack(samples, frame) for task in taught})
+    return replace(batch, targets={task: TASKS[task].pack(samples, (height, width)) for task in taught})

@@ -46,19 +46,6 @@ class CaptionTargets:
         return {"captions": self.tokens, "lengths": self.lengths}
 
 
-def image_targets(
-    vocabulary: Vocabulary,
-    choice: CaptionChoice,
-    max_words: int,
-    raw: RawSample,
-    ops: Sequence[Op],
-    generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
-    """Targets of an image; see `caption_targets`."""
-    with span("tokens"):
-        return caption_targets(raw.captions, vocabulary, choice, generator, max_words)
-
-
 def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
     """The choice as it holds in training or evaluation, which draws nothing. Raises ValueError for an unknown one."""
     if choice not in get_args(CaptionChoice):
@@ -67,11 +54,12 @@ def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
 
 
 def caption_targets(
-    captions: Sequence[str],
     vocabulary: Vocabulary,
     choice: CaptionChoice,
-    generator: np.random.Generator,
     max_words: int,
+    raw: RawSample,
+    ops: Sequence[Op],
+    generator: np.random.Generator,
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
 
@@ -79,18 +67,19 @@ def caption_targets(
     else the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`),
     never an empty or a cut one.
     """
-    cut = [caption_words(caption) for caption in captions]
-    usable = [words for words in cut if 1 <= len(words) <= max_words]
-    tokens = [vocabulary.start]
-    if usable:
-        place = 0
-        if choice == "random":
-            place = int(generator.integers(0, len(usable)))
-        elif choice == "consensus":
-            place = consensus(usable)
-        tokens = vocabulary.encode_words(usable[place])
-    references = np.array(list(captions), dtype=object)
-    return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
+    with span("tokens"):
+        cut = [caption_words(caption) for caption in raw.captions]
+        usable = [words for words in cut if 1 <= len(words) <= max_words]
+        tokens = [vocabulary.start]
+        if usable:
+            place = 0
+            if choice == "random":
+                place = int(generator.integers(0, len(usable)))
+            elif choice == "consensus":
+                place = consensus(usable)
+            tokens = vocabulary.encode_words(usable[place])
+        references = np.array(list(raw.captions), dtype=object)
+        return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
 
 
 def consensus(captions: Sequence[Sequence[str]]) -> int:

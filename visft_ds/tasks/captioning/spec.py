@@ -14,8 +14,8 @@ from visft_ds.data.transforms import Square
 from visft_ds.tasks.captioning.config import CaptioningTask
 from visft_ds.tasks.captioning.data import (
     CaptionTargets,
+    caption_targets,
     choice_for,
-    image_targets,
     pack_captions,
 )
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
@@ -27,7 +27,7 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def _targets(train: bool, options: Mapping[str, Any], vocabulary: Vocabulary) -> ImageTargets:
-    return partial(image_targets, vocabulary, choice_for(train, options["caption_choice"]), options["max_words"])
+    return partial(caption_targets, vocabulary, choice_for(train, options["caption_choice"]), options["max_words"])
 
 
 def _blank(

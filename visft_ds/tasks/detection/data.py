@@ -106,17 +106,9 @@ class CropRecipe:
         return found
 
 
-def image_targets(
+def detection_targets(
     labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
 ) -> Mapping[str, npt.NDArray[Any]]:
-    """Targets of an image; see `detection_targets`."""
-    with span("boxes"):
-        return detection_targets(raw.annotations, raw.size, ops, labels)
-
-
-def detection_targets(
-    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op], labels: Mapping[int, int] | None = None
-) -> dict[str, npt.NDArray[Any]]:
     """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
 
     `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or after a
@@ -124,19 +116,20 @@ def detection_targets(
 
     Raises ValueError for a category that `labels` lacks.
     """
-    used = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    raw = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-    classes = raw if labels is None else labels_of(used, labels)
-    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), size)
-    kept = _has_area(boxes)
-    boxes, classes = apply_to_boxes(boxes[kept], size, ops), classes[kept]
-    kept = _has_area(boxes)
-    boxes, classes = boxes[kept], classes[kept]
-    height, width = final_size(size, ops)
-    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-    return {"boxes": relative.astype(np.float32), "labels": classes}
+    with span("boxes"):
+        used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+        xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
+        ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+        classes = ids if labels is None else labels_of(used, labels)
+        boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
+        kept = _has_area(boxes)
+        boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
+        kept = _has_area(boxes)
+        boxes, classes = boxes[kept], classes[kept]
+        height, width = final_size(raw.size, ops)
+        centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+        return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
 def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:

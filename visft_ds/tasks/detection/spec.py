@@ -15,7 +15,7 @@ from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import (
     CropRecipe,
     DetectionTargets,
-    image_targets,
+    detection_targets,
     pack_detection,
 )
 from visft_ds.tasks.detection.flops import detection_flops
@@ -55,7 +55,9 @@ SPEC = TaskSpec(
     geometry=lambda options: CropRecipe(
         of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"]
     ),
-    targets=lambda train, options, classes=None: partial(image_targets, None if classes is None else places(classes)),
+    targets=lambda train, options, classes=None: partial(
+        detection_targets, None if classes is None else places(classes)
+    ),
     pack=lambda samples, frame: pack_detection(samples),
     postprocess=postprocess,
     evaluator=Evaluator(

@@ -23,9 +23,11 @@ class MaskedDecoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.cross_attn = _attention(width, num_heads, dropout)
+        self.cross_attn = MultiHeadAttention(width, num_heads, dropout)
+        nn.init.xavier_uniform_(self.cross_attn.out_proj.weight)
         self.norm1 = nn.LayerNorm(width)
-        self.self_attn = _attention(width, num_heads, dropout)
+        self.self_attn = MultiHeadAttention(width, num_heads, dropout)
+        nn.init.xavier_uniform_(self.self_attn.out_proj.weight)
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
@@ -43,12 +45,6 @@ class MaskedDecoderLayer(nn.Module):
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out
-
-
-def _attention(width: int, num_heads: int, dropout: float) -> MultiHeadAttention:
-    attention = MultiHeadAttention(width, num_heads, dropout)
-    nn.init.xavier_uniform_(attention.out_proj.weight)
-    return attention
 
 
 class MaskedDecoder(nn.Module):
