@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config import Batches
+from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.labels import whole_image
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
+from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
@@ -29,15 +30,14 @@ from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.partition import Place
 from visft_ds.parallel.unchanged import unchanged
-from visft_ds.prepare.datasets import TrainingSet, first_of, needs_categories
-from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import needs_categories
+from visft_ds.prepare.streams import parts_of
 from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
 
@@ -99,22 +99,23 @@ class Largest:
         return pipeline.collate(samples)
 
 
-def largest_batches(
-    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
-) -> list[tuple[Largest, SamplePipeline]]:
+def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) -> list[tuple[Largest, SamplePipeline]]:
     """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
-    lies, one stands), or where images are packed."""
+    lies, one stands), or where images are packed.
+
+    Args:
+        micro: images of a micro-batch, by stream.
+        packed: images of different sizes go through the backbone without padding.
+    """
     found: list[tuple[Largest, SamplePipeline]] = []
-    pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
-    category = next((one.coco_id for one in first.categories), 0)
-    for name, stream in streams_of(settings, first).items():
+    category = next((one.coco_id for one in data.categories), 0)
+    for name, stream in data.streams.items():
         own: list[tuple[Largest, SamplePipeline]] = []
-        for dataset, part in parts_of(stream, sets).items():
-            manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
-            objects = _most_objects(manifest, batches.micro[name])
+        for dataset, part in parts_of(stream, data.sets).items():
+            manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
+            objects = _most_objects(manifest, micro[name])
             extremes = {size for one in _sizes(manifest) for size in pipeline.transform.geometry.extremes(one)}
-            packed = settings.model.packed
-            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+            for sizes in _gathered(extremes, micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in own):
                     own = [(other, made) for other, made in own if not largest.covers(other)]
@@ -123,15 +124,8 @@ def largest_batches(
     return found
 
 
-def rehearse(
-    config: ResolvedConfig,
-    engine: Engine,
-    batches: Batches,
-    sets: Mapping[str, TrainingSet],
-    vocabulary: Vocabulary | None,
-    *,
-    watchdog: Watchdog,
-    memory: MemoryWatch,
+def probe_memory(
+    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, *, watchdog: Watchdog, memory: MemoryWatch
 ) -> None:
     """Make a step of the largest micro-batches of every stream that leaves no trace, and print its cost. Collective.
 
@@ -139,9 +133,9 @@ def rehearse(
         OutOfMemory: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    compiles = config.visft.model.compile != "none"
+    compiles = model.compile != "none"
     device, rows, compiling = engine.device, [], 0.0
-    found = largest_batches(config.visft, sets, vocabulary, batches)
+    found = largest_batches(data, batches.micro, packed=model.packed)
     gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
     with unchanged(engine), memory_bounded(device, distributed.processes_here()), gauge:
         for largest, pipeline in found:
@@ -154,8 +148,8 @@ def rehearse(
                     micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
                     own = counts_of(engine.module, micro)
                     agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
-                    parts = batches.dp * batches.accumulation
-                    engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
+                    denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
+                    engine.train_step(0, micro, denominators)
                 times.append(time.perf_counter() - began)
             gauge.add()
             compiling += times[0] - times[-1]
@@ -166,7 +160,7 @@ def rehearse(
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
         sections = [Section("steps", rows, columns), memory.planned()]
-        sections += [_compiled_section(config.visft.model.compile, compiling)] if compiles else []
+        sections += [_compiled_section(model.compile, compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
 
 
