@@ -60,14 +60,16 @@ def export_weights(
     written = []
     backbone, base_weights = engine.module.backbone, facts["base_weights"]
     names = trainable(engine)
-    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
-    if names.keys() & set(whole):
+    base_names = [
+        name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
+    ]
+    if names.keys() & set(base_names):
         path = folder / TRAINED_BACKBONE_FILE
         began = {TRAINED_ON: base_sha256}
         began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
-        written.append(_export_tower(engine, whole, path, instead, began))
+        written.append(_export_tower(engine, base_names, path, instead, began))
     # Heads and adapters: small.
-    trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
+    trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
     if not distributed.is_main():
         return []
     if written:
@@ -90,15 +92,15 @@ def export_weights(
     return written
 
 
-def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
+def save_base(base: BaseWeights, metadata: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: the file's metadata (`tower_metadata`).
+    So they need not be gathered from whoever holds them. `metadata`: the file's metadata (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
     drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
-    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**told, **drawn})
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**metadata, **drawn})
 
 
 def _export_tower(
@@ -125,8 +127,8 @@ def _export_tower(
         return {**found, **instead}[qualified]
 
     if distributed.is_main():
-        whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
-        _write_tower(path, whole, gather, {**tower_metadata(backbone), **began})
+        stored = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
+        _write_tower(path, stored, gather, {**tower_metadata(backbone), **began})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))
@@ -134,9 +136,9 @@ def _export_tower(
 
 
 def _write_tower(
-    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], told: Mapping[str, str]
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    write_safetensors(path, infos, produce, {**told, "lora_merged": "false"}, overwrite=True)
+    write_safetensors(path, infos, produce, {**metadata, "lora_merged": "false"}, overwrite=True)
 
 
 def _head_info(

@@ -236,7 +236,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for key, problem in task.contradictions():
             yield f"visft.tasks.{name}.{key}", problem
     data = visft.data
-    sets = [data.train, *(one.name for one in data.sets)]
+    sets = [data.train, *(other.name for other in data.sets)]
     for number, one in enumerate(data.sets):
         if one.name in sets[: number + 1]:
             yield f"visft.data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"

@@ -118,7 +118,7 @@ def translated(
     annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
 ) -> list[Mapping[str, Any]]:
     """Annotations with the ids that heads know; those without one are left out."""
-    pairs = ((one, categories[one["category_id"]]) for one in annotations)
+    pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
 

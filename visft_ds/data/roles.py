@@ -1,8 +1,7 @@
-"""Reading for a pipeline: the first stage needs pixels, the last one labels, and both must speak of the same samples.
+"""Reading for a pipeline: the first stage needs pixels, the last one labels, both of the same samples.
 
-Every stage that reads follows the same plan on its own. What proves that they agree is one number: a checksum of the
-samples' places and random keys, which travels down the pipeline beside the activations and is compared where the labels
-are.
+Every stage that reads follows the same plan by itself. A checksum of the samples' indices and random keys travels down
+the pipeline with the activations, and the last stage compares it with that of its labels.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Place:
 
 
 class IdleLoader:
-    """Stands where a `StepLoader` stands, in a pipeline stage that reads nothing: it knows the steps all the same."""
+    """Replacement of `StepLoader` in a pipeline stage that reads nothing: steps without batches."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

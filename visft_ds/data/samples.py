@@ -1,6 +1,6 @@
 """Data structures between shard and head: a sample, then a batch, and how samples become one.
 
-Shape letters: B images, H W pixels, N objects packed over the batch.
+Shape letters: B images, H W pixels, N objects of all images, concatenated.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Sample:
     image: Tensor | None  #: (3, H, W) uint8
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
-    view: View | None = None  #: where features are kept; with features, `image` is None
+    view: View | None = None  #: with a feature cache; where it has features, `image` is None
     frame: tuple[int, int] | None = None  #: (height, width) of `image` with padding of its own; None: it has none
 
 
 class Targets(Protocol):
-    """Packed labels of one task for a batch: a dataclass of tensors."""
+    """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
     def to(self, device: torch.device) -> Targets: ...
 
@@ -70,9 +70,9 @@ class Batch:
     random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
-    views: tuple[View, ...] | None = None  #: of each image, where features are kept; those with features lack pixels
-    #: (B, 2) int64, height and width of each image with the padding that it has by itself; stays on the host. None: all
-    #: are as large as the batch.
+    views: tuple[View, ...] | None = None  #: of each image, with a feature cache; those with features lack pixels
+    #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
+    #: host. None: all are as large as the batch.
     frames: Tensor | None = None
 
     @property

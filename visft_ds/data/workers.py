@@ -1,8 +1,8 @@
-"""Who makes the batches: the caller, threads, or processes; all give the same batches in the same order.
+"""Workers that make batches: the caller, threads, or processes; all give the same batches in the same order.
 
-Threads share the index and hand batches over for nothing, but Python runs in one of them at a time: decoding, resizing,
-hashing and reading release the interpreter lock, the rest of a sample's work does not. Processes do not have that limit
-and pay for it by copying every batch through shared memory.
+Threads share the index and hand batches over without a copy, but Python runs in one of them at a time: decoding,
+resizing, hashing and reading release the interpreter lock, the rest of a sample's work does not. Processes do not have
+that limit and pay for it by copying every batch through shared memory.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _RUN = 4
 
 @dataclass(frozen=True)
 class Made:
-    """A batch, what was skipped in making it, and what its making cost a process other than this one."""
+    """A batch and how it was made."""
 
     batch: Batch
     skipped: list[Skipped]
-    elsewhere: dict[str, Spent]
+    spent_by_process: dict[str, Spent]  #: cost by kind of work in a worker process; empty where this process made it
 
 
 class Workers(Protocol):
@@ -181,8 +181,8 @@ class Processes:
 
     def _modules(self) -> list[str]:
         """Modules that the pipelines work with: the fork server loads them once for all processes."""
-        pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
-        return sorted(set[str]().union(*(one.transform.modules() for one in pipelines)) - {"__main__"})
+        pipelines = [each for by_set in self._maker.pipelines.values() for each in by_set.values()]
+        return sorted(set[str]().union(*(each.transform.modules() for each in pipelines)) - {"__main__"})
 
 
 class _Parts(Dataset[Made | Exception]):

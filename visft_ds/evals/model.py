@@ -187,8 +187,8 @@ def files_of_run(
         own_backbone = export / BACKBONE_FILE
     else:  # one that is replaced need not be there any more
         own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
-    own = all(head_file(export, task).is_file() for task in tasks)
-    of_run = own_backbone, export if own or config.heads.path is None else find(run, config, HEADS)
+    complete = all(head_file(export, task).is_file() for task in tasks)
+    of_run = own_backbone, export if complete or config.heads.path is None else find(run, config, HEADS)
     backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
@@ -218,7 +218,7 @@ def heads_in(folder: Path) -> tuple[str, ...]:
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
         wanted = ", ".join(head_file("", task).name for task in TASKS)
-        inside = next((one for one in heads_inside(folder) if any(head_files(one, task) for task in TASKS)), None)
+        inside = next((inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)), None)
         raise ValueError(
             f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): "
             + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")
@@ -253,7 +253,7 @@ def load_model(
         ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
             heads for another width.
     """
-    backbone, told = _load_backbone(files, DTYPES[precision], preset)
+    backbone, described = _load_backbone(files, DTYPES[precision], preset)
     infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
     problems = _of_other_base(infos, files)
     if problems and not allow_other_base:
@@ -269,7 +269,7 @@ def load_model(
         )
     words = own_words or vocabulary
     check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-    facts, modules = dict(told), {}
+    facts, modules = dict(described), {}
     facts |= {"allowed": "; ".join(problems)} if problems else {}
     for task, info in infos.items():
         path = find_head(files.heads, task)
@@ -427,8 +427,8 @@ def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str
         return []  # without reading the whole file
     known.add(base_identity(weights))
     if files.of_run is not None and files.of_run[0].is_file():
-        own = open_weights(files.of_run[0])
-        of_run = {base_identity(own), *recorded_bases(own)}
+        file = open_weights(files.of_run[0])
+        of_run = {base_identity(file), *recorded_bases(file)}
         if known & of_run:
             heads = [read_head_info(path, task) for task in infos for path in head_files(files.of_run[1], task)]
             known |= of_run | {info.extra["base_weights"] for info in heads if "base_weights" in info.extra}

@@ -338,9 +338,9 @@ def adapter_of_run(
     base_sha256: str | None = None,
 ) -> Adapter:
     """The adapter that a run with `visft.lora` has in these tensors; the model may be on the meta device."""
-    own = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
+    adapter = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
     if isinstance(backbone, EvaViT):
-        return replace(own, targets=canonical_targets(own.targets))
+        return replace(adapter, targets=canonical_targets(adapter.targets))
     layers = {name: module for name, module in backbone.named_modules() if f"{name}.lora_A" in tensors}
     # In the order of the model's layers, which is that of the file's header.
     names = [f"{layer}.{kind}" for layer in layers for kind in KINDS if f"{layer}.{kind}" in tensors]
@@ -351,7 +351,7 @@ def adapter_of_run(
         if isinstance(module, nn.Conv2d | LoRAConv2d) and module.groups > 1
     }
     tensors = {name: tensors[name] for name in names}
-    return replace(own, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
+    return replace(adapter, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
 
 
 def _described(settings: LoraSettings) -> str:

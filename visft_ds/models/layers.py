@@ -207,6 +207,6 @@ def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
-    height, width = (max(one.shape[side] for one in maps) for side in (0, 1))
+    height, width = (max(map_.shape[side] for map_ in maps) for side in (0, 1))
     inner = (0, 0) * (maps[0].ndim - 2)
-    return torch.stack([F.pad(one, (*inner, 0, width - one.shape[1], 0, height - one.shape[0])) for one in maps])
+    return torch.stack([F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps])

@@ -51,12 +51,12 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        whole = sum(self.costs)
+        total = sum(self.costs)
         lines = []
         for number, cost in enumerate(self.stage_costs()):
             names = self.names[self.bounds[number] : self.bounds[number + 1]]
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            share = f"{100 * cost / whole:.1f} % of the operations"
+            share = f"{100 * cost / total:.1f} % of the operations"
             lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
         idle = (
             f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
@@ -128,10 +128,10 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             return (last**2 if last <= limit else float("inf")), (start, count)
         options = []
         for stop in range(start + 1, count - parts + 2):
-            own = sums[stop] - sums[start]
-            if own <= limit:
+            stage_cost = sums[stop] - sums[start]
+            if stage_cost <= limit:
                 rest, bounds = evenest(stop, parts - 1)
-                options.append((own**2 + rest, (start, *bounds)))
+                options.append((stage_cost**2 + rest, (start, *bounds)))
         return min(options, default=(float("inf"), ()))
 
     return evenest(0, stages)[1]
@@ -191,4 +191,4 @@ def _tensors(output: object) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     inner = output if isinstance(output, tuple) else vars(output).values() if hasattr(output, "__dict__") else ()
-    return [tensor for one in inner for tensor in _tensors(one)]
+    return [tensor for item in inner for tensor in _tensors(item)]

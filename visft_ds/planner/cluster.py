@@ -19,7 +19,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES, find_peak
 from visft_ds.planner.meta_step import Kind, Total
-from visft_ds.planner.step import PlannedRun, rehearse
+from visft_ds.planner.step import PlannedRun, trace_step
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
 #: TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88 and 112.
@@ -223,7 +223,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
         link: bytes a second that a rank exchanges with another in one direction, at its peak.
     """
     run = run.typical(stream)
-    found, reached = rehearse(run, stream), LINK_SHARE * link
+    found, reached = trace_step(run, stream), LINK_SHARE * link
     batches, zero = run.batches, run.zero()
     micro = rates.seconds(found.work)
     shared = batches.dp if zero.stage else 1

@@ -15,7 +15,7 @@ import torch
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
 from visft_ds.parallel import distributed
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, rehearse, run_of
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import known_vocabulary
 from visft_ds.run.folder import recorded_config, saved_something
@@ -80,11 +80,11 @@ def fitting_settings(now: PlannedRun, capacity: int) -> list[Suggestion]:
 def operations(run: PlannedRun) -> float:
     """Of one rank's mean step, forward and backward."""
     streams = run.config.visft.streams().values()
-    whole = sum(stream.share for stream in streams)
+    all_shares = sum(stream.share for stream in streams)
     return sum(
-        stream.share / whole * run.batches.accumulation * count * work.operations
+        stream.share / all_shares * run.batches.accumulation * count * work.operations
         for stream in streams
-        for work, count in rehearse(run, stream).work.items()
+        for work, count in trace_step(run, stream).work.items()
     )
 
 
@@ -165,10 +165,8 @@ def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig,
         plan = plan_largest(run)
         if plan.total <= capacity:
             return candidate, f"the fastest that fits: {_mib(plan.total)} of {_mib(capacity)}, as predicted"
-    help_ = (
-        "; ".join(" ".join(one.settings) for one in fitting_settings(run, capacity))
-        or "a smaller --model, or more memory"
-    )
+    others = fitting_settings(run, capacity)
+    help_ = "; ".join(" ".join(suggestion.settings) for suggestion in others) or "a smaller --model, or more memory"
     raise ValueError(
         f"visft.model.fit_memory: even with every block computed again a step needs {_mib(plan.total)} of "
         f"{_mib(capacity)}, as predicted. What helps: {help_}"

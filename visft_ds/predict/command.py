@@ -192,8 +192,8 @@ class Record:
     def finish(self, categories: Mapping[int, str], skipped: Mapping[str, str]) -> None:
         """Write `predictions.json` out of all lines. Raises OSError as `add`."""
         lines = list(self.done.values())
-        found = [one for line in lines for results in line["found"].values() for one in results]
-        ids = {*categories, *(one["category_id"] for one in found if "category_id" in one)}
+        found = [result for line in lines for results in line["found"].values() for result in results]
+        ids = {*categories, *(result["category_id"] for result in found if "category_id" in result)}
         whole: dict[str, Any] = {
             "images": [{name: line[name] for name in ("id", "file_name", "width", "height")} for line in lines],
             "categories": [{"id": id_, "name": category_name(id_, categories)} for id_ in sorted(ids)],

@@ -237,7 +237,7 @@ def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int, trained: Se
         return between - began, clock(given.device) - between
 
     seconds = in_turn(cases, run, repeats)
-    first = [sum(one) for one in next(iter(seconds.values()))]
+    first = [sum(parts) for parts in next(iter(seconds.values()))]
     return {
         name: {
             FORWARD: spread(forward for forward, _ in found),

@@ -148,8 +148,8 @@ def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic:
     from visft_ds.parallel import distributed
     from visft_ds.run.start_report import print_dry_run
 
-    told = render_missing(missing) if missing else ""
-    return print_dry_run(config, distributed.world_size(), told) if distributed.is_main() else 0
+    text = render_missing(missing) if missing else ""
+    return print_dry_run(config, distributed.world_size(), text) if distributed.is_main() else 0
 
 
 # ------------------------------------------------------------------------------------------------------- train

@@ -98,7 +98,7 @@ class DataOptions:
     @property
     def workers(self) -> list[tuple[WorkerKind, int]]:
         """Kind and number of everything that is measured."""
-        return [*(("threads", one) for one in self.threads), *(("processes", one) for one in self.processes)]
+        return [*(("threads", n) for n in self.threads), *(("processes", n) for n in self.processes)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Pass:
 
     def cpu_of(self, part: str) -> float:
         """CPU seconds of a part; of the rest, what is in none."""
-        return self.cpu - sum(one.cpu for one in self.parts.values()) if part == REST else self.parts[part].cpu
+        return self.cpu - sum(spent.cpu for spent in self.parts.values()) if part == REST else self.parts[part].cpu
 
 
 def measure_data(data: MeasuredSet, streams: Sequence[StreamData], options: DataOptions) -> dict[str, Any]:
@@ -186,24 +186,24 @@ def _measure_stream(data: MeasuredSet, reader: ShardReader, stream: StreamData, 
         "parts_by": first,
         "parts": {
             part: {
-                "cpu_seconds": spread(one.cpu_of(part) / one.samples for one in found[first]),
-                "share": spread(one.cpu_of(part) / one.cpu for one in found[first]),
+                "cpu_seconds": spread(each.cpu_of(part) / each.samples for each in found[first]),
+                "share": spread(each.cpu_of(part) / each.cpu for each in found[first]),
             }
             for part in [*seen, REST]
         },
         "by_workers": {
             name: {
-                "cpu_seconds_per_sample": spread(one.cpu / one.samples for one in passes),
-                "samples_per_cpu_second": spread(one.samples / one.cpu for one in passes),
-                "samples_per_second": spread(one.samples / one.wall for one in passes),
-                "wait_seconds_per_step": spread(one.wait / one.steps for one in passes),
-                "wait_share": spread(one.wait / one.wall for one in passes),
-                "bytes_per_second": spread(one.bytes / one.wall for one in passes),
-                "bytes_per_sample": sum(one.bytes for one in passes) / sum(one.samples for one in passes),
+                "cpu_seconds_per_sample": spread(each.cpu / each.samples for each in passes),
+                "samples_per_cpu_second": spread(each.samples / each.cpu for each in passes),
+                "samples_per_second": spread(each.samples / each.wall for each in passes),
+                "wait_seconds_per_step": spread(each.wait / each.steps for each in passes),
+                "wait_share": spread(each.wait / each.wall for each in passes),
+                "bytes_per_second": spread(each.bytes / each.wall for each in passes),
+                "bytes_per_sample": sum(each.bytes for each in passes) / sum(each.samples for each in passes),
             }
             for name, passes in found.items()
         },
-        "released_share": spread(one.released / one.cpu for one in watched),
+        "released_share": spread(each.released / each.cpu for each in watched),
     }
 
 
@@ -456,12 +456,12 @@ def configured(
             manifest = Manifest.load(where, split, cache=cache_of(settings.data))
             data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
         words = vocabulary_of(settings, data.manifest)
-        own = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
+        streams = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
         yield (
             data,
             [
                 StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
-                for stream in own.values()
+                for stream in streams.values()
             ],
         )
 

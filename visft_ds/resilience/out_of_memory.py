@@ -68,13 +68,13 @@ class MemoryWatch:
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             measured = self._measured()
             # What the step still holds is what the plan is made with.
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         note = "\n  The rehearsal before the first step did not foresee this." if self.rehearsed else ""
-        lines = [f"out of memory in {what}: {shape()}{note}", f"  {said}", measured, *self._explained(stream)]
+        lines = [f"out of memory in {what}: {shape()}{note}", f"  {message}", measured, *self._explained(stream)]
         raise OutOfMemory("\n".join(lines))
 
     def watched_step(self, what: str, stream: str, batches: Sequence[Batch]) -> AbstractContextManager[None]:
@@ -103,8 +103,8 @@ class MemoryWatch:
         # What has failed is too much, whatever the sum says.
         room = int(_FILLED[self._device.type] * min(self._room(plan), plan.total))
         fits = [
-            f"    {' '.join(one.settings)}   ({gib(one.memory.total)}, {one.relative_time:.2f} x the time)"
-            for one in fitting_settings(self._run, room)
+            f"    {' '.join(s.settings)}   ({gib(s.memory.total)}, {s.relative_time:.2f} x the time)"
+            for s in fitting_settings(self._run, room)
         ]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [

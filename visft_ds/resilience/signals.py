@@ -84,8 +84,8 @@ class LostRank(RuntimeError):
         code: exit code of the other one, where it left one.
     """
 
-    def __init__(self, told: str, code: int = LOST_CODE) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, code: int = LOST_CODE) -> None:
+        super().__init__(message)
         self.code = code
 
 

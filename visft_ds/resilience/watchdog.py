@@ -193,12 +193,12 @@ class Watchdog:
         self._leave.set()
         self._thread.join()
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            told, code = self._who_is_gone()
+            message, code = self._who_is_gone()
             self._end(_FOLLOWED, code)
-            told += f"\n  here: {self._beat.doing}; {last_collective()}"
+            message += f"\n  here: {self._beat.doing}; {last_collective()}"
             if code == LOST_CODE:  # one that ended in good order has said why; else there is nothing but this
-                told += "\n  stack:\n" + "".join(traceback.format_tb(trace))
-            raise LostRank(told, code) from error
+                message += "\n  stack:\n" + "".join(traceback.format_tb(trace))
+            raise LostRank(message, code) from error
         lines = str(error).splitlines()
         self._end(f"{type(error).__name__}: {lines[0] if lines else ''}", exit_code(error) if error else 0)
 

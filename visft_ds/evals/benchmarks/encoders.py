@@ -139,8 +139,8 @@ class _OpenClipEncoder(nn.Module):
                 found["patches"] = _patches(trunk, tokens)
             return found
         if "patches" in kinds:
-            told = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
-            found["patches"], embedding = told["image_intermediates"][-1], told["image_features"]
+            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
+            found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
         else:
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)

@@ -78,8 +78,8 @@ def parse_model(text: str) -> ModelSpec:
     label, rest = (match[1].strip(), match[2]) if match else (None, text)
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):
-        whole = inner.startswith(("hf-hub:", "local-dir:"))
-        name, _, weights = (inner, "", "") if whole else inner.partition(":")
+        is_address = inner.startswith(("hf-hub:", "local-dir:"))
+        name, _, weights = (inner, "", "") if is_address else inner.partition(":")
         return ModelSpec(label or Path(name).stem, library, name, weights or None)
     base, adapter, scale = _files(rest)
     label = label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem)

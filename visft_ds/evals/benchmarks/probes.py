@@ -74,12 +74,12 @@ class Probe:
 def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:
     """1.0 for each test image (n, D) whose neighbours among (m, D) vote for its class alone."""
     train, test = (torch.nn.functional.normalize(part, dim=1) for part in (train, test))
-    own = torch.from_numpy(labels)
+    labels_of_train = torch.from_numpy(labels)
     found = []
     for start in range(0, len(test), _ROWS):
         similarity, places = (test[start : start + _ROWS] @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
         votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
-        votes.scatter_add_(1, own[places], (similarity.double() / TEMPERATURE).exp())
+        votes.scatter_add_(1, labels_of_train[places], (similarity.double() / TEMPERATURE).exp())
         found.append(hits(rank_of(votes, torch.from_numpy(truth[start : start + _ROWS])), 1))
     return np.concatenate(found)
 
@@ -104,8 +104,8 @@ def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: in
     """The same images for every model: they depend on the number of the draw alone."""
     rng = np.random.default_rng([shots, draw])
     places = [rng.choice(np.flatnonzero(labels == label), shots, replace=False) for label in np.unique(labels)]
-    own = np.concatenate(places)
-    return (_said(train[own], labels[own], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
+    places_of_all = np.concatenate(places)
+    return (_said(train[places_of_all], labels[places_of_all], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
 
 
 def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:

@@ -151,8 +151,8 @@ def _fit(
 
     def compute(step: int) -> float:
         images, captions = (torch.from_numpy(places) for places in order.step(step))
-        embedded, said = clip(normalised(pixels[images], device), tokens.rows(captions).to(device))
-        loss = clip_loss(embedded, said, clip.logit_scale)
+        embedded, texts = clip(normalised(pixels[images], device), tokens.rows(captions).to(device))
+        loss = clip_loss(embedded, texts, clip.logit_scale)
         loss.backward()
         return loss.item()
 

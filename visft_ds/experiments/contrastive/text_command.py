@@ -181,11 +181,11 @@ def _measure(side: TextSide, judge: tuple[Tensor, CaptionSet] | None) -> dict[st
 
 
 def _write(job: _TextJob, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], seconds: float) -> None:
-    own = Path(job.spec.name)
-    source = sha256_file(own) if job.spec.library == "visft_ds" else None
+    file = Path(job.spec.name)
+    source = sha256_file(file) if job.spec.library == "visft_ds" else None
     result = Result("text", job.how.recipe, tuned.curve, recalls, seconds)
     with staged(job.given.out) as folder:
-        vision_of = base_identity(open_weights(own)) if source else None
+        vision_of = base_identity(open_weights(file)) if source else None
         configs = write_side(job.side, tuned.trained, folder, named=job.given.out, vision_of=vision_of)
         write_result(folder, job.given.out.name, result, _facts(job, tuned), configs, source)
     finished(recalls, seconds, job.given.out / FILE)
