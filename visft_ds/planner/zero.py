@@ -107,13 +107,13 @@ class Zero:
 
     def update(self, groups: Groups, device: torch.device) -> dict[str, int]:
         """Bytes by kind at the fullest moment of the optimiser's update."""
-        shares, whole = self.shares(groups), sum(p.numel() for group in groups for p in group)
+        shares, total = self.shares(groups), sum(p.numel() for group in groups for p in group)
         if not self.optimizer_here or not shares:
             return {}
         # AdamW goes tensor by tensor on a CPU, with two temporaries; on a GPU through all of a call, with one.
         temporary = 2 * max(shares) if device.type == "cpu" else max(shares)
         if self.stage == 0:
-            return {GRADIENTS: _FP32 * sum(shares), TRANSIENT: _FP32 * (temporary if device.type == "cpu" else whole)}
+            return {GRADIENTS: _FP32 * sum(shares), TRANSIENT: _FP32 * (temporary if device.type == "cpu" else total)}
         # The gradients of the group that is stepped are copied into one flat tensor first.
         return {GRADIENTS: _FP32 * (sum(shares) + max(shares)), TRANSIENT: _FP32 * temporary}
 
