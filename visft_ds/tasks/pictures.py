@@ -145,7 +145,9 @@ def side_by_side(*panels: tuple[Picture, str]) -> Picture:
         panel[_TITLE_HEIGHT : _TITLE_HEIGHT + picture.shape[0], : picture.shape[1]] = picture
         canvas = Image.fromarray(panel)
         ImageDraw.Draw(canvas).text((2, _TITLE_HEIGHT / 2), title, fill=INK, font=font, anchor="lm")
-        parts += [paper(panel.shape[0], _GAP)] * bool(parts) + [np.asarray(canvas)]
+        if parts:
+            parts.append(paper(panel.shape[0], _GAP))
+        parts.append(np.asarray(canvas))
     return np.concatenate(parts, axis=1)
 
 
