@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.ranks import REPOSITORY
+from tests.ranks import REPOSITORY
 
 #: A variable of the environment by which every process of a trial is found, whoever its parent is by now.
 MARK = "VISFT_SOAK"

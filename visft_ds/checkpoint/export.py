@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import LoraConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
@@ -37,12 +37,12 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 def export_weights(
     engine: Engine,
-    config: ResolvedConfig,
     folder: Path,
     *,
-    step: int,
+    lora: LoraConfig | None,
+    head_options: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Any],
     categories: Sequence[Category],
-    base_weights: str,
     base_sha256: str,
     vocabulary: Vocabulary | None = None,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
@@ -50,13 +50,15 @@ def export_weights(
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
-        base_weights: what the heads were trained on, as stage 2 compares it.
+        lora: settings of the adapters, where the backbone has some.
+        head_options: task -> options its head was built with.
+        facts: recorded in head files: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
         vocabulary: goes along with heads that work with words.
         instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     written = []
-    lora, backbone = config.visft.lora, engine.module.backbone
+    backbone, base_weights = engine.module.backbone, facts["base_weights"]
     names = trainable(engine)
     base_names = [
         name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
@@ -76,8 +78,8 @@ def export_weights(
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
-        infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
+        width = backbone.width
+        infos = {task: _head_info(task, width, head_options[task], facts, categories, vocabulary) for task in heads}
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
@@ -141,14 +143,13 @@ def _write_tower(
 
 def _head_info(
     task: str,
-    config: ResolvedConfig,
-    engine: Engine,
+    width: int,
+    given: Mapping[str, Any],
     extra: Mapping[str, Any],
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
 ) -> HeadInfo:
-    options: dict[str, Any] = config.visft.tasks.enabled()[task].head.model_dump(mode="json")
-    width = engine.module.backbone.width
+    options = dict(given)
     if TASKS[task].uses_vocabulary:  # its classes are words, not categories
         assert vocabulary is not None
         options["vocabulary_size"] = vocabulary.size

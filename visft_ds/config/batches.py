@@ -26,6 +26,16 @@ class Batches:
     batch_size: Mapping[str, int]  #: stream -> images of one optimiser step over all processes
     stages: int = 1  #: of each pipeline
 
+    @property
+    def processes(self) -> int:
+        """Number of all processes."""
+        return self.dp * self.stages
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches in a global batch."""
+        return self.dp * self.accumulation
+
     def equations(self) -> list[str]:
         """Equations of the batch sizes, a line for each stream."""
         parts = _parts(self.stages)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,28 @@ def role_of_stage(stage: int, stages: int) -> Role | None:
     if stages == 1:
         return "both"
     return {0: "images", stages - 1: "labels"}.get(stage)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a rank: its stage, and its pipeline among the data-parallel ones."""
+
+    stage: int
+    stages: int
+    dp_rank: int
+    dp_size: int
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
+        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        assert world_size % stages == 0, (world_size, stages)
+        dp_size = world_size // stages
+        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
+
+    @property
+    def role(self) -> Role | None:
+        """Role of this rank in reading; None: it reads nothing."""
+        return role_of_stage(self.stage, self.stages)
 
 
 class IdleLoader:

@@ -45,6 +45,7 @@ from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
+from visft_ds.resilience.signals import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
@@ -206,7 +207,7 @@ def answer(given: Request) -> EvaluationResult:
     """Measure what is asked for. Collective.
 
     Raises:
-        ValueError: on every rank, or on one alone, which then says so by an attribute `of_one_rank`.
+        ValueError: on every rank; a `RankError` on one alone.
         OSError: a file cannot be read or written.
         StoreFailed: a server of the data does not answer.
     """
@@ -228,7 +229,7 @@ def answer(given: Request) -> EvaluationResult:
     )
     classes = classes_of_heads(model.heads)
     job = replace(job, streams={name: replace(one, classes=classes) for name, one in job.streams.items()})
-    try:
+    with met_by_one_rank(ValueError, OSError, StoreFailed):
         if distributed.world_size() > 1:
             _start_process_group()
         with _packed(manifest, job, given.coco) as ready:
@@ -236,9 +237,6 @@ def answer(given: Request) -> EvaluationResult:
             check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
             _check_truth(job.tasks, ready, given.limit)
             return _evaluate(job, given, model, ready, f"{precision} ({why})")
-    except (ValueError, OSError, StoreFailed) as error:
-        error.of_one_rank = True  # type: ignore[union-attr]
-        raise
 
 
 def _start_process_group() -> None:

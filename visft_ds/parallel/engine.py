@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import DistNetworkError
 
 from visft_ds import DEEPSPEED
+from visft_ds.config.schema import SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
@@ -80,6 +81,12 @@ class Schedule:
     total_steps: int
     warmup_min_ratio: float = 0.0
     final_ratio: float = 0.0
+
+    @classmethod
+    def of(cls, config: SchedulerConfig, total_steps: int) -> Schedule:
+        """The schedule that the configuration's "scheduler" describes."""
+        params = config.params
+        return cls(config.type, params.warmup_num_steps, total_steps, params.warmup_min_ratio, params.cos_min_ratio)
 
     def __call__(self, step: int) -> float:
         """Factor of the update that follows `step` finished updates."""

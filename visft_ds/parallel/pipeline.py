@@ -23,13 +23,12 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import check_same_samples
+from visft_ds.data.roles import Place, check_same_samples
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.parallel.engine import StepReport, faults_of_all, judge_gradient, step_seed
-from visft_ds.parallel.partition import Place
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.

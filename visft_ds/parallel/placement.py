@@ -14,9 +14,10 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from visft_ds.data.roles import Place
 from visft_ds.model import MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.parallel.partition import Partition, Place
+from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline_layers import owners
 from visft_ds.prepare.materialize import InHostMemory, Placement
 

@@ -74,7 +74,7 @@ def messages_of(run: PlannedRun, stream: Stream) -> list[Message]:
                 gathered[parameter.numel() * parameter.element_size()] += 1 + (again and left < 0)
         for size, count in sorted(gathered.items(), reverse=True):
             found.append(Message("weights while they are needed", ALL_GATHER, size, count * accumulation, hidden=True))
-    if batches.dp * stages > 1:
+    if batches.processes > 1:
         found.append(Message("agreement on the step", ALL_REDUCE, _AGREEMENT, 1))
     return found
 

@@ -55,6 +55,14 @@ class PlannedRun:
     device: torch.device
     content: Content
 
+    def changed(self, config: ResolvedConfig) -> PlannedRun:
+        """Another configuration on the same processes.
+
+        Raises:
+            ValueError: its batches cannot be divided over them.
+        """
+        return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
+
     def zero(self) -> Zero:
         """ZeRO settings of its engine: what is divided, and among how many."""
         batches = self.batches
@@ -71,7 +79,12 @@ class PlannedRun:
     @cached_property
     def partition(self) -> Partition | None:
         """Who holds which layers of a pipeline; None without one."""
-        return plan_partition(self.config, self.batches, self.vocabulary_size)
+        visft, batches = self.config.visft, self.batches
+        if batches.stages == 1:
+            return None
+        module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
+        lora = visft.lora if visft.stage == 2 else None
+        return plan_partition(module, batches.stages, visft.streams(), batches.micro, lora=lora, name=visft.model.name)
 
 
 @dataclass(frozen=True)
@@ -287,8 +300,12 @@ def plan_memory(
     Raises:
         ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
     """
-    run = run_of(config, world_size, precision, vocabulary_size, device, content)
-    streams = config.visft.streams()
+    return plan_largest(run_of(config, world_size, precision, vocabulary_size, device, content), task)
+
+
+def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
+    """`plan_memory` of a run."""
+    streams = run.config.visft.streams()
     if task is not None and task not in streams:
         raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
     chosen = streams.values() if task is None else [streams[task]]

@@ -13,7 +13,6 @@ from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import SHARED, Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.features import FeatureCache
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
@@ -71,34 +70,6 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         tasks[stream.name] = TaskPlan(parts, stream.batch_size, stream.share)
     views = None if config.features is None else config.features.views
     return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
-
-
-def features_of(
-    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
-) -> FeatureCache | None:
-    """Cache of the frozen backbone's features; None where geometries do not repeat.
-
-    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
-
-    Raises:
-        ValueError: a folder that holds something else.
-    """
-    if config.features is None:
-        return None
-    shape = {"preset": config.model.preset, **config.model.backbone_options()}
-    streams = {stream.name: stream.image for stream in config.streams().values()}
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        gone = {key.partition("image.")[2]: idle for key, (_, idle) in task.removed.items()}
-        streams[name] |= gone  # as caches of earlier releases say it
-    identity = {
-        "base weights": base_weights,
-        "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
-        "precision": f"{precision} on {device}",
-        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
-        "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
-    }
-    root = None if config.features.cache is None else Path(config.features.cache)
-    return FeatureCache(root, identity, config.features.storage)
 
 
 def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:

@@ -23,13 +23,14 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import OTHER, Ledger
+from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import start_process_group
-from visft_ds.parallel.partition import Place, plan_partition
+from visft_ds.parallel.engine import Schedule, start_process_group
+from visft_ds.planner import run_of
 from visft_ds.planner.cluster import Rates, step_time
 from visft_ds.planner.meta_step import traced_as
 from visft_ds.planner.step import PlannedRun, plan_memory
@@ -188,8 +189,15 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     assert precision != "auto", "the debug model states one"
     words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
     prepared = prepare_model(visft, config.optimizer.params, precision=precision, vocabulary=words)
-    partition = plan_partition(config, batches, words.size)
-    engine = build_engine(config, prepared, deepspeed_dict(config, world, precision), partition)
+    partition = run_of(config, world, precision, words.size, None).partition
+    engine = build_engine(
+        prepared,
+        deepspeed_dict(config, world, precision),
+        config.optimizer.params,
+        Schedule.of(config.scheduler, config.total_steps),
+        seed=visft.seed,
+        partition=partition,
+    )
     for number, (name, stream) in enumerate(visft.streams().items()):
         full_batch = made_up_batch(stream, batches.micro[name])
         content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], _LENGTHS) - 1)

@@ -46,6 +46,7 @@ from visft_ds.profiling.timing import (
     typical_parts,
 )
 from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.resilience.signals import RankError
 from visft_ds.tasks import TASKS
 
 FORMAT, VERSION = "visft_ds profile", 1
@@ -212,13 +213,11 @@ def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
             raise
         key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
         first = (str(error).splitlines() or ["out of memory"])[0]
-        explained = ValueError(
+        raise RankError(
             f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
             f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
             "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
-        )
-        explained.of_one_rank = True  # type: ignore[attr-defined]  # the others wait for it and do not know why
-        raise explained from error
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------- the closed formulas

@@ -19,6 +19,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.resilience.nan_debug import not_finite, watched
+from visft_ds.resilience.signals import Diverged
 
 #: Losses of a task that have to be known before one can be a spike.
 FEWEST = 20
@@ -115,7 +116,7 @@ class LossGuard:
             saved: step of the newest checkpoint, 0 for none.
 
         Raises:
-            FloatingPointError: on every rank.
+            Diverged: on every rank.
         """
         allowed = self._settings.skip_bad_steps
         if self.bad <= allowed and not self.collapsed:
@@ -127,9 +128,7 @@ class LossGuard:
             advice = (
                 "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
             )
-        error = FloatingPointError(f"{message}\nstopped{after}; {good}. {advice}")
-        error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
-        raise error
+        raise Diverged(f"{message}\nstopped{after}; {good}. {advice}")
 
     def _known(self, task: str) -> deque[float]:
         return self._losses.setdefault(task, deque(maxlen=self._settings.spike_window))

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config import Batches
+from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.labels import whole_image
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
+from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
@@ -29,10 +30,10 @@ from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.partition import Place
 from visft_ds.parallel.unchanged import unchanged
-from visft_ds.prepare.datasets import TrainingSet, first_of, needs_categories
-from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import needs_categories
+from visft_ds.prepare.streams import parts_of
 from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
@@ -111,22 +112,23 @@ class Largest:
         return pipeline.collate(samples)
 
 
-def largest_batches(
-    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
-) -> list[tuple[Largest, SamplePipeline]]:
+def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) -> list[tuple[Largest, SamplePipeline]]:
     """The largest micro-batches of each stream, with their pipelines. Two for a batch of a single image (a landscape
-    and a portrait one), or where images are packed."""
+    and a portrait one), or where images are packed.
+
+    Args:
+        micro: images of a micro-batch, by stream.
+        packed: images of different sizes go through the backbone without padding.
+    """
     found: list[tuple[Largest, SamplePipeline]] = []
-    pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
-    category = next((category.coco_id for category in first.categories), 0)
-    for name, stream in streams_of(settings, first).items():
+    category = next((category.coco_id for category in data.categories), 0)
+    for name, stream in data.streams.items():
         kept: list[tuple[Largest, SamplePipeline]] = []
-        for dataset, part in parts_of(stream, sets).items():
-            manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
-            objects = _most_objects(manifest, batches.micro[name])
+        for dataset, part in parts_of(stream, data.sets).items():
+            manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
+            objects = _most_objects(manifest, micro[name])
             extremes = {size for size in _sizes(manifest) for size in pipeline.transform.extremes(size)}
-            packed = settings.model.packed
-            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+            for sizes in _gathered(extremes, micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in kept):
                     kept = [(other, made) for other, made in kept if not largest.covers(other)]
@@ -135,15 +137,8 @@ def largest_batches(
     return found
 
 
-def rehearse(
-    config: ResolvedConfig,
-    engine: Engine,
-    batches: Batches,
-    sets: Mapping[str, TrainingSet],
-    vocabulary: Vocabulary | None,
-    *,
-    watchdog: Watchdog,
-    memory: MemoryWatch,
+def probe_memory(
+    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, *, watchdog: Watchdog, memory: MemoryWatch
 ) -> None:
     """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
@@ -151,9 +146,9 @@ def rehearse(
         OutOfMemory: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    compiles = config.visft.model.compile != "none"
+    compiles = model.compile != "none"
     device, rows, compiling = engine.device, [], 0.0
-    found = largest_batches(config.visft, sets, vocabulary, batches)
+    found = largest_batches(data, batches.micro, packed=model.packed)
     gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
     with unchanged(engine), memory_bounded(device, distributed.processes_here()), gauge:
         for largest, pipeline in found:
@@ -163,11 +158,11 @@ def rehearse(
                 watchdog.begin(f"rehearsal of {name}")
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                    micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
+                    micro = [largest.batch(pipeline, data.vocabulary, role)] * batches.accumulation if role else []
                     counts = counts_of(engine.module, micro)
                     agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
-                    parts = batches.dp * batches.accumulation
-                    engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
+                    denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
+                    engine.train_step(0, micro, denominators)
                 times.append(time.perf_counter() - began)
             gauge.add()
             compiling += times[0] - times[-1]
@@ -178,7 +173,7 @@ def rehearse(
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
         sections = [Section("steps", rows, columns), memory.planned()]
-        sections += [_compiled_section(config.visft.model.compile, compiling)] if compiles else []
+        sections += [_compiled_section(model.compile, compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
 
 

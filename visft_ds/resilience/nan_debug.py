@@ -28,10 +28,11 @@ from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_den
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import use_kernels
 from visft_ds.parallel.engine import step_seed
+from visft_ds.prepare.data import features_of
 from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_training_data
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, located, with_paths
-from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, vocabulary_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.run.folder import RECORD_FILE, REFUSED_FOLDER, recorded_config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -254,7 +255,7 @@ def _build(
     first = batches.dp * (batches.stages - 1)
     parts = {rank: [maker.make(part)[0] for part in of_rank] for rank, of_rank in enumerate(split, first)}
     counts = counts_of(module, [batch for of_rank in parts.values() for batch in of_rank])
-    return parts, module.to(device), loss_denominators_of(counts, batches.dp * batches.accumulation, device)
+    return parts, module.to(device), loss_denominators_of(counts, batches.micro_batches, device)
 
 
 def _check_same(found: Mapping[str, str], recorded: Mapping[str, str]) -> None:
