@@ -127,7 +127,7 @@ def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) ->
         for dataset, part in parts_of(stream, data.sets).items():
             manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
             objects = _most_objects(manifest, micro[name])
-            extremes = {size for size in _sizes(manifest) for size in pipeline.transform.extremes(size)}
+            extremes = {extreme for size in _sizes(manifest) for extreme in pipeline.transform.extremes(size)}
             for sizes in _gathered(extremes, micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in kept):

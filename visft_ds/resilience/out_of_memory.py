@@ -103,8 +103,8 @@ class MemoryWatch:
         # What has failed is too much, whatever the sum says.
         room = int(_FILLED[self._device.type] * min(self._room(plan), plan.total))
         fits = [
-            f"    {' '.join(one.settings)}   ({gib(one.memory.total)}, {one.relative_time:.2f} x the time)"
-            for one in fitting_settings(self._run, room)
+            f"    {' '.join(s.settings)}   ({gib(s.memory.total)}, {s.relative_time:.2f} x the time)"
+            for s in fitting_settings(self._run, room)
         ]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [
