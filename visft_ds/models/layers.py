@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. Pixels right and below the last whole patch are dropped."""
+    """Non-overlapping patches to tokens. Pixels right and below the last complete patch are dropped."""
 
     def __init__(
         self,

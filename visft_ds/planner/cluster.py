@@ -244,7 +244,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
 
 
 def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:
-    """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
+    """Seconds in which a stage computes, and in all: the slowest stage decides, once the pipeline is full."""
     assert run.partition is not None
     costs, accumulation = run.partition.stage_costs(), run.batches.accumulation
     slowest = max(costs) / sum(costs)

@@ -1,4 +1,4 @@
-"""Pictures of what a head predicts, beside the ground truth.
+"""Pictures of a head's predictions next to the ground truth.
 
 Pictures are (H, W, 3) uint8 RGB arrays; boxes are (x, y, w, h) in pixels of the given image, as COCO stores them.
 """

@@ -1,4 +1,4 @@
-"""Pictures of predicted instance masks, beside the ground truth.
+"""Pictures of predicted instance masks next to the ground truth.
 
 Masks are (H, W) bool arrays of the size of the stored image. Each instance is a half-transparent area with an outline;
 areas, outlines and tags are laid over the scaled image, so that small photographs have smooth outlines too.
