@@ -51,8 +51,8 @@ def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Settings and tensors of an adapter. `tensors` as in the legend above; `targets` as configured, those of a tower of
-    our own in the order q k v proj fc1 fc2.
+    """Settings and tensors of an adapter. `tensors` are those of the legend above; `targets` as configured, those of a
+    tower of our own in the order q k v proj fc1 fc2.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
     hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
