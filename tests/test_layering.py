@@ -33,9 +33,14 @@ APART = (
 RESERVED = {
     "deepspeed": ("visft_ds.parallel",),
     "webdataset": ("visft_ds.data", "visft_ds.profiling.data_compare"),
-    "timm": ("visft_ds.interop", "visft_ds.models.timm_backbone"),
-    "peft": ("visft_ds.interop",),
-    "open_clip": ("visft_ds.interop",),
+    "timm": (
+        "visft_ds.interop",
+        "visft_ds.models.timm_backbone",
+        "visft_ds.evals.benchmarks",
+        "visft_ds.profiling.peft",
+    ),
+    "peft": ("visft_ds.interop", "visft_ds.profiling.peft"),
+    "open_clip": ("visft_ds.interop", "visft_ds.evals.benchmarks", "visft_ds.experiments.contrastive"),
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),

@@ -18,6 +18,7 @@ from visft_ds.data.interleave import Interleaving
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.permutation import hash_ints
 from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.datasets import TrainingSet, check_samples
 from visft_ds.prepare.streams import (
     known_vocabulary,
@@ -29,7 +30,6 @@ from visft_ds.prepare.streams import (
 )
 from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.transform import JointTransform
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SPLIT = "toy"
@@ -177,7 +177,7 @@ def test_each_stream_makes_batches_for_its_own_tasks(train: bool) -> None:
 def test_a_shared_stream_makes_one_batch_for_all() -> None:
     (stream,) = config_of("visft.mode=shared", "visft.tasks=captioning,detection").streams().values()
     pipeline = pipeline_of(stream, Vocabulary(("red",)), train=True)
-    assert isinstance(pipeline.transform, JointTransform)
+    assert isinstance(pipeline.transform.geometry, ShortSides)
     batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
     assert batch.tasks == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
 

@@ -180,11 +180,9 @@ class Processes:
             del batches  # its finaliser ends the processes
 
     def _modules(self) -> list[str]:
-        """Modules that define the functions of the pipelines: the fork server loads them once for all processes."""
+        """Modules that the pipelines work with: the fork server loads them once for all processes."""
         pipelines = [each for by_set in self._maker.pipelines.values() for each in by_set.values()]
-        names = {type(each.transform).__module__ for each in pipelines}
-        names |= {each.collate.__module__ for each in pipelines}
-        return sorted(names - {"__main__", "builtins"})
+        return sorted(set[str]().union(*(each.transform.modules() for each in pipelines)) - {"__main__"})
 
 
 class _Parts(Dataset[Made | Exception]):

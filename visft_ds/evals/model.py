@@ -7,7 +7,7 @@ width of the features, the base an adapter was trained on, the categories a head
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
-from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, of_other_base, read_head_info
+from visft_ds.interop.heads import (
+    HeadInfo,
+    classes_of_heads,
+    find_head,
+    head_file,
+    load_heads,
+    of_other_base,
+    read_head_info,
+)
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
@@ -30,7 +38,7 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
-from visft_ds.prepare.streams import needs_vocabulary
+from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.registry import config_class
@@ -69,6 +77,83 @@ class EvaluationModel:
         """Every head's output for a batch."""
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self.module(batch.to(self.device))
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """All that a model is built of, known before any weight is read."""
+
+    files: ModelFiles
+    streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone
+    vocabulary: Path | None = None  #: word map of a head that brings no words along
+    decoding: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  #: task -> what its head is also called with
+    precision: str = "auto"
+    packed: bool = False  #: images of different sizes pass through the backbone without padding
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of all streams."""
+        return tasks_of(self.streams)
+
+    def build(
+        self,
+        precision: Precision,
+        device: torch.device,
+        *,
+        preset: str | None = None,
+        allow_other_base: bool = False,
+    ) -> tuple[EvaluationModel, dict[str, Stream]]:
+        """The model, and its streams with the classes of its heads. Arguments and errors as `load_model`."""
+        model = load_model(
+            self.files,
+            self.tasks,
+            precision=precision,
+            device=device,
+            preset=preset,
+            vocabulary=read_vocabulary(self.vocabulary) if self.vocabulary else None,
+            decoding=self.decoding,
+            packed=self.packed,
+            allow_other_base=allow_other_base,
+        )
+        classes = classes_of_heads(model.heads)
+        return model, {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
+
+
+def source_of_run(
+    run: Path,
+    config: VisftConfig,
+    *,
+    where: Path,
+    tasks: Sequence[str] | None = None,
+    backbone: Path | None = None,
+    heads: Path | None = None,
+    adapter: Path | None = None,
+    use_adapter: bool = True,
+    vocabulary: Path | None = None,
+    beam_size: int | None = None,
+    precision: str | None = None,
+    side: int | None = None,
+    batch_size: int | None = None,
+) -> ModelSource:
+    """Source of a finished run's model; what is given replaces what the run says.
+
+    Raises:
+        ValueError: as `chosen_streams` (with `where`), `files_of_run` and `recorded_words`.
+    """
+    streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
+    streams = chosen_streams(streams, tasks, heads, heads or where)
+    return ModelSource(
+        files_of_run(
+            run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter, use_adapter=use_adapter
+        ),
+        streams,
+        vocabulary or recorded_words(run, config),
+        decoding_of(config, beam_size),
+        precision or config.model.precision,
+        config.model.packed,
+    )
 
 
 def files_of_run(

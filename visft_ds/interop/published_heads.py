@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights
-from visft_ds.interop.head_info import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
+from visft_ds.interop.head_file import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
 from visft_ds.tasks import TASKS, get_task

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.backbones import open_backbone
 from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
-from visft_ds.interop.head_info import HeadFile
+from visft_ds.interop.head_file import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone

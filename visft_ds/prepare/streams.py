@@ -11,23 +11,19 @@ import orjson
 
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, Vocabulary
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
-    if stream.name == SHARED:
-        joint = JointTransform(train, stream.tasks, vocabulary=vocabulary, classes=stream.classes, **stream.image)
-        return SamplePipeline(joint, collate_joint)
-    spec, classes = TASKS[stream.name], stream.classes.get(stream.name)
-    return SamplePipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
+    return SamplePipeline(transform_of(stream, vocabulary, train=train), collate_joint)
 
 
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:

@@ -28,6 +28,7 @@ from isal import isal_zlib
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
@@ -42,7 +43,6 @@ from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.profiling.harness import CpuClock, circumstances, in_turn, load_row, quartiles, spread
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.transform import JointTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
@@ -396,7 +396,8 @@ def _read(path: Path) -> dict[str, Any]:
 def joint_pipeline(vocabulary: Vocabulary) -> SamplePipeline:
     """The plain three-task sample: boxes, masks of 56 x 56 cells and one caption on a square of 224 pixels."""
     tasks = ("detection", "segmentation", "captioning")
-    return SamplePipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
+    image = SharedImage(fixed_size=SIDE).model_dump()
+    return pipeline_of(Stream(SHARED, tasks, 1.0, 1, 1, image), vocabulary, train=True)
 
 
 def our_loader(

@@ -38,12 +38,8 @@ from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import JointTransform
-from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
-#: Options of a stream's transform that decide about the sizes of its labels.
-_LABEL_OPTIONS = ("mask_stride", "max_words")
 
 
 @dataclass(frozen=True)
@@ -83,18 +79,9 @@ class Largest:
         """Numbers that memory grows with."""
         return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
-    def batch(self, pipeline: SamplePipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
+    def batch(self, pipeline: SamplePipeline, role: Role) -> Batch:
         """The batch, or the part of it that a process with this role reads."""
-        options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
-        labelling = JointTransform(
-            True,
-            self.stream.tasks,
-            vocabulary=vocabulary,
-            caption_choice="first",
-            classes=self.stream.classes,
-            **options,
-        )
-        caption = " ".join([_WORD] * labelling.max_words)
+        caption = " ".join([_WORD] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
             raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
@@ -106,7 +93,7 @@ class Largest:
                     size=size,
                     image=None if role == "labels" else torch.zeros((3, *size), dtype=torch.uint8),
                     random_key=number,
-                    targets={} if role == "images" else labelling.targets(raw, (), generator(number)),
+                    targets={} if role == "images" else pipeline.transform.targets(raw, (), generator(number)),
                 )
             )
         return pipeline.collate(samples)
@@ -127,7 +114,7 @@ def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) ->
         for dataset, part in parts_of(stream, data.sets).items():
             manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
             objects = _most_objects(manifest, micro[name])
-            extremes = {extreme for size in _sizes(manifest) for extreme in pipeline.transform.extremes(size)}
+            extremes = {extreme for size in _sizes(manifest) for extreme in pipeline.transform.geometry.extremes(size)}
             for sizes in _gathered(extremes, micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
                 if not any(other.covers(largest) for other, _ in kept):
@@ -158,7 +145,7 @@ def probe_memory(
                 watchdog.begin(f"rehearsal of {name}")
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                    micro = [largest.batch(pipeline, data.vocabulary, role)] * batches.accumulation if role else []
+                    micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
                     counts = counts_of(engine.module, micro)
                     agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
                     denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)

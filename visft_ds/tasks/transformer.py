@@ -1,4 +1,4 @@
-"""Transformer of the detection head: an encoder over the feature map and a wider decoder over the queries.
+"""Attention of the heads, and the transformer of detection: an encoder over the feature map and a wider decoder.
 
 Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width, L decoder layers.
 
@@ -25,10 +25,8 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
 
     `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part, so that a
-    position means the same share of the image whatever the padding. Raises ValueError unless 4 divides `width`.
+    position means the same share of the image whatever the padding. 4 divides `width`.
     """
-    if width % 4:
-        raise ValueError(f"encoder_dim {width} must be a multiple of 4: sine and cosine of each of two coordinates")
     inside = valid.float()
     exponent = torch.arange(width // 4, dtype=torch.float32, device=valid.device) * (4 / width)
     halves = []

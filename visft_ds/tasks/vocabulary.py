@@ -71,7 +71,7 @@ class Vocabulary:
             raise ValueError(f"{_some(wrong)} cannot be words of a vocabulary: {PAD} and the like have fixed ids")
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, int], *, min_count: int = 6, tokenizer: str = TOKENIZER) -> Vocabulary:
+    def from_counts(cls, counts: Mapping[str, int], *, min_count: int, tokenizer: str = TOKENIZER) -> Vocabulary:
         """Words that occur at least `min_count` times, the most frequent first and equal ones in alphabetical order.
 
         The order is a function of the counts alone, whatever the order of the mapping. The default keeps what occurs

@@ -25,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from visft_ds.evals.benchmarks import imagenet
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
-from visft_ds.interop import imagenet
 
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)
 TESTS = ("test", "val", "validation")

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from visft_ds import program
+from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
@@ -21,7 +22,6 @@ from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
-from visft_ds.interop.encoders import NORMALISATIONS, POOLS
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Gauge, Section, print_plan

@@ -67,7 +67,7 @@ class Benchmark(Protocol):
 
     @property
     def kinds(self) -> Sequence[str]:
-        """Kinds of features it reads, of `interop.encoders.KINDS`, where a model has them; "columns" for `patches`."""
+        """Kinds of features it reads, of `encoders.KINDS`, where a model has them; "columns" for `patches`."""
 
     @property
     def texts(self) -> Sequence[str]:

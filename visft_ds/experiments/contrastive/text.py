@@ -19,8 +19,8 @@ from visft_ds.experiments.contrastive import text_lora
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve, fit
 from visft_ds.experiments.contrastive.loss import clip_loss
 from visft_ds.experiments.contrastive.pairs import PairOrder
+from visft_ds.experiments.contrastive.text_sides import TextSide
 from visft_ds.experiments.contrastive.tokens import Tokens
-from visft_ds.interop.text_sides import TextSide
 from visft_ds.parallel import distributed
 
 #: What trains: the whole text tower, LoRA on q and v of its attention, or its last map; the temperature with each.

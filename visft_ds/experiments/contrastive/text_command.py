@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, Encoder
 from visft_ds.evals.benchmarks.encoding import Worker, encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
@@ -29,11 +30,10 @@ from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
 from visft_ds.experiments.contrastive.recall import encode_captions, recall
 from visft_ds.experiments.contrastive.text import DEFAULT_RECIPE, TextTuning, Trained, Tuned, check_ranks, tune_text
+from visft_ds.experiments.contrastive.text_sides import TextSide, text_side, write_side
 from visft_ds.experiments.contrastive.tokens import Tokens, tokens_of
-from visft_ds.interop.encoders import NORMALISATIONS, Encoder
 from visft_ds.interop.files import base_identity, open_weights, sha256_file
 from visft_ds.interop.open_clip import FILE
-from visft_ds.interop.text_sides import TextSide, text_side, write_side
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.vocabulary import Vocabulary
 
+DECODING = DecodingConfig()
 _PAD = 0
 #: Ids counted from the end of the vocabulary, see `tasks.vocabulary`.
 _UNKNOWN, _START, _END = -3, -2, -1
@@ -65,7 +67,8 @@ class CaptioningHead(nn.Module):
 
     With captions it predicts each next word from the true previous ones (teacher forcing); without, it generates them.
 
-    Raises ValueError for sizes below 1, fewer than 5 ids (four are special) and dropout outside [0, 1).
+    Defaults and bounds of the options stand in `CaptioningHeadConfig`. Raises ValueError for fewer than 5 ids (four are
+    special).
     """
 
     def __init__(
@@ -73,21 +76,15 @@ class CaptioningHead(nn.Module):
         in_channels: int,
         *,
         vocabulary_size: int,
-        attention_dim: int = 384,
-        embed_dim: int = 384,
-        decoder_dim: int = 384,
-        grid: int = 14,
-        dropout: float = 0.5,
+        attention_dim: int,
+        embed_dim: int,
+        decoder_dim: int,
+        grid: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        widths = {"attention_dim": attention_dim, "embed_dim": embed_dim, "decoder_dim": decoder_dim, "grid": grid}
-        for name, value in widths.items():
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
         if vocabulary_size < 5:
             raise ValueError(f"vocabulary_size {vocabulary_size} must be at least 5: four ids are special tokens")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout} is not allowed: give a probability from 0 to below 1")
         self.vocabulary_size = vocabulary_size
         self.grid = grid
         self.encoder_att = nn.Linear(in_channels, attention_dim)
@@ -108,8 +105,8 @@ class CaptioningHead(nn.Module):
         captions: Tensor | None = None,
         lengths: Tensor | None = None,
         *,
-        beam_size: int = 1,
-        max_length: int = 50,
+        beam_size: int = DECODING.beam_size,
+        max_length: int = DECODING.max_length,
     ) -> CaptioningOutput:
         """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
@@ -149,7 +146,12 @@ class CaptioningHead(nn.Module):
         return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
     def generate(
-        self, features: Tensor, valid: Tensor, *, beam_size: int = 1, max_length: int = 50
+        self,
+        features: Tensor,
+        valid: Tensor,
+        *,
+        beam_size: int = DECODING.beam_size,
+        max_length: int = DECODING.max_length,
     ) -> list[GeneratedCaption]:
         """The best caption of each image by greedy decoding (`beam_size` 1) or beam search.
 
@@ -365,7 +367,7 @@ class CaptioningCriterion:
     a caption take no part.
     """
 
-    def __init__(self, *, ce: float = 1.0, attention: float = 1.0) -> None:
+    def __init__(self, *, ce: float, attention: float) -> None:
         self.weights: dict[str, float] = {"ce": ce, "attention": attention}
 
     def count(self, batch: Batch) -> dict[str, float]:

@@ -39,33 +39,25 @@ class DetectionHead(nn.Module):
     The asymmetric DETR of the published ViSFT heads: 1x1 projection to `encoder_dim`, a learnt task token in front of
     the patches, encoder with a residual around it, linear projections of memory and positions to the wider
     `decoder_dim`, decoder, a class layer and a box MLP that all decoder layers share. Initialisation: Xavier for the
-    encoder and the two projections, PyTorch's defaults elsewhere. Raises ValueError for widths that `num_heads` or
-    the position embedding do not divide.
+    encoder and the two projections, PyTorch's defaults elsewhere. Defaults and bounds of the options stand in
+    `DetectionHeadConfig`.
     """
 
     def __init__(
         self,
         in_channels: int,
         *,
-        num_classes: int = 91,
-        num_queries: int = 100,
-        encoder_dim: int = 128,
-        decoder_dim: int = 256,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        num_heads: int = 8,
-        ffn_dim: int = 1024,
-        dropout: float = 0.1,
+        num_classes: int,
+        num_queries: int,
+        encoder_dim: int,
+        decoder_dim: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        _check_head_options(
-            num_classes=num_classes, num_queries=num_queries, num_heads=num_heads, decoder_layers=decoder_layers
-        )
-        for name, width in (("encoder_dim", encoder_dim), ("decoder_dim", decoder_dim)):
-            if width % num_heads:
-                raise ValueError(f"{name} {width} must be a multiple of num_heads {num_heads}")
-        if encoder_dim % 4:
-            raise ValueError(f"encoder_dim {encoder_dim} must be a multiple of 4: sine and cosine of two coordinates")
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -127,14 +119,13 @@ class DetectionCriterion:
     def __init__(
         self,
         *,
-        num_queries: int = 100,
-        decoder_layers: int = 6,
-        ce: float = 1.0,
-        l1: float = 5.0,
-        giou: float = 2.0,
-        no_object: float = 0.1,
+        num_queries: int,
+        decoder_layers: int,
+        ce: float,
+        l1: float,
+        giou: float,
+        no_object: float,
     ) -> None:
-        _check_head_options(num_queries=num_queries, decoder_layers=decoder_layers)
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
         self.no_object = no_object
@@ -249,9 +240,3 @@ def postprocess(
             id_ = int(category) if classes is None else classes[int(category)]
             results.append({"image_id": image_id, "category_id": id_, "bbox": bbox, "score": score})
     return results
-
-
-def _check_head_options(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.matching import Matches, at_least_float32
+from visft_ds.tasks.segmentation.config import Labelling
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.tasks.segmentation.head import MaskedDecoder
 from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
@@ -28,11 +29,7 @@ from visft_ds.tasks.segmentation.mask_points import (
     sample_targets,
     uncertain_points,
 )
-from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, PixelDecoder
-
-#: Numbering of the classes: "contiguous" from 0; "published" 1..80, with which the published heads were trained: there
-#: the last category (toothbrush) coincides with "no object" and class 0 is never used.
-Labelling = Literal["contiguous", "published"]
+from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 
 #: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
@@ -56,33 +53,26 @@ class SegmentationHead(nn.Module):
 
     The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
     image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
-    weights; the loss and the results follow it. Raises ValueError for widths that `num_heads`, the position embedding
-    or the groups of the norms do not divide.
+    weights; the loss and the results follow it. Defaults and bounds of the options stand in `SegmentationHeadConfig`.
     """
 
     def __init__(
         self,
         in_channels: int,
         *,
-        num_classes: int = 80,
-        num_queries: int = 100,
-        hidden_dim: int = 256,
-        encoder_layers: int = 6,
-        decoder_layers: int = 9,
-        num_heads: int = 8,
-        num_points: int = 4,
-        encoder_ffn_dim: int = 512,
-        decoder_ffn_dim: int = 1024,
-        dropout: float = 0.0,
-        labelling: Labelling = "contiguous",
+        num_classes: int,
+        num_queries: int,
+        hidden_dim: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_heads: int,
+        num_points: int,
+        encoder_ffn_dim: int,
+        decoder_ffn_dim: int,
+        dropout: float,
+        labelling: Labelling,
     ) -> None:
         super().__init__()
-        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
-        _check_options(labelling, encoder_layers=encoder_layers, num_heads=num_heads, num_points=num_points)
-        if hidden_dim % num_heads or hidden_dim % GROUPS:
-            raise ValueError(
-                f"hidden_dim {hidden_dim} must be a multiple of num_heads {num_heads} and of the {GROUPS} norm groups"
-            )
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -136,19 +126,18 @@ class SegmentationCriterion:
     def __init__(
         self,
         *,
-        num_classes: int = 80,
-        num_queries: int = 100,
-        decoder_layers: int = 9,
-        labelling: Labelling = "contiguous",
-        ce: float = 2.0,
-        bce: float = 5.0,
-        dice: float = 5.0,
-        no_object: float = 0.1,
-        num_points: int = 12544,
-        oversample: float = 3.0,
-        importance: float = 0.75,
+        num_classes: int,
+        num_queries: int,
+        decoder_layers: int,
+        labelling: Labelling,
+        ce: float,
+        bce: float,
+        dice: float,
+        no_object: float,
+        num_points: int,
+        oversample: float,
+        importance: float,
     ) -> None:
-        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -338,11 +327,3 @@ def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tenso
     place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (share * cells / pixels) - 0.5
     place = place.clamp(0, cells - 1)[:, None]
     return (1 - (place - torch.arange(cells, device=like.device)).abs()).clamp(min=0).to(like.dtype)
-
-
-def _check_options(labelling: str, **numbers: int) -> None:
-    if labelling not in get_args(Labelling):
-        raise ValueError(f"labelling {labelling!r} is not known: give one of {', '.join(get_args(Labelling))}")
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")

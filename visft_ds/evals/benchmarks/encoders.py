@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.benchmarks.text_towers import TextTower, tower_of_model
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
-from visft_ds.interop.text_towers import TextTower, tower_of_model
 from visft_ds.interop.timm_names import classes_in
 from visft_ds.models.eva_vit import EvaViT
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.evals.benchmarks.encoders import Encoder, EvaEncoder
+from visft_ds.evals.benchmarks.text_towers import PREFIX, TextTower
+from visft_ds.experiments.contrastive.clip_models import write_configs
 from visft_ds.interop import open_clip
-from visft_ds.interop.clip_models import write_configs
-from visft_ds.interop.encoders import Encoder, EvaEncoder
 from visft_ds.interop.files import VISION_OF, TensorInfo, WeightFile, open_weights, view
 from visft_ds.interop.foreign_code import LOCAL, read_config
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE
-from visft_ds.interop.text_towers import PREFIX, TextTower
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_safetensors, write_text
 
