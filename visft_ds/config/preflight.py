@@ -143,7 +143,7 @@ def launcher() -> str:
 
 
 def heads_inside(run: Path) -> tuple[Path, Path]:
-    """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
+    """Folders of a run that can hold heads: those that it was given and copied, and those that it trained."""
     return run / INPUTS_FOLDER / "heads", run / "export"
 
 

@@ -285,7 +285,7 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
+    """Check that the metric of the best checkpoint is one that this run's evaluations give."""
     best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled().values() for name in task.metrics]
     if best is None or best in measured:
         return

@@ -341,7 +341,7 @@ class Requests:
         return self._submit(name if end is None else f"{name} [{start}:{end}]", ask)
 
     def copy(self, name: str, path: str) -> None:
-        """Write a whole file by one request, for which any web server will do; raises as `fetch`, OSError of a disk."""
+        """Write a file by a single request, for which any web server will do; raises as `fetch`, OSError of a disk."""
         open(path, "wb").close()  # else the disk's refusal would look like the server's
         filesystem = self._open()
         _result(self._submit(name, lambda: filesystem._get_file(f"{self._url}/{name}", path)))

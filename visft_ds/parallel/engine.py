@@ -45,13 +45,13 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
-    refused: Literal["", "loss", "gradient"] = ""  #: what kept all ranks from an update; overflows of fp16 do not
+    refused: Literal["", "loss", "gradient"] = ""  #: what was not accepted, so that no rank made an update
     faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
     loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 
 class Engine(Protocol):
-    """Interface of an engine to the trainer and the checkpoints."""
+    """Interface of an engine to the training loop and the checkpoints; methods are described in `ZeroEngine`."""
 
     module: MultiTaskModel
     device: torch.device
@@ -218,7 +218,7 @@ class ZeroEngine:
         module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
         groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
         config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
-        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
@@ -294,7 +294,7 @@ class ZeroEngine:
         if not accepted:
             return "loss", norm
         if self.stage:
-            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         return judge_gradient(norm, self.loss_scale), norm
 
     @torch.no_grad()

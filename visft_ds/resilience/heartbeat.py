@@ -69,5 +69,5 @@ def asked_to_stop(folder: Path) -> bool:
 
 
 def process_state(beat: Beat) -> str:
-    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    """The state of a rank's process in words, "gone" where there is no such process, "" where it is unknown."""
     return state(beat.pid, beat.born, beat.machine)

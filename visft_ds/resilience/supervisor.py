@@ -158,7 +158,7 @@ class Command:
                 rank.send_signal(number)
 
     def _wait_for_the_rest(self, session: int) -> None:
-        """Ranks end by themselves when their launcher is gone; whoever does not is ended."""
+        """End ranks that did not end by themselves when their launcher was gone."""
         until = time.monotonic() + _GRACE
         while left := _session(session):
             if time.monotonic() > until:
