@@ -121,7 +121,7 @@ def test_the_first_sample_does_not_wait_for_its_shard(
     copy = remote.Requests.copy
 
     def slow(requests: remote.Requests, name: str, path: str) -> None:
-        assert not name.endswith(".tar") or begun.wait(10)
+        assert not name.endswith(".tar") or begun.wait(600)
         copy(requests, name, path)
 
     monkeypatch.setattr(remote.Requests, "copy", slow)
@@ -340,13 +340,13 @@ def test_requests_at_the_same_time_are_bounded(served: Served, monkeypatch: pyte
 @pytest.mark.parametrize("cache", [False, True])
 def test_closing_ends_what_is_under_way(served: Served, tmp_path: Path, cache: bool) -> None:
     reader = _open(served, tmp_path if cache else None)
-    served.slow_seconds = 5.0
+    served.slow_seconds = 900.0
     served.faults.extend(["slow"] * 12)
     reader.prefetch(range(12))
     time.sleep(0.1)
     began = time.monotonic()
     reader.close()
-    assert time.monotonic() - began < 3, "one request would take 5 s"
+    assert time.monotonic() - began < 600, "one request would take 900 s"
     assert "copies" not in {thread.name for thread in threading.enumerate()}
     served.faults.clear()
     assert reader.read(0)[0] is not None, "a later read opens it again"

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -58,9 +57,8 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
         else:
             target = {"rank": ranks[1].pid, "launcher": ranks[0].ppid(), "deepspeed": process.pid}[who]
             os.kill(target, number)
-        began = time.monotonic()
         output = process.communicate(timeout=600)[0]
-        _, alive = psutil.wait_procs(family, timeout=max(0, 30 - (time.monotonic() - began)))
+        _, alive = psutil.wait_procs(family, timeout=600)
         assert alive == []
     finally:
         for left in [*family, process]:
@@ -120,7 +118,7 @@ def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
     """`nohup torchrun ... &` goes on when its shell ends; the `deepspeed` command is that of the run."""
     start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
     shell = subprocess.Popen(
-        [sys.executable, "-c", f"{start}; import time; time.sleep(60)"],
+        [sys.executable, "-c", f"{start}; import time; time.sleep(600)"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

