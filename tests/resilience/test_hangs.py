@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import finish, start_ranks, wait_for
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 2}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.coco_tree import write_tree
 from visft_ds.config import Batches, derive_batches, resolve
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.plan import generator
@@ -19,7 +18,6 @@ from visft_ds.data.transforms import final_size
 from visft_ds.prepare.datasets import TrainingSet, open_training_data
 from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.memory import Largest, _gathered, largest_batches
-from visft_ds.shards.build import Options, build
 from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.segmentation.data import SegmentationTransform
 from visft_ds.tasks.segmentation.data import final_size as final_frame
@@ -69,14 +67,6 @@ def test_what_comes_together() -> None:
     # Two of most pixels are more for the backbone than the highest and the widest: 2 x 307,200 against 360,000.
     narrow = _gathered({(600, 300), (300, 600), (480, 640)}, 2, packed=True)
     assert narrow == [((600, 300), (480, 640)), ((480, 640), (480, 640))]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
 
 
 def opened(shards: Path) -> tuple[VisftConfig, dict[str, TrainingSet], Vocabulary | None, Batches]:

@@ -12,10 +12,8 @@ import psutil
 import pytest
 
 from tests.ranks import REPOSITORY, below, deepspeed, start_command, wait_for
-from tests.train.test_train import command, shards
+from tests.tiny import command
 from visft_ds.resilience.signals import StopFlag
-
-__all__ = ["shards"]  # a fixture
 
 #: Long enough for any machine to be interrupted in the middle, and nothing is saved before.
 LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 100_000}

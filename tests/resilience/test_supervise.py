@@ -14,9 +14,7 @@ import pytest
 
 from tests.ranks import REPOSITORY, below, deepspeed, free_port, start_command, wait_for
 from tests.resilience.test_signals import LONG
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 
 @pytest.mark.slow

@@ -17,11 +17,9 @@ import pytest
 import torch
 
 from tests.ranks import finish, free_port, run_ranks, wait_for
+from tests.tiny import STEPS, command, steps_recorded, trained
 from tests.train.hosts import Host, two_hosts, why_not
-from tests.train.test_train import STEPS, command, shards, steps_recorded, trained
 from visft_ds.resilience.heartbeat import FOLDER, read_beats
-
-__all__ = ["shards"]  # a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 Launch = Callable[[int, str, str, Path], list[str]]  #: (number of the host, address of the first, port, folder)

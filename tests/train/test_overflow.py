@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import finish, run_ranks, start_ranks
-from tests.train.test_train import command, shards
+from tests.tiny import command
 from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["shards"]  # a fixture
 
 STEPS, FACTOR = 24, 1e12
 CASE = "tests.train.overflow_case"

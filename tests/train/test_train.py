@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
-from tests.tiny import TINY
+from tests.tiny import STEPS, command, steps_recorded, trained
 from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
 from visft_ds.data.samples import Batch
@@ -26,44 +26,6 @@ from visft_ds.resilience import nan_debug
 from visft_ds.resilience.nan_debug import NonFinite
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-
-STEPS = 8
-SETTINGS = {
-    **TINY,
-    "scheduler.params.total_num_steps": STEPS,
-    "scheduler.params.warmup_num_steps": 2,
-    "visft.run.save_every": 4,
-    "visft.run.log_every": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve small pictures."""
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    out = folder / "shards"
-    build(Options(tree.images, tree.instances, tree.captions, out, "train"))
-    return out
-
-
-def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
-    """Arguments of launchers/train.py for the tiny model."""
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **(extra or {})}.items()]
-    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
-
-
-def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str, torch.Tensor]:
-    """What a run had learnt at a step, moments included."""
-    folder = out / kept / f"step_{step:08d}"
-    return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
-
-
-def steps_recorded(out: Path) -> list[int]:
-    """Steps in metrics.jsonl, in order."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["step"] for record in records if record["kind"] == "step"]
-
 
 #: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, sometimes).
 TRAIN_AND_LOOK = """
