@@ -41,7 +41,7 @@ sys.exit(code or ("still in the process group" if torch.distributed.is_initializ
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of stage 1 on two ranks."""
     out = tmp_path_factory.mktemp("runs") / "straight"
-    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)])
+    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)], fresh=True)
     return out
 
 
