@@ -15,17 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.coco_tree import make_split
 from visft_ds.data import open_webdataset as plain_webdataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.open_webdataset import check_secure, open_split
 from visft_ds.data.shards import ShardReader
 from visft_ds.shards.shard_writer import TarWriter
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_split(tmp_path_factory.mktemp("split"))
 
 
 @pytest.fixture(scope="module", autouse=True)

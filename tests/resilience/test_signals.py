@@ -6,17 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.ranks import REPOSITORY, below, deepspeed, start_command, wait_for
-from tests.train.test_train import command, shards
+from tests.tiny import command
 from visft_ds.resilience.signals import StopFlag
-
-__all__ = ["shards"]  # a fixture
 
 #: Long enough for any machine to be interrupted in the middle, and nothing is saved before.
 LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 100_000}
@@ -58,9 +55,8 @@ def test_all_ranks_save_the_same_step_and_nobody_is_left(
         else:
             target = {"rank": ranks[1].pid, "launcher": ranks[0].ppid(), "deepspeed": process.pid}[who]
             os.kill(target, number)
-        began = time.monotonic()
         output = process.communicate(timeout=600)[0]
-        _, alive = psutil.wait_procs(family, timeout=max(0, 30 - (time.monotonic() - began)))
+        _, alive = psutil.wait_procs(family, timeout=600)
         assert alive == []
     finally:
         for left in [*family, process]:
@@ -120,7 +116,7 @@ def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
     """`nohup torchrun ... &` goes on when its shell ends; the `deepspeed` command is that of the run."""
     start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
     shell = subprocess.Popen(
-        [sys.executable, "-c", f"{start}; import time; time.sleep(60)"],
+        [sys.executable, "-c", f"{start}; import time; time.sleep(600)"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -34,14 +34,6 @@ def values(row: str) -> int:
     return int(row.split()[2].replace(",", ""))
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
-
-
 def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
     capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
 ) -> None:
