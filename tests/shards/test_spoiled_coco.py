@@ -397,8 +397,18 @@ def _namesakes(content: Content) -> None:
     [
         ("instances", _keypoints, "more fields", "keypoints, num_keypoints"),
         ("instances", _namesakes, "category name twice", ": "),
-        ("captions", lambda c: c["annotations"][0].update(caption="一只狗在草地上奔跑"), "caption in one piece", "一只狗"),
-        ("captions", lambda c: c["annotations"][0].update(caption="a dog " * 26), "caption over 50 words", "a dog a dog"),
+        (
+            "captions",
+            lambda c: c["annotations"][0].update(caption="一只狗在草地上奔跑"),
+            "caption in one piece",
+            "一只狗",
+        ),
+        (
+            "captions",
+            lambda c: c["annotations"][0].update(caption="a dog " * 26),
+            "caption over 50 words",
+            "a dog a dog",
+        ),
     ],
 )
 def test_what_is_kept_and_not_learnt_from_is_said(
