@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.options import criterion_of, head_of
 from visft_ds.config import resolve
 from visft_ds.costs import hardware
 from visft_ds.costs.counting import FlopMeter
@@ -52,7 +53,6 @@ from visft_ds.resilience import host_memory
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.flops import detection_flops
-from visft_ds.tasks.detection.head import DetectionHead
 
 CPU = torch.device("cpu")
 
@@ -164,7 +164,7 @@ def test_a_detection_head_costs_what_the_formula_says(trains: bool, dropout: flo
         **{"num_classes": 5, "num_queries": 7, "encoder_dim": 16, "decoder_dim": 24, "encoder_layers": 2},
         **{"decoder_layers": 3, "num_heads": 2, "ffn_dim": 20, "dropout": dropout},
     }
-    head = DetectionHead(10, **options).train().requires_grad_(trains)  # type: ignore[arg-type]
+    head = head_of("detection", 10, **options).train().requires_grad_(trains)
     features = torch.randn(2, 10, 3, 4, requires_grad=not trains)
     meter = FlopMeter()
     with meter.counting():
@@ -330,8 +330,8 @@ def small_model() -> MultiTaskModel:
     backbone = build_backbone("debug", width=16, depth=1, num_heads=2, image_size=28)
     sizes = {"num_queries": 3, "decoder_layers": 1}
     narrow = {"encoder_dim": 8, "decoder_dim": 8, "num_heads": 2, "encoder_layers": 1, "ffn_dim": 8}
-    head = DetectionHead(16, dropout=0.0, **narrow, **sizes)
-    criterion = TASKS["detection"].build_criterion(**sizes)
+    head = head_of("detection", 16, dropout=0.0, **narrow, **sizes)
+    criterion = TASKS["detection"].criterion(sizes, {})
     return MultiTaskModel(backbone, {"detection": TaskModule(head, criterion)}, train_backbone=False, heads_active=True)
 
 
@@ -364,7 +364,7 @@ def test_hooks_see_every_part_in_order_and_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "captioning"])
 def test_the_matcher_of_every_set_prediction_is_found(task: str) -> None:
     """It is found by its name; a new name would silently be shown as zero time."""
-    assert len(matchers(TASKS[task].build_criterion())) == 1
+    assert len(matchers(criterion_of(task))) == 1
 
 
 def test_a_stopwatch_sums_what_happens_several_times() -> None:

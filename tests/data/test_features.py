@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from tests.coco_tree import make_split
+from tests.options import alone
 from tests.parallel.engine_case import build, samples
 from visft_ds.config import resolve
 from visft_ds.data import dataset as reading
@@ -27,7 +28,6 @@ from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.samples import Batch
 from visft_ds.data.selection import Selection
 from visft_ds.data.shards import ShardReader
-from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
 IDENTITY = {"base weights": "a", "data": "b"}
@@ -182,7 +182,7 @@ def test_samples_with_features_are_read_without_pixels(
     reader: ShardReader, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
-    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True, **sizes), collate_joint)}}
+    pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True, **sizes), collate_joint)}}
 
     def steps(first: int, features: FeatureCache | None) -> list[Batch]:
         loader = StepLoader({"toy": DataSet(reader)}, plan_of(reader, 1), pipelines, num_workers=workers)

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, make_split
+from tests.options import alone
 from visft_ds.data.dataset import DataSet, SamplePipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.manifest import Manifest
@@ -31,12 +32,11 @@ from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.data.workers import choose_workers
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
 SIZES: dict[str, Any] = {"short_sides": (30, 36), "max_long": 60, "crop_short_sides": (28,), "crop_range": (20, 30)}
-TRAIN = SamplePipeline(DetectionTransform(True, **SIZES), collate_joint)
-EVALUATE = SamplePipeline(DetectionTransform(False, eval_short=30, eval_max_long=48), collate_joint)
+TRAIN = SamplePipeline(alone("detection", True, **SIZES), collate_joint)
+EVALUATE = SamplePipeline(alone("detection", False, eval_short=30, eval_max_long=48), collate_joint)
 #: Of the two tasks, "other" stands for any second one.
 PIPELINES = {"detection": {"toy": TRAIN}, "other": {"toy": TRAIN}}
 
@@ -385,7 +385,7 @@ def test_a_reencoded_split_has_smaller_pictures_and_the_same_targets(reader: Sha
 def test_real_photographs_at_full_size(tmp_path: Path) -> None:
     labels = PHOTOS / "annotations"
     build(Options(PHOTOS / "val2017", labels / "instances_val2017.json", None, tmp_path, "val"))
-    pipelines = {"detection": {"toy": SamplePipeline(DetectionTransform(True), collate_joint)}}
+    pipelines = {"detection": {"toy": SamplePipeline(alone("detection", True), collate_joint)}}
     with ShardReader(Manifest.load(tmp_path, "val")) as photos:
         plan = Plan({"detection": one(len(photos), 8)}, seed=0)
         for _, (batch,) in loader_of(photos, plan, pipelines).steps(0, 3):

@@ -16,6 +16,7 @@ import fsspec.config
 import numpy as np
 import pytest
 
+from tests.options import alone
 from tests.shard_server import Served, serve
 from visft_ds.data import remote, store
 from visft_ds.data.dataset import DataSet, SamplePipeline
@@ -24,7 +25,6 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.data.shards import ROLES, Role, ShardReader
 from visft_ds.data.store import CacheOptions, open_store
-from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
 Sample = tuple[bytes | None, bytes | None]
@@ -302,7 +302,7 @@ def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
 @pytest.mark.parametrize(("ranks", "requests"), [(1, 3), (2, 6)])
 def test_the_loader_fetches_neighbours_of_many_steps_together(served: Served, ranks: int, requests: int) -> None:
     """A hint of one small batch after another would ask for nearly every sample by itself."""
-    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_joint)
+    pipeline = SamplePipeline(alone("detection", True, fixed_size=32), collate_joint)
     with _open(served) as reader:
         plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
         for rank in range(ranks):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.data.transforms import Crop, Flip, Op, Resize, apply_to_boxes, apply_to_image, final_size, short_side_size
-from visft_ds.tasks.detection.data import DetectionTransform, detection_targets
+from visft_ds.tasks.detection.data import detection_targets
 
 SMALL = {
     "short_sides": (60, 72, 84),
@@ -36,7 +37,7 @@ def _sample(size: tuple[int, int], *annotations: dict[str, Any], pixels: bool = 
 
 def test_targets_do_not_depend_on_pixels() -> None:
     for train in (True, False):
-        transform = DetectionTransform(train, **SMALL)
+        transform = alone("detection", train, **SMALL)
         for key in range(40):
             raw = _sample((70, 90), _annotation([10, 5, 30, 40]), _annotation([60, 30, 29, 39], category=90))
             full = transform(raw, generator(key))
@@ -49,13 +50,13 @@ def test_targets_do_not_depend_on_pixels() -> None:
 
 def test_boxes_follow_the_pixels() -> None:
     """A bright rectangle on black is found where its box says, after any flip, crop and scaling."""
-    transform = DetectionTransform(True, **SMALL)
+    transform = alone("detection", True, **SMALL)
     kinds = set()
     for key in range(60):
         raw = _sample((100, 130), _annotation([30, 25, 50, 35]))
         assert raw.image is not None
         raw.image[25:60, 30:80] = 255
-        ops = transform.geometry(raw.size, generator(key))
+        ops = drawn(transform, raw.size, generator(key))
         kinds.add(tuple(type(op).__name__ for op in ops))
         sample = transform(raw, generator(key))
         assert sample.image is not None
@@ -97,36 +98,36 @@ def test_sizes_follow_the_cap_rule(
 
 
 def test_training_draws_what_the_recipe_says() -> None:
-    transform = DetectionTransform(True)
-    drawn = [transform.geometry((480, 640), generator(key)) for key in range(2000)]
-    flips = sum(isinstance(ops[0], Flip) for ops in drawn)
-    crops = [op for ops in drawn for op in ops if isinstance(op, Crop)]
+    transform = alone("detection", True)
+    ops_of = [drawn(transform, (480, 640), generator(key)) for key in range(2000)]
+    flips = sum(isinstance(ops[0], Flip) for ops in ops_of)
+    crops = [op for ops in ops_of for op in ops if isinstance(op, Crop)]
     # Four standard deviations of a fair coin thrown 2000 times.
     assert abs(flips - 1000) < 90 and abs(len(crops) - 1000) < 90
-    sizes = [final_size((480, 640), ops) for ops in drawn]
+    sizes = [final_size((480, 640), ops) for ops in ops_of]
     assert max(max(size) for size in sizes) == 672
-    assert {min(size) for size, ops in zip(sizes, drawn, strict=True) if len(ops) == 1} <= {480, 504}
-    before_crops = {(op.height, op.width) for ops in drawn for op in ops[:-1] if isinstance(op, Resize)}
+    assert {min(size) for size, ops in zip(sizes, ops_of, strict=True) if len(ops) == 1} <= {480, 504}
+    before_crops = {(op.height, op.width) for ops in ops_of for op in ops[:-1] if isinstance(op, Resize)}
     assert before_crops == {(400, 533), (500, 666), (600, 800)}
     assert min(crop.width for crop in crops) >= 384 and max(crop.width for crop in crops) <= 600
     assert min(crop.height for crop in crops) >= 384 and max(crop.height for crop in crops) == 600
 
 
 def test_evaluation_draws_nothing() -> None:
-    transform = DetectionTransform(False)
-    assert transform.geometry((480, 640), generator(1)) == [Resize(504, 672)]
+    transform = alone("detection", False)
+    assert drawn(transform, (480, 640), generator(1)) == [Resize(504, 672)]
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_fixed_size_is_a_square(train: bool) -> None:
-    transform = DetectionTransform(train, fixed_size=112)
-    drawn: list[tuple[Op, ...]] = [tuple(transform.geometry((48, 64), generator(key))) for key in range(30)]
+    transform = alone("detection", train, fixed_size=112)
+    found: list[tuple[Op, ...]] = [tuple(drawn(transform, (48, 64), generator(key))) for key in range(30)]
     plain = (Resize(112, 112),)
-    assert set(drawn) == ({plain, (Flip(), *plain)} if train else {plain})
+    assert set(found) == ({plain, (Flip(), *plain)} if train else {plain})
 
 
 def test_pictures_smaller_than_the_crop_are_cut_to_what_there_is() -> None:
-    transform = DetectionTransform(True, **{**SMALL, "crop_range": (500, 600)})
+    transform = alone("detection", True, **{**SMALL, "crop_range": (500, 600)})
     sizes = [transform(_sample((30, 40)), generator(key)).size for key in range(20)]
     assert max(map(max, sizes)) <= 84 and len(set(sizes)) > 1
 
@@ -140,7 +141,7 @@ def test_crowds_and_boxes_without_area_give_no_target() -> None:
         _annotation([40, 5, 4, 4]),  # outside
         _annotation([-3, -3, 5, 5], category=12),  # partly outside
     ]
-    targets = detection_targets(annotations, (20, 40), [])
+    targets = detection_targets(None, _sample((20, 40), *annotations), [], generator(0))
     assert targets["labels"].tolist() == [11, 12] and targets["labels"].dtype == np.int64
     expected = [[2.5 / 40, 4 / 20, 3 / 40, 4 / 20], [1 / 40, 1 / 20, 2 / 40, 2 / 20]]
     # Exact numbers but for the rounding to float32.
@@ -150,13 +151,13 @@ def test_crowds_and_boxes_without_area_give_no_target() -> None:
 
 def test_boxes_cut_away_by_a_crop_vanish() -> None:
     annotations = [_annotation([0, 0, 10, 10], category=1), _annotation([8, 8, 20, 10], category=2)]
-    targets = detection_targets(annotations, (40, 40), [Crop(10, 10, 20, 20)])
+    targets = detection_targets(None, _sample((40, 40), *annotations), [Crop(10, 10, 20, 20)], generator(0))
     assert targets["labels"].tolist() == [2]
     np.testing.assert_allclose(targets["boxes"], [[0.45, 0.2, 0.9, 0.4]], rtol=1e-6)
 
 
 def test_no_objects_give_empty_arrays() -> None:
-    targets = detection_targets([], (20, 40), [Flip(), Resize(10, 10)])
+    targets = detection_targets(None, _sample((20, 40)), [Flip(), Resize(10, 10)], generator(0))
     assert targets["boxes"].shape == (0, 4) and targets["labels"].shape == (0,)
 
 
@@ -169,7 +170,7 @@ def test_two_flips_change_nothing() -> None:
 @pytest.mark.parametrize("options", [{"short_sides": ()}, {"fixed_size": -1}, {"crop_range": (9, 5)}, {"flip": 1.5}])
 def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        DetectionTransform(True, **options)
+        alone("detection", True, **options)
 
 
 @pytest.mark.parametrize("ops", [[Resize(40, 33)], [Resize(61, 20), Crop(3, 2, 30, 11)], [Resize(90, 200)], []])

@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS
-from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
+from visft_ds.evals.benchmarks import class_sets, imagenet, objects, retrieval, word_sets
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.kinds import averages, parse_benchmark, parse_benchmarks
-from visft_ds.interop import imagenet
 
 
 def _image(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (8, 6)) -> Path:

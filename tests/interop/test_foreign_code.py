@@ -13,14 +13,14 @@ import pytest
 import timm
 import torch
 
+from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
-from visft_ds.interop.clip_models import TextShape, build_clip, save_clip
-from visft_ds.interop.encoders import Encoder
+from visft_ds.experiments.contrastive.clip_models import TextShape, build_clip, save_clip
+from visft_ds.experiments.contrastive.text_sides import text_side
 from visft_ds.interop.foreign_code import check_config
 from visft_ds.interop.open_clip import CONFIG, FILE
 from visft_ds.interop.peft import CONFIG as PEFT_CONFIG
 from visft_ds.interop.peft import read_peft_adapter
-from visft_ds.interop.text_sides import text_side
 
 #: Python that leaves a trace beside itself and goes on as a tokenizer and a configuration.
 CODE = """\

@@ -136,7 +136,10 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"options": OPTIONS["captioning"] | {"beams": 3}}, "w.safetensors: the captioning head has no option beams"),
-        ({"options": OPTIONS["captioning"] | {"grid": 0}}, "w.safetensors: grid 0 must be at least 1"),
+        (
+            {"options": OPTIONS["captioning"] | {"grid": 0}},
+            "w.safetensors: no captioning head has these options: grid = 0: must be greater than or equal to 1",
+        ),
         (
             {"options": OPTIONS["captioning"] | {"embed_dim": 15}},
             r"embedding.weight \(13, 14\) in the file, \(13, 15\)",

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.random_tower import move_adapters, relative
+from visft_ds.experiments.contrastive.clip_models import TextShape, build_clip, save_clip
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import load_backbone
 from visft_ds.interop.cli import main
-from visft_ds.interop.clip_models import TextShape, build_clip, save_clip
 from visft_ds.interop.files import TensorInfo, WeightFile, sha256_file
 from visft_ds.interop.layouts import tower_of
 from visft_ds.interop.merge import merge_into_file

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.interop.published_reference import FOREIGN, FULL, OPTIONS, WIDTH, aliased, reference
+from tests.options import head_of
 from tests.tasks.test_detection import PUBLISHED_KEYS as DETECTION_KEYS
 from tests.tasks.test_segmentation import PUBLISHED_KEYS as SEGMENTATION_KEYS
 from visft_ds.interop import load_heads, save_heads
 from visft_ds.interop.files import TensorInfo, WeightFile
-from visft_ds.interop.head_info import build_empty
+from visft_ds.interop.head_file import build_empty
 from visft_ds.interop.heads import find_head, open_head, read_head_info
 from visft_ds.interop.published_heads import find_published, read_published_head, sort_names
 from visft_ds.interop.visft import read_visft_lora
@@ -53,7 +54,7 @@ def theirs(task: str, name: str) -> str:
 
 def expected_head(task: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module:
     """Our head with the values of a reference state."""
-    head = HEADS[task](WIDTH, **options)
+    head = head_of(task, WIDTH, **options)
     head.load_state_dict({name: state[theirs(task, name)] for name in head.state_dict()})
     return head.eval()
 
@@ -267,7 +268,7 @@ def test_what_does_not_fit_is_named(
         with pytest.raises(ValueError, match=message):
             read(path, task)
     # sizes of ours, so that nothing but this one tensor is in the way
-    head = HEADS[task](WIDTH, **OPTIONS[task])
+    head = head_of(task, WIDTH, **OPTIONS[task])
     before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         open_head(head, path, task).load_into(head)
@@ -306,7 +307,7 @@ def test_a_file_without_the_head_says_what_it_has(folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_weights_go_into_a_head_at_hand(folder: Path, states: dict[str, dict[str, Tensor]], task: str) -> None:
-    head = HEADS[task](WIDTH, **OPTIONS[task]).double()
+    head = head_of(task, WIDTH, **OPTIONS[task]).double()
     opened = open_head(head, folder / FILES[task], task)
     opened.load_into(head)
     info = opened.info
@@ -318,12 +319,12 @@ def test_weights_go_into_a_head_at_hand(folder: Path, states: dict[str, dict[str
 
 
 def test_a_head_of_other_sizes_takes_nothing(folder: Path) -> None:
-    head = DetectionHead(WIDTH, **{**OPTIONS["detection"], "num_queries": 8})
+    head = head_of("detection", WIDTH, **{**OPTIONS["detection"], "num_queries": 8})
     with pytest.raises(
         ValueError, match=r"built with in_channels=12, num_classes=5, num_queries=7.*\n.*\(7, 24\) in th"
     ):
         open_head(head, folder / FILES["detection"], "detection")
-    head = DetectionHead(WIDTH, **{**OPTIONS["detection"], "encoder_layers": 1})
+    head = head_of("detection", WIDTH, **{**OPTIONS["detection"], "encoder_layers": 1})
     with pytest.raises(ValueError, match=r"Unexpected \(12\): visft_heads.transformer.encoder.layers.1"):
         open_head(head, folder / FILES["detection"], "detection")
 
@@ -369,7 +370,7 @@ def test_what_is_written_has_the_published_form(
 
 def test_views_of_a_larger_buffer_do_not_take_it_along(tmp_path: Path) -> None:
     """Engines keep parameters as pieces of one flat buffer, which torch.save would write whole for each of them."""
-    head = CaptioningHead(WIDTH, **OPTIONS["captioning"]).half()
+    head = head_of("captioning", WIDTH, **OPTIONS["captioning"]).half()
     flat = torch.cat([p.detach().flatten() for p in head.parameters()])
     start = 0
     for parameter in head.parameters():
@@ -382,11 +383,11 @@ def test_views_of_a_larger_buffer_do_not_take_it_along(tmp_path: Path) -> None:
 
 
 def test_heads_that_the_form_cannot_describe_are_refused(tmp_path: Path) -> None:
-    four = DetectionHead(WIDTH, **OPTIONS["detection"], num_heads=4)
+    four = head_of("detection", WIDTH, **OPTIONS["detection"], num_heads=4)
     with pytest.raises(ValueError, match="num_heads=4, which no tensor tells"):
         save_heads(four, tmp_path / "w.ckpt")
     with pytest.raises(ValueError, match="grid=7, which no tensor tells"):
-        save_heads(CaptioningHead(WIDTH, **OPTIONS["captioning"], grid=7), tmp_path / "w.ckpt")
+        save_heads(head_of("captioning", WIDTH, **OPTIONS["captioning"], grid=7), tmp_path / "w.ckpt")
     with pytest.raises(ValueError, match=r"choose a name with \.pt"):
-        save_heads(DetectionHead(WIDTH, **OPTIONS["detection"]), tmp_path / "w.safetensors")
+        save_heads(head_of("detection", WIDTH, **OPTIONS["detection"]), tmp_path / "w.safetensors")
     assert list(tmp_path.iterdir()) == []

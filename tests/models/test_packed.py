@@ -21,7 +21,6 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.eva_vit import RECOMPUTE
 from visft_ds.parallel.pipeline_layers import padded_size
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.segmentation.data import collate_segmentation
 from visft_ds.tasks.transform import collate_joint
 
 SIZES = ((56, 112), (112, 56), (28, 112), (56, 112))
@@ -84,16 +83,15 @@ def test_predictions_are_those_of_each_image_alone(task: str) -> None:
     samples = [replace(sample, targets={}, original_size=(40, 60)) for sample in mixed()]
     if task == "segmentation":
         sizes = [(50, 112), (112, 45), (28, 100), (56, 112)]
-        samples = [replace(sample, size=size) for sample, size in zip(samples, sizes, strict=True)]
+        samples = [replace(sample, size=size, frame=sample.size) for sample, size in zip(samples, sizes, strict=True)]
     else:
         strip = torch.from_numpy(np.full((3, 7, 112), 200, dtype=np.uint8))
         samples[2] = replace(samples[2], size=(7, 112), image=strip)
-    collate = collate_segmentation if task == "segmentation" else collate_joint
 
     def results(parts: Sequence[Sequence[Sample]]) -> list[Any]:
         found = []
         for part in parts:
-            batch = collate(part)
+            batch = collate_joint(part)
             with torch.no_grad():
                 found += TASKS[task].postprocess(module(batch)[task], batch, *words)
         return found
@@ -135,7 +133,7 @@ def test_frames_stay_on_the_host() -> None:
 
 def test_the_last_stage_of_a_pipeline_knows_the_padding_without_pixels() -> None:
     """Segmentation comes with padding of its own in evaluation: 100 of 112 columns, of 8 patches instead of 7."""
-    samples = [replace(sample, size=(50, 100), targets={}) for sample in mixed()[:1]]
-    batch = collate_segmentation(samples)
+    samples = [replace(sample, size=(50, 100), frame=sample.size, targets={}) for sample in mixed()[:1]]
+    batch = collate_joint(samples)
     blind = replace(batch, images=batch.images[..., :0, :0])
     assert padded_size(blind, 14) == (56, 112) == tuple(batch.images.shape[2:])

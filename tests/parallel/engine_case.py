@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tests.options import criterion_of, head_of
 from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.schema import OptimizerParams, ParamGroup
 from visft_ds.data.samples import Batch, Sample
@@ -26,9 +27,6 @@ from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
 from visft_ds.prepare.model import TrainedGroup, apply_groups
-from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead
-from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead
 from visft_ds.tasks.transform import collate_joint
 
 SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
@@ -57,46 +55,25 @@ GROUPS = {
 
 def build_tasks(width: int) -> dict[str, TaskModule]:
     """Three heads, each as small as it gets with everything in it."""
-    detection = {"num_queries": 6, "decoder_layers": 2}
-    segmentation = {"num_queries": 6, "decoder_layers": 1}
+    shared = {
+        "detection": {"num_queries": 6, "decoder_layers": 2},
+        "segmentation": {"num_queries": 6, "decoder_layers": 1},
+        "captioning": {},
+    }
+    narrow: dict[str, dict[str, Any]] = {
+        "detection": {"encoder_dim": 16, "decoder_dim": 16, "encoder_layers": 1, "num_heads": 2, "ffn_dim": 32},
+        "segmentation": {"hidden_dim": 32, "encoder_layers": 1, "num_heads": 2},
+        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 3},
+    }
+    narrow["segmentation"] |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    narrow["captioning"] |= {"vocabulary_size": VOCABULARY}
+    loss = {"segmentation": {"num_points": 48}}
     return {
-        "detection": TaskModule(
-            DetectionHead(
-                width,
-                encoder_dim=16,
-                decoder_dim=16,
-                encoder_layers=1,
-                num_heads=2,
-                ffn_dim=32,
-                dropout=0.0,
-                **detection,  # type: ignore[arg-type]
-            ),
-            DetectionCriterion(**detection),  # type: ignore[arg-type]
-        ),
-        "segmentation": TaskModule(
-            SegmentationHead(
-                width,
-                hidden_dim=32,
-                encoder_layers=1,
-                num_heads=2,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
-                **segmentation,  # type: ignore[arg-type]
-            ),
-            SegmentationCriterion(num_points=48, **segmentation),  # type: ignore[arg-type]
-        ),
-        "captioning": TaskModule(
-            CaptioningHead(
-                width,
-                vocabulary_size=VOCABULARY,
-                attention_dim=16,
-                embed_dim=16,
-                decoder_dim=16,
-                grid=3,
-                dropout=0.0,
-            ),
-            CaptioningCriterion(),
-        ),
+        task: TaskModule(
+            head_of(task, width, dropout=0.0, **shared[task], **narrow[task]),
+            criterion_of(task, **shared[task], **loss.get(task, {})),
+        )
+        for task in shared
     }
 
 
@@ -152,7 +129,7 @@ def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Map
     masks = np.zeros((objects, size[0] // 4, size[1] // 4), dtype=np.uint8)
     for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
         mask[top : top + 6, left : left + 5] = 255
-    return {"masks": masks, "labels": rng.integers(0, 80, objects), "frame": np.array(size)}
+    return {"masks": masks, "labels": rng.integers(0, 80, objects)}
 
 
 def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:

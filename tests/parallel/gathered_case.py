@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from tests.parallel.start_case import configured, prepare
+from tests.parallel.start_case import configured, engine_of, prepare
 from visft_ds.config import ResolvedConfig, deepspeed_dict
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.zero import Zero
@@ -55,7 +54,7 @@ def measured(config: ResolvedConfig) -> dict[str, Any]:
     """Most values of the backbone that were whole at a time, of those that are not always, in each step."""
     world = distributed.world_size()
     for_deepspeed = deepspeed_dict(config, world, "fp32")
-    engine = build_engine(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
+    engine = engine_of(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
     batch = made_up_batch(config.visft.streams()["detection"], 1)
     counts = distributed.agree_on_step("step", counts_of(engine.module, [batch]), False, engine.device).counts
     most = [0] * STEPS

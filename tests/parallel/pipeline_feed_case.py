@@ -18,6 +18,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
+from tests.options import alone
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest
@@ -26,7 +27,6 @@ from visft_ds.data.roles import check_same_samples, role_of_stage, sample_checks
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.parallel.engine import start_process_group
-from visft_ds.tasks.detection.data import DetectionTransform
 from visft_ds.tasks.transform import collate_joint
 
 STEPS, MICRO = 5, 2
@@ -54,7 +54,7 @@ class Second(Layer):
 
 def loader_of(manifest: Manifest, seed: int, stage: int) -> StepLoader:
     plan = Plan({"detection": TaskPlan({"toy": SetPlan(manifest.selection())}, 4)}, seed)
-    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_joint)
+    pipeline = SamplePipeline(alone("detection", True, fixed_size=32), collate_joint)
     role = role_of_stage(stage, 2)
     assert role in ("images", "labels")
     workers = {"images": 1, "labels": 3}[role]

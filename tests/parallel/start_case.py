@@ -13,17 +13,21 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny import TINY
-from visft_ds.config import ResolvedConfig, deepspeed_dict, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, deepspeed_dict, resolve
 from visft_ds.config.schema import Precision
 from visft_ds.prepare.materialize import HOST, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # importing them costs seconds
+    from visft_ds.parallel.engine import Engine
+    from visft_ds.parallel.partition import Partition
 
 WORDS = Vocabulary(("a", "red", "circle", "square"))
 #: Seconds between two looks at the memory; copying the largest tensor takes longer.
@@ -41,6 +45,17 @@ def prepare(config: ResolvedConfig, placement: Placement) -> PreparedModel:
     return prepare_model(
         config.visft, config.optimizer.params, precision=precision_of(config), vocabulary=WORDS, placement=placement
     )
+
+
+def engine_of(
+    config: ResolvedConfig, prepared: PreparedModel, for_deepspeed: dict[str, Any], partition: Partition | None = None
+) -> Engine:
+    """The engine that a run of this configuration has."""
+    from visft_ds.parallel.build import build_engine
+    from visft_ds.parallel.engine import Schedule
+
+    schedule, seed = Schedule.of(config.scheduler, config.total_steps), config.visft.seed
+    return build_engine(prepared, for_deepspeed, config.optimizer.params, schedule, seed=seed, partition=partition)
 
 
 def precision_of(config: ResolvedConfig) -> Precision:
@@ -71,16 +86,16 @@ def differing(config: ResolvedConfig, placement: Placement) -> list[str]:
 def started(engine: str) -> dict[str, Any]:
     """Both stages in two precisions: {"stage:precision": what differs here}, and what this rank holds. Collective."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.partition import plan_partition
     from visft_ds.parallel.placement import placement_for
+    from visft_ds.planner import run_of
 
     results: dict[str, Any] = {}
     for stage in (1, 2):
         for precision in ("fp32", "bf16"):
             config = configured(engine, {"visft.model.precision": precision}, stage)
-            batches = derive_batches(config, distributed.world_size())
-            for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision_of(config))
-            placement = placement_for(for_deepspeed, plan_partition(config, batches, WORDS.size))
+            world, precision = distributed.world_size(), precision_of(config)
+            partition = run_of(config, world, precision, WORDS.size, None).partition
+            placement = placement_for(deepspeed_dict(config, world, precision), partition)
             results[f"{stage}:{precision}"] = distributed.gather_objects(differing(config, placement))
     return results
 
@@ -92,13 +107,12 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
     """
     from visft_ds.checkpoint import export
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.build import build_engine
     from visft_ds.parallel.placement import placement_for
 
     groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
     config = configured(engine_name, {"visft.model.precision": "fp32", "visft.param_groups": groups}, stage=1)
     for_deepspeed = deepspeed_dict(config, distributed.world_size(), "fp32")
-    engine = build_engine(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
+    engine = engine_of(config, prepare(config, placement_for(for_deepspeed, None)), for_deepspeed)
     replaced = "backbone.blocks.1.mlp.fc1.weight"
     expected = {n: p.detach() for n, p in prepare(config, HOST).module.named_parameters() if n.startswith("backbone.")}
     expected[replaced] = expected[replaced] + 1
@@ -113,11 +127,11 @@ def exported(engine_name: str, folder: Path) -> dict[str, Any]:
         instead = {replaced: expected[replaced]} if distributed.is_main() else {}
         files = export.export_weights(
             engine,
-            config,
             folder,
-            step=0,
+            lora=None,
+            head_options={name: task.head.model_dump() for name, task in config.visft.tasks.enabled().items()},
+            facts={"step": 0, "base_weights": "", "mode": config.visft.mode},
             categories=(),
-            base_weights="",
             base_sha256="",
             vocabulary=WORDS,
             instead=instead,
@@ -173,10 +187,9 @@ def held(prepared: PreparedModel) -> tuple[int, int, int]:
 def main(out: str, engine: str, settings: str) -> None:
     """One rank starts twice: small, so that everything is imported and set up, then in the given size, measured."""
     from visft_ds.parallel import distributed
-    from visft_ds.parallel.build import build_engine
     from visft_ds.parallel.engine import start_process_group
-    from visft_ds.parallel.partition import Partition, plan_partition
     from visft_ds.parallel.placement import placement_for
+    from visft_ds.planner import run_of
 
     torch.set_num_threads(1)
     start_process_group()
@@ -184,12 +197,11 @@ def main(out: str, engine: str, settings: str) -> None:
 
     def parts(extra: Mapping[str, Any]) -> tuple[ResolvedConfig, dict[str, Any], Partition | None]:
         config = configured(engine, extra)
-        batches = derive_batches(config, world)
-        for_deepspeed = deepspeed_dict(config, world, precision_of(config))
-        return config, for_deepspeed, plan_partition(config, batches, WORDS.size)
+        run = run_of(config, world, precision_of(config), WORDS.size, None)
+        return config, deepspeed_dict(config, world, run.precision), run.partition
 
     config, for_deepspeed, partition = parts({"visft.model.precision": "fp32"})
-    build_engine(config, prepare(config, placement_for(for_deepspeed, partition)), for_deepspeed, partition)
+    engine_of(config, prepare(config, placement_for(for_deepspeed, partition)), for_deepspeed, partition)
     config, for_deepspeed, partition = parts(json.loads(settings))
     sizes: dict[str, int] = {}
     began = time.monotonic()
@@ -198,7 +210,7 @@ def main(out: str, engine: str, settings: str) -> None:
     sizes["seconds"] = round(time.monotonic() - began)
     sizes["held"], sizes["whole"], sizes["largest"] = held(prepared)
     with peak(sizes, "engine"):
-        build_engine(config, prepared, for_deepspeed, partition)
+        engine_of(config, prepared, for_deepspeed, partition)
     everyone = distributed.gather_objects(sizes)
     if distributed.is_main():
         Path(out).write_text(json.dumps(everyone))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from visft_ds.parallel.loss_scale import LossScale
+from visft_ds.parallel.deepspeed_fixes import LossScale
 
 
 def engine(scaler: torch.amp.GradScaler | None, stage: int = 1) -> Any:

@@ -12,10 +12,11 @@ from torch import nn
 from visft_ds.config import derive_batches, resolve
 from visft_ds.config.batches import deepspeed_dict
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
-from visft_ds.data.roles import IdleLoader
+from visft_ds.data.roles import IdleLoader, Place
 from visft_ds.data.selection import Selection
-from visft_ds.parallel.partition import Partition, Place, divide, plan_partition
+from visft_ds.parallel.partition import Partition, divide
 from visft_ds.parallel.pipeline import stage_groups
+from visft_ds.planner import run_of
 from visft_ds.profiling.session import open_session
 
 COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
@@ -26,7 +27,7 @@ def planned(stage: int = 2, stages: int = 4, model: str = "debug", **settings: A
     config = resolve(
         stage=stage, engine="pipeline", model=model, settings=[f"{key}={value}" for key, value in values.items()]
     )
-    partition = plan_partition(config, derive_batches(config, stages), None)
+    partition = run_of(config, stages, "fp32", None, None).partition
     assert partition is not None
     return partition
 

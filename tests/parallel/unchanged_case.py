@@ -32,6 +32,7 @@ def trained(engine: Any, feed: Feed, before: tuple[int, ...]) -> dict[str, Any]:
             torch.manual_seed(step)
             with unchanged(engine):
                 made = [engine.train_step(one, *feed(engine, one)) for one in MADE]
+            assert not engine.should_update(float("nan")), "the next steps would accept any loss"
             found = torch.rand(4)
             torch.manual_seed(step)
             seen.append(([bool(one.refused) or one.skipped for one in made], torch.equal(found, torch.rand(4))))

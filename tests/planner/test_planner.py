@@ -1,4 +1,4 @@
-"""The planner: rehearsed steps against real ones, engines' shares by hand, clusters, choices."""
+"""The planner: traced steps against real ones, engines' shares by hand, clusters, choices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
 from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.planner import Content, fitting_settings, plan_memory, settle_recompute
+from visft_ds.planner import Content, fitting_settings, plan_largest, plan_memory, run_of, settle_recompute
 from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of, step_time
 from visft_ds.planner.meta_step import Work, chosen_kernels
 from visft_ds.planner.search import forecast
-from visft_ds.planner.step import PlannedRun, rehearse
+from visft_ds.planner.step import PlannedRun, trace_step
 from visft_ds.planner.zero import Zero
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import step_watched
@@ -73,14 +73,14 @@ def real_peak(config: ResolvedConfig, task: str) -> dict[str, int]:
         (2, "detection", ("visft.model.checkpoint_every=1", "visft.model.recompute=all_but_attention"), "fp32"),
     ],
 )
-def test_a_rehearsed_step_keeps_what_a_real_one_keeps(
+def test_a_traced_step_keeps_what_a_real_one_keeps(
     stage: int, task: str, settings: tuple[str, ...], precision: Any
 ) -> None:
     config = debug(stage, "zero_optimization.stage=0", *settings)
     real = real_peak(config, task)
     content = Content(OBJECTS, FIRST_IDS + 1)
     run = PlannedRun(config, derive_batches(config, 1), precision, VOCABULARY, CPU, content)
-    moment = rehearse(run, config.visft.streams()[task]).moments[0]
+    moment = trace_step(run, config.visft.streams()[task]).moments[0]
     if settings == BLOCK_AGAIN:
         # Of a block that is computed again two moments are as full, in which the same tensors go by other names: the
         # last one of the forward and the first one of the backward pass.
@@ -100,9 +100,9 @@ def test_adapted_convolutions_are_planned(magnitude: str) -> None:
     config = debug(2, *tuned, model="debug_convnext")
     real = real_peak(config, "detection")
     run = PlannedRun(config, derive_batches(config, 1), "fp32", VOCABULARY, CPU, Content(OBJECTS, FIRST_IDS + 1))
-    moment = rehearse(run, config.visft.streams()["detection"]).moments[0]
+    moment = trace_step(run, config.visft.streams()["detection"]).moments[0]
     assert moment[ACTIVATIONS] == pytest.approx(real[ACTIVATIONS], rel=0.01)
-    assert rehearse(replace(run, precision="bf16", device=CUDA), config.visft.streams()["detection"]).moments
+    assert trace_step(replace(run, precision="bf16", device=CUDA), config.visft.streams()["detection"]).moments
 
 
 def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
@@ -112,7 +112,7 @@ def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
         sets = ("visft.model.checkpoint_every=0", f'visft.model.overrides={{"depth": {depth}}}')
         config = resolve(stage=2, model="eva_e", settings=(*sets, "visft.tasks.captioning.image.size=224"))
         run = PlannedRun(config, derive_batches(config, 8), "bf16", 100, CUDA, Content(caption_ids=4))
-        peaks.append(rehearse(run, config.visft.streams()["captioning"]).moments[0][ACTIVATIONS])
+        peaks.append(trace_step(run, config.visft.streams()["captioning"]).moments[0][ACTIVATIONS])
     a_token = (peaks[1] - peaks[0]) / (2 * 8 * 256)
     assert a_token == pytest.approx(15.6 * 1792 * 2, rel=0.05)
 
@@ -202,7 +202,7 @@ def test_time_grows_with_recomputing_and_falls_with_ranks() -> None:
     for name, sets in (("nothing", ()), ("again", BLOCK_AGAIN)):
         config = debug(2, 'visft.model.overrides={"width": 512, "depth": 2, "num_heads": 4}', *sets)
         run = PlannedRun(config, derive_batches(config, 1), "bf16", VOCABULARY, CUDA, Content())
-        work = rehearse(run, config.visft.streams()["detection"]).work
+        work = trace_step(run, config.visft.streams()["detection"]).work
         seconds[name] = sum(what.operations * count for what, count in work.items())
         assert step_time(run, config.visft.streams()["detection"], rates, link).communication == 0
     assert 1.1 < seconds["again"] / seconds["nothing"] < 1.5
@@ -211,13 +211,14 @@ def test_time_grows_with_recomputing_and_falls_with_ranks() -> None:
 def test_settings_that_fit_are_of_different_kinds_and_fit() -> None:
     sizes = ("visft.tasks.detection.micro_batch=8", "visft.tasks.detection.batch_size=8")
     config = debug(2, *sizes, "visft.tasks=detection")
-    now = plan_memory(config, 1, precision="fp32", device=CPU)
-    found = fitting_settings(config, 1, int(0.8 * now.total), precision="fp32", device=CPU)
-    assert len(found) == 2 and all(one.memory.total <= 0.8 * now.total for one in found)
+    run = run_of(config, 1, "fp32", None, CPU)
+    room = int(0.8 * plan_largest(run).total)
+    found = fitting_settings(run, room)
+    assert len(found) == 2 and all(one.memory.total <= room for one in found)
     assert any("checkpoint_every" in one.settings[0] for one in found)
     assert any("micro_batch" in one.settings[0] for one in found)
     assert [one.relative_time for one in found] == sorted(one.relative_time for one in found)
-    assert fitting_settings(config, 1, 1000, precision="fp32", device=CPU) == []
+    assert fitting_settings(run, 1000) == []
 
 
 def test_recomputing_is_chosen_to_just_fit_and_kept_by_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_stage_of_a_pipeline_holds_its_layers() -> None:
     )
     run = PlannedRun(config, derive_batches(config, 2), "fp32", VOCABULARY, CPU, Content())
     stream = config.visft.streams()["detection"]
-    first, last, whole = (rehearse(run, stream, stage) for stage in (0, 1, None))
+    first, last, whole = (trace_step(run, stream, stage) for stage in (0, 1, None))
     assert first.parameters + last.parameters == whole.parameters
     assert first.moments[0][ACTIVATIONS] > 0 and last.moments[0][ACTIVATIONS] > 0
 

@@ -15,10 +15,10 @@ from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.data.dataset import DataSet
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.shards import ShardReader
+from visft_ds.prepare.data import settle_shuffle
 from visft_ds.prepare.datasets import captioned, data_identity, open_training_data, shuffle_of, workers_of
 from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.shards.build import Options, build
-from visft_ds.train import settle_shuffle
 
 #: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
 OTHER = {0: "sneakers", 7: "car", 200: "person"}
@@ -185,17 +185,18 @@ def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
 
 def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
     """Else a run whose shards are copied from a server to a disk would go on in another order, or not at all."""
-    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco"])
-    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards"])
-    assert settle_shuffle(local, tmp_path)[1] == "auto: local shards"
-    begun, why = settle_shuffle(remote, tmp_path)
+    out = f"visft.run.out={tmp_path}"
+    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco", out])
+    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards", out])
+    assert settle_shuffle(local)[1] == "auto: local shards"
+    begun, why = settle_shuffle(remote)
     assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
     (tmp_path / "run.json").write_text(json.dumps({"config": begun.to_dict()}))
     (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
-    moved, why = settle_shuffle(local, tmp_path)
+    moved, why = settle_shuffle(local)
     assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")
-    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full"])
-    assert settle_shuffle(full, tmp_path)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
+    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full", out])
+    assert settle_shuffle(full)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
 
 
 def test_remote_shards_are_read_in_windows() -> None:

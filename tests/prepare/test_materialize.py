@@ -22,6 +22,7 @@ from visft_ds.interop.layouts import tower_metadata
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.resilience.signals import RankError
 
 #: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
 DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}
@@ -127,7 +128,7 @@ def test_a_damaged_value_is_told_by_the_one_process_that_sees_it(files: Path, tm
     for placement, alone in ((HOST, False), (Only("backbone.blocks.3."), True)):
         with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.fc1\.bias holds NaN") as caught:
             prepare(config, placement)
-        assert getattr(caught.value, "of_one_rank", None) is alone
+        assert isinstance(caught.value, RankError) is alone
 
 
 def test_an_old_torch_file_is_said_to_be_read_whole(files: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 from tests.coco_tree import write_tree
 from visft_ds.config import ResolvedConfig, missing_inputs, resolve
 from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.evals.model import heads_in
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import TrainingSet
 from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, data_of_run, find, located, paths_of
 from visft_ds.run.folder import recorded_config, recorded_inputs
@@ -64,8 +66,14 @@ def home(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _record(config: ResolvedConfig) -> None:
-    sets = {"train": TrainingSet(Manifest.load(config.visft.data.root, "train"), ("detection",))}
-    write_record(config, paths_of(config.visft), sets, sha256_file("base.pt"), ["train.py"])
+    write_record(config, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"])
+
+
+def _data(config: ResolvedConfig, given: Mapping[str, str]) -> RunData:
+    """The data of a run, as far as its record needs it."""
+    manifest = Manifest.load(config.visft.data.root, "train")
+    plan = Plan({"detection": TaskPlan({"train": SetPlan(manifest.selection())}, 1)}, 0)
+    return RunData(given, {"train": TrainingSet(manifest, ("detection",))}, {}, {}, plan, "", None, None)
 
 
 def test_heads_and_words_are_copied_once(home: Path) -> None:
@@ -189,8 +197,7 @@ def test_the_record_keeps_what_was_given(home: Path) -> None:
     for path in (home / "stage1/export").iterdir():
         path.unlink()
     here = located(config, home / "run")
-    sets = {"train": TrainingSet(Manifest.load("shards", "train"), ("detection",))}
-    write_record(here, paths_of(config.visft), sets, sha256_file("base.pt"), ["train.py"])
+    write_record(here, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"])
     assert recorded_config(home / "run").visft.heads.path == "stage1/export"
 
 

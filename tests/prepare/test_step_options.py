@@ -14,7 +14,7 @@ from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.models.compiled import CompiledBlocks, check_compiler, compilations, compile_blocks
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.parallel.partition import plan_partition
+from visft_ds.planner import run_of
 from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import PlannedRun
 from visft_ds.prepare.model import plan_groups
@@ -82,7 +82,7 @@ def test_plans_know_how_large_an_average_image_is() -> None:
     assert 0.62 < (height / 112) * (width / 112) < 0.65 and run.content.size is None
     pipeline = ("pipeline.stages=2",)
     whole, content = (
-        plan_partition(one, derive_batches(one, 2), 20)
+        run_of(one, 2, "fp32", 20, None).partition
         for one in (
             configured(*small, *pipeline, model="debug", engine="pipeline"),
             configured(*small, *pipeline, CONTENT, PACKED, model="debug", engine="pipeline"),

@@ -16,8 +16,9 @@ from visft_ds.config import resolve, resolve_arguments
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.interleave import Interleaving
 from visft_ds.data.manifest import Manifest
-from visft_ds.data.permutation import mix_int
+from visft_ds.data.permutation import hash_ints
 from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import ShortSides
 from visft_ds.prepare.datasets import TrainingSet, check_samples
 from visft_ds.prepare.streams import (
     known_vocabulary,
@@ -29,7 +30,6 @@ from visft_ds.prepare.streams import (
 )
 from visft_ds.run.folder import RECORD_FILE
 from visft_ds.shards.build import Options, build
-from visft_ds.tasks.transform import JointTransform
 from visft_ds.tasks.vocabulary import Vocabulary
 
 SPLIT = "toy"
@@ -138,7 +138,7 @@ def test_steps_are_shared_out_by_updates(whole: Manifest) -> None:
     config = config_of()
     plan = plan_of(config, only(whole, config))
     # The tasks of steps are those of the ratios that stage 2 stated before.
-    before = Interleaving({"captioning": 0.4, "detection": 0.3, "segmentation": 0.3}, mix_int(plan.seed))
+    before = Interleaving({"captioning": 0.4, "detection": 0.3, "segmentation": 0.3}, hash_ints(plan.seed))
     assert [plan.task_of(step) for step in range(100_000)] == [before.at(step) for step in range(100_000)]
     counts = {name: plan.steps_before(1000, name) for name in plan.tasks}
     assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
@@ -177,7 +177,7 @@ def test_each_stream_makes_batches_for_its_own_tasks(train: bool) -> None:
 def test_a_shared_stream_makes_one_batch_for_all() -> None:
     (stream,) = config_of("visft.mode=shared", "visft.tasks=captioning,detection").streams().values()
     pipeline = pipeline_of(stream, Vocabulary(("red",)), train=True)
-    assert isinstance(pipeline.transform, JointTransform)
+    assert isinstance(pipeline.transform.geometry, ShortSides)
     batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
     assert batch.tasks == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.parallel.start_case import engine_of
 from tests.tiny import TINY
 from visft_ds.config import deepspeed_dict, derive_batches, resolve
 from visft_ds.parallel import distributed
-from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, messages_of
@@ -71,7 +71,7 @@ def compared(engine_name: str, stage: int) -> dict[str, Any]:
     batches, given = derive_batches(config, world), deepspeed_dict(config, world, "fp32")
     placement = placement_for(given, None)
     prepared = prepare_model(config.visft, config.optimizer.params, vocabulary=words, placement=placement)
-    engine = build_engine(config, prepared, given)
+    engine = engine_of(config, prepared, given)
     stream = next(iter(config.visft.streams().values()))
     batch = made_up_batch(stream, batches.micro[stream.name])
     counts: dict[str, dict[str, Tensor]] = defaultdict(dict)

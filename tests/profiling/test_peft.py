@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tools.profile import main
-from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
 from visft_ds.models.eva_vit import RECOMPUTE, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.profiling import peft
-from visft_ds.profiling.peft import BASELINE, PLAIN
+from visft_ds.profiling.peft import BASELINE, PLAIN, adapter_gradients, peft_on_timm
 
 pytest.importorskip("timm")
 SMALL = ["peft", "--small", "--repeats", "1", "--pixels", "28", "--rank", "2", "--dtypes", "fp32"]

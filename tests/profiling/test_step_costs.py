@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.options import alone
 from tests.parallel import engine_case as case
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import Batch, RawSample
@@ -22,8 +23,6 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.compiled import compilations, compile_blocks
 from visft_ds.models.eva_vit import build_backbone
 from visft_ds.models.lora import inject_lora
-from visft_ds.tasks.detection.data import DetectionTransform
-from visft_ds.tasks.segmentation.data import SegmentationTransform, collate_segmentation
 from visft_ds.tasks.transform import collate_joint
 
 pytestmark = [
@@ -90,7 +89,7 @@ def test_content_alone() -> None:
     module, turns = model(), 24
     whole, part = (
         [
-            collate_segmentation([SegmentationTransform(True, size=448, content_only=only)(picture(k), generator(k))])
+            collate_joint([alone("segmentation", True, size=448, content_only=only)(picture(k), generator(k))])
             for k in range(turns + 1)
         ]
         for only in (False, True)
@@ -106,8 +105,8 @@ def test_content_alone() -> None:
 def test_packed_batches() -> None:
     """Four images in a micro-batch."""
     padded, packed = model(), model(packed=True)
-    jitter = {only: SegmentationTransform(True, size=448, content_only=only) for only in (False, True)}
-    detect = DetectionTransform(True, **DETECTION)
+    jitter = {only: alone("segmentation", True, size=448, content_only=only) for only in (False, True)}
+    detect = alone("detection", True, **DETECTION)
     keys = [range(first, first + IMAGES) for first in range(0, IMAGES * TURNS, IMAGES)]
 
     def of_detection(module: MultiTaskModel) -> list[tuple[MultiTaskModel, Batch]]:
@@ -115,7 +114,7 @@ def test_packed_batches() -> None:
 
     def of_segmentation(module: MultiTaskModel, *, only: bool) -> list[tuple[MultiTaskModel, Batch]]:
         made = [[jitter[only](picture(k), generator(k)) for k in group] for group in keys]
-        return [(module, collate_segmentation(samples)) for samples in made]
+        return [(module, collate_joint(samples)) for samples in made]
 
     print()
     found = compared({"detection, padded": of_detection(padded), "detection, packed": of_detection(packed)}, TURNS)
@@ -136,8 +135,8 @@ def test_compiled_blocks(recompute: str | None) -> None:
     compile_blocks(compiled.backbone, "blocks")
     for module in (eager, compiled):
         module.backbone.checkpoint_every, module.backbone.recompute = int(recompute is not None), recompute or "block"
-    transform = SegmentationTransform(True, size=448, content_only=True)
-    batches = [collate_segmentation([transform(picture(k), generator(k))]) for k in range(2 * TURNS + 1)]
+    transform = alone("segmentation", True, size=448, content_only=True)
+    batches = [collate_joint([transform(picture(k), generator(k))]) for k in range(2 * TURNS + 1)]
     seconds(eager, batches[-1])
     first, before = seconds(compiled, batches[-1]), compilations()[0]
     print(f"\nrecompute {recompute}: {before} graphs by the first step, which took {first:.0f} s of processor time")

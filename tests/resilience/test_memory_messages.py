@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from visft_ds import launch, train
-from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.config import resolve
 from visft_ds.data.samples import Batch
-from visft_ds.planner import MemoryPlan, Suggestion
+from visft_ds.planner import MemoryPlan, PlannedRun, Suggestion, run_of
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
 from visft_ds.tasks.captioning.data import CaptionTargets
@@ -31,17 +31,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A planner that answers at once; the bytes that settings were asked to fit into."""
     rooms: list[int] = []
 
-    def fitting(config: ResolvedConfig, world: int, room: int, **_: Any) -> list[Suggestion]:
+    def fitting(run: PlannedRun, room: int) -> list[Suggestion]:
         rooms.append(room)
         return [Suggestion(("--set visft.model.checkpoint_every=1", "--set a.b=c"), LESS, 1.33)][: room // (6 * GIB)]
 
-    monkeypatch.setattr(out_of_memory, "plan_memory", lambda config, world, task, **_: PLAN)
+    monkeypatch.setattr(out_of_memory, "plan_largest", lambda run, stream: PLAN)
     monkeypatch.setattr(out_of_memory, "fitting_settings", fitting)
     return rooms
 
 
 def watch(device: torch.device = CPU) -> MemoryWatch:
-    return MemoryWatch(resolve(stage=2, model="debug"), device, "fp32", 12)
+    return MemoryWatch(run_of(resolve(stage=2, model="debug"), 1, "fp32", 12, device))
 
 
 def message(watch: MemoryWatch, error: BaseException) -> str:

@@ -35,6 +35,7 @@ from visft_ds.prepare.streams import vocabulary_of
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run import async_eval as judging
 from visft_ds.run.async_eval import AsyncEvaluation
+from visft_ds.run.log import RunLog
 from visft_ds.run.validation import Validation
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
@@ -267,10 +268,9 @@ def test_predictions_that_are_not_finite(
             parameter.fill_(float("nan"))
     validation, printed = parts.validation(tmp_path), io.StringIO()
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        progress = Progress(4, stream=printed)
-        stop = StopFlag(launched=False)
-        assert validation.evaluate(lambda batch: module(batch), 2, writer, progress, stop)
-        validation.poll(writer, progress, wait=True)
+        log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
+        assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
+        validation.poll(log, wait=True)
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: the evaluation of step 2 failed: detection: the score of a result for image_id")
     assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
@@ -289,7 +289,7 @@ def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, 
         return dict(module(batch))
 
     with MetricsWriter(tmp_path) as writer, torch.no_grad():
-        finished = validation.evaluate(predict, 2, writer, Progress(4, stream=io.StringIO()), stop)
+        finished = validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
     assert (finished, len(seen)) == (False, 1)
     assert not (tmp_path / "validation").exists()
 
@@ -312,8 +312,8 @@ def test_a_judge_that_cannot_work(
     monkeypatch.setattr(sys, "executable", str(program))
     judge.start(6, {"captioning": []})
     with MetricsWriter(tmp_path) as writer:
-        validation.poll(writer, Progress(6, stream=io.StringIO()), wait=True)
-        validation.poll(writer, Progress(6, stream=io.StringIO()), wait=True)
+        for _ in range(2):
+            validation.poll(RunLog(writer, Progress(6, stream=io.StringIO())), wait=True)
     warnings = sorted(capsys.readouterr().err.splitlines())
     assert len(warnings) == 3
     assert warnings[0].startswith("warning: the evaluation of step 2 failed: results cannot be written: ")
@@ -375,7 +375,7 @@ def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, mo
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     validation = parts.validation(tmp_path)
     assert validation.resume(10) is True
-    validation.poll(MetricsWriter(tmp_path, enabled=False), Progress(4, enabled=False), wait=True)
+    validation.poll(RunLog(MetricsWriter(tmp_path, enabled=False), Progress(4, enabled=False)), wait=True)
     assert started == ["step_00000004", "step_00000008"]
     assert not (tmp_path / "validation/step_00000012").exists()
     assert (tmp_path / "validation/notes.txt").read_text() == "mine"

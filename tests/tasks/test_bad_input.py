@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.options import options
 from tests.parallel.engine_case import VOCABULARY, build, loss_denominators
-from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
 from visft_ds.model import MultiTaskModel
@@ -63,8 +64,8 @@ def streams() -> list[Stream]:
         "captioning": {"size": 42},
     }
     shared = {"short_sides": (42,), "max_long": 84, "eval_short": 42, "eval_max_long": 84}
-    return [Stream(name, (name,), 1.0, 1, 1, image) for name, image in alone.items()] + [
-        Stream(SHARED, tuple(alone), 1.0, 1, 1, shared)
+    return [Stream(name, (name,), 1.0, 1, 1, options(name, "image", **image)) for name, image in alone.items()] + [
+        Stream(SHARED, tuple(alone), 1.0, 1, 1, SharedImage().model_dump() | shared)
     ]
 
 

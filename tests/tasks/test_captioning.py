@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.captioning.head import (
     PUBLISHED_NAMES,
-    CaptioningCriterion,
     CaptioningHead,
     CaptioningOutput,
     pool_valid,
@@ -29,8 +30,8 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def small_head(size: int = SIZE, dropout: float = 0.0) -> CaptioningHead:
-    head = CaptioningHead(
-        D, vocabulary_size=size, attention_dim=5, embed_dim=4, decoder_dim=7, grid=GRID, dropout=dropout
+    head = head_of(
+        "captioning", D, vocabulary_size=size, attention_dim=5, embed_dim=4, decoder_dim=7, grid=GRID, dropout=dropout
     ).double()
     # Larger weights than at the start of a training: no part of the head is close to linear, words depend on the image.
     for name, parameter in head.named_parameters():
@@ -101,7 +102,7 @@ def plain_copy(head: CaptioningHead) -> PlainHead:
 @pytest.mark.parametrize(("width", "count"), [(1792, 14_136_723), (1408, 12_956_691)])
 def test_published_parameters(width: int, count: int) -> None:
     with torch.device("meta"):
-        head = CaptioningHead(width, vocabulary_size=9490)
+        head = head_of("captioning", width, vocabulary_size=9490)
     shapes = {PUBLISHED_NAMES[name]: tuple(value.shape) for name, value in head.state_dict().items()}
     assert sum(map(math.prod, shapes.values())) == count
     assert shapes["decode_step.weight_ih"] == (1536, 384 + width)
@@ -154,7 +155,7 @@ def test_pooling_is_adaptive_average_pooling_of_the_valid_part(size: tuple[int, 
 
 
 def test_start_of_training() -> None:
-    head = CaptioningHead(64, vocabulary_size=500)
+    head = head_of("captioning", 64, vocabulary_size=500)
     for weight in (head.embedding.weight, head.fc.weight):
         assert 0.099 < weight.abs().max() <= 0.1
     assert not head.fc.bias.any()
@@ -308,7 +309,7 @@ def loss_denominators_of(counts: dict[str, float], parts: int) -> dict[str, Tens
 def test_losses_by_their_definition() -> None:
     head = small_head()
     (features, valid), targets = feature_maps(4), caption_batch(4, 6, 1, 2)
-    criterion = CaptioningCriterion(attention=0.5)
+    criterion = criterion_of("captioning", attention=0.5)
     counts = criterion.count(batch_of(targets))
     assert counts == {"tokens": 3 + 5 + 0 + 1, "images": 3}
     output = head(features, valid, targets.tokens, targets.lengths)
@@ -328,7 +329,7 @@ def test_losses_by_their_definition() -> None:
 def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
     head = small_head()
     features, valid = feature_maps(6)
-    targets, criterion = caption_batch(3, 9, 2, 5, 1, 4), CaptioningCriterion()
+    targets, criterion = caption_batch(3, 9, 2, 5, 1, 4), criterion_of("captioning")
     counts = criterion.count(batch_of(targets))
 
     def losses_of(images: slice, parts: int) -> dict[str, Tensor]:
@@ -352,7 +353,7 @@ def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
 
 def test_a_micro_batch_without_captions_trains_nothing_but_stays_in_the_graph() -> None:
     head = small_head()
-    (features, valid), criterion = feature_maps(2), CaptioningCriterion()
+    (features, valid), criterion = feature_maps(2), criterion_of("captioning")
     targets = CaptionTargets(torch.tensor([[START, 0]] * 2), torch.tensor([1, 1]), ((), ()))
     output = head(features, valid, targets.tokens, targets.lengths)
     one = torch.ones((), dtype=torch.float64)
@@ -386,7 +387,7 @@ def test_what_cannot_be_captioned_is_refused() -> None:
         head(features, valid, None, targets.lengths)
     output = head(features, valid, targets.tokens, targets.lengths)
     with pytest.raises(ValueError, match=r"scores \(2, 3, 9\) do not answer to captions \(2, 5\)"):
-        CaptioningCriterion()(output, caption_batch(5, 3), {})
+        criterion_of("captioning")(output, caption_batch(5, 3), {})
     for options in ({"beam_size": 0}, {"max_length": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             head.generate(features, valid, **options)
@@ -396,10 +397,10 @@ def test_what_cannot_be_captioned_is_refused() -> None:
     ("options", "message"),
     [
         ({"vocabulary_size": 4}, "vocabulary_size 4 must be at least 5"),
-        ({"vocabulary_size": 9, "grid": 0}, "grid 0 must be at least 1"),
-        ({"vocabulary_size": 9, "dropout": 1.0}, r"dropout 1\.0 is not allowed"),
+        ({"vocabulary_size": 9, "grid": 0}, "grid = 0: must be greater than or equal to 1"),
+        ({"vocabulary_size": 9, "dropout": 1.0}, "dropout = 1.0: must be less than 1"),
     ],
 )
 def test_impossible_heads_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CaptioningHead(D, **options)
+        build_empty(HeadInfo("captioning", D, options))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
+from tests.options import alone
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample
-from visft_ds.tasks.captioning.data import CaptionChoice, CaptionTransform
-from visft_ds.tasks.transform import collate_joint
+from visft_ds.tasks.captioning.data import CaptionChoice
+from visft_ds.tasks.transform import ImageTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
@@ -23,12 +22,12 @@ def raw(*captions: str, image: bool = True, index: int = 0) -> RawSample:
     return RawSample(index, 100 + index, (5, 9), pixels, (), captions)
 
 
-def tokens(sample_of: CaptionTransform, *captions: str, key: int = 0) -> list[int]:
+def tokens(sample_of: ImageTransform, *captions: str, key: int = 0) -> list[int]:
     return list(sample_of(raw(*captions), generator(key)).targets["captioning"]["tokens"].tolist())
 
 
 def test_image_becomes_a_square_and_references_stay_as_they_are() -> None:
-    sample = CaptionTransform(True, vocabulary=VOCABULARY, size=28)(raw("A, b!", LONG, "..."), generator(0))
+    sample = alone("captioning", True, vocabulary=VOCABULARY, size=28)(raw("A, b!", LONG, "..."), generator(0))
     assert sample.image is not None
     assert sample.image.shape == (3, 28, 28)
     assert sample.size == (28, 28)
@@ -37,7 +36,7 @@ def test_image_becomes_a_square_and_references_stay_as_they_are() -> None:
 
 
 def test_the_caption_belongs_to_the_key() -> None:
-    transform = CaptionTransform(True, vocabulary=VOCABULARY)
+    transform = alone("captioning", True, vocabulary=VOCABULARY)
     captions = ("a", "b", "c", "d", "e")
     drawn = [tokens(transform, *captions, key=key)[1] for key in range(200)]
     assert drawn == [tokens(transform, *captions, key=key)[1] for key in range(200)]
@@ -51,14 +50,14 @@ def test_evaluation_and_fixed_captions_draw_nothing() -> None:
     choices: list[tuple[bool, CaptionChoice]] = [(False, "random"), (False, "first"), (True, "first")]
     choices += [(False, "consensus"), (True, "consensus")]
     for train, choice in choices:
-        transform, random = CaptionTransform(train, vocabulary=VOCABULARY, caption_choice=choice), generator(3)
+        transform, random = alone("captioning", train, vocabulary=VOCABULARY, caption_choice=choice), generator(3)
         sample = transform(raw("...", "b c", "d", "d e"), random)
         assert sample.targets["captioning"]["tokens"].tolist() == ([8, 4, 9] if choice == "consensus" else [8, 2, 3, 9])
         assert random.integers(1 << 60) == generator(3).integers(1 << 60)
 
 
 def test_consensus_shares_most_words_with_the_others() -> None:
-    transform = CaptionTransform(True, vocabulary=VOCABULARY, caption_choice="consensus")
+    transform = alone("captioning", True, vocabulary=VOCABULARY, caption_choice="consensus")
     # Sums of the F-scores with the others, by hand: 0, 4/5 + 1/2, 4/5 + 4/5, 1/2 + 4/5.
     assert tokens(transform, "f", "a b", "a b c", "b c") == [8, 1, 2, 3, 9]
     # A long caption that contains all others agrees less with each than they do with each other.
@@ -73,16 +72,16 @@ def test_consensus_shares_most_words_with_the_others() -> None:
 
 
 def test_long_and_wordless_captions_are_never_drawn() -> None:
-    transform = CaptionTransform(True, vocabulary=VOCABULARY)
+    transform = alone("captioning", True, vocabulary=VOCABULARY)
     captions = (LONG, "a " * 500, "", "!?", "\U0001f600", "b zebra", "c " * 50)
     drawn = {tuple(tokens(transform, *captions, key=key)) for key in range(60)}
     assert drawn == {(8, 2, 7, 9), (8, *[3] * 50, 9)}
-    assert tokens(CaptionTransform(True, vocabulary=VOCABULARY, max_words=51), LONG) == [8, *[1] * 51, 9]
+    assert tokens(alone("captioning", True, vocabulary=VOCABULARY, max_words=51), LONG) == [8, *[1] * 51, 9]
 
 
 @pytest.mark.parametrize("captions", [(), ("",), ("?!", LONG)])
 def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str, ...]) -> None:
-    transform = CaptionTransform(True, vocabulary=VOCABULARY, size=14)
+    transform = alone("captioning", True, vocabulary=VOCABULARY, size=14)
     batch = collate_joint([transform(raw(*captions), generator(0))])
     targets = batch.targets["captioning"]
     assert targets.lengths.tolist() == [1]  # never 0
@@ -91,7 +90,7 @@ def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str,
 
 
 def test_collate() -> None:
-    transform = CaptionTransform(False, vocabulary=VOCABULARY, size=14)
+    transform = alone("captioning", False, vocabulary=VOCABULARY, size=14)
     samples = [transform(raw(text, index=place), generator(0)) for place, text in enumerate(("a b c", "d", ""))]
     batch = collate_joint(samples)
     targets = batch.targets["captioning"]
@@ -106,15 +105,11 @@ def test_collate() -> None:
 
 
 def test_collate_without_labels() -> None:
-    sample = CaptionTransform(False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
+    sample = alone("captioning", False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
     unlabelled = type(sample)(**{**vars(sample), "targets": {}})
     assert collate_joint([unlabelled]).tasks == ()
 
 
 def test_impossible_options_are_refused() -> None:
-    impossible: list[dict[str, Any]] = [{"size": 0}, {"max_words": 0}]
-    for options in impossible:
-        with pytest.raises(ValueError, match="must be at least 1"):
-            CaptionTransform(True, vocabulary=VOCABULARY, **options)
     with pytest.raises(ValueError, match="'best' is not known: give one of random, first, consensus"):
-        CaptionTransform(False, vocabulary=VOCABULARY, caption_choice="best")  # type: ignore[arg-type]
+        alone("captioning", False, vocabulary=VOCABULARY, caption_choice="best")

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionHead, DetectionOutput, postprocess
+from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.transformer import MultiHeadAttention
 
 SMALL = {"num_queries": 7, "encoder_dim": 16, "decoder_dim": 32, "num_heads": 4, "ffn_dim": 24, "num_classes": 6}
@@ -33,7 +35,7 @@ PUBLISHED_KEYS = {
 
 
 def _small_head(**options: int | float) -> DetectionHead:
-    return DetectionHead(12, **{**SMALL, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0, **options})
+    return head_of("detection", 12, **{**SMALL, "encoder_layers": 2, "decoder_layers": 3, "dropout": 0.0, **options})
 
 
 def _targets(counts: list[int], classes: int = 6) -> DetectionTargets:
@@ -89,7 +91,7 @@ def test_size_is_the_published_one(width: int, parameters: int) -> None:
 
 def test_names_map_onto_the_published_files() -> None:
     with torch.device("meta"):
-        head = DetectionHead(1792)
+        head = head_of("detection", 1792)
     published = {}
     for name, value in head.state_dict().items():
         ours, theirs = next(pair for pair in PUBLISHED_KEYS.items() if name.startswith(pair[0]))
@@ -114,7 +116,7 @@ def test_names_map_onto_the_published_files() -> None:
 
 def test_initialisation() -> None:
     """Xavier for the encoder and the two projections; the reference builds its decoder after that step."""
-    head = DetectionHead(16)
+    head = head_of("detection", 16)
     xavier = math.sqrt(6 / (128 + 1024))
     linear = 1 / math.sqrt(256)
     # the largest of 131,072 uniform numbers is within 0.1 % of the bound
@@ -130,7 +132,7 @@ def test_attention_equals_torch() -> None:
     valid = torch.rand(2, 9) > 0.4
     wanted, _ = theirs(query, key, value, key_padding_mask=~valid)
     # float32, 16 channels: a few roundings
-    torch.testing.assert_close(ours(query, key, value, valid), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(query, key, value, valid[:, None]), wanted, rtol=0, atol=1e-6)
 
 
 def test_output_shapes_and_ranges() -> None:
@@ -180,7 +182,7 @@ def test_every_parameter_gets_a_gradient_without_any_object() -> None:
     """Engines that reduce gradients by bucket need one for each parameter in each step."""
     head = _small_head()
     targets = _targets([0, 0])
-    criterion = DetectionCriterion(num_queries=7, decoder_layers=3)
+    criterion = criterion_of("detection", num_queries=7, decoder_layers=3)
     counts = criterion.count(_batch(targets))
     assert counts["boxes"] == 0 and counts["class_weight"] == pytest.approx(14 * 0.1)
     output = head(torch.randn(2, 12, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool))
@@ -208,15 +210,18 @@ def test_predictions_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_dim": 18}, "encoder_dim 18 must be a multiple of num_heads 4"),
-        ({"encoder_dim": 6, "num_heads": 2}, "encoder_dim 6 must be a multiple of 4"),
-        ({"decoder_dim": 30}, "decoder_dim 30 must be a multiple of num_heads 4"),
-        ({"num_queries": 0}, "num_queries 0 must be at least 1"),
+        (
+            {"encoder_dim": 18},
+            "no detection head has these options: encoder_dim = 18: 18 is no multiple of num_heads = 4",
+        ),
+        ({"encoder_dim": 6, "num_heads": 2}, "6 is no multiple of 4"),
+        ({"decoder_dim": 30}, "30 is no multiple of num_heads = 4"),
+        ({"num_queries": 0}, "num_queries = 0: must be greater than or equal to 1"),
     ],
 )
 def test_impossible_heads(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _small_head(**options)
+        build_empty(HeadInfo("detection", 12, {**SMALL, **options}))
 
 
 # ---- criterion ----
@@ -226,7 +231,7 @@ def test_impossible_heads(options: dict[str, int], message: str) -> None:
 def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
     """The reason for given normalisers: images with 0, few and more objects than queries, spread unevenly."""
     counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion = DetectionCriterion(num_queries=7, decoder_layers=3)
+    criterion = criterion_of("detection", num_queries=7, decoder_layers=3)
     targets, output = _targets(counts), _random_output(8)
     whole = criterion(output, targets, _normaliser([criterion.count(_batch(targets))], 1))
     size = len(counts) // parts
@@ -248,7 +253,7 @@ def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
 
 def test_losses_of_a_prediction_that_is_known() -> None:
     """Every number by hand: one object found exactly, one query left over, uniform class scores over 6 + 1."""
-    criterion = DetectionCriterion(num_queries=2, decoder_layers=1, no_object=0.1)
+    criterion = criterion_of("detection", num_queries=2, decoder_layers=1, no_object=0.1)
     box = torch.tensor([0.5, 0.5, 0.2, 0.2])
     targets = DetectionTargets(box[None], torch.tensor([3]), torch.tensor([1]))
     output = DetectionOutput(torch.zeros(1, 2, 7), torch.stack([box + 0.1, box])[None])
@@ -263,7 +268,7 @@ def test_losses_of_a_prediction_that_is_known() -> None:
 def test_gradient_reaches_matched_boxes_only() -> None:
     output = _random_output(1, layers=1)
     output.boxes.requires_grad_()
-    criterion = DetectionCriterion(num_queries=7, decoder_layers=1)
+    criterion = criterion_of("detection", num_queries=7, decoder_layers=1)
     targets = _targets([2])
     losses = criterion(output, targets, _normaliser([criterion.count(_batch(targets))], 1))
     losses["l1"].backward()
@@ -272,7 +277,7 @@ def test_gradient_reaches_matched_boxes_only() -> None:
 
 
 def test_more_objects_than_queries() -> None:
-    criterion = DetectionCriterion(num_queries=100, decoder_layers=1)
+    criterion = criterion_of("detection", num_queries=100, decoder_layers=1)
     targets = _targets([300])
     counts = criterion.count(_batch(targets))
     assert counts == {"boxes": 300.0, "class_weight": 100.0}
@@ -285,7 +290,7 @@ def test_degenerate_boxes_give_finite_gradients() -> None:
     """A predicted and a wanted box without area at the same point: 0/0 in the usual formula."""
     boxes = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.2, 0.2, 0.1, 0.1]]], requires_grad=True)
     targets = DetectionTargets(boxes.detach()[0, :1], torch.tensor([1]), torch.tensor([1]))
-    criterion = DetectionCriterion(num_queries=2, decoder_layers=1)
+    criterion = criterion_of("detection", num_queries=2, decoder_layers=1)
     losses = criterion(
         DetectionOutput(torch.zeros(1, 2, 7), boxes), targets, _normaliser([criterion.count(_batch(targets))], 1)
     )
@@ -298,9 +303,9 @@ def test_criterion_of_another_head() -> None:
     targets = _targets([1])
     loss_denominators = {"boxes": torch.tensor(1.0), "class_weight": torch.tensor(1.0)}
     with pytest.raises(ValueError, match="head has num_queries 7, its criterion was built with 100"):
-        DetectionCriterion(decoder_layers=3)(_random_output(1), targets, loss_denominators)
+        criterion_of("detection", decoder_layers=3)(_random_output(1), targets, loss_denominators)
     with pytest.raises(ValueError, match="head has decoder_layers 3, its criterion was built with 6"):
-        DetectionCriterion(num_queries=7)(_random_output(1), targets, loss_denominators)
+        criterion_of("detection", num_queries=7)(_random_output(1), targets, loss_denominators)
 
 
 # ---- task ----

@@ -13,8 +13,9 @@ from transformers import DetrConfig
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 from transformers.models.detr.modeling_detr import DetrDecoderLayer, DetrEncoderLayer, DetrSinePositionEmbedding
 
+from tests.options import criterion_of
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.detection.head import DetectionCriterion, DetectionOutput
+from visft_ds.tasks.detection.head import DetectionOutput
 from visft_ds.tasks.matching import MatchingCosts, match
 from visft_ds.tasks.transformer import DecoderLayer, EncoderLayer, sine_positions
 
@@ -64,7 +65,7 @@ def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None
         "boxes": torch.tensor(float(sum(COUNTS))),
         "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
     }
-    ours = DetectionCriterion(num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, loss_denominators)
+    ours = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, loss_denominators)
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
@@ -78,7 +79,7 @@ def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> N
     logits, boxes, targets = (case[0][:1].clone(), case[1][:1].clone(), case[2])
     logits.requires_grad_()
     boxes.requires_grad_()
-    criterion = DetectionCriterion(num_queries=QUERIES, decoder_layers=1)
+    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1)
     matched = sum(min(count, QUERIES) for count in COUNTS)
     loss_denominators = {
         "boxes": torch.tensor(float(sum(COUNTS))),

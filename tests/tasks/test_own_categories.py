@@ -19,6 +19,7 @@ from visft_ds.data.manifest import Category, Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
+from visft_ds.prepare.data import open_data
 from visft_ds.prepare.datasets import open_training_data, settle_classes
 from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
 from visft_ds.resilience.memory import largest_batches
@@ -151,14 +152,10 @@ def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[
     others = [
         {"name": "more", "root": str(shards["many"]), "split": "train", "categories": str(shards["many"] / "map.json")}
     ]
-    config = settle_classes(
-        config_of(shards["own"], f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2"),
-        first_of(shards["own"]),
-    )
-    sets = open_training_data(config.visft)
-    batches = derive_batches(config, 1)
-    for largest, pipeline in largest_batches(config.visft, sets, None, batches):
-        targets = largest.batch(pipeline, None, "both").targets[largest.stream.name]
+    settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
+    config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
+    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
+        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
         assert len(targets.labels) and set(targets.labels.tolist()) == {0}
 
 

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.segmentation.data import SegmentationTargets
-from visft_ds.tasks.segmentation.head import MaskedAttention
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points, uncertain_points
 from visft_ds.tasks.segmentation.pixel_decoder import MaskedGroupNorm
+from visft_ds.tasks.transformer import MultiHeadAttention
 
 #: Our names -> those of the published ViSFT head files (after `visft_heads.`); {n} is a layer's number.
 PUBLISHED_KEYS = {
@@ -49,11 +51,11 @@ OPTIONS = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": LAY
 
 def _head(**options: int | float | str) -> SegmentationHead:
     sizes = {"hidden_dim": 32, "encoder_layers": 2, "num_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    return SegmentationHead(CHANNELS, **{**OPTIONS, **sizes, **options})
+    return head_of("segmentation", CHANNELS, **{**OPTIONS, **sizes, **options})
 
 
 def _criterion(**options: int | float | str) -> SegmentationCriterion:
-    return SegmentationCriterion(**{**OPTIONS, "num_points": 64, **options})
+    return criterion_of("segmentation", **{**OPTIONS, "num_points": 64, **options})
 
 
 def _targets(counts: list[int], grid: tuple[int, int] = (12, 16)) -> SegmentationTargets:
@@ -118,14 +120,14 @@ def _rows(output: SegmentationOutput, rows: slice) -> SegmentationOutput:
 @pytest.mark.parametrize(("width", "parameters"), [(1792, 13_847_441), (1408, 13_650_833)])
 def test_size_is_the_published_one(width: int, parameters: int) -> None:
     with torch.device("meta"):
-        head = SegmentationHead(width)
+        head = head_of("segmentation", width)
     assert sum(parameter.numel() for parameter in head.parameters()) == parameters
     assert sum(parameter.numel() for parameter in head.decoder.parameters()) == 9_751_121
 
 
 def test_names_map_onto_the_published_files() -> None:
     with torch.device("meta"):
-        head = SegmentationHead(1792)
+        head = head_of("segmentation", 1792)
     published = {}
     for name, value in head.state_dict().items():
         number = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -184,7 +186,7 @@ def test_group_norm_of_unpadded_maps_is_torchs() -> None:
 
 
 def test_attention_equals_torch() -> None:
-    ours, theirs = MaskedAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours, theirs = MultiHeadAttention(16, 4, 0.0), nn.MultiheadAttention(16, 4, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
     query, key, value = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     allowed = torch.rand(2, 5, 9) > 0.4
@@ -248,15 +250,15 @@ def test_predictions_are_float32_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_dim": 48}, "hidden_dim 48 must be a multiple of num_heads 4 and of the 32 norm groups"),
-        ({"num_heads": 5}, "hidden_dim 32 must be a multiple of num_heads 5"),
-        ({"decoder_layers": 0}, "decoder_layers 0 must be at least 1"),
-        ({"labelling": "coco"}, "labelling 'coco' is not known: give one of contiguous, published"),
+        ({"hidden_dim": 48}, "hidden_dim = 48: 48 is no multiple of num_heads = 4 and of 32"),
+        ({"num_heads": 5}, "32 is no multiple of num_heads = 5"),
+        ({"decoder_layers": 0}, "decoder_layers = 0: must be greater than or equal to 1"),
+        ({"labelling": "coco"}, "labelling = coco: must be 'contiguous' or 'published'"),
     ],
 )
 def test_impossible_heads(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _head(**options)
+        build_empty(HeadInfo("segmentation", CHANNELS, {"hidden_dim": 32, "num_heads": 4, **options}))
 
 
 # ---- points ----

@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask
 
+from tests.options import alone, drawn
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
-from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes
+from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes, final_size
 from visft_ds.tasks.segmentation import data
 from visft_ds.tasks.segmentation.data import (
     COCO_CATEGORY_IDS,
-    SegmentationTransform,
-    collate_segmentation,
-    final_size,
     placement,
     segmentation_targets,
 )
+from visft_ds.tasks.transform import collate_joint
 
 SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
 
@@ -49,7 +48,7 @@ OBJECTS = (_annotation([_box(20, 10, 55, 60)]), _annotation([_box(60, 5, 88, 40)
 
 @pytest.mark.parametrize("train", [True, False])
 def test_targets_do_not_depend_on_pixels(train: bool) -> None:
-    transform = SegmentationTransform(train, **SMALL)
+    transform = alone("segmentation", train, **SMALL)
     sizes = set()
     for key in range(30):
         raw = _raw((70, 90), *OBJECTS)
@@ -57,14 +56,14 @@ def test_targets_do_not_depend_on_pixels(train: bool) -> None:
         assert blind.image is None and full.image is not None and blind.size == full.size
         for name, values in full.targets["segmentation"].items():
             np.testing.assert_array_equal(values, blind.targets["segmentation"][name])
-        assert tuple(full.image.shape[1:]) == tuple(full.targets["segmentation"]["frame"])
+        assert tuple(full.image.shape[1:]) == full.frame
         sizes.add(full.size)
     assert sizes == ({(64, 64)} if train else {(48, 61)})
 
 
 def test_masks_follow_the_pixels() -> None:
     """Bright objects on black lie under their masks after any flip, scaling, padding and crop."""
-    transform = SegmentationTransform(True, pad_value=0, mask_stride=2, **SMALL)
+    transform = alone("segmentation", True, pad_value=0, mask_stride=2, **SMALL)
     points = np.array([[12.0, 8.0], [70.0, 20.0], [50.0, 64.0]])
     polygon = [points.ravel().tolist()]
     image = np.repeat(255 * coco_mask.decode(coco_mask.frPyObjects(polygon, 70, 90)), 3, axis=2)
@@ -73,7 +72,7 @@ def test_masks_follow_the_pixels() -> None:
         sample = transform(replace(_raw((70, 90), _annotation(polygon)), image=image), generator(key))
         masks = sample.targets["segmentation"]["masks"]
         bright = F.avg_pool2d(sample.image[:1].float(), 2)[0].numpy()
-        flips.add(isinstance(transform.geometry((70, 90), generator(key))[0], Flip))
+        flips.add(isinstance(drawn(transform, (70, 90), generator(key))[0], Flip))
         if not len(masks):
             assert bright.mean() < 1
             continue
@@ -97,15 +96,15 @@ def test_placement_follows_operations_in_any_order() -> None:
 def test_scale_padding_and_crop() -> None:
     """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer side."""
     raw = _raw((50, 100), _annotation([_box(0, 0, 100, 50)]))
-    fits = SegmentationTransform(True, scale=(1.0, 1.0), flip=0.0, **SMALL)(raw, generator(1))
+    fits = alone("segmentation", True, scale=(1.0, 1.0), flip=0.0, **SMALL)(raw, generator(1))
     assert (fits.image[:, :32] == 0).all() and (fits.image[:, 32:] == 128).all()
     masks = fits.targets["segmentation"]["masks"]
     assert masks.shape == (1, 16, 16) and (masks[0, :8] == 255).all() and not masks[0, 8:].any()
     assert fits.size == (64, 64), "the grey belongs to the image"
-    cut = SegmentationTransform(True, scale=(2.0, 2.0), flip=0.0, **SMALL)(raw, generator(1))
+    cut = alone("segmentation", True, scale=(2.0, 2.0), flip=0.0, **SMALL)(raw, generator(1))
     assert (cut.image == 0).all() and (cut.targets["segmentation"]["masks"] == 255).all()
     tops = {
-        SegmentationTransform(True, scale=(2.0, 2.0), **SMALL).geometry((90, 45), generator(key))[-1].top
+        drawn(alone("segmentation", True, scale=(2.0, 2.0), **SMALL), (90, 45), generator(key))[-1].top
         for key in range(40)
     }
     assert min(tops) < 8 and max(tops) > 56, "crops reach both ends of the 128 rows"
@@ -119,7 +118,7 @@ def test_content_alone_is_the_part_of_the_square_that_shows_image(
     monkeypatch.setattr(data, "CONTENT_MULTIPLE", 8)
     image = np.full((*size, 3), 200, dtype=np.uint8)
     raw = replace(_raw(size, _annotation([_box(2, 2, 30, 30)]), _annotation([_box(20, 10, 38, 30)])), image=image)
-    padded, content = (SegmentationTransform(True, pad_value=7, content_only=only, **SMALL) for only in (False, True))
+    padded, content = (alone("segmentation", True, pad_value=7, content_only=only, **SMALL) for only in (False, True))
     saved = 0
     for key in range(60):
         whole, part = padded(raw, generator(key)), content(raw, generator(key))
@@ -130,7 +129,7 @@ def test_content_alone_is_the_part_of_the_square_that_shows_image(
         assert (shown > torch.tensor(part.size) - 8).all(), "less than a patch of extension on either side"
         assert (whole.image[:, height:] == 7).all() and (whole.image[:, :, width:] == 7).all()
         theirs, ours = (one.targets["segmentation"] for one in (whole, part))
-        assert ours["labels"].tolist() == theirs["labels"].tolist() and ours["frame"].tolist() == list(part.size)
+        assert ours["labels"].tolist() == theirs["labels"].tolist() and part.frame == part.size
         cells = (slice(None), slice(0, height // 4), slice(0, width // 4))
         np.testing.assert_array_equal(ours["masks"], theirs["masks"][cells])
         saved += 64 * 64 - height * width
@@ -139,26 +138,26 @@ def test_content_alone_is_the_part_of_the_square_that_shows_image(
 
 def test_content_is_never_larger_than_the_square() -> None:
     """1,024 is no multiple of 14: a side that is full stays 1,024, whose last two pixels no patch of 14 shows."""
-    transform = SegmentationTransform(True, content_only=True, scale=(2.0, 2.0))
-    assert final_size((480, 640), transform.geometry((480, 640), generator(0))) == (1024, 1024)
-    transform = SegmentationTransform(True, content_only=True, scale=(0.99, 0.99))
-    assert final_size((480, 640), transform.geometry((480, 640), generator(0))) == (770, 1022)
+    transform = alone("segmentation", True, content_only=True, scale=(2.0, 2.0))
+    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (1024, 1024)
+    transform = alone("segmentation", True, content_only=True, scale=(0.99, 0.99))
+    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (770, 1022)
 
 
 def test_content_saves_a_third_of_the_patches() -> None:
     """On COCO's commonest shapes: 64 % of the patches are left, 1.57 times fewer."""
-    transform = SegmentationTransform(True, content_only=True)
+    transform = alone("segmentation", True, content_only=True)
     sizes = [(480, 640), (640, 480), (427, 640), (640, 427)]
-    kept = [final_size(sizes[key % 4], transform.geometry(sizes[key % 4], generator(key))) for key in range(2000)]
+    kept = [final_size(sizes[key % 4], drawn(transform, sizes[key % 4], generator(key))) for key in range(2000)]
     share = np.mean([(height // 14) * (width // 14) for height, width in kept]) / 73**2
     assert 0.60 < share < 0.66, share
 
 
 def test_scale_is_uniform_over_its_range() -> None:
-    transform = SegmentationTransform(True, **SMALL)
+    transform = alone("segmentation", True, **SMALL)
     factors = []
     for key in range(400):
-        ops = transform.geometry((500, 1000), generator(key))
+        ops = drawn(transform, (500, 1000), generator(key))
         factors.append(next(op for op in ops if isinstance(op, Resize)).width / 64)
     # 400 draws of U(0.1, 2): the mean is 1.05 with a standard deviation of 0.027
     assert 0.09 < min(factors) < 0.2 and 1.9 < max(factors) <= 2 and abs(np.mean(factors) - 1.05) < 0.11
@@ -187,7 +186,7 @@ def test_what_gives_no_target() -> None:
 
 
 def test_unknown_category_and_bad_polygons_are_named() -> None:
-    transform = SegmentationTransform(True, fixed_size=28)
+    transform = alone("segmentation", True, fixed_size=28)
     with pytest.raises(ValueError, match="image 5: annotation 31 has category 12, which is not one of the 80 that"):
         transform(_raw((70, 90), _annotation([_box(1, 1, 50, 50)], category=12)), generator(0))
     with pytest.raises(ValueError, match=r"image 5: annotation 31: polygon .* finite numbers"):
@@ -199,14 +198,14 @@ def test_unknown_category_and_bad_polygons_are_named() -> None:
 def test_extreme_images(size: tuple[int, int], train: bool) -> None:
     height, width = size
     raw = _raw(size, _annotation([_box(0, 0, width, height)]))
-    sample = SegmentationTransform(train, **SMALL)(raw, generator(2))
+    sample = alone("segmentation", train, **SMALL)(raw, generator(2))
     assert sample.image.shape[0] == 3 and min(sample.size) >= 1 and max(sample.image.shape) <= 98
     assert len(sample.targets["segmentation"]["masks"]) == 1
 
 
 def test_fixed_size() -> None:
     for train in (True, False):
-        sample = SegmentationTransform(train, fixed_size=28, flip=1.0)(_raw((70, 90), *OBJECTS), generator(0))
+        sample = alone("segmentation", train, fixed_size=28, flip=1.0)(_raw((70, 90), *OBJECTS), generator(0))
         assert sample.size == tuple(sample.image.shape[1:]) == (28, 28)
         middle = sample.targets["segmentation"]["masks"][1, 1]  # the object at the right
         assert (middle[:3] > 0).any() == train and (middle[4:] > 0).any() != train
@@ -216,7 +215,6 @@ def test_fixed_size() -> None:
     ("options", "message"),
     [
         ({"size": 0}, "sizes must be positive: size=0"),
-        ({"mask_stride": 0}, "mask_stride=0"),
         ({"scale": (2.0, 0.1)}, "smaller one first"),
         ({"scale": (0.0, 1.0)}, "two numbers above 0"),
         ({"flip": 1.5}, "flip=1.5 must be a probability"),
@@ -225,7 +223,7 @@ def test_fixed_size() -> None:
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SegmentationTransform(True, **options)
+        alone("segmentation", True, **options)
 
 
 # ---- batches ----
@@ -233,7 +231,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 
 def _samples(*, pixels: bool = True, labels: bool = True) -> list[Sample]:
     """Three evaluation samples of different shapes, the second without objects."""
-    transform = SegmentationTransform(False, **SMALL)
+    transform = alone("segmentation", False, **SMALL)
     raws = [_raw((70, 90), *OBJECTS), _raw((90, 70)), _raw((60, 60), _annotation([_box(0, 0, 60, 60)]))]
     samples = []
     for place, raw in enumerate(raws):
@@ -244,7 +242,7 @@ def _samples(*, pixels: bool = True, labels: bool = True) -> list[Sample]:
 
 def test_packing() -> None:
     """Images 48 x 61, 61 x 48 and 48 x 48, padded to multiples of 14 and to one another."""
-    batch = collate_segmentation(_samples())
+    batch = collate_joint(_samples())
     assert batch.images.shape == (3, 3, 70, 70)
     assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]], "padding of evaluation is padding"
     targets = batch.targets["segmentation"]
@@ -260,13 +258,13 @@ def test_packing() -> None:
 
 
 def test_moving_keeps_on_the_host_what_only_the_host_uses() -> None:
-    targets = collate_segmentation(_samples()).targets["segmentation"].to(torch.device("meta"))
+    targets = collate_joint(_samples()).targets["segmentation"].to(torch.device("meta"))
     assert targets.masks.device.type == targets.labels.device.type == targets.extents.device.type == "meta"
     assert targets.keys.device.type == targets.counts.device.type == "cpu"
 
 
 def test_without_pixels_everything_else_is_the_same() -> None:
-    full, blind = collate_segmentation(_samples()), collate_segmentation(_samples(pixels=False))
+    full, blind = collate_joint(_samples()), collate_joint(_samples(pixels=False))
     assert blind.images.shape == (3, 3, 0, 0) and torch.equal(blind.sizes, full.sizes)
     for name, values in vars(full.targets["segmentation"]).items():
         assert torch.equal(values, getattr(blind.targets["segmentation"], name)), name
@@ -274,11 +272,11 @@ def test_without_pixels_everything_else_is_the_same() -> None:
 
 def test_without_labels_there_are_no_targets() -> None:
     """Empty targets would teach that there is nothing in the pictures; the frame comes from the pixels."""
-    batch = collate_segmentation(_samples(labels=False))
+    batch = collate_joint(_samples(labels=False))
     assert batch.tasks == () and batch.images.shape == (3, 3, 70, 70) and batch.sizes.tolist()[0] == [48, 61]
 
 
 def test_a_batch_without_any_object_keeps_its_types() -> None:
-    targets = collate_segmentation(_samples()[1:2]).targets["segmentation"]
+    targets = collate_joint(_samples()[1:2]).targets["segmentation"]
     assert targets.masks.shape == (0, 16, 12) and targets.masks.dtype == torch.uint8
     assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64

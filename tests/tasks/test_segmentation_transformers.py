@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
+from tests.options import criterion_of, head_of
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
 from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
@@ -70,7 +71,8 @@ class Reference(nn.Module):
 
 
 def _head() -> SegmentationHead:
-    return SegmentationHead(
+    return head_of(
+        "segmentation",
         CHANNELS,
         num_classes=CLASSES,
         num_queries=QUERIES,
@@ -224,8 +226,8 @@ def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
 
 
 def _criterion() -> SegmentationCriterion:
-    return SegmentationCriterion(
-        num_classes=CLASSES, num_queries=QUERIES, decoder_layers=DECODER_LAYERS, num_points=NUM_POINTS
+    return criterion_of(
+        "segmentation", num_classes=CLASSES, num_queries=QUERIES, decoder_layers=DECODER_LAYERS, num_points=NUM_POINTS
     )
 
 

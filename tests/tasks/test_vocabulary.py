@@ -35,7 +35,7 @@ def test_caption_words(caption: str, words: list[str]) -> None:
 @settings(deadline=None)
 @given(st.text())
 def test_any_text_has_defined_words_and_ids(text: str) -> None:
-    vocabulary = Vocabulary.from_counts(COUNTS)
+    vocabulary = Vocabulary.from_counts(COUNTS, min_count=6)
     words, ids = caption_words(text), vocabulary.encode(text)
     assert caption_words(" ".join(words)) == words  # cutting again changes nothing: shards and heads agree
     assert len(ids) == len(words) + 2
@@ -45,10 +45,10 @@ def test_any_text_has_defined_words_and_ids(text: str) -> None:
 
 
 def test_ids_are_those_of_the_published_heads() -> None:
-    vocabulary = Vocabulary.from_counts(COUNTS)
+    vocabulary = Vocabulary.from_counts(COUNTS, min_count=6)
     # More than five times, by falling count; equal counts alphabetically, whatever the order of the mapping.
     assert vocabulary.words == ("a", "cat", "dog", "zebra")
-    assert Vocabulary.from_counts(dict(reversed(COUNTS.items()))) == vocabulary
+    assert Vocabulary.from_counts(dict(reversed(COUNTS.items())), min_count=6) == vocabulary
     assert vocabulary.encode("A zebra, unheard of") == [6, 1, 4, 5, 5, 7]
     assert (vocabulary.pad, vocabulary.unknown, vocabulary.start, vocabulary.end) == (0, 5, 6, 7)
     assert vocabulary.size == 8
@@ -56,14 +56,14 @@ def test_ids_are_those_of_the_published_heads() -> None:
 
 
 def test_captions_of_five_hundred_words_and_of_none() -> None:
-    vocabulary = Vocabulary.from_counts(COUNTS)
+    vocabulary = Vocabulary.from_counts(COUNTS, min_count=6)
     assert len(vocabulary.encode("dog " * 500)) == 502
     for nothing in ("", "?!", "\U0001f355"):
         assert vocabulary.encode(nothing) == [vocabulary.start, vocabulary.end]
 
 
 def test_decode() -> None:
-    vocabulary = Vocabulary.from_counts(COUNTS)
+    vocabulary = Vocabulary.from_counts(COUNTS, min_count=6)
     assert vocabulary.decode(vocabulary.encode("A dog, unheard of")) == "a dog <unk> <unk>"
     assert vocabulary.decode([6, 1, 3, 7, 2, 0, 0]) == "a dog"  # nothing behind <end>
     assert vocabulary.decode([]) == ""
@@ -73,7 +73,7 @@ def test_decode() -> None:
 
 
 def test_json_round_trip_and_fingerprint() -> None:
-    vocabulary = Vocabulary.from_counts(COUNTS)
+    vocabulary = Vocabulary.from_counts(COUNTS, min_count=6)
     again = Vocabulary.from_json(vocabulary.to_json())
     assert again == vocabulary
     assert again.fingerprint == vocabulary.fingerprint
@@ -93,7 +93,7 @@ def test_json_round_trip_and_fingerprint() -> None:
     ],
 )
 def test_changed_files_are_refused(change: dict[str, object], message: str) -> None:
-    fields = json.loads(Vocabulary.from_counts(COUNTS).to_json())
+    fields = json.loads(Vocabulary.from_counts(COUNTS, min_count=6).to_json())
     with pytest.raises(ValueError, match=message):
         Vocabulary.from_json(json.dumps(fields | change))
 
@@ -110,7 +110,7 @@ def test_useless_counts_are_refused_with_a_way_out() -> None:
     ):
         Vocabulary.from_counts(COUNTS, min_count=21)
     with pytest.raises(ValueError, match="make the shards with --captions"):
-        Vocabulary.from_counts({})
+        Vocabulary.from_counts({}, min_count=6)
     with pytest.raises(ValueError, match="min_count 0 is not allowed"):
         Vocabulary.from_counts(COUNTS, min_count=0)
 

@@ -302,8 +302,8 @@ def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
     """(name, image size where it is not the model's own) of the model that a file of ours says it is of, or None."""
     if TIMM_KEY not in file.metadata:
         return None
-    told = json.loads(file.metadata[TIMM_KEY])
-    return str(told["name"]), told["image_size"]
+    recorded = json.loads(file.metadata[TIMM_KEY])
+    return str(recorded["name"]), recorded["image_size"]
 
 
 def load_timm(path: str | Path, name: str, image_size: int | None, storage: torch.dtype) -> tuple[TimmBackbone, str]:
@@ -348,12 +348,12 @@ def save_backbone(
     infos = {
         name: TensorInfo(tuple(parameter.shape), dtype or parameter.dtype) for name, parameter in parameters.items()
     }
-    told = {"tower": tower_of(backbone).to_json(), "lora_merged": "true" if merged else "false", **(metadata or {})}
+    header = {"tower": tower_of(backbone).to_json(), "lora_merged": "true" if merged else "false", **(metadata or {})}
     write_safetensors(
         path,
         infos,
         lambda name: cast(parameters[name].detach(), infos[name].dtype, name),
-        told,
+        header,
         overwrite=overwrite,
     )
 

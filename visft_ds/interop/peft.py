@@ -193,8 +193,8 @@ def save_peft_adapter(
 
 def _settings(adapter: Adapter) -> dict[str, Any]:
     """Entry of the header of PEFT's file about an adapter on a tower of our own."""
-    told = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
-    return told if adapter.base_storage == "full" else {**told, "base_storage": adapter.base_storage}
+    settings = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
+    return settings if adapter.base_storage == "full" else {**settings, "base_storage": adapter.base_storage}
 
 
 def _timm_settings(adapter: Adapter) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def why_no_peft(adapter: Adapter) -> str | None:
     adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
     grouped = [layer for layer, rows in adapted.items() if rows.groups > 1]
     if adapter.magnitude:
-        sliced = [layer for layer, rows in adapted.items() if not rows.whole]
+        sliced = [layer for layer, rows in adapted.items() if not rows.unsliced]
         if sliced or grouped:
             why = "slices of a fused layer" if sliced else "grouped convolutions"
             return f"its DoRA knows no {why} ({examples(sliced or grouped, 1)})"
@@ -323,7 +323,7 @@ def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
         a, b, magnitude = adapter.factors(layer)
         if rows.groups > 1:
             a = _spread_groups(a, rows.groups)
-        if not rows.whole:
+        if not rows.unsliced:
             b = _spread(b, rows, adapter.rank)
         if a.ndim == 4:
             b = b[:, :, None, None]
@@ -349,8 +349,8 @@ def _separated(adapter: Adapter) -> Adapter:
 def _spread(stacked: Tensor, rows: AdaptedRows, rank: int) -> Tensor:
     """lora_B of ours (adapted rows, r) -> PEFT's (all rows, G*r), zero outside the blocks."""
     result = stacked.new_zeros(rows.rows, len(rows.slices) * rank)
-    for changed, columns, own in rows.parts(rank):
-        result[changed, columns] = stacked[own]
+    for changed, columns, rows_of_b in rows.parts(rank):
+        result[changed, columns] = stacked[rows_of_b]
     return result
 
 
@@ -398,7 +398,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
             f"{file.path}: not an adapter for the blocks of timm's EVA: {examples(foreign)}. Expected are names like "
             f"base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv or q_proj, k_proj, v_proj; proj, fc1, fc2)"
         )
-    told = json.loads(file.metadata[_KEY]) if _KEY in file.metadata else None
+    recorded = json.loads(file.metadata[_KEY]) if _KEY in file.metadata else None
     modules = {_NAME.fullmatch(name)[2] for name in file}  # type: ignore[index]
     split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
     if split and "attn.qkv" in modules:
@@ -411,22 +411,22 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
         )
     if absent := [name for name in file if name.endswith(".lora_B.weight") and magnitude != (_beside(name) in file)]:
         raise ValueError(f"{file.path}: use_dora={magnitude} and the tensors beside {examples(absent)} do not agree")
-    slices = _slices(file, told) if "attn.qkv" in modules else split
+    slices = _slices(file, recorded) if "attn.qkv" in modules else split
     targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
     rank, scaling = _rank_and_scaling(file, config, len(slices))
     tensors = _stacked(file, split) if split else {}
     for name in file:
-        own = _own_name(name)
-        if "_proj.lora_" in own:
+        our_name = _own_name(name)
+        if "_proj.lora_" in our_name:
             continue
         value = file.get(name).float()
-        if own.endswith("attn.qkv.lora_B"):
+        if our_name.endswith("attn.qkv.lora_B"):
             gathered = _gather(value, slices, rank)
             if gathered is None:
                 raise ValueError(_not_sparse(name, slices, rank, file))
             value = gathered
-        tensors[own] = value
-    base, storage = (told["base_sha256"], told.get("base_storage", "full")) if told else (None, "full")
+        tensors[our_name] = value
+    base, storage = (recorded["base_sha256"], recorded.get("base_storage", "full")) if recorded else (None, "full")
     return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
 
 
@@ -435,12 +435,12 @@ def _read_timm(path: Path) -> Adapter:
     file = open_weights(path)
     if _TIMM_KEY not in file.metadata:
         raise ValueError(f"{file.path} is no adapter that this project wrote for a model of timm")
-    told = json.loads(file.metadata[_TIMM_KEY])
-    name, targets, places = told.pop("name"), tuple(told.pop("targets")), told.pop("places")
+    recorded = json.loads(file.metadata[_TIMM_KEY])
+    name, targets, places = recorded.pop("name"), tuple(recorded.pop("targets")), recorded.pop("places")
     names = [f"{layer}.{kind}" for layer in places for kind in KINDS]
     tensors = {name: file.get(name) for name in names if name in file}
     groups = {layer: place["groups"] for layer, place in places.items() if place["groups"] > 1}
-    adapter = Adapter(targets=targets, tensors=tensors, origin="model", model=name, groups=groups, **told)
+    adapter = Adapter(targets=targets, tensors=tensors, origin="model", model=name, groups=groups, **recorded)
     if len(adapter.tensors) != len(file) or _places(adapter) != places:
         raise ValueError(f"{file.path}: its tensors are not those of the layers that its header names")
     return adapter
@@ -483,10 +483,10 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _slices(file: WeightFile, told: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _slices(file: WeightFile, recorded: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The adapted slices: as our metadata says, else those where some block has a value in lora_B."""
-    if told is not None:
-        return tuple(name for name in SLICES if name in told["targets"])
+    if recorded is not None:
+        return tuple(name for name in SLICES if name in recorded["targets"])
     used: set[str] = set()
     for name in file:
         if name.endswith("attn.qkv.lora_B.weight"):

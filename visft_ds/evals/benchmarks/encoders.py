@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.benchmarks.text_towers import TextTower, tower_of_model
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
-from visft_ds.interop.text_towers import TextTower, tower_of_model
 from visft_ds.interop.timm_names import classes_in
 from visft_ds.models.eva_vit import EvaViT
 
@@ -139,8 +139,8 @@ class _OpenClipEncoder(nn.Module):
                 found["patches"] = _patches(trunk, tokens)
             return found
         if "patches" in kinds:
-            told = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
-            found["patches"], embedding = told["image_intermediates"][-1], told["image_features"]
+            outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
+            found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
         else:
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)

@@ -120,8 +120,8 @@ class _TextOf(nn.Module):
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Without the image side: what the text embeddings depend on."""
-        whole = super().state_dict(*args, **options)
-        return {name: value for name, value in whole.items() if not name.startswith("model.visual.")}
+        state = super().state_dict(*args, **options)
+        return {name: value for name, value in state.items() if not name.startswith("model.visual.")}
 
 
 def _load(module: nn.Module, file: WeightFile, names: Sequence[str]) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visft_ds.evals.benchmarks.encoders import EvaEncoder
+from visft_ds.evals.benchmarks.text_towers import HEAD_WIDTH, PREFIX, TextTower
 from visft_ds.interop import open_clip
-from visft_ds.interop.encoders import EvaEncoder
 from visft_ds.interop.files import WeightFile, open_weights
 from visft_ds.interop.layouts import base_parameters, tower_in, tower_of
 from visft_ds.interop.open_clip import FILE, LAYOUT
-from visft_ds.interop.text_towers import HEAD_WIDTH, PREFIX, TextTower
 from visft_ds.interop.writing import save_tensors, write_text
 from visft_ds.models.eva_vit import build_backbone, generator_for
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.evals.benchmarks.encoders import Encoder, EvaEncoder
+from visft_ds.evals.benchmarks.text_towers import PREFIX, TextTower
+from visft_ds.experiments.contrastive.clip_models import write_configs
 from visft_ds.interop import open_clip
-from visft_ds.interop.clip_models import write_configs
-from visft_ds.interop.encoders import Encoder, EvaEncoder
 from visft_ds.interop.files import VISION_OF, TensorInfo, WeightFile, open_weights, view
 from visft_ds.interop.foreign_code import LOCAL, read_config
 from visft_ds.interop.layouts import LAYOUTS, tower_of
 from visft_ds.interop.open_clip import CONFIG, FILE
-from visft_ds.interop.text_towers import PREFIX, TextTower
 from visft_ds.interop.towers import open_tower
 from visft_ds.interop.writing import write_safetensors, write_text
 
@@ -33,7 +33,7 @@ _PROJECTION = re.compile(r"(text\.)?(text_projection|proj)(\.|$)")
 
 @dataclass(frozen=True)
 class TextSide:
-    """A text tower in a whole model."""
+    """A text tower and the model that it is part of."""
 
     tower: TextTower
     parameters: Mapping[str, nn.Parameter]  #: name in `weights` -> the tower's parameters, all of them
@@ -79,8 +79,8 @@ def text_side(library: str, name: str, encoder: Encoder) -> TextSide:
     }
     # Copies: the parameters are about to change, and what is written beside them is what was loaded.
     kept = {key: value.detach().clone() for key, value in tensors.items() if key not in parameters}
-    whole = WeightFile(Path(encoder.text.source), infos, lambda key: kept[key] if key in kept else tensors[key], {})
-    return TextSide(encoder.text, parameters, model.logit_scale, whole, _config_of(name, model))
+    file = WeightFile(Path(encoder.text.source), infos, lambda key: kept[key] if key in kept else tensors[key], {})
+    return TextSide(encoder.text, parameters, model.logit_scale, file, _config_of(name, model))
 
 
 def _side_of_file(name: str, encoder: Encoder) -> TextSide:
@@ -93,12 +93,12 @@ def _side_of_file(name: str, encoder: Encoder) -> TextSide:
     entries = open_clip.export_entries(file, layout)  # refuses half a model
     assert encoder.text is not None and isinstance(encoder.module, EvaEncoder)
     # Heads and norms, which follow from no tensor, are known by now.
-    whole = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
+    merged = view(file, entries, {**file.metadata, "tower": tower_of(encoder.module.backbone).to_json()})
     parameters = {PREFIX + key: value for key, value in encoder.text.module.named_parameters()}
     scale = nn.Parameter(file.get("logit_scale").float().clone())
-    beside = Path(name).parent / CONFIG
+    config_file = Path(name).parent / CONFIG
     return TextSide(
-        encoder.text, parameters, scale, whole, _read_config(beside) if layout.name == "open_clip" else None
+        encoder.text, parameters, scale, merged, _read_config(config_file) if layout.name == "open_clip" else None
     )
 
 

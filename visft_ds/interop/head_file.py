@@ -1,8 +1,7 @@
-"""Construction of a task head from its own description or the shapes of its tensors, and loading from a file."""
+"""A task head in a file: its description, the module built from that or from the shapes of its tensors, its values."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visft_ds.config.validate import check
 from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
@@ -114,12 +114,20 @@ def describe(head: nn.Module) -> HeadInfo:
 
 def build_empty(info: HeadInfo) -> nn.Module:
     """The head that `info` describes, on the meta device. Raises ValueError for options that are not possible."""
-    kind = get_task(info.task).head
-    unknown = sorted(info.options.keys() - inspect.signature(kind).parameters.keys())
+    spec, options = get_task(info.task), dict(info.options)
+    words = options.pop("vocabulary_size", None) if spec.uses_vocabulary else None
+    unknown = sorted(options.keys() - spec.options("head", {}).keys())
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
+    options = spec.options("head", options)
+    checked, problems = check(type(spec.config.model_fields["head"].get_default(call_default_factory=True)), options)
+    if checked is not None:
+        problems = list(checked.contradictions())
+    if problems:
+        told = "; ".join(f"{name} = {options[name]}: {problem}" for name, problem in problems)
+        raise ValueError(f"no {info.task} head has these options: {told}")
     with torch.device("meta"):
-        return kind(info.in_channels, **info.options)
+        return spec.build_head(info.in_channels, options, words)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.clip_case import SIDE, TOWER, make_clip, save_clip
+from visft_ds.evals.benchmarks.encoders import KINDS, eva_preprocess
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
 from visft_ds.evals.benchmarks.protocol import class_embeddings, sentences
-from visft_ds.interop.encoders import KINDS, eva_preprocess
-from visft_ds.interop.text_towers import text_tower_in
+from visft_ds.evals.benchmarks.text_towers import text_tower_in
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", ""]
 
@@ -88,7 +88,7 @@ def test_open_clip_by_configuration(images: torch.Tensor, tmp_path: Path) -> Non
 
 @torch.no_grad()
 def test_open_clip_around_timm_computes_all_in_one_forward(clip: Any, images: torch.Tensor) -> None:
-    from visft_ds.interop.encoders import _OpenClipEncoder
+    from visft_ds.evals.benchmarks.encoders import _OpenClipEncoder
 
     found = _OpenClipEncoder(clip.visual)(images, KINDS)
     torch.testing.assert_close(found["clip"], clip.encode_image(images, normalize=True), rtol=1e-5, atol=1e-6)
