@@ -173,3 +173,12 @@ def test_a_rank_that_starts_ends_with_the_command_above_it(late: bool) -> None:
     assert alive == []
     assert said.endswith("stopped before the first step: the launcher is gone\n")
     command.stdout.close()
+
+
+def test_ctrl_c_ends_a_rank_that_starts_at_once() -> None:
+    command = [sys.executable, "-c", STARTING]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+    assert rank.stdout is not None and rank.stdout.readline() == "starting\n"
+    rank.send_signal(INT)
+    assert rank.communicate(timeout=15)[0] == "stopped before the first step: signal SIGINT\n"
+    assert rank.returncode == 130

@@ -25,7 +25,8 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from torch.distributed import DistNetworkError, TCPStore
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
 
 from visft_ds import DEEPSPEED
 from visft_ds.data.samples import Batch

@@ -33,6 +33,8 @@ class RanksDiffer(RuntimeError):
 
 #: Exit code of a rank that stops because another one was killed or hangs.
 LOST_CODE = 3
+#: Exit code after a Ctrl-C that waits for no step.
+INTERRUPTED = 130
 
 
 class LostRank(RuntimeError):
@@ -92,12 +94,19 @@ class StopFlag:
         self._listening = threading.Event()
 
     def guard_start(self) -> None:
-        """Until `listen`, end this process as soon as the launcher or supervisor is gone: there is nothing to save yet.
+        """Until `listen`, end this process when the launcher or supervisor is gone: there is nothing to save yet.
 
-        The start of a large model takes minutes, in which nobody looks at the flag.
+        The start of a large model takes minutes, in which nobody looks at the flag. A Ctrl-C, too, ends a launched
+        process at once: as an exception it would wait for the other ranks on its way out.
         """
+        if self._launcher and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt_at_start)
         if self._launcher or self._supervisor:
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
+
+    def _interrupt_at_start(self, number: int, frame: FrameType | None) -> None:
+        print("stopped before the first step: signal SIGINT", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
 
     def _end_at_start(self) -> None:
         while not self._listening.wait(_LOOK):
