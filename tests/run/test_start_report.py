@@ -125,4 +125,4 @@ def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[s
     boxes = [*arguments, "--set", "visft.tasks=detection,segmentation"]
     assert main(boxes) == CANNOT_START  # 12 images
     assert "fewer than one global batch of 24" in capsys.readouterr().out
-    assert main([*boxes, "visft.shared.batch_size=12"]) == 0
+    assert main([*boxes, "--set", "visft.shared.batch_size=12"]) == 0
