@@ -137,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Detected pickle protocol")
     chosen = [one for one in READERS if given.reader in (None, one.name)]
     share = given.inputs / sum(one.share for one in chosen)
     tallies = {}

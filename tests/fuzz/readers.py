@@ -247,7 +247,8 @@ def read_checkpoint(folder: Path) -> None:
     state = opened.load()
     assert [sorted(named) for named in state.moments.values()] == [sorted(state.parameters)] * 2
     {name: float(value) for name, value in state.loss_scale.items()}
-    assert (opened.step + state.updates) >= 0 and opened.record["identity"].get("precision", "") is not None
+    opened.identity("precision")
+    assert state.updates >= 0
     check_identity(opened, opened.record["identity"])
 
 

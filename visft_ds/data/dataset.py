@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from visft_ds.data.decode import decode_image
+from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
@@ -66,7 +67,7 @@ def read_raw(
     if image_file is not None:
         try:
             with span("decode"):
-                image = decode_image(image_file)
+                image = decode_image(image_file, max_pixels=reader.manifest.max_pixels)
         except ValueError as error:
             raise DamagedSample(f"{_place(reader, index)} cannot be decoded: {error}") from error
         if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
@@ -77,7 +78,7 @@ def read_raw(
     label: Mapping[str, Any] = {}
     if label_file is not None:
         with span("labels"):
-            label = orjson.loads(label_file)
+            label = _checked(reader, index, label_file)
     annotations = label.get("annotations", ())
     return RawSample(
         index=index,
@@ -136,4 +137,11 @@ def _labels(reader: ShardReader, indices: Sequence[int] | None) -> Iterator[Mapp
     for first in range(0, len(wanted), _AT_ONCE):
         part = wanted[first : first + _AT_ONCE]
         reader.prefetch(part, "labels")
-        yield from map(orjson.loads, reader.read_labels(part))
+        yield from map(partial(_checked, reader), part, reader.read_labels(part))
+
+
+def _checked(reader: ShardReader, index: int, label: bytes) -> dict[str, Any]:
+    try:
+        return parse_label(label)
+    except ValueError as error:
+        raise DamagedSample(f"{reader.describe(index)}: its label cannot be used: {error}") from error

@@ -186,7 +186,7 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
         if record.get("event") in ("bad step", "loss scale") and record["step"] == checkpoint.step + 1
     ]
     print("\n".join(f"in the run: {text}" for text in events) or "in the run: nothing is recorded against it")
-    precision = checkpoint.record["identity"]["precision"]
+    precision = checkpoint.identity("precision")
     scale = checkpoint.record["loss_scale"].get("scale", 1.0)
     module.train()
     bad = False
