@@ -6,6 +6,7 @@ changed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -82,13 +83,17 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def _value(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(_VALUES))
+
+
 def restructured(rng: random.Random, value: Any) -> Any:
     """The same JSON value with others in it, without some, or with more."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         places = _places(value)
         if not places or rng.random() < 0.02:
-            value = rng.choice(_VALUES)
+            value = _value(rng)
             continue
         # Long lists of numbers are most of the places, and are all alike.
         parent, key = rng.choice(places if rng.random() < 0.5 else [one for one in places if isinstance(one[0], dict)] or places)
@@ -96,9 +101,9 @@ def restructured(rng: random.Random, value: Any) -> Any:
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, dict):
-            parent[rng.choice((*_TEXTS, "__class__", "schema", "extra"))] = rng.choice(_VALUES)
+            parent[rng.choice((*_TEXTS, "__class__", "schema", "extra"))] = _value(rng)
         elif kind == 1:
-            parent.insert(key, rng.choice(_VALUES))
+            parent.insert(key, _value(rng))
         elif kind == 2:
             other = rng.choice(places)
             parent[key] = json.loads(json.dumps(other[0][other[1]])) if other[1] in _keys(other[0]) else None
@@ -109,7 +114,7 @@ def restructured(rng: random.Random, value: Any) -> Any:
         elif kind == 5 and isinstance(parent, list):
             parent.extend(parent[:] * rng.choice((1, 3)))
         else:
-            parent[key] = rng.choice(_VALUES)
+            parent[key] = _value(rng)
     return value
 
 

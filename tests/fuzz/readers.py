@@ -292,7 +292,7 @@ def read_heads(folder: Path) -> None:
     of_other_base(infos, set())
     classes_of_heads(infos)
     for task, info in infos.items():
-        if task == "captioning":
+        if "vocabulary" in info.extra:
             Vocabulary.from_dict(info.extra["vocabulary"])
         info.built_with()
     check_categories(infos, Manifest.load(RUNS / "shards", "val", check_shards=False).categories, "x", "y")
@@ -670,7 +670,7 @@ READERS = (
         copy(*(f"stage1/export/{name}" for name in HEADS)),
         read_heads,
         (*(m.safetensors_header(name, "visft_head") for name in HEADS), m.safetensors_header(HEADS[0]), m.raw(*HEADS)),
-        share=0.15,
+        share=0.2,
     ),
     Reader(
         "published heads",

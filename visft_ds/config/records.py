@@ -69,7 +69,7 @@ def as_record(data: bytes | str, kind: type[T], where: str, hint: str = "") -> T
     """
     parse_json(data, where, hint)
     try:
-        found: T = _adapter(kind).validate_json(data)
+        found: T = _adapter(kind).validate_json(data, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         told = [_told(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in problems]
