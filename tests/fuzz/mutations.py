@@ -260,6 +260,10 @@ def labels(split: str) -> Damage:
         shard = files[f"{split}-000000.tar"]
         start = int(row["label_offset"])
         label = json.loads(shard[start : start + int(row["label_size"])])
+        if rng.random() < 0.3 and label["annotations"]:
+            pixels = label["width"] * label["height"]
+            code = {"size": [label["height"], label["width"]], "counts": [9, pixels - 9]}
+            label["annotations"][0]["segmentation"] = code
         text = dumped(rng, restructured(rng, label))
         row["label_offset"], row["label_size"], row["label_crc32"] = len(shard), len(text), zlib.crc32(text)
         fields = json.loads(files[f"{split}.manifest.json"])

@@ -19,8 +19,11 @@ DEEPEST = 64
 _SHOWN = 3  # wrong fields in a message
 
 T = TypeVar("T")
+#: 0, 1, 2, ...; 1, 2, 3, ...; also below 0; all of 64 bits.
 Whole = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Natural = Annotated[int, Field(strict=True, ge=1, lt=1 << 63)]
 Number = Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
+#: Neither infinite nor NaN.
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 #: Pydantic's words -> those of somebody who writes JSON.

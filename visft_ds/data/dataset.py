@@ -109,7 +109,12 @@ def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bo
 def translated(
     annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
 ) -> list[Mapping[str, Any]]:
-    """Annotations with the ids that heads know; those without one are left out."""
+    """Annotations with the ids that heads know; those without one are left out.
+
+    Raises ValueError for a category that is not in `categories`.
+    """
+    if unknown := sorted({one["category_id"] for one in annotations} - categories.keys()):
+        raise ValueError(f"an object has category {unknown[0]}, which its manifest does not list")
     pairs = ((one, categories[one["category_id"]]) for one in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 

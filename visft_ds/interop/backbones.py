@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visft_ds.config.fields import Positive, StrictModel
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural
 from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights, sha256_file
 from visft_ds.interop.layouts import (
     LAYOUTS,
@@ -302,7 +303,7 @@ class TimmEntry(StrictModel):
     """Entry of a header about the model of timm in a file."""
 
     name: str
-    image_size: Positive | None
+    image_size: Natural | None
 
 
 def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:

@@ -13,8 +13,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from visft_ds.config.fields import Positive, StrictModel
-from visft_ds.config.records import Number, as_record
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Number, as_record
 from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
@@ -39,14 +39,14 @@ class TrainerNotes(StrictModel):
     format: str | None = None
     base: str | None = None
     mode: str | None = None
-    vocabulary: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] = {}
 
 
 class HeadEntry(StrictModel):
     """Entry of the header of a file about its head; see `HeadInfo`."""
 
     task: str
-    in_channels: Positive
+    in_channels: Natural
     options: dict[str, Any] = {}
     categories: list[NamedCategory] = []
     extra: TrainerNotes = TrainerNotes()

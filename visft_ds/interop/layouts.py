@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from visft_ds.config.fields import Positive, StrictModel
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
@@ -90,7 +91,7 @@ class TowerEntry(StrictModel):
     patch_size: int | None = None
     positions: int | None = None
     class_token: bool | None = None
-    num_heads: Positive | None = None
+    num_heads: Natural | None = None
     post_norm: bool | None = None
 
 

@@ -22,8 +22,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from visft_ds.config.fields import Positive, StrictModel
-from visft_ds.config.records import Whole, read_record
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
@@ -54,7 +54,7 @@ _REFUSED = (
 class AdapterEntry(StrictModel):
     """Entry of the header of PEFT's file about an adapter on a tower of our own."""
 
-    rank: Positive
+    rank: Natural
     alpha: float
     targets: list[Literal["q", "k", "v", "proj", "fc1", "fc2"]]
     base_sha256: str | None
@@ -65,20 +65,20 @@ class AdaptedPlace(StrictModel):
     """Rows of a layer that an adapter changes."""
 
     slices: list[list[Whole]]
-    groups: Positive
+    groups: Natural
 
 
 class TimmAdapterEntry(StrictModel):
     """Entry of the header of our own file about an adapter on a model of timm."""
 
     name: str
-    rank: Positive
+    rank: Natural
     alpha: float
     targets: list[str]
     magnitude: bool
     places: dict[str, AdaptedPlace]
     base_sha256: str | None
-    options: dict[str, Positive]
+    options: dict[str, Natural]
 
 
 class PeftConfig(StrictModel):
