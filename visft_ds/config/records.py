@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
@@ -56,12 +56,18 @@ def parse_json(data: bytes | str, where: str, hint: str = "") -> Any:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON ({error}).{hint}") from error
+    check_depth(value, where, hint)
+    return value
+
+
+def check_depth(value: Any, where: str, hint: str = "") -> None:
+    """Raise ValueError where lists and objects are nested too deep for what walks them by calling itself."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(DEEPEST + 1):
         inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
         level = [one for values in inside for one in values if isinstance(one, dict | list)]
         if not level:
-            return value
+            return
     raise ValueError(f"{where} is nested deeper than {DEEPEST} levels.{hint}")
 
 
@@ -72,7 +78,7 @@ def as_record(data: bytes | str, kind: type[T], where: str, hint: str = "") -> T
     """
     parse_json(data, where, hint)
     try:
-        found: T = _adapter(kind).validate_json(data, strict=True)
+        found: T = _adapter(cast(Any, kind)).validate_json(data, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         told = [_told(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in problems]

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -319,7 +319,7 @@ def _size_of_legacy(path: Path) -> int:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for _ in range(5):  # magic number, protocol, system, the object, keys of its storages; then their bytes
             recent: deque[tuple[str, Any]] = deque(maxlen=8)
-            for code, argument, _ in pickletools.genops(content):
+            for code, argument, _ in pickletools.genops(cast(BinaryIO, content)):  # it reads as a file does
                 if code.name == "BINPERSID":
                     # ("storage", type, key, location, number of values, None)
                     mark, *_, (count_kind, count), (none, _), (end, _) = recent

@@ -547,7 +547,7 @@ def _read_config(folder: Path) -> PeftConfig:
 
 def _slices(file: WeightFile, told: AdapterEntry | None) -> tuple[str, ...]:
     """The adapted slices: as our metadata says, else those where some block has a value in lora_B."""
-    used: set[str] = set(() if told is None else told.targets) & set(SLICES)
+    used: set[str] = {name for name in SLICES if told is not None and name in told.targets}
     for name in file if told is None else ():
         if name.endswith("attn.qkv.lora_B.weight"):
             parts = file.get(name).chunk(3)

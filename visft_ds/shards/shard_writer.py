@@ -12,12 +12,15 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from isal import isal_zlib
+from pydantic import Field
 
-from visft_ds.data.manifest import INDEX_DTYPE, VERSION
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Whole, as_record
+from visft_ds.data.manifest import INDEX_DTYPE, VERSION, LeftOut
 from visft_ds.shards.images import Checked, CheckLevel, check_image
 from visft_ds.shards.inputs import ImageFolder
 from visft_ds.shards.outputs import Output
@@ -28,6 +31,19 @@ _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this
 Refusal = Callable[[dict[str, Any]], None]
 _COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
+
+
+class ShardRecord(StrictModel):
+    """Record of a finished shard."""
+
+    key: str
+    name: str
+    count: Whole
+    bytes: Whole
+    sha256: str
+    rows: list[Annotated[list[Whole], Field(min_length=len(_COLUMNS), max_length=len(_COLUMNS))]]
+    quarantine: list[LeftOut]
+    findings: list[tuple[str, str]]  #: kind, example
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +145,11 @@ def finished_shard(name: str, output: Output, samples: Sequence[Planned]) -> dic
     if data is None:
         return None
     try:
-        record: dict[str, Any] = orjson.loads(data)
-        fits = record["key"] == _shard_key(samples)
-        return record if fits and output.holds(name, record["bytes"], record["sha256"]) else None
-    except (
-        orjson.JSONDecodeError,
-        KeyError,
-        TypeError,
-    ):  # damaged: it proves nothing
+        record = as_record(data, ShardRecord, name)
+    except ValueError:  # damaged: it proves nothing
         return None
+    fits = record.key == _shard_key(samples) and output.holds(name, record.bytes, record.sha256)
+    return record.model_dump() if fits else None
 
 
 def sample_bytes(image_size: int, label_size: int) -> int:

@@ -145,10 +145,9 @@ def _restored(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> list[S
         raise ValueError(f"scores of the cache lack their values.{_AGAIN}")
     scores = []
     for number, rest in enumerate(told):
-        groups = tensors.get(f"{number}.groups")
-        values = tensors[f"{number}.values"].numpy()
-        groups = None if groups is None else groups.numpy()
-        scores.append(Score(rest.name, values, groups, rest.said, rest.shows, rest.settings))
+        values, groups = tensors[f"{number}.values"].numpy(), tensors.get(f"{number}.groups")
+        of = None if groups is None else groups.numpy()
+        scores.append(Score(rest.name, values, of, rest.said, rest.shows, rest.settings))
     return scores
 
 

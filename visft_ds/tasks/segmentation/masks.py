@@ -161,6 +161,8 @@ def _draw_code(mask: Mask, code: Mapping[str, Any], stored: Size, fine: MaskPlac
             f"run-length code with size {code.get('size')}: it must have counts, and the image's size {list(stored)}"
         )
     if isinstance(code["counts"], list):
+        if not all(type(run) is int and 0 <= run < 1 << 32 for run in code["counts"]):
+            raise ValueError("a run-length code whose counts are not all whole numbers")
         code = coco_mask.frPyObjects(dict(code), *stored)
     x, y, width, height = (float(number) for number in coco_mask.toBbox(code))
     corners = fine.points(np.array([[x, y], [x + width, y + height]])) / subsamples
