@@ -80,7 +80,9 @@ def run(reader: Reader, numbers: Sequence[int], seed: int, *, show: bool = False
         folder = Path(name) / "valid"
         folder.mkdir()
         reader.make(folder)
-        files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        }
         work = Path(name) / "work"
         shutil.copytree(folder, work)
         reader.read(work)  # a valid set is read
@@ -152,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flush=True,
             )
             for found, count in tally.surprises.most_common():
-                print(f"    {count:5} x {found}  (--reader {reader.name!r} --number {tally.examples[found]})", flush=True)
+                print(
+                    f"    {count:5} x {found}  (--reader {reader.name!r} --number {tally.examples[found]})", flush=True
+                )
     wrong = sum(one.tracebacks + one.excesses for one in tallies.values())
     print(f"{'all':20} {sum(one.inputs for one in tallies.values()):7} inputs, {wrong} surprises")
     return 1 if wrong else 0

@@ -28,7 +28,21 @@ Refit = Callable[[dict[str, bytes], Files], None]
 #: Stands for lists in each other, so many that no parser may follow them one call deeper each.
 _DEEP = "deep-inside"
 _NUMBERS = (0, -1, 1, 2, 7, 255, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30)
-_TEXTS = ("", "x", "0", "1", "nan", "../../x", "/etc/passwd", "a/b", "a\0b", ".", "..", "é\u2028\ud83d\ude00", "x" * 5000)
+_TEXTS = (
+    "",
+    "x",
+    "0",
+    "1",
+    "nan",
+    "../../x",
+    "/etc/passwd",
+    "a/b",
+    "a\0b",
+    ".",
+    "..",
+    "é\u2028\ud83d\ude00",
+    "x" * 5000,
+)
 _OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], [1, 2], {"a": 1}, {"": []}, [{}], _DEEP)
 _FLOATS = (0.5, -0.0, 1e308, 1e-308, -1.5, float("nan"), float("inf"), float("-inf"))
 _VALUES: tuple[Any, ...] = (*_NUMBERS, *_TEXTS, *_OTHERS, *_FLOATS)
@@ -96,7 +110,9 @@ def restructured(rng: random.Random, value: Any) -> Any:
             value = _value(rng)
             continue
         # Long lists of numbers are most of the places, and are all alike.
-        parent, key = rng.choice(places if rng.random() < 0.5 else [one for one in places if isinstance(one[0], dict)] or places)
+        parent, key = rng.choice(
+            places if rng.random() < 0.5 else [one for one in places if isinstance(one[0], dict)] or places
+        )
         kind = rng.randrange(8)
         if kind == 0:
             del parent[key]
@@ -108,7 +124,9 @@ def restructured(rng: random.Random, value: Any) -> Any:
             other = rng.choice(places)
             parent[key] = json.loads(json.dumps(other[0][other[1]])) if other[1] in _keys(other[0]) else None
         elif kind == 3 and isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-            parent[key] = rng.choice((parent[key] + 1, -parent[key], parent[key] * 1000, float(parent[key]), parent[key] * 2**40))
+            parent[key] = rng.choice(
+                (parent[key] + 1, -parent[key], parent[key] * 1000, float(parent[key]), parent[key] * 2**40)
+            )
         elif kind == 4 and isinstance(parent, dict):
             parent[rng.choice(_TEXTS)] = parent.pop(key)
         elif kind == 5 and isinstance(parent, list):
@@ -130,7 +148,9 @@ def dumped(rng: random.Random, value: Any) -> bytes:
     kind = rng.randrange(24)
     if kind == 0 and ":" in text:  # a key twice
         start = text.index('"')
-        text = f"{text[:start]}{text[start : text.index(':', start)]}: {rng.choice(('null', '1', '[]'))}, {text[start:]}"
+        text = (
+            f"{text[:start]}{text[start : text.index(':', start)]}: {rng.choice(('null', '1', '[]'))}, {text[start:]}"
+        )
     if kind == 1:
         return text.encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")), "surrogatepass")
     if kind == 2:
@@ -241,7 +261,16 @@ def index_bytes(split: str) -> Damage:
     def damage(rng: random.Random, files: Files) -> dict[str, bytes]:
         data = files[f"{split}.index.npy"]
         if rng.random() < 0.5:
-            shapes = (b"(99999999999,)", b"(-1,)", b"(2, 2)", b"()", b"(4.0,)", b"(4,)*9", b"None", b"(" * 99 + b")" * 99)
+            shapes = (
+                b"(99999999999,)",
+                b"(-1,)",
+                b"(2, 2)",
+                b"()",
+                b"(4.0,)",
+                b"(4,)*9",
+                b"None",
+                b"(" * 99 + b")" * 99,
+            )
             data = data.replace(b"(4,)", rng.choice(shapes), 1)
         else:
             data = damaged(rng, data[:256]) + data[256:]

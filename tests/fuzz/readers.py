@@ -134,7 +134,9 @@ def read_truth(folder: Path) -> None:
     with ShardReader(Manifest.load(folder, "val")) as reader:
         reader.prefetch(range(len(reader)))
         truth, _ = coco_dataset(reader), caption_dataset(reader)
-    results = [{"image_id": image["id"], "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0} for image in truth["images"]]
+    results = [
+        {"image_id": image["id"], "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0} for image in truth["images"]
+    ]
     coco_average_precision(truth, results)
 
 
@@ -147,7 +149,15 @@ def make_coco(folder: Path) -> None:
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 8, 8], **entry},
             {"id": 2, "image_id": 1, "category_id": 2, "bbox": [1, 1, 8.5, 8], **entry},
-            {"id": 3, "image_id": 2, "category_id": 2, "bbox": [1, 1, 8, 8], **entry, "iscrowd": 1, "segmentation": code},
+            {
+                "id": 3,
+                "image_id": 2,
+                "category_id": 2,
+                "bbox": [1, 1, 8, 8],
+                **entry,
+                "iscrowd": 1,
+                "segmentation": code,
+            },
         ],
         "categories": [{"id": 1, "name": "star"}, {"id": 2, "name": "ring"}],
     }
@@ -187,12 +197,12 @@ def read_images(folder: Path) -> None:
         data = path.read_bytes()
         image = SourceImage(1, path.name, 16, 12, b"{}", (), 0, 0, 0)
         check_image(data, image, "decode"), check_image(data, image, "header"), check_image(data, image, convert=True)
-        for kinds, read in (((".jpg", ".png"), lambda: decode_image(data)), (path.suffix, lambda: open_image(path))):
-            try:
-                if path.suffix in kinds:
-                    read()
-            except ValueError as error:
-                errors.append(error)
+        try:
+            if path.suffix in (".jpg", ".png"):
+                decode_image(data)
+            open_image(path)
+        except ValueError as error:
+            errors.append(error)
     if errors:
         raise errors[0]
 
@@ -275,7 +285,9 @@ def read_base(folder: Path) -> None:
     timm_settings(file)
     merge_into_file(folder / "base.safetensors", read_adapter(folder / "adapter"), out, allow_other_base=True)
     timm_settings(open_weights(out)), find_layout(open_weights(out))
-    merge_into_file(out, read_adapter(folder / "adapter"), folder / "back.safetensors", unmerge=True, allow_other_base=True)
+    merge_into_file(
+        out, read_adapter(folder / "adapter"), folder / "back.safetensors", unmerge=True, allow_other_base=True
+    )
 
 
 def make_visft(folder: Path) -> None:
@@ -291,7 +303,7 @@ def read_heads(folder: Path) -> None:
     infos = {task: read_head_info(find_head(folder, task), task) for task in TASKS}
     of_other_base(infos, set())
     classes_of_heads(infos)
-    for task, info in infos.items():
+    for info in infos.values():
         if "vocabulary" in info.extra:
             Vocabulary.from_dict(info.extra["vocabulary"])
         info.built_with()
@@ -302,7 +314,9 @@ def read_heads(folder: Path) -> None:
 
 def make_published(folder: Path) -> None:
     sizes = {"num_queries": 2, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16}
-    save_heads(DetectionHead(16, num_classes=3, encoder_layers=1, decoder_layers=1, num_heads=8, **sizes), folder / "heads.pt")
+    save_heads(
+        DetectionHead(16, num_classes=3, encoder_layers=1, decoder_layers=1, num_heads=8, **sizes), folder / "heads.pt"
+    )
 
 
 def read_run(folder: Path) -> None:
@@ -317,7 +331,14 @@ def read_run(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     """A record of today: with schema and inputs."""
     config = json.loads((RUNS / "qv/run.json").read_text())["config"]
-    inputs = {DATA: {"path": str(RUNS / "shards"), "beside": "../shards", "split": "train", "fingerprint": read_manifest(RUNS / "shards", "train")["fingerprint"]}}
+    inputs = {
+        DATA: {
+            "path": str(RUNS / "shards"),
+            "beside": "../shards",
+            "split": "train",
+            "fingerprint": read_manifest(RUNS / "shards", "train")["fingerprint"],
+        }
+    }
     RunRecord(config, 2, ["visft", "train"], inputs).write(folder)
 
 
@@ -326,7 +347,11 @@ def read_run_metrics(folder: Path) -> None:
     recorded_scores(path, "box/AP")
     for entry in read_metrics(path):
         {name: value for name, value in entry.items() if name.startswith("val/")}
-        entry["step"] <= 3, entry["kind"] == "step" and float(entry.get("loss/loss", 0)), float(entry.get("loss_scale", 1.0))
+        (
+            entry["step"] <= 3,
+            entry["kind"] == "step" and float(entry.get("loss/loss", 0)),
+            float(entry.get("loss_scale", 1.0)),
+        )
     {name: float(value) for name, value in truncate_metrics(path, 3).items()}
 
 
@@ -450,7 +475,13 @@ def read_layer(folder: Path) -> None:
 
 
 def make_predictions(folder: Path) -> None:
-    line = {"id": 1, "file_name": "a.jpg", "width": 4, "height": 3, "found": {"detection": [{"id": 1, "category_id": 1}]}}
+    line = {
+        "id": 1,
+        "file_name": "a.jpg",
+        "width": 4,
+        "height": 3,
+        "found": {"detection": [{"id": 1, "category_id": 1}]},
+    }
     with Record(folder, {"model": "x"}) as record:
         record._write(line)
 
@@ -617,7 +648,10 @@ READERS = (
     ),
     Reader(
         "PEFT adapter",
-        copy(*(f"qv/export/adapter/{name}>adapter/{name}" for name in ADAPTER), "qv/export/backbone.safetensors>base.safetensors"),
+        copy(
+            *(f"qv/export/adapter/{name}>adapter/{name}" for name in ADAPTER),
+            "qv/export/backbone.safetensors>base.safetensors",
+        ),
         read_lora,
         (
             m.record("adapter/adapter_config.json"),
@@ -650,7 +684,10 @@ READERS = (
     ),
     Reader(
         "base and merge",
-        copy(*(f"qv/export/adapter/{name}>adapter/{name}" for name in ADAPTER), "qv/export/backbone.safetensors>base.safetensors"),
+        copy(
+            *(f"qv/export/adapter/{name}>adapter/{name}" for name in ADAPTER),
+            "qv/export/backbone.safetensors>base.safetensors",
+        ),
         read_base,
         (
             m.raw("base.safetensors"),
@@ -705,7 +742,13 @@ READERS = (
         "words",
         make_words,
         read_words,
-        (m.record("ours.json"), m.record("ours.json", fit_words), m.record("map.json"), m.record("categories.json"), m.raw("ours.json", "map.json", "categories.json")),
+        (
+            m.record("ours.json"),
+            m.record("ours.json", fit_words),
+            m.record("map.json"),
+            m.record("categories.json"),
+            m.raw("ours.json", "map.json", "categories.json"),
+        ),
     ),
     Reader(
         "features",
@@ -717,7 +760,10 @@ READERS = (
         "configuration",
         make_layer,
         read_layer,
-        tuple(m.record(name) for name in ("whole.json", "set.txt", "cluster.json")) + (m.raw("whole.json", "cluster.json"),),
+        (
+            *(m.record(name) for name in ("whole.json", "set.txt", "cluster.json")),
+            m.raw("whole.json", "cluster.json"),
+        ),
     ),
     Reader(
         "predictions",
@@ -730,7 +776,16 @@ READERS = (
         "scores",
         make_scores,
         read_scores,
-        (m.record("table.json"), m.safetensors_header("scores.safetensors", "scores"), m.safetensors_header("scores.safetensors")),
+        (
+            m.record("table.json"),
+            m.safetensors_header("scores.safetensors", "scores"),
+            m.safetensors_header("scores.safetensors"),
+        ),
     ),
-    Reader("folders of models", make_configs, check_folder, (m.record("open_clip_config.json"), m.raw("open_clip_config.json"))),
+    Reader(
+        "folders of models",
+        make_configs,
+        check_folder,
+        (m.record("open_clip_config.json"), m.raw("open_clip_config.json")),
+    ),
 )

@@ -110,7 +110,7 @@ class SplitOptions(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     tokenizer: str | None = None
-    unknown: list[str] = []
+    unknown: list[str] = Field(default_factory=list)
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=MOST_PIXELS)
 
 
@@ -221,15 +221,18 @@ class Manifest:
             shard, image, label = rows["shard"], rows["image_offset"], rows["label_offset"]
             inside = (shard >= 0) & (shard < len(self.shards))
             end = ends[np.where(inside, shard, 0)]
-            sound = inside & (image >= 0) & (image <= label) & (label <= end)  # what follows cannot overflow where it is
+            sound = (
+                inside & (image >= 0) & (image <= label) & (label <= end)
+            )  # what follows cannot overflow where it is
             sound &= (rows["image_size"] >= 0) & (rows["image_size"] <= label - image)
             sound &= (rows["label_size"] >= 0) & (rows["label_size"] <= end - label)
             pixels = rows["width"].astype(np.int64) * rows["height"]
             sound &= (rows["width"] > 0) & (pixels > 0) & (pixels <= MOST_PIXELS)
             if not sound.all():
                 place = int(np.argmin(sound))
+                row = dict(zip(INDEX_DTYPE.names or (), rows[place].item(), strict=True))
                 raise ValueError(
-                    f"{where}: row {done + place} is {dict(zip(INDEX_DTYPE.names or (), rows[place].item(), strict=True))}: "
+                    f"{where}: row {done + place} is {row}: "
                     f"a sample lies in a shard, its image before its label, and has 1 to {MOST_PIXELS} pixels. "
                     f"{rebuild_hint(self.split)}"
                 )
@@ -354,10 +357,13 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
     wrong = [(place, one.name) for place, one in enumerate(found.shards) if one.name != shard_name(split, place)]
     if wrong:
         number, given = wrong[0]
-        raise ValueError(f"{path}: its shard {number} is named {given!r} instead of {shard_name(split, number)!r}.{hint}")
+        raise ValueError(
+            f"{path}: its shard {number} is named {given!r} instead of {shard_name(split, number)!r}.{hint}"
+        )
     if found.split != split or found.index.name != index_path(Path(), split).name:
         raise ValueError(
-            f"{path}: it is the manifest of {found.split!r} with the index {found.index.name!r}, not of {split!r}.{hint}"
+            f"{path}: it is the manifest of {found.split!r} with the index {found.index.name!r}, not of {split!r}."
+            f"{hint}"
         )
     return fields
 

@@ -37,6 +37,15 @@ class DrawnImage(StrictModel):
     file: Annotated[str, StringConstraints(pattern=rf"^{PICTURES}/[^/\\\x00]+$")]  #: from the folder of the evaluation
 
 
+class MeasuredData(StrictModel):
+    """Data of an evaluation; further fields are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    where: str
+    images: Whole
+
+
 class EvaluationFile(StrictModel):
     """Content of metrics.json; further fields are for people."""
 
@@ -45,7 +54,8 @@ class EvaluationFile(StrictModel):
     format: Literal["visft_ds evaluation"]
     version: Literal[1]
     metrics: dict[str, Finite]
-    pictures: dict[str, list[DrawnImage]] = {}
+    data: MeasuredData
+    pictures: dict[str, list[DrawnImage]] = Field(default_factory=dict)
     caption_tokenizer: str | None = None
 
 

@@ -251,7 +251,9 @@ def read_index(path: Path) -> dict[str, Path]:
     shards = read_record(path, ShardIndex).weight_map
     # A name with a folder in it would lead out of the model's own folder.
     foreign = sorted({shard for shard in shards.values() if Path(shard).name != shard})
-    lost = sorted({shard for shard in shards.values() if shard not in foreign and not os.path.isfile(path.parent / shard)})
+    lost = sorted(
+        {shard for shard in shards.values() if shard not in foreign and not os.path.isfile(path.parent / shard)}
+    )
     if foreign or lost:
         raise ValueError(
             f"{path}: "

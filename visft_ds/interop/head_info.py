@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from visft_ds.config.fields import StrictModel
@@ -39,7 +39,7 @@ class TrainerNotes(StrictModel):
     format: str | None = None
     base: str | None = None
     mode: str | None = None
-    vocabulary: dict[str, Any] = {}
+    vocabulary: dict[str, Any] = Field(default_factory=dict)
 
 
 class HeadEntry(StrictModel):
@@ -47,8 +47,8 @@ class HeadEntry(StrictModel):
 
     task: str
     in_channels: Natural
-    options: dict[str, Any] = {}
-    categories: list[NamedCategory] = []
+    options: dict[str, Any] = Field(default_factory=dict)
+    categories: list[NamedCategory] = Field(default_factory=list)
     extra: TrainerNotes = TrainerNotes()
 
 

@@ -214,7 +214,7 @@ def truncate_metrics(path: Path, step: int) -> dict[str, float]:
 
     Returns the newest number of each name among those that stay.
     """
-    last: dict[str, float] = {}
+    last: dict[str, float] = Field(default_factory=dict)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return last
@@ -261,11 +261,11 @@ class RunFile(StrictModel):
     config: dict[str, Any]
     world_size: Natural = 1
     started: str = ""
-    command: list[str] = []
-    versions: dict[str, str] = {}
+    command: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
     git: Revision | None = None
-    inputs: dict[str, FileInput | SplitInput] = {}
-    earlier: list[dict[str, Any]] = []
+    inputs: dict[str, FileInput | SplitInput] = Field(default_factory=dict)
+    earlier: list[dict[str, Any]] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,7 @@ def _from_file(path: Path) -> Cluster:
             '{"fp32": 19.5, "fp16": 312, "bf16": 312}'
         ) from error
     tflops: dict[Precision, float] = {name: rate for name, rate in found.tflops.items()}
-    gpu = Gpu(
-        found.name, int(found.memory_gib * 2**30), found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, tflops
-    )
+    gpu = Gpu(found.name, int(found.memory_gib * 2**30), found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, tflops)
     return Cluster(found.count, gpu, found.network_gb_s * 1e9, found.per_node)
 
 

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Whole, as_record
+from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import INDEX_DTYPE, VERSION, LeftOut
 from visft_ds.shards.images import Checked, CheckLevel, check_image
 from visft_ds.shards.inputs import ImageFolder
@@ -62,6 +63,7 @@ class Treatment:
     images: ImageFolder
     level: CheckLevel = "decode"
     reencoding: Reencoding | None = None
+    max_pixels: int = MAX_PIXELS
 
     def prepare(self, sample: Planned) -> Prepared:
         """Read, check and, if it is asked for, re-encode an image.
@@ -71,7 +73,8 @@ class Treatment:
         data = self.images.read(sample.image.file_name)
         if len(data) != sample.size:
             raise RuntimeError(f"{sample.image.file_name} changed while the shards were built; run the build again")
-        checked = check_image(data, sample.image, self.level, convert=self.reencoding is not None)
+        convert = self.reencoding is not None
+        checked = check_image(data, sample.image, self.level, convert=convert, max_pixels=self.max_pixels)
         if checked.reason is not None:
             return Prepared(sample, len(data), checked, b"")
         if self.reencoding is None:

@@ -28,7 +28,9 @@ class ArmEntry(StrictModel):
     model_config = ConfigDict(extra="allow")
 
     name: str
-    numbers: dict[str, dict[Annotated[str, StringConstraints(pattern=r"^\d{1,18}$")], Pair]]  #: metric -> seed -> numbers
+    numbers: dict[
+        str, dict[Annotated[str, StringConstraints(pattern=r"^\d{1,18}$")], Pair]
+    ]  #: metric -> seed -> numbers
     failures: list[str]
 
 
