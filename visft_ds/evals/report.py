@@ -239,9 +239,8 @@ def _runs(report: Report) -> dict[str, Any]:
     if not report.runs:
         return {}
     records = [read_run(folder) for folder in report.runs.values()]
-    for folder in report.runs.values():
-        recorded_config(folder)  # raises where the configuration is none
-    facts = [_run_facts(record) for record in records]
+    configs = [recorded_config(folder).to_dict() for folder in report.runs.values()]
+    facts = [_run_facts(record, config) for record, config in zip(records, configs, strict=True)]
     names = dict.fromkeys(name for one in facts for name in one)
     commit = records[-1].git and records[-1].git.commit
     versions = ", ".join(f"{name} {version}" for name, version in records[-1].versions.items())
@@ -251,8 +250,7 @@ def _runs(report: Report) -> dict[str, Any]:
     }
 
 
-def _run_facts(record: RunFile) -> dict[str, str]:
-    config = record.config
+def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
     visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]
     lora, model = visft["lora"], visft["model"]
     facts = {
@@ -279,8 +277,7 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    # Records of earlier releases may state a ratio.
-    shares = {name: float(task.get("ratio") or task["updates"] or 0) for name, task in tasks.items()}
+    shares = {name: float(task["updates"]) for name, task in tasks.items()}
     whole = sum(shares.values())
     return "one task: " + ", ".join(
         f"{name} in {100 * shares[name] / whole:.0f} % of the steps, {task['batch_size']} images"

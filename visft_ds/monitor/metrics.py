@@ -214,7 +214,7 @@ def truncate_metrics(path: Path, step: int) -> dict[str, float]:
 
     Returns the newest number of each name among those that stay.
     """
-    last: dict[str, float] = Field(default_factory=dict)
+    last: dict[str, float] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return last
