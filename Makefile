@@ -45,12 +45,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-parallel: install
-	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/integration/test_engines.py \
-		tests/integration/test_pipeline.py tests/integration/test_pipeline_train.py \
-		tests/integration/test_checkpoint_matrix.py tests/integration/test_checkpoints.py tests/unit/test_checkpoint_faults.py \
-		tests/integration/test_refusal.py tests/integration/test_unchanged.py tests/integration/test_overflow.py tests/integration/test_start.py \
-		tests/integration/test_gathered.py \
-		tests/integration/test_packed_engines.py tests/integration/test_timm_engines.py tests/integration/test_tuning_runs.py
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/parallel tests/checkpoint \
+		tests/train/test_pipeline.py tests/train/test_overflow.py tests/train/test_tuning.py
 
 test-slow: install
 	$(BIN)/python -m tests.slow --minutes $(MINUTES)

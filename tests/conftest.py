@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -10,12 +12,31 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from visft_ds.data.manifest import Manifest
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Twelve small pictures in three shards ("toy"), their COCO tree beside them. Nobody may change them."""
+    from tests.coco_tree import make_split
+
+    return make_split(tmp_path_factory.mktemp("split"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same pictures in one shard ("train"), for runs. Nobody may change it."""
+    from tests.coco_tree import make_split
+
+    return Path(make_split(tmp_path_factory.mktemp("coco"), split="train", max_count=5000).root)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

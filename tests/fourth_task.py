@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visft_ds.config.fields import Positive, Rate, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 from visft_ds.data.dataset import coco_dataset
 from visft_ds.data.samples import Batch, RawSample, Sample
-from visft_ds.data.transforms import Op, Resize, Size, apply_to_image
+from visft_ds.data.transforms import Op, Size, Square
 from visft_ds.tasks import Results
 from visft_ds.tasks.spec import Content, Evaluator, HeadSizes, ImageTargets, TaskSpec
 
@@ -27,7 +27,7 @@ class ClassificationImage(StrictModel):
     size: Positive = 224  #: side of the square
 
 
-class ClassificationHeadConfig(StrictModel):
+class ClassificationHeadConfig(HeadConfig):
     num_classes: Positive = MOST
 
 
@@ -61,21 +61,8 @@ def image_targets(places: Mapping[int, int], raw: RawSample, ops: Sequence[Op], 
     return {"present": found}
 
 
-def joint(transform: Any, classes: Sequence[int] | None) -> ImageTargets:
-    return partial(image_targets, {category: place for place, category in enumerate(classes or ())})
-
-
-class ClassificationTransform:
-    def __init__(self, train: bool, *, size: int = 224, classes: Sequence[int] | None = None) -> None:
-        self.size, self.targets = (size, size), joint(None, classes)
-
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        image = None if raw.image is None else apply_to_image(raw.image, [Resize(*self.size)])
-        targets = {NAME: self.targets(raw, (), generator)}
-        return Sample(raw.index, raw.image_id, raw.size, self.size, image, 0, targets)
-
-    def extremes(self, size: Size) -> set[Size]:
-        return {self.size}
+def targets(train: bool, options: Any, classes: Sequence[int] = ()) -> ImageTargets:
+    return partial(image_targets, {category: place for place, category in enumerate(classes)})
 
 
 def pack(samples: Sequence[Sample], frame: Size) -> ClassificationTargets:
@@ -88,7 +75,7 @@ class ClassificationOutput:
 
 
 class ClassificationHead(nn.Module):
-    def __init__(self, in_channels: int, *, num_classes: int = MOST) -> None:
+    def __init__(self, in_channels: int, *, num_classes: int) -> None:
         super().__init__()
         self.classifier = nn.Linear(in_channels, num_classes)
 
@@ -98,7 +85,7 @@ class ClassificationHead(nn.Module):
 
 
 class ClassificationCriterion:
-    def __init__(self, *, bce: float = 1.0) -> None:
+    def __init__(self, *, bce: float) -> None:
         self.weights = {"bce": bce}
 
     def count(self, batch: Batch) -> dict[str, float]:
@@ -134,8 +121,8 @@ SPEC = TaskSpec(
     config=ClassificationTask,
     head=ClassificationHead,
     build_criterion=ClassificationCriterion,
-    transform=ClassificationTransform,
-    joint=joint,
+    geometry=lambda options: Square(options["size"]),
+    targets=targets,
     pack=pack,
     postprocess=results,
     evaluator=Evaluator(truth=coco_dataset, measure=measure),

@@ -33,15 +33,27 @@ APART = (
 RESERVED = {
     "deepspeed": ("visft_ds.parallel",),
     "webdataset": ("visft_ds.data", "visft_ds.profiling.data_compare"),
-    "timm": ("visft_ds.interop", "visft_ds.models.timm_backbone"),
-    "peft": ("visft_ds.interop",),
-    "open_clip": ("visft_ds.interop",),
+    "timm": (
+        "visft_ds.interop",
+        "visft_ds.models.timm_backbone",
+        "visft_ds.evals.benchmarks",
+        "visft_ds.profiling.peft",
+    ),
+    "peft": ("visft_ds.interop", "visft_ds.profiling.peft"),
+    "open_clip": ("visft_ds.interop", "visft_ds.evals.benchmarks", "visft_ds.experiments.contrastive"),
     "huggingface_hub": ("visft_ds.interop",),
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),
     "jinja2": ("visft_ds.evals.page",),
     "matplotlib": ("visft_ds.evals.charts", "visft_ds.experiments.ablations.draw"),
 }
+#: Rooms and modules whose functions may take a run's whole configuration: where it is resolved, planned and turned into
+#: parts, and commands over a run. All others are handed what they need of it.
+CONFIGURED = (
+    *("config", "prepare", "run", "planner", "train", "launch", "api"),
+    *("evals.evaluate", "evals.model", "interop.command", "predict.model", "profiling", "experiments"),
+    "resilience.nan_debug",
+)
 CODE = sorted(path for folder in (PACKAGE, "tools", "launchers") for path in (ROOT / folder).rglob("*.py"))
 #: Commands and the modules that are imported when one of them is given.
 TABLE = ROOT / PACKAGE / "cli.py"
@@ -224,6 +236,24 @@ def repeated_classes(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
     return {name: files for name, files in places.items() if len(files) > 1}
 
 
+def handed_a_whole_configuration(tree: ast.AST) -> list[str]:
+    """Functions of a module with a parameter that is a run's whole configuration."""
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        given = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+        named = " ".join(ast.unparse(one.annotation) for one in given if one.annotation is not None)
+        if re.search(r"\b(ResolvedConfig|VisftConfig)\b", named):
+            found.append(function.name)
+    return found
+
+
+def test_only_preparing_planning_and_commands_take_a_whole_configuration() -> None:
+    allowed = tuple(f"{PACKAGE}.{name}." for name in CONFIGURED)
+    for path in (path for path in CODE if path.is_relative_to(ROOT / PACKAGE)):
+        if not f"{module_name(path)}.".startswith(allowed):
+            assert handed_a_whole_configuration(syntax(path)) == [], path
+
+
 def test_class_names_are_unique() -> None:
     """A name in a traceback or a search belongs to one class."""
     assert repeated_classes(own_syntax()) == {}
@@ -264,6 +294,9 @@ def test_the_rules_catch_what_they_are_for(tmp_path: Path) -> None:
     tree = ast.parse('"""What it is."""\nclass Whole:\n    def f(self):\n        """One for all."""\n')
     assert questions(tree) == ["What it is.", "One for all."]
     assert questions(ast.parse('"""Whatever comes."""\ndef f():\n    """Which\'s end."""\n')) == ["Which's end."]
+    whole = ast.parse("def f(config: ResolvedConfig | None): ...\ndef g(run: RunConfig, *, h: list[VisftConfig]): ...")
+    assert handed_a_whole_configuration(whole) == ["f", "g"]
+    assert handed_a_whole_configuration(ast.parse("def f(config: RunConfig) -> ResolvedConfig: ...")) == []
     twice = ast.parse("class A: pass\ndef f():\n    class B: pass\n")
     assert repeated_classes({"x": twice, "y": ast.parse("class B: pass")}) == {"B": ["x", "y"]}
     (tmp_path / "f.py").write_text("def f():\n    from visft_ds.train import main\n")

@@ -119,8 +119,8 @@ class Demo:
         code = _stream(command_line, environment, log, hide)
         seconds = time.perf_counter() - began
         if code:
-            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            lines = [f"  | {line}" for line in said if not NOISE.match(line)][-TAIL:]
+            logged = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = [f"  | {line}" for line in logged if not NOISE.match(line)][-TAIL:]
             from visft_ds.evals.demo import short_path
 
             raise StepFailed(
@@ -309,8 +309,8 @@ def _training(processes: int) -> list[str]:
     """`visft train`, under the `deepspeed` of this environment where there are several processes."""
     if processes == 1:
         return _visft("train")
-    beside = Path(sys.executable).with_name("deepspeed")
-    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    installed = Path(sys.executable).with_name("deepspeed")
+    found = str(installed) if installed.exists() else shutil.which("deepspeed")
     if found is None:
         raise ValueError("the deepspeed command is not installed: pip install deepspeed brings it")
     return [found, "--module", "visft_ds.launch"]

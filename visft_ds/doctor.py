@@ -370,8 +370,8 @@ def check_port(plan: Purpose) -> Iterator[Finding]:
 
 
 def _extension_folders() -> list[Path]:
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return [Path(own) if own else Path.home() / ".cache" / "torch_extensions"]
+    stated = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return [Path(stated) if stated else Path.home() / ".cache" / "torch_extensions"]
 
 
 def check_locks(folders: list[Path]) -> Iterator[Finding]:

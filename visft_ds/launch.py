@@ -14,7 +14,7 @@ from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
 from visft_ds.resilience.heartbeat import exit_code
-from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag
+from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag, is_told_here
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,14 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:
-        # All ranks of a machine run into the same mistake; one message is enough. One that only this rank sees says so.
-        first_here = os.environ.get("LOCAL_RANK", str(rank)) == "0"
-        if rank == 0 or first_here or getattr(error, "of_one_rank", False):
+        if is_told_here(error):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return exit_code(error)
     except FloatingPointError as error:
-        # Training diverged. Where a matcher sees it first, that may be on one rank only.
-        if rank == 0 or not getattr(error, "of_all_ranks", False):
+        if is_told_here(error):
             print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
         return exit_code(error)
     except RanksDiffer as error:

@@ -1,7 +1,7 @@
 """The model that trains: one backbone, one head per task, and the losses, in one forward.
 
-Heads and criteria run inside `forward` because ZeRO's hooks see the module's own forward only.
-Letters: B images, H W pixels, h w patch grid, D width.
+Heads and criteria run inside `forward`: ZeRO gathers parameters and reduces gradients in hooks of the module that it
+wraps, which fire in that module's forward only. Letters: B images, H W pixels, h w patch grid, D width of the backbone.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class TaskModule:
 
     head: nn.Module
     criterion: Criterion
-    decoding: Mapping[str, Any] = field(default_factory=dict)  #: what the head is also called with in evaluation
+    decoding: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the head in evaluation (beams)
 
 
 def normalise_pixels(
     images: Tensor, sizes: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
 ) -> Tensor:
-    """uint8 images to the numbers a backbone sees; padding becomes 0, the mean colour.
+    """Normalise uint8 images by channel, as a backbone wants them; padding becomes 0, the mean colour.
 
     Args:
         images: (B, 3, H, W) uint8, padded right and bottom.
         sizes: (B, 2) int64, height and width of the valid part.
-        mean, std: of the channels of RGB in [0, 1].
+        mean, std: of the R, G and B channels in [0, 1].
 
     Returns:
         (B, 3, H, W) float32.
     """
-    middle, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255.0 for values in (mean, std))
-    pixels = (images.float() - middle) / spread
+    scaled_mean, scaled_std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255.0 for v in (mean, std))
+    pixels = (images.float() - scaled_mean) / scaled_std
     return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
 
 
@@ -66,7 +66,7 @@ def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ..
     """
     axes = []
     for axis in (0, 1):
-        # The same arithmetic as F.interpolate(mode="nearest"), which the reference applies to the padding mask.
+        # The same arithmetic as F.interpolate(mode="nearest"), which DETR's code applies to the padding mask.
         cells = torch.arange(grid[axis], device=sizes.device) * image_size[axis] // grid[axis]
         axes.append(cells[None, :] < sizes[:, axis, None])
     return axes[0][:, :, None] & axes[1][:, None, :]
@@ -74,14 +74,17 @@ def valid_region(sizes: Tensor, image_size: tuple[int, ...], grid: tuple[int, ..
 
 @dataclass(frozen=True)
 class Frames:
-    """Images of different sizes in a padded batch, each with the padding that it has by itself."""
+    """Sizes at which the backbone sees the images of a packed batch: each one's own, without the batch's padding.
 
-    pixels: Grids  #: (height, width) of each, at least one patch
+    An image keeps the padding that its transform gave it, so that it looks as it would alone.
+    """
+
+    pixels: Grids  #: (height, width) of each image, at least one patch
     grids: Grids  #: the same in patches
 
     @classmethod
     def of(cls, batch: Batch, backbone: Backbone) -> Frames | None:
-        """None where all images of the batch are of one size: then there is no padding to save."""
+        """The frames of a batch; None where all its images are of one size: then there is no padding to save."""
         if batch.frames is None or len(batch.frames.unique(dim=0)) == 1:
             return None
         smallest = backbone.patch_size
@@ -98,7 +101,7 @@ class Frames:
 
     def extents(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, 2) height and width of each image's valid part as a share of the largest grid."""
-        grids, pixels = (torch.tensor(one, dtype=dtype) for one in (self.grids, self.pixels))
+        grids, pixels = (torch.tensor(sizes_of_all, dtype=dtype) for sizes_of_all in (self.grids, self.pixels))
         shares = (grids / grids.amax(dim=0) / pixels).to(sizes.device, non_blocking=True)
         return shares * sizes
 
@@ -112,13 +115,14 @@ class MultiTaskModel(nn.Module):
         train_backbone: False in stage 1, where the backbone runs without a graph.
         heads_active: False in stage 2, where frozen heads run in evaluation mode (no dropout).
 
-    `faults` is None as long as a loss that cannot be computed (a matching cost that is no number) is an error. With a
-    list, its message goes there and the loss is NaN, so that all ranks can finish the backward pass together.
+    `faults` is None as long as a loss that cannot be computed (a matching cost of NaN) is an error. The engines put a
+    list there: then the message goes into it and the loss is NaN, so that all ranks finish the backward pass together.
 
-    `feature_cache` keeps the features of a frozen backbone, where batches have views.
+    `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose crop and
+    flip repeat after some epochs (`data.features`).
 
-    With `packed`, images of different sizes pass through the backbone without padding, in training and in evaluation:
-    their features are those of each image alone, whatever else is in its batch.
+    With `packed`, images of different sizes pass through the backbone without padding, as one row of tokens, in
+    training and in evaluation: their features are those of each image alone, whatever else is in its batch.
     """
 
     def __init__(
@@ -155,14 +159,14 @@ class MultiTaskModel(nn.Module):
         return features, valid_region(batch.sizes, pixels.shape[-2:], features.shape[-2:])
 
     def frames(self, batch: Batch) -> Frames | None:
-        """Packing of the images of a batch; None where they are not packed."""
+        """The frames of a batch; None where its images are not packed."""
         return Frames.of(batch, self.backbone) if self.packed else None
 
     def _features_of_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`features` of images that pass through the backbone one by one, rounded as they are kept.
+        """`features` of images that pass through the backbone one by one, rounded as the cache stores them.
 
-        So the features of an image depend neither on its neighbours in a batch nor on whether they were kept, and
-        those that were need no pixels.
+        So the features of an image depend neither on its neighbours in a batch nor on whether they came from the cache,
+        and those that did need no pixels.
         """
         assert self.feature_cache is not None and batch.views is not None and not self.train_backbone
         images: list[tuple[Tensor, Tensor]] = []
@@ -194,7 +198,7 @@ class MultiTaskModel(nn.Module):
         """Losses of a batch, or predictions where no denominators are given.
 
         Args:
-            batch: images and the targets of one or more tasks.
+            batch: images and the targets of one task ("sampled" mode) or of all ("shared" mode).
             loss_denominators: per task the numbers its losses are divided by; they hold for the whole optimiser step
                 (all ranks and micro-batches), so that the mean over micro-batches is the loss of the global batch.
 
@@ -209,25 +213,26 @@ class MultiTaskModel(nn.Module):
     def outputs(
         self, features: Tensor, valid: Tensor, batch: Batch, loss_denominators: LossDenominators | None = None
     ) -> dict[str, Any]:
-        """The second half of `forward`: everything behind the backbone. The pixels of the batch are not looked at."""
+        """The second half of `forward`, heads and losses; a pipeline's last stage calls it, which has no pixels."""
         frames = self.frames(batch)
         # Heads and losses stay in float32 whatever the backbone computes in.
         with no_autocast(features.device):
             if loss_denominators is None:
                 wanted = batch.tasks or tuple(self.heads)
                 predicted = {task: self.heads[task](features, valid, **self.decoding[task]) for task in wanted}
-                return {task: _placed(output, frames, batch, features) for task, output in predicted.items()}
+                return {task: _with_extents(output, frames, batch, features) for task, output in predicted.items()}
             losses: dict[str, Tensor] = {}
             for task in batch.tasks:
                 criterion, targets = self.criteria[task], batch.targets[task]
                 output = self.heads[task](features, valid, **targets.head_inputs())
-                output = _placed(output, frames, batch, features)
+                output = _with_extents(output, frames, batch, features)
                 try:
                     parts = criterion(output, targets, loss_denominators[task], batch.image_ids)
                 except FloatingPointError as error:
                     if self.faults is None:
                         raise
                     self.faults.append(f"{task}: {error}")
+                    # A function of all outputs: the backward pass runs as it does on the other ranks.
                     losses[task] = torch.stack([t.float().sum() for t in _tensors(output)]).sum() * torch.nan
                     continue
                 # names without a weight are for the log only
@@ -236,14 +241,14 @@ class MultiTaskModel(nn.Module):
             return {"loss": torch.stack([losses[task] for task in batch.tasks]).sum(), **losses}
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Numbers "<task>/<name>" whose sums over ranks and micro-batches normalise the losses; from labels alone."""
+        """Count by "<task>/<name>", in the labels alone, what losses are divided by once it is summed over ranks."""
         return {
             f"{task}/{name}": value for task in batch.tasks for name, value in self.criteria[task].count(batch).items()
         }
 
 
-def _placed(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
-    """The output of a head; maps over packed images also say where each image lies in them."""
+def _with_extents(output: Any, frames: Frames | None, batch: Batch, features: Tensor) -> Any:
+    """The output of a head; one with maps over packed images also gets the `extents` of each image in them."""
     if frames is None or not hasattr(output, "extents"):
         return output
     return replace(output, extents=frames.extents(batch.sizes, features.dtype))
@@ -252,15 +257,15 @@ def _placed(output: Any, frames: Frames | None, batch: Batch, features: Tensor) 
 def _tensors(output: Any) -> Iterator[Tensor]:
     """The tensors of a head's output that have a gradient, those of its auxiliary outputs included."""
     for value in (getattr(output, entry.name) for entry in fields(output)):
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, Tensor):
-                yield from [one] * one.requires_grad
-            elif is_dataclass(one):
-                yield from _tensors(one)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Tensor) and item.requires_grad:
+                yield item
+            elif is_dataclass(item):
+                yield from _tensors(item)
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """This rank's counts of a step, from its labels: sums of `MultiTaskModel.count` over its micro-batches."""
+    """Sum `MultiTaskModel.count` over this rank's micro-batches of a step; the loop then sums it over ranks."""
     sums: dict[str, float] = {}
     for batch in batches:
         for name, value in module.count(batch).items():
@@ -273,10 +278,11 @@ def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.
 
     Args:
         counts: summed over ranks.
-        parts: data-parallel ranks times micro-batches.
+        parts: data-parallel ranks times micro-batches, over which the engine averages.
     """
     result: dict[str, dict[str, Tensor]] = {}
     for name, total in counts.items():
         task, _, count = name.partition("/")
-        result.setdefault(task, {})[count] = torch.tensor(max(total, 1.0) / parts, device=device)
+        total = max(total, 1.0)  # a step may have no object at all
+        result.setdefault(task, {})[count] = torch.tensor(total / parts, device=device)
     return result

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from tests.coco_tree import write_tree
-from tests.integration.ranks import REPOSITORY, deepspeed
-from tests.integration.tiny import TINY
+from tests.ranks import REPOSITORY, deepspeed
 from tests.soak.compare import differences
 from tests.soak.injury import Injury, small_disk
 from tests.soak.schedule import Fault, schedule
 from tests.soak.trial import SoakFailed, Trial, supervised
+from tests.tiny import TINY
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.shards.build import Options, build
 

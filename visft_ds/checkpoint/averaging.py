@@ -1,4 +1,4 @@
-"""A moving average of what trains, kept beside the fp32 values.
+"""Moving average of the trained parameters, in fp32.
 
 The moving average lives in the same layout as the optimiser's fp32 values, so each rank averages its own part and every
 ZeRO stage is served alike. To read it by name it changes places with the values for a moment.
@@ -21,13 +21,13 @@ from visft_ds.parallel.state import (
     ToHost,
     flat_parameters,
     gather_state,
+    gather_tensor,
     on_main,
     refresh_module,
-    set_whole,
+    set_tensor,
     to_host,
     trainable,
     updates_done,
-    whole,
 )
 
 
@@ -61,7 +61,7 @@ class MovingAverage:
         found: dict[str, Tensor] = {}
         with self._in_place():
             for name, parameter in trainable(self._engine).items():
-                tensor = on_main(self._engine, name, whole(self._engine, parameter, VALUE))
+                tensor = on_main(self._engine, name, gather_tensor(self._engine, parameter, VALUE))
                 if tensor is not None:
                     found[name] = keep(f"average/{name}", tensor)
         return found
@@ -74,7 +74,7 @@ class MovingAverage:
             return
         with self._in_place():
             for name, parameter in trainable(self._engine).items():
-                set_whole(self._engine, parameter, values[name])
+                set_tensor(self._engine, parameter, values[name])
 
     @contextmanager
     def used(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import LoraConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
 from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
@@ -37,12 +37,12 @@ from visft_ds.tasks.vocabulary import Vocabulary
 
 def export_weights(
     engine: Engine,
-    config: ResolvedConfig,
     folder: Path,
     *,
-    step: int,
+    lora: LoraConfig | None,
+    head_options: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Any],
     categories: Sequence[Category],
-    base_weights: str,
     base_sha256: str,
     vocabulary: Vocabulary | None = None,
     instead: Mapping[str, Tensor] = MappingProxyType({}),
@@ -50,22 +50,26 @@ def export_weights(
     """Write everything that trained. Collective; returns the paths on the main process.
 
     Args:
-        base_weights: what the heads were trained on, as stage 2 compares it.
+        lora: settings of the adapters, where the backbone has some.
+        head_options: task -> options its head was built with.
+        facts: recorded in head files: "step", "mode", and "base_weights" they were trained on, as stage 2 compares it.
         vocabulary: goes along with heads that work with words.
         instead: values (fp32, by qualified name) to write in place of the engine's own, e.g. an average of them.
         base_sha256: hash of the base file. An adapter beside a trained backbone belongs to that one instead.
     """
     written = []
-    lora, backbone = config.visft.lora, engine.module.backbone
+    backbone, base_weights = engine.module.backbone, facts["base_weights"]
     names = trainable(engine)
-    whole = [name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)]
-    if names.keys() & set(whole):
+    base_names = [
+        name for name, _ in engine.module.named_parameters() if name.startswith("backbone.") and not is_lora(name)
+    ]
+    if names.keys() & set(base_names):
         path = folder / TRAINED_BACKBONE_FILE
         began = {TRAINED_ON: base_sha256}
         began |= {BASE_DRAWN_AS: base_weights} if base_weights != base_sha256 else {}  # no file: at random
-        written.append(_export_tower(engine, whole, path, instead, began))
+        written.append(_export_tower(engine, base_names, path, instead, began))
     # Heads and adapters: small.
-    trained = gather_parameters(engine, tuple(name for name in names if name not in whole))
+    trained = gather_parameters(engine, tuple(name for name in names if name not in base_names))
     if not distributed.is_main():
         return []
     if written:
@@ -74,8 +78,8 @@ def export_weights(
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        extra = {"step": step, "base_weights": base_weights, "mode": config.visft.mode}
-        infos = {task: _head_info(task, config, engine, extra, categories, vocabulary) for task in heads}
+        width = backbone.width
+        infos = {task: _head_info(task, width, head_options[task], facts, categories, vocabulary) for task in heads}
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}
     if adapter and lora is not None:
@@ -88,15 +92,15 @@ def export_weights(
     return written
 
 
-def save_base(base: BaseWeights, told: Mapping[str, str], path: Path) -> None:
+def save_base(base: BaseWeights, metadata: Mapping[str, str], path: Path) -> None:
     """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `told`: the file's metadata (`tower_metadata`).
+    So they need not be gathered from whoever holds them. `metadata`: the file's metadata (`tower_metadata`).
     """
     more = {**base.buffers(), **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
     drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
-    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**told, **drawn})
+    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**metadata, **drawn})
 
 
 def _export_tower(
@@ -123,8 +127,8 @@ def _export_tower(
         return {**found, **instead}[qualified]
 
     if distributed.is_main():
-        whole = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
-        _write_tower(path, whole, gather, {**tower_metadata(backbone), **began})
+        stored = {**infos, **{name: TensorInfo.of(value) for name, value in buffers.items()}}
+        _write_tower(path, stored, gather, {**tower_metadata(backbone), **began})
     else:
         for name in file_order(infos):
             gather_parameters(engine, (f"backbone.{name}",))
@@ -132,21 +136,20 @@ def _export_tower(
 
 
 def _write_tower(
-    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], told: Mapping[str, str]
+    path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    write_safetensors(path, infos, produce, {**told, "lora_merged": "false"}, overwrite=True)
+    write_safetensors(path, infos, produce, {**metadata, "lora_merged": "false"}, overwrite=True)
 
 
 def _head_info(
     task: str,
-    config: ResolvedConfig,
-    engine: Engine,
+    width: int,
+    given: Mapping[str, Any],
     extra: Mapping[str, Any],
     categories: Sequence[Category],
     vocabulary: Vocabulary | None,
 ) -> HeadInfo:
-    options: dict[str, Any] = config.visft.tasks.enabled()[task].head.model_dump(mode="json")
-    width = engine.module.backbone.width
+    options = dict(given)
     if TASKS[task].uses_vocabulary:  # its classes are words, not categories
         assert vocabulary is not None
         options["vocabulary_size"] = vocabulary.size

@@ -26,6 +26,16 @@ class Batches:
     batch_size: Mapping[str, int]  #: stream -> images of one optimiser step over all processes
     stages: int = 1  #: of each pipeline
 
+    @property
+    def processes(self) -> int:
+        """Number of all processes."""
+        return self.dp * self.stages
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches in a global batch."""
+        return self.dp * self.accumulation
+
     def equations(self) -> list[str]:
         """Equations of the batch sizes, a line for each stream."""
         parts = _parts(self.stages)
@@ -96,8 +106,8 @@ def _uneven(stream: Stream, dp: int, stages: int) -> str:
     sizes = " or ".join(str(size) for size in (below, above) if size)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     near = sorted(sorted(divisors, key=lambda n: abs(n - dp))[:4])
-    one = "process" if stages == 1 else "pipeline"
-    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {one} would not be whole"
+    unit = "process" if stages == 1 else "pipeline"
+    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {unit} would not be whole"
     return (
         f"{_key(stream)}.batch_size = {total} on {dp} {parts}: {reason} "
         f"(batch_size = {parts.split()[0]} x accumulation x micro, micro <= {stream.micro_batch}). "

@@ -56,14 +56,14 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
                 f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
             )
             yield Missing(f"shards for {purpose} (or name their folder with --data)", str(manifest), command)
-    for one in data.sets:
-        manifest = Path(one.root) / f"{one.split}.manifest.json"
-        if not is_url(one.root) and not manifest.is_file():
-            command = f"visft shards build ... --out {one.root} --split {one.split}"
-            yield Missing(f"shards of the data set {one.name}", str(manifest), command)
-        if one.categories is not None and not Path(one.categories).is_file():
-            command = f"visft shards info {one.root} --split {one.split} --categories"
-            yield Missing(f"categories of the data set {one.name} (its names)", one.categories, command)
+    for dataset in data.sets:
+        manifest = Path(dataset.root) / f"{dataset.split}.manifest.json"
+        if not is_url(dataset.root) and not manifest.is_file():
+            command = f"visft shards build ... --out {dataset.root} --split {dataset.split}"
+            yield Missing(f"shards of the data set {dataset.name}", str(manifest), command)
+        if dataset.categories is not None and not Path(dataset.categories).is_file():
+            command = f"visft shards info {dataset.root} --split {dataset.split} --categories"
+            yield Missing(f"categories of the data set {dataset.name} (its names)", dataset.categories, command)
 
 
 def is_url(root: str) -> bool:
@@ -144,7 +144,7 @@ def launcher() -> str:
 
 
 def heads_inside(run: Path) -> tuple[Path, Path]:
-    """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
+    """Folders of a run that can hold heads: those that it was given and copied, and those that it trained."""
     return run / INPUTS_FOLDER / "heads", run / "export"
 
 
@@ -152,9 +152,9 @@ def head_files(folder: Path, task: str) -> list[Path]:
     """Files that may hold a task's head: ours, else those named as the published ones. `folder` may be a file."""
     if folder.is_file():
         return [folder]
-    own = folder / f"{task}.safetensors"
-    if own.is_file():
-        return [own]
+    file = folder / f"{task}.safetensors"
+    if file.is_file():
+        return [file]
     word = registry.config_class(task).published
     published = (folder / f"eva_{tower}_{word}_heads.ckpt" for tower in ("e", "g") if word is not None)
     return [path for path in published if path.is_file()]

@@ -34,10 +34,19 @@ class DecodingConfig(StrictModel):
     max_length: Positive = 50  #: words
 
 
+class HeadConfig(StrictModel):
+    """Options of a head: the one place of their defaults and bounds, for configurations and files of heads alike."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Pairs (option, problem) of values that are right alone and wrong together."""
+        yield from ()
+
+
 class TaskConfig(StrictModel):
     """Settings of a task, `visft.tasks.<task>`; a subclass gives image, head and loss types and defaults of their own.
 
-    The fields of `image`, `head` and `loss` are the keyword arguments of the task's transform, head and criterion.
+    The fields of `image` are read by the task's geometry and targets, those of `head` and `loss` are the keyword
+    arguments of its head and criterion.
     """
 
     #: Names "part/metric" of the numbers of an evaluation; `shown` are those of a short line, `main` the one that
@@ -57,7 +66,7 @@ class TaskConfig(StrictModel):
     batch_size: Positive  #: images of one optimiser step over all processes
     micro_batch: Positive  #: most images one process sends through the model at once
     image: BaseModel
-    head: BaseModel
+    head: HeadConfig
     loss: BaseModel
 
     @property
@@ -67,7 +76,7 @@ class TaskConfig(StrictModel):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Pairs (key below `visft.tasks.<task>`, problem) of values that are right alone and wrong together."""
-        yield from ()
+        yield from ((f"head.{option}", problem) for option, problem in self.head.contradictions())
 
     def backbone_contradictions(self, patch_size: int) -> Iterator[tuple[str, str]]:
         """The same with a backbone whose patches have so many pixels."""
@@ -98,7 +107,7 @@ class TasksConfig(StrictModel):
 
 
 class SharedImage(StrictModel):
-    """Keyword arguments of the transform that all tasks share; sizes in pixels."""
+    """Geometry that all tasks share, and what their targets need; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
@@ -128,7 +137,7 @@ class Stream:
     share: float  #: of the steps, relative to the other streams
     batch_size: int  #: images of one optimiser step over all processes
     micro_batch: int  #: most images one process sends through the model at once
-    image: dict[str, Any]  #: keyword arguments of the transform
+    image: dict[str, Any]  #: options of geometry and targets
     #: Task -> raw ids of the classes of its head, where they are not those of the published heads.
     classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -90,8 +90,8 @@ def validate(tree: Tree, *, recorded: bool = False) -> Recipe:
     handled = {key for key, _ in errors}
     ours = {key: value for key, value in tree.values.items() if key in Recipe.model_fields}
     theirs = {key: value for key, value in tree.values.items() if key not in Recipe.model_fields and key not in REFUSED}
-    recipe, found = _check(Recipe, ours)
-    keys, more = _check(DeepSpeedKeys, theirs)
+    recipe, found = check(Recipe, ours)
+    keys, more = check(DeepSpeedKeys, theirs)
     errors += [(key, message) for key, message in [*found, *more] if key not in handled]
     if recipe is not None:
         errors += _contradictions(recipe)
@@ -147,7 +147,8 @@ def _refused(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             )
 
 
-def _check(model: type[Any], values: Mapping[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+def check(model: type[Any], values: Mapping[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+    """An instance of a schema, or None and (key, problem) of each value that it refuses."""
     try:
         # JSON mode: lists stand for tuples, everything else is as strict as the schema says.
         return model.model_validate_json(json.dumps(values)), []
@@ -220,7 +221,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for key, problem in task.contradictions():
             yield f"visft.tasks.{name}.{key}", problem
     data = visft.data
-    sets = [data.train, *(one.name for one in data.sets)]
+    sets = [data.train, *(other.name for other in data.sets)]
     for number, one in enumerate(data.sets):
         if one.name in sets[: number + 1]:
             yield f"visft.data.sets.{number}.name", f"another training set is called {one.name}; give each its own name"
@@ -269,7 +270,7 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
+    """Check that the metric of the best checkpoint is one that this run's evaluations give."""
     best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled().values() for name in task.metrics]
     if best is None or best in measured:
         return

@@ -127,7 +127,7 @@ def tower_flops(tower: TowerShape, images: int, tokens: int, patches: int) -> Fl
 def packed_flops(tower: TowerShape, tokens: Sequence[int], patches: int) -> Flops:
     """Operations of the backbone for packed images of these numbers of tokens, out of `patches` that are embedded."""
     embedding = tower_flops(tower, 1, 0, patches)
-    return sum((tower_flops(tower, 1, own, 0) for own in tokens), embedding)
+    return sum((tower_flops(tower, 1, count, 0) for count in tokens), embedding)
 
 
 def block_flops(tower: TowerShape, images: int, tokens: int) -> list[Flops]:

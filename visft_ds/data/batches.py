@@ -1,4 +1,4 @@
-"""Making one batch: read, decode, transform and collate the samples of a micro-batch; what damage does to it."""
+"""Making of a batch: read, decode, transform and collate the samples of a micro-batch; substitutes for damaged ones."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role
 from visft_ds.data.spans import span
 
-#: Substitutes tried for one sample before its damage is an error all the same.
+#: Substitutes tried for a sample before its damage is an error after all.
 _ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A damaged sample that another one stands in for."""
+    """A damaged sample that was replaced by another one."""
 
     step: int
     dataset: str
-    index: int  #: of the damaged one
-    instead: int  #: index of the one in its place
+    index: int  #: of the damaged sample
+    instead: int  #: index of the sample in its place
     reason: str
 
 
@@ -31,11 +31,11 @@ class Skipped:
 class BatchMaker:
     """Everything a worker needs to make batches; it can be sent to another process.
 
-    With `substitutes`, a damaged sample is replaced by one that this plan names, so that a run with the same damage is
-    the same run. That is possible only where one process reads images and labels both: two that read apart would not
-    see the same damage and go on with labels of other images. None: damage is an error.
+    With `substitutes`, a damaged sample is replaced by the one that this plan chooses, so that a run with the same
+    damage is the same run. That is possible only where a process reads images and labels both: two that read apart
+    would not see the same damage and go on with labels of other images. None: damage is an error.
 
-    With `features`, samples whose features are kept come with them, and their pixels are not read.
+    With `features`, samples whose features are cached come with them, and their pixels are not read.
     """
 
     sets: Mapping[str, DataSet]
@@ -45,9 +45,10 @@ class BatchMaker:
     features: FeatureCache | None = None
 
     def make(self, part: StepPlan) -> tuple[Batch, list[Skipped]]:
-        """A whole micro-batch, sample after sample."""
+        """The batch of a micro-batch, and what was skipped to make it."""
         made = [self.sample(part, place) for place in range(len(part.indices))]
-        return self.collate(part, [sample for sample, _ in made]), [one for _, skipped in made for one in skipped]
+        skipped = [damaged for _, damaged_samples in made for damaged in damaged_samples]
+        return self.collate(part, [sample for sample, _ in made]), skipped
 
     def sample(self, part: StepPlan, place: int) -> tuple[Sample, list[Skipped]]:
         """The sample at a place of a micro-batch, and what was skipped to get it.
@@ -82,7 +83,7 @@ class BatchMaker:
             except DamagedSample as error:
                 if self.substitutes is None or attempt > _ATTEMPTS:
                     raise
-                instead = self.substitutes.substitute(part, key, attempt)
-                skipped.append(Skipped(part.step, part.dataset, index, instead, str(error)))
-                index = instead
+                substitute = self.substitutes.substitute(part, key, attempt)
+                skipped.append(Skipped(part.step, part.dataset, index, substitute, str(error)))
+                index = substitute
         raise AssertionError("the last attempt returns or raises")

@@ -15,7 +15,7 @@ from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
-from visft_ds.data.transforms import Size
+from visft_ds.data.transforms import Geometry, Op
 
 _AT_ONCE = 1024  # labels that are read together
 
@@ -35,10 +35,19 @@ class DataSet:
 class Transform(Protocol):
     """Transform from a raw sample to one with targets."""
 
+    @property
+    def geometry(self) -> Geometry: ...
+
     def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample: ...
 
-    def extremes(self, size: Size) -> set[Size]:
-        """Sizes that training can give an image of `size`, (height, width): the highest, the widest, the largest."""
+    def targets(
+        self, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+    ) -> Mapping[str, Mapping[str, npt.NDArray[Any]]]:
+        """Labels of each task for the image after `ops`."""
+        ...
+
+    def modules(self) -> set[str]:
+        """Modules that it works with, for processes that load them before they are given it."""
         ...
 
 
@@ -113,9 +122,9 @@ def translated(
 
     Raises ValueError for a category that is not in `categories`.
     """
-    if unknown := sorted({one["category_id"] for one in annotations} - categories.keys()):
+    if unknown := sorted({annotation["category_id"] for annotation in annotations} - categories.keys()):
         raise ValueError(f"an object has category {unknown[0]}, which its manifest does not list")
-    pairs = ((one, categories[one["category_id"]]) for one in annotations)
+    pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
 

@@ -1,8 +1,8 @@
-"""Features that a frozen backbone has given before, kept in tar files, so that later epochs need neither pixels nor it.
+"""Cache of a frozen backbone's features in tar files, so that later epochs need neither pixels nor the backbone.
 
-Every entry is a member `<key>.safetensors` of a plain tar: the features of one image under one geometry. Its key is the
-sample's random key, which decides the geometry. A file grows at its end only; what a killed process has begun is passed
-over. Any number of processes may write and read in one folder, each into files of its own.
+Every entry is a member `<key>.safetensors` of a plain tar: the features of an image under one geometry (flip, crop and
+size). Its key is the sample's random key, which decides the geometry. Files are only appended to; a member that a
+killed process left incomplete is skipped. Any number of processes may use a folder, each writes files of its own.
 
 Shape letters: h w patch grid, D width.
 """
@@ -38,14 +38,14 @@ VERSION = "1"
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of one image as they are kept."""
+    """Features of an image as they are stored."""
 
     values: Tensor  #: (h, w, D) float32, bfloat16 or int8
     scales: Tensor | None = None  #: (h, w) float32 of int8 values: one token's largest value is 127 times it
 
     @classmethod
     def pack(cls, features: Tensor, storage: Storage) -> StoredFeatures:
-        """From (h, w, D) float32. What is not finite does not become finite."""
+        """Round (h, w, D) float32. Values that are not finite stay so."""
         if storage != "int8":
             return cls(features.to({"fp32": torch.float32, "bf16": torch.bfloat16}[storage]).contiguous())
         scales = features.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -64,10 +64,10 @@ class StoredFeatures:
 
 @dataclass(frozen=True)
 class View:
-    """An image under a geometry that comes again."""
+    """An image under a geometry (flip, crop and size) that repeats after some epochs (`visft.features.views`)."""
 
     frame: tuple[int, int]  #: height and width in pixels, padding included
-    features: StoredFeatures | None = None  #: None: they are not kept yet
+    features: StoredFeatures | None = None  #: None: not in the cache yet
 
     def to(self, device: torch.device) -> View:
         """The same with its features on `device`."""
@@ -88,9 +88,9 @@ class FeatureCache:
     """Features by random key. Threads may share it; a copy sent to another process opens the files anew.
 
     Args:
-        root: folder for the caches of any number of models and data sets; None keeps nothing.
+        root: folder for the caches of any number of models and data sets; None stores nothing.
         identity: everything the features depend on besides the key, by name. Each identity has a folder of its own.
-        storage: how they are rounded. All features are, kept or not, so that keeping them changes no result.
+        storage: how they are rounded. All features are, cached or not, so that the cache changes no result.
 
     Raises:
         ValueError: the folder of this identity holds something else, or a damaged file.
@@ -102,7 +102,7 @@ class FeatureCache:
         self._root = root
         self.folder = None if root is None else root / sha256(_json(self._identity).encode()).hexdigest()[:16]
         self._places: dict[int, _Place] = {}
-        self._scanned: dict[Path, int] = {}  # file -> up to where its members are known
+        self._scanned: dict[Path, int] = {}  # file -> offset up to which its members are known
         self._open: dict[Path, int] = {}
         self._writing: tuple[Path, int] | None = None  # file, and its length
         self._lock = threading.Lock()
@@ -111,8 +111,8 @@ class FeatureCache:
             self._look()
 
     def __reduce__(self) -> tuple[Callable[..., FeatureCache], tuple[Any, ...]]:
-        own = {name: value for name, value in self._identity.items() if name not in ("version", "storage")}
-        return FeatureCache, (self._root, own, self.storage)
+        identity = {name: value for name, value in self._identity.items() if name not in ("version", "storage")}
+        return FeatureCache, (self._root, identity, self.storage)
 
     def __len__(self) -> int:
         """Entries known so far."""
@@ -131,7 +131,7 @@ class FeatureCache:
         return lines
 
     def get(self, key: int, index: int) -> View | None:
-        """The view of sample `index` with this key; None where its features are not kept.
+        """The view of sample `index` with this key; None where its features are not in the cache.
 
         Raises:
             ValueError: a damaged entry, or one of another sample.
@@ -160,7 +160,7 @@ class FeatureCache:
         return View(frame, StoredFeatures(tensors["values"], tensors.get("scales")))
 
     def put(self, key: int, index: int, frame: tuple[int, int], features: StoredFeatures) -> None:
-        """Keep the features of a view; known ones are not written again.
+        """Store the features of a view; known ones are not written again.
 
         Raises:
             OSError: they cannot be written (the disk is full, say). The files stay whole.

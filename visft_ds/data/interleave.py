@@ -1,4 +1,4 @@
-"""Names that take turns in given proportions: tasks in the steps of a run, data sets in the steps of a task."""
+"""Interleaving of names in given proportions: tasks over the steps of a run, data sets over the steps of a task."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from visft_ds.data.permutation import GOLDEN, WORD
 
 
 class Interleaving:
-    """Map from the turn i to its name and to the turns that name had before: pure functions of i.
+    """Map from turn i to its name, and to the number of turns that a name had before: pure functions of i.
 
-    The turns' places on a circle form a golden-ratio sequence, whose points are spread as evenly as possible, so a
-    name's count stays within a few of its exact share at every moment; independent draws would be off by the square
-    root of the count.
+    Turn i is a point on a circle, and each name an arc of it as long as its share. The points form a golden-ratio
+    (low-discrepancy) sequence, so a name's count stays within a few of its exact share at every moment; independent
+    draws would be off by the square root of the count.
 
     Args:
         shares: name -> share relative to the others, above 0.

@@ -67,7 +67,7 @@ def stored_size(label: Mapping[str, Any]) -> tuple[int, int]:
 def trainable(label: Mapping[str, Any]) -> int:
     """Number of annotations that are not crowd and have area inside the image."""
     width, height = label["width"], label["height"]
-    return sum(not one["iscrowd"] and _has_area(one["bbox"], width, height) for one in label["annotations"])
+    return sum(not item["iscrowd"] and _has_area(item["bbox"], width, height) for item in label["annotations"])
 
 
 def _has_area(bbox: list[float], width: int, height: int) -> bool:

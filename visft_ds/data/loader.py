@@ -1,4 +1,4 @@
-"""From a plan to batches: the part of one rank, made ahead by workers that hold no state.
+"""Loader of one rank's micro-batches: reads a plan's samples ahead of their use, in workers that hold no state.
 
 Shape letters: B images.
 """
@@ -23,21 +23,22 @@ from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.spans import Spent, spent
 from visft_ds.data.workers import Caller, Processes, Threads, WorkerKind, Workers
 
-#: How far ahead remote stores know what will be read: a window of the windowed order, in which neighbours are near.
+#: Samples that a remote store hears of before they are read: a window of the windowed order, whose samples are
+#: neighbours in the shards, so that the store can fetch them in few requests.
 _HINTED_SAMPLES = BLOCK * WINDOW
 
 
 class StepLoader:
-    """The batches of one data-parallel rank.
+    """Loader of the batches of one data-parallel rank.
 
     Args:
         sets: data set -> DataSet, for every set of the plan.
         plan: the order; the loader never draws anything itself.
-        pipelines: task -> data set -> Pipeline, for everything in the plan.
+        pipelines: task -> data set -> transform and collate, for everything in the plan.
         dp_rank, dp_size, accumulation: this rank's part of each global batch.
-        role: what to read. "images" gives batches without targets, "labels" batches without pixels; both have the
-            same samples, sizes and keys in the same order.
-        workers, num_workers: who reads ahead; 0 works in the caller's thread, one step at a time.
+        role: what to read. "images" (first stage of a pipeline) gives batches without targets, "labels" (its last
+            stage) batches without pixels; both have the same samples, sizes and keys in the same order.
+        workers, num_workers: what reads ahead; 0 works in the caller's thread, one step at a time.
         prefetch_steps: how many steps may be ready beyond the one in use.
         skip_damaged: how many damaged samples this process may replace before damage is an error. Only with role
             "both": processes that read images and labels apart would not agree on what is damaged.
@@ -82,19 +83,19 @@ class StepLoader:
         self._budget = skip_damaged
         self._maker = BatchMaker(sets, pipelines, role, plan if skip_damaged else None)
         self._sets, self._role = sets, role
-        # Worker processes read ahead themselves, a micro-batch at a time.
-        here = workers == "threads" or not num_workers
-        self._hints = here and any(isinstance(one.reader.manifest.root, str) for one in sets.values())
+        # Worker processes have readers of their own, which hint what they read, a micro-batch at a time.
+        reads_here = workers == "threads" or not num_workers
+        self._hints = reads_here and any(isinstance(dataset.reader.manifest.root, str) for dataset in sets.values())
         self._kind, self._number = workers, num_workers
-        self._elsewhere: dict[str, Spent] = {}
+        self._spent_by_processes: dict[str, Spent] = {}
         self.wait_seconds = 0.0
         self.skipped: list[Skipped] = []
 
     def keep_features(self, features: FeatureCache) -> None:
-        """From the next call of `steps` on, samples come with the features that are kept of them, without pixels."""
+        """From the next call of `steps` on, give samples their cached features, if there are any, without pixels."""
         assert self._role == "both" and not self._budget, "a damaged picture would be read in some epochs only"
         self._maker = replace(self._maker, features=features)
-        self._hints = False  # which pixels will be read is not known before
+        self._hints = False  # which pixels will be read is only known once the cache was asked
 
     def steps(self, start: int, stop: int | None = None) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """Steps start, start + 1, ... (to `stop`, exclusive; endless without) with this rank's micro-batches.
@@ -113,9 +114,9 @@ class StepLoader:
                 began = time.perf_counter()
                 batches = []
                 for _ in range(self._accumulation):
-                    one = next(made)
-                    self._note(one.skipped, one.elsewhere)
-                    batches.append(one.batch)
+                    micro = next(made)
+                    self._note(micro.skipped, micro.spent_by_process)
+                    batches.append(micro.batch)
                 self.wait_seconds = time.perf_counter() - began
                 step_plan = step_plans.pop(step)
                 yield step_plan, batches
@@ -125,42 +126,43 @@ class StepLoader:
 
     def close(self) -> None:
         """End all reading ahead, and close the shards. A later step opens them again."""
-        for one in self._sets.values():
-            one.reader.close()
+        for dataset in self._sets.values():
+            dataset.reader.close()
 
     def spent(self) -> dict[str, Spent]:
         """Cost of reading and making samples so far, in this process and its workers."""
-        return {name: here + self._elsewhere.get(name, Spent()) for name, here in spent().items()}
+        return {name: here + self._spent_by_processes.get(name, Spent()) for name, here in spent().items()}
 
     def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:
-        """This rank's micro-batches; remote stores hear of each some steps before it is yielded."""
+        """This rank's micro-batches, in order. Remote stores are told of each some steps before it is yielded."""
         planned = deque[list[StepPlan]]()
         step = start
         while stop is None or step < stop:
             if not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES // 2):
-                coming: dict[str, list[int]] = {}
+                hinted: dict[str, list[int]] = {}
                 while stop is None or step + len(planned) < stop:
                     step_plan = step_plans[step + len(planned)] = self.plan.step(step + len(planned))
                     parts = self.plan.split(step_plan, self._dp_rank, self._dp_size, self._accumulation)
                     planned.append(parts)
                     for part in parts:
-                        coming.setdefault(part.dataset, []).extend(part.indices.tolist())
+                        hinted.setdefault(part.dataset, []).extend(part.indices.tolist())
                     if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
                         break
                 if self._hints:
                     # all at once: only what is hinted together can be fetched together
-                    for dataset, indices in coming.items():
+                    for dataset, indices in hinted.items():
                         self._sets[dataset].reader.prefetch(indices, self._role)
             yield from planned.popleft()
             step += 1
 
-    def _note(self, skipped: list[Skipped], elsewhere: Mapping[str, Spent]) -> None:
+    def _note(self, skipped: list[Skipped], spent_by_process: Mapping[str, Spent]) -> None:
+        """Record what a micro-batch skipped and cost. Raises ValueError once more is damaged than may be skipped."""
         self.skipped += skipped
-        for name, more in elsewhere.items():
-            self._elsewhere[name] = self._elsewhere.get(name, Spent()) + more
-        damaged = {(one.dataset, one.index): one for one in self.skipped}
+        for name, more in spent_by_process.items():
+            self._spent_by_processes[name] = self._spent_by_processes.get(name, Spent()) + more
+        damaged = {(sample.dataset, sample.index): sample for sample in self.skipped}
         if len(damaged) > self._budget:
-            reasons = "\n".join(f"  {one.reason}" for one in damaged.values())
+            reasons = "\n".join(f"  {sample.reason}" for sample in damaged.values())
             raise ValueError(
                 f"{len(damaged)} damaged samples are more than the {self._budget} that may be skipped "
                 f"(visft.data.skip_damaged):\n{reasons}"
@@ -194,10 +196,10 @@ def evaluation_batches(
     threads: int = 2,
     role: Role = "both",
 ) -> Iterator[Batch]:
-    """Every image (of the first `limit`) exactly once over all ranks, with the same number of batches on each.
+    """This rank's batches of a split: each image (of the first `limit`) once over all ranks, equally many batches.
 
-    Where the images do not divide evenly, ranks repeat one with `Batch.real` False: collective operations stay in step
-    and no result is counted twice.
+    Where the images do not divide evenly, ranks repeat the last one with `Batch.real` False: collective operations stay
+    in step and no result is counted twice.
 
     Raises:
         ValueError: a batch size, rank or limit out of range.
@@ -207,7 +209,7 @@ def evaluation_batches(
     count = len(reader) if limit is None else min(limit, len(reader))
     rounds = -(-count // world_size)
     indices = rank + world_size * np.arange(rounds)
-    name = reader.manifest.split
+    name = reader.manifest.split  # stands for the task and the data set: there is one of each
     parts = [
         StepPlan(0, name, name, 0, 0, part.clip(max=count - 1), np.zeros(len(part), np.int64))
         for part in np.split(indices, range(batch_size, rounds, batch_size))
@@ -216,6 +218,6 @@ def evaluation_batches(
     maker = BatchMaker({name: DataSet(reader)}, {name: {name: pipeline}}, role)
     workers: Workers = Threads(maker, threads) if threads else Caller(maker)
     reader.prefetch(indices.clip(max=count - 1).tolist() if isinstance(reader.manifest.root, str) else (), role)
-    for turn, made in enumerate(workers.made(parts, ahead=2)):
-        real = indices[turn * batch_size : (turn + 1) * batch_size] < count
+    for number, made in enumerate(workers.made(parts, ahead=2)):
+        real = indices[number * batch_size : (number + 1) * batch_size] < count
         yield replace(made.batch, real=torch.from_numpy(real))

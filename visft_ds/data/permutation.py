@@ -1,5 +1,5 @@
-"""Random orders that are computed place by place instead of being kept as a list: the same few bytes for ten samples
-and for ten billion, any place at once, and no state.
+"""Pseudo-random permutations that are computed place by place, without a list in memory: the same few bytes for ten
+samples and for ten billion, any place at once, and no state.
 
 All arithmetic is on integers, so that an order never changes with a library.
 
@@ -19,33 +19,33 @@ UInt64Array = npt.NDArray[np.uint64]
 WORD = 1 << 64
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, made odd
 
-#: The least number that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000 keys: 8 rounds
-#: miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
+#: Least number of Feistel rounds that gives every order of 4, 5 and 6 elements equally often (chi-square over 30,000
+#: keys: 8 rounds miss it by 96 standard deviations, 12 by 5, 14 by 4, 16 by none); larger sizes need fewer.
 _ROUNDS = 16
-#: Samples that lie side by side in the shards and stay together in a windowed order, and blocks mixed at a time.
+#: Neighbouring samples of the shards that stay together in a windowed order, and number of such blocks in a window.
 BLOCK, WINDOW = 64, 16
 
 
-def mix(words: UInt64Array) -> UInt64Array:
-    """Scatter 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+def hash_words(words: UInt64Array) -> UInt64Array:
+    """Hash 64-bit words, one by one (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
-def mix_int(*values: int) -> int:
+def hash_ints(*values: int) -> int:
     """Hash several integers, in their order, to a 64-bit word."""
     state = np.zeros(1, dtype=np.uint64)
     for value in values:
-        state = mix(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))
+        state = hash_words(state + np.array([(value + GOLDEN) % WORD], dtype=np.uint64))
     return int(state[0])
 
 
 class Permutation:
     """A random permutation of 0 .. size - 1 that belongs to a key.
 
-    A Feistel network over pairs (a, b) with a * b just above `size`; results outside are sent through again until they
-    lie inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4 and 5).
+    A Feistel network on a grid of rows x columns cells, at least `size`; results outside go through it again until they
+    lie inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4, 5).
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -54,7 +54,7 @@ class Permutation:
         self._rows = math.isqrt(size - 1) + 1
         self._columns = -(-size // self._rows)
         # the stream of SplitMix64 that begins at the key
-        self._keys = mix(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
+        self._keys = hash_words(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(GOLDEN))
 
     def __call__(self, places: Int64Array) -> Int64Array:
         """(G,) places in 0 .. size - 1 -> (G,) what stands there."""
@@ -68,9 +68,9 @@ class Permutation:
         left, right = values // columns, values % columns
         for number, key in enumerate(self._keys):
             if number % 2:
-                right = (right + mix(left + key) % columns) % columns
+                right = (right + hash_words(left + key) % columns) % columns
             else:
-                left = (left + mix(right + key) % rows) % rows
+                left = (left + hash_words(right + key) % rows) % rows
         return left * columns + right
 
 
@@ -80,21 +80,23 @@ def shuffled(places: Int64Array, size: int, key: int) -> Int64Array:
 
 
 def shuffled_in_windows(places: Int64Array, size: int, key: int) -> Int64Array:
-    """The same with neighbours kept near each other, for storage where reading far apart is dear.
+    """The same with neighbours kept near each other, for storage where random access is slow.
 
-    Blocks of `BLOCK` neighbours stand in random order, and `WINDOW` blocks at a time are mixed sample by sample: a
-    consumer touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks,
-    and the samples of the incomplete one at the end, differ between epochs.
+    Blocks of `BLOCK` neighbours are shuffled, and within each window of `WINDOW` blocks all samples are: a consumer
+    touches few blocks at any moment. The numbering begins at another sample under every key, so that blocks, and the
+    samples of the incomplete one at the end, differ between epochs.
     """
     blocks, window = size // BLOCK, BLOCK * WINDOW
     numbers = places // window
     slots = np.empty_like(places)
     for number in np.unique(numbers).tolist():  # a batch lies in one or two windows
         start, chosen = number * window, numbers == number
-        slots[chosen] = start + Permutation(min(window, size - start), mix_int(key, 1, number))(places[chosen] - start)
+        slots[chosen] = start + Permutation(min(window, size - start), hash_ints(key, 1, number))(
+            places[chosen] - start
+        )
     # the incomplete block, whose number is `blocks`, keeps its slot
     numbers, inside = slots // BLOCK, slots % BLOCK
-    whole = numbers < blocks
+    complete = numbers < blocks
     if blocks:
-        numbers[whole] = Permutation(blocks, mix_int(key, 2))(numbers[whole])
-    return (numbers * BLOCK + inside + mix_int(key, 3) % size) % size
+        numbers[complete] = Permutation(blocks, hash_ints(key, 2))(numbers[complete])
+    return (numbers * BLOCK + inside + hash_ints(key, 3) % size) % size

@@ -1,11 +1,12 @@
 """Task, samples and random keys of a step: a pure function of (seed, step).
 
 Nothing here has a state but the step, so a run resumes at any step at no cost, and every rank knows what all others do
-without talking to them. The global batch is fixed; how it is split over data-parallel ranks, micro-batches and workers
+without communication. The global batch is fixed; how it is split over data-parallel ranks, micro-batches and workers
 changes who computes, never what is computed.
 
 A step belongs to one task and takes its samples from one data set among those that carry labels for the task. Each
-pair of the two has epochs of its own.
+pair of the two counts its own epochs. Where all tasks share one forward pass (mode "shared"), the plan has a single
+task, "shared".
 
 All arithmetic is on integers or on raw Philox words, whose values numpy guarantees to stay the same over its versions
 (NEP 19 guarantees that for bit generators but not for `Generator.permutation`).
@@ -26,11 +27,11 @@ import numpy as np
 
 from visft_ds.config.task_schema import SHARED
 from visft_ds.data.interleave import Interleaving
-from visft_ds.data.permutation import GOLDEN, Int64Array, mix, mix_int, shuffled, shuffled_in_windows
+from visft_ds.data.permutation import GOLDEN, Int64Array, hash_ints, hash_words, shuffled, shuffled_in_windows
 from visft_ds.data.selection import Selection
 
-_KEY_MASK = (1 << 63) - 1  # keys travel as int64
-#: Changes whenever the same arguments would give another order: a run never goes on in an order of another release.
+_KEY_MASK = (1 << 63) - 1  # keys become int64 tensors
+#: Changes whenever the same arguments would give another order: a run never resumes in the order of another release.
 ORDER_VERSION = 2
 
 Shuffle = Literal["full", "windowed"]
@@ -47,47 +48,44 @@ class SetPlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Schedule of a task: data sets, batch size, ratio.
+    """Schedule of a task."""
 
-    `ratio` is the task's share of the steps relative to the other tasks' ratios.
-    """
-
-    sets: Mapping[str, SetPlan]  #: data set -> its part; only sets that carry labels for the task
-    batch_size: int
-    ratio: float = 1.0
+    sets: Mapping[str, SetPlan]  #: by data set; only sets that carry labels for the task
+    batch_size: int  #: samples of an optimiser step over all ranks
+    ratio: float = 1.0  #: the task's share of the steps, relative to the other tasks' ratios
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Work of a step (or of a micro-batch of it)."""
+    """Samples of a step, or of a micro-batch of it."""
 
     step: int
     task: str
     dataset: str  #: where all of its samples come from
-    position: int  #: how many steps this task had before this one
-    epoch: int  #: how many times this task has been through this data set before
+    position: int  #: number of earlier steps of this task
+    epoch: int  #: number of complete passes of this task through this data set before
     indices: Int64Array  #: (G,) positions in the index of the data set
     keys: Int64Array  #: (G,) one key per sample for `generator`; differs between samples, epochs, sets, tasks and seeds
 
 
 def generator(key: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers that belong to a key, whoever asks for them and when.
+    """Random numbers that are a function of a key and a stream, whoever draws them and when.
 
-    `stream` separates users of the same key, such as transforms (0) and a loss that samples points (any other number).
+    `stream` separates users of the same key: transforms draw from 0, a loss that samples points from the others.
     """
     return np.random.Generator(np.random.Philox(key=np.array([key, stream], dtype=np.uint64)))
 
 
 class Plan:
-    """The order of everything in a run.
+    """The order of tasks and samples in a run.
 
     Args:
         tasks: task name -> TaskPlan.
         seed: any integer in [0, 2**63).
-        shuffle: "full" mixes a whole data set; "windowed" keeps samples that lie side by side in the shards near each
-            other, for storage where reading far apart is dear (see `permutation.shuffled_in_windows`).
-        views: None draws anew in every epoch. A number lets the keys of a sample come again after so many epochs, and
-            with them everything drawn from them; these keys do not depend on the seed.
+        shuffle: "full" permutes a whole data set; "windowed" keeps samples that are neighbours in the shards near each
+            other, for storage where random access is slow (see `permutation.shuffled_in_windows`).
+        views: None: a sample has a new key in every epoch. A number: its keys, and with them its crops and flips,
+            repeat after so many epochs and do not depend on the seed, so that cached features serve other runs too.
 
     Raises:
         ValueError: no task, or a task without data; a ratio, weight or batch size that is not positive; a data set
@@ -110,20 +108,20 @@ class Plan:
         self.seed = seed
         self.shuffle: Shuffle = shuffle
         self.views = views
-        self._turns = Interleaving({name: task.ratio for name, task in self.tasks.items()}, mix_int(seed))
-        self._set_turns = {
+        self._task_order = Interleaving({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
+        self._set_order = {
             name: Interleaving(
-                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, mix_int(seed, _number(name))
+                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, hash_ints(seed, _hash_of(name))
             )
             for name, task in self.tasks.items()
         }
 
     def state(self, step: int) -> dict[str, int | str]:
-        """Everything that a resumption of the order after `step` steps depends on: three numbers and a fingerprint."""
+        """State for a checkpoint after `step` steps: a run with another one would see other samples."""
         return {"step": step, "seed": self.seed, "version": ORDER_VERSION, "fingerprint": self.fingerprint()}
 
     def describe(self) -> str:
-        """The state without its step, as a checkpoint beside its own step remembers it."""
+        """The state without its step, as one line of a checkpoint (which has the step already)."""
         return f"version {ORDER_VERSION}, seed {self.seed}, {self.shuffle} shuffle, {self.fingerprint()}"
 
     def fingerprint(self) -> str:
@@ -140,44 +138,45 @@ class Plan:
         return hashlib.sha256(json.dumps([self.shuffle, tasks, *views]).encode()).hexdigest()
 
     def task_of(self, step: int) -> str:
-        """The one task of a step, on all ranks."""
-        return self._turns.at(step)
+        """The task of a step, on all ranks."""
+        return self._task_order.at(step)
 
     def steps_before(self, step: int, task: str) -> int:
         """Number of steps of `task` in [0, step); exact, and as fast at step 10**9 as at step 10."""
-        return self._turns.before(step, task)
+        return self._task_order.before(step, task)
 
     def steps_per_epoch(self, task: str, dataset: str) -> int:
-        """Steps in which `task` sees each sample of the set at most once; a rest smaller than a batch is left out."""
+        """Steps in which `task` sees each sample of the set at most once; an incomplete last batch is dropped."""
         plan = self.tasks[task]
         return len(plan.sets[dataset].samples) // plan.batch_size
 
     def step(self, step: int) -> StepPlan:
-        """The whole global batch of a step."""
+        """The global batch of a step."""
         if step < 0:
             raise ValueError(f"step {step} is not allowed: steps count from 0")
         task = self.task_of(step)
         plan = self.tasks[task]
         position = self.steps_before(step, task)
-        dataset = self._set_turns[task].at(position)
+        dataset = self._set_order[task].at(position)
         samples = plan.sets[dataset].samples
-        epoch, turn = divmod(self._set_turns[task].before(position, dataset), self.steps_per_epoch(task, dataset))
-        places = np.arange(turn * plan.batch_size, (turn + 1) * plan.batch_size)
-        key = mix_int(self.seed, _number(task), _number(dataset), epoch)
+        earlier = self._set_order[task].before(position, dataset)
+        epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
+        places = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size)  # in the epoch's order
+        key = hash_ints(self.seed, _hash_of(task), _hash_of(dataset), epoch)
         indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
         if self.shuffle == "windowed":
-            indices = np.sort(indices)  # so that each rank's part is near: which rank computes what changes no result
+            indices = np.sort(indices)  # each rank reads neighbours: which rank computes what changes no result
         if self.views is not None:
-            key = mix_int(_number(task), _number(dataset), epoch % self.views)
-        return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, mix_int(key, 1)))
+            key = hash_ints(_hash_of(task), _hash_of(dataset), epoch % self.views)
+        return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, hash_ints(key, 1)))
 
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:
-        """A sample that may stand in for a damaged one of `part`: a function of its key and of how often it failed."""
+        """Index of the substitute for a damaged sample of `part`: a function of its key and the number of attempts."""
         samples = self.tasks[part.task].sets[part.dataset].samples
-        return int(samples.positions(np.array([mix_int(key, attempt) % len(samples)]))[0])
+        return int(samples.positions(np.array([hash_ints(key, attempt) % len(samples)]))[0])
 
     def micro_batch(self, step: int, dp_rank: int, dp_size: int, accumulation: int, micro: int) -> StepPlan:
-        """The part of a step that one rank computes in its `micro`-th micro-batch.
+        """The part of a step that a rank computes in its `micro`-th micro-batch.
 
         The parts of all ranks and micro-batches are disjoint and together are `step(step)`, for any `dp_size` and
         `accumulation` whose product divides the global batch.
@@ -185,7 +184,7 @@ class Plan:
         return self.split(self.step(step), dp_rank, dp_size, accumulation)[micro]
 
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
-        """All micro-batches of one rank for a step planned by `step`, in order."""
+        """All micro-batches of a rank for a step planned by `step`, in order."""
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} is not allowed: ranks go from 0 to {dp_size - 1}")
         self.check_split(dp_size, accumulation)
@@ -207,13 +206,14 @@ class Plan:
                 )
 
 
-def _number(name: str) -> int:
+def _hash_of(name: str) -> int:
+    """Hash of a name that is the same in every process, unlike Python's own."""
     return zlib.crc32(name.encode())
 
 
 def _keys(indices: Int64Array, base: int) -> Int64Array:
-    mixed = mix(mix(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
-    return (mixed & np.uint64(_KEY_MASK)).astype(np.int64)
+    hashed = hash_words(hash_words(indices.astype(np.uint64) * np.uint64(GOLDEN)) ^ np.uint64(base))
+    return (hashed & np.uint64(_KEY_MASK)).astype(np.int64)
 
 
 def _check_task(name: str, task: TaskPlan) -> None:

@@ -341,7 +341,7 @@ class Requests:
         return self._submit(name if end is None else f"{name} [{start}:{end}]", ask)
 
     def copy(self, name: str, path: str) -> None:
-        """Write a whole file by one request, for which any web server will do; raises as `fetch`, OSError of a disk."""
+        """Write a file by a single request, for which any web server will do; raises as `fetch`, OSError of a disk."""
         open(path, "wb").close()  # else the disk's refusal would look like the server's
         filesystem = self._open()
         _result(self._submit(name, lambda: filesystem._get_file(f"{self._url}/{name}", path)))
@@ -399,11 +399,11 @@ class Requests:
             except _foreign(True) as error:
                 self._refuse_permanent(what, error)
                 if attempt == ATTEMPTS:
-                    raise StoreFailed(f"{what}: attempt {attempt} of {ATTEMPTS} failed too; {_told(error)}") from error
+                    raise StoreFailed(f"{what}: attempt {attempt} of {ATTEMPTS} failed too; {_text(error)}") from error
                 # Drawn, so that many processes that failed together do not come back together.
                 wait = random.uniform(0.5, 1) * FIRST_WAIT * 2 ** (attempt - 1)
-                told = what, _told(error), attempt + 1, ATTEMPTS, wait
-                _log.warning("%s: %s; attempt %d of %d follows in %.2f s", *told)
+                values = what, _text(error), attempt + 1, ATTEMPTS, wait
+                _log.warning("%s: %s; attempt %d of %d follows in %.2f s", *values)
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
@@ -421,10 +421,10 @@ class Requests:
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise ValueError(f"{what}: there is no such file (or it is hidden). Check the URL") from error
         if isinstance(error, PermissionError) or status in (401, 403):
-            raise ValueError(f"{what}: access was denied ({_told(error)}). Check credentials and rights") from error
+            raise ValueError(f"{what}: access was denied ({_text(error)}). Check credentials and rights") from error
         wrong = isinstance(error, _foreign(False)) or number in _PERMANENT_ERRNO
         if wrong or (status is not None and 400 <= status < 500 and status not in _TRANSIENT_STATUS):
-            raise ValueError(f"{what}: {_told(error)}") from error
+            raise ValueError(f"{what}: {_text(error)}") from error
 
     def _open(self) -> Any:
         with self._lock:
@@ -497,7 +497,7 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
         return int(total)
 
 
-def _told(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     """A failure in one line. Web servers' errors hold the address they redirected to, which may be a signed one."""
     if hasattr(error, "request_info"):
         return f"{type(error).__name__}: {_status(error)} {getattr(error, 'message', '')}".strip()
@@ -506,8 +506,8 @@ def _told(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of any of the packages."""
-    for one in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
-        response = getattr(one, "response", None)
+    for cause in (error, error.__cause__):  # s3fs puts an OSError before botocore's error
+        response = getattr(cause, "response", None)
         if isinstance(response, Mapping):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     for holder, attribute in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):

@@ -1,14 +1,14 @@
-"""Reading for a pipeline: the first stage needs pixels, the last one labels, and both must speak of the same samples.
+"""Reading for a pipeline: the first stage needs pixels, the last one labels, both of the same samples.
 
-Every stage that reads follows the same plan on its own. What proves that they agree is one number: a checksum of the
-samples' places and random keys, which travels down the pipeline beside the activations and is compared where the labels
-are.
+Every stage that reads follows the same plan by itself. A checksum of the samples' indices and random keys travels down
+the pipeline with the activations, and the last stage compares it with that of its labels.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +33,30 @@ def role_of_stage(stage: int, stages: int) -> Role | None:
     return {0: "images", stages - 1: "labels"}.get(stage)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Place of a rank: its stage, and its pipeline among the data-parallel ones."""
+
+    stage: int
+    stages: int
+    dp_rank: int
+    dp_size: int
+
+    @classmethod
+    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
+        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
+        assert world_size % stages == 0, (world_size, stages)
+        dp_size = world_size // stages
+        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
+
+    @property
+    def role(self) -> Role | None:
+        """Role of this rank in reading; None: it reads nothing."""
+        return role_of_stage(self.stage, self.stages)
+
+
 class IdleLoader:
-    """Stands where a `StepLoader` stands, in a pipeline stage that reads nothing: it knows the steps all the same."""
+    """Replacement of `StepLoader` in a pipeline stage that reads nothing: steps without batches."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

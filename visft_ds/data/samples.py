@@ -1,6 +1,6 @@
 """Data structures between shard and head: a sample, then a batch, and how samples become one.
 
-Shape letters: B images, H W pixels, N objects packed over the batch.
+Shape letters: B images, H W pixels, N objects of all images, concatenated.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class Sample:
     image: Tensor | None  #: (3, H, W) uint8
     random_key: int  #: key of this sample's counter-based random numbers in this step; 0 in evaluation
     targets: Mapping[str, Mapping[str, npt.NDArray[Any]]]
-    view: View | None = None  #: where features are kept; with features, `image` is None
+    view: View | None = None  #: with a feature cache; where it has features, `image` is None
+    frame: tuple[int, int] | None = None  #: (height, width) of `image` with padding of its own; None: it has none
 
 
 class Targets(Protocol):
-    """Packed labels of one task for a batch: a dataclass of tensors."""
+    """Labels of a task for a batch: a dataclass of tensors over all objects, and the number of each image."""
 
     def to(self, device: torch.device) -> Targets: ...
 
@@ -69,9 +70,9 @@ class Batch:
     random_keys: Tensor  #: (B,) int64, each sample's `random_key`: criteria draw from it, never from a global generator
     real: Tensor  #: (B,) bool, False for repeats that only keep ranks in step during evaluation
     targets: Mapping[str, Any] = field(default_factory=dict)  #: task -> Targets
-    views: tuple[View, ...] | None = None  #: of each image, where features are kept; those with features lack pixels
-    #: (B, 2) int64, height and width of each image with the padding that it has by itself; stays on the host. None: all
-    #: are as large as the batch.
+    views: tuple[View, ...] | None = None  #: of each image, with a feature cache; those with features lack pixels
+    #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
+    #: host. None: all are as large as the batch.
     frames: Tensor | None = None
 
     @property
@@ -93,8 +94,9 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
     assert samples, "a batch needs at least one sample"
     views = tuple(sample.view for sample in samples if sample.view is not None)
     assert len(views) in (0, len(samples)), "features are kept of some samples of a batch and of some not"
+    frames = torch.tensor([sample.frame or sample.size for sample in samples])
     return Batch(
-        images=_pad(samples),
+        images=_pad(samples, frames),
         sizes=torch.tensor([sample.size for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
@@ -102,7 +104,7 @@ def stack_samples(samples: Sequence[Sample]) -> Batch:
         random_keys=torch.tensor([sample.random_key for sample in samples]),
         real=torch.ones(len(samples), dtype=torch.bool),
         views=views or None,
-        frames=torch.tensor([sample.size for sample in samples]),
+        frames=frames,
     )
 
 
@@ -113,14 +115,13 @@ def has_targets(samples: Sequence[Sample], task: str) -> bool:
     return found.pop()
 
 
-def _pad(samples: Sequence[Sample]) -> Tensor:
+def _pad(samples: Sequence[Sample], frames: Tensor) -> Tensor:
     images = {place: sample.image for place, sample in enumerate(samples) if sample.image is not None}
     if not images:
         return torch.zeros((len(samples), 3, 0, 0), dtype=torch.uint8)
     known = [place for place, sample in enumerate(samples) if sample.view is not None and sample.view.features]
     assert len(images) + len(known) == len(samples), "some samples of a batch have pixels and some have not"
-    height, width = (max(sample.size[side] for sample in samples) for side in (0, 1))
-    padded = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
+    padded = torch.zeros((len(samples), 3, *frames.amax(dim=0).tolist()), dtype=torch.uint8)
     for place, image in images.items():
         padded[place, :, : image.shape[1], : image.shape[2]] = image
     return padded

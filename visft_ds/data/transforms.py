@@ -1,4 +1,4 @@
-"""From a raw sample to what a head trains on.
+"""Geometry of images: operations, what draws them for an image, and their effect on pixels and boxes.
 
 The geometry of a sample (flip, crop, sizes) is drawn from the sample's random numbers and the stored image size alone,
 before any pixel is looked at. A process that reads labels only therefore arrives at the same targets as one that also
@@ -9,13 +9,14 @@ Shape letters: H W pixels, n boxes of one image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from visft_ds.data.spans import span
 
 Size = tuple[int, int]  # (height, width)
 FloatArray = npt.NDArray[np.float64]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,33 @@ class Crop:
     width: int
 
 
-Op = Flip | Resize | Crop
+@dataclass(frozen=True)
+class Pad:
+    """Extend right and bottom to this size with a value, 0 to 255.
+
+    The extension is part of the image from then on, or with `outside` padding that targets take no notice of; no other
+    operation follows then.
+    """
+
+    height: int
+    width: int
+    value: int
+    outside: bool = False
+
+
+Op = Flip | Resize | Crop | Pad
+
+
+class Geometry(Protocol):
+    """Geometric operations that images of a stream get."""
+
+    def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
+        """Operations for an image of `size`, in order; evaluation draws nothing from `generator`."""
+        ...
+
+    def extremes(self, size: Size) -> set[Size]:
+        """Sizes that training can give an image of `size`, (height, width): the highest, the widest, the largest."""
+        ...
 
 
 def final_size(size: Size, ops: Sequence[Op]) -> Size:
@@ -73,6 +101,9 @@ def apply_to_image(image: npt.NDArray[np.uint8], ops: Sequence[Op]) -> Tensor:
                 tensor = tensor.flip(2)
             elif isinstance(op, Crop):
                 tensor = tensor[:, op.top : op.top + op.height, op.left : op.left + op.width]
+            elif isinstance(op, Pad):
+                missing = (0, op.width - tensor.shape[2], 0, op.height - tensor.shape[1])
+                tensor = F.pad(tensor, missing, value=op.value) if any(missing) else tensor
             else:
                 tensor = tvf.resize(tensor, [op.height, op.width], antialias=True)
         return tensor.contiguous()
@@ -96,7 +127,7 @@ def apply_to_boxes(boxes: FloatArray, size: Size, ops: Sequence[Op]) -> FloatArr
         elif isinstance(op, Crop):
             boxes -= [op.left, op.top, op.left, op.top]
             boxes = clip_boxes(boxes, (op.height, op.width))
-        else:
+        elif isinstance(op, Resize):
             scale_x, scale_y = op.width / size[1], op.height / size[0]
             boxes *= [scale_x, scale_y, scale_x, scale_y]
         size = final_size(size, [op])
@@ -126,8 +157,23 @@ def short_side_size(size: Size, short_side: int, max_long: int | None) -> Size:
 
 
 @dataclass(frozen=True)
+class Square:
+    """Scaling to a square of `size` pixels, whatever the shape of the image, without augmentation."""
+
+    size: int
+
+    def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
+        """The one operation, which is not drawn."""
+        return [Resize(self.size, self.size)]
+
+    def extremes(self, size: Size) -> set[Size]:
+        """The one size that every image gets."""
+        return {(self.size, self.size)}
+
+
+@dataclass(frozen=True)
 class ShortSides:
-    """Mirroring and scaling by the short side, which transforms of whole images have in common.
+    """Mirroring and scaling of whole images by the short side.
 
     Training: mirror with probability `flip`, scale the short side to one of `short_sides`, the long one to at most
     `max_long`. Evaluation: short side `eval_short`, long side at most `eval_max_long`. With `fixed_size`, both scale to
@@ -155,6 +201,14 @@ class ShortSides:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip={self.flip} is not allowed: give a probability from 0 to 1")
 
+    def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
+        """Operations for an image of `size`, in order."""
+        return [*self.mirror(train, generator), self.scale(size, train, generator)]
+
+    def extremes(self, size: Size) -> set[Size]:
+        """The size of most pixels that training can give an image of `size`; it is the highest and widest, too."""
+        return {self.largest(size)}
+
     def mirror(self, train: bool, generator: np.random.Generator) -> list[Op]:
         """The first operation of an image, or none."""
         return [Flip()] if train and generator.random() < self.flip else []
@@ -172,6 +226,11 @@ class ShortSides:
         if self.fixed_size is not None:
             return (self.fixed_size, self.fixed_size)
         return short_side_size(size, max(self.short_sides), self.max_long)
+
+
+def of_options(kind: Callable[..., _T], options: Mapping[str, Any]) -> _T:
+    """An instance of a dataclass whose fields are named as options; other options are left."""
+    return kind(**{field.name: options[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def places(classes: Sequence[int]) -> dict[int, int]:

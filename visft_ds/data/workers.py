@@ -1,8 +1,8 @@
-"""Who makes the batches: the caller, threads, or processes; all give the same batches in the same order.
+"""Workers that make batches: the caller, threads, or processes; all give the same batches in the same order.
 
-Threads share the index and hand batches over for nothing, but Python runs in one of them at a time: decoding, resizing,
-hashing and reading release the interpreter lock, the rest of a sample's work does not. Processes do not have that limit
-and pay for it by copying every batch through shared memory.
+Threads share the index and hand batches over without a copy, but Python runs in one of them at a time: decoding,
+resizing, hashing and reading release the interpreter lock, the rest of a sample's work does not. Processes do not have
+that limit and pay for it by copying every batch through shared memory.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _RUN = 4
 
 @dataclass(frozen=True)
 class Made:
-    """A batch, what was skipped in making it, and what its making cost a process other than this one."""
+    """A batch and how it was made."""
 
     batch: Batch
     skipped: list[Skipped]
-    elsewhere: dict[str, Spent]
+    spent_by_process: dict[str, Spent]  #: cost by kind of work in a worker process; empty where this process made it
 
 
 class Workers(Protocol):
     """Makes batches ahead of their use."""
 
     def made(self, parts: Iterable[StepPlan], ahead: int) -> Iterator[Made]:
-        """The batches of `parts`, in order; up to `ahead` more are in the making beside the one in use.
+        """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use.
 
         An error in making a batch appears when it is its turn. Leaving the loop in any way ends the workers.
         """
@@ -93,7 +93,7 @@ class Caller:
 
 
 class Threads:
-    """Threads that make samples in the order of their batches; whoever finishes the last one of a batch collates."""
+    """Threads that make samples in the order of their batches; the one that finishes the last of a batch collates."""
 
     def __init__(self, maker: BatchMaker, number: int) -> None:
         self._maker, self._number = maker, number
@@ -147,7 +147,7 @@ class _Job:
 
 
 class Processes:
-    """Processes that make whole micro-batches, by torch's DataLoader.
+    """Processes that make a micro-batch each, by torch's DataLoader.
 
     They are started by a fork server: a fork of a process that has threads or a GPU open may hang, and a fresh start of
     each would load torch again every time.
@@ -180,10 +180,9 @@ class Processes:
             del batches  # its finaliser ends the processes
 
     def _modules(self) -> list[str]:
-        """Modules that define the functions of the pipelines: the fork server loads them once for all processes."""
-        pipelines = [one for by_set in self._maker.pipelines.values() for one in by_set.values()]
-        names = {type(one.transform).__module__ for one in pipelines} | {one.collate.__module__ for one in pipelines}
-        return sorted(names - {"__main__", "builtins"})
+        """Modules that the pipelines work with: the fork server loads them once for all processes."""
+        pipelines = [each for by_set in self._maker.pipelines.values() for each in by_set.values()]
+        return sorted(set[str]().union(*(each.transform.modules() for each in pipelines)) - {"__main__"})
 
 
 class _Parts(Dataset[Made | Exception]):

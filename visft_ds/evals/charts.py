@@ -101,7 +101,9 @@ def line_chart(
     Where all values are positive and the largest is more than WIDE times the smallest, the vertical axis is
     logarithmic: a loss falls most in its first steps. A chart without any finite point says so.
     """
-    values = [y for one in series for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    values = [
+        y for curve in series for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(x) and math.isfinite(y)
+    ]
 
     def draw(figure: Figure) -> None:
         from matplotlib.ticker import LogLocator
@@ -117,13 +119,13 @@ def line_chart(
             axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:.6g}")
-        for one in series:
-            ys = np.where(np.isfinite(one.ys), one.ys, np.nan)
+        for curve in series:
+            ys = np.where(np.isfinite(curve.ys), curve.ys, np.nan)
             gaps = np.pad(np.isnan(ys), 1, constant_values=True)
-            width, strength = (1, 0.35) if one.faint else (2, 1)
-            (line,) = axes.plot(one.xs, ys, color=one.colour, lw=width, alpha=strength, label=one.name or "_")
+            width, strength = (1, 0.35) if curve.faint else (2, 1)
+            (line,) = axes.plot(curve.xs, ys, color=curve.colour, lw=width, alpha=strength, label=curve.name or "_")
             line.set(marker="o", markersize=width, markevery=~gaps[1:-1] & gaps[:-2] & gaps[2:])  # of a lone point
-        if any(one.name for one in series):
+        if any(curve.name for curve in series):
             axes.legend(frameon=False)
 
     return svg(draw, title=title, width=width, height=height)

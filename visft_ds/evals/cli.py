@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given["use_adapter"] = given["adapter"] != "none"
     given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
     from visft_ds.data.store import StoreFailed
+    from visft_ds.resilience.signals import is_told_here
     from visft_ds.run.folder import recorded_config, refuse_filled
 
     rank = int(os.environ.get("RANK", "0"))
@@ -53,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         problems = answer(Request(**given, command=True)).problems
     except (ValueError, OSError, StoreFailed) as error:
-        # What every rank runs into is said once.
-        if rank and not getattr(error, "of_one_rank", False):
+        if not is_told_here(error):
             return 2
         problems = [str(error)]
     for problem in problems:

@@ -199,7 +199,7 @@ def compare_results(first: Evaluation, second: Evaluation, task: str = "detectio
     Raises:
         ValueError: they are not about the same images.
     """
-    pair = [one.results(task) for one in (first, second)]
+    pair = [run.results(task) for run in (first, second)]
     images = [[result["image_id"] for result in results] for results in pair]
     if images[0] != images[1]:
         raise ValueError(f"{first.folder} and {second.folder} evaluated other images, or in another order")

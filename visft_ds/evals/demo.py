@@ -61,7 +61,7 @@ def show_demo(out: Path, durations: Mapping[str, float], *, photographs: Path | 
     if sheet is not None:
         save_png(sheet, files["comparison"])
     times = [(name, f"{value:.0f}") for name, value in durations.items()] + [("all, now", f"{seconds:.0f}")]
-    head = ("", *(one.label for one in held_out), "difference")
+    head = ("", *(evaluation.label for evaluation in held_out), "difference")
     names = [name for name in shown_metrics() if name in held_out[0].metrics]
     same = [(task, compare_results(held_out[1], merged, task).text()) for task in held_out[1].tasks]
     tokenizer = held_out[1].tokenizer
@@ -88,7 +88,7 @@ def _evaluation(out: Path, stage: int, suffix: str = "") -> Evaluation:
 
 
 def _row(name: str, pair: list[Evaluation], merged: Evaluation | None = None) -> tuple[str, ...]:
-    first, second = (one.metrics[name] for one in pair)
+    first, second = (evaluation.metrics[name] for evaluation in pair)
     numbers = (f"{first:.3f}", f"{second:.3f}", f"{second - first:+.3f}")
     return (name, *numbers, f"{merged.metrics[name]:.3f}") if merged else (name, *numbers)
 

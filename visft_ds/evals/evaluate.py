@@ -16,7 +16,6 @@ import orjson
 
 from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import Stream
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
 from visft_ds.data.store import CacheOptions, StoreFailed
@@ -26,25 +25,23 @@ from visft_ds.evals.model import (
     DEFAULT_BATCH,
     EvaluationModel,
     ModelFiles,
+    ModelSource,
     chosen_streams,
     decoding_of,
-    files_of_run,
     heads_in,
-    load_model,
-    recorded_words,
-    resized,
+    source_of_run,
     streams_without_run,
-    tasks_of,
 )
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
-from visft_ds.interop.heads import check_categories, classes_of_heads
+from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
-from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
+from visft_ds.prepare.streams import needs_vocabulary
+from visft_ds.resilience.signals import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
@@ -56,23 +53,13 @@ _LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "thread
 
 @dataclass(frozen=True)
 class Job:
-    """Model, data and options of an evaluation; known before any weight is read."""
+    """Model and data of an evaluation; known before any weight is read."""
 
-    files: ModelFiles
-    streams: Mapping[str, Stream]
-    decoding: Mapping[str, Mapping[str, Any]]  #: task -> what its head is also called with
-    vocabulary: Path | None  #: word map of a head that brings no words along
+    source: ModelSource
     shards: str | None  #: folder or URL; None: make them from a COCO tree
     cache: CacheOptions | None  #: of remote shards
     split: str
     out: Path | None  #: None: nothing is written
-    precision: str
-    packed: bool  #: images of different sizes pass through the backbone without padding
-
-    @property
-    def tasks(self) -> list[str]:
-        """All that is evaluated."""
-        return tasks_of(self.streams)
 
 
 @dataclass(frozen=True)
@@ -206,39 +193,26 @@ def answer(given: Request) -> EvaluationResult:
     """Measure what is asked for. Collective.
 
     Raises:
-        ValueError: on every rank, or on one alone, which then says so by an attribute `of_one_rank`.
+        ValueError: on every rank; a `RankError` on one alone.
         OSError: a file cannot be read or written.
         StoreFailed: a server of the data does not answer.
     """
     job = _job(given)
     if job.out is not None:
         refuse_filled(job.out)
-    precision, why = choose_precision(job.precision, distributed.local_device())
+    device = distributed.local_device()
+    precision, why = choose_precision(job.source.precision, device)
     manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
-    model = load_model(
-        job.files,
-        job.tasks,
-        precision=precision,
-        device=distributed.local_device(),
-        preset=given.model,
-        vocabulary=read_vocabulary(job.vocabulary) if job.vocabulary else None,
-        decoding=job.decoding,
-        packed=job.packed,
-        allow_other_base=given.allow_other_base,
-    )
-    classes = classes_of_heads(model.heads)
-    job = replace(job, streams={name: replace(one, classes=classes) for name, one in job.streams.items()})
-    try:
+    model, streams = job.source.build(precision, device, preset=given.model, allow_other_base=given.allow_other_base)
+    job = replace(job, source=replace(job.source, streams=streams))
+    with met_by_one_rank(ValueError, OSError, StoreFailed):
         if distributed.world_size() > 1:
             _start_process_group()
         with _packed(manifest, job, given.coco) as ready:
             remedy = "Evaluate it on data of its own categories"
             check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
-            _check_truth(job.tasks, ready, given.limit)
+            _check_truth(job.source.tasks, ready, given.limit)
             return _evaluate(job, given, model, ready, f"{precision} ({why})")
-    except (ValueError, OSError, StoreFailed) as error:
-        error.of_one_rank = True  # type: ignore[union-attr]
-        raise
 
 
 def _start_process_group() -> None:
@@ -274,25 +248,23 @@ def _job(given: Request) -> Job:
         data, coco = str(coco), None
     if given.run:
         visft = given.recorded or recorded_config(given.run).visft
-        streams = _chosen(
-            {
-                name: resized(stream, side=given.image_size, batch_size=given.batch_size)
-                for name, stream in visft.streams().items()
-            },
-            given,
-        )
-        files = files_of_run(
+        source = source_of_run(
             given.run,
             visft,
-            tasks_of(streams),
+            where=given.run,
+            tasks=given.tasks,
             backbone=given.backbone,
             heads=given.heads,
             adapter=given.adapter,
             use_adapter=given.use_adapter,
+            vocabulary=given.vocabulary,
+            beam_size=given.beam_size,
+            precision=given.precision,
+            side=given.image_size,
+            batch_size=given.batch_size,
         )
-        split, precision = given.split or visft.data.val, visft.model.precision
+        split = given.split or visft.data.val
         shards = data if data or coco else data_of_run(given.run, visft, split)
-        words = given.vocabulary or recorded_words(given.run, visft)
     else:
         needed = ("backbone", "heads", *(["out"] if given.command else []))
         missing = [f"--{name}" for name in needed if getattr(given, name) is None]
@@ -302,43 +274,29 @@ def _job(given: Request) -> Job:
         files = ModelFiles(given.backbone, given.heads, given.adapter, {})
         batch = given.batch_size or DEFAULT_BATCH
         streams = streams_without_run(heads_in(given.heads), batch_size=batch, side=given.image_size)
-        streams = _chosen(streams, given)
-        shards, split, precision = data, given.split or "val", "auto"
-        words = given.vocabulary
-    return Job(
-        files=files,
-        streams=streams,
-        decoding=decoding_of(visft if given.run else None, given.beam_size),
-        vocabulary=words,
-        shards=shards,
-        cache=cache_of(visft.data) if given.run else None,
-        split=split,
-        out=given.out,
-        precision=given.precision or precision,
-        packed=visft.model.packed if given.run else False,
-    )
-
-
-def _chosen(streams: Mapping[str, Stream], given: Request) -> dict[str, Stream]:
-    return chosen_streams(streams, given.tasks, given.heads, given.heads or given.run or Path())
+        streams = chosen_streams(streams, given.tasks, given.heads, given.heads)
+        decoding = decoding_of(None, given.beam_size)
+        source = ModelSource(files, streams, given.vocabulary, decoding, given.precision or "auto")
+        shards, split = data, given.split or "val"
+    return Job(source, shards, cache_of(visft.data) if given.run else None, split, given.out)
 
 
 def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manifest, precision: str) -> EvaluationResult:
     """Collective; the main process writes, and prints for the command."""
-    where = f"{given.coco or manifest.root}/{job.split}"
+    source, where = job.source, f"{given.coco or manifest.root}/{job.split}"
     count = min(given.limit or len(manifest), len(manifest))
     if given.command and distributed.is_main():
         _print_start(model, precision, f"{where}: {count} of {len(manifest)} images")
     with ShardReader(manifest) as reader:
         began = time.perf_counter()
         collected = collect(
-            model.predict, reader, job.streams, model.vocabulary, limit=given.limit, threads=given.threads
+            model.predict, reader, source.streams, model.vocabulary, limit=given.limit, threads=given.threads
         )
         seconds = time.perf_counter() - began
         pictures = draw_examples(
             model.predict,
             reader,
-            job.streams,
+            source.streams,
             model.vocabulary,
             given.images,
             threshold=given.threshold,
@@ -352,9 +310,9 @@ def _evaluate(job: Job, given: Request, model: EvaluationModel, manifest: Manife
             "model": dict(model.facts),
             "precision": model.precision,
             "data": {"where": where, "split": job.split, "images": count, "fingerprint": manifest.fingerprint},
-            "settings": {name: dict(stream.image) for name, stream in job.streams.items()},
-            **_facts(job.tasks),
-            **({"decoding": job.decoding} if needs_vocabulary(job.tasks) else {}),
+            "settings": {name: dict(stream.image) for name, stream in source.streams.items()},
+            **_facts(source.tasks),
+            **({"decoding": source.decoding} if needs_vocabulary(source.tasks) else {}),
             "scorer": given.scorer,
             "processes": distributed.world_size(),
             "seconds": round(seconds, 3),

@@ -1,4 +1,4 @@
-"""Pictures of the same few images of a split for every task: ground truth beside what a model predicts."""
+"""Pictures of the same few images of a split for every task: ground truth next to a model's predictions."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def draw_examples(
             for task in stream.tasks if distributed.is_main() else ():
                 results = TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 for place, raw in enumerate(raws):
-                    own = [result for result in results if result["image_id"] == raw.image_id]
-                    one = Example(raw, own, outputs[task], place, names, threshold)
+                    of_image = [result for result in results if result["image_id"] == raw.image_id]
+                    example = Example(raw, of_image, outputs[task], place, names, threshold)
                     try:
-                        pictures[task][raw.image_id] = TASKS[task].picture(one)
+                        pictures[task][raw.image_id] = TASKS[task].picture(example)
                     except ValueError as error:
                         print(f"warning: no {task} picture of image {raw.image_id}: {error}", file=sys.stderr)
     return pictures

@@ -7,7 +7,7 @@ width of the features, the base an adapter was trained on, the categories a head
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
-from visft_ds.interop.heads import HeadInfo, find_head, head_file, load_heads, of_other_base, read_head_info
+from visft_ds.interop.heads import (
+    HeadInfo,
+    classes_of_heads,
+    find_head,
+    head_file,
+    load_heads,
+    of_other_base,
+    read_head_info,
+)
 from visft_ds.interop.layouts import Tower, tower_in
 from visft_ds.interop.merge import read_adapter
 from visft_ds.interop.towers import build_tower, open_tower, resolve_tower
@@ -30,7 +38,7 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
 from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
-from visft_ds.prepare.streams import needs_vocabulary
+from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.registry import config_class
@@ -71,6 +79,83 @@ class EvaluationModel:
             return self.module(batch.to(self.device))
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """All that a model is built of, known before any weight is read."""
+
+    files: ModelFiles
+    streams: Mapping[str, Stream]  #: of its tasks; none: the backbone alone
+    vocabulary: Path | None = None  #: word map of a head that brings no words along
+    decoding: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  #: task -> what its head is also called with
+    precision: str = "auto"
+    packed: bool = False  #: images of different sizes pass through the backbone without padding
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of all streams."""
+        return tasks_of(self.streams)
+
+    def build(
+        self,
+        precision: Precision,
+        device: torch.device,
+        *,
+        preset: str | None = None,
+        allow_other_base: bool = False,
+    ) -> tuple[EvaluationModel, dict[str, Stream]]:
+        """The model, and its streams with the classes of its heads. Arguments and errors as `load_model`."""
+        model = load_model(
+            self.files,
+            self.tasks,
+            precision=precision,
+            device=device,
+            preset=preset,
+            vocabulary=read_vocabulary(self.vocabulary) if self.vocabulary else None,
+            decoding=self.decoding,
+            packed=self.packed,
+            allow_other_base=allow_other_base,
+        )
+        classes = classes_of_heads(model.heads)
+        return model, {name: replace(stream, classes=classes) for name, stream in self.streams.items()}
+
+
+def source_of_run(
+    run: Path,
+    config: VisftConfig,
+    *,
+    where: Path,
+    tasks: Sequence[str] | None = None,
+    backbone: Path | None = None,
+    heads: Path | None = None,
+    adapter: Path | None = None,
+    use_adapter: bool = True,
+    vocabulary: Path | None = None,
+    beam_size: int | None = None,
+    precision: str | None = None,
+    side: int | None = None,
+    batch_size: int | None = None,
+) -> ModelSource:
+    """Source of a finished run's model; what is given replaces what the run says.
+
+    Raises:
+        ValueError: as `chosen_streams` (with `where`), `files_of_run` and `recorded_words`.
+    """
+    streams = {name: resized(one, side=side, batch_size=batch_size) for name, one in config.streams().items()}
+    streams = chosen_streams(streams, tasks, heads, heads or where)
+    return ModelSource(
+        files_of_run(
+            run, config, tasks_of(streams), backbone=backbone, heads=heads, adapter=adapter, use_adapter=use_adapter
+        ),
+        streams,
+        vocabulary or recorded_words(run, config),
+        decoding_of(config, beam_size),
+        precision or config.model.precision,
+        config.model.packed,
+    )
+
+
 def files_of_run(
     run: Path,
     config: VisftConfig,
@@ -102,8 +187,8 @@ def files_of_run(
         own_backbone = export / BACKBONE_FILE
     else:  # one that is replaced need not be there any more
         own_backbone = find(run, config, WEIGHTS) if backbone is None else Path(config.model.weights)
-    own = all(head_file(export, task).is_file() for task in tasks)
-    of_run = own_backbone, export if own or config.heads.path is None else find(run, config, HEADS)
+    complete = all(head_file(export, task).is_file() for task in tasks)
+    of_run = own_backbone, export if complete or config.heads.path is None else find(run, config, HEADS)
     backbone, heads = backbone or of_run[0], heads or of_run[1]
     own_heads = [head_file(heads, task) for task in tasks if not head_files(heads, task)]
     wanted = [backbone, *own_heads, *([adapter] if adapter else [])]
@@ -133,7 +218,7 @@ def heads_in(folder: Path) -> tuple[str, ...]:
     found = tuple(task for task in TASKS if head_files(folder, task))
     if not found:
         wanted = ", ".join(head_file("", task).name for task in TASKS)
-        inside = next((one for one in heads_inside(folder) if any(head_files(one, task) for task in TASKS)), None)
+        inside = next((inner for inner in heads_inside(folder) if any(head_files(inner, task) for task in TASKS)), None)
         raise ValueError(
             f"{folder} holds no head ({wanted}, or the published eva_*_heads.ckpt): "
             + (f"they are in {inside}, give that" if inside else "stage 1 of a training writes them into RUN/export")
@@ -168,7 +253,7 @@ def load_model(
         ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
             heads for another width.
     """
-    backbone, told = _load_backbone(files, DTYPES[precision], preset)
+    backbone, described = _load_backbone(files, DTYPES[precision], preset)
     infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
     problems = _of_other_base(infos, files)
     if problems and not allow_other_base:
@@ -184,7 +269,7 @@ def load_model(
         )
     words = own_words or vocabulary
     check_vocabulary(infos, vocabulary or words, "the given vocabulary")
-    facts, modules = dict(told), {}
+    facts, modules = dict(described), {}
     facts |= {"allowed": "; ".join(problems)} if problems else {}
     for task, info in infos.items():
         path = find_head(files.heads, task)
@@ -231,8 +316,8 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     Raises:
         ValueError: numbers that the schema does not allow.
     """
-    one = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
-    settings = {name: config_class(name).model_validate(one) for name in tasks}
+    settings_of_each = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
+    settings = {name: config_class(name).model_validate(settings_of_each) for name in tasks}
     streams = {
         name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
         for name, task in settings.items()
@@ -342,8 +427,8 @@ def _of_other_base(infos: Mapping[str, HeadInfo], files: ModelFiles) -> list[str
         return []  # without reading the whole file
     known.add(base_identity(weights))
     if files.of_run is not None and files.of_run[0].is_file():
-        own = open_weights(files.of_run[0])
-        of_run = {base_identity(own), *recorded_bases(own)}
+        file = open_weights(files.of_run[0])
+        of_run = {base_identity(file), *recorded_bases(file)}
         if known & of_run:
             heads = [read_head_info(path, task) for task in infos for path in head_files(files.of_run[1], task)]
             known |= of_run | {info.extra["base_weights"] for info in heads if "base_weights" in info.extra}

@@ -65,7 +65,7 @@ class Report:
     @property
     def tasks(self) -> list[str]:
         """The tasks that any evaluation has numbers of."""
-        return [task for task in MAIN if any(task in one.tasks for one in self.evaluations)]
+        return [task for task in MAIN if any(task in evaluation.tasks for evaluation in self.evaluations)]
 
 
 def write_report(path: Path, report: Report) -> Path:
@@ -117,7 +117,7 @@ def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture 
     sheet = grid(panels, columns=columns)
     head = Image.fromarray(paper(_HEAD, sheet.shape[1]))
     draw = ImageDraw.Draw(head)
-    for place, label in enumerate(("ground truth", *(one.label for one in evaluations))):
+    for place, label in enumerate(("ground truth", *(evaluation.label for evaluation in evaluations))):
         left = 12 + place * (sheet.shape[1] - 12) / columns
         draw.text((left, _HEAD / 2 + 4), label, fill=INK, font=letters(20), anchor="lm")
     return np.concatenate([np.asarray(head), sheet])
@@ -125,7 +125,7 @@ def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture 
 
 def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Picture]]:
     """Image id -> [ground truth, prediction of each evaluation], for the images that all evaluations drew."""
-    drawn = [one.pictures(task) for one in evaluations]
+    drawn = [evaluation.pictures(task) for evaluation in evaluations]
     if not drawn:
         return {}
     shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
@@ -135,15 +135,15 @@ def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Pict
 
 def _card(report: Report, task: str) -> dict[str, Any]:
     name = MAIN[task]
-    values = [one.metrics.get(name, math.nan) for one in report.evaluations]
-    told = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
+    values = [evaluation.metrics.get(name, math.nan) for evaluation in report.evaluations]
+    lines = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
     if len(values) > 1:
         change = _change(report.evaluations, name)
         difference = f" ({change:+.3f})" if math.isfinite(change) else ""
-        told.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
-    for one in report.training[-1:]:
-        told.append(f"on training images: {_number(one.metrics.get(name, math.nan), 3)}")
-    return {"value": _number(values[-1], 3), "lines": told}
+        lines.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
+    for evaluation in report.training[-1:]:
+        lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
+    return {"value": _number(values[-1], 3), "lines": lines}
 
 
 def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _rows(evaluations: Sequence[Evaluation], merged: Evaluation | None, task: st
                 "name": name,
                 "meaning": MEANINGS.get(name.partition("/")[2], ""),
                 "main": name == MAIN[task],
-                "numbers": [_number(one.metrics.get(name, math.nan)) for one in evaluations],
+                "numbers": [_number(evaluation.metrics.get(name, math.nan)) for evaluation in evaluations],
                 "change": f"{change:+.4f}" if math.isfinite(change) else "–",
                 "kind": "up" if change > 0 else "down" if change < 0 else "",
                 "merged": _number(merged.metrics.get(name, math.nan)) if merged else "",
@@ -183,7 +183,7 @@ def _pictures(title: str, evaluations: Sequence[Evaluation], task: str, most: in
     return {
         "title": title,
         "task": task,
-        "labels": ["ground truth", *(one.label for one in evaluations)],
+        "labels": ["ground truth", *(evaluation.label for evaluation in evaluations)],
         "rows": {
             image_id: [embed(panel) for panel in panels]
             for image_id, panels in list(_panels(evaluations, task).items())[:most]
@@ -231,7 +231,7 @@ def _bars(report: Report, prefix: str) -> dict[str, Any]:
         "which": f"the {len(names)} of {total} categories that changed most"
         if len(names) < total
         else "every category",
-        "rows": {name.split("/")[2]: [one.metrics[name] for one in report.evaluations] for name in names},
+        "rows": {name.split("/")[2]: [evaluation.metrics[name] for evaluation in report.evaluations] for name in names},
     }
 
 
@@ -241,11 +241,11 @@ def _runs(report: Report) -> dict[str, Any]:
     records = [read_run(folder) for folder in report.runs.values()]
     configs = [recorded_config(folder).to_dict() for folder in report.runs.values()]
     facts = [_run_facts(record, config) for record, config in zip(records, configs, strict=True)]
-    names = dict.fromkeys(name for one in facts for name in one)
+    names = dict.fromkeys(name for of_run in facts for name in of_run)
     commit = records[-1].git and records[-1].git.commit
     versions = ", ".join(f"{name} {version}" for name, version in records[-1].versions.items())
     return {
-        "facts": {name: [one.get(name, "–") for one in facts] for name in names},
+        "facts": {name: [of_run.get(name, "–") for of_run in facts] for name in names},
         "versions": versions + (f", commit {commit[:12]}" if commit else ""),
     }
 
@@ -278,9 +278,9 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
     shares = {name: float(task["updates"]) for name, task in tasks.items()}
-    whole = sum(shares.values())
+    all_shares = sum(shares.values())
     return "one task: " + ", ".join(
-        f"{name} in {100 * shares[name] / whole:.0f} % of the steps, {task['batch_size']} images"
+        f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"
         for name, task in tasks.items()
     )
 

@@ -57,7 +57,7 @@ def collect(
     world = distributed.world_size()
     count = min(limit or len(reader), len(reader))
     for stream in streams.values():
-        own: dict[str, Results] = {task: [] for task in stream.tasks}
+        ours: dict[str, Results] = {task: [] for task in stream.tasks}
         what = f"evaluating {', '.join(stream.tasks)}"
         with Gauge(what, count, "images", enabled=distributed.is_main(), tell=tell) as gauge:
             for batch in evaluation_batches(
@@ -70,10 +70,10 @@ def collect(
                 threads=threads,
             ):
                 outputs = predict(batch)
-                for task, results in own.items():
+                for task, results in ours.items():
                     results += TASKS[task].results(outputs[task], batch, vocabulary, stream.classes.get(task))
                 gauge.show(min(gauge.done + world * len(batch.real), count))
-        for task, results in own.items():
+        for task, results in ours.items():
             parts = distributed.gather_objects(TASKS[task].evaluator.pack(results))
             if parts is not None:
                 gathered[task] = [result for part in parts for result in TASKS[task].evaluator.unpack(part)]

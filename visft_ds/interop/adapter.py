@@ -51,8 +51,8 @@ def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All of an adapter. `tensors` as the legend above says; `targets` as configured, those of a tower of our own in
-    the order q k v proj fc1 fc2.
+    """Settings and tensors of an adapter. `tensors` are those of the legend above; `targets` as configured, those of a
+    tower of our own in the order q k v proj fc1 fc2.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
     hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
@@ -160,7 +160,7 @@ class Adapter:
         return f"{kind} {self.rank}, scaling {self.scaling:g}, {where}"
 
     def fingerprint(self) -> str:
-        """sha256 of what it computes with: settings and values, whatever file they came from."""
+        """SHA-256 of settings and values, independent of the file they came from."""
         if self.model is None:
             settings: object = (self.rank, float(self.alpha), self.targets, *(("magnitude",) if self.magnitude else ()))
         else:
@@ -338,9 +338,9 @@ def adapter_of_run(
     base_sha256: str | None = None,
 ) -> Adapter:
     """The adapter that a run with `visft.lora` has in these tensors; the model may be on the meta device."""
-    own = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
+    adapter = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
     if isinstance(backbone, EvaViT):
-        return replace(own, targets=canonical_targets(own.targets))
+        return replace(adapter, targets=canonical_targets(adapter.targets))
     layers = {name: module for name, module in backbone.named_modules() if f"{name}.lora_A" in tensors}
     # In the order of the model's layers, which is that of the file's header.
     names = [f"{layer}.{kind}" for layer in layers for kind in KINDS if f"{layer}.{kind}" in tensors]
@@ -351,7 +351,7 @@ def adapter_of_run(
         if isinstance(module, nn.Conv2d | LoRAConv2d) and module.groups > 1
     }
     tensors = {name: tensors[name] for name in names}
-    return replace(own, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
+    return replace(adapter, tensors=tensors, model=backbone.name, options=backbone.options, groups=groups)
 
 
 def _described(settings: LoraSettings) -> str:

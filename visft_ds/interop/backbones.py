@@ -356,12 +356,12 @@ def save_backbone(
     infos = {
         name: TensorInfo(tuple(parameter.shape), dtype or parameter.dtype) for name, parameter in parameters.items()
     }
-    told = {"tower": tower_of(backbone).to_json(), "lora_merged": "true" if merged else "false", **(metadata or {})}
+    header = {"tower": tower_of(backbone).to_json(), "lora_merged": "true" if merged else "false", **(metadata or {})}
     write_safetensors(
         path,
         infos,
         lambda name: cast(parameters[name].detach(), infos[name].dtype, name),
-        told,
+        header,
         overwrite=overwrite,
     )
 

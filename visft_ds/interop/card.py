@@ -1,4 +1,4 @@
-"""The model card: README.md beside weights that leave the house. What it is, from what, how trained, how to load it.
+"""The model card: README.md of exported weights. What they are, from what, how trained, how to load it.
 
 It holds names of files, hashes, settings and numbers that were measured, never folders or names of people; what nobody
 recorded or measured it says so.
@@ -49,9 +49,9 @@ def merged_card(
     report: MergeReport,
     verification: Verification | None,
     *,
-    beside: Collection[str],
+    side_files: Collection[str],
 ) -> str:
-    """README.md of full weights. `beside`: files by which the library loads the folder alone (`formats.side_files`)."""
+    """README.md of full weights. `side_files`: with these the library loads the folder alone (`formats.side_files`)."""
     tower = report.tower
     what = [
         f"A vision tower of EVA-CLIP ({tower.describe()}) {_how(adapter)}.",
@@ -72,7 +72,7 @@ def merged_card(
     lines += fact_table("How it was trained", origin.trained, "Not recorded.")
     lines += fact_table("Measured", measured | dict(origin.measured), "Nothing.")
     sharded = len(report.files) > 1
-    lines += ["## How to load it", "", *_snippet(form, report, beside, sharded=sharded)]
+    lines += ["## How to load it", "", *_snippet(form, report, side_files, sharded=sharded)]
     return "\n".join(lines)
 
 
@@ -136,7 +136,7 @@ def _sources(origin: Origin, change: Change, tower: Tower) -> list[str]:
     else:
         source, facts = "adapter", f"Adapter: {peft.facts(change, tower)}"
     rows = [f"| base weights | {origin.base.name} | {origin.base.sha256} |"] if origin.base else []
-    rows += [f"| {source} | {one.name} | {one.sha256} |" for one in origin.adapters]
+    rows += [f"| {source} | {adapter.name} | {adapter.sha256} |" for adapter in origin.adapters]
     lines = ["## Made from", "", "| | file | sha256 |", "|---|---|---|", *rows, ""]
     return [*lines, facts, *(f"{note}." for note in origin.notes), ""]
 
@@ -148,7 +148,7 @@ def fact_table(title: str, facts: Mapping[str, str], empty: str) -> list[str]:
     return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
 
 
-def _snippet(form: str, report: MergeReport, beside: Collection[str], *, sharded: bool) -> list[str]:
+def _snippet(form: str, report: MergeReport, side_files: Collection[str], *, sharded: bool) -> list[str]:
     tower, file = report.tower, report.files[-1].name
     read = ['FOLDER = "."  # this folder']
     if form == "transformers":
@@ -171,11 +171,11 @@ def _snippet(form: str, report: MergeReport, beside: Collection[str], *, sharded
             '`eva_clip.create_model_and_transforms("EVA02-CLIP-bigE-14-plus", pretrained=FILE)`.',
             "",
         ]
-    if beside:
+    if side_files:
         how = "timm.create_model" if form == "timm" else "open_clip.create_model"
         more = ", pretrained=True" if form == "timm" else ""
         lines = _code([*read, f"import {form}", "", f'model = {how}(f"local-dir:{{FOLDER}}"{more})'])
-        if form == "open_clip" and len(beside) > 1:
+        if form == "open_clip" and len(side_files) > 1:
             lines += [
                 "timm has no name for a tower of this size: `open_clip_config.json` names this folder by its absolute "
                 "path. Change `timm_model_name` in it where the folder has moved.",

@@ -69,12 +69,12 @@ def merge(given: argparse.Namespace) -> int:
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
-    for path, place, one in zip(given.adapter, places, adapters, strict=True):
+    for path, place, adapter in zip(given.adapter, places, adapters, strict=True):
         where = f" ({place})" if place != path else ""
-        print(f"adapter  {path}{where}: {one.describe()}")
+        print(f"adapter  {path}{where}: {adapter.describe()}")
     origin = Origin(
         None,
-        tuple(CardSource(name, one.fingerprint()) for name, one in zip(names, adapters, strict=True)),
+        tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),
         _trained(places[0]) if len(places) == 1 else {},
         _measured(given.results) if given.results else {},
         (f"Several or scaled adapters{shares}{factor}",) if shares or factor else (),
@@ -280,12 +280,12 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
         if _is_folder(given.out):
             assert adapter is not None
             sharded = len(report.files) > 1
-            beside = side_files(given.format, report.weights, report.tower, dtype, given.out, sharded=sharded)
+            files = side_files(given.format, report.weights, report.tower, dtype, given.out, sharded=sharded)
             origin = replace(origin, base=CardSource(given.base.name, report.base_sha256))
-            for name, content in beside.items():
+            for name, content in files.items():
                 write_text(stage / name, json.dumps(content, indent=2) + "\n")
             card = merged_card(
-                given.out.name, given.format, given.dtype, adapter, origin, report, verification, beside=beside
+                given.out.name, given.format, given.dtype, adapter, origin, report, verification, side_files=files
             )
             write_text(stage / peft.README, card)
         _publish(stage, given.out, report.files)
@@ -357,8 +357,8 @@ def _print_report(given: argparse.Namespace, report: MergeReport, seconds: float
         print("block    retained     error   (share of the change that is in the file; |missing| / |change|)")
         rows: list[tuple[str, Share]] = [(str(index), share) for index, share in enumerate(report.blocks)]
         for name, share in [*rows, ("all", report.total)]:
-            told = f"{share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else "  no change"
-            print(f"{name:>5} {told}")
+            text = f"{share.retained:>11.1%} {share.error:>9.2g}" if share.wanted else "  no change"
+            print(f"{name:>5} {text}")
     if report.total.lost:
         print(
             f"warning: {given.dtype} cannot hold this change: its numbers near the weights are farther apart than the "

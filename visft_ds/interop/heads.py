@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import WeightFile, examples, open_weights
-from visft_ds.interop.head_info import HeadEntry, HeadFile, HeadInfo, check_options, describe, task_of
+from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
     PREFIX,
@@ -28,7 +28,7 @@ from visft_ds.interop.published_heads import (
 from visft_ds.interop.writing import save_tensors
 from visft_ds.tasks import TASKS, get_task
 from visft_ds.tasks.classes import are_of_coco, check_unnamed, classes_of
-from visft_ds.tasks.segmentation.loss import Labelling
+from visft_ds.tasks.segmentation.config import Labelling
 
 __all__ = [
     "HeadInfo",
@@ -157,7 +157,7 @@ def load_heads(path: str | Path, task: str, *, labelling: Labelling | None = Non
 
     Widths, numbers of layers, queries, classes and words are those of the tensors. A published file is taken to have 8
     attention heads. In the file of one task, ViSFT left the heads of others as they were before training: take each
-    head from its own file. `labelling` (segmentation only, see `visft_ds.tasks.segmentation.loss`) replaces what our
+    head from its own file. `labelling` (segmentation only, see `visft_ds.tasks.segmentation.config`) replaces what our
     file says; published files say nothing and are read as "published", which is how they were trained.
 
     The head is fp32, on the CPU, in evaluation mode.

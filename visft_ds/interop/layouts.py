@@ -1,7 +1,7 @@
 """Names of a vision tower's parameters in each kind of file.
 
 Inside the tower the names are the same everywhere (`patch_embed.proj.weight`, `blocks.N.attn.qkv.weight`, ...); only
-the prefix differs, and what else a file may carry beside the tower. D width, h hidden width of the MLP.
+the prefix differs, and what else a file may hold besides the tower. D width, h hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ PROJECTION = {"CLIP projection": ("head.weight", "head.bias")}
 
 @dataclass(frozen=True)
 class Layout:
-    """A naming scheme. `beside` lists what a file may hold outside the tower: reason -> beginnings of names."""
+    """A naming scheme. `others` lists what a file may hold besides the tower: reason -> beginnings of names."""
 
     name: str
     prefix: str
-    beside: Mapping[str, tuple[str, ...]]
+    others: Mapping[str, tuple[str, ...]]
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Why a name outside the tower is expected in such a file; None where it is not."""
-        for reason, beginnings in self.beside.items():
+        for reason, beginnings in self.others.items():
             if name.startswith(beginnings):
                 return reason
         return None

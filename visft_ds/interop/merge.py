@@ -171,16 +171,16 @@ def merge_into_file(
     if adapter is not None:
         base_sha256, notes = check_base(file, adapter, allow_other_base, unmerge)
     blocks, total = tuple(Share() for _ in range(found.depth)), Share()
-    own = tower_names(replace(found, class_token=False))
+    names = tower_names(replace(found, class_token=False))
     sign = -1.0 if unmerge else 1.0
-    merged = _merged(file, source.prefix, own, adapter, dtype, total, blocks=blocks, sign=sign)
+    merged = _merged(file, source.prefix, names, adapter, dtype, total, blocks=blocks, sign=sign)
     entries = FORMATS[layout].entries(merged, source)
-    told = {"tower": tower.to_json(), "lora_merged": "false", "unmerged_from": base_sha256}
+    metadata = {"tower": tower.to_json(), "lora_merged": "false", "unmerged_from": base_sha256}
     if adapter is None:
-        told = _carried(file, source, found, dtype) | {"tower": tower.to_json()}
+        metadata = _carried(file, source, found, dtype) | {"tower": tower.to_json()}
     elif not unmerge:
-        told = _header(file, adapter, base_sha256) | {"tower": tower.to_json()}
-    result = view(merged, entries, told)
+        metadata = _header(file, adapter, base_sha256) | {"tower": tower.to_json()}
+    result = view(merged, entries, metadata)
     files = _write(result, out, shard_bytes)
     if not found.class_token:
         notes.append("the base has no class token: models that pool by it need class_token=False")
@@ -196,10 +196,10 @@ def merge_into_file(
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
     """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
     names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from")
-    told = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
-    own = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
-    exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in own)
-    return told | ({VISION_OF: base_identity(file)} if exact else {})
+    metadata = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
+    tower_tensors = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
+    exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in tower_tensors)
+    return metadata | ({VISION_OF: base_identity(file)} if exact else {})
 
 
 def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str]:
@@ -217,7 +217,7 @@ def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str
 def _merged(
     file: WeightFile,
     prefix: str,
-    own: Iterable[str],
+    names: Iterable[str],
     change: Change | None,
     dtype: torch.dtype,
     total: Share,
@@ -253,7 +253,7 @@ def _merged(
         return result
 
     entries = {name: Entry.same(file, name) for name in file}
-    for inner in own:
+    for inner in names:
         name = prefix + inner
         entries[name] = Entry((name,), TensorInfo(file.shape(name), dtype), partial(make, inner))
     return view(file, entries)
@@ -293,16 +293,16 @@ def merge_timm(
     name, image_size = change.timm
     backbone = build_timm(name, image_size=image_size, device="meta")
     opened = open_backbone(backbone, base)
-    file, own = opened.file, base_parameters(backbone)
+    file, parameters = opened.file, base_parameters(backbone)
     if is_merged(file):
         raise ValueError(f"{base} has an adapter merged in already; merging again would count it twice: give the base")
-    if foreign := sorted(set(change.weights()) - own.keys() - set(opened.stored)):
+    if foreign := sorted(set(change.weights()) - parameters.keys() - set(opened.stored)):
         raise ValueError(f"{base} has nothing of the names that were changed: {examples(foreign)}")
     sha256, notes = check_timm_base(base, change, allow_other=allow_other)
     total = Share()
-    merged = _merged(file, "", own, change, dtype, total)
-    told = {TIMM_KEY: backbone.settings(), **_header(file, change, sha256)}
-    write_safetensors(out, merged.infos, merged.get, told)
+    merged = _merged(file, "", parameters, change, dtype, total)
+    metadata = {TIMM_KEY: backbone.settings(), **_header(file, change, sha256)}
+    write_safetensors(out, merged.infos, merged.get, metadata)
     settings, unfit = config_of(backbone, {key: info.shape for key, info in merged.infos.items()})
     return TimmMerge(backbone, sha256, total, settings, (*notes, *unfit))
 

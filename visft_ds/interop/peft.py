@@ -240,8 +240,8 @@ def save_peft_adapter(
 
 def _settings(adapter: Adapter) -> dict[str, Any]:
     """Entry of the header of PEFT's file about an adapter on a tower of our own."""
-    told = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
-    return told if adapter.base_storage == "full" else {**told, "base_storage": adapter.base_storage}
+    settings = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
+    return settings if adapter.base_storage == "full" else {**settings, "base_storage": adapter.base_storage}
 
 
 def _timm_settings(adapter: Adapter) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def why_no_peft(adapter: Adapter) -> str | None:
     adapted = {layer: adapter.adapted(layer) for layer in adapter.layers()}
     grouped = [layer for layer, rows in adapted.items() if rows.groups > 1]
     if adapter.magnitude:
-        sliced = [layer for layer, rows in adapted.items() if not rows.whole]
+        sliced = [layer for layer, rows in adapted.items() if not rows.unsliced]
         if sliced or grouped:
             why = "slices of a fused layer" if sliced else "grouped convolutions"
             return f"its DoRA knows no {why} ({examples(sliced or grouped, 1)})"
@@ -370,7 +370,7 @@ def peft_tensors(adapter: Adapter, split: bool) -> dict[str, Tensor]:
         a, b, magnitude = adapter.factors(layer)
         if rows.groups > 1:
             a = _spread_groups(a, rows.groups)
-        if not rows.whole:
+        if not rows.unsliced:
             b = _spread(b, rows, adapter.rank)
         if a.ndim == 4:
             b = b[:, :, None, None]
@@ -396,8 +396,8 @@ def _separated(adapter: Adapter) -> Adapter:
 def _spread(stacked: Tensor, rows: AdaptedRows, rank: int) -> Tensor:
     """lora_B of ours (adapted rows, r) -> PEFT's (all rows, G*r), zero outside the blocks."""
     result = stacked.new_zeros(rows.rows, len(rows.slices) * rank)
-    for changed, columns, own in rows.parts(rank):
-        result[changed, columns] = stacked[own]
+    for changed, columns, rows_of_b in rows.parts(rank):
+        result[changed, columns] = stacked[rows_of_b]
     return result
 
 
@@ -467,16 +467,16 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
     rank, scaling = _rank_and_scaling(file, config, len(slices))
     tensors = _stacked(file, split) if split else {}
     for name in file:
-        own = _own_name(name)
-        if "_proj.lora_" in own:
+        our_name = _own_name(name)
+        if "_proj.lora_" in our_name:
             continue
         value = file.get(name).float()
-        if own.endswith("attn.qkv.lora_B"):
+        if our_name.endswith("attn.qkv.lora_B"):
             gathered = _gather(value, slices, rank)
             if gathered is None:
                 raise ValueError(_not_sparse(name, slices, rank, file))
             value = gathered
-        tensors[own] = value
+        tensors[our_name] = value
     base, storage = (told.base_sha256, told.base_storage) if told else (None, "full")
     return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
 

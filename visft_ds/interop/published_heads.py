@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visft_ds.interop.backbones import cast
 from visft_ds.interop.files import PICKLE_SUFFIXES, WeightFile, examples, open_weights
-from visft_ds.interop.head_info import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
+from visft_ds.interop.head_file import HeadFile, HeadInfo, attention_heads, read_sizes, task_of
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.writing import write_atomically
 from visft_ds.tasks import TASKS, get_task
@@ -116,7 +116,7 @@ def published_name(task: str, name: str) -> str:
 
 
 def _our_name(task: str, inner: str) -> str | None:
-    """The other way round; None for a name that is none of this task's."""
+    """The inverse; None for a name of another task or of none."""
     ours = _translate(inner, _TO_OURS[task])
     # A name may fit a rule and still be none: "multihead_attn" is the only way to write our "cross_attn".
     return ours if ours is not None and published_name(task, ours) == PREFIX + inner else None
@@ -129,20 +129,20 @@ class PublishedFile:
     file: WeightFile
     heads: Mapping[str, Mapping[str, str]]  #: task -> our name -> name in the file; only tasks that are there
     repeats: Mapping[str, str]  #: second name in the file -> the name it repeats
-    beside: Mapping[str, tuple[str, ...]]  #: what belongs to no head: reason -> names
+    others: Mapping[str, tuple[str, ...]]  #: what belongs to no head: reason -> names
     unknown: tuple[str, ...]
 
     def ignored(self, task: str) -> dict[str, int]:
         """Why names are not used when the file is read for a task -> how many."""
         counts = {f"{other} head": len(names) for other, names in self.heads.items() if other != task}
-        counts |= {reason: len(names) for reason, names in self.beside.items()}
+        counts |= {reason: len(names) for reason, names in self.others.items()}
         return counts | ({"second name of a segmentation tensor": len(self.repeats)} if self.repeats else {})
 
 
 def sort_names(file: WeightFile) -> PublishedFile:
     """Account for every name of a file, whatever it holds."""
     heads: dict[str, dict[str, str]] = {}
-    beside: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     repeats, unknown = {}, []
     for name in file:
         inner = name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
@@ -153,9 +153,9 @@ def sort_names(file: WeightFile) -> PublishedFile:
         elif alias is not None and inner is not None:
             repeats[name] = PREFIX + _ALIASES[alias] + inner.removeprefix(alias)
         elif inner is not None and inner.startswith("backbone.0."):
-            beside.setdefault("LoRA of the backbone" if is_lora(name) else "backbone", []).append(name)
+            others.setdefault("LoRA of the backbone" if is_lora(name) else "backbone", []).append(name)
         elif name == _LOSS_CONSTANT:
-            beside.setdefault("constant of the detection loss", []).append(name)
+            others.setdefault("constant of the detection loss", []).append(name)
         else:
             unknown.append(name)
     unknown += [name for name, original in repeats.items() if original not in file]
@@ -163,7 +163,7 @@ def sort_names(file: WeightFile) -> PublishedFile:
         file,
         {task: heads[task] for task in TASKS if task in heads},
         {name: original for name, original in repeats.items() if original in file},
-        {reason: tuple(names) for reason, names in beside.items()},
+        {reason: tuple(names) for reason, names in others.items()},
         tuple(unknown),
     )
 

@@ -74,8 +74,8 @@ def as_tower(file: WeightFile) -> WeightFile | None:
         else:
             ours = _renamed(inner, _THEIRS, _THEIR_PARTS, "blocks")
             entries[name if ours is None else PREFIX + ours] = Entry.same(file, name)
-    told = {"tower": '{"post_norm": false}', **file.metadata}  # the class has no other form
-    return view(file, entries, told)
+    metadata = {"tower": '{"post_norm": false}', **file.metadata}  # the class has no other form
+    return view(file, entries, metadata)
 
 
 def export_entries(file: WeightFile, layout: Layout) -> dict[str, Entry]:

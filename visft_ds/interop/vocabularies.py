@@ -29,8 +29,8 @@ def check_vocabulary(infos: Mapping[str, HeadInfo], vocabulary: Vocabulary | Non
         if not TASKS[task].uses_vocabulary:
             continue
         assert vocabulary is not None, f"{task} works with a vocabulary"
-        own = vocabulary_in({task: info})
-        if own is not None:
-            own.check_same(vocabulary, this=f"the {task} head", that=where)
+        its_vocabulary = vocabulary_in({task: info})
+        if its_vocabulary is not None:
+            its_vocabulary.check_same(vocabulary, this=f"the {task} head", that=where)
         else:
             vocabulary.check_size(info.options["vocabulary_size"])

@@ -67,15 +67,15 @@ def write_atomically(path: Path, write: Callable[[Any], None], *, overwrite: boo
 
 
 @contextmanager
-def full_disk_told(size: int) -> Iterator[None]:
+def full_disk_explained(size: int) -> Iterator[None]:
     """Have the OSError of a full disk say how many bytes were to be written; it names none by itself."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        told = f"{error.strerror}, {size / 1e6:,.1f} MB are to be written"
-        raise OSError(error.errno, told, error.filename) from error
+        message = f"{error.strerror}, {size / 1e6:,.1f} MB are to be written"
+        raise OSError(error.errno, message, error.filename) from error
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -110,7 +110,7 @@ def write_safetensors(
         for piece in pieces:
             file.write(piece)
 
-    with full_disk_told(sum(info.nbytes for info in infos.values())):
+    with full_disk_explained(sum(info.nbytes for info in infos.values())):
         write_atomically(path, write, overwrite=overwrite)
 
 
@@ -235,7 +235,7 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[
     offsets: dict[str, int] = {}
     size = sum(info.nbytes for info in infos.values())
     try:
-        with full_disk_told(2 * size), raw.open("w+b") as file:
+        with full_disk_explained(2 * size), raw.open("w+b") as file:
             for name in infos:
                 tensor = produce(name).detach().cpu().contiguous()
                 assert TensorInfo.of(tensor) == infos[name], name
@@ -249,7 +249,7 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], produce: Callable[[
             name: torch.frombuffer(pages, dtype=info.dtype, count=info.numel, offset=offsets[name]).reshape(info.shape)
             for name, info in infos.items()
         }
-        with full_disk_told(size):
+        with full_disk_explained(size):
             write_atomically(path, partial(_save, tensors))
     finally:
         raw.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """The vision towers of EVA-CLIP (https://github.com/baaivision/EVA, EVA-CLIP): image -> feature map.
 
-EVA-ViT-E normalises the branches (x + norm(attn(x))), EVA-ViT-G their inputs (x + attn(norm(x))); otherwise they are
-alike: no dropout, layer scale, rotary embedding or gated MLP. As in ViSFT (https://arxiv.org/abs/2401.10222) there is
-no class token unless asked for, but `pos_embed` always keeps its entry first, as in every published file.
+EVA-ViT-E normalises the results of the branches (x + norm(attn(x)), "post-norm"), EVA-ViT-G their inputs (x +
+attn(norm(x)), "pre-norm"); otherwise they are alike: no dropout, layer scale, rotary embedding or gated MLP. As in
+ViSFT (https://arxiv.org/abs/2401.10222) there is no class token unless asked for, but `pos_embed` always keeps its
+entry first, as in every published file.
 
 Letters: B images, H W pixels, h w patch grid, N tokens, D width.
 """
@@ -41,7 +42,7 @@ class EvaViTConfig:
     post_norm: bool = False  #: True: x + norm(attn(x)); False: x + attn(norm(x))
 
 
-#: ImageNet statistics; all three tasks of the paper's code use them, not CLIP's (mmf/common/constants.py).
+#: ImageNet statistics; all three tasks of ViSFT's code use them, not CLIP's (mmf/common/constants.py).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
@@ -60,7 +61,7 @@ RECOMPUTE = ("block", "mlp", "all_but_attention", "gelu_8bit")
 
 
 def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The function with activation checkpointing. No dropout in a block, so no random state is put back."""
+    """The function with activation checkpointing. Blocks have no dropout, so no random state is restored."""
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
 
@@ -91,14 +92,14 @@ class Block(nn.Module):
 
         Args:
             packing: x is (1, T, D), the tokens of several images.
-            recompute_mlp: compute all from the attention kernel to the GELU again in the backward pass, instead of
-                keeping hidden activations of the MLP.
-            coded_gelu: keep 8 bits of each of them.
+            recompute_mlp: recompute everything from the attention kernel to the GELU in the backward pass, instead of
+                keeping the hidden activations of the MLP.
+            coded_gelu: keep 8 bits of each hidden activation.
         """
-        # Results of the first branch have no name here that would keep them until the block ends.
+        # The result of the first branch gets no name here, which would keep it in memory until the block ends.
         if recompute_mlp:
-            # What lies between the attention kernel and the GELU is as wide as the stream, and the one product in
-            # between costs a ninth of the MLP's first: recomputed with it.
+            # Activations between the attention kernel and the GELU are as wide as the residual stream, and the product
+            # between them costs a ninth of the MLP's first one: they are recomputed with it.
             x, branch = recomputed(self._projected_and_mlp)(x, self._attended(x, packing), coded_gelu)
         else:
             x = self._added(x, self.attn.proj(self._attended(x, packing)))
@@ -119,23 +120,23 @@ class Block(nn.Module):
         return out
 
     def _projected_and_mlp(self, x: Tensor, attended: Tensor, coded_gelu: bool) -> tuple[Tensor, Tensor]:
-        """The stream behind the first branch, and the second branch."""
+        """The residual stream after the first branch, and the result of the second branch."""
         x = self._added(x, self.attn.proj(attended))
         return x, self._mlp(x, coded_gelu)
 
 
 def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
-    """(B, N, D) -> (B, N, D) through one block; `policy`: what of it is recomputed, one of RECOMPUTE, or None."""
-    how: Callable[..., Tensor] = block
+    """Run a block, (B, N, D) -> (B, N, D); `policy`: what of it is recomputed, one of RECOMPUTE, or None: nothing."""
+    run: Callable[..., Tensor] = block
     if policy == "mlp":
-        how = partial(block, recompute_mlp=True)
+        run = partial(block, recompute_mlp=True)
     elif policy == "gelu_8bit":
-        how = partial(block, coded_gelu=True)
+        run = partial(block, coded_gelu=True)
     elif policy == "all_but_attention":
-        how = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
+        run = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
     elif policy is not None:
-        how = recomputed(block)
-    return how(x) if packing is None else how(x, packing=packing)
+        run = recomputed(block)
+    return run(x) if packing is None else run(x, packing=packing)
 
 
 class BlockRunner(Protocol):
@@ -156,8 +157,8 @@ class EvaViT(nn.Module):
     Attributes:
         checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
         recompute: what of these blocks, see RECOMPUTE.
-        pixel_mean, pixel_std: with which images are normalised.
-        compiled: runs the blocks instead of `run_block`; None: nothing does.
+        pixel_mean, pixel_std: of the RGB channels in [0, 1], with which images are normalised.
+        compiled: runs the blocks in the place of `run_block`, if given.
     """
 
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
@@ -203,17 +204,17 @@ class EvaViT(nn.Module):
     def forward(self, images: Tensor, frames: Grids | None = None) -> Tensor:
         """Features of the patches.
 
-        With `frames` they are those of each image alone, and what is padded is not computed: the patches of all images
-        are packed into one row. Position embeddings are then resized to each image's own grid, and no patch attends to
-        padding; in a padded batch positions span the padding and patches attend to it, so its features are others.
+        With `frames` they are those of each image alone, and padding is not computed: the patches of all images are
+        packed into one row. Position embeddings are then resized to each image's own grid, and no patch attends to
+        padding. Without, positions span the padding and patches attend to it, as in ViSFT's code; features differ.
 
         Args:
             images: (B, 3, H, W), already normalised, H and W at least one patch.
             frames: (height, width) of each image within the padded batch, at least one patch.
 
         Returns:
-            (B, D, h, w), normed, a channels-last view in the dtype of the residual stream: (h, w) is the grid of the
-            padded batch, or with `frames` as large as the largest of the images' own grids, and 0 beyond each.
+            (B, D, h, w) after the last norm, a channels-last view in the dtype of the residual stream: (h, w) is the
+            grid of the padded batch, or with `frames` the largest of the images' own grids, with 0 beyond each.
         """
         if frames is None:
             return self.feature_map(self.tokens(images), self.grid(images))
@@ -244,11 +245,11 @@ class EvaViT(nn.Module):
             return self._positioned(x, size)
         # Patches do not overlap: embedded once for the padded batch, where ZeRO-3 expects one call on every rank.
         maps = zip(x.unflatten(1, size), grids, strict=True)
-        own = [self._positioned(one[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for one, grid in maps]
-        return torch.cat(own, dim=1)
+        rows = [self._positioned(cells[: grid[0], : grid[1]].flatten(0, 1)[None], grid) for cells, grid in maps]
+        return torch.cat(rows, dim=1)
 
     def _positioned(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, h*w, D) with positions, behind the class token if there is one."""
+        """(B, h*w, D) with positions added, after the class token if there is one."""
         x = x + resize_position_embeddings(self.pos_embed[0, 1:], grid)
         if self.cls_token is None:
             return x

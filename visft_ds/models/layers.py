@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. Pixels right and below the last whole patch are dropped."""
+    """Non-overlapping patches to tokens. Pixels right and below the last complete patch are dropped."""
 
     def __init__(
         self,
@@ -167,9 +167,9 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), what the heads give; with a packing (1, T, D), the tokens of several images.
+        """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
 
-        `proj` is left to the block, which may compute it again.
+        The block applies `proj`, which it may recompute in the backward pass.
         """
         batch, length, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -207,6 +207,6 @@ def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 def stack_padded(maps: Sequence[Tensor]) -> Tensor:
     """[(h, w, ...)] -> (B, H, W, ...), padded below and on the right with 0 to the largest h and w."""
-    height, width = (max(one.shape[side] for one in maps) for side in (0, 1))
+    height, width = (max(map_.shape[side] for map_ in maps) for side in (0, 1))
     inner = (0, 0) * (maps[0].ndim - 2)
-    return torch.stack([F.pad(one, (*inner, 0, width - one.shape[1], 0, height - one.shape[0])) for one in maps])
+    return torch.stack([F.pad(map_, (*inner, 0, width - map_.shape[1], 0, height - map_.shape[0])) for map_ in maps])

@@ -1,21 +1,26 @@
 """Low-rank adapters inside a backbone (LoRA, https://arxiv.org/abs/2106.09685), with an explicit merge.
 
 An adapted layer keeps the names of the layer it replaces (`weight`, `bias`), adding `lora_A` and `lora_B`, stacked over
-the adapted slices as loralib's MergedLinear stacks them, so files of either kind load as they are. On the fused qkv
-projection any of q, k and v can be adapted alone. The paper's code adapts q and v with rank 64 and alpha 1: scale 1/64.
-With a magnitude (DoRA, https://arxiv.org/abs/2402.09353) each adapted row also has a length that is learnt.
+the adapted slices as loralib's MergedLinear stacks them, so files of either kind load as they are. A slice is a range
+of output rows: on the fused qkv projection any of q, k and v can be adapted alone. ViSFT's code adapts q and v with
+rank 64 and alpha 1: scale 1/64. With magnitudes (DoRA, https://arxiv.org/abs/2402.09353) the length of each adapted row
+is a parameter too.
 
-On convolutions, grouped and depthwise ones too, the update is one of the weight (out, in / groups, k, k), seen as a
-matrix with a row for each output channel, as LoCon has it (https://github.com/KohakuBlueleaf/LyCORIS). Without groups
-it is a convolution to r channels and a 1x1 one behind it, which is PEFT's form. With groups all of them share A, so
-that the update is one of the grouped weight and can be merged; PEFT's would be one of a weight without groups.
+On convolutions, grouped and depthwise ones too, the weight (out, in / groups, k, k) is updated as a matrix with a row
+for each output channel, as in LoCon (https://github.com/KohakuBlueleaf/LyCORIS). Without groups the update is a
+convolution to r channels followed by a 1x1 one, which is PEFT's form. With groups all groups share A, so that the
+update has the shape of the grouped weight and can be merged; PEFT's has that of a weight without groups.
 
-Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it twice.
+Evaluation mode changes nothing: only `merge_lora` merges, and refuses to do it twice (loralib merges in `eval()`, which
+ViSFT's code then adds a second time).
+
+Letters: G slices of a layer, r rank, R adapted rows: the sum of the slices' widths.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +38,9 @@ from visft_ds.models.layers import Linear
 from visft_ds.ops import matmul_dtype, no_autocast
 from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
 
-#: Parameters that an adapted layer may have beside those of the layer it replaces.
+#: Parameters that an adapted layer may add to those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
-#: target -> (path of the layer in a block, which part of its output, number of equal parts), in stacking order
+#: target -> (path of the layer in a block, index of the part of its output, number of equal parts), in stacking order
 TARGETS = {
     "q": ("attn.qkv", 0, 3),
     "k": ("attn.qkv", 1, 3),
@@ -48,14 +53,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class AdaptedRows:
-    """The rows of a weight that low-rank updates change: of `rows` in all those in `slices`, from and below."""
+    """The rows of a weight, or output channels, that low-rank updates change."""
 
-    slices: Slices
-    rows: int
+    slices: Slices  #: (first, end) of each range of adapted rows, ascending
+    rows: int  #: of the weight in all
     groups: int = 1  #: of a convolution
 
     @property
-    def whole(self) -> bool:
+    def unsliced(self) -> bool:
         """Return True if the weight is adapted as one matrix."""
         return self.slices == ((0, self.rows),)
 
@@ -69,24 +74,24 @@ class AdaptedRows:
     def update(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """Dense scale * B A (rows, fan in) in the precision of the factors; zero in rows that are not adapted."""
         result = a.new_zeros(self.rows, a[0].numel())
-        for changed, own_a, own_b in self.parts(b.shape[1]):
-            torch.matmul(b[own_b], a[own_a].flatten(1), out=result[changed])
+        for changed, rows_of_a, rows_of_b in self.parts(b.shape[1]):
+            torch.matmul(b[rows_of_b], a[rows_of_a].flatten(1), out=result[changed])
         return result.mul_(scale)
 
     def change(self, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
-        """Dense change of a weight (rows, ...), of which rows with magnitudes get these lengths."""
+        """Dense change of a weight (rows, ...); with magnitudes (R,), adapted rows then have these lengths."""
         result = self.update(a, b, scale).view_as(weight)
         if magnitude is not None:
-            for changed, _, own in self.parts(b.shape[1]):
-                result[changed] = resized(weight[changed], result[changed], magnitude[own])
+            for changed, _, rows_of_b in self.parts(b.shape[1]):
+                result[changed] = dora_change(weight[changed], result[changed], magnitude[rows_of_b])
         return result
 
 
 class AdaptedLayer(nn.Module):
-    """A layer that takes over weight and bias of the one it replaces and adds lora_A, lora_B and, or not, magnitudes.
+    """Layer with the weight and bias of the one it replaces, lora_A, lora_B and, for DoRA, lora_magnitude.
 
-    While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them again.
-    Subclasses compute the forward and the first magnitudes.
+    While merged, `state_dict` holds the merged weight without the adapters, so that nothing can apply them twice.
+    Subclasses compute the forward and the initial magnitudes.
     """
 
     weight: nn.Parameter
@@ -98,12 +103,12 @@ class AdaptedLayer(nn.Module):
     def __init__(
         self, base: nn.Module, adapted: AdaptedRows, fan_in: Sequence[int], *, rank: int, alpha: float, magnitude: bool
     ) -> None:
-        """Take over a layer's parameters; the adapters are fp32 over weights of any narrower dtype.
+        """Take over a layer's parameters; the adapters are fp32, or fp64 over fp64 weights.
 
         Args:
-            base: with `weight` and `bias`.
-            fan_in: shape of a row of the weight, and of lora_A.
-            magnitude: whether each adapted row has one.
+            base: the layer to replace, with `weight` and `bias`.
+            fan_in: shape of a row of the weight and of a row of lora_A.
+            magnitude: add lora_magnitude (DoRA).
         """
         super().__init__()
         self.rank = rank
@@ -111,7 +116,7 @@ class AdaptedLayer(nn.Module):
         self.scale = alpha / rank
         self.adapted = adapted
         a, b = (len(adapted.slices) * rank, *fan_in), (sum(hi - lo for lo, hi in adapted.slices), rank)
-        self.shapes = {"lora_A": a, "lora_B": b}  # ZeRO-3 takes those of parameters away
+        self.shapes = {"lora_A": a, "lora_B": b}  # under ZeRO-3 the parameters' own shape is (0,)
         weight: Any = base.weight
         self.weight = weight
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
@@ -121,7 +126,7 @@ class AdaptedLayer(nn.Module):
         self.register_parameter("lora_magnitude", nn.Parameter(torch.empty(b[0], **like)) if magnitude else None)
 
     def start(self, generator: torch.Generator | None) -> None:
-        """Give A and the magnitudes their first values, where the layer holds any."""
+        """Initialise A and the magnitudes; on the meta device there is nothing to do. B is zero from the beginning."""
         if self.weight.is_meta:
             return
         self.lora_A.data.copy_(self.random_a(generator))
@@ -139,11 +144,11 @@ class AdaptedLayer(nn.Module):
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
         """Initial magnitudes, fp32: the norms of the adapted rows of a weight on any device."""
-        raise AssertionError("subclasses say it")
+        raise AssertionError("subclasses define it")
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The dense change of the weight, which is not merged, in the precision of the adapters."""
+        """The dense change of the unmerged weight, in the precision of the adapters."""
         return self.adapted.change(self.weight, self.lora_A, self.lora_B, self.lora_magnitude, self.scale)
 
     @property
@@ -196,11 +201,11 @@ class AdaptedLayer(nn.Module):
 
 
 class LoRALinear(AdaptedLayer):
-    """A `Linear` with low-rank updates on slices of its output; takes over the parameters of the layer it replaces.
+    """A `Linear` with low-rank updates on slices of its output.
 
-    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r), lora_magnitude (R,) or None, R
-    the sum of the slices' widths. The adapters are fp32 over weights of any narrower dtype; A starts uniform in
-    +-1/sqrt(in), B zero, magnitudes as the lengths of the weight's rows, so that nothing changes at the start.
+    Parameters: weight (out, in), bias (out,) or None, lora_A (G*r, in), lora_B (R, r), lora_magnitude (R,) or None. A
+    starts uniform in +-1/sqrt(in), B at zero, magnitudes at the lengths of the weight's rows: the output does not
+    change at the start.
     """
 
     def __init__(
@@ -226,7 +231,7 @@ class LoRALinear(AdaptedLayer):
         return row_lengths(weight, a, b, self.scale, self.slices)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out). A bias given here replaces the module's own."""
+        """(..., in) -> (..., out). A bias given here replaces the module's own (EVA's qkv: see `Attention`)."""
         bias = self.bias if bias is None else bias
         if self.merged:
             dtype = matmul_dtype(self.weight)
@@ -270,22 +275,22 @@ class LoRAConv2d(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W') in the dtype that torch chooses for a convolution."""
-        how: tuple[Any, Any, Any] = (self.stride, self.padding, self.dilation)
-        y = F.conv2d(x, self.weight, self.bias, *how, self.groups)
+        window: tuple[Any, Any, Any] = (self.stride, self.padding, self.dilation)
+        y = F.conv2d(x, self.weight, self.bias, *window, self.groups)
         if self.merged:
             return y
         if self.groups == 1:
-            inner = F.conv2d(x, self.lora_A, None, *how)
+            inner = F.conv2d(x, self.lora_A, None, *window)
             y = y + self.scale * F.conv2d(inner, self.lora_B[:, :, None, None])
         else:
-            y = y + F.conv2d(x, self._update(), None, *how, self.groups)
+            y = y + F.conv2d(x, self._update(), None, *window, self.groups)
         if self.lora_magnitude is None:
             return y
-        with torch.no_grad():
+        with torch.no_grad():  # DoRA, section 4.3: no gradient flows through the length
             length = lengths(self.weight.to(self.lora_B.dtype) + self._update())
-        excess = (self.lora_magnitude / length - 1).view(1, -1, 1, 1)  # 0 where nothing has been learnt
-        product = y if self.bias is None else y.to(excess.dtype) - self.bias.to(excess.dtype).view(1, -1, 1, 1)
-        return (y + excess * product).to(y.dtype)
+        excess = (self.lora_magnitude / length - 1).view(1, -1, 1, 1)  # 0 at the start of training: y stays as it is
+        without_bias = y if self.bias is None else y.to(excess.dtype) - self.bias.to(excess.dtype).view(1, -1, 1, 1)
+        return (y + excess * without_bias).to(y.dtype)
 
     def _update(self) -> Tensor:
         """scale * B A in the shape of the weight, in the precision of the adapters."""
@@ -299,15 +304,15 @@ class LoRAConv2d(AdaptedLayer):
         )
 
 
-def resized(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """The change of rows (n, ...) that DoRA moves by `delta` and then gives the lengths `magnitude` (n,)."""
-    turned = weight.to(delta.dtype) + delta
-    factor = magnitude / lengths(turned)
-    return turned * factor.view(-1, *(1,) * (turned.ndim - 1)) - weight
+def dora_change(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """Change of rows (n, ...) that DoRA moves by `delta` and then scales to the lengths `magnitude` (n,)."""
+    moved = weight.to(delta.dtype) + delta
+    factor = magnitude / lengths(moved)
+    return (moved.flatten(1) * factor[:, None]).view_as(moved) - weight
 
 
 def lengths(rows: Tensor) -> Tensor:
-    """(n, ...) -> (n,): Euclidean, never quite zero, so that a row of zeros stays one."""
+    """Euclidean lengths (n, ...) -> (n,), never quite zero, so that a row of zeros stays one."""
     return rows.flatten(1).norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
@@ -332,16 +337,15 @@ def inject_lora(
 ) -> None:
     """Replace the targeted layers by adapted ones, in place.
 
-    The forward does not change by this (B is zero, magnitudes are the rows' own), the names and objects of the existing
-    parameters neither. The new parameters require gradients; nothing else is frozen or thawed. Slices of a layer are
-    stacked in the order q, k, v.
+    The output does not change by this, nor do names and objects of the existing parameters. The new parameters require
+    gradients; `requires_grad` of the others stays. Slices of a layer are stacked in the order q, k, v.
 
     Args:
         rank: of each slice's update.
         alpha: the update is scaled by alpha / rank.
-        targets: roles in every block of `backbone.blocks`, q, k, v, proj, fc1, fc2; or globs over the names of linear
-            layers and convolutions, such as "stages.*.mlp.fc1".
-        magnitude: adapted rows have a length of their own that is learnt (DoRA).
+        targets: roles in every block of `backbone.blocks` (keys of TARGETS); or globs over the names of linear layers
+            and convolutions, such as "stages.*.mlp.fc1".
+        magnitude: train the lengths of adapted rows too (DoRA).
         seed: decides A of every layer, whatever the device and the state of the global generators.
 
     Raises:
@@ -388,11 +392,9 @@ def _layers_of_roles(backbone: nn.Module, roles: tuple[str, ...]) -> Planned:
             f"visft.lora.targets as globs over its layers: {_some_layers(backbone)}"
         )
     plan: Planned = {}
-    for name, parts in (
-        (f"blocks.{index}.{path}", parts)
-        for index in range(len(blocks))
-        for path, parts in _slices_by_layer(roles).items()
-    ):
+    by_layer = _parts_by_layer(roles)
+    for index, path in itertools.product(range(len(blocks)), by_layer):
+        name = f"blocks.{index}.{path}"
         layer = _find(backbone, name)
         fused = name.endswith("attn.qkv")
         if not isinstance(layer, Linear | nn.Linear) or (fused and layer.out_features != 3 * layer.in_features):
@@ -400,7 +402,7 @@ def _layers_of_roles(backbone: nn.Module, roles: tuple[str, ...]) -> Planned:
                 f"LoRA targets {roles} need a Linear layer at {name}, which {_name(backbone)} has not; it has "
                 f"{_some_layers(backbone)}"
             )
-        plan[name] = (layer, tuple(_range(layer.out_features, part, of) for part, of in parts))
+        plan[name] = (layer, tuple(_range(layer.out_features, part, of) for part, of in by_layer[path]))
     return plan
 
 
@@ -438,11 +440,11 @@ def _name(backbone: nn.Module) -> str:
 def first_value(backbone: nn.Module, name: str, seed: int, read: Callable[[str], Tensor]) -> Tensor:
     """Initial value that `inject_lora` with this seed gives an adapter's parameter: fp32, on the CPU.
 
-    For a backbone on the meta device, which `inject_lora` gives shapes only.
+    For a backbone on the meta device, where `inject_lora` makes shapes only; values are drawn as they are needed.
 
     Args:
         name: "...lora_A", "...lora_B" or "...lora_magnitude".
-        read: gives the backbone's own parameters, by name, as the model starts with them.
+        read: returns a parameter of the backbone by name, as the model starts with it.
     """
     path, _, kind = name.rpartition(".")
     layer = lora_layers(backbone)[path]
@@ -485,7 +487,7 @@ def merge_lora(module: nn.Module) -> dict[str, float]:
     """Merge every adapter into its weight (see `AdaptedLayer.merge`); the originals are kept for `unmerge_lora`.
 
     Returns:
-        Layer name -> retained share of its update: 16-bit weights round part of a small update away.
+        Layer name -> share of its update that survived rounding: 16-bit weights lose part of a small update.
 
     Raises:
         ValueError: no adapters, or any of them merged already (then nothing is changed).
@@ -513,8 +515,8 @@ def unmerge_lora(module: nn.Module) -> None:
 def has_effect(module: nn.Module, inputs: Tensor) -> float:
     """Relative change of the output under perturbation of every lora_B, to find adapters that the forward bypasses.
 
-    A lora_B is perturbed only while its layer runs, and restored afterwards: a module whose
-    parameters are gathered for the forward of their own module can be judged, too.
+    A lora_B is perturbed only while its layer runs, and restored afterwards: so the test works under ZeRO-3 too, where
+    a parameter has values only then.
 
     Args:
         module: with unmerged adapters, tensor -> tensor.
@@ -531,7 +533,7 @@ def has_effect(module: nn.Module, inputs: Tensor) -> float:
         raise ValueError("the LoRA layers are merged and have no effect of their own; unmerge first")
     names, saved = {layer: name for name, layer in layers.items()}, dict[AdaptedLayer, Tensor]()
 
-    def disturb(layer: AdaptedLayer, _: Any) -> None:
+    def perturb(layer: AdaptedLayer, _: Any) -> None:
         saved[layer] = layer.lora_B.clone()
         noise = torch.randn(layer.lora_B.shape, generator=generator_for(0, names[layer]))
         # With A and the scale the layer's output changes by about half its input's size: large enough to see
@@ -550,8 +552,8 @@ def has_effect(module: nn.Module, inputs: Tensor) -> float:
         return 0.0
     with ExitStack() as hooks:
         for layer in layers.values():
-            hooks.callback(layer.register_forward_pre_hook(disturb).remove)
-            # Ahead of a hook that takes gathered values away, and also where the layer fails.
+            hooks.callback(layer.register_forward_pre_hook(perturb).remove)
+            # Before ZeRO-3's hook that frees gathered values, and also where the layer fails.
             hooks.callback(layer.register_forward_hook(restore, prepend=True, always_call=True).remove)
         changed: Tensor = module(inputs)
     return float((changed - plain).double().norm() / plain.double().norm())
@@ -564,7 +566,8 @@ def _require_lora(module: nn.Module) -> dict[str, AdaptedLayer]:
     return layers
 
 
-def _slices_by_layer(targets: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+def _parts_by_layer(targets: tuple[str, ...]) -> dict[str, list[tuple[int, int]]]:
+    """Path of a layer in a block -> (index, number of equal parts) of each adapted part of its output."""
     grouped: dict[str, list[tuple[int, int]]] = {}
     for target, (path, part, of) in TARGETS.items():
         if target in targets:
@@ -573,6 +576,7 @@ def _slices_by_layer(targets: tuple[str, ...]) -> dict[str, list[tuple[int, int]
 
 
 def _range(width: int, part: int, of: int) -> tuple[int, int]:
+    """(first, end) of a part of `width` outputs in `of` equal ones."""
     return width // of * part, width // of * (part + 1)
 
 

@@ -48,11 +48,11 @@ class TimmBackbone(nn.Module):
         Raises ValueError for one that takes images of one size only, or has no feature map.
         """
         super().__init__()
-        whole: Any = model
+        timm_model: Any = model
         for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[store] = model.__dict__[store]
-        self._whole = (whole,)  # a tuple, so that it is no child of its own
-        config = whole.pretrained_cfg
+        self._timm = (timm_model,)  # a tuple, so that it is no child of its own
+        config = timm_model.pretrained_cfg
         self.name, self.options = name, dict(options)
         self.image_size = options.get("img_size", int(config["input_size"][-1]))
         self.pixel_mean, self.pixel_std = tuple(config["mean"]), tuple(config["std"])
@@ -66,7 +66,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
-        model = self._whole[0]
+        model = self._timm[0]
         patch = self._patch()
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
@@ -81,7 +81,7 @@ class TimmBackbone(nn.Module):
     def train(self, mode: bool = True) -> TimmBackbone:
         """Training mode, of all but batch norms."""
         super().train(mode)
-        self._whole[0].training = mode
+        self._timm[0].training = mode
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.train(False)
@@ -98,15 +98,15 @@ class TimmBackbone(nn.Module):
 
         set_reentrant_ckpt(False)  # a reentrant one gives no gradient to adapters behind a frozen stem
         self._every = every
-        if every or self._whole[0].__dict__.get("grad_checkpointing"):
-            self._whole[0].set_grad_checkpointing(bool(every))
+        if every or self._timm[0].__dict__.get("grad_checkpointing"):
+            self._timm[0].set_grad_checkpointing(bool(every))
 
     def describe(self) -> str:
         """A few words for the console."""
         return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
 
     def settings(self) -> str:
-        """By which a file of its weights says what they are of."""
+        """Facts for the metadata of a weight file: which model it is of."""
         return json.dumps({"name": self.name, "image_size": self.options.get("img_size")})
 
     def stored_buffers(self) -> dict[str, Tensor]:
@@ -123,13 +123,13 @@ class TimmBackbone(nn.Module):
 
     def _patch(self) -> int | None:
         """Side of a patch of a plain ViT; None for networks that take any number of pixels."""
-        embed: Any = getattr(self._whole[0], "patch_embed", None)
-        plain = hasattr(self._whole[0], "num_prefix_tokens") and hasattr(embed, "patch_size")
+        embed: Any = getattr(self._timm[0], "patch_embed", None)
+        plain = hasattr(self._timm[0], "num_prefix_tokens") and hasattr(embed, "patch_size")
         return int(embed.patch_size[0]) if plain else None
 
     def _cut(self, probe: TimmBackbone) -> dict[str, Tensor]:
         """Leave out the children that the feature map does not need. Returns their tensors by name."""
-        model = self._whole[0]
+        model = self._timm[0]
         features = probe(self._blank(self.image_size, self.image_size))
         named = dict(probe.named_parameters())
         found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
@@ -165,7 +165,7 @@ def _on_meta(backbone: TimmBackbone) -> TimmBackbone:
     probe = object.__new__(TimmBackbone)
     probe.__dict__.update(backbone.__dict__)
     model, _ = build_model(backbone.name, backbone.options.get("img_size"), device="meta")
-    probe.__dict__["_whole"] = (model,)
+    probe.__dict__["_timm"] = (model,)
     for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         probe.__dict__[store] = model.__dict__[store]
     return probe
@@ -216,7 +216,7 @@ def build_model(name: str, image_size: int | None, *, device: str, seed: int = 0
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(PREFIX + one for one in near)}?" if near else "see timm.list_models()"
+        hint = f"did you mean {' or '.join(PREFIX + known for known in near)}?" if near else "see timm.list_models()"
         raise ValueError(f"timm {version('timm')} has no model {name!r}; {hint}")
     options: list[dict[str, Any]] = [{"dynamic_img_size": True}, {}]
     if image_size is not None:

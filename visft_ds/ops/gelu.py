@@ -116,7 +116,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Contiguous tensors of one size, a few values at a time, as views."""
     flat, at_once = [tensor.view(-1) for tensor in tensors], _AT_ONCE.get(placed(tensors[0].device).type, 1 << 23)
     for start in range(0, flat[0].numel(), at_once):
-        yield tuple(one[start : start + at_once] for one in flat)
+        yield tuple(tensor[start : start + at_once] for tensor in flat)
 
 
 def _precise(x: Tensor) -> torch.dtype:

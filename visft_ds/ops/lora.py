@@ -1,9 +1,11 @@
 """A frozen linear layer with low-rank updates on slices of its output, as one autograd function.
 
-LoRA, https://arxiv.org/abs/2106.09685: y = x W^T + b, then y[..., lo:hi] += scale * (x A_g^T) B_g^T for g = (lo, hi).
+LoRA, https://arxiv.org/abs/2106.09685: y = x W^T + b, then y[..., lo:hi] += scale * (x A_g^T) B_g^T for each slice g
+of the output, from lo to hi.
 
 Kept for the backward pass: x, u = scale * x A^T (G*r numbers a token) and the parameters by reference. Never kept or
-built: the dense update B A, the layer's output, copies of a parameter in another precision. Three implementations:
+built: the dense update B A, the layer's output, copies of a parameter in another precision. Three implementations,
+called backends:
 
 - eager: small products into slices of the output, to which the wide one is added. The specification; CPUs and fp32.
 - augmented: one product of [x | u] with [W | B], so that 16-bit results are rounded once, in any library's product.
@@ -20,7 +22,6 @@ Letters: K inputs, F outputs, R adapted outputs, G slices, r rank, M tokens (all
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from visft_ds.ops import kernels, matmul_dtype, no_autocast, placed
 from visft_ds.ops.triton import DTYPES, why_not
 
-Slices = tuple[tuple[int, int], ...]
+Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
 
 BACKENDS = ("eager", "augmented", "triton")
 
@@ -72,7 +73,7 @@ def lora_linear(
         raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
     if backend == "triton":
         _check_triton(weight.device, dtype)
-    # x is cast out here: a 16-bit copy is cheaper to keep for the backward pass than the fp32 residual stream.
+    # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
     out: tuple[Tensor, Tensor] = _LoraLinear.apply(
         x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend
     )
@@ -96,6 +97,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 class _LoraLinear(torch.autograd.Function):
+    """Arguments of `lora_linear` -> (output, u); u is an output so that `setup_context` can keep it."""
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -133,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
             return (None,) * 8
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dx = dw = db = da = dlb = None
+        dx = dw = db = da = dlb = None  # gradients of x, weight, bias, lora_a, lora_b
         # The backward pass may run under another state of autocast than the forward did.
         with no_autocast(grad.device):
             dy = grad.reshape(-1, grad.shape[-1])
@@ -202,11 +205,11 @@ def _backward_triton(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tenso
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right in one pass and with one rounding. With beta = 0 nobody reads the empty tensor."""
+    """scale * left @ right in one pass and with one rounding. With beta = 0 the empty tensor is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
-def _groups(slices: Slices, rank: int) -> Iterator[tuple[int, int, slice, slice]]:
+def _groups(slices: Sequence[tuple[int, int]], rank: int) -> Iterator[tuple[int, int, slice, slice]]:
     """For every slice: its output range, its columns of u (rows of A), its rows of B."""
     start = 0
     for index, (lo, hi) in enumerate(slices):
@@ -262,26 +265,21 @@ def dora_linear(
     y = lora_linear(x, weight, bias, lora_a, lora_b, scale, slices)
     lengths = row_lengths(weight, lora_a, lora_b, scale, slices)
     with no_autocast(y.device):
-        excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 where nothing has been learnt: y stays as it is
-        parts, start = [], 0
-        edges = [0, *(edge for pair in slices for edge in pair), weight.shape[0]]
-        for index, (lo, hi) in enumerate(pairwise(edges)):
-            if index % 2 == 0:
-                parts.append(excess.new_zeros(hi - lo))
-            else:
-                parts.append(excess[start : start + hi - lo])
-                start += hi - lo
-        product = y if bias is None else y.to(excess.dtype) - bias.to(excess.dtype)
-        return (y + torch.cat(parts) * product).to(y.dtype)
+        excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 at the start of training: y stays as it is
+        of_all = excess.new_zeros(weight.shape[0])
+        for lo, hi, _, part in _groups(slices, lora_b.shape[1]):
+            of_all[lo:hi] = excess[part]
+        without_bias = y if bias is None else y.to(excess.dtype) - bias.to(excess.dtype)
+        return (y + of_all * without_bias).to(y.dtype)
 
 
 @torch.no_grad()
 def row_lengths(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, slices: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """|W + s B A| of each adapted row, without the dense product.
+    """Lengths |W + s B A| of the adapted rows, without the dense product.
 
-    |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, in fp32 or wider; with b = 0 exactly the length of w.
+    The square is |w|^2 + 2 s b (A w) + s^2 b (A A^T) b, in fp32 or wider; with b = 0 exactly that of w.
 
     Args:
         weight: (F, K).
@@ -291,13 +289,11 @@ def row_lengths(
     Returns:
         (R,) float32, of float64 weights float64.
     """
-    rank, found, start = lora_b.shape[1], [], 0
+    found = []
     wide = torch.promote_types(weight.dtype, torch.float32)
     with no_autocast(weight.device):
-        for index, (lo, hi) in enumerate(slices):
-            rows, a = weight[lo:hi].to(wide), lora_a[index * rank : (index + 1) * rank].to(wide)
-            b = lora_b[start : start + hi - lo].to(wide)
+        for lo, hi, rows_of_a, rows_of_b in _groups(slices, lora_b.shape[1]):
+            rows, a, b = weight[lo:hi].to(wide), lora_a[rows_of_a].to(wide), lora_b[rows_of_b].to(wide)
             squares = rows.square().sum(1) + 2 * scale * (b * (rows @ a.t())).sum(1)
             found.append((squares + scale**2 * (b * (b @ (a @ a.t()))).sum(1)).sqrt())
-            start += hi - lo
     return torch.cat(found).clamp(min=torch.finfo(wide).tiny)  # a row of zeros stays one

@@ -1,4 +1,4 @@
-"""From a configuration and a prepared model to the engine that trains it."""
+"""From a prepared model to the engine that trains it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import OptimizerParams
+from visft_ds.models.compiled import compile_blocks
 from visft_ds.parallel.engine import Engine, Schedule, ZeroEngine
 from visft_ds.parallel.partition import Partition
 from visft_ds.parallel.pipeline import PipelineEngine
@@ -14,37 +15,35 @@ from visft_ds.prepare.model import PreparedModel
 
 
 def build_engine(
-    config: ResolvedConfig,
     prepared: PreparedModel,
     deepspeed_config: dict[str, Any],
+    optimizer: OptimizerParams,
+    schedule: Schedule,
+    *,
+    seed: int,
     partition: Partition | None = None,
+    compile: str = "none",
 ) -> Engine:
-    """The engine: a pipeline where a partition is given, else ZeRO over the whole model."""
-    optimizer, scheduler = config.optimizer.params, config.scheduler
-    schedule = Schedule(
-        scheduler.type,
-        scheduler.params.warmup_num_steps,
-        config.total_steps,
-        scheduler.params.warmup_min_ratio,
-        scheduler.params.cos_min_ratio,
-    )
+    """The engine: a pipeline where a partition is given, else ZeRO over the whole model.
+
+    Args:
+        deepspeed_config: from `deepspeed_dict`.
+        optimizer: of AdamW; groups of the model may have rates of their own.
+        seed: of dropout and of sampled points.
+        compile: what becomes of the backbone's blocks, see `compile_blocks`.
+    """
 
     def build_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
 
-    module, groups, seed = prepared.module, prepared.optimizer_groups(), config.visft.seed
+    module, groups = prepared.module, prepared.optimizer_groups()
+    common: dict[str, Any] = {"build_optimizer": build_optimizer, "schedule": schedule, "seed": seed}
+    engine: Engine
     if partition is None:
-        return ZeroEngine(
-            module, groups, deepspeed_config, build_optimizer=build_optimizer, schedule=schedule, seed=seed
-        )
-    return PipelineEngine(
-        module,
-        groups,
-        deepspeed_config,
-        bounds=partition.bounds,
-        build_optimizer=build_optimizer,
-        schedule=schedule,
-        seed=seed,
-    )
+        engine = ZeroEngine(module, groups, deepspeed_config, **common)
+    else:
+        engine = PipelineEngine(module, groups, deepspeed_config, bounds=partition.bounds, **common)
+    compile_blocks(module.backbone, compile)
+    return engine

@@ -1,7 +1,7 @@
 """The engine that trains a prepared model: ZeRO 0-3 through `deepspeed.initialize`.
 
-One signature for every engine: a step takes the micro-batches of this rank and returns what happened.
-DeepSpeed 0.19.8 has silent faults where parameters take no part in a step; each remedy says which one it cures.
+One signature for every engine: a step takes the micro-batches of this rank and reports what happened, alike on all
+ranks. `train` calls it once an optimiser step; remedies for silent faults of DeepSpeed stand in `deepspeed_fixes`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.distributed import DistNetworkError
 
 from visft_ds import DEEPSPEED
+from visft_ds.config.schema import SchedulerConfig
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.parallel.loss_scale import LossScale
-from visft_ds.parallel.refusal import step_without_update
+from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
 from visft_ds.resilience.signals import LostRank
 
-#: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT joins it.
+#: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT is added.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -45,20 +45,20 @@ class StepReport:
     gradient_norm: float  #: global L2 norm before clipping
     learning_rates: Mapping[str, float]  #: by parameter group, as used in this step
     skipped: bool  #: True when a low-precision overflow made the optimiser skip the update
-    refused: Literal["", "loss", "gradient"] = ""  #: why no rank has made an update; overflows of fp16 are no reason
+    refused: Literal["", "loss", "gradient"] = ""  #: what was not accepted, so that no rank made an update
     faults: Mapping[int, Sequence[str]] = field(default_factory=dict)  #: of a refused step: rank -> what it found
     loss_scale: float | None = None  #: what the loss was multiplied by; None in fp32 and bf16
 
 
 class Engine(Protocol):
-    """Interface of an engine to the trainer and the checkpoints."""
+    """Interface of an engine to the training loop and the checkpoints; methods are described in `ZeroEngine`."""
 
     module: MultiTaskModel
     device: torch.device
-    accumulation: int
+    accumulation: int  #: micro-batches of an optimiser step on this rank
     stage: int  #: of ZeRO
     seed: int
-    deepspeed: Any  #: the engine inside
+    deepspeed: Any  #: DeepSpeed's engine, which this one drives
     loss_scale: LossScale
     should_update: Callable[[float], bool]  #: of the mean loss of a global batch: may this step change the weights?
 
@@ -82,8 +82,14 @@ class Schedule:
     warmup_min_ratio: float = 0.0
     final_ratio: float = 0.0
 
+    @classmethod
+    def of(cls, config: SchedulerConfig, total_steps: int) -> Schedule:
+        """The schedule that the configuration's "scheduler" describes."""
+        params = config.params
+        return cls(config.type, params.warmup_num_steps, total_steps, params.warmup_min_ratio, params.cos_min_ratio)
+
     def __call__(self, step: int) -> float:
-        """Factor for the update that follows `step` finished updates."""
+        """Factor of the update that follows `step` finished updates."""
         if step < self.warmup_steps:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * (step + 1) / self.warmup_steps
         if self.kind == "WarmupLR":
@@ -142,7 +148,7 @@ def start_process_group() -> None:
 
 @contextlib.contextmanager
 def environment_as_found() -> Iterator[None]:
-    """Take back at the end what `start_process_group` adds to the environment: a program that is started later must not
+    """Remove at the end what `start_process_group` added to the environment: a program that is started later must not
     think that a launcher started it."""
     found = set(os.environ)
     try:
@@ -154,17 +160,17 @@ def environment_as_found() -> Iterator[None]:
 
 @contextlib.contextmanager
 def released(engine: Engine) -> Iterator[Engine]:
-    """The engine; where the process goes on afterwards (`distributed.keep_open`), its memory can be used again.
+    """The engine; its memory is freed at the end where the process goes on afterwards (`distributed.keep_open`).
 
     DeepSpeed hangs hooks into autograd that keep a model for ever; under ZeRO-3 a list and a cache do so too. A rank
-    that failed among others lets it be: it would wait for what they never finish.
+    that failed among others frees nothing: it would wait for collectives that they never join.
     """
-    whole = False
+    succeeded = False
     try:
         yield engine
-        whole = True
+        succeeded = True
     finally:
-        if distributed.kept_open() and (whole or distributed.world_size() == 1):
+        if distributed.kept_open() and (succeeded or distributed.world_size() == 1):
             engine.deepspeed.destroy()
             parameter_offload.FWD_MODULE_STACK.clear()
             cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
@@ -173,7 +179,7 @@ def released(engine: Engine) -> Iterator[Engine]:
 
 
 def _holder(port: int) -> str:
-    """Who listens on a port of this machine, as far as the system shows."""
+    """Name the process that listens on a port of this machine, as far as the system shows it."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             name = " ".join(psutil.Process(connection.pid).cmdline())
@@ -190,6 +196,7 @@ def _free_port() -> str:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of the random numbers (dropout) of a step: a pure function, so that a resumed run draws the same."""
+    # Differs between all steps below 1,000,003 and ranks below 4,099.
     return ((seed * 1_000_003 + step) * 4_099 + rank) % (1 << 63)
 
 
@@ -199,9 +206,9 @@ def faults_of_all(module: MultiTaskModel, sums: Mapping[str, Tensor]) -> dict[in
     Args:
         sums: this rank's losses.
     """
-    own = [*(module.faults or ()), *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite())]
-    everyone = distributed.broadcast_object(distributed.gather_objects(own))
-    return {rank: found for rank, found in enumerate(everyone) if found}
+    here = [*(module.faults or ()), *(f"{name} is {float(v)}" for name, v in sums.items() if not v.isfinite())]
+    everywhere = distributed.broadcast_object(distributed.gather_objects(here))
+    return {rank: found for rank, found in enumerate(everywhere) if found}
 
 
 class ZeroEngine:
@@ -211,12 +218,12 @@ class ZeroEngine:
         module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
         groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
         config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
-        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
     `should_update` decides, from the mean loss of the global batch, if a step may change the weights. It has to answer
-    alike on every rank. Nothing that is not finite may pass.
+    alike on every rank, and to refuse what is not finite.
     """
 
     def __init__(
@@ -263,20 +270,20 @@ class ZeroEngine:
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
             if number < len(batches):
-                self.deepspeed.step()
+                self.deepspeed.step()  # only counts the micro-batch
         loss = distributed.mean_over_ranks({"loss": sums["loss"]})["loss"]
         refused, norm = self._update(loss)
         skipped = not refused and not math.isfinite(norm)
         faults = faults_of_all(self.module, sums) if refused else {}
         # Ranks with a fault do not have all the losses.
         means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
-        used = scale if self.loss_scale.dynamic else None
-        return StepReport(means, norm / scale, rates, skipped, refused, faults, used)
+        used_scale = scale if self.loss_scale.dynamic else None
+        return StepReport(means, norm / scale, rates, skipped, refused, faults, used_scale)
 
     def _update(self, loss: float) -> tuple[Literal["", "loss", "gradient"], float]:
-        """The update, unless the loss or the gradient speaks against it; the same on every rank.
+        """Make the update unless loss or gradient are refused, alike on every rank.
 
-        Returns why there was none, and the norm of the gradient as DeepSpeed has it (inf where that is unknown).
+        Returns what was refused, and the norm of the gradient, still multiplied by the loss scale (inf if unknown).
         """
         accepted = self.should_update(loss)
         norm = self._dense_gradient_norm() if self.stage == 0 else math.inf  # ZeRO-0 keeps no norm
@@ -287,7 +294,7 @@ class ZeroEngine:
         if not accepted:
             return "loss", norm
         if self.stage:
-            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+            norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         return judge_gradient(norm, self.loss_scale), norm
 
     @torch.no_grad()
@@ -297,7 +304,7 @@ class ZeroEngine:
         return dict(self.deepspeed(batch.to(self.device)))
 
     def holder(self, name: str) -> int:
-        """The rank that speaks for a parameter: the main process, like every other one, can gather all of them."""
+        """The rank that reads a parameter for checkpoints: 0, which can gather all of them, like every other rank."""
         return 0
 
     def _dense_gradient_norm(self) -> float:
@@ -309,20 +316,3 @@ def judge_gradient(norm: float, loss_scale: LossScale) -> Literal["", "gradient"
     """Return "gradient" for a norm, equal on every rank, of NaN or infinity, else ""; in fp16 only move the scale."""
     loss_scale.move(overflow=not math.isfinite(norm))
     return "" if loss_scale.dynamic or math.isfinite(norm) else "gradient"
-
-
-def clear_stale_gradients(optimizer: Any) -> None:
-    """Zero the gradients DeepSpeed kept from the last step for parameters that took no part in this one.
-
-    Under ZeRO-3 (`grad_partitions_flat_buffer`) and under every optimiser offload (CPU copies of the gradients) such a
-    parameter would silently get its previous gradient again. A no-op where there is nothing of the kind.
-    """
-    buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    if buffer is not None:
-        buffer.zero_()
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        for flat in getattr(optimizer, name, ()):
-            if flat.grad is not None:
-                flat.grad.zero_()
-    if hasattr(optimizer, "norm_for_param_grads"):
-        optimizer.norm_for_param_grads.clear()

@@ -1,6 +1,6 @@
 """Partition of a model into pipeline stages: places of ranks, cost of each layer, bounds between layers.
 
-Costs are operations (`profiling.flops`), not parameters: a frozen block has none that train and is most of the work.
+Costs are operations (`costs.flops`), not trained parameters: frozen blocks have none and are most of the work.
 """
 
 from __future__ import annotations
@@ -15,42 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visft_ds.config import Batches, ResolvedConfig
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import LoraConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.flops import Flops, block_flops, product, tower_from
-from visft_ds.data.roles import role_of_stage
-from visft_ds.data.shards import Role
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import require_eva_vit
-from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.spec import Content
 
 #: Ids of a caption, for its head's share of the work; COCO's have 10.5 words on average.
 _CAPTION_IDS = 13
-
-
-@dataclass(frozen=True)
-class Place:
-    """Place of a rank: its stage, and its pipeline among those that train side by side."""
-
-    stage: int
-    stages: int
-    dp_rank: int
-    dp_size: int
-
-    @classmethod
-    def of_rank(cls, rank: int, world_size: int, stages: int) -> Place:
-        """As DeepSpeed numbers them: first all ranks of stage 0, then all of stage 1, and so on."""
-        assert world_size % stages == 0, (world_size, stages)
-        dp_size = world_size // stages
-        return cls(rank // dp_size, stages, rank % dp_size, dp_size)
-
-    @property
-    def role(self) -> Role | None:
-        """Role of this rank in reading; None: it reads nothing."""
-        return role_of_stage(self.stage, self.stages)
 
 
 @dataclass(frozen=True)
@@ -77,12 +51,12 @@ class Partition:
 
     def rows(self, micro_batches: int) -> list[tuple[str, str]]:
         """Rows for the stages, and for the idle share of the time."""
-        whole = sum(self.costs)
+        total = sum(self.costs)
         lines = []
         for number, cost in enumerate(self.stage_costs()):
             names = self.names[self.bounds[number] : self.bounds[number + 1]]
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            share = f"{100 * cost / whole:.1f} % of the operations"
+            share = f"{100 * cost / total:.1f} % of the operations"
             lines.append((f"stage {number}", f"{span} ({len(names)} layer{'s' * (len(names) > 1)}), {share}"))
         idle = (
             f"{100 * self.bubble(micro_batches):.0f} % of the time, as predicted for {micro_batches} micro-batches to "
@@ -91,36 +65,43 @@ class Partition:
         return [*lines, ("waiting", idle)]
 
 
-def plan_partition(config: ResolvedConfig, batches: Batches, vocabulary_size: int | None) -> Partition | None:
-    """Divide the layers of the configured model such that the slowest stage has as little work as possible.
+def plan_partition(
+    module: MultiTaskModel,
+    stages: int,
+    streams: Mapping[str, Stream],
+    micro: Mapping[str, int],
+    *,
+    lora: LoraConfig | None,
+    name: str,
+) -> Partition | None:
+    """Divide the layers of a model such that the slowest stage has as little work as possible.
 
     Args:
-        batches: with the number of stages and the images of a micro-batch.
-        vocabulary_size: of the captions; None: that of the published heads.
+        module: from `plan_model`, on the meta device; what trains in it is known.
+        micro: images of a micro-batch, by stream.
+        lora: of its adapters, where they train.
+        name: of the model, for messages.
 
     Returns:
-        None for a run without a pipeline.
+        None for one stage: a run without a pipeline.
 
     Raises:
-        ValueError: more stages than layers, or groups that match nothing.
+        ValueError: more stages than layers.
     """
-    if batches.stages == 1:
+    if stages == 1:
         return None
-    visft, stages = config.visft, batches.stages
-    module, _ = plan_model(visft, config.optimizer.params, vocabulary_size or PUBLISHED_VOCABULARY)
     depth = require_eva_vit(module.backbone).depth
     names = ("embedding", *(f"blocks.{index}" for index in range(depth)), "heads")
     if stages > len(names):
         raise ValueError(
-            f"pipeline.stages = {stages}: {visft.model.name} has {len(names)} layers (embedding, "
-            f"{depth} blocks, heads); give at most {len(names)}"
+            f"pipeline.stages = {stages}: {name} has {len(names)} layers (embedding, {depth} blocks, heads); give at "
+            f"most {len(names)}"
         )
-    streams = visft.streams()
-    whole = sum(stream.share for stream in streams.values())
+    shares = sum(stream.share for stream in streams.values())
     costs = [0.0] * len(names)
-    for name, stream in streams.items():
-        for index, cost in enumerate(_stream_costs(module, visft, stream, batches.micro[name])):
-            costs[index] += cost * stream.share / whole
+    for stream in streams.values():
+        for index, cost in enumerate(_stream_costs(module, lora, stream, micro[stream.name])):
+            costs[index] += cost * stream.share / shares
     return Partition(names, tuple(costs), divide(costs, stages))
 
 
@@ -147,23 +128,23 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
             return (last**2 if last <= limit else float("inf")), (start, count)
         options = []
         for stop in range(start + 1, count - parts + 2):
-            own = sums[stop] - sums[start]
-            if own <= limit:
+            stage_cost = sums[stop] - sums[start]
+            if stage_cost <= limit:
                 rest, bounds = evenest(stop, parts - 1)
-                options.append((own**2 + rest, (start, *bounds)))
+                options.append((stage_cost**2 + rest, (start, *bounds)))
         return min(options, default=(float("inf"), ()))
 
     return evenest(0, stages)[1]
 
 
-def _stream_costs(module: MultiTaskModel, config: VisftConfig, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for one micro-batch of a stream, of its typical images."""
+def _stream_costs(module: MultiTaskModel, lora: LoraConfig | None, stream: Stream, images: int) -> list[float]:
+    """Operations of each layer for a micro-batch of a stream, with images of typical size."""
     backbone = require_eva_vit(module.backbone)
     together = 1 if module.packed else images
     side = stream.typical_side(together) // backbone.patch_size or 1
     patches = side * side
     trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
-    tower = tower_from(backbone, config.lora if config.stage == 2 else None, trained)
+    tower = tower_from(backbone, lora, trained)
     inner = 3 * backbone.patch_size**2
     embedding = product(
         images * patches,
@@ -192,8 +173,8 @@ def _head_flops(
     """
     features = torch.empty(images, module.backbone.width, side, side, device="meta", requires_grad=flows)
     valid = torch.empty(images, side, side, dtype=torch.bool, device="meta")
-    size = (side * module.backbone.patch_size,) * 2
-    blank = TASKS[task].blank(images, size, Content(caption_ids=_CAPTION_IDS), options, features.device)
+    pixels = side * module.backbone.patch_size
+    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), options, features.device)
     inputs = {name: value.to("meta") for name, value in blank.head_inputs().items()}
     head: nn.Module = module.heads[task]
     with FlopCounterMode(display=False) as forward:
@@ -209,5 +190,5 @@ def _tensors(output: object) -> list[Tensor]:
     """Tensors of a head's output: a dataclass, its fields, and what those hold."""
     if isinstance(output, Tensor):
         return [output]
-    inner = output if isinstance(output, tuple) else vars(output).values() if hasattr(output, "__dict__") else ()
-    return [tensor for one in inner for tensor in _tensors(one)]
+    items = output if isinstance(output, tuple) else getattr(output, "__dict__", {}).values()
+    return [tensor for item in items for tensor in _tensors(item)]

@@ -1,8 +1,8 @@
 """The pipeline engine: the prepared model divided over stages, `deepspeed.pipe` x ZeRO-1 data parallel.
 
 DeepSpeed 0.19.8 goes wrong with frozen stages, several parameter groups, several losses and modes of frozen parts;
-each remedy stands beside the fault it cures. What it is used with privately (`_INSTRUCTION_MAP`, `pipe_buffers`) is why
-`start_process_group` refuses releases that were not tested.
+each remedy here names the fault it cures. They use private parts of DeepSpeed (`_INSTRUCTION_MAP`, `pipe_buffers`),
+which is why `start_process_group` refuses releases that were not tested.
 """
 
 from __future__ import annotations
@@ -23,24 +23,22 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipeline
 from torch import Tensor, nn
 
-from visft_ds.data.roles import check_same_samples
+from visft_ds.data.roles import Place, check_same_samples
 from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import StepReport, clear_stale_gradients, faults_of_all, judge_gradient, step_seed
-from visft_ds.parallel.loss_scale import LossScale
-from visft_ds.parallel.partition import Place
+from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
+from visft_ds.parallel.engine import StepReport, faults_of_all, judge_gradient, step_seed
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
-from visft_ds.parallel.refusal import step_without_update
 
-#: Values of an anchor: at least one for each data-parallel rank that ZeRO-1 divides it over.
+#: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
 _ANCHOR_SIZE = 64
 #: Steps between two comparisons of samples; comparing makes the host wait for the device.
 CHECK_EVERY = 20
 
 
 class StagesModule(PipelineModule):
-    """DeepSpeed's module over the layers of a model, divided at given bounds.
+    """DeepSpeed's module over the layers of a model (`pipeline_layers`), divided at given bounds.
 
     Args:
         model: the prepared model; this process keeps the layers of its stage on its device.
@@ -63,7 +61,7 @@ class StagesModule(PipelineModule):
                 release(model, layer)
 
     def _partition_layers(self, method: str = "given") -> None:
-        # DeepSpeed's own "parameters" counts what trains: with frozen blocks one stage would get nearly all of them.
+        # DeepSpeed's method "parameters" counts what trains: with frozen blocks one stage would get nearly all of them.
         self.parts = self._bounds
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
@@ -82,7 +80,7 @@ class StagesModule(PipelineModule):
 
 
 def _loss_of(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
-    """The scalar DeepSpeed goes backward from. The heads ran inside the module; predictions have no loss."""
+    """The scalar whose backward pass DeepSpeed runs. The heads ran inside the module; predictions have no loss."""
     loss = outputs.get("loss")
     return loss if isinstance(loss, Tensor) else torch.zeros(())
 
@@ -90,15 +88,15 @@ def _loss_of(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
 class PipelineEngine:
     """Stages x ZeRO-1 over the layers of a prepared model.
 
-    In a step the first stage takes batches with pixels, the last one batches with labels, and those between none. Every
-    stage holds the module's names and shapes; parameters of other stages are on the meta device.
+    In a step the first stage takes batches with pixels, the last one batches with labels, and those between none. Only
+    the stage of a parameter holds its values: in the other stages' `module` it is on the meta device.
 
     Args:
         module: the prepared model; trainable parameters in fp32, frozen ones in any precision.
         groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
         config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
         bounds: first layer of each stage, and the number of layers.
-        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
@@ -147,7 +145,7 @@ class PipelineEngine:
         self._accepted = True
 
     def holder(self, name: str) -> int:
-        """The rank that speaks for a parameter: the first one of the stage that holds it."""
+        """The rank that reads a parameter for checkpoints: the first one of the stage that holds it."""
         return self._owners[name] * self.place.dp_size
 
     def train_step(self, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators) -> StepReport:
@@ -159,7 +157,7 @@ class PipelineEngine:
         Raises:
             RuntimeError: labels and pixels of different samples.
         """
-        expected = self.accumulation if self.place.role else 0
+        expected = self.accumulation if self.place.role else 0  # stages in the middle read nothing
         assert len(batches) == expected, (len(batches), expected)
         torch.manual_seed(step_seed(self.seed, step, distributed.rank()))
         clear_stale_gradients(self.deepspeed.optimizer)
@@ -171,26 +169,27 @@ class PipelineEngine:
         self.module.faults, self._sums = [], {}
         sums, every = self._sums, 1 if self._steps_here == 0 else CHECK_EVERY
 
-        def note(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
+        def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
             check_same_samples(step, received[:1], batch, every)
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
 
-        self._run(self.deepspeed.train_batch, batches, loss_denominators, note)
+        self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
         self._steps_here += 1
-        norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+        norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         refused: Literal["", "loss", "gradient"] = "loss"
         if self._accepted:
             refused = judge_gradient(norm, self.loss_scale)
         losses = {"loss": self._losses["loss"]} if refused else self._losses
         faults = faults_of_all(self.module, sums) if refused else {}
-        skipped, used = not refused and not math.isfinite(norm), scale if self.loss_scale.dynamic else None
-        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used)
+        skipped = not refused and not math.isfinite(norm)
+        used_scale = scale if self.loss_scale.dynamic else None
+        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used_scale)
 
     def _update(self, engine: Any) -> None:
         """End a step in every stage: make the update, unless `should_update` refuses the loss."""
         self._losses, scale = self._share_losses()
-        # It multiplied the gradients that came from the last stage; no stage may divide by another one.
+        # The last stage's scale multiplied the gradients that came from there; no stage may divide by another one.
         assert scale == self.loss_scale.value, (scale, self.loss_scale.value)
         self._accepted = self.should_update(self._losses["loss"])
         step = partial(DeepSpeedPipeline._exec_optimizer_step, engine)
@@ -203,33 +202,33 @@ class PipelineEngine:
     def predict(self, batch: Batch) -> dict[str, Any]:
         """Every head's output for this rank's batch, on the CPU, in evaluation mode. All ranks call it together.
 
-        Every rank has images of its own: those of one pipeline go through it one after another, and each output returns
-        to where its images came from.
+        Every rank has other images: those of one pipeline's ranks go through it one after another, and each output
+        returns to the rank its images came from.
         """
         group = self.deepspeed.grid.get_pipe_parallel_group()
         ranks = self.deepspeed.grid.pp_group
-        wanted = _exchange(batch, ranks, group)
+        batches = _exchange(batch, ranks, group)
         outputs: list[dict[str, Any]] = []
         self._run(
             lambda fed: self.deepspeed.eval_batch(
                 fed, reduce_output=None, bcast_loss=False, num_micro_batches=len(ranks)
             ),
-            wanted,
+            batches,
             None,
             lambda predicted, received, _: outputs.append(to_host(predicted)),
         )
-        own: list[Any] = [None]
-        dist.scatter_object_list(own, outputs or None, src=ranks[-1], group=group)
-        return dict(own[0])
+        returned: list[Any] = [None]
+        dist.scatter_object_list(returned, outputs or None, src=ranks[-1], group=group)
+        return dict(returned[0])
 
     def _run(
         self,
         start: Callable[[Iterator[Any]], Any],
         batches: Sequence[Batch],
         loss_denominators: LossDenominators | None,
-        note: Callable[[Any, Tensor, Batch], None],
+        on_output: Callable[[Any, Tensor, Batch], None],
     ) -> None:
-        """Send micro-batches through the stages; `note` sees each output on the last one."""
+        """Send micro-batches through the stages; `on_output` gets (output, label, batch) on the last one."""
         heads = self._stages.heads
         self.deepspeed.module.loss_fn = _loss_of
         if heads is not None:
@@ -237,16 +236,16 @@ class PipelineEngine:
 
             def loss(outputs: Mapping[str, Any], batch: Batch) -> Tensor:
                 assert heads is not None and heads.received is not None
-                note(outputs, heads.received, batch)
+                on_output(outputs, heads.received, batch)
                 return _loss_of(outputs, batch)
 
             self.deepspeed.module.loss_fn = loss
-        start(_fed(self.module, batches, first=self.place.stage == 0))
+        start(_inputs(self.module, batches, first=self.place.stage == 0))
 
     def _share_losses(self) -> tuple[dict[str, float], float]:
-        """Broadcast from the last stages to all ranks: mean losses over the pipelines, and the loss scale.
+        """Broadcast the losses, means over the pipelines, and the loss scale from the last stages to all ranks.
 
-        There is "loss" alone where it is not finite.
+        Where the loss is not finite, it is the only one.
         """
         losses: dict[str, float] = {}
         if self._stages.heads is not None:
@@ -262,7 +261,7 @@ class PipelineEngine:
 
 
 def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The part of each optimiser group that this stage holds; an anchor where it holds nothing of it.
+    """The parameters of each optimiser group that this stage holds, or an anchor where it holds none.
 
     ZeRO-1 runs collectives for each group, so stages with different numbers of groups would wait for each other for
     ever, and a stage without any fails at start. An anchor is a parameter that nothing uses: it stays 0.
@@ -270,14 +269,14 @@ def stage_groups(stages: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list
     here = {id(parameter) for parameter in stages.parameters()}
     divided = []
     for number, group in enumerate(groups):
-        own = [parameter for parameter in group["params"] if id(parameter) in here]
-        if not own:
+        held = [parameter for parameter in group["params"] if id(parameter) in here]
+        if not held:
             device = next(stages.parameters()).device
             anchor = nn.Parameter(torch.zeros(_ANCHOR_SIZE, device=device))
             anchor.ds_pipe_replicated = False  # type: ignore[attr-defined]  # DeepSpeed asks when it adds norms up
             stages.register_parameter(f"anchor{number}", anchor)
-            own = [anchor]
-        divided.append({**group, "params": own})
+            held = [anchor]
+        divided.append({**group, "params": held})
     return divided
 
 
@@ -328,34 +327,34 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _fed(model: MultiTaskModel, batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
-    """(pixels, labels) as DeepSpeed takes them from an iterator; each stage that reads has one half."""
+def _inputs(model: MultiTaskModel, batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
+    """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the last."""
     for batch in batches:
         yield ((batch.images, batch.sizes, travelling_label(model, batch)), None) if first else ((), batch)
 
 
 def _exchange(batch: Batch, ranks: Sequence[int], group: Any) -> list[Batch]:
     """The batches of all ranks of a pipeline: with pixels on the first one, without targets anywhere."""
-    bare = replace(batch, targets={task: _Asked() for task in batch.tasks})
-    blind = replace(bare, images=batch.images[..., :0, :0])
+    unlabelled = replace(batch, targets={task: _NoTargets() for task in batch.tasks})
+    without_pixels = replace(unlabelled, images=batch.images[..., :0, :0])
     here = dist.get_rank()
-    gathered: list[Any] | None = [None] * len(ranks) if here == ranks[0] else None
-    dist.gather_object(bare, gathered, dst=ranks[0], group=group)
+    with_pixels: list[Any] | None = [None] * len(ranks) if here == ranks[0] else None
+    dist.gather_object(unlabelled, with_pixels, dst=ranks[0], group=group)
     everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, blind, group=group)
-    return list(gathered if gathered is not None else everyone)
+    dist.all_gather_object(everyone, without_pixels, group=group)
+    return list(with_pixels if with_pixels is not None else everyone)
 
 
-class _Asked:
-    """Stands for the targets of a task that is to be predicted."""
+class _NoTargets:
+    """Stand-in for the targets of a task that is to be predicted: `Batch.tasks` names it."""
 
-    def to(self, device: torch.device) -> _Asked:
+    def to(self, device: torch.device) -> _NoTargets:
         """Itself: there is nothing in it."""
         return self
 
 
 def to_host(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs of heads (dataclasses of tensors) on the CPU, without those of earlier layers: only losses need them."""
+    """Outputs of heads (dataclasses of tensors) on the CPU, without `aux`, those of earlier layers, for losses only."""
     tensors = {
         task: {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
         for task, output in outputs.items()

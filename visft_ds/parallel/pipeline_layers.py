@@ -1,9 +1,8 @@
 """A prepared model as the list of layers that a pipeline divides: the same modules, no second definition.
 
-Between layers travel two tensors: the tokens (B, N, D) float32, and an untouched label, int64: a checksum of the
-samples they belong to, and behind it the patch grids (h, w) of all images where their tokens are packed in one row,
-(1, T, D).
-Targets never travel: the last layer is handed its batch.
+Two tensors travel between layers: the tokens (B, N, D) float32, and an int64 label that no layer changes: a checksum
+of the samples they belong to, followed by the patch grids (h, w) of all images where their tokens are packed in one
+row, (1, T, D). Targets never travel: the last layer gets its batch from this rank's loader.
 Letters: B images, H W pixels, N tokens of an image, T tokens of all, h w patch grid, D width.
 """
 
@@ -27,7 +26,7 @@ Travelling = tuple[Tensor, Tensor]  #: tokens float32 first (receive buffers kno
 
 
 class _Packings:
-    """Packing of tokens, from a label. Reading it makes the host wait, so it is read once for all layers here."""
+    """Packing of tokens, read from their label; once for all layers of a stage, as the host has to wait for it."""
 
     def __init__(self) -> None:
         self._read: tuple[Tensor, Grids, Packing] | None = None
@@ -81,10 +80,10 @@ class BlockLayer(nn.Module):
 
 
 class HeadsLayer(nn.Module):
-    """The last norm, the heads and the losses of the batch it was handed; inside a forward, where DeepSpeed sees them.
+    """The last norm, the heads and the losses; a layer, since DeepSpeed's hooks see the parameters of layers only.
 
     Attributes:
-        batch: labels of the micro-batch whose tokens come next; its pixels are not looked at.
+        batch: labels of the micro-batch whose tokens come next; set before each forward. Its pixels are not used.
         loss_denominators: of the step; None: predict.
         received: the label that came with the tokens.
     """
@@ -102,7 +101,7 @@ class HeadsLayer(nn.Module):
         """Losses or predictions, as `MultiTaskModel.forward` returns them.
 
         Raises:
-            RuntimeError: as many tokens as images of another size have.
+            RuntimeError: the number of tokens is not that of images of the batch's size.
         """
         tokens, self.received = travelling
         model, batch = self._model[0], self.batch

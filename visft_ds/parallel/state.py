@@ -1,4 +1,4 @@
-"""Training state in and out of an engine, free of any topology: every trainable tensor whole, by its plain name.
+"""Training state read from and written to an engine, whatever its topology: undivided tensors by parameter name.
 
 DeepSpeed's own accessors have gaps in 0.19.8 (only the first parameter group is found, the ZeRO-3 setter needs sizes
 divisible by the world size, low-precision copies are not rewritten); each is closed here, next to the call it concerns.
@@ -53,7 +53,7 @@ def to_host(name: str, tensor: Tensor) -> Tensor:
 
 
 def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
-    """Collect the whole training state on the main process; None on the others. Collective.
+    """Gather the training state on the main process; None on the others. Collective.
 
     Args:
         keep: copies each tensor to the host.
@@ -62,7 +62,7 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
     found: dict[str, dict[str, Tensor]] = {what: {} for what in (VALUE, *MOMENTS)}
     for name, parameter in trainable(engine).items():
         for what, named in found.items():
-            tensor = on_main(engine, name, whole(engine, parameter, what))
+            tensor = on_main(engine, name, gather_tensor(engine, parameter, what))
             if tensor is not None:  # the copies of the other ranks are dropped at once: one tensor at a time
                 named[name] = keep(f"{what}/{name}", tensor)
     if not distributed.is_main():
@@ -72,12 +72,12 @@ def gather_state(engine: Engine, keep: ToHost = to_host) -> EngineState | None:
 
 
 def updates_done(engine: Engine) -> int:
-    """Optimiser updates since the start of training; steps that an overflow made it skip are none."""
+    """Optimiser updates since the start of training; steps skipped for an overflow do not count."""
     return int(engine.deepspeed.global_steps - engine.deepspeed.skipped_steps)
 
 
 def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
-    """The fp32 value or a moment of something that trains, whole, on the host of every rank. Collective.
+    """The undivided fp32 value or a moment of a trainable parameter, on the host of every rank. Collective.
 
     Args:
         name: qualified name, e.g. "backbone.blocks.0.attn.qkv.lora_A".
@@ -88,18 +88,18 @@ def safe_get(engine: Engine, name: str, what: str = VALUE) -> Tensor:
     """
     parameter = _named(engine, name, what)
     ensure_moments(engine)
-    held = whole(engine, parameter, what)
+    held = gather_tensor(engine, parameter, what)
     tensor = None if held is None else to_host(name, held)
     found: Tensor = distributed.broadcast_object(tensor, engine.holder(name))
     return found
 
 
 def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> None:
-    """Replace the fp32 value or a moment of something that trains; what the forward computes with follows. Collective.
+    """Replace the fp32 value, and its low-precision copy, or a moment of a trainable parameter. Collective.
 
     Args:
         name, what: see `safe_get`.
-        tensor: the whole new content, the same on every rank, on any device.
+        tensor: the new undivided content, the same on every rank, on any device.
 
     Raises:
         ValueError: nothing of that name trains, or another shape.
@@ -109,7 +109,7 @@ def safe_set(engine: Engine, name: str, tensor: Tensor, what: str = VALUE) -> No
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {shape}, given {tuple(tensor.shape)}")
     ensure_moments(engine)
-    set_whole(engine, parameter, tensor, what)
+    set_tensor(engine, parameter, tensor, what)
     if what == VALUE:
         refresh_module(engine)
 
@@ -150,9 +150,9 @@ def restore_state(engine: Engine, state: EngineState, step: int) -> None:
         )
     _create_moments(engine, state.updates)
     for name, parameter in trainable(engine).items():
-        set_whole(engine, parameter, state.parameters[name], VALUE)
+        set_tensor(engine, parameter, state.parameters[name], VALUE)
         for key in MOMENTS:
-            set_whole(engine, parameter, state.moments[key][name], key)
+            set_tensor(engine, parameter, state.moments[key][name], key)
     refresh_module(engine)
     scheduler = engine.deepspeed.lr_scheduler
     scheduler.last_epoch = state.updates
@@ -194,7 +194,7 @@ def ensure_moments(engine: Engine) -> None:
 
 
 def _create_moments(engine: Engine, updates: int) -> None:
-    """Adam makes its state in its first update; whoever reads or restores it needs it before."""
+    """Allocate Adam's moments, which it makes in its first update only, for reading or restoring them before."""
     base = base_optimizer(engine)
     for flat in flat_parameters(engine):
         base.state[flat].update(
@@ -212,8 +212,8 @@ def _named(engine: Engine, name: str, what: str) -> nn.Parameter:
     return named[name]
 
 
-def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
-    """Gather an fp32 tensor, whole, on this rank's device; None where another pipeline stage holds it. Collective."""
+def gather_tensor(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
+    """Gather an undivided fp32 tensor on this rank's device; None if another pipeline stage holds it. Collective."""
     if parameter.is_meta:
         return None
     if engine.stage == 0:
@@ -225,10 +225,10 @@ def whole(engine: Engine, parameter: nn.Parameter, what: str) -> Tensor | None:
 
 
 def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
-    """A tensor of a parameter on the main process, from the rank that speaks for it; None elsewhere. Collective.
+    """A tensor of a parameter on the main process, sent by its `Engine.holder`; None elsewhere. Collective.
 
     Args:
-        held: the whole tensor, of the parameter's shape and dtype; None where another pipeline stage holds it.
+        held: the undivided tensor, of the parameter's shape and dtype; None if another pipeline stage holds it.
     """
     source = engine.holder(name)
     if distributed.rank() == source != 0:
@@ -243,8 +243,8 @@ def on_main(engine: Engine, name: str, held: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
-    """Write this rank's part of a whole fp32 tensor. What the forward computes with is left as it is."""
+def set_tensor(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE) -> None:
+    """Write this rank's part of an undivided fp32 tensor; the forward's low-precision copies stay as they are."""
     if parameter.is_meta:  # another pipeline stage holds it
         return
     if engine.stage == 0:
@@ -253,11 +253,11 @@ def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE)
         group = parameter.ds_process_group
         size, index, count = parameter.partition_numel(), dist.get_rank(group), dist.get_world_size(group)
         flat = tensor.flatten()
-        own = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
+        shard = torch.cat([flat, flat.new_zeros(size * count - flat.numel())]).narrow(0, size * index, size)
         if what == VALUE:
-            safe_set_local_fp32_param(parameter, own)
+            safe_set_local_fp32_param(parameter, shard)
         else:
-            safe_set_local_optimizer_state(parameter, own, what)
+            safe_set_local_optimizer_state(parameter, shard, what)
     elif what == VALUE:
         safe_set_full_fp32_param(parameter, tensor)
     else:
@@ -265,7 +265,7 @@ def set_whole(engine: Engine, parameter: Any, tensor: Tensor, what: str = VALUE)
 
 
 def refresh_module(engine: Engine) -> None:
-    """Rewrite what the forward computes with from the fp32 values, which setting them leaves untouched. Collective."""
+    """Rewrite the low-precision copies that the forward reads from the fp32 values. Collective."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 3:
         for index in range(len(optimizer.fp16_groups)):

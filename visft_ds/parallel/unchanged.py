@@ -1,4 +1,4 @@
-"""Whole steps of an engine that change nothing: they allocate what training allocates, and learn nothing."""
+"""Complete steps of an engine that change nothing: they allocate what training allocates, and learn nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from visft_ds.parallel.state import MOMENTS, base_optimizer, ensure_moments
 
 #: What DeepSpeed counts as steps go by. Without a scheduler it has none to move on.
 _COUNTED = ("lr_scheduler", "micro_steps", "global_steps", "global_samples", "skipped_steps")
-#: The same of our engines.
-_OWN = ("accept", "_steps_here")
 
 
 @contextmanager
@@ -24,16 +22,16 @@ def unchanged(engine: Engine) -> Iterator[None]:
     """Within, `train_step` leaves weights, moments, schedule, loss scale, counters and random numbers as they are.
 
     Everything else happens, the update too: in place of the optimiser's step the same operations run on the gradients,
-    which nobody needs any more (see `_step_over_gradients`). DeepSpeed then copies the fp32 values, which are those of
-    before, to where the forward reads them. The moments, which AdamW makes in its first update, are there from here on.
+    which are not needed any more (see `_step_over_gradients`). DeepSpeed then copies the unchanged fp32 values to where
+    the forward reads them. The moments, which AdamW allocates in its first update, exist from here on.
 
-    A gradient that is not finite makes DeepSpeed pass over the update, as always. In fp16 the loss scale is 1, so that
-    a scale that is still to be found does not lead to that.
+    A gradient that is not finite makes DeepSpeed skip the update, as always. In fp16 the loss scale is 1, so that a
+    scale that is still too high does not lead to that.
     """
     ensure_moments(engine)
     inside, optimizer = engine.deepspeed, base_optimizer(engine)
     counted = {name: getattr(inside, name) for name in _COUNTED}
-    own = {name: value for name, value in vars(engine).items() if name in _OWN}
+    ours = dict(vars(engine))  # `should_update` and counters, which a step may rebind
     step, scale = optimizer.step, engine.loss_scale.state()
     with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
         inside.lr_scheduler, engine.should_update = None, lambda loss: True
@@ -46,13 +44,13 @@ def unchanged(engine: Engine) -> Iterator[None]:
             engine.loss_scale.restore(scale)
             for name, value in counted.items():
                 setattr(inside, name, value)
-            vars(engine).update(own)
+            vars(engine).update(ours)
 
 
 def _step_over_gradients(optimizer: Any) -> None:
-    """An update of an optimiser whose values and moments are the gradients themselves, which are overwritten.
+    """Update with gradients in the place of values and moments, which are overwritten.
 
-    It takes the temporary memory of a real one, and none for copies.
+    It takes the temporary memory of a real update, and none for copies.
     """
     groups, states = [], {}
     for group in optimizer.param_groups:

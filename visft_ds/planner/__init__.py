@@ -6,7 +6,18 @@ the fastest settings on a cluster.
 """
 
 from visft_ds.planner.fitting import Suggestion, fitting_settings, memory_of, settle_recompute
-from visft_ds.planner.step import MemoryPlan, plan_memory
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_memory, run_of
 from visft_ds.tasks.spec import Content
 
-__all__ = ["Content", "MemoryPlan", "Suggestion", "fitting_settings", "memory_of", "plan_memory", "settle_recompute"]
+__all__ = [
+    "Content",
+    "MemoryPlan",
+    "PlannedRun",
+    "Suggestion",
+    "fitting_settings",
+    "memory_of",
+    "plan_largest",
+    "plan_memory",
+    "run_of",
+    "settle_recompute",
+]

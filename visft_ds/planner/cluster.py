@@ -21,7 +21,7 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES, find_peak
 from visft_ds.planner.meta_step import Kind, Total
-from visft_ds.planner.step import PlannedRun, rehearse
+from visft_ds.planner.step import PlannedRun, trace_step
 
 #: Of the dense peak, large matrix products reach this much: cuBLAS as commonly reported (H100 790, A100 250, V100 95
 #: TFLOP/s). Fused attention, forward and backward together, reaches about half of that at heads of 88 and 112.
@@ -235,7 +235,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
         link: bytes a second that a rank exchanges with another in one direction, at its peak.
     """
     run = run.typical(stream)
-    found, reached = rehearse(run, stream), LINK_SHARE * link
+    found, reached = trace_step(run, stream), LINK_SHARE * link
     batches, zero = run.batches, run.zero()
     micro = rates.seconds(found.work)
     shared = batches.dp if zero.stage else 1
@@ -243,10 +243,10 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
     # A ring sends every byte of an average, or of a division and a gathering, twice.
     exchanged = 2 * 4 * found.trained * (batches.dp - 1) / batches.dp / batches.stages / reached
     if batches.stages > 1:
-        busy, whole = _of_pipeline(run, micro)
+        busy, total = _of_pipeline(run, micro)
         # Tokens go forward and their gradients back; what the stages in between send lies beside computation.
         sent = 2 * (batches.stages - 1) * found.tokens / reached
-        return PlannedTime(busy, update, exchanged + sent, whole - busy)
+        return PlannedTime(busy, update, exchanged + sent, total - busy)
     compute = batches.accumulation * micro
     gathering = 0.0
     if zero.stage == 3:  # weights arrive ahead of what is computed with them: what takes longer decides
@@ -256,7 +256,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
 
 
 def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:
-    """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
+    """Seconds in which a stage computes, and in all: the slowest stage decides, once the pipeline is full."""
     assert run.partition is not None
     costs, accumulation = run.partition.stage_costs(), run.batches.accumulation
     slowest = max(costs) / sum(costs)

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
-from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import SHARED
 from visft_ds.parallel import distributed
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_memory, plan_stream, rehearse, run_of
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.streams import known_vocabulary
 from visft_ds.run.folder import recorded_config, saved_something
@@ -47,27 +46,16 @@ class Suggestion:
 
 def policy_settings(every: int, recompute: str) -> tuple[str, ...]:
     """Assignments that choose a policy of activation checkpointing."""
-    return (f"visft.model.checkpoint_every={every}", *((f"visft.model.recompute={recompute}",) * (every > 0)))
+    settings = (f"visft.model.checkpoint_every={every}",)
+    return (*settings, f"visft.model.recompute={recompute}") if every else settings
 
 
-def fitting_settings(
-    config: ResolvedConfig,
-    world_size: int,
-    capacity: int,
-    *,
-    precision: Precision,
-    vocabulary_size: int | None = None,
-    device: torch.device | None = None,
-) -> list[Suggestion]:
-    """At most three changes after which the fullest rank holds no more than `capacity` bytes; best first.
+def fitting_settings(now: PlannedRun, capacity: int) -> list[Suggestion]:
+    """At most three changes after which the fullest rank of a run holds no more than `capacity` bytes; best first.
 
     Each is of another kind: recomputing, fewer images at once, another engine. Empty where none of them is enough.
     """
-
-    def run(of: ResolvedConfig) -> PlannedRun:
-        return run_of(of, world_size, precision, vocabulary_size, device)
-
-    now = run(config)
+    config, world_size = now.config, now.batches.processes
     # What fits the largest kind of step usually fits the others, so that it is asked first.
     streams = config.visft.streams()
     names = sorted(streams, key=lambda name: plan_stream(now, streams[name]).total, reverse=True)
@@ -75,10 +63,10 @@ def fitting_settings(
     for kind in (_recomputing(config), _fewer_images(config, world_size), _engines(config, world_size)):
         for flags, candidate, factor in kind:
             try:
-                derive_batches(candidate, world_size)
+                changed_run = now.changed(candidate)
             except ValueError:
                 continue  # its batches do not divide that way
-            changed_run, plans = run(candidate), list[MemoryPlan]()
+            plans: list[MemoryPlan] = []
             for name in names:
                 plans.append(plan_stream(changed_run, candidate.visft.streams()[name]))
                 if plans[-1].total > capacity:
@@ -93,11 +81,11 @@ def fitting_settings(
 def operations(run: PlannedRun) -> float:
     """Of one rank's mean step, forward and backward."""
     streams = run.config.visft.streams().values()
-    whole = sum(stream.share for stream in streams)
+    all_shares = sum(stream.share for stream in streams)
     return sum(
-        stream.share / whole * run.batches.accumulation * count * work.operations
+        stream.share / all_shares * run.batches.accumulation * count * work.operations
         for stream in streams
-        for work, count in rehearse(run, stream).work.items()
+        for work, count in trace_step(run, stream).work.items()
     )
 
 
@@ -174,11 +162,12 @@ def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig,
     capacity = model.memory_limit or memory_of(device)
     for every, recompute in POLICIES:
         candidate = changed(config, policy_settings(every, recompute))
-        plan = plan_memory(candidate, processes, precision=precision, vocabulary_size=size, device=device)
+        run = run_of(candidate, processes, precision, size, device)
+        plan = plan_largest(run)
         if plan.total <= capacity:
             return candidate, f"the fastest that fits: {_mib(plan.total)} of {_mib(capacity)}, as predicted"
-    others = fitting_settings(candidate, processes, capacity, precision=precision, vocabulary_size=size, device=device)
-    help_ = "; ".join(" ".join(one.settings) for one in others) or "a smaller --model, or more memory"
+    others = fitting_settings(run, capacity)
+    help_ = "; ".join(" ".join(suggestion.settings) for suggestion in others) or "a smaller --model, or more memory"
     raise ValueError(
         f"visft.model.fit_memory: even with every block computed again a step needs {_mib(plan.total)} of "
         f"{_mib(capacity)}, as predicted. What helps: {help_}"

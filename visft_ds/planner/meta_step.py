@@ -1,8 +1,7 @@
-"""A training step without numbers: the model's own code on the meta device, as if it were another device.
+"""Training step without values: the model's own code on the meta device, as if it were another device.
 
-Everything is what the real step makes, in its order: the same modules, criteria, matchers up to the assignment, and
-autograd. So what lives at its peak is known to the byte before anything is allocated. The kernel of an attention is the
-one that torch chooses on the device that is stood for.
+Modules, criteria, matchers up to the assignment, and autograd run as in a real step. So what is allocated at its peak
+is known to the byte before anything is. The kernel of an attention is the one that torch chooses on the other device.
 Letters: B images, H W pixels, N objects packed over the batch, T ids of a caption.
 """
 
@@ -37,7 +36,7 @@ Kind = Literal["product", "attention", "curve", "sampling", "plain"]
 
 
 class Work(NamedTuple):
-    """Of one call of an operator."""
+    """Cost of a call of an operator."""
 
     kind: Kind
     dtype: torch.dtype  #: of the first tensor
@@ -45,7 +44,7 @@ class Work(NamedTuple):
     bytes: int  #: read and written
 
 
-Total = Counter[Work]  #: work -> number of calls
+Total = Counter[Work]  #: cost -> number of calls that have it
 
 
 def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
@@ -60,8 +59,8 @@ def blank_batch(stream: Stream, images: int, content: Content) -> Batch:
 
 
 @contextmanager
-def rehearsing(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[Tracer]:
-    """Make code on the meta device run as on `device` under DeepSpeed; gives the sum of its work.
+def traced_as(device: torch.device, precision: Precision, *, linear_keeps_input: bool = False) -> Iterator[Tracer]:
+    """Make code on the meta device run as on `device` under DeepSpeed; the tracer sums up its cost.
 
     Args:
         device: which need not exist here.
@@ -98,10 +97,10 @@ def chosen_kernels(device: torch.device, *, linear_keeps_input: bool) -> Iterato
 
 
 class Tracer(TorchDispatchMode):
-    """Sums up the work of operators on the meta device, and remembers the shapes of what functional ones return.
+    """Dispatch mode that sums up the cost of operators on the meta device, and caches the shapes of their results.
 
-    Torch works most shapes out in Python, slowly; they depend on the arguments' shapes, strides and dtypes, and on the
-    plain arguments alone. While it is entered, ops choose as on the device it stands for (`visft_ds.ops.StandIn`).
+    Torch computes most shapes in Python, slowly; they depend on the arguments' shapes, strides and dtypes, and on the
+    plain arguments alone. Inside, ops choose kernels as on the device it stands for (`visft_ds.ops.StandIn`).
 
     Attributes:
         work: of every operator so far.
@@ -159,17 +158,18 @@ class _Result:
         single = isinstance(result, Tensor)
         found = (result,) if single else result
         alike = isinstance(found, tuple) and all(
-            one is None or (isinstance(one, Tensor) and one.is_meta) for one in found
+            value is None or (isinstance(value, Tensor) and value.is_meta) for value in found
         )
         if not alike:
             return None
-        shapes = [None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in found]
+        shapes = [None if value is None else (tuple(value.shape), value.stride(), value.dtype) for value in found]
         return cls(tuple(shapes), single)
 
     def make(self) -> Any:
         """New tensors like those."""
         made = [
-            None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
+            None if shape is None else torch.empty_strided(*shape[:2], dtype=shape[2], device=META)
+            for shape in self.tensors
         ]
         return made[0] if self.single else tuple(made)
 
@@ -178,7 +178,7 @@ class _Result:
 def _is_functional(func: Any) -> bool:
     """Return True if an operator mutates nothing and returns no view of its arguments."""
     schema = func._schema
-    return not schema.is_mutable and all(one.alias_info is None for one in schema.returns)
+    return not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
 
 
 def _signature(value: Any) -> Any:
@@ -186,7 +186,7 @@ def _signature(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else object()
     if isinstance(value, (list, tuple)):
-        return tuple(_signature(one) for one in value)
+        return tuple(_signature(item) for item in value)
     return type(value), value
 
 

@@ -11,7 +11,7 @@ from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
 from visft_ds.planner.cluster import Cluster, PlannedTime, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, POLICIES, policy_settings
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, rehearse
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, trace_step
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class StreamForecast:
-    """Forecast for a kind of step."""
+    """Forecast for the steps of a stream."""
 
     images: int  #: of an optimiser step, over all GPUs
     micro: int  #: of one GPU at once
@@ -30,7 +30,7 @@ class StreamForecast:
 
     @property
     def images_per_second(self) -> float:
-        """Over all GPUs."""
+        """Images a second over all GPUs."""
         return self.images / self.time.total
 
 
@@ -49,33 +49,33 @@ class SearchArm:
 
     @property
     def fullest(self) -> MemoryPlan:
-        """Of the kind of step that needs most."""
-        return max((one.memory for one in self.streams.values()), key=lambda memory: memory.total)
+        """Memory of the stream that needs most."""
+        return max((stream.memory for stream in self.streams.values()), key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
-        """Return True if every kind of step fits."""
+        """Return True if the steps of every stream fit."""
         return self.fullest.total <= self.capacity
 
     @property
     def step_seconds(self) -> float:
-        """Mean over the run."""
-        return sum(self.shares[name] * one.time.total for name, one in self.streams.items())
+        """Seconds of a step, mean over the run."""
+        return sum(self.shares[name] * stream.time.total for name, stream in self.streams.items())
 
     @property
     def images_per_second(self) -> float:
-        """Of the mix, over all GPUs."""
-        return sum(self.shares[name] * one.images for name, one in self.streams.items()) / self.step_seconds
+        """Images a second over all GPUs, of all streams in their shares."""
+        return sum(self.shares[name] * stream.images for name, stream in self.streams.items()) / self.step_seconds
 
     @property
     def hours(self) -> float:
-        """Of the whole schedule, without evaluation, saving and waiting for data."""
+        """Duration of the schedule, without evaluation, saving and waiting for data."""
         return self.steps * self.step_seconds / 3600
 
     @property
     def of_limit(self) -> float:
         """Share of the peak: the time of the arithmetic alone over the predicted one."""
-        return sum(self.shares[name] * one.limit for name, one in self.streams.items()) / self.step_seconds
+        return sum(self.shares[name] * stream.limit for name, stream in self.streams.items()) / self.step_seconds
 
 
 def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
@@ -97,7 +97,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     )
     rates, streams = rates_of(gpu), {}
     for name, stream in config.visft.streams().items():
-        work = rehearse(plain.typical(stream), stream).work
+        work = trace_step(plain.typical(stream), stream).work
         peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
         streams[name] = StreamForecast(
             images=stream.batch_size,
@@ -108,7 +108,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         )
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine = f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}"
-    whole = sum(stream.share for stream in config.visft.streams().values())
+    all_shares = sum(stream.share for stream in config.visft.streams().values())
     model = config.visft.model
     recomputes = model.checkpoint_every and config.visft.stage == 2
     policy = f"{model.recompute}, every {model.checkpoint_every}" if recomputes else "nothing"
@@ -118,7 +118,7 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
         policy=policy,
         accumulation=batches.accumulation,
         streams=streams,
-        shares={name: stream.share / whole for name, stream in config.visft.streams().items()},
+        shares={name: stream.share / all_shares for name, stream in config.visft.streams().items()},
         steps=config.total_steps,
         capacity=int(MEMORY_SHARE * gpu.memory),
     )
@@ -136,7 +136,7 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
             break  # a pipeline divides what does not fit; it waits while it fills
         tried = []
         for settings, candidate in _variants(of_engine, cluster):
-            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {one}" for one in settings))))
+            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
             if tried[-1].fits:
                 break
         if tried:

@@ -1,4 +1,4 @@
-"""A rank's part of an optimiser step, before anything is allocated: its memory by part, and the work it does.
+"""Plan of a rank's part of an optimiser step, before anything is allocated: memory by part, and operations.
 
 The model's own step runs on the meta device (`meta_step`), and what the engine holds is added (`zero`). Libraries'
 workspaces, the CUDA context and fragmentation are not in it.
@@ -38,7 +38,7 @@ from visft_ds.models.backbone import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
 from visft_ds.parallel.pipeline_layers import HeadsLayer, pipeline_layers
-from visft_ds.planner.meta_step import META, Total, blank_batch, rehearsing
+from visft_ds.planner.meta_step import META, Total, blank_batch, traced_as
 from visft_ds.planner.zero import Groups, Zero, gradients_reduced
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY, plan_model
 from visft_ds.tasks.spec import Content
@@ -54,6 +54,14 @@ class PlannedRun:
     vocabulary_size: int
     device: torch.device
     content: Content
+
+    def changed(self, config: ResolvedConfig) -> PlannedRun:
+        """Another configuration on the same processes.
+
+        Raises:
+            ValueError: its batches cannot be divided over them.
+        """
+        return replace(self, config=config, batches=derive_batches(config, self.batches.processes))
 
     def zero(self) -> Zero:
         """ZeRO settings of its engine: what is divided, and among how many."""
@@ -71,12 +79,17 @@ class PlannedRun:
     @cached_property
     def partition(self) -> Partition | None:
         """Who holds which layers of a pipeline; None without one."""
-        return plan_partition(self.config, self.batches, self.vocabulary_size)
+        visft, batches = self.config.visft, self.batches
+        if batches.stages == 1:
+            return None
+        module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
+        lora = visft.lora if visft.stage == 2 else None
+        return plan_partition(module, batches.stages, visft.streams(), batches.micro, lora=lora, name=visft.model.name)
 
 
 @dataclass(frozen=True)
-class Rehearsed:
-    """Memory of a rank, in bytes, and its work."""
+class TracedStep:
+    """Memory of a rank in a step, in bytes, and its operations."""
 
     weights: int
     optimizer: int
@@ -84,16 +97,16 @@ class Rehearsed:
     moments: tuple[Mapping[str, int], ...]
     work: Total  #: of one micro-batch, forward and backward; the whole model's
     trained: int  #: values that train in this step, of the layers on this rank
-    parameters: int  #: bytes of the whole weights of the layers on this rank
-    tokens: int  #: bytes of what travels from block to block
+    parameters: int  #: bytes of the undivided weights of the layers on this rank
+    tokens: int  #: bytes of the activations between two blocks
     backbone_trains: bool
 
 
-_KNOWN: dict[tuple[Any, ...], Rehearsed] = {}
+_KNOWN: dict[tuple[Any, ...], TracedStep] = {}
 
 
-def rehearse(run: PlannedRun, stream: Stream, stage: int | None = None) -> Rehearsed:
-    """Rehearse a micro-batch of a stream on one rank; results are cached by all that they depend on.
+def trace_step(run: PlannedRun, stream: Stream, stage: int | None = None) -> TracedStep:
+    """Trace a micro-batch of a stream on a rank, on the meta device; results are cached by all they depend on.
 
     Args:
         stage: of the pipeline; None: the whole model.
@@ -105,11 +118,11 @@ def rehearse(run: PlannedRun, stream: Stream, stage: int | None = None) -> Rehea
     images, device = run.batches.micro[stream.name], run.device.type
     key = (model, images, run.precision, run.vocabulary_size, device, run.content, run.zero(), stage, bounds)
     if key not in _KNOWN:
-        _KNOWN[key] = _rehearse(run, stream, stage, bounds)
+        _KNOWN[key] = _trace_step(run, stream, stage, bounds)
     return _KNOWN[key]
 
 
-def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> Rehearsed:
+def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[int, ...] | None) -> TracedStep:
     zero, device, accumulation = run.zero(), run.device, run.batches.accumulation
     module, all_groups = plan_model(
         run.config.visft, run.config.optimizer.params, run.vocabulary_size, DTYPES[run.precision]
@@ -119,8 +132,8 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
     layers = [] if bounds is None or stage is None else every_layer[bounds[stage] : bounds[stage + 1]]
     parameters = list((nn.ModuleList(layers) if layers else module).parameters())
     here = {id(p) for p in parameters}
-    own = [[p for p in group.parameters if id(p) in here] for group in all_groups]
-    groups: Groups = [group for group in own if group]
+    held_here = [[p for p in group.parameters if id(p) in here] for group in all_groups]
+    groups: Groups = [group for group in held_here if group]
     in_backbone = {id(p) for p in module.backbone.parameters()}
     used = in_backbone | {id(p) for task in stream.tasks for p in module.heads[task].parameters()}
     taught = [[p for p in group if id(p) in used] for group in groups]
@@ -132,13 +145,13 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
         loss_denominators.setdefault(task, {})[count] = torch.empty((), device=META)
     values = [batch.images, *(value for targets in batch.targets.values() for value in vars(targets).values())]
     inputs = [value for value in values if isinstance(value, Tensor) and value.is_meta]
-    tokens = (0, 0, 0)  # shape (B, N, D) of what travels from block to block
+    tokens = (0, 0, 0)  # shape (B, N, D) of the activations between two blocks
     if bounds:
         backbone = require_eva_vit(module.backbone)
         height, width = backbone.grid(batch.images)
         tokens = (len(batch.images), height * width + (backbone.cls_token is not None), backbone.width)
 
-    # Forward and backward pass. Gradients of earlier micro-batches of the step are there where they stay whole.
+    # Forward and backward pass. Below ZeRO-2 the gradients of earlier micro-batches of the step are there, undivided.
     ledger = Ledger(META.type)
     ledger.add_all(module.parameters(), FROZEN)
     ledger.add_all(inputs, OTHER)
@@ -148,7 +161,7 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
             ledger.add(parameter.grad, GRADIENTS)
     ledger.forget_peaks()
     with (
-        rehearsing(device, run.precision, linear_keeps_input=zero.linear_keeps_input) as tracer,
+        traced_as(device, run.precision, linear_keeps_input=zero.linear_keeps_input) as tracer,
         gradients_reduced(ledger, module, groups, zero),
         saved_tensors_counted(ledger, module),
         Allocations(ledger),
@@ -170,27 +183,27 @@ def _rehearse(run: PlannedRun, stream: Stream, stage: int | None, bounds: tuple[
     if update := zero.update(stepped, device):
         moments.append({**update, ACTIVATIONS: 0})
     if zero.stage == 3:
-        # Whole weights are most when the forward ends; a frozen backbone's are not needed again.
-        behind_it = [p for p in parameters if id(p) in used]
-        whole = zero.gathered(behind_it, lambda p: module.train_backbone or id(p) not in in_backbone)
-        moments = [{**moment, GATHERED: whole} for moment in moments]
-        if not module.train_backbone:  # which keeps nothing, but gathers its weights
+        # Gathered weights are most when the forward ends; a frozen backbone's are not needed in the backward pass.
+        used_here = [p for p in parameters if id(p) in used]
+        gathered = zero.gathered(used_here, lambda p: module.train_backbone or id(p) not in in_backbone)
+        moments = [{**moment, GATHERED: gathered} for moment in moments]
+        if not module.train_backbone:  # a frozen backbone keeps no activations, but its weights are gathered
             frozen = Ledger(META.type)
             frozen.add_all(module.parameters(), FROZEN)
             frozen.add_all(inputs, OTHER)
             frozen.forget_peaks()
-            with rehearsing(device, run.precision), Allocations(frozen), torch.no_grad():
+            with traced_as(device, run.precision), Allocations(frozen), torch.no_grad():
                 module.features(batch)
             ahead = zero.ahead(module.backbone.parameters())
             moments.append({ACTIVATIONS: 0, TRANSIENT: frozen.at_peak[TRANSIENT], GATHERED: ahead})
-    # Batches on the device: on a CPU, where all are read to, those that wait as well.
+    # Batches on the device; on a CPU that is where the loader puts them, so the prefetched ones count too.
     held = (1 + run.config.visft.data.prefetch_steps) * accumulation if device.type == "cpu" else 1
     held *= sum(tensor.untyped_storage().nbytes() for tensor in inputs)
     for moment in moments:
         moment[GRADIENTS] = moment.get(GRADIENTS, 0) + zero.standing_gradients(groups)
         moment[BUCKETS] = moment.get(BUCKETS, 0) + zero.standing_buckets()
         moment[TRANSIENT] = moment.get(TRANSIENT, 0) + held
-    return Rehearsed(
+    return TracedStep(
         weights=zero.weights(parameters),
         optimizer=zero.optimizer(groups),
         moments=tuple(moments),
@@ -211,11 +224,11 @@ def _until_first_backward(
     accumulation: int,
     before: Sequence[nn.Parameter],
 ) -> None:
-    """Run a pipeline stage until its first backward pass: as many forwards as there are stages behind it, and one.
+    """Run a pipeline stage up to its first backward pass: a forward for each later stage, and one more.
 
     Args:
-        tokens: shape (B, N, D) of what travels from block to block.
-        before: parameters of the stages in front.
+        tokens: shape (B, N, D) of the activations between two blocks.
+        before: parameters of the earlier stages.
     """
     under_way, outputs = min(behind, accumulation), list[Any]()
     trains_before = any(p.requires_grad for p in before)
@@ -249,9 +262,9 @@ class MemoryPlan:
     gradients: int
     optimizer: int  #: moments, and fp32 masters where the engine divides them
     buckets: int  #: in which ZeRO collects gradients
-    gathered: int  #: ZeRO-3: whole weights for as long as they are needed
+    gathered: int  #: ZeRO-3: gathered weights for as long as they are needed
     activations: int  #: kept for the backward pass
-    transient: int  #: on their way: results, criteria, the batch itself
+    transient: int  #: temporary results, criteria, the batch itself
 
     @property
     def total(self) -> int:
@@ -287,8 +300,12 @@ def plan_memory(
     Raises:
         ValueError: batches that cannot be divided, groups that match nothing, an unknown task.
     """
-    run = run_of(config, world_size, precision, vocabulary_size, device, content)
-    streams = config.visft.streams()
+    return plan_largest(run_of(config, world_size, precision, vocabulary_size, device, content), task)
+
+
+def plan_largest(run: PlannedRun, task: str | None = None) -> MemoryPlan:
+    """`plan_memory` of a run."""
+    streams = run.config.visft.streams()
     if task is not None and task not in streams:
         raise ValueError(f"task {task!r}: this run has {', '.join(streams)}")
     chosen = streams.values() if task is None else [streams[task]]
@@ -315,7 +332,7 @@ def run_of(
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
-    """The fullest moment of one kind of step."""
+    """The fullest moment of a stream's step, on the fullest pipeline stage."""
     stages = range(run.batches.stages) if run.batches.stages > 1 else [None]
     plans = [
         MemoryPlan(
@@ -327,7 +344,7 @@ def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
             activations=moment[ACTIVATIONS],
             transient=moment[TRANSIENT],
         )
-        for found in (rehearse(run, stream, stage) for stage in stages)
+        for found in (trace_step(run, stream, stage) for stage in stages)
         for moment in found.moments
     ]
     return max(plans, key=lambda plan: plan.total)

@@ -84,9 +84,9 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
         record.finish(model.categories, {found.name(Path(path)): why for path, why in skipped.items()})
         written = [RESULTS] if given.no_pictures else [RESULTS, f"{PICTURES}/"]
         rows = [("predicted", f"{len(record.done)} images")]
-        rows += [("skipped", f"{len(skipped)}: {', '.join(list(skipped)[:5])}{', ...' * (len(skipped) > 5)}")] * bool(
-            skipped
-        )
+        if skipped:
+            more = ", ..." if len(skipped) > 5 else ""
+            rows.append(("skipped", f"{len(skipped)}: {', '.join(list(skipped)[:5])}{more}"))
         print_plan("done", [Section("results", [*rows, ("written", f"{given.out}: {', '.join(written)}")])])
         if not record.done:
             return _complain(f"none of {len(skipped)} files could be predicted")
@@ -215,8 +215,8 @@ class Record:
     def finish(self, categories: Mapping[int, str], skipped: Mapping[str, str]) -> None:
         """Write `predictions.json` out of all lines. Raises OSError as `add`."""
         lines = list(self.done.values())
-        found = [one for line in lines for results in line["found"].values() for one in results]
-        ids = {*categories, *(one["category_id"] for one in found if "category_id" in one)}
+        found = [result for line in lines for results in line["found"].values() for result in results]
+        ids = {*categories, *(result["category_id"] for result in found if "category_id" in result)}
         whole: dict[str, Any] = {
             "images": [{name: line[name] for name in ("id", "file_name", "width", "height")} for line in lines],
             "categories": [{"id": id_, "name": category_name(id_, categories)} for id_ in sorted(ids)],

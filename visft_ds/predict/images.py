@@ -73,20 +73,20 @@ def find_images(given: Sequence[str | Path], *, outside: Path | None = None) -> 
     """
     files: dict[str, Path] = {}
     roots = []
-    for one in map(Path, given):
-        if one.is_file():
-            root, found = one.parent, [one]
-        elif one.is_dir():
-            root, found = one, _matching(f"{glob.escape(str(one))}/**")
-        elif glob.has_magic(str(one)):
-            root = next(path for path in one.parents if not glob.has_magic(str(path)))
-            found = _matching(str(one))
+    for pattern in map(Path, given):
+        if pattern.is_file():
+            root, found = pattern.parent, [pattern]
+        elif pattern.is_dir():
+            root, found = pattern, _matching(f"{glob.escape(str(pattern))}/**")
+        elif glob.has_magic(str(pattern)):
+            root = next(path for path in pattern.parents if not glob.has_magic(str(path)))
+            found = _matching(str(pattern))
         else:
-            raise ValueError(f"{one}: no such file or folder")
+            raise ValueError(f"{pattern}: no such file or folder")
         if outside is not None:
             found = [path for path in found if not path.resolve().is_relative_to(outside.resolve())]
         if not found:
-            raise ValueError(f"{one}: no image there (files that end in {', '.join(SUFFIXES)})")
+            raise ValueError(f"{pattern}: no image there (files that end in {', '.join(SUFFIXES)})")
         files |= {os.path.abspath(path): path for path in found}
         roots.append(os.path.abspath(root))
     return Found(tuple(files.values()), Path(os.path.commonpath(roots)))
@@ -111,11 +111,11 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     if not isinstance(images, Iterable):
         raise ValueError(f"{type(images).__name__} is no image: {_ALLOWED}")
     every: list[OpenedImage] = []
-    for place, one in enumerate(images):
-        if isinstance(one, str | Path):
-            every += [open_image(file) for file in find_images([one]).files]
+    for place, image in enumerate(images):
+        if isinstance(image, str | Path):
+            every += [open_image(file) for file in find_images([image]).files]
         else:
-            every.append(_of_memory(one, f"image {place} of the list"))
+            every.append(_of_memory(image, f"image {place} of the list"))
     return every, False
 
 

@@ -6,7 +6,6 @@ Letters: B images, H W pixels, h w patch grid, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files
-from visft_ds.config.schema import VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
@@ -26,24 +24,22 @@ from visft_ds.evals.model import (
     DTYPES,
     EvaluationModel,
     ModelFiles,
+    ModelSource,
     chosen_streams,
     decoding_of,
     files_of_run,
     heads_in,
-    load_model,
-    recorded_words,
-    resized,
+    source_of_run,
     streams_without_run,
-    tasks_of,
 )
 from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES
-from visft_ds.interop.heads import categories_of, classes_of_heads
+from visft_ds.interop.heads import categories_of
 from visft_ds.model import normalise_pixels
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction
 from visft_ds.prepare.model import choose_precision
-from visft_ds.prepare.streams import pipeline_of, read_vocabulary
+from visft_ds.prepare.streams import pipeline_of
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, RECORD_FILE, TRAINED_BACKBONE_FILE, recorded_config
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.matching import at_least_float32
@@ -86,28 +82,29 @@ def load(
         raise ValueError(f"image size {image_size} is not allowed: give at least 1 pixel")
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     source, heads = Path(source), None if heads is None else Path(heads)
-    run = _run_at(source)
-    config = None if run is None else recorded_config(run).visft
-    if config is not None:
-        streams: Mapping[str, Stream] = config.streams()
+    run, words = _run_at(source), None if vocabulary is None else Path(vocabulary)
+    if run is not None:
+        parts = source_of_run(
+            run,
+            recorded_config(run).visft,
+            where=source,
+            tasks=names,
+            backbone=None if backbone is None else Path(backbone),
+            heads=heads,
+            adapter=None if adapter in (None, "none") else Path(str(adapter)),
+            use_adapter=adapter != "none",
+            vocabulary=words,
+            precision=precision,
+            side=image_size,
+        )
     else:
-        streams = streams_without_run(heads_in(heads or _head_folder(source)), batch_size=DEFAULT_BATCH, side=None)
-    streams = chosen_streams(streams, names, heads, heads or source)
-    streams = {name: resized(stream, side=image_size) for name, stream in streams.items()}
-    files = _files(source, run, config, tasks_of(streams), backbone, heads, adapter)
-    words = vocabulary or (recorded_words(run, config) if run and config else None)
-    loaded = _load(
-        files,
-        tasks_of(streams),
-        config,
-        device,
-        precision,
-        vocabulary=read_vocabulary(Path(words)) if words else None,
-        decoding=decoding_of(config),
-        allow_other_base=allow_other_base,
-    )
-    classes = classes_of_heads(loaded.heads)
-    return Model(source, loaded, {name: replace(one, classes=classes) for name, one in streams.items()}, files)
+        found = heads_in(heads or _head_folder(source))
+        streams = streams_without_run(found, batch_size=DEFAULT_BATCH, side=image_size)
+        streams = chosen_streams(streams, names, heads, heads or source)
+        files = _files_at(source, backbone, heads, adapter)
+        parts = ModelSource(files, streams, words, decoding_of(None), precision or "auto")
+    loaded, streams = _build(parts, device, allow_other_base=allow_other_base)
+    return Model(source, loaded, streams, parts.files)
 
 
 def load_backbone(
@@ -125,9 +122,20 @@ def load_backbone(
     """
     source = Path(source)
     run = _run_at(source)
-    config = None if run is None else recorded_config(run).visft
-    files = _files(source, run, config, [], backbone, None, adapter)
-    return ImageFeatures(_load(files, [], config, device, precision))
+    if run is not None:
+        config = recorded_config(run).visft
+        files = files_of_run(
+            run,
+            config,
+            [],
+            backbone=None if backbone is None else Path(backbone),
+            adapter=None if adapter in (None, "none") else Path(str(adapter)),
+            use_adapter=adapter != "none",
+        )
+        parts = ModelSource(files, {}, precision=precision or config.model.precision, packed=config.model.packed)
+    else:
+        parts = ModelSource(_files_at(source, backbone, None, adapter), {}, precision=precision or "auto")
+    return ImageFeatures(_build(parts, device)[0])
 
 
 class ImageFeatures(nn.Module):
@@ -301,20 +309,13 @@ def check_options(threshold: float, batch_size: int | None) -> None:
         raise ValueError(f"batch size {batch_size} is not allowed: give at least 1")
 
 
-def _load(
-    files: ModelFiles,
-    tasks: Sequence[str],
-    config: VisftConfig | None,
-    device: str | torch.device | None,
-    precision: str | None,
-    **options: Any,
-) -> EvaluationModel:
-    if precision not in (None, "auto", *DTYPES):
-        raise ValueError(f"precision {precision!r} is not allowed: give auto, {', '.join(DTYPES)}")
+def _build(
+    parts: ModelSource, device: str | torch.device | None, *, allow_other_base: bool = False
+) -> tuple[EvaluationModel, dict[str, Stream]]:
+    if parts.precision not in ("auto", *DTYPES):
+        raise ValueError(f"precision {parts.precision!r} is not allowed: give auto, {', '.join(DTYPES)}")
     place = _device(device)
-    chosen, _ = choose_precision(precision or (config.model.precision if config else "auto"), place)
-    packed = config is not None and config.model.packed
-    return load_model(files, tasks, precision=chosen, device=place, packed=packed, **options)
+    return parts.build(choose_precision(parts.precision, place)[0], place, allow_other_base=allow_other_base)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -351,25 +352,13 @@ def _head_folder(source: Path) -> Path:
     return source
 
 
-def _files(
-    source: Path,
-    run: Path | None,
-    config: VisftConfig | None,
-    tasks: Sequence[str],
-    backbone: str | Path | None,
-    heads: Path | None,
-    adapter: str | Path | None,
-) -> ModelFiles:
-    given = None if backbone is None else Path(backbone)
+def _files_at(source: Path, backbone: str | Path | None, heads: Path | None, adapter: str | Path | None) -> ModelFiles:
+    """Files of an export without its run, or of merged weights."""
     own = None if adapter in (None, "none") else Path(str(adapter))
-    if run is not None:
-        assert config is not None
-        use = adapter != "none"
-        return files_of_run(run, config, tasks, backbone=given, heads=heads, adapter=own, use_adapter=use)
     exported = source / ADAPTER_FOLDER
     if adapter is None and backbone is None and exported.is_dir():
         own = exported
-    weights = given or _weights_at(source)
+    weights = _weights_at(source) if backbone is None else Path(backbone)
     # Of one export: random bases of release 0.1 do not say so themselves.
     of_run = (weights, source) if weights.parent == source else None
     return ModelFiles(weights, heads or source, own, {}, of_run=of_run)

@@ -34,7 +34,7 @@ class Boxes:
     @classmethod
     def of(cls, results: Results, categories: Mapping[int, str]) -> Boxes:
         """From results in COCO's format, in their order."""
-        corners = [(x, y, x + width, y + height) for x, y, width, height in (one["bbox"] for one in results)]
+        corners = [(x, y, x + width, y + height) for x, y, width, height in (result["bbox"] for result in results)]
         xyxy = np.array(corners, dtype=np.float32).reshape(-1, 4)
         return cls(xyxy, *_labels(results, categories))
 
@@ -56,7 +56,7 @@ class Masks:
         """From results in COCO's format for an image of `size` (height, width), in their order."""
         masks = np.zeros((0, *size), dtype=np.bool_)
         if results:
-            masks = coco_mask.decode([one["segmentation"] for one in results]).transpose(2, 0, 1).astype(np.bool_)
+            masks = coco_mask.decode([result["segmentation"] for result in results]).transpose(2, 0, 1).astype(np.bool_)
         return cls(masks, *_labels(results, categories))
 
     def __len__(self) -> int:
@@ -64,9 +64,9 @@ class Masks:
 
 
 def _labels(results: Results, categories: Mapping[int, str]) -> tuple[Floats, npt.NDArray[np.int64], tuple[str, ...]]:
-    ids = [one["category_id"] for one in results]
-    names = tuple(category_name(one, categories) for one in ids)
-    return np.array([one["score"] for one in results], dtype=np.float32), np.array(ids, dtype=np.int64), names
+    ids = [result["category_id"] for result in results]
+    names = tuple(category_name(id_, categories) for id_ in ids)
+    return np.array([result["score"] for result in results], dtype=np.float32), np.array(ids, dtype=np.int64), names
 
 
 def category_name(id_: int, categories: Mapping[int, str]) -> str:
@@ -135,8 +135,8 @@ class Prediction:
 
     def _lines(self) -> list[str]:
         """Lines of tasks of other packages about the image."""
-        told = ((TASKS[task].describe, results) for task, results in self.others.items())
-        return [describe(results, self.categories) for describe, results in told if describe is not None]
+        described = ((TASKS[task].describe, results) for task, results in self.others.items())
+        return [describe(results, self.categories) for describe, results in described if describe is not None]
 
     def to_coco(self, image_id: int) -> dict[str, Results]:
         """Task -> predictions in COCO's results format, as an evaluation writes them."""

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from visft_ds.config.schema import ModelConfig, VisftConfig
 from visft_ds.interop.backbones import open_backbone
 from visft_ds.interop.files import DRAWN_AS, TensorInfo, sha256_file
-from visft_ds.interop.head_info import HeadFile
+from visft_ds.interop.head_file import HeadFile
 from visft_ds.interop.layouts import base_parameters, is_lora
 from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.resilience.signals import RankError
 from visft_ds.tasks import TASKS
 
 
@@ -175,8 +176,7 @@ def fill_model(
         heads: files of all tasks, or none: then they start at random from `config.seed`, as in every process.
 
     Raises:
-        ValueError: values that are not finite; on one process alone where it does not hold all, which the error says
-            (`of_one_rank`).
+        ValueError: values that are not finite; a `RankError` from a process that does not hold all of them.
     """
     backbone, held = module.backbone, placement.held(module)
 
@@ -190,8 +190,9 @@ def fill_model(
         if isinstance(backbone, TimmBackbone):
             backbone.set_buffers(base.buffers())
     except ValueError as error:
-        error.of_one_rank = not all(name in held for name, _ in module.named_parameters())  # type: ignore[attr-defined]
-        raise
+        if all(name in held for name, _ in module.named_parameters()):
+            raise
+        raise RankError(str(error)) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         for task, head in module.heads.items():

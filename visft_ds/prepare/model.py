@@ -20,7 +20,7 @@ from visft_ds.config.schema import OptimizerParams, ParamGroup, Precision, Visft
 from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
-from visft_ds.interop.head_info import HeadFile, HeadInfo
+from visft_ds.interop.head_file import HeadFile, HeadInfo
 from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID

@@ -11,24 +11,19 @@ import orjson
 
 from visft_ds.config.preflight import is_url
 from visft_ds.config.schema import VisftConfig
-from visft_ds.config.task_schema import SHARED, Stream
+from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
-from visft_ds.data.features import FeatureCache
 from visft_ds.data.manifest import Manifest, manifest_path
 from visft_ds.data.plan import Plan, SetPlan, TaskPlan
 from visft_ds.prepare.datasets import TrainingSet, captioned, classes_of_run, first_of, open_training_data, shuffle_of
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import JointTransform, collate_joint
+from visft_ds.tasks.transform import collate_joint, transform_of
 from visft_ds.tasks.vocabulary import FORMAT, Vocabulary
 
 
 def pipeline_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> SamplePipeline:
     """Transform and collate of a stream, with the sizes of its configuration."""
-    if stream.name == SHARED:
-        joint = JointTransform(train, stream.tasks, vocabulary=vocabulary, classes=stream.classes, **stream.image)
-        return SamplePipeline(joint, collate_joint)
-    spec, classes = TASKS[stream.name], stream.classes.get(stream.name)
-    return SamplePipeline(spec.build_transform(train, stream.image, vocabulary, classes), spec.collate)
+    return SamplePipeline(transform_of(stream, vocabulary, train=train), collate_joint)
 
 
 def streams_of(config: VisftConfig, first: Manifest) -> dict[str, Stream]:
@@ -71,34 +66,6 @@ def plan_of(config: VisftConfig, sets: Mapping[str, TrainingSet]) -> Plan:
         tasks[stream.name] = TaskPlan(parts, stream.batch_size, stream.share)
     views = None if config.features is None else config.features.views
     return Plan(tasks, config.seed, shuffle_of(config.data)[0], views)
-
-
-def features_of(
-    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
-) -> FeatureCache | None:
-    """Cache of the frozen backbone's features; None where geometries do not repeat.
-
-    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
-
-    Raises:
-        ValueError: a folder that holds something else.
-    """
-    if config.features is None:
-        return None
-    shape = {"preset": config.model.preset, **config.model.backbone_options()}
-    streams = {stream.name: stream.image for stream in config.streams().values()}
-    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
-        gone = {key.partition("image.")[2]: idle for key, (_, idle) in task.removed.items()}
-        streams[name] |= gone  # as caches of earlier releases say it
-    identity = {
-        "base weights": base_weights,
-        "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
-        "precision": f"{precision} on {device}",
-        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
-        "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
-    }
-    root = None if config.features.cache is None else Path(config.features.cache)
-    return FeatureCache(root, identity, config.features.storage)
 
 
 def parts_of(stream: Stream, sets: Mapping[str, TrainingSet]) -> dict[str, Stream]:

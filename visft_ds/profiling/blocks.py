@@ -1,4 +1,4 @@
-"""Blocks of a backbone with adapters beside the same blocks without, and beside other implementations.
+"""Benchmark of blocks with adapters: against the same blocks without, and against other implementations.
 
 Two measurements for every image size and dtype, forward and backward: whole blocks, and the adapted projection alone.
 All variants share the frozen weights and take turns in every round, so ratios to the frozen layers are comparable where
@@ -237,7 +237,7 @@ def _measure(cases: Mapping[str, Case], given: Tensor, repeats: int, trained: Se
         return between - began, clock(given.device) - between
 
     seconds = in_turn(cases, run, repeats)
-    first = [sum(one) for one in next(iter(seconds.values()))]
+    first = [sum(parts) for parts in next(iter(seconds.values()))]
     return {
         name: {
             FORWARD: spread(forward for forward, _ in found),

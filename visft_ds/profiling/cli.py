@@ -29,7 +29,7 @@ from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.removed import refuse_removed
 from visft_ds.config.resolve import available
-from visft_ds.resilience.signals import LOST_PEER
+from visft_ds.resilience.signals import LOST_PEER, is_told_here
 
 TOOL = "tools/profile.py"
 _PARTS = ("blocks", "projection", "kept")
@@ -60,8 +60,7 @@ def _run(given: Sequence[str], name: str) -> int:
         options, rest = parser.parse_known_args(given)
         return int(options.run(options, rest, [*name.split(), *given]))
     except (ValueError, argparse.ArgumentError) as error:
-        # Every rank runs into the same mistake; one message is enough. One that only this rank sees says so.
-        if rank == 0 or getattr(error, "of_one_rank", False):
+        if is_told_here(error):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
@@ -149,8 +148,8 @@ def _resolve(parser: argparse.ArgumentParser, rest: Sequence[str], *, synthetic:
     from visft_ds.parallel import distributed
     from visft_ds.run.start_report import print_dry_run
 
-    told = render_missing(missing) if missing else ""
-    return print_dry_run(config, distributed.world_size(), told) if distributed.is_main() else 0
+    text = render_missing(missing) if missing else ""
+    return print_dry_run(config, distributed.world_size(), text) if distributed.is_main() else 0
 
 
 # ------------------------------------------------------------------------------------------------------- train

@@ -158,21 +158,21 @@ def make_call(name: str, size: int, device: torch.device) -> Callable[[], object
     """A call that moves `size` bytes, as nccl-tests count them, in its own tensors. Collective."""
     rank, world = distributed.rank(), distributed.world_size()
     elements = max(world, size // 4 // world * world)
-    whole = torch.zeros(elements, device=device)
+    full = torch.zeros(elements, device=device)
     if name == COPY:
-        other = torch.empty_like(whole)
-        return lambda: other.copy_(whole)
+        other = torch.empty_like(full)
+        return lambda: other.copy_(full)
     if name == ALL_REDUCE:
-        return lambda: dist.all_reduce(whole)
+        return lambda: dist.all_reduce(full)
     if name == BROADCAST:
-        return lambda: dist.broadcast(whole, 0)
+        return lambda: dist.broadcast(full, 0)
     part = torch.zeros(elements // world, device=device)
     if name == ALL_GATHER:
-        return lambda: dist.all_gather_into_tensor(whole, part)
+        return lambda: dist.all_gather_into_tensor(full, part)
     if name == REDUCE_SCATTER:
-        return lambda: dist.reduce_scatter_tensor(part, whole)
+        return lambda: dist.reduce_scatter_tensor(part, full)
     assert name == SEND, name
-    return lambda: _there_and_back(whole, rank, world)
+    return lambda: _there_and_back(full, rank, world)
 
 
 def _there_and_back(tensor: Tensor, rank: int, world: int) -> None:
@@ -286,7 +286,7 @@ def _measure_engine(config: ResolvedConfig, run: PlannedRun, precision: Precisio
         return measure_communication(by_engine if kind == "engine" else plainly, device)
 
     found = in_turn(("engine", "plain"), sent, repeats)
-    ours, plain = _slowest_rank([[one.seconds for one in kind] for kind in found.values()], device)
+    ours, plain = _slowest_rank([[timed.seconds for timed in kind] for kind in found.values()], device)
     return {
         "bytes": size,
         "plain_calls": list(names),
@@ -319,7 +319,7 @@ def _rates(device: torch.device) -> tuple[Rates | None, str]:
     close = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name]
     if not close:
         return None, f"{name} is in no table"
-    gpu = min(close, key=lambda one: abs(one.memory - memory))
+    gpu = min(close, key=lambda gpu: abs(gpu.memory - memory))
     return rates_of(gpu), f"planned for {gpu.name}"
 
 
@@ -327,7 +327,7 @@ def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates
     """Share of communication in a step: computed seconds as planned, sent as measured, less those that overlap."""
     planned = step_time(run, run.config.visft.streams()[name], rates, 1e30)  # without anything sent
     computed = planned.compute + planned.update + planned.waiting
-    sent = {hidden: sum(one["of_step"] for one in costs if one["hidden"] is hidden) for hidden in (False, True)}
+    sent = {hidden: sum(cost["of_step"] for cost in costs if cost["hidden"] is hidden) for hidden in (False, True)}
     seen = sent[False] + max(0.0, sent[True] - planned.compute)
     return {
         "computed_seconds": computed,
@@ -343,7 +343,7 @@ def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates
 
 def write_csv(record: Mapping[str, Any], file: Path) -> None:
     """Write a CSV file with a row for every measured call, each with hardware, ranks, time, versions and commit."""
-    told = {
+    facts = {
         "device": record["hardware"]["device"],
         "backend": record["backend"],
         "ranks": record["ranks"],
@@ -356,7 +356,7 @@ def write_csv(record: Mapping[str, Any], file: Path) -> None:
             {
                 **{key: call[key] for key in ("call", "bytes", "algbw", "busbw")},
                 **{f"seconds_{key}": value for key, value in call["seconds"].items()},
-                **told,
+                **facts,
             }
             for call in record["calls"]
         ]
@@ -411,22 +411,22 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     for name, messages in record["messages"].items():
         sent = [
             (
-                one["what"],
-                one["collective"],
-                f"{one['bytes']:,}",
-                str(one["calls"]),
-                f"{1e6 * one['seconds']:.0f}",
-                f"{one['busbw'] / 1e9:.3f}",
-                f"{1e3 * one['of_step']:.3f}",
-                "" if one["measured"] else "from other sizes",
+                row["what"],
+                row["collective"],
+                f"{row['bytes']:,}",
+                str(row["calls"]),
+                f"{1e6 * row['seconds']:.0f}",
+                f"{row['busbw'] / 1e9:.3f}",
+                f"{1e3 * row['of_step']:.3f}",
+                "" if row["measured"] else "from other sizes",
             )
-            for one in messages
+            for row in messages
         ]
         sections.append(Section(f"{name}: sent in a step", sent, _MESSAGE_HEAD))
     if record["at_start"]:
         once = record["at_start"]
-        count, size = sum(one["calls"] for one in once), sum(one["calls"] * one["bytes"] for one in once)
-        text = f"{count} broadcasts, {size:,} bytes, {sum(one['of_step'] for one in once):.3f} s"
+        count, size = sum(row["calls"] for row in once), sum(row["calls"] * row["bytes"] for row in once)
+        text = f"{count} broadcasts, {size:,} bytes, {sum(row['of_step'] for row in once):.3f} s"
         sections.append(Section("sent once, when the engine is built", [("every parameter", text)]))
     if found := record["update"]:
         by_engine = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items()))

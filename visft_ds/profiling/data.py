@@ -28,6 +28,7 @@ from isal import isal_zlib
 
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.schema import VisftConfig
+from visft_ds.config.task_schema import SHARED, SharedImage, Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.loader import StepLoader
 from visft_ds.data.manifest import Manifest, manifest_path
@@ -42,7 +43,6 @@ from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.profiling.harness import CpuClock, circumstances, in_turn, load_row, quartiles, spread
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.reencode import Reencoding
-from visft_ds.tasks.transform import JointTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
@@ -98,7 +98,7 @@ class DataOptions:
     @property
     def workers(self) -> list[tuple[WorkerKind, int]]:
         """Kind and number of everything that is measured."""
-        return [*(("threads", one) for one in self.threads), *(("processes", one) for one in self.processes)]
+        return [*(("threads", n) for n in self.threads), *(("processes", n) for n in self.processes)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Pass:
 
     def cpu_of(self, part: str) -> float:
         """CPU seconds of a part; of the rest, what is in none."""
-        return self.cpu - sum(one.cpu for one in self.parts.values()) if part == REST else self.parts[part].cpu
+        return self.cpu - sum(spent.cpu for spent in self.parts.values()) if part == REST else self.parts[part].cpu
 
 
 def measure_data(data: MeasuredSet, streams: Sequence[StreamData], options: DataOptions) -> dict[str, Any]:
@@ -166,10 +166,10 @@ def _measure_stream(data: MeasuredSet, reader: ShardReader, stream: StreamData, 
             before, clock, wall = loader.spent(), CpuClock.start(), time.perf_counter()
             samples = size = 0
             wait = 0.0
-            for whole, _ in loader.steps(start, start + count):
+            for step_plan, _ in loader.steps(start, start + count):
                 wait += loader.wait_seconds
-                samples += len(whole.indices)
-                size += int(sizes[whole.indices].sum())
+                samples += len(step_plan.indices)
+                size += int(sizes[step_plan.indices].sum())
                 if options.step_ms:
                     time.sleep(options.step_ms / 1000)
             wall, cpu = time.perf_counter() - wall, clock.seconds()
@@ -186,24 +186,24 @@ def _measure_stream(data: MeasuredSet, reader: ShardReader, stream: StreamData, 
         "parts_by": first,
         "parts": {
             part: {
-                "cpu_seconds": spread(one.cpu_of(part) / one.samples for one in found[first]),
-                "share": spread(one.cpu_of(part) / one.cpu for one in found[first]),
+                "cpu_seconds": spread(each.cpu_of(part) / each.samples for each in found[first]),
+                "share": spread(each.cpu_of(part) / each.cpu for each in found[first]),
             }
             for part in [*seen, REST]
         },
         "by_workers": {
             name: {
-                "cpu_seconds_per_sample": spread(one.cpu / one.samples for one in passes),
-                "samples_per_cpu_second": spread(one.samples / one.cpu for one in passes),
-                "samples_per_second": spread(one.samples / one.wall for one in passes),
-                "wait_seconds_per_step": spread(one.wait / one.steps for one in passes),
-                "wait_share": spread(one.wait / one.wall for one in passes),
-                "bytes_per_second": spread(one.bytes / one.wall for one in passes),
-                "bytes_per_sample": sum(one.bytes for one in passes) / sum(one.samples for one in passes),
+                "cpu_seconds_per_sample": spread(each.cpu / each.samples for each in passes),
+                "samples_per_cpu_second": spread(each.samples / each.cpu for each in passes),
+                "samples_per_second": spread(each.samples / each.wall for each in passes),
+                "wait_seconds_per_step": spread(each.wait / each.steps for each in passes),
+                "wait_share": spread(each.wait / each.wall for each in passes),
+                "bytes_per_second": spread(each.bytes / each.wall for each in passes),
+                "bytes_per_sample": sum(each.bytes for each in passes) / sum(each.samples for each in passes),
             }
             for name, passes in found.items()
         },
-        "released_share": spread(one.released / one.cpu for one in watched),
+        "released_share": spread(each.released / each.cpu for each in watched),
     }
 
 
@@ -396,7 +396,8 @@ def _read(path: Path) -> dict[str, Any]:
 def joint_pipeline(vocabulary: Vocabulary) -> SamplePipeline:
     """The plain three-task sample: boxes, masks of 56 x 56 cells and one caption on a square of 224 pixels."""
     tasks = ("detection", "segmentation", "captioning")
-    return SamplePipeline(JointTransform(True, tasks, vocabulary=vocabulary, fixed_size=SIDE), collate_joint)
+    image = SharedImage(fixed_size=SIDE).model_dump()
+    return pipeline_of(Stream(SHARED, tasks, 1.0, 1, 1, image), vocabulary, train=True)
 
 
 def our_loader(
@@ -455,12 +456,12 @@ def configured(
             manifest = Manifest.load(where, split, cache=cache_of(settings.data))
             data = MeasuredSet.of(f"{where}/{split}", manifest, wanted)
         words = vocabulary_of(settings, data.manifest)
-        own = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
+        streams = streams_of(settle_classes(config, data.manifest).visft, data.manifest)
         yield (
             data,
             [
                 StreamData(stream.name, pipeline_of(stream, words, train=True), min(stream.batch_size, len(data)))
-                for stream in own.values()
+                for stream in streams.values()
             ],
         )
 
@@ -487,7 +488,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     for name, numbers in record["streams"].items():
         head = f"{name}, {numbers['steps']} steps of {numbers['batch']}"
         by_workers, by = numbers["by_workers"], numbers["parts_by"]
-        whole = {"cpu_seconds": by_workers[by]["cpu_seconds_per_sample"], "share": {"median": 1.0}}
+        total = {"cpu_seconds": by_workers[by]["cpu_seconds_per_sample"], "share": {"median": 1.0}}
         rows: list[tuple[str, ...]] = [
             (
                 part,
@@ -495,7 +496,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
                 quartiles(found["cpu_seconds"], 0, 1e6),
                 f"{100 * found['share']['median']:6.2f} %",
             )
-            for part, found in (*numbers["parts"].items(), ("whole", whole))
+            for part, found in (*numbers["parts"].items(), ("whole", total))
         ]
         columns: tuple[str, ...] = ("", "CPU us a sample", "quartiles", "share of CPU")
         sections.append(Section(f"{head}: where the time goes, {by}", rows, columns))

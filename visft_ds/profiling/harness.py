@@ -101,8 +101,8 @@ class CpuClock:
 
     def seconds(self) -> float:
         """Since the start."""
-        own = _own_seconds()
-        return own - self.own + _living_seconds() - self.living
+        process_seconds = _own_seconds()
+        return process_seconds - self.own + _living_seconds() - self.living
 
 
 def _own_seconds() -> float:

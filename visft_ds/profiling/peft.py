@@ -1,4 +1,4 @@
-"""The backbone's part of a stage-2 step beside the same tower in timm under PEFT's LoRA: time and peak memory.
+"""The backbone's part of a stage-2 step against the same tower in timm under PEFT's LoRA: time and peak memory.
 
 Both have the same weights, images, loss and optimiser, and their gradients are compared before anything is timed. All
 ways take turns in every round, so ratios to the baseline mean something where times do not. On a CPU it is CPU time
@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import FROZEN, OTHER, TRAINED, Ledger
-from visft_ds.interop.peft_model import adapter_gradients, peft_on_timm
-from visft_ds.models.eva_vit import RECOMPUTE, build_backbone
+from visft_ds.interop.adapter import adapter_of
+from visft_ds.interop.layouts import is_lora, tower_of
+from visft_ds.interop.peft import adapter_config, peft_tensors
+from visft_ds.interop.timm_names import model_arguments
+from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
 from visft_ds.prepare.materialize import is_small
@@ -209,3 +212,74 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         sections.append(Section(what, rows, ("recomputed", "ms", "times as fast (quartiles)", "peak MiB", "")))
         sections.append(Section("gradients of all adapters", [("differ by", f"{result['gradients_differ_by']:.1e}")]))
     return sections
+
+
+def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
+    """timm's model with separate q, k and v under PEFT, ready to train the same adapters.
+
+    On timm's fused qkv PEFT does nothing (docs/weights.md). Frozen tensors of the wanted dtype are shared with the
+    backbone; adapters are copies, in fp32 as PEFT keeps them.
+
+    Args:
+        backbone: with adapters, not merged.
+        dtype: of everything that is frozen; None: each tensor as the backbone has it, so that all are shared.
+
+    Raises:
+        ValueError: timm is not installed, or the backbone has no adapters.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"timm is needed to compare with it: pip install timm>=1.0.20 ({error})") from error
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    adapter = adapter_of(backbone)
+    name, arguments = model_arguments(tower_of(backbone))
+    with torch.device("meta"):
+        model = timm.create_model(name, qkv_fused=False, **arguments)
+    model.load_state_dict(_split(backbone, dtype), assign=True)
+    settings = adapter_config(adapter, split=True)
+    config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=settings["target_modules"])
+    adapted = get_peft_model(model.requires_grad_(False), config)
+    tensors = peft_tensors(adapter, split=True)
+    outcome = set_peft_model_state_dict(adapted, {key: value.to(_device(backbone)) for key, value in tensors.items()})
+    assert not outcome.unexpected_keys, outcome.unexpected_keys
+    assert not any(p.is_meta for p in adapted.parameters())
+    return adapted.train()
+
+
+def adapter_gradients(adapted: nn.Module, backbone: EvaViT) -> tuple[Tensor, Tensor]:
+    """All gradients of the adapters of `peft_on_timm` and of the backbone it was made from, flat, in one order."""
+    theirs = {
+        name.replace(".default.", "."): parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if is_lora(name.replace(".default.", "."))
+    }
+    adapter = adapter_of(backbone)
+    gradients = {name: backbone.get_parameter(name).grad for name in adapter.tensors}
+    assert all(gradient is not None for gradient in (*theirs.values(), *gradients.values()))
+    adapter.tensors.update({name: gradient for name, gradient in gradients.items() if gradient is not None})
+    ours = peft_tensors(adapter, split=True)
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    flat = [theirs[name] for name in ours]
+    return torch.cat([one.flatten() for one in flat if one is not None]), torch.cat(
+        [v.flatten() for v in ours.values()]
+    )
+
+
+def _device(backbone: EvaViT) -> torch.device:
+    return backbone.pos_embed.device
+
+
+def _split(backbone: EvaViT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tower's own tensors under timm's names, q, k and v as views of the fused projection."""
+    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in backbone.named_parameters() if not is_lora(name)}
+    if backbone.cls_token is None:
+        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]  # timm keeps none for a class token that is not there
+    for index in range(backbone.depth):
+        stem = f"blocks.{index}.attn."
+        for part, rows in zip("qkv", tensors.pop(f"{stem}qkv.weight").chunk(3), strict=True):
+            tensors[f"{stem}{part}_proj.weight"] = rows
+        for part in "qv":
+            tensors[f"{stem}{part}_proj.bias"] = tensors.pop(f"{stem}{part}_bias")
+    return tensors

@@ -53,14 +53,14 @@ def _arm_record(arm: SearchArm) -> dict[str, Any]:
         "of_limit": arm.of_limit,
         "streams": {
             name: {
-                "images": one.images,
-                "micro": one.micro,
-                "memory": {**asdict(one.memory), "total": one.memory.total},
-                "seconds": {**asdict(one.time), "total": one.time.total},
-                "images_per_second": one.images_per_second,
-                "limit_seconds": one.limit,
+                "images": stream.images,
+                "micro": stream.micro,
+                "memory": {**asdict(stream.memory), "total": stream.memory.total},
+                "seconds": {**asdict(stream.time), "total": stream.time.total},
+                "images_per_second": stream.images_per_second,
+                "limit_seconds": stream.limit,
             }
-            for name, one in arm.streams.items()
+            for name, stream in arm.streams.items()
         },
     }
 
@@ -71,7 +71,7 @@ def make_title(record: Mapping[str, Any]) -> str:
     return f"plan: {cluster['count']}x{cluster['name']}, predicted"
 
 
-_ARM_HEAD = ("engine", "computed again", "accumulation", "fits", "fullest", "images/s", "hours", "of the peak")
+_ARM_HEAD = ("engine", "recomputed", "accumulation", "fits", "fullest", "images/s", "hours", "of the peak")
 _MEMORY_HEAD = ("step", "weights", "grads", "optimizer", "buckets", "gathered", "activations", "transient", "GiB")
 _TIME_HEAD = ("step", "images", "at once", "seconds", "communication", "waiting", "images/s", "of the peak")
 
@@ -91,7 +91,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
                 arm["recomputed"],
                 str(arm["accumulation"]),
                 "yes" if arm["fits"] else "NO",
-                f"{max(one['memory']['total'] for one in arm['streams'].values()) / _GIB:.1f} GiB",
+                f"{max(stream['memory']['total'] for stream in arm['streams'].values()) / _GIB:.1f} GiB",
                 f"{arm['images_per_second']:.4g}",
                 f"{arm['hours']:.1f}",
                 f"{100 * arm['of_limit']:.0f} %",
@@ -101,21 +101,22 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         sections.append(Section(name, rows, _ARM_HEAD))
         title = f"{name}, {best['engine']}: GiB of a GPU by part ({best['capacity'] / _GIB:.1f} may be filled)"
         rows = [
-            (step, *(f"{size / _GIB:.2f}" for size in one["memory"].values())) for step, one in best["streams"].items()
+            (step, *(f"{size / _GIB:.2f}" for size in stream["memory"].values()))
+            for step, stream in best["streams"].items()
         ]
         sections.append(Section(title, rows, _MEMORY_HEAD))
         rows = [
             (
                 step,
-                str(one["images"]),
-                str(one["micro"]),
-                f"{one['seconds']['total']:.3f}",
-                f"{one['seconds']['communication']:.3f}",
-                f"{one['seconds']['waiting']:.3f}",
-                f"{one['images_per_second']:.4g}",
-                f"{100 * one['limit_seconds'] / one['seconds']['total']:.0f} %",
+                str(stream["images"]),
+                str(stream["micro"]),
+                f"{stream['seconds']['total']:.3f}",
+                f"{stream['seconds']['communication']:.3f}",
+                f"{stream['seconds']['waiting']:.3f}",
+                f"{stream['images_per_second']:.4g}",
+                f"{100 * stream['limit_seconds'] / stream['seconds']['total']:.0f} %",
             )
-            for step, one in best["streams"].items()
+            for step, stream in best["streams"].items()
         ]
         rows.append(("mix", "", "", f"{best['step_seconds']:.3f}", "", "", f"{best['images_per_second']:.4g}", ""))
         sections.append(Section(f"{name}, {best['engine']}: time", rows, _TIME_HEAD))

@@ -23,15 +23,16 @@ from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.costs.ledger import OTHER, Ledger
+from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch
 from visft_ds.models.eva_vit import Block
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import start_process_group
-from visft_ds.parallel.partition import Place, plan_partition
+from visft_ds.parallel.engine import Schedule, start_process_group
+from visft_ds.planner import run_of
 from visft_ds.planner.cluster import Rates, step_time
-from visft_ds.planner.meta_step import rehearsing
+from visft_ds.planner.meta_step import traced_as
 from visft_ds.planner.step import PlannedRun, plan_memory
 from visft_ds.prepare.model import prepare_model
 from visft_ds.profiling.memory import live_tensors, note_gradients, note_residents, step_watched
@@ -174,7 +175,7 @@ def measure_cases(cases: Sequence[Case]) -> list[dict[str, Any]] | None:
             for record in _measure(case, rates):
                 ranks = distributed.gather_objects(record)
                 if ranks is not None:
-                    records.append(max(ranks, key=lambda one: sum(one["measured"].values())))
+                    records.append(max(ranks, key=lambda rank: sum(rank["measured"].values())))
     return records if distributed.is_main() else None
 
 
@@ -188,18 +189,25 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
     assert precision != "auto", "the debug model states one"
     words = Vocabulary(tuple(f"w{number}" for number in range(VOCABULARY - 4)))
     prepared = prepare_model(visft, config.optimizer.params, precision=precision, vocabulary=words)
-    partition = plan_partition(config, batches, words.size)
-    engine = build_engine(config, prepared, deepspeed_dict(config, world, precision), partition)
+    partition = run_of(config, world, precision, words.size, None).partition
+    engine = build_engine(
+        prepared,
+        deepspeed_dict(config, world, precision),
+        config.optimizer.params,
+        Schedule.of(config.scheduler, config.total_steps),
+        seed=visft.seed,
+        partition=partition,
+    )
     for number, (name, stream) in enumerate(visft.streams().items()):
-        whole = made_up_batch(stream, batches.micro[name])
+        full_batch = made_up_batch(stream, batches.micro[name])
         content = Content(OBJECTS, FIRST_IDS + min(batches.micro[name], _LENGTHS) - 1)
         run = PlannedRun(config, batches, precision, words.size, engine.device, content)
         plan = plan_memory(config, world, precision=precision, task=name, vocabulary_size=words.size, content=content)
-        parts = _parts_of(whole, batches.accumulation, batches.stages)
+        parts = _parts_of(full_batch, batches.accumulation, batches.stages)
         loss_denominators: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in engine.module.count(whole).items():
+        for key, value in engine.module.count(full_batch).items():
             loss_denominators.setdefault(name, {})[key.partition("/")[2]] = torch.tensor(max(value, 1.0))
-        del whole
+        del full_batch
         step = partial(engine.train_step, number, parts, loss_denominators)
         for _ in range(2):
             step()
@@ -251,7 +259,7 @@ def measured_rates() -> Rates:
         left, right = torch.rand(1024, 192, dtype=dtype), torch.rand(192, 768, dtype=dtype)
         product[precision] = 2 * 1024 * 192 * 768 / _best(partial(torch.mm, left, right))
         heads = torch.rand(4, 4, 256, 48, dtype=dtype, requires_grad=True)
-        # Two products forward and five backward, of which the rehearsed work counts as many.
+        # Two products forward and five backward, of which the traced work counts as many.
         attention[precision] = 7 * 2 * 4 * 4 * 256 * 256 * 48 / _best(partial(_attend_and_back, heads))
     wide, maps, points = torch.rand(1024, 768), torch.rand(16, 16, 16, 16), torch.rand(16, 256, 4, 2)
     size = 4 * wide.numel()
@@ -281,7 +289,7 @@ def _host_seconds() -> float:
         torch.autograd.backward(block(block(x)).sum())
 
     block = Block(16, 2, 32, post_norm=False).requires_grad_(False)
-    with rehearsing(torch.device("cpu"), "fp32") as tracer:
+    with traced_as(torch.device("cpu"), "fp32") as tracer:
         step("meta")
     count = sum(tracer.work.values())
     block.to_empty(device="cpu")
@@ -343,7 +351,7 @@ def error_of(record: Mapping[str, Any]) -> float:
 
 def time_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """Predicted over measured time, in units of the geometric mean of that over all records that have both."""
-    ratios = [one["predicted_seconds"] / one["cpu_seconds"] for one in records if one["predicted_seconds"]]
+    ratios = [case["predicted_seconds"] / case["cpu_seconds"] for case in records if case["predicted_seconds"]]
     if not ratios:
         return []
     middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
@@ -360,16 +368,16 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     """Every step, and the largest error."""
     ratios = iter(record["time_ratios"])
     rows = []
-    for one in record["records"]:
-        timed = one["predicted_seconds"] is not None
+    for case in record["records"]:
+        timed = case["predicted_seconds"] is not None
         rows.append(
             (
-                one["case"],
-                one["task"],
-                f"{sum(one['measured'].values()) / _MIB:.2f}",
-                f"{one['predicted']['total'] / _MIB:.2f}",
-                f"{100 * error_of(one):+.1f} %",
-                f"{1e3 * one['cpu_seconds']:.0f}",
+                case["case"],
+                case["task"],
+                f"{sum(case['measured'].values()) / _MIB:.2f}",
+                f"{case['predicted']['total'] / _MIB:.2f}",
+                f"{100 * error_of(case):+.1f} %",
+                f"{1e3 * case['cpu_seconds']:.0f}",
                 f"{next(ratios):.2f}" if timed else "",
             )
         )

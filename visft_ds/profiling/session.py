@@ -23,11 +23,11 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
-from visft_ds.models.compiled import check_compiler, compile_blocks
+from visft_ds.models.compiled import check_compiler
 from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
-from visft_ds.parallel.engine import StepReport, ZeroEngine, start_process_group
+from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
@@ -124,9 +124,15 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
             vocabulary=vocabulary,
             placement=placement_for(for_deepspeed, None),
         )
-        engine = build_engine(config, prepared, for_deepspeed)
+        engine = build_engine(
+            prepared,
+            for_deepspeed,
+            config.optimizer.params,
+            Schedule.of(config.scheduler, config.total_steps),
+            seed=settings.seed,
+            compile=settings.model.compile,
+        )
         assert isinstance(engine, ZeroEngine)
-        compile_blocks(prepared.module.backbone, settings.model.compile)
         yield Session(config, batches, engine, manifest, vocabulary, precision, why, notes)
 
 
@@ -134,8 +140,8 @@ def make_step(session: Session, step: int, batches: Sequence[Batch]) -> StepRepo
     """Run a step on its batches as the training loop does, up to the record. Collective."""
     engine, kind = session.engine, f"step {step} {batches[0].tasks}"
     agreement = distributed.agree_on_step(kind, counts_of(engine.module, batches), False, engine.device)
-    parts = session.batches.dp * session.batches.accumulation
-    return engine.train_step(step, batches, loss_denominators_of(agreement.counts, parts, engine.device))
+    denominators = loss_denominators_of(agreement.counts, session.batches.micro_batches, engine.device)
+    return engine.train_step(step, batches, denominators)
 
 
 def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tuple[str, ...]]:

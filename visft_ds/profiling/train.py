@@ -46,6 +46,7 @@ from visft_ds.profiling.timing import (
     typical_parts,
 )
 from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.resilience.signals import RankError
 from visft_ds.tasks import TASKS
 
 FORMAT, VERSION = "visft_ds profile", 1
@@ -70,8 +71,8 @@ class Lengths:
 def measure_train(config: ResolvedConfig, lengths: Lengths, *, synthetic: bool) -> dict[str, Any] | None:
     """Every stream of a configuration on every rank; the record on the main process, None on the others."""
     with open_session(config, synthetic=synthetic) as session:
-        own = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
-        ranks = distributed.gather_objects(own)
+        measured = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
+        ranks = distributed.gather_objects(measured)
         record = make_record(session, ranks) if ranks is not None else None
     distributed.close()
     return record
@@ -116,7 +117,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             flops.append(operations)
             with metered(engine, watch):
                 hooked.append(timed(watch)[0])
-        peak, told = peak_memory(device), list(reports)
+        peak, made = peak_memory(device), list(reports)
         several = distributed.world_size() > 1
         communication = asdict(measure_communication(timed, device)) if several else None
 
@@ -142,14 +143,14 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         if hasattr(targets, "tokens"):
             content["caption_ids"] = max(content.get("caption_ids", 0), targets.tokens.shape[1])
     formula = formula_of(session, batches)
-    known, seconds = [one for one in flops if one is not None], [step.seconds for step in plain]
+    known, seconds = [count for count in flops if count is not None], [step.seconds for step in plain]
     # Operations a second: "model" leaves out what activation checkpointing computes again, "hardware" includes it.
     model, hardware = None, meter.total / statistics.median(seconds)  # of a head without a formula the count stands
     if len(known) == len(flops):
         model = statistics.median((f.forward + f.backward) / s for f, s in zip(known, seconds, strict=True))
         hardware = statistics.median(f.all / s for f, s in zip(known, seconds, strict=True))
     rate = reference.flops_per_second
-    first = [*told[: lengths.warmup], *told[lengths.warmup :: 2]]  # those without hooks
+    first = [*made[: lengths.warmup], *made[lengths.warmup :: 2]]  # those without hooks
     return {
         "batch": {
             "images": images,
@@ -161,10 +162,10 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         "steps": {
             "measured": lengths.steps,
             "warmup": lengths.warmup,
-            "skipped": sum(report.skipped for report in told[lengths.warmup :]),
+            "skipped": sum(report.skipped for report in made[lengths.warmup :]),
         },
         "losses": [dict(report.losses)["loss"] for report in first[:2]],
-        "images_per_second": spread(images / one for one in seconds),
+        "images_per_second": spread(images / step_seconds for step_seconds in seconds),
         "step_seconds": spread(seconds),
         "parts_seconds": typical_parts(hooked),
         "hooked_step_seconds": spread(step.seconds for step in hooked),
@@ -212,13 +213,11 @@ def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
             raise
         key = "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
         first = (str(error).splitlines() or ["out of memory"])[0]
-        explained = ValueError(
+        raise RankError(
             f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
             f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
             "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
-        )
-        explained.of_one_rank = True  # type: ignore[attr-defined]  # the others wait for it and do not know why
-        raise explained from error
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------- the closed formulas
@@ -304,9 +303,9 @@ def make_record(session: Session, ranks: Sequence[Mapping[str, Any]]) -> dict[st
         tasks[task] = {"slowest_rank": slowest, "fullest_rank": fullest, "ranks": measured}
     # Speed of a run that does every task as often as its ratio says.
     streams = config.visft.streams()
-    whole = sum(stream.share for stream in streams.values())
-    images = sum(s.share / whole * _slowest(tasks[name])["batch"]["images"] for name, s in streams.items())
-    seconds = sum(s.share / whole * _slowest(tasks[name])["step_seconds"]["median"] for name, s in streams.items())
+    all_shares = sum(stream.share for stream in streams.values())
+    images = sum(s.share / all_shares * _slowest(tasks[name])["batch"]["images"] for name, s in streams.items())
+    seconds = sum(s.share / all_shares * _slowest(tasks[name])["step_seconds"]["median"] for name, s in streams.items())
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -403,17 +402,17 @@ _MEANING = {
 
 def _time_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     parts = numbers["parts_seconds"]
-    whole = sum(parts[part] for part in PARTS)
+    total = sum(parts[part] for part in PARTS)
     rows = [(part, parts[part], _MEANING.get(part, "")) for part in PARTS]
     rows.insert(1 + PARTS.index(CRITERION), (f"  of it {MATCHER}", parts[MATCHER], ""))
-    rows.append(("whole", whole, "mean of the middle half of the hooked steps"))
+    rows.append(("whole", total, "mean of the middle half of the hooked steps"))
     found = numbers["communication"]
     if found is not None:
         calls = ", ".join(f"{count} {name}" for name, count in sorted(found["calls"].items())) or "no call"
         text = f"inside the parts above, from one other step ({found['backend']}: {calls})"
         rows.append(("communication", found["seconds"], text))
     return [
-        (name, f"{1000 * seconds:9.2f}", f"{100 * seconds / whole:5.1f} %", meaning) for name, seconds, meaning in rows
+        (name, f"{1000 * seconds:9.2f}", f"{100 * seconds / total:5.1f} %", meaning) for name, seconds, meaning in rows
     ]
 
 
@@ -421,10 +420,10 @@ def _memory_rows(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     memory = numbers["memory_bytes"]
     # Much of what is transient gets its name a moment later, so that its own maximum would count that twice.
     most = {kind: "" if kind == TRANSIENT else f"{memory['highest'][kind] / _MIB:11.2f}" for kind in KINDS}
-    whole = sum(memory["at_peak"].values())
+    total = sum(memory["at_peak"].values())
     return [
         *((kind, f"{memory['at_peak'][kind] / _MIB:11.2f}", most[kind]) for kind in KINDS),
-        ("whole", f"{whole / _MIB:11.2f}", ""),
+        ("whole", f"{total / _MIB:11.2f}", ""),
         ("process at its peak", f"{memory['process_peak'] / _MIB:11.2f}", ""),
     ]
 

@@ -1,4 +1,4 @@
-"""Losses that are no numbers, or leap: told, counted and, beyond what is allowed, the end of a run on every rank."""
+"""Guard of the loss: NaN, infinity and spikes are reported and counted; too many end the run on every rank."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.resilience.nan_debug import not_finite, watched
+from visft_ds.resilience.signals import Diverged
 
-#: Losses of a task that have to be known before one can leap.
+#: Losses of a task that have to be known before one can be a spike.
 FEWEST = 20
-#: The median distance of a normal distribution from its median, in standard deviations.
+#: Median absolute deviation of a normal distribution, in standard deviations.
 _MEDIAN_DEVIATION = 0.6745
-#: Overflows whose loss scales are told when it has collapsed: from the first one at 65,536 down to 1.
+#: Overflows whose loss scales are listed when the scale has collapsed: from the first one at 65,536 down to 1.
 _FALLS = 17
-#: Modules and ranks that are named then.
+#: Modules and ranks that are listed with them.
 _SHOWN = 3
-#: An overflow at this loss scale of fp16 or a lower one stops the run: every further step would be passed over.
+#: An overflow at this loss scale of fp16 or a lower one stops the run: every further step would be skipped.
 LEAST_SCALE = 1.0
 #: A task whose losses hardly differ: deviations below this share of the median do not count.
 _FLAT = 1e-3
@@ -48,33 +49,33 @@ class Past:
 def robust_score(past: Iterable[float], loss: float) -> float:
     """Standard deviations by which a loss lies above the median of others, by their median absolute deviation.
 
-    Unlike mean and standard deviation, neither is moved by a few leaps that were let through.
+    Unlike mean and standard deviation, neither is moved by a few spikes among the past losses.
     """
     known = list(past)
-    middle = statistics.median(known)
-    deviation = statistics.median(abs(one - middle) for one in known)
-    return _MEDIAN_DEVIATION * (loss - middle) / max(deviation, _FLAT * abs(middle), 1e-12)
+    median = statistics.median(known)
+    deviation = statistics.median(abs(value - median) for value in known)
+    return _MEDIAN_DEVIATION * (loss - median) / max(deviation, _FLAT * abs(median), 1e-12)
 
 
 class LossGuard:
-    """Watches the steps of a run.
+    """Guard of a run: keeps the recent losses of each task, and judges every step by them.
 
     Args:
         settings: `skip_bad_steps`, `spike_threshold`, `spike_window`.
-        past: what went before, the oldest first.
+        past: earlier steps, the oldest first.
     """
 
     def __init__(self, settings: RunConfig, past: Iterable[Past] = ()) -> None:
         self._settings = settings
         self._losses: dict[str, deque[float]] = {}
-        self.bad = 0  #: steps in a row without an update because loss or gradient was no number
+        self.bad = 0  #: steps in a row without an update because loss or gradient was not finite
         self._falls: deque[tuple[int, float]] = deque(maxlen=_FALLS)
         self.collapsed = False  #: no loss scale that is allowed keeps the gradient of the last step finite
-        for one in past:
-            self._note(one)
+        for step in past:
+            self._note(step)
 
     def observe(self, step_plan: StepPlan, report: StepReport) -> str:
-        """Take note of a finished step. Returns what to say of it, "" for nothing."""
+        """Record a finished step. Returns the message for the log, "" for none."""
         loss = report.losses["loss"]
         overflow = (step_plan.step + 1, report.loss_scale or 1.0) if report.skipped else None
         now = Past(step_plan.task, loss, bool(report.refused), is_finite(report), overflow)
@@ -104,7 +105,7 @@ class LossGuard:
 
     @property
     def event(self) -> str:
-        """Kind of the last step's event; asked for where there is a message."""
+        """Kind of the last step's event, where `observe` returned a message."""
         return "bad step" if self.bad else "loss scale" if self.collapsed else "loss leaps"
 
     def check(self, message: str, saved: int) -> None:
@@ -115,7 +116,7 @@ class LossGuard:
             saved: step of the newest checkpoint, 0 for none.
 
         Raises:
-            FloatingPointError: on every rank.
+            Diverged: on every rank.
         """
         allowed = self._settings.skip_bad_steps
         if self.bad <= allowed and not self.collapsed:
@@ -127,9 +128,7 @@ class LossGuard:
             advice = (
                 "bf16 and fp32 hold such gradients (visft.model.precision), or smaller loss weights give smaller ones"
             )
-        error = FloatingPointError(f"{message}\nstopped{after}; {good}. {advice}")
-        error.of_all_ranks = True  # type: ignore[attr-defined]  # so that one of them may speak for all
-        raise error
+        raise Diverged(f"{message}\nstopped{after}; {good}. {advice}")
 
     def _known(self, task: str) -> deque[float]:
         return self._losses.setdefault(task, deque(maxlen=self._settings.spike_window))
@@ -148,7 +147,7 @@ def is_finite(report: StepReport) -> bool:
 
 
 def resumed_guard(settings: RunConfig, out: Path, plan: Plan, start: int) -> LossGuard:
-    """The guard of a run that goes on after `start` steps, as it was then, from the records of the run. Collective."""
+    """The guard of a run that resumes after `start` steps, as it was then, from the run's metrics. Collective."""
     past = list(_past(out / METRICS_FILE, plan, start)) if distributed.is_main() and start else []
     return LossGuard(settings, distributed.broadcast_object(past))
 
@@ -164,10 +163,10 @@ def _past(path: Path, plan: Plan, start: int) -> Iterator[Past]:
 def find_overflow(
     engine: Engine, step: int, batches: Sequence[Batch], loss_denominators: LossDenominators, report: StepReport
 ) -> str:
-    """Make a step whose gradient has overflowed once more, without an update, and say where it does. Collective.
+    """Repeat a step whose gradient has overflowed, without an update, and find where it does. Collective.
 
-    Through the engine, at the loss scale of then, so that every rank and every pipeline stage sees what it saw. The run
-    is to stop: what the engine counts as done is not right afterwards.
+    It runs through the engine, at the loss scale of that step, so that every rank and pipeline stage sees what it saw.
+    The run has to stop afterwards: the engine's counters are not right any more.
 
     Returns:
         For each rank the first modules and parameters, in the order of the backward pass; the same on every rank.
@@ -175,8 +174,8 @@ def find_overflow(
     found: dict[str, str] = {}
 
     def note(what: str, tensor: Tensor) -> None:
-        if what not in found and (one := not_finite(what, tensor)) is not None:
-            found[what] = one.text()
+        if what not in found and (fault := not_finite(what, tensor)) is not None:
+            found[what] = fault.text()
 
     engine.should_update = lambda loss: False
     engine.loss_scale.restore({**engine.loss_scale.state(), "scale": report.loss_scale or 1.0})

@@ -53,11 +53,6 @@ def read_beats(folder: Path) -> Iterator[Beat]:
             yield beat
 
 
-def stopped_because(reason: str) -> str:
-    """`Beat.ended` of a rank that stopped as it was asked to; `reason` is empty where another rank was asked."""
-    return f"stopped: {reason or 'asked by another rank'}"
-
-
 def exit_code(error: BaseException) -> int:
     """Exit code of a rank: 2 for what the user can mend (a server of the data that does not answer counts as such),
     4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
@@ -79,5 +74,5 @@ def asked_to_stop(folder: Path) -> bool:
 
 
 def process_state(beat: Beat) -> str:
-    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    """The state of a rank's process in words, "gone" where there is no such process, "" where it is unknown."""
     return state(beat.pid, beat.born, beat.machine)

@@ -1,7 +1,7 @@
-"""Before the first step: the largest micro-batches of every stream, through the real engine, without a trace.
+"""Memory probe before the first step ("rehearsal"): a step of the largest micro-batches, whose result is discarded.
 
-Images differ in size and in what is in them, so that a step that needs more memory than all before may come after days.
-Here it comes first. What is made up are pixels and labels; everything else is what training does.
+Images differ in size and in numbers of objects, so that a step that needs more memory than all before may come after
+days. Here it comes first. Only pixels and labels are made up; everything else is what training does.
 Letters: B images of a micro-batch.
 """
 
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config import Batches
+from visft_ds.config.schema import ModelConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.labels import whole_image
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.plan import generator
+from visft_ds.data.roles import Place
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import Role
 from visft_ds.data.transforms import Size
@@ -29,30 +30,26 @@ from visft_ds.models.compiled import compilations
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
-from visft_ds.parallel.partition import Place
 from visft_ds.parallel.unchanged import unchanged
-from visft_ds.prepare.datasets import TrainingSet, first_of, needs_categories
-from visft_ds.prepare.streams import parts_of, pipelines_of, streams_of
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import needs_categories
+from visft_ds.prepare.streams import parts_of
 from visft_ds.resilience.host_memory import memory_bounded, peak_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, gib, shape_text
 from visft_ds.resilience.watchdog import Watchdog
 from visft_ds.tasks import TASKS
-from visft_ds.tasks.transform import JointTransform
-from visft_ds.tasks.vocabulary import Vocabulary
 
 _WORD = "a"
-#: What the transform of a stream says of its labels' sizes.
-_LABEL_OPTIONS = ("mask_stride", "max_words")
 
 
 @dataclass(frozen=True)
 class Largest:
-    """A micro-batch than which a run meets none that needs more memory.
+    """Micro-batch that needs at least as much memory as any of the run.
 
-    The images of most objects come together in it, and where B > 1 the highest image comes with the widest, since a
-    batch is padded to the height of the one and the width of the other. Where images are packed, the heads still see
-    that; the backbone has most to do with images of most pixels, which are a micro-batch of their own then. Captions
-    have `max_words` words.
+    It has the images with the most objects, and where B > 1 the highest image and the widest, since a batch is padded
+    to the height of the one and the width of the other. Where images are packed, the heads still see that padding; the
+    backbone needs most for the images with the most pixels, which then are another micro-batch. Captions have
+    `max_words` words.
     """
 
     stream: Stream  #: with the tasks only that the data set teaches
@@ -82,18 +79,9 @@ class Largest:
         """Numbers that memory grows with."""
         return *self.frame, sum(self.objects), self.packed * sum(height * width for height, width in self.sizes)
 
-    def batch(self, pipeline: SamplePipeline, vocabulary: Vocabulary | None, role: Role) -> Batch:
-        """It, as far as a process that reads with this role has it."""
-        options = {name: self.stream.image[name] for name in _LABEL_OPTIONS if name in self.stream.image}
-        labelling = JointTransform(
-            True,
-            self.stream.tasks,
-            vocabulary=vocabulary,
-            caption_choice="first",
-            classes=self.stream.classes,
-            **options,
-        )
-        caption = " ".join([_WORD] * labelling.max_words)
+    def batch(self, pipeline: SamplePipeline, role: Role) -> Batch:
+        """The batch, or the part of it that a process with this role reads."""
+        caption = " ".join([_WORD] * self.stream.image.get("max_words", 1))
         samples = []
         for number, (size, objects) in enumerate(zip(self.sizes, self.objects, strict=True)):
             raw = RawSample(number, number, size, None, [whole_image(size, self.category)] * objects, [caption])
@@ -105,69 +93,63 @@ class Largest:
                     size=size,
                     image=None if role == "labels" else torch.zeros((3, *size), dtype=torch.uint8),
                     random_key=number,
-                    targets={} if role == "images" else labelling.targets(raw, (), generator(number)),
+                    targets={} if role == "images" else pipeline.transform.targets(raw, (), generator(number)),
                 )
             )
         return pipeline.collate(samples)
 
 
-def largest_batches(
-    settings: VisftConfig, sets: Mapping[str, TrainingSet], vocabulary: Vocabulary | None, batches: Batches
-) -> list[tuple[Largest, SamplePipeline]]:
-    """The largest micro-batches of each stream, and what collates them. Two where one image is alone in a batch (one
-    lies, one stands), or where images are packed."""
+def largest_batches(data: RunData, micro: Mapping[str, int], *, packed: bool) -> list[tuple[Largest, SamplePipeline]]:
+    """The largest micro-batches of each stream, with their pipelines. Two for a batch of a single image (a landscape
+    and a portrait one), or where images are packed.
+
+    Args:
+        micro: images of a micro-batch, by stream.
+        packed: images of different sizes go through the backbone without padding.
+    """
     found: list[tuple[Largest, SamplePipeline]] = []
-    pipelines, first = pipelines_of(settings, sets, vocabulary), first_of(sets)
-    category = next((one.coco_id for one in first.categories), 0)
-    for name, stream in streams_of(settings, first).items():
-        own: list[tuple[Largest, SamplePipeline]] = []
-        for dataset, part in parts_of(stream, sets).items():
-            manifest, pipeline = sets[dataset].manifest, pipelines[name][dataset]
-            objects = _most_objects(manifest, batches.micro[name])
-            extremes = {size for one in _sizes(manifest) for size in pipeline.transform.extremes(one)}
-            packed = settings.model.packed
-            for sizes in _gathered(extremes, batches.micro[name], packed=packed):
+    category = next((category.coco_id for category in data.categories), 0)
+    for name, stream in data.streams.items():
+        kept: list[tuple[Largest, SamplePipeline]] = []
+        for dataset, part in parts_of(stream, data.sets).items():
+            manifest, pipeline = data.sets[dataset].manifest, data.pipelines[name][dataset]
+            objects = _most_objects(manifest, micro[name])
+            extremes = {extreme for size in _sizes(manifest) for extreme in pipeline.transform.geometry.extremes(size)}
+            for sizes in _gathered(extremes, micro[name], packed=packed):
                 largest = Largest(part, sizes, objects, category, packed)
-                if not any(other.covers(largest) for other, _ in own):
-                    own = [(other, made) for other, made in own if not largest.covers(other)]
-                    own.append((largest, pipeline))
-        found += own
+                if not any(other.covers(largest) for other, _ in kept):
+                    kept = [(other, made) for other, made in kept if not largest.covers(other)]
+                    kept.append((largest, pipeline))
+        found += kept
     return found
 
 
-def rehearse(
-    config: ResolvedConfig,
-    engine: Engine,
-    batches: Batches,
-    sets: Mapping[str, TrainingSet],
-    vocabulary: Vocabulary | None,
-    *,
-    watchdog: Watchdog,
-    memory: MemoryWatch,
+def probe_memory(
+    model: ModelConfig, engine: Engine, data: RunData, batches: Batches, *, watchdog: Watchdog, memory: MemoryWatch
 ) -> None:
-    """Make a step of the largest micro-batches of every stream that leaves no trace, and print its cost. Collective.
+    """Run a step of the largest micro-batches of every stream that changes nothing; print its cost. Collective.
 
     Raises:
         OutOfMemory: it does not fit.
     """
     role = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages).role
-    compiles = config.visft.model.compile != "none"
+    compiles = model.compile != "none"
     device, rows, compiling = engine.device, [], 0.0
-    found = largest_batches(config.visft, sets, vocabulary, batches)
+    found = largest_batches(data, batches.micro, packed=model.packed)
     gauge = Gauge("rehearsal", len(found), "batches", enabled=distributed.is_main())
     with unchanged(engine), memory_bounded(device, distributed.processes_here()), gauge:
         for largest, pipeline in found:
             name, shape = largest.stream.name, largest.describe()
             times = []
-            for _ in range(1 + compiles):  # what the second time takes less was for compiling
+            for _ in range(1 + compiles):  # the first time minus the second is the time for compiling
                 watchdog.begin(f"rehearsal of {name}")
                 began = time.perf_counter()
                 with memory.watched(f"the rehearsal of {name}", name, largest.describe):
-                    micro = [largest.batch(pipeline, vocabulary, role)] * batches.accumulation if role else []
-                    own = counts_of(engine.module, micro)
-                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", own, False, device)
-                    parts = batches.dp * batches.accumulation
-                    engine.train_step(0, micro, loss_denominators_of(agreement.counts, parts, device))
+                    micro = [largest.batch(pipeline, role)] * batches.accumulation if role else []
+                    counts = counts_of(engine.module, micro)
+                    agreement = distributed.agree_on_step(f"rehearsal of {name}, {shape}", counts, False, device)
+                    denominators = loss_denominators_of(agreement.counts, batches.micro_batches, device)
+                    engine.train_step(0, micro, denominators)
                 times.append(time.perf_counter() - began)
             gauge.add()
             compiling += times[0] - times[-1]
@@ -178,15 +160,15 @@ def rehearse(
     if distributed.is_main():
         columns = ("stream", "largest micro-batch", "took", "peak")
         sections = [Section("steps", rows, columns), memory.planned()]
-        sections += [_compiled_section(config.visft.model.compile, compiling)] if compiles else []
+        sections += [_compiled_section(model.compile, compiling)] if compiles else []
         print_plan("rehearsal, of which nothing is kept", sections)
 
 
 def _compiled_section(how: str, seconds: float) -> Section:
     """Blocks compiled before the first step, with the time it took; evaluation compiles what it runs itself."""
     graphs, breaks = compilations()
-    told = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
-    rows = [("blocks", told), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
+    text = f"{graphs} graphs{f', broken up at {breaks} places' * bool(breaks)}"
+    rows = [("blocks", text), ("start", f"{seconds:.0f} s for compiling, over the same steps without")]
     if how == "cuda_graphs":
         rows.append(
             ("recorded", "each shape of the training images when it comes for the third time, at most 8 of them")
@@ -199,7 +181,7 @@ def _sizes(manifest: Manifest) -> Iterator[Size]:
     found: set[int] = set()
     for rows in manifest.parts():
         found.update(np.unique(rows["height"].astype(np.int64) << 32 | rows["width"]).tolist())
-    return (divmod(one, 1 << 32) for one in sorted(found))
+    return (divmod(number, 1 << 32) for number in sorted(found))
 
 
 def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
@@ -211,12 +193,14 @@ def _most_objects(manifest: Manifest, count: int) -> tuple[int, ...]:
 
 
 def _gathered(extremes: Iterable[Size], count: int, *, packed: bool) -> list[tuple[Size, ...]]:
-    """Sizes of `count` pictures that come together, out of those that there are: the largest of a lying and a standing
-    one, or one batch with the highest and the widest; where they are packed, also one of the largest alone."""
+    """Sizes of the images of each largest batch of `count`: for 1 the largest landscape and portrait image; for more
+    the highest and the widest with the largest of all, and where images are packed also the largest alone."""
     known = sorted(extremes, key=lambda size: size[0] * size[1], reverse=True)
     if count == 1:
-        lying, standing = ([size for size in known if (size[0] > size[1]) == stands] for stands in (False, True))
-        return [tuple(sizes[:1]) for sizes in (lying, standing) if sizes]
+        landscape = [size for size in known if size[0] <= size[1]]
+        portrait = [size for size in known if size[0] > size[1]]
+        return [tuple(sizes[:1]) for sizes in (landscape, portrait) if sizes]
     highest, widest = (max(known, key=lambda size: size[side]) for side in (0, 1))
-    gathered = [(highest, widest, *[known[0]] * (count - 2))]
-    return [*gathered, (known[0],) * count] if packed else gathered
+    largest = [known[0]] * count
+    padded = (highest, widest, *largest[2:])
+    return [padded, tuple(largest)] if packed else [padded]

@@ -27,14 +27,15 @@ from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_den
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import use_kernels
 from visft_ds.parallel.engine import step_seed
+from visft_ds.prepare.data import features_of
 from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_training_data
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, located, with_paths
-from visft_ds.prepare.streams import features_of, pipelines_of, plan_of, vocabulary_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.run.folder import REFUSED_FOLDER, read_run, recorded_config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Note = Callable[[str, Tensor], None]  #: is told what a tensor is, and the tensor
+Note = Callable[[str, Tensor], None]  #: called with the name of a tensor, and the tensor
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def examine_batch(
     found: list[NonFinite] = []
 
     def note(what: str, tensor: Tensor) -> None:
-        if (one := not_finite(what, tensor, batch)) is not None:
-            found.append(one)
+        if (fault := not_finite(what, tensor, batch)) is not None:
+            found.append(fault)
 
     for name, parameter in module.named_parameters():
         note(f"parameter {name}", parameter)
@@ -124,9 +125,9 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from (tensor for one in value.values() for tensor in tensors_of(one))
+        yield from (tensor for item in value.values() for tensor in tensors_of(item))
     elif isinstance(value, tuple | list):
-        yield from (tensor for one in value for tensor in tensors_of(one))
+        yield from (tensor for item in value for tensor in tensors_of(item))
     elif is_dataclass(value):
         yield from (tensor for entry in fields(value) for tensor in tensors_of(getattr(value, entry.name)))
 
@@ -200,8 +201,8 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
                 continue
             bad = True
             print(f"{name}: it begins with the {found[0].text()}")
-            for one in found[1:limit]:
-                print(f"    then {one.text()}")
+            for later in found[1:limit]:
+                print(f"    then {later.text()}")
             if len(found) > limit:
                 print(f"    and {len(found) - limit} more (--limit)")
     if not bad:
@@ -238,7 +239,7 @@ def _build(
     for name, parameter in trained.items():
         parameter.data.copy_(values[name])
     maker = BatchMaker(
-        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
+        {name: DataSet(ShardReader(of_set.manifest), of_set.categories) for name, of_set in sets.items()},
         pipelines_of(settings, sets, vocabulary),
         substitutes=plan if settings.data.skip_damaged else None,
         features=module.feature_cache,
@@ -251,9 +252,9 @@ def _build(
     split = [plan.split(step_plan, place, batches.dp, batches.accumulation) for place in range(batches.dp)]
     # Of a pipeline the last stage, which has the losses: its random numbers, and the name that messages give it.
     first = batches.dp * (batches.stages - 1)
-    parts = {rank: [maker.make(part)[0] for part in own] for rank, own in enumerate(split, first)}
-    counts = counts_of(module, [batch for own in parts.values() for batch in own])
-    return parts, module.to(device), loss_denominators_of(counts, batches.dp * batches.accumulation, device)
+    parts = {rank: [maker.make(part)[0] for part in of_rank] for rank, of_rank in enumerate(split, first)}
+    counts = counts_of(module, [batch for of_rank in parts.values() for batch in of_rank])
+    return parts, module.to(device), loss_denominators_of(counts, batches.micro_batches, device)
 
 
 def _check_same(found: Mapping[str, str], recorded: Mapping[str, str]) -> None:

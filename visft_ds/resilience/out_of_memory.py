@@ -7,17 +7,17 @@ import gc
 import resource
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 
-from visft_ds.config import ResolvedConfig
-from visft_ds.config.schema import Precision
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
-from visft_ds.planner import MemoryPlan, fitting_settings, plan_memory
+from visft_ds.planner import MemoryPlan, PlannedRun, fitting_settings, plan_largest
 from visft_ds.resilience.host_memory import host_memory_available, memory_in_use, peak_memory
+from visft_ds.resilience.signals import RankError
 
 #: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
 _SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -25,10 +25,8 @@ _SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 _FILLED = {"cpu": 0.7, "cuda": 0.9}
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(RankError):
     """A step that does not fit. The message says what would."""
-
-    of_one_rank = True  #: the others wait for it and do not know why
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -42,16 +40,11 @@ class MemoryWatch:
     """Explains where a step of this process runs out of memory.
 
     Args:
-        device: of this process.
-        precision: as chosen for this hardware.
-        vocabulary_size: None where no task works with words.
+        run: to plan the memory of, on the device of this process.
     """
 
-    def __init__(
-        self, config: ResolvedConfig, device: torch.device, precision: Precision, vocabulary_size: int | None
-    ) -> None:
-        self._config, self._device, self._precision = config, device, precision
-        self._vocabulary_size, self._world_size = vocabulary_size, distributed.world_size()
+    def __init__(self, run: PlannedRun) -> None:
+        self._run, self._device = run, run.device
         self._used: dict[int, int] | None = None  # before the first step
         self.rehearsed = False  #: the largest shapes were tried and fitted
 
@@ -75,18 +68,22 @@ class MemoryWatch:
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            message = (str(error).splitlines() or [type(error).__name__])[0]
             measured = self._measured()
             # What the step still holds is what the plan is made with.
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         note = "\n  The rehearsal before the first step did not foresee this." if self.rehearsed else ""
-        lines = [f"out of memory in {what}: {shape()}{note}", f"  {said}", measured, *self._explained(stream)]
+        lines = [f"out of memory in {what}: {shape()}{note}", f"  {message}", measured, *self._explained(stream)]
         raise OutOfMemory("\n".join(lines))
+
+    def watched_step(self, what: str, stream: str, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """`watched` for the micro-batches of a step."""
+        return self.watched(what, stream, partial(largest_shape, batches))
 
     def planned(self) -> Section:
         """The peak of the largest stream by part, as it is computed."""
-        return Section("peak of a rank as planned", self._plan(None).rows())
+        return Section("peak of a rank as planned", plan_largest(self._run).rows())
 
     def _measured(self) -> str:
         """Rows of the memory that was counted in this process."""
@@ -100,23 +97,14 @@ class MemoryWatch:
         }
         return "  measured: " + ", ".join(f"{name} {gib(size)}" for name, size in counted.items())
 
-    def _plan(self, stream: str | None) -> MemoryPlan:
-        words = self._vocabulary_size
-        return plan_memory(
-            self._config, self._world_size, precision=self._precision, task=stream, vocabulary_size=words
-        )
-
     def _explained(self, stream: str) -> list[str]:
         """The peak by part as it is computed, and settings that would fit."""
-        plan = self._plan(stream)
+        plan = plan_largest(self._run, stream)
         # What has failed is too much, whatever the sum says.
         room = int(_FILLED[self._device.type] * min(self._room(plan), plan.total))
-        suggestions = fitting_settings(
-            self._config, self._world_size, room, precision=self._precision, vocabulary_size=self._vocabulary_size
-        )
         fits = [
-            f"    {' '.join(one.settings)}   ({gib(one.memory.total)}, {one.relative_time:.2f} x the time)"
-            for one in suggestions
+            f"    {' '.join(s.settings)}   ({gib(s.memory.total)}, {s.relative_time:.2f} x the time)"
+            for s in fitting_settings(self._run, room)
         ]
         what = "what would fit into" if fits else "no setting is known that would fit into"
         return [

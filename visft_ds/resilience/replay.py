@@ -1,4 +1,4 @@
-"""Repeat a step that was refused, and say which module and which image make the first number that is none.
+"""Replay of a refused step, which names the module and the image of the first value that is not finite.
 
     visft replay runs/stage2-eva_e --step 123
 

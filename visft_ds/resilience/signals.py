@@ -5,12 +5,14 @@ Imports nothing heavy, so that what it offers is there before torch is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from visft_ds.resilience import processes
 
@@ -21,6 +23,50 @@ _LAUNCHER = "deepspeed.launcher.launch"
 _SUPERVISOR = "VISFT_SUPERVISOR"
 #: What gloo and NCCL say to a rank whose peer is gone.
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
+
+
+#: Which ranks meet an error: all of them, or one alone, for which the others wait without knowing why.
+Scope = Literal["all ranks", "one rank"]
+
+
+class RankError(ValueError):
+    """Mistake that a user can mend, with the ranks that meet it; a plain ValueError is met by all."""
+
+    def __init__(self, message: str, scope: Scope = "one rank") -> None:
+        super().__init__(message)
+        self.scope = scope
+
+
+class Diverged(FloatingPointError):
+    """The end of a training whose numbers are not finite, met by all ranks; a plain FloatingPointError by one."""
+
+    scope: Scope = "all ranks"
+
+
+@contextlib.contextmanager
+def met_by_one_rank(*kinds: type[Exception]) -> Iterator[None]:
+    """Give errors of these kinds their scope, where there are other ranks.
+
+    Raises:
+        RankError: instead of them.
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except kinds as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        raise RankError(str(error)) from error
+
+
+def is_told_here(error: Exception) -> bool:
+    """Return True on the ranks that print an error: one of each machine where all meet it, so that it is read once."""
+    scope: Scope = "one rank" if isinstance(error, FloatingPointError) else "all ranks"
+    if isinstance(error, (RankError, Diverged)):
+        scope = error.scope
+    rank = os.environ.get("RANK", "0")
+    return scope == "one rank" or rank == "0" or os.environ.get("LOCAL_RANK", rank) == "0"
 
 
 class RanksDiffer(RuntimeError):
@@ -38,8 +84,8 @@ class LostRank(RuntimeError):
         code: exit code of the other one, where it left one.
     """
 
-    def __init__(self, told: str, code: int = LOST_CODE) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, code: int = LOST_CODE) -> None:
+        super().__init__(message)
         self.code = code
 
 
@@ -82,6 +128,10 @@ class StopFlag:
         """
         if threading.current_thread() is threading.main_thread():
             self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def why(self) -> str:
+        """Why this rank stopped, for its last heartbeat; `reason` is empty where another rank was asked."""
+        return f"stopped: {self.reason or 'asked by another rank'}"
 
     def restore(self) -> None:
         """Give the signals back to those who had them before `listen`."""

@@ -97,8 +97,8 @@ def tell(text: str) -> None:
 
 def _give_up(why: str, attempts: Sequence[Attempt]) -> int:
     lines = [
-        f"  attempt {number}: {named(one.code)} after {one.seconds:.0f} s, newest saved step {one.step}"
-        for number, one in enumerate(attempts, 1)
+        f"  attempt {number}: {named(attempt.code)} after {attempt.seconds:.0f} s, newest saved step {attempt.step}"
+        for number, attempt in enumerate(attempts, 1)
     ]
     tell("given up: " + why + "\n" + "\n".join(lines))
     return GAVE_UP
@@ -158,7 +158,7 @@ class Command:
                 rank.send_signal(number)
 
     def _wait_for_the_rest(self, session: int) -> None:
-        """Ranks end by themselves when their launcher is gone; whoever does not is ended."""
+        """End ranks that did not end by themselves when their launcher was gone."""
         until = time.monotonic() + _GRACE
         while left := _session(session):
             if time.monotonic() > until:

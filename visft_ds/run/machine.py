@@ -6,22 +6,67 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.config.schema import RunConfig
+from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
+from visft_ds.ops import use_kernels
 from visft_ds.parallel import distributed
+from visft_ds.parallel.placement import placement_for
+from visft_ds.planner import PlannedRun, run_of, settle_recompute
 from visft_ds.prepare.datasets import workers_of
+from visft_ds.prepare.materialize import Placement
+from visft_ds.prepare.model import choose_precision
+from visft_ds.resilience.out_of_memory import MemoryWatch
+from visft_ds.run.folder import open_run_folder, set_aside
 from visft_ds.run.lock import locked
 
 _SHARED_MEMORY = Path("/dev/shm")
 #: Bytes of a checkpoint for each value that trains: the value and two moments, in fp32; and its moving average.
 _CHECKPOINT_BYTES, _AVERAGE_BYTES = 12, 4
 _PIXEL = 3  #: bytes; images travel as uint8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware of this process, and what becomes of a run on it."""
+
+    run: PlannedRun  #: device, precision, batches and, in a pipeline, who has which layers
+    why_precision: str
+    why_recompute: str
+    deepspeed: dict[str, Any]  #: the configuration for `deepspeed.initialize`
+    placement: Placement  #: who holds which parameters
+    memory: MemoryWatch  #: explains a step that does not fit
+
+
+def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> tuple[ResolvedConfig, Machine]:
+    """Choose precision, kernels, recomputation, batches and layers for the processes that there are.
+
+    Nothing is allocated. Returns the configuration with what was chosen.
+
+    Args:
+        vocabulary_size: of the captions; None where no task works with words.
+
+    Raises:
+        ValueError: hardware that cannot do what is asked, batches that cannot be divided, or no shared memory.
+    """
+    model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
+    config, why_recompute = settle_recompute(config, Path(config.visft.run.out or ""))
+    precision, why_precision = choose_precision(model.precision, device)
+    use_kernels(model.kernels, device)
+    check_compiler(model.compile, device)
+    run = run_of(config, world_size, precision, vocabulary_size, device)
+    for_deepspeed = deepspeed_dict(config, world_size, precision)
+    placement = placement_for(for_deepspeed, run.partition)
+    check_shared_memory(config, run.batches)
+    return config, Machine(run, why_precision, why_recompute, for_deepspeed, placement, MemoryWatch(run))
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:
@@ -71,16 +116,40 @@ def locked_for_all_ranks(out: Path) -> Iterator[None]:
         ValueError: on every rank, as `locked`.
     """
     with contextlib.ExitStack() as stack:
-        problem = None
-        if distributed.is_main():
-            try:
-                stack.enter_context(locked(out))
-            except ValueError as error:
-                problem = str(error)
-        problem = distributed.broadcast_object(problem)
-        if problem:
-            raise ValueError(problem)
+        by_main_process(lambda: stack.enter_context(locked(out)))
         yield
+
+
+def clear_run_folder(out: Path, config: ResolvedConfig, resume: str) -> None:
+    """Set a run aside that saved nothing. Collective: the folder is ours by now, whatever another run did meanwhile.
+
+    Raises:
+        ValueError: on every rank, as `open_run_folder`.
+    """
+
+    def clear() -> None:
+        if open_run_folder(out, config, resume):
+            aside = set_aside(out)
+            print(f"the run in {out} saved nothing: it is kept in {aside}, this one starts anew", flush=True)
+
+    by_main_process(clear)
+
+
+def by_main_process(action: Callable[[], object]) -> None:
+    """Let the main process act for all. Collective.
+
+    Raises:
+        ValueError: on every rank, where the action raised that or an OSError.
+    """
+    problem = None
+    if distributed.is_main():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
 
 
 def check_space(out: Path, values: int, run: RunConfig) -> None:

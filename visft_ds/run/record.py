@@ -12,16 +12,20 @@ from pathlib import Path
 import orjson
 
 from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, heads_inside
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
+from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import TrainingSet, first_of
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import TrainingSet
+from visft_ds.prepare.model import PreparedModel
 from visft_ds.prepare.places import (
     CATEGORIES_FILE,
     DATA,
@@ -32,20 +36,14 @@ from visft_ds.prepare.places import (
     paths_of,
     with_paths,
 )
+from visft_ds.run.folder import BACKBONE_FILE
 
 
-def write_record(
-    config: ResolvedConfig,
-    given: Mapping[str, str],
-    sets: Mapping[str, TrainingSet],
-    base_sha256: str,
-    command: Sequence[str],
-) -> None:
-    """Write RUN/inputs, then RUN/run.json. Main process only.
+def write_record(config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str]) -> None:
+    """Write RUN/inputs, then RUN/run.json, with paths as they were given. Main process only.
 
     Args:
         config: with paths at which its inputs lie now.
-        given: the paths to record, by dotted key.
         base_sha256: hash of the base file.
 
     Raises:
@@ -53,11 +51,30 @@ def write_record(
     """
     run = Path(config.visft.run.out or "")
     with explained("copies of the heads and words", run / INPUTS_FOLDER, "The same command goes on"):
-        keep_inputs(run, config.visft, first_of(sets).categories)
-    inputs = _places(run, config.visft, sets, base_sha256)
+        keep_inputs(run, config.visft, data.categories)
+    inputs = _places(run, config.visft, data.sets, base_sha256)
     with explained("the record of the run", run, "Nothing else was changed"):
-        recorded = with_paths(config, given).to_dict()
+        recorded = with_paths(config, data.given).to_dict()
         RunRecord(recorded, distributed.world_size(), list(command), inputs).write(run)
+
+
+def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:
+    """Write random base weights once (an adapter is of no use without its base). Collective.
+
+    Returns:
+        sha256 of the base file; "" on other ranks than the main one where it was written now.
+
+    Raises:
+        OSError: a full disk.
+    """
+    if config.visft.model.weights is not None:
+        return prepared.base_weights
+    path = Path(config.visft.run.out or "") / "export" / BACKBONE_FILE
+    if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
+        with explained("the base weights", path.parent, "The same command goes on"):
+            save_base(prepared.base, tower_metadata(prepared.module.backbone), path)
+    distributed.barrier()
+    return sha256_file(path) if distributed.is_main() else ""
 
 
 def keep_inputs(run: Path, config: VisftConfig, categories: Sequence[Category]) -> None:

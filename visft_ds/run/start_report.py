@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from visft_ds.config import Batches, ResolvedConfig, derive_batches
+from visft_ds.config import Batches, ResolvedConfig
 from visft_ds.config.layers import shorten
 from visft_ds.config.preflight import CANNOT_START, head_files
 from visft_ds.config.schema import RunConfig, VisftConfig
@@ -22,9 +22,9 @@ from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
-from visft_ds.parallel.partition import Partition, plan_partition
-from visft_ds.planner import memory_of, plan_memory
-from visft_ds.prepare.datasets import TrainingSet, classes_of_run, first_of, known_classes, workers_of
+from visft_ds.planner import PlannedRun, memory_of, plan_largest, run_of
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import classes_of_run, known_classes, workers_of
 from visft_ds.prepare.materialize import check_base_file
 from visft_ds.prepare.model import (
     PUBLISHED_VOCABULARY,
@@ -35,27 +35,25 @@ from visft_ds.prepare.model import (
     stage_of,
 )
 from visft_ds.prepare.streams import known_vocabulary
+from visft_ds.run.machine import Machine
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
 def print_start(
     config: ResolvedConfig,
+    data: RunData,
+    machine: Machine,
     prepared: PreparedModel,
-    batches: Batches,
-    data: Section,
-    partition: Partition | None,
+    features: FeatureCache | None,
     *,
-    precision: str,
-    recompute: str,
-    device: torch.device,
     start: int,
 ) -> None:
-    """The plan of a run that is about to train. Main process only."""
-    module = prepared.module
+    """The plan of a run that is about to train, after `start` steps. Main process only."""
+    module, run = prepared.module, machine.run
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.split()[0]]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
     model = config.visft.model
     what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
     again = "nothing"
@@ -69,23 +67,23 @@ def print_start(
             [
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
-                ("precision", precision),
-                ("attention", ": ".join(_attention(module.backbone, device, dtype))),
+                ("precision", f"{run.precision} ({machine.why_precision})"),
+                ("attention", ": ".join(_attention(module.backbone, run.device, dtype))),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
                 (
                     "padding",
-                    _padding(require_eva_vit(module.backbone), device, dtype)
+                    _padding(require_eva_vit(module.backbone), run.device, dtype)
                     if model.packed
                     else "up to the largest image",
                 ),
-                ("recompute", f"{again} ({recompute})"),
+                ("recompute", f"{again} ({machine.why_recompute})"),
             ],
         ),
         _groups_section(prepared.groups),
-        _batch_section(config, batches),
-        *_pipeline_sections(partition, batches),
-        data,
+        _batch_section(config, run.batches),
+        *_pipeline_sections(run),
+        _data_section(config.visft, data, features),
         Section("checks passed", [("-", note) for note in prepared.notes]),
         _run_section(config, start),
     ]
@@ -106,25 +104,23 @@ def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> st
     return f"none: images of different sizes are packed, attention {name} ({why})"
 
 
-def data_section(
-    config: VisftConfig, sets: Mapping[str, TrainingSet], plan: Plan, why_shuffled: str, features: FeatureCache | None
-) -> Section:
+def _data_section(config: VisftConfig, data: RunData, features: FeatureCache | None) -> Section:
     """Table of the data: sets, order, readers."""
-    rows = []
+    sets, plan, rows = data.sets, data.plan, []
     for name, one in sets.items():
         manifest = one.manifest
         shares = f", weight {one.weight:g}: {', '.join(one.tasks)}" if len(sets) > 1 else ""
         mapped = "" if one.categories is None else ", categories mapped"
         where = f"{manifest.root}/{manifest.split}: {len(manifest)} images ({manifest.fingerprint[:12]})"
         rows.append((name if len(sets) > 1 else "shards", f"{where}{shares}{mapped}"))
-    for task, classes in classes_of_run(config, first_of(sets).categories).items():
+    for task, classes in classes_of_run(config, data.categories).items():
         rows.append((f"classes, {task}", f"{len(classes)}, the categories of the data by their ids"))
     for task, part in plan.tasks.items():
         epochs = [f"{plan.steps_per_epoch(task, name)} steps{f' of {name}' * (len(sets) > 1)}" for name in part.sets]
         rows.append((f"epoch, {task}", ", ".join(epochs)))
     kind, number, why = workers_of(config.data)
     rows += [
-        ("order", f"{plan.shuffle} shuffle ({why_shuffled})"),
+        ("order", f"{plan.shuffle} shuffle ({data.why_shuffled})"),
         ("workers", f"{number} {kind} ({why})"),
     ]
     if config.data.skip_damaged:
@@ -159,13 +155,13 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
             captions give no vocabulary.
     """
     config = known_classes(config)
-    # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
-    batches = derive_batches(config, max(world_size, config.pipeline_stages))
     vocabulary = known_vocabulary(config.visft)
-    partition = plan_partition(config, batches, vocabulary.size if vocabulary else None)
-    processes = batches.dp * batches.stages
-    size = vocabulary.size if vocabulary else PUBLISHED_VOCABULARY
-    module, groups = plan_model(config.visft, config.optimizer.params, size)
+    # Planning a pipeline takes no processes: without a launcher, that of one pipeline is shown.
+    processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
+    precision, _ = choose_precision(config.visft.model.precision, device)
+    run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
+    pipeline = _pipeline_sections(run)
+    module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
     if as_json:
         print(json.dumps(config.to_dict(), indent=2))
@@ -177,9 +173,9 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
             [(r.key, f"{shorten(r.old)} -> {shorten(r.new)} by {r.source}") for r in config.replaced],
         ),
         _planned_groups(config, groups, vocabulary),
-        _batch_section(config, batches),
-        *_pipeline_sections(partition, batches),
-        _memory_section(config, processes, vocabulary.size if vocabulary else None),
+        _batch_section(config, run.batches),
+        *pipeline,
+        _memory_section(run),
         _run_section(config, 0),
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
@@ -204,15 +200,12 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
             yield f"this run cannot start: {error}"
 
 
-def _memory_section(config: ResolvedConfig, processes: int, vocabulary_size: int | None) -> Section:
+def _memory_section(run: PlannedRun) -> Section:
     """Table of a process's predicted peak memory on this machine, by part, and whether it fits."""
-    device = distributed.local_device()
-    precision, _ = choose_precision(config.visft.model.precision, device)
-    model = config.visft.model
-    capacity = model.memory_limit or memory_of(device)
-    plan = plan_memory(config, processes, precision=precision, vocabulary_size=vocabulary_size, device=device)
+    model, plan = run.config.visft.model, plan_largest(run)
+    capacity = model.memory_limit or memory_of(run.device)
     verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
-    rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({device.type}, {precision})")]
+    rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})")]
     if model.fit_memory:
         rows.append(("recompute", "a start chooses the fastest policy that fits (visft.model.fit_memory)"))
     return Section("memory of a process at its fullest, predicted", rows)
@@ -263,9 +256,9 @@ def _batch_section(config: ResolvedConfig, batches: Batches) -> Section:
     return Section("batches", [("engine", engine), *equations, *shares])
 
 
-def _pipeline_sections(partition: Partition | None, batches: Batches) -> list[Section]:
+def _pipeline_sections(run: PlannedRun) -> list[Section]:
     """Who does what in a pipeline; nothing without one."""
-    return [Section("pipeline", partition.rows(batches.accumulation))] if partition else []
+    return [Section("pipeline", run.partition.rows(run.batches.accumulation))] if run.partition else []
 
 
 def _kept(run: RunConfig) -> str:

@@ -9,17 +9,19 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
-
 from visft_ds.checkpoint.averaging import MovingAverage, gather_all
+from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.export import export_weights
 from visft_ds.checkpoint.format import check_identity, checkpoint_path, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import Retention, Saver, recorded_scores
 from visft_ds.config import ResolvedConfig
-from visft_ds.monitor.console import Progress
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.interop.writing import remove_unfinished
+from visft_ds.monitor.metrics import METRICS_FILE
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
+from visft_ds.prepare.data import RunData
+from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
 
 #: A wait for the save before this one is reported from here on, in seconds.
@@ -38,7 +40,7 @@ class RunState:
     def __init__(self, config: ResolvedConfig, engine: Engine, identity: Mapping[str, str]) -> None:
         run = config.visft.run
         self.identity = dict(identity)
-        self._out, self._engine = Path(run.out or ""), engine
+        self._out, self._engine, self._config = Path(run.out or ""), engine, config
         self._average = MovingAverage(engine, run.ema) if run.ema else None
         due = partial(evaluation_is_due, every=run.eval_every, total_steps=config.total_steps)
         retention = Retention(run.keep_last, run.keep_every, run.keep_best)
@@ -121,7 +123,7 @@ class RunState:
             return f"\n  the state before it was not kept: {problem}"
         return f"\n  to find where it begins: visft replay {self._out} --step {step}\n  (the state before it: {place})"
 
-    def report_saves(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
+    def report_saves(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the saves that are on disk by now; with `wait`, all of them.
 
         Raises:
@@ -132,10 +134,10 @@ class RunState:
             told = f"training stood still for {save.stall_seconds:.2f} s"
             if save.waited_seconds > _WORTH_TELLING:
                 told += f", {save.waited_seconds:.2f} s of it for the save before"
-            progress.message(
+            log.message(
                 f"saved step {save.step} in {self._saver.folder} ({told}; written in {save.write_seconds:.2f} s)"
             )
-            writer.save(save.step, seconds, checkpoint_path(self._saver.folder, save.step))
+            log.writer.save(save.step, seconds, checkpoint_path(self._saver.folder, save.step))
 
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the numbers of an evaluation into account. Returns whether `step` is the best so far."""
@@ -146,9 +148,37 @@ class RunState:
         if distributed.is_main():
             self._saver.delete_obsolete()
 
-    def averages(self) -> dict[str, dict[str, Tensor]]:
-        """Averages to export: folder name -> values by qualified name (empty but on the main process). Collective."""
-        return {"ema": self._average.gather()} if self._average else {}
+    def export(self, step: int, base_sha256: str, data: RunData) -> None:
+        """Export what has trained, and in RUN/export/ema its moving average. Collective.
+
+        Args:
+            base_sha256: hash of the base file.
+            data: categories and words that heads are exported with.
+
+        Raises:
+            OSError: a full disk.
+        """
+        folder, visft = self._out / "export", self._config.visft
+        with explained(f"the export of step {step}", folder, "Its checkpoint is whole: the same command exports it"):
+            if distributed.is_main():
+                remove_unfinished(folder)
+            averages = {"ema": self._average.gather()} if self._average else {}
+            for name, values in {".": {}, **averages}.items():
+                paths = export_weights(
+                    self._engine,
+                    folder / name,
+                    lora=visft.lora,
+                    head_options={
+                        name: task.head.model_dump(mode="json") for name, task in visft.tasks.enabled().items()
+                    },
+                    facts={"step": step, "base_weights": self.identity["base weights"], "mode": visft.mode},
+                    categories=data.categories,
+                    base_sha256=base_sha256,
+                    vocabulary=data.vocabulary,
+                    instead=values,
+                )
+                for path in paths:
+                    print(f"wrote {path}", flush=True)
 
     def __enter__(self) -> RunState:
         self._saver.__enter__()

@@ -15,41 +15,32 @@ from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.runner import Predict, collect
-from visft_ds.monitor.console import Progress
-from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
-from visft_ds.prepare.datasets import cache_of, check_samples, evaluation_threads
+from visft_ds.prepare.data import RunData
+from visft_ds.prepare.datasets import evaluation_threads
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
+from visft_ds.run.log import RunLog
 from visft_ds.tasks.registry import shown_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
-#: What the console shows of an evaluation; metrics.jsonl and TensorBoard have everything.
 #: Seconds that a run which was asked to stop waits for its last numbers: launchers kill after 30.
 _PATIENCE = 15.0
-
-
-def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
-    """The split for evaluation during training, where there is any; it fits the tasks and the training data."""
-    data = config.data
-    if not config.run.eval_every:
-        return None
-    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
-    check_samples(config.tasks.enabled(), validation)
-    names = {category.coco_id: category.name for category in training.categories}
-    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
-    if other:
-        raise ValueError(
-            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
-            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
-            "same categories"
-        )
-    return validation
 
 
 def evaluation_is_due(step: int, *, every: int, total_steps: int) -> bool:
     """Return True if a step of a run is followed by an evaluation; `every` 0: none is."""
     return every > 0 and (step == total_steps or step % every == 0)
+
+
+def validation_of(
+    config: VisftConfig, data: RunData, judged: Callable[[int, Mapping[str, float]], bool]
+) -> Validation | None:
+    """The evaluations of a run; None where it has none."""
+    if data.validation is None:
+        return None
+    return Validation(config, data.streams, data.validation, data.vocabulary, Path(config.run.out or ""), judged)
 
 
 class Validation:
@@ -91,7 +82,7 @@ class Validation:
             self._judge.again(step, recorded)
         return step not in distributed.broadcast_object(recorded)
 
-    def evaluate(self, predict: Predict, step: int, writer: MetricsWriter, progress: Progress, stop: StopFlag) -> bool:
+    def evaluate(self, predict: Predict, step: int, log: RunLog, stop: StopFlag) -> bool:
         """Predict the split. Collective; the numbers come later, see `poll`.
 
         Returns False where a rank was asked to stop meanwhile: an evaluation takes longer than launchers wait. A run
@@ -106,17 +97,17 @@ class Validation:
                 self._vocabulary,
                 limit=config.run.eval_limit,
                 threads=evaluation_threads(config.data),
-                tell=progress.message,
+                tell=log.message,
             )
         except _AskedError:
             return False
         if collected is not None:
             self._judge.start(step, collected)
-            self.poll(writer, progress)
-        self.draw(predict, step, writer)
+            self.poll(log)
+        self.draw(predict, step, log)
         return True
 
-    def draw(self, predict: Predict, step: int, writer: MetricsWriter) -> None:
+    def draw(self, predict: Predict, step: int, log: RunLog) -> None:
         """Pictures of the fixed images, after `step`. Collective."""
         config = self._config
         pictures = draw_examples(
@@ -129,18 +120,18 @@ class Validation:
         )
         for task, by_image in pictures.items():
             for image_id, picture in by_image.items():
-                writer.image(step, f"{task}/{image_id:012d}", picture)
+                log.writer.image(step, f"{task}/{image_id:012d}", picture)
 
-    def poll(self, writer: MetricsWriter, progress: Progress, *, wait: bool = False) -> None:
+    def poll(self, log: RunLog, *, wait: bool = False) -> None:
         """Record the numbers of evaluations that have been measured by now; with `wait`, of all of them."""
         for verdict in self._judge.verdicts(wait=wait) if distributed.is_main() else ():
-            _record(verdict, writer, progress, best=self._judged(verdict.step, verdict.metrics))
+            _record(verdict, log, best=self._judged(verdict.step, verdict.metrics))
 
-    def leave(self, writer: MetricsWriter, progress: Progress) -> None:
+    def leave(self, log: RunLog) -> None:
         """Wait for the numbers, but not for long; the run that goes on from here measures what is left."""
         deadline = time.monotonic() + _PATIENCE
         while self._judge.busy and time.monotonic() < deadline:
-            self.poll(writer, progress)
+            self.poll(log)
             time.sleep(0.1)
         self._judge.abandon()
 
@@ -160,10 +151,10 @@ def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
     return predict_or_stop
 
 
-def _record(verdict: EvalResult, writer: MetricsWriter, progress: Progress, *, best: bool) -> None:
+def _record(verdict: EvalResult, log: RunLog, *, best: bool) -> None:
     for problem in verdict.problems:
         print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
     if verdict.metrics:
         shown = [f"{name} {verdict.metrics[name]:.3f}" for name in shown_metrics() if name in verdict.metrics]
-        progress.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")
-        writer.evaluation(verdict.step, verdict.metrics)
+        log.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")
+        log.writer.evaluation(verdict.step, verdict.metrics)

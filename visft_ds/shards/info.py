@@ -49,8 +49,8 @@ def describe(manifest: Manifest, *, categories: bool = False, shards: bool = Fal
         facts["category_table"] = _category_table(manifest)
     if shards:
         facts["shard_table"] = [
-            {"name": one.name, "samples": one.count, "bytes": one.bytes, "sha256": one.sha256}
-            for one in manifest.shards
+            {"name": shard.name, "samples": shard.count, "bytes": shard.bytes, "sha256": shard.sha256}
+            for shard in manifest.shards
         ]
     return facts
 
@@ -117,18 +117,18 @@ def describe_step(
         config = with_paths(recorded, places | ({DATA: data} if data else {})).visft
     sets = open_training_data(config, check_shards=False)
     plan = plan_of(config, sets)
-    whole = plan.step(step)
-    parts = {"all": whole}
+    step_plan = plan.step(step)
+    parts = {"all": step_plan}
     if dp_size is not None:
         plan.check_split(dp_size, accumulation)
         parts = {
             f"rank {rank} micro-batch {micro}": part
             for rank in range(dp_size)
-            for micro, part in enumerate(plan.split(whole, rank, dp_size, accumulation))
+            for micro, part in enumerate(plan.split(step_plan, rank, dp_size, accumulation))
         }
-    manifest = sets[whole.dataset].manifest
+    manifest = sets[step_plan.dataset].manifest
     return {
-        **{name: getattr(whole, name) for name in ("step", "task", "dataset", "position", "epoch")},
+        **{name: getattr(step_plan, name) for name in ("step", "task", "dataset", "position", "epoch")},
         "split": f"{manifest.root}/{manifest.split}",
         "state": plan.state(step),
         "image_ids": {name: manifest.index["image_id"][part.indices].tolist() for name, part in parts.items()},

@@ -59,8 +59,8 @@ def _code(given: Mapping[str, Any], height: int, width: int) -> tuple[Any, Found
         return None, ["run-length code of another size"]
     runs = counts if isinstance(counts, list) else _runs(counts)
     # Readers in C write as many pixels as the runs say, so that wrong ones must never get into a shard.
-    whole = runs is not None and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == height * width
-    if not whole:
+    complete = runs is not None and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == height * width
+    if not complete:
         return None, ["mask malformed"]
     if isinstance(counts, str):
         return {"size": size, "counts": counts}, []

@@ -71,16 +71,16 @@ def read_shard(
     with open(path, "rb") as file:
         content.bytes = path.stat().st_size
         scan = TarScan(file, content.bytes, plain=plain)
-        told = 0
+        reported = 0
         for found in scan:
             if isinstance(found, Damage):
                 reading.damage(found)
             else:
                 reading.member(found)
-            on_bytes(scan.offset - told)
-            told = scan.offset
+            on_bytes(scan.offset - reported)
+            reported = scan.offset
         reading.end()
-        on_bytes(scan.offset - told)
+        on_bytes(scan.offset - reported)
         content.sha256 = scan.sha256
     return content
 
@@ -156,8 +156,8 @@ class _Reading:
             return
         expected = stored_size(label)
         if size != expected:
-            said = f"{expected[1]} x {expected[0]}"
-            message = f"image of {key} at offset {image.offset}: {size[1]} x {size[0]} pixels, the label says {said}"
+            stated = f"{expected[1]} x {expected[0]}"
+            message = f"image of {key} at offset {image.offset}: {size[1]} x {size[0]} pixels, the label says {stated}"
             content.blame(message, key, offset=image.offset)
             return
         self._take(image, label_file, label)

@@ -114,11 +114,11 @@ def write_shard(
     try:
         with open(temporary, "wb") as file:
             tar = TarWriter(file)
-            for one in prepared:
-                image, checked = one.sample.image, one.checked
+            for sample in prepared:
+                image, checked = sample.sample.image, sample.checked
                 findings += [(kind, f"image {image.image_id}") for kind in checked.findings]
                 if checked.reason is None:
-                    rows.append(_add_sample(tar, image, checked, one.stored))
+                    rows.append(_add_sample(tar, image, checked, sample.stored))
                 else:
                     quarantine.append(quarantined(image, checked.reason, checked.detail))
                     refuse(quarantine[-1])

@@ -121,7 +121,7 @@ def verify(
     problems += repeated(totals.image_ids)
     if not problems:
         messages = totals.compare(fields)
-        problems = [Problem(manifest_path(root, split).name, one, fix=rebuild_hint(split)) for one in messages]
+        problems = [Problem(manifest_path(root, split).name, message, fix=rebuild_hint(split)) for message in messages]
     return problems
 
 
@@ -241,8 +241,8 @@ def repeated(image_ids: Mapping[str, npt.NDArray[np.int64]]) -> list[Problem]:
     ids, counts = np.unique(every, return_counts=True)
     twice = ids[counts > 1]
     problems = []
-    for name, own in image_ids.items() if len(twice) else ():
-        keys = tuple(f"{image_id:012d}" for image_id in own[np.isin(own, twice)].tolist())
+    for name, ids_of_set in image_ids.items() if len(twice) else ():
+        keys = tuple(f"{image_id:012d}" for image_id in ids_of_set[np.isin(ids_of_set, twice)].tolist())
         if keys:
             message = f"{len(keys)} of its samples are twice in the split: {some(keys)}"
             problems.append(Problem(name, message, keys, fix="Take one of the shards away, or pack them again."))
@@ -279,7 +279,7 @@ class _Totals:
             messages.append(f"{len(differing)} words are counted otherwise in the captions: {some(differing)}")
         unlisted = sorted(self._categories - {category["coco_id"] for category in fields["categories"]})
         if unlisted:
-            messages.append(f"annotations use categories that it does not list: {some([str(one) for one in unlisted])}")
+            messages.append(f"annotations use categories that it does not list: {some([str(id_) for id_ in unlisted])}")
         return messages
 
 

@@ -22,7 +22,7 @@ def are_of_coco(ids: Mapping[int, str]) -> bool:
 
 
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
-    """The raw id that each class of a head stands for; None: a class is what it is in the published heads.
+    """The raw id of each class of a head; None: as in the published heads.
 
     Args:
         task: one that learns from annotated objects; any but segmentation may have raw ids as classes.
@@ -40,7 +40,7 @@ def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) 
             f"visft.tasks.segmentation.head.labelling = published is the numbering of COCO's 80 categories only, and "
             f"the data has {_few(names, _COCO)}: leave it at contiguous and train heads of your own in stage 1"
         )
-    if task != "segmentation" and all(0 <= one < number for one in names):
+    if task != "segmentation" and all(0 <= id_ < number for id_ in names):
         return None
     if task == "segmentation" and are_of_coco(names) and number >= len(COCO_CATEGORY_IDS):
         return None
@@ -74,5 +74,5 @@ def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
 
 def _few(names: Mapping[int, str], but: frozenset[int] = frozenset()) -> str:
     """The first categories, without those of some ids, and how many more there are."""
-    shown = [f"{one} {names[one]!r}" for one in sorted(names) if one not in but]
+    shown = [f"{id_} {names[id_]!r}" for id_ in sorted(names) if id_ not in but]
     return ", ".join(shown[:_EXAMPLES]) + f" and {len(shown) - _EXAMPLES} more" * (len(shown) > _EXAMPLES)

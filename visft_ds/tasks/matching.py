@@ -1,11 +1,11 @@
 """Hungarian matching of queries to objects, for all decoder layers and all images of a batch at once.
 
-Letters: L decoder layers, B images, Q queries, C classes without "no object", N objects packed over the batch,
+Letters: L decoder layers, B images, Q queries, C classes without "no object", N objects of all images concatenated,
 M matched pairs of all layers.
 
-Set prediction gives every object the query that suits it best, one to one (Carion et al., arXiv 2005.12872, eq. 1, 2).
-The device is asked once: the costs of all layers and images, the counts and the labels travel to the host in a single
-copy, scipy solves the small problems there, and the indices of all pairs go back in a single copy.
+Set prediction assigns objects to queries one to one at the least total cost (Carion et al., arXiv 2005.12872, eq. 1,
+2). The host waits for the device once: the costs of all layers and images, the counts and the labels are copied to the
+host together, scipy solves the small problems there, and the indices of all pairs go back in one copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from visft_ds.tasks.detection.data import DetectionTargets
 
 @dataclass(frozen=True)
 class MatchingCosts:
-    """Weights of the three terms of the cost of giving an object to a query (the reference's 1, 5, 2)."""
+    """Weights of the three terms of the cost of assigning an object to a query (DETR's 1, 5, 2)."""
 
     ce: float = 1.0  #: times minus the probability of the object's class
     l1: float = 5.0  #: times the L1 distance of the relative cxcywh boxes
@@ -52,47 +52,47 @@ def match(
     """The cheapest assignment of objects to queries, for each layer and image on its own.
 
     `logits` (L, B, Q, C + 1) with "no object" last, `boxes` (L, B, Q, 4) cxcywh in [0, 1], targets on the same device.
-    Where an image has more objects than there are queries, the cheapest Q objects are matched. `image_ids` (B,) only
-    serve to name an image in an error.
+    Where an image has more objects than there are queries, the cheapest Q objects are matched. `image_ids` (B,) are
+    for errors only.
 
     Raises ValueError for a label outside 0..C-1 and for target boxes that are not finite; FloatingPointError where the
     prediction makes a cost non-finite (it names the term and the image).
     """
     num_classes = logits.shape[-1] - 1
     num_objects = targets.boxes.shape[0]
-    # output_size keeps repeat_interleave from asking the device how long its result is
-    owner = torch.repeat_interleave(
+    # (N,): the image of each object. With output_size, repeat_interleave does not wait for the device.
+    image_of = torch.repeat_interleave(
         torch.arange(targets.counts.shape[0], device=logits.device), targets.counts, output_size=num_objects
     )
-    # a label out of range is reported below, by name; the lookup itself must not crash the device before that
+    # A label out of range is reported below, by name; as an index it would abort the device before that.
     labels = targets.labels.clamp(0, num_classes - 1)
-    terms = _cost_terms(logits, boxes, targets.boxes, labels, owner)
+    terms = _cost_terms(logits, boxes, targets.boxes, labels, image_of)
     cost = costs.ce * terms["ce"] + costs.l1 * terms["l1"] + costs.giou * terms["giou"]
     if cost.is_meta:
         return shapes_of_matches(cost, num_objects)
     counts_host, labels_host, cost_host = _to_host(targets, cost)
     assert len(counts_host) == logits.shape[1] and counts_host.sum() == num_objects, "targets are packed wrongly"
-    owner_host = np.repeat(np.arange(len(counts_host)), counts_host)
-    check_labels(labels_host, range(num_classes), owner_host, image_ids)
+    image_of_host = np.repeat(np.arange(len(counts_host)), counts_host)
+    check_labels(labels_host, range(num_classes), image_of_host, image_ids)
     if not np.isfinite(cost_host).all():
-        _raise_not_finite(terms, targets, owner_host, image_ids)
+        _raise_not_finite(terms, targets, image_of_host, image_ids)
     pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device)
     return Matches(*pairs)
 
 
 def shapes_of_matches(cost: Tensor, count: int) -> Matches:
-    """Pairs of `count` objects in each layer, of shapes without numbers: for costs (L, N, Q) on the meta device."""
+    """Matches of `count` objects in each layer, without values: for costs (L, N, Q) on the meta device (planner)."""
     return Matches(*(torch.empty(4, len(cost) * count, dtype=torch.int64, device=cost.device)))
 
 
-def _cost_terms(logits: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, owner: Tensor) -> dict[str, Tensor]:
+def _cost_terms(logits: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, image_of: Tensor) -> dict[str, Tensor]:
     """The three unweighted terms, each (L, N, Q): every object against the queries of its own image only."""
     probability = at_least_float32(logits).softmax(dim=-1)
-    candidates = at_least_float32(boxes)[:, owner]  # (L, N, Q, 4)
+    candidates = at_least_float32(boxes)[:, image_of]  # (L, N, Q, 4)
     wanted = targets.to(candidates.dtype)[:, None]  # (N, 1, 4)
     return {
         # two index vectors around a slice: torch moves their axis to the front, (N, L, Q)
-        "ce": -probability[:, owner, :, labels].transpose(0, 1),
+        "ce": -probability[:, image_of, :, labels].transpose(0, 1),
         "l1": (candidates - wanted).abs().sum(dim=-1),
         "giou": -generalized_box_iou(centers_to_corners(candidates), centers_to_corners(wanted)),
     }
@@ -101,7 +101,7 @@ def _cost_terms(logits: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, 
 def _to_host(
     targets: DetectionTargets, cost: Tensor
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Counts, labels and cost in one copy. As floats: both integers are far below 2**24, where float32 is exact."""
+    """Copy counts, labels and cost together; as floats, which are exact for integers below 2**24."""
     num_images, num_objects = targets.counts.shape[0], targets.labels.shape[0]
     numbers = (targets.counts.to(cost.dtype), targets.labels.to(cost.dtype), cost.flatten())
     host = torch.cat(numbers).cpu().numpy()
@@ -111,7 +111,7 @@ def _to_host(
 
 
 def assign(cost: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Solve every (objects, queries) problem; rows of the result: layer, image, query, object."""
+    """Assign objects of each layer and image: cost (L, N, Q), counts (B,) -> (4, M) layer, image, query, object."""
     ends = np.cumsum(counts)
     found: list[npt.NDArray[np.int64]] = []
     for layer, cost_of_layer in enumerate(cost):
@@ -127,27 +127,27 @@ def assign(cost: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.
 
 
 def _raise_not_finite(
-    terms: dict[str, Tensor], targets: DetectionTargets, owner: npt.NDArray[np.int64], image_ids: Tensor | None
+    terms: dict[str, Tensor], targets: DetectionTargets, image_of: npt.NDArray[np.int64], image_ids: Tensor | None
 ) -> None:
     bad_targets = np.flatnonzero(~torch.isfinite(targets.boxes).all(dim=-1).cpu().numpy())
     if len(bad_targets):
         row = bad_targets[0]
         raise ValueError(
-            f"target box {targets.boxes[row].tolist()} in {_name(owner[row], image_ids)} is not finite: "
+            f"target box {targets.boxes[row].tolist()} in {_name(image_of[row], image_ids)} is not finite: "
             "remove it from the annotations and build the shards again"
         )
-    raise_not_finite(terms, owner, image_ids)
+    raise_not_finite(terms, image_of, image_ids)
 
 
-def raise_not_finite(terms: dict[str, Tensor], owner: npt.NDArray[np.int64], image_ids: Tensor | None) -> NoReturn:
-    """The error for costs of which one at least is not finite; `owner` (N,) is the image of each object."""
+def raise_not_finite(terms: dict[str, Tensor], image_of: npt.NDArray[np.int64], image_ids: Tensor | None) -> NoReturn:
+    """Raise FloatingPointError for costs of which at least one is not finite; `image_of` (N,): each object's image."""
     for term, cost in terms.items():
         bad = np.argwhere(~torch.isfinite(cost).cpu().numpy())
         if len(bad):
             layer, row, query = bad[0]
             raise FloatingPointError(
-                f"the matching cost {term!r} of {_name(owner[row], image_ids)} is {cost[layer, row, query].item()} in "
-                f"decoder layer {layer}, query {query} ({len(bad)} of {cost.numel()} values are not finite): the "
+                f"the matching cost {term!r} of {_name(image_of[row], image_ids)} is {cost[layer, row, query].item()} "
+                f"in decoder layer {layer}, query {query} ({len(bad)} of {cost.numel()} values are not finite): the "
                 "head's output is not finite. Training has diverged, a 16-bit type overflowed, or the image has no "
                 "valid patch"
             )
@@ -157,13 +157,13 @@ def raise_not_finite(terms: dict[str, Tensor], owner: npt.NDArray[np.int64], ima
 
 
 def check_labels(
-    labels: npt.NDArray[np.int64], classes: range, owner: npt.NDArray[np.int64], image_ids: Tensor | None
+    labels: npt.NDArray[np.int64], classes: range, image_of: npt.NDArray[np.int64], image_ids: Tensor | None
 ) -> None:
-    """Raise ValueError unless every label (N,) lies in `classes`; `owner` (N,) is the image of each object."""
+    """Raise ValueError unless every label (N,) lies in `classes`; `image_of` (N,) is the image of each object."""
     wrong = np.flatnonzero((labels < classes.start) | (labels >= classes.stop))
     if len(wrong):
         raise ValueError(
-            f"label {labels[wrong[0]]} in {_name(owner[wrong[0]], image_ids)} is outside the head's classes "
+            f"label {labels[wrong[0]]} in {_name(image_of[wrong[0]], image_ids)} is outside the head's classes "
             f"{classes.start}..{classes.stop - 1}: raise the head's num_classes or map the categories"
         )
 
@@ -173,5 +173,5 @@ def _name(image: int, image_ids: Tensor | None) -> str:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Costs and losses are never computed in 16 bit."""
+    """Convert to float32, unless the values are float64: costs and losses are never computed in 16 bit."""
     return values if values.dtype == torch.float64 else values.float()

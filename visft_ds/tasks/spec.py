@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,12 @@ from torch import Tensor, device, nn
 
 from visft_ds.config.task_schema import TaskConfig, WordsConfig
 from visft_ds.costs.flops import Flops
-from visft_ds.data.dataset import Transform
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch, RawSample, Sample, Targets
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.transforms import Op
+from visft_ds.data.transforms import Geometry, Op
 from visft_ds.tasks import Results
 from visft_ds.tasks.pictures import Picture, scaled, side_by_side
-from visft_ds.tasks.transform import JointTransform, collate_joint
 from visft_ds.tasks.vocabulary import Vocabulary
 
 _SIDE = 448  # of the longer side of a picture, pixels
@@ -117,9 +115,9 @@ class TaskSpec:
     config: type[TaskConfig]
     head: type[nn.Module]  #: (in_channels, **head options); called with (features, valid)
     build_criterion: Callable[..., Criterion]  #: (**loss options)
-    transform: Callable[..., Transform]  #: (train, **image options)
-    #: (transform of all tasks, classes of the head) -> targets of an image in the geometry that all tasks share
-    joint: Callable[[JointTransform, Sequence[int] | None], ImageTargets]
+    geometry: Callable[[Mapping[str, Any]], Geometry]  #: (image options) -> that of images for this task alone
+    #: (train, image options of the task, or of all that share an image, **vocabulary or classes)
+    targets: Callable[..., ImageTargets]
     pack: Callable[[Sequence[Sample], tuple[int, int]], Targets]  #: (samples, size of the padded batch)
     postprocess: Callable[..., Results]  #: (output, batch), real images only
     evaluator: Evaluator
@@ -127,7 +125,6 @@ class TaskSpec:
     #: (images, size in pixels, contents, image options, device) -> targets without content, as large as stated; what
     #: criteria read on the host is on the CPU, large tensors on the device
     blank: Callable[[int, tuple[int, int], Content, Mapping[str, Any], device], Targets]
-    collate: Callable[[Sequence[Sample]], Batch] = collate_joint
     shared_options: tuple[str, ...] = ()  #: head options that the criterion must be given too
     #: Problem of a split whose labels would teach something wrong, or None.
     data_problem: Callable[[Manifest], str | None] = lambda manifest: None
@@ -148,32 +145,26 @@ class TaskSpec:
         line = self.describe(example.results, example.names) if self.describe is not None else str(example.results)
         return side_by_side((np.asarray(scaled(example.pixels(), _SIDE)), line))
 
+    def options(self, part: Literal["image", "head", "loss"], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a part: those given, and the schema's defaults of the others."""
+        return {**self.config.model_fields[part].get_default(call_default_factory=True).model_dump(), **given}
+
     def build_head(self, in_channels: int, options: Mapping[str, Any], vocabulary_size: int | None) -> nn.Module:
-        """A new head for features of that width."""
+        """A new head for features of that width; options that are left out are the schema's defaults."""
         assert vocabulary_size is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
         own = {"vocabulary_size": vocabulary_size} if self.uses_vocabulary else {}
-        return self.head(in_channels=in_channels, **options, **own)
+        return self.head(in_channels=in_channels, **self.options("head", options), **own)
 
     def criterion(self, head_options: Mapping[str, Any], loss_options: Mapping[str, Any]) -> Criterion:
         """The criterion that fits a head: options they share are stated once, with the head."""
-        shared = {name: head_options[name] for name in self.shared_options if name in head_options}
+        head_options = self.options("head", head_options)
+        shared = {name: head_options[name] for name in self.shared_options}
         doubled = sorted(shared.keys() & loss_options.keys())
         if doubled:
             raise ValueError(
                 f"task {self.name!r}: {doubled} stand with the head already: remove them from the loss options"
             )
-        return self.build_criterion(**shared, **loss_options)
-
-    def build_transform(
-        self,
-        train: bool,
-        options: Mapping[str, Any],
-        vocabulary: Vocabulary | None,
-        classes: Sequence[int] | None = None,
-    ) -> Transform:
-        """From a raw sample to one with this task's targets."""
-        own = self._of_data(vocabulary, classes)
-        return self.transform(train=train, **options, **own)
+        return self.build_criterion(**shared, **self.options("loss", loss_options))
 
     def results(
         self,
@@ -185,9 +176,13 @@ class TaskSpec:
     ) -> Results:
         """Predictions for the real images of a batch, in COCO's results format; objects with at least `threshold`."""
         objects = {} if self.uses_vocabulary else {"threshold": threshold}
-        return self.postprocess(output, batch, **objects, **self._of_data(vocabulary, classes))
+        return self.postprocess(output, batch, **objects, **self.of_data(vocabulary, classes))
 
-    def _of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
-        assert vocabulary is not None or not self.uses_vocabulary, f"{self.name} works with a vocabulary"
+    def of_data(self, vocabulary: Vocabulary | None, classes: Sequence[int] | None) -> dict[str, Any]:
+        """Arguments of `targets` and `postprocess` that come with the data."""
+        if vocabulary is None and self.uses_vocabulary:
+            raise ValueError(
+                f"{self.name} needs a vocabulary: give that of the shards, or leave {self.name} out of tasks"
+            )
         own: dict[str, Any] = {"vocabulary": vocabulary} if self.uses_vocabulary else {}
         return own if classes is None else {**own, "classes": classes}

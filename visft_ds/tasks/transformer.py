@@ -1,4 +1,4 @@
-"""The transformer of the detection head: an encoder over the feature map and a wider decoder over the queries.
+"""Attention of the heads, and the transformer of detection: an encoder over the feature map and a wider decoder.
 
 Letters: B images, h w patch grid, S = h*w (+ 1 task token) entries, Q queries, D width, L decoder layers.
 
@@ -25,10 +25,8 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     """Sine positions (B, h, w, width) float32 of a padded grid, first half for y, second half for x.
 
     `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part, so that a
-    position means the same share of the image whatever the padding. Raises ValueError unless 4 divides `width`.
+    position means the same share of the image whatever the padding. 4 divides `width`.
     """
-    if width % 4:
-        raise ValueError(f"encoder_dim {width} must be a multiple of 4: sine and cosine of each of two coordinates")
     inside = valid.float()
     exponent = torch.arange(width // 4, dtype=torch.float32, device=valid.device) * (4 / width)
     halves = []
@@ -41,9 +39,12 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention; parameter names, shapes and initialisation of `nn.MultiheadAttention`."""
+    """Multi-head attention; parameter names and shapes of `nn.MultiheadAttention`.
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    Initialisation as there too: of the output projection that of `nn.Linear`, or Xavier with `xavier_output`.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float, *, xavier_output: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -51,17 +52,19 @@ class MultiHeadAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
+        if xavier_output:
+            nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
-        """query (B, Q, D), key and value (B, S, D) -> (B, Q, D). `valid` (B, S) bool: entries that may be looked at.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """query (B, Q, D), key and value (B, S, D) -> (B, Q, D).
 
-        Each image needs one valid entry, else its output is NaN.
+        `allowed` (B, Q or 1, S) bool: entries that a query may attend to, at least one, else its output is NaN.
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = zip((query, key, value), weights, biases, strict=True)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        mask = None if valid is None else valid[:, None, None, :]
+        mask = None if allowed is None else allowed[:, None]  # the same for all heads
         mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
         return out
@@ -82,7 +85,7 @@ class EncoderLayer(nn.Module):
     def forward(self, entries: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """entries and positions (B, S, D), valid (B, S) bool -> (B, S, D)."""
         placed = entries + positions
-        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid)))
+        entries = self.norm1(entries + self.dropout(self.self_attn(placed, placed, entries, valid[:, None])))
         inner = self.dropout(F.relu(self.linear1(entries)))
         out: Tensor = self.norm2(entries + self.dropout(self.linear2(inner)))
         return out
@@ -106,14 +109,15 @@ class DecoderLayer(nn.Module):
         """state, query (B, Q, D); memory, memory_key = memory + positions (B, S, D); valid (B, S) -> (B, Q, D)."""
         placed = state + query
         state = self.norm1(state + self.dropout(self.self_attn(placed, placed, state)))
-        state = self.norm2(state + self.dropout(self.cross_attn(state + query, memory_key, memory, valid)))
+        seen = self.cross_attn(state + query, memory_key, memory, valid[:, None])
+        state = self.norm2(state + self.dropout(seen))
         inner = self.dropout(F.relu(self.linear1(state)))
         out: Tensor = self.norm3(state + self.dropout(self.linear2(inner)))
         return out
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of encoder layers without a norm of its own (post-norm layers end in one)."""
+    """Stack of encoder layers; no norm follows, as post-norm layers end in one."""
 
     def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -130,7 +134,7 @@ class TransformerEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers; one shared norm is applied to the output of every layer."""
+    """Stack of decoder layers; a shared norm is applied to the output of every layer."""
 
     def __init__(self, num_layers: int, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -139,7 +143,7 @@ class Decoder(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """query (B, Q, D), memory and positions (B, S, D), valid (B, S) bool -> states of all layers (L, B, Q, D)."""
-        state = torch.zeros_like(query)
+        state = torch.zeros_like(query)  # `query`, the learnt positions, is added to it in every attention
         memory_key = memory + positions
         states = []
         for layer in self.layers:
@@ -150,11 +154,12 @@ class Decoder(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear layers with ReLU between them."""
+    """`num_layers` linear layers with ReLU between them."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
-        widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        hidden = [hidden_dim] * (num_layers - 1)
+        widths = [in_dim, *hidden, out_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Vocabulary:
             raise ValueError(f"{_some(wrong)} cannot be words of a vocabulary: {PAD} and the like have fixed ids")
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, int], *, min_count: int = 6, tokenizer: str = TOKENIZER) -> Vocabulary:
+    def from_counts(cls, counts: Mapping[str, int], *, min_count: int, tokenizer: str = TOKENIZER) -> Vocabulary:
         """Words that occur at least `min_count` times, the most frequent first and equal ones in alphabetical order.
 
         The order is a function of the counts alone, whatever the order of the mapping. The default keeps what occurs
@@ -198,26 +198,26 @@ class Vocabulary:
         Raises ValueError for an id outside 0..size - 1.
         """
         words = []
-        for one in ids:
-            if not 0 <= one < self.size:
-                raise ValueError(f"id {one} is not in this vocabulary of {self.size} ids (0..{self.size - 1})")
-            if one == self.end:
+        for id_ in ids:
+            if not 0 <= id_ < self.size:
+                raise ValueError(f"id {id_} is not in this vocabulary of {self.size} ids (0..{self.size - 1})")
+            if id_ == self.end:
                 break
-            if one not in (self.pad, self.start):
-                words.append(UNKNOWN if one == self.unknown else self.words[one - 1])
+            if id_ not in (self.pad, self.start):
+                words.append(UNKNOWN if id_ == self.unknown else self.words[id_ - 1])
         return " ".join(words)
 
     def check_same(self, other: Vocabulary, *, this: str = "the captioning head", that: str = "the shards") -> None:
         """Raise ValueError, with what differs, unless every id means the same word in both."""
         if self.fingerprint == other.fingerprint:
             return
-        own, foreign = set(self.words), set(other.words)
-        if own == foreign:
+        ours, foreign = set(self.words), set(other.words)
+        if ours == foreign:
             difference = "the words are the same but their ids are not"
         else:
             difference = "; ".join(
                 f"{len(rest)} words only in {name}: {_some(rest)}"
-                for name, rest in ((this, sorted(own - foreign)), (that, sorted(foreign - own)))
+                for name, rest in ((this, sorted(ours - foreign)), (that, sorted(foreign - ours)))
                 if rest
             )
         raise ValueError(

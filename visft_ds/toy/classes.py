@@ -72,7 +72,7 @@ def write_toy_classes(
             path = out / split / folders[index % len(classes)] / f"{index:06d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(scene))
-    said = [with_article(name) for name in classes] if kind == "shape" else classes
-    (out / "classnames.txt").write_text("".join(f"{name}\n" for name in said), encoding="utf-8")
+    names = [with_article(name) for name in classes] if kind == "shape" else classes
+    (out / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     (out / "templates.txt").write_text("".join(f"{text}\n" for text in TEMPLATES[kind]), encoding="utf-8")
     return {"images": train + test, "classes": len(classes), "seconds": time.monotonic() - began}

@@ -370,8 +370,8 @@ def draw_scene(
         for _attempt in range(12):
             category = int(rng.integers(len(NAMES)))
             polygons, full = _somewhere(rng, category, height, width, size)
-            whole = sum(_area(polygon) for polygon in polygons)
-            if full.sum() >= 0.85 * whole and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):
+            area = sum(_area(polygon) for polygon in polygons)
+            if full.sum() >= 0.85 * area and all((s.visible & ~full).sum() >= 0.7 * s.whole for s in shapes):
                 below = [*shapes, *([crowd] if crowd else [])]
                 for shape in below:
                     shape.visible[full] = False

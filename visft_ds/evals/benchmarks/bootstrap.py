@@ -39,8 +39,8 @@ def resampled_means(values: FloatArray, groups: IntArray | None, rng: np.random.
         values: (n,), n at least 1.
         groups: (n,) numbers from 0; whole groups are drawn, since their items are no independent evidence.
     """
-    own = np.arange(len(values)) if groups is None else groups
-    sums, counts = np.bincount(own, values), np.bincount(own).astype(np.float64)
+    units = np.arange(len(values)) if groups is None else groups
+    sums, counts = np.bincount(units, values), np.bincount(units).astype(np.float64)
     sums, counts = sums[counts > 0], counts[counts > 0]
     kinds, often = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     means = []

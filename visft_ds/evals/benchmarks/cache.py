@@ -42,8 +42,8 @@ class Stored:
     @property
     def _chunks(self) -> dict[range, Path]:
         chunks = [range(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
-        own = self.folder / key_of(self.what)
-        return {chunk: own / f"{number:06d}.safetensors" for number, chunk in enumerate(chunks)}
+        folder = self.folder / key_of(self.what)
+        return {chunk: folder / f"{number:06d}.safetensors" for number, chunk in enumerate(chunks)}
 
     def fill(self, compute: Callable[[Iterable[range]], Iterator[Chunk]]) -> None:
         """Compute what is missing. Collective: every rank computes its share.

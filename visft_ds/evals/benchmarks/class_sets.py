@@ -25,9 +25,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from visft_ds.config.records import read_record
+from visft_ds.evals.benchmarks import imagenet
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
-from visft_ds.interop import imagenet
 
 PLAIN: tuple[str, ...] = ("a photo of a {}.",)
 TESTS = ("test", "val", "validation")
@@ -51,8 +51,10 @@ class ClassSet:
 
     def part(self, places: Sequence[int]) -> ClassSet:
         """Some of the images, with all classes."""
-        own = np.asarray(places, dtype=np.int64)
-        return ClassSet(chosen(self.images, own.tolist()), self.labels[own], self.classes, self.templates, self.family)
+        numbers = np.asarray(places, dtype=np.int64)
+        return ClassSet(
+            chosen(self.images, numbers.tolist()), self.labels[numbers], self.classes, self.templates, self.family
+        )
 
     def truths(self) -> list[str]:
         """The class of each image."""
@@ -80,9 +82,9 @@ def read_classes(source: str, split: str | None = None) -> ClassSet:
         return _read_idx(root, split or "test")
     if (root / "mappings").is_dir():
         return _read_objectnet(root)
-    own = root / split if split else next((root / name for name in TESTS if (root / name).is_dir()), root)
-    tars = sorted(own.glob("*.tar"), key=lambda path: (len(path.name), path.name))
-    return _read_shards(root, own, tars) if tars else _read_folders(root, own)
+    folder = root / split if split else next((root / name for name in TESTS if (root / name).is_dir()), root)
+    tars = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    return _read_shards(root, folder, tars) if tars else _read_folders(root, folder)
 
 
 def read_train_and_test(source: str, train: str | None = None, test: str | None = None) -> tuple[ClassSet, ClassSet]:
@@ -94,17 +96,17 @@ def read_train_and_test(source: str, train: str | None = None, test: str | None 
     """
     split = train or ("train" if source in BUILT_IN[2:] or _has_train(Path(source)) else None)
     if split is None:
-        whole = read_classes(source, test)
+        classes = read_classes(source, test)
         halves: tuple[list[int], list[int]] = ([], [])
-        for label, name in enumerate(whole.classes):
-            own = np.flatnonzero(whole.labels == label).tolist()
-            if len(own) < 2:
+        for label, name in enumerate(classes.classes):
+            of_class = np.flatnonzero(classes.labels == label).tolist()
+            if len(of_class) < 2:
                 raise ValueError(
-                    f"{source}: {name} has {len(own)} image(s), a probe needs one to train and one to test"
+                    f"{source}: {name} has {len(of_class)} image(s), a probe needs one to train and one to test"
                 )
-            for place, number in enumerate(own):
+            for place, number in enumerate(of_class):
                 halves[place % 2].append(number)
-        return whole.part(sorted(halves[0])), whole.part(sorted(halves[1]))
+        return classes.part(sorted(halves[0])), classes.part(sorted(halves[1]))
     parts = read_classes(source, split), read_classes(source, test)
     if parts[0].classes != parts[1].classes:
         lone = sorted(set(parts[0].classes) ^ set(parts[1].classes))
@@ -175,35 +177,35 @@ def _read_objectnet(root: Path) -> ClassSet:
     if not folders:
         raise ValueError(f"{own} has none of the {len(shared)} folders that ObjectNet shares with ImageNet")
     classes = [labels[folder.name] for folder in folders]
-    whole = _of_folders(folders, classes, imagenet.templates(), "imagenet", own)
+    labelled = _of_folders(folders, classes, imagenet.templates(), "imagenet", own)
 
     def cut(place: int, image: Image.Image) -> Image.Image:
         return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
 
-    images = changed(whole.images, cut, f"without {_BORDER} pixels of border")
-    return ClassSet(images, whole.labels, whole.classes, whole.templates, whole.family)
+    images = changed(labelled.images, cut, f"without {_BORDER} pixels of border")
+    return ClassSet(images, labelled.labels, labelled.classes, labelled.templates, labelled.family)
 
 
-def _read_shards(root: Path, own: Path, tars: Sequence[Path]) -> ClassSet:
-    told = own / "nshards.txt"
-    if told.is_file() and told.read_text().strip() != str(len(tars)):
+def _read_shards(root: Path, folder: Path, tars: Sequence[Path]) -> ClassSet:
+    stated = folder / "nshards.txt"
+    if stated.is_file() and stated.read_text().strip() != str(len(tars)):
         raise ValueError(
-            f"{own} has {len(tars)} tars, but {told.name} says {told.read_text().strip()}: fetch the others"
+            f"{folder} has {len(tars)} tars, but {stated.name} says {stated.read_text().strip()}: fetch the others"
         )
-    classes = _lines(root, own, _NAMES)
+    classes = _lines(root, folder, _NAMES)
     if not classes:
         raise ValueError(f"{root} has shards but no {_NAMES[0]}, which names the classes in the order of their numbers")
     images, texts = from_tars(tars, ".cls")
     if not texts:
-        raise ValueError(f"{own}: its {len(tars)} tars hold no image with a .cls beside it")
+        raise ValueError(f"{folder}: its {len(tars)} tars hold no image with a .cls beside it")
     try:
         labels = np.array([int(text) for text in texts], dtype=np.int64)
     except ValueError as error:
-        raise ValueError(f"{own}: a .cls that is no number: {error}") from error
+        raise ValueError(f"{folder}: a .cls that is no number: {error}") from error
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(f"{own}: a .cls says class {labels.max()}, but {_NAMES[0]} names {len(classes)} (from 0)")
+        raise ValueError(f"{folder}: a .cls says class {labels.max()}, but {_NAMES[0]} names {len(classes)} (from 0)")
     family = "imagenet" if tuple(classes) == imagenet.class_names() else ""
-    templates = tuple(text.replace("{c}", "{}") for text in _lines(root, own, _TEMPLATES) or PLAIN)
+    templates = tuple(text.replace("{c}", "{}") for text in _lines(root, folder, _TEMPLATES) or PLAIN)
     _check_templates(templates, root)
     return ClassSet(images, labels, tuple(classes), templates, family)
 

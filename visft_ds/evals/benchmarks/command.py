@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from visft_ds import program
+from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
@@ -21,7 +22,6 @@ from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
-from visft_ds.interop.encoders import NORMALISATIONS, POOLS
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Gauge, Section, print_plan
@@ -154,16 +154,14 @@ def _write(
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
-    chosen = {
-        label: {name: dict(one.settings) for name, one in of.items() if one.settings} for label, of in results.items()
-    }
+    chosen = {label: {name: dict(s.settings) for name, s in of.items() if s.settings} for label, of in results.items()}
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "models": {label: dict(facts[label]) for label in labels},
         "benchmarks": {
-            one.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in one.sets.items()}
-            for one in benchmarks
+            each.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in each.sets.items()}
+            for each in benchmarks
         },
         "rows": as_json(rows),
         "chosen": chosen,
@@ -176,10 +174,10 @@ def _write(
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
-    told = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
+    models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
     written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-    print_plan("visft_ds benchmarks", [Section("models", told), section(rows, labels), Section("run", rest)])
+    print_plan("visft_ds benchmarks", [Section("models", models), section(rows, labels), Section("run", rest)])
 
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Chunk, Stored
+from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.model import DTYPES
-from visft_ds.interop.encoders import Encoder
 from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 
@@ -88,7 +88,7 @@ def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str], name
     size of the batch decides their last bits, and is no part of the key.
 
     Args:
-        kinds: of `interop.encoders.KINDS`, and "columns": (images, COLUMN_ROWS * D, w), the feature map as a sequence.
+        kinds: of `encoders.KINDS`, and "columns": (images, COLUMN_ROWS * D, w), the feature map as a sequence.
         name: of the images, for people.
 
     Raises:

@@ -65,8 +65,8 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"images that are named but not there: {', '.join(missing[:3])}{more}")
     names = [str(path.relative_to(root)) for path in paths]
-    told = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
-    return ImageSet(names, lambda place: decode(paths[place], str(paths[place])), digest(told))
+    parts = (text for path, name in zip(paths, names, strict=True) for text in (name, stamp(path)))
+    return ImageSet(names, lambda place: decode(paths[place], str(paths[place])), digest(parts))
 
 
 def from_tars(paths: Sequence[Path], label_suffix: str) -> tuple[ImageSet, list[bytes]]:
@@ -104,15 +104,15 @@ def from_tars(paths: Sequence[Path], label_suffix: str) -> tuple[ImageSet, list[
             file.seek(offset)
             return decode(io.BytesIO(file.read(size)), names[place])
 
-    told = digest(text for path in paths for text in (path.name, stamp(path)))
-    return ImageSet(names, read, told), [labels[key] for key in keys]
+    fingerprint = digest(text for path in paths for text in (path.name, stamp(path)))
+    return ImageSet(names, read, fingerprint), [labels[key] for key in keys]
 
 
 def from_arrays(pixels: npt.NDArray[np.uint8], name: str) -> ImageSet:
     """(n, H, W) grey levels from 0 to 255."""
     names = [f"{name} {place}" for place in range(len(pixels))]
-    told = digest((str(pixels.shape), np.ascontiguousarray(pixels).tobytes()))
-    return ImageSet(names, lambda place: Image.fromarray(pixels[place]).convert("RGB"), told)
+    fingerprint = digest((str(pixels.shape), np.ascontiguousarray(pixels).tobytes()))
+    return ImageSet(names, lambda place: Image.fromarray(pixels[place]).convert("RGB"), fingerprint)
 
 
 def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image], how: str) -> ImageSet:
@@ -126,10 +126,10 @@ def changed(images: ImageSet, change: Callable[[int, Image.Image], Image.Image],
 
 def chosen(images: ImageSet, places: Sequence[int], names: Sequence[str] | None = None) -> ImageSet:
     """Some of the images, in the given order; one may come several times."""
-    whole = images.read
+    read = images.read
     return replace(
         images,
         names=[images.names[place] for place in places] if names is None else names,
-        read=lambda number: whole(places[number]),
+        read=lambda number: read(places[number]),
         fingerprint=digest((images.fingerprint, np.asarray(places, dtype=np.int64).tobytes())),
     )

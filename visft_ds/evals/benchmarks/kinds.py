@@ -93,7 +93,7 @@ def parse_benchmarks(texts: Sequence[str]) -> list[Benchmark]:
         ValueError: as `parse_benchmark`; also where two would have the same name.
     """
     found = [parse_benchmark(text) for text in texts]
-    labels = [one.label for one in found]
+    labels = [benchmark.label for benchmark in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two benchmarks are called {twice[0]}: give one of them another name, as in ...,name=NAME")
     return found
@@ -101,7 +101,7 @@ def parse_benchmarks(texts: Sequence[str]) -> list[Benchmark]:
 
 def averages(benchmarks: Sequence[Benchmark]) -> dict[str, list[str]]:
     """Rows that are means over data sets: zero-shot top-1 over ImageNet and its relatives."""
-    family = [one.label for one in benchmarks if isinstance(one, ZeroShot) and one.data.family == "imagenet"]
+    family = [each.label for each in benchmarks if isinstance(each, ZeroShot) and each.data.family == "imagenet"]
     if len(family) < 2:
         return {}
     return {f"zero_shot/mean of {len(family)} top1": [f"{label} top1" for label in family]}

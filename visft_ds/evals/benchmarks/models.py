@@ -21,9 +21,7 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import Precision
-from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
-from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
-from visft_ds.interop.encoders import (
+from visft_ds.evals.benchmarks.encoders import (
     Encoder,
     EvaEncoder,
     FeatureMapEncoder,
@@ -32,9 +30,11 @@ from visft_ds.interop.encoders import (
     square_preprocess,
     timm_encoder,
 )
+from visft_ds.evals.benchmarks.text_towers import TextTower, projection_of, text_tower_in
+from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
-from visft_ds.interop.text_towers import TextTower, projection_of, text_tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run.folder import recorded_config
 
@@ -78,8 +78,8 @@ def parse_model(text: str) -> ModelSpec:
     label, rest = (match[1].strip(), match[2]) if match else (None, text)
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):
-        whole = inner.startswith(("hf-hub:", "local-dir:"))
-        name, _, weights = (inner, "", "") if whole else inner.partition(":")
+        is_address = inner.startswith(("hf-hub:", "local-dir:"))
+        name, _, weights = (inner, "", "") if is_address else inner.partition(":")
         return ModelSpec(label or Path(name).stem, library, name, weights or None)
     base, adapter, scale = _files(rest)
     label = label or (f"{base.stem}+{adapter.stem}" if adapter else base.stem)

@@ -97,19 +97,19 @@ class Objects:
     def scores(self, features: Features) -> Iterator[Score]:
         labels, classes = self.test.labels, self.test.classes
         for view in VIEWS:
-            own = features.images[view]
-            if features.texts is not None and "clip" in own:
-                similarity = own["clip"] @ class_embeddings(features.texts, len(PLAIN)).T
+            of_view = features.images[view]
+            if features.texts is not None and "clip" in of_view:
+                similarity = of_view["clip"] @ class_embeddings(features.texts, len(PLAIN)).T
                 ranks = rank_of(similarity, torch.from_numpy(labels))
-                said = [classes[place] for place in similarity.argmax(dim=1).tolist()]
-                yield Score(f"{view}, text top1", hits(ranks, 1), self.test.owners, said, view)
+                answer_names = [classes[place] for place in similarity.argmax(dim=1).tolist()]
+                yield Score(f"{view}, text top1", hits(ranks, 1), self.test.owners, answer_names, view)
                 if len(classes) > 5:
                     yield Score(f"{view}, text top5", hits(ranks, 5), self.test.owners)
             if self.train is not None:
                 train = features.images[f"train {view}"]["pooled"].numpy()
-                right, answers, strength = linear_probe(train, self.train.labels, own["pooled"].numpy(), labels)
-                said = [classes[place] for place in answers]
-                yield Score(f"{view}, probe", right, self.test.owners, said, view, {"C": strength})
+                right, answers, strength = linear_probe(train, self.train.labels, of_view["pooled"].numpy(), labels)
+                answer_names = [classes[place] for place in answers]
+                yield Score(f"{view}, probe", right, self.test.owners, answer_names, view, {"C": strength})
 
 
 class ListedCategory(ForeignRecord):
@@ -165,19 +165,19 @@ def read_objects(instances: Path, images: Path) -> ObjectSet:
     boxes.sort(key=lambda entry: entry[0])  # neighbours share their image
     used = sorted({number for number, _, _ in boxes})
     files = [images / content.images[number].file_name for number in used]
-    whole = from_files(files, images)
+    pictures = from_files(files, images)
     # Boxes of an image follow each other, also where threads share them: it is decoded once.
-    whole = replace(whole, read=lru_cache(maxsize=_KEPT)(whole.read))
+    pictures = replace(pictures, read=lru_cache(maxsize=_KEPT)(pictures.read))
     position = {number: order for order, number in enumerate(used)}
     owners = np.array([position[number] for number, _, _ in boxes], dtype=np.int64)
     labelled = [
-        f"{whole.names[owner]} {[round(v) for v in box]}" for owner, (_, box, _) in zip(owners, boxes, strict=True)
+        f"{pictures.names[owner]} {[round(v) for v in box]}" for owner, (_, box, _) in zip(owners, boxes, strict=True)
     ]
-    base = chosen(whole, owners.tolist(), labelled)
-    told = str([box for _, box, _ in boxes])
+    base = chosen(pictures, owners.tolist(), labelled)
+    settings = str([box for _, box, _ in boxes])
     views = {
-        "crop": changed(base, lambda number, image: crop(image, boxes[number][1]), f"crop {MARGIN} {told}"),
-        "marked": changed(base, lambda number, image: mark(image, boxes[number][1]), f"marked {_FRAME} {told}"),
+        "crop": changed(base, lambda number, image: crop(image, boxes[number][1]), f"crop {MARGIN} {settings}"),
+        "marked": changed(base, lambda number, image: mark(image, boxes[number][1]), f"marked {_FRAME} {settings}"),
     }
     return ObjectSet(views, np.array([label for _, _, label in boxes], dtype=np.int64), owners, classes)
 

@@ -60,8 +60,8 @@ class Probe:
     def scores(self, features: Features) -> Iterator[Score]:
         train, test = (features.images[name]["pooled"] for name in ("train", "test"))
         yield Score("knn", nearest_neighbours(train, self.train.labels, test, self.test.labels, len(self.test.classes)))
-        right, said, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
-        names = [self.test.classes[place] for place in said]
+        right, predicted, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
+        names = [self.test.classes[place] for place in predicted]
         yield Score("linear", right, said=names, shows="test", settings={"C": strength})
         fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
         for shots in (shots for shots in SHOTS if shots <= fewest):
@@ -74,12 +74,12 @@ class Probe:
 def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:
     """1.0 for each test image (n, D) whose neighbours among (m, D) vote for its class alone."""
     train, test = (torch.nn.functional.normalize(part, dim=1) for part in (train, test))
-    own = torch.from_numpy(labels)
+    labels_of_train = torch.from_numpy(labels)
     found = []
     for start in range(0, len(test), _ROWS):
         similarity, places = (test[start : start + _ROWS] @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
         votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
-        votes.scatter_add_(1, own[places], (similarity.double() / TEMPERATURE).exp())
+        votes.scatter_add_(1, labels_of_train[places], (similarity.double() / TEMPERATURE).exp())
         found.append(hits(rank_of(votes, torch.from_numpy(truth[start : start + _ROWS])), 1))
     return np.concatenate(found)
 
@@ -93,19 +93,19 @@ def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -
     if held.any():
         accuracy = []
         for candidate in gauged(STRENGTHS, "linear probe", len(STRENGTHS), "strengths"):
-            said = _said(train[~held], labels[~held], train[held], candidate)
-            accuracy.append(float((said == labels[held]).mean()))
+            predicted = _said(train[~held], labels[~held], train[held], candidate)
+            accuracy.append(float((predicted == labels[held]).mean()))
         strength = STRENGTHS[int(np.argmax(accuracy))]
-    said = _said(train, labels, test, strength)
-    return (said == truth).astype(np.float64), said, strength
+    predicted = _said(train, labels, test, strength)
+    return (predicted == truth).astype(np.float64), predicted, strength
 
 
 def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: int, draw: int) -> FloatArray:
     """The same images for every model: they depend on the number of the draw alone."""
     rng = np.random.default_rng([shots, draw])
     places = [rng.choice(np.flatnonzero(labels == label), shots, replace=False) for label in np.unique(labels)]
-    own = np.concatenate(places)
-    return (_said(train[own], labels[own], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
+    places_of_all = np.concatenate(places)
+    return (_said(train[places_of_all], labels[places_of_all], test, FEW_SHOT_STRENGTH) == truth).astype(np.float64)
 
 
 def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntArray:
@@ -117,5 +117,5 @@ def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntAr
     spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
     model = LogisticRegression(C=strength, max_iter=_STEPS)
     model.fit((train - middle) / spread, labels)
-    said: IntArray = model.predict((test - middle) / spread).astype(np.int64)
-    return said
+    predicted: IntArray = model.predict((test - middle) / spread).astype(np.int64)
+    return predicted

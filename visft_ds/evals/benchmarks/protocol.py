@@ -67,7 +67,7 @@ class Benchmark(Protocol):
 
     @property
     def kinds(self) -> Sequence[str]:
-        """Kinds of features it reads, of `interop.encoders.KINDS`, where a model has them; "columns" for `patches`."""
+        """Kinds of features it reads, of `encoders.KINDS`, where a model has them; "columns" for `patches`."""
 
     @property
     def texts(self) -> Sequence[str]:
@@ -99,8 +99,8 @@ def rank_of(similarity: Tensor, right: Tensor) -> Tensor:
         similarity: (rows, columns).
         right: (rows,) int64.
     """
-    own = similarity.gather(1, right[:, None])
-    return (similarity >= own).sum(dim=1) - 1
+    true = similarity.gather(1, right[:, None])
+    return (similarity >= true).sum(dim=1) - 1
 
 
 def hits(ranks: Tensor, k: int) -> FloatArray:

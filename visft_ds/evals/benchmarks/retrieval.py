@@ -119,8 +119,8 @@ class Retrieval:
         images, texts = features.images["images"]["clip"], features.texts
         owners = torch.from_numpy(self.data.owners)
         ranks, best = image_to_text(images, texts, owners)
-        said = [self.data.captions[place] for place in best.tolist()]
-        yield Score("image to text R@1", hits(ranks, 1), said=said, shows="images")
+        captions = [self.data.captions[place] for place in best.tolist()]
+        yield Score("image to text R@1", hits(ranks, 1), said=captions, shows="images")
         for k in RECALLS[1:]:
             yield Score(f"image to text R@{k}", hits(ranks, k))
         ranks = text_to_image(images, texts, owners)
@@ -136,9 +136,9 @@ def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> tuple[Tensor
     ranks, best = [], []
     for start in range(0, len(images), _ROWS):
         similarity = images[start : start + _ROWS] @ texts.T
-        own = owners == torch.arange(start, start + len(similarity))[:, None]
-        top = similarity.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity >= top) & ~own).sum(dim=1))
+        matching = owners == torch.arange(start, start + len(similarity))[:, None]
+        top = similarity.masked_fill(~matching, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(((similarity >= top) & ~matching).sum(dim=1))
         best.append(similarity.argmax(dim=1))
     return torch.cat(ranks), torch.cat(best)
 
@@ -148,8 +148,8 @@ def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     ranks = []
     for start in range(0, len(texts), _ROWS):
         similarity = texts[start : start + _ROWS] @ images.T
-        own = similarity.gather(1, owners[start : start + _ROWS, None])
-        ranks.append((similarity >= own).sum(dim=1) - 1)
+        true = similarity.gather(1, owners[start : start + _ROWS, None])
+        ranks.append((similarity >= true).sum(dim=1) - 1)
     return torch.cat(ranks)
 
 
@@ -179,8 +179,8 @@ def read_captions(source: str, split: str | None = None) -> CaptionSet:
     if bare:
         raise ValueError(f"{source}: {len(bare)} images have no captions, first {bare[0]}: nothing could find them")
     kept = [(path, captions[:CAPTIONS]) for path, captions in pairs]
-    captions = [caption.strip() for _, own in kept for caption in own]
-    owners = np.repeat(np.arange(len(kept)), [len(own) for _, own in kept]).astype(np.int64)
+    captions = [caption.strip() for _, texts in kept for caption in texts]
+    owners = np.repeat(np.arange(len(kept)), [len(texts) for _, texts in kept]).astype(np.int64)
     if "" in captions:
         empty = kept[int(owners[captions.index("")])][0]
         raise ValueError(f"{source}: a caption of {empty} is empty")

@@ -121,21 +121,21 @@ def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Scor
         texts = None if encoded.texts is None else encoded.texts.read()["texts"]
         features = Features({name: stored.read() for name, stored in encoded.images.items()}, texts)
         found = list(benchmark.scores(features))
-        assert found and all(np.isfinite(one.values).all() and len(one.values) for one in found), benchmark.label
+        assert found and all(np.isfinite(score.values).all() and len(score.values) for score in found), benchmark.label
         _save(path, found)
         record = load_record(path)
         assert record is not None
-    return {f"{benchmark.label} {one.name}": one for one in _restored(*record)}
+    return {f"{benchmark.label} {score.name}": score for score in _restored(*record)}
 
 
 def _save(path: Path, scores: Sequence[Score]) -> None:
     tensors: dict[str, Tensor] = {}
     rest: list[dict[str, Any]] = []
-    for number, one in enumerate(scores):
-        tensors[f"{number}.values"] = torch.from_numpy(one.values)
-        if one.groups is not None:
-            tensors[f"{number}.groups"] = torch.from_numpy(one.groups)
-        rest.append({"name": one.name, "said": list(one.said), "shows": one.shows, "settings": dict(one.settings)})
+    for number, s in enumerate(scores):
+        tensors[f"{number}.values"] = torch.from_numpy(s.values)
+        if s.groups is not None:
+            tensors[f"{number}.groups"] = torch.from_numpy(s.groups)
+        rest.append({"name": s.name, "said": list(s.said), "shows": s.shows, "settings": dict(s.settings)})
     save_tensors(path, tensors, {"scores": json.dumps(rest)}, overwrite=True)
 
 
@@ -155,8 +155,8 @@ def check_same_everywhere(benchmarks: Sequence[Benchmark]) -> None:
     """Raise RanksDiffer where the processes do not see the same data."""
     distributed.assert_same_on_all_ranks(
         {
-            f"{one.label}, {name}": f"{images.fingerprint[:12]} ({len(images)} images)"
-            for one in benchmarks
-            for name, images in one.sets.items()
+            f"{benchmark.label}, {name}": f"{images.fingerprint[:12]} ({len(images)} images)"
+            for benchmark in benchmarks
+            for name, images in benchmark.sets.items()
         }
     )

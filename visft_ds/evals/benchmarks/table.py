@@ -48,14 +48,14 @@ def _row(name: str, names: Sequence[str], results: Results) -> Row:
     base = next(iter(results))
     having = [label for label, scores in results.items() if all(part in scores for part in names)]
     parts = {label: [results[label][part] for part in names] for label in having}
-    values = {label: _interval(name, [(one.values, one.groups) for one in parts[label]]) for label in having}
+    values = {label: _interval(name, [(score.values, score.groups) for score in parts[label]]) for label in having}
     differences = {}
     for label in having if base in having else ():
         if label != base:
             pairs = list(zip(parts[label], parts[base], strict=True))
             assert all(len(new.values) == len(old.values) for new, old in pairs), name
             differences[label] = _interval(name, [(new.values - old.values, old.groups) for new, old in pairs])
-    return Row(name, sum(len(one.values) for one in parts[having[0]]) if having else 0, values, differences)
+    return Row(name, sum(len(score.values) for score in parts[having[0]]) if having else 0, values, differences)
 
 
 def _interval(name: str, parts: Sequence[_Part]) -> Interval:

@@ -63,10 +63,12 @@ def read_train_and_test(source: str, train: str | None, test: str | None, charac
     if learnt is None:
         if train is not None:
             raise ValueError(f"{root} has no words of the split {train}")
-        whole = _read(tests, characters)
-        if len(whole.words) < 2:
-            raise ValueError(f"{tests} has {len(whole.words)} word(s): a head needs some to train and some to test")
-        return whole.half(False), whole.half(True)
+        everything = _read(tests, characters)
+        if len(everything.words) < 2:
+            raise ValueError(
+                f"{tests} has {len(everything.words)} word(s): a head needs some to train and some to test"
+            )
+        return everything.half(False), everything.half(True)
     return _read(learnt, characters), _read(tests, characters)
 
 

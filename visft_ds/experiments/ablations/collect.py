@@ -57,9 +57,9 @@ class ArmResult:
 
     def against(self, other: ArmResult, metric: str) -> Estimate | None:
         """After minus that of another arm, over the seeds that both have."""
-        own, theirs = self.numbers.get(metric, {}), other.numbers.get(metric, {})
-        seeds = sorted(own.keys() & theirs.keys())
-        return estimate([own[seed].after - theirs[seed].after for seed in seeds]) if seeds else None
+        ours, theirs = self.numbers.get(metric, {}), other.numbers.get(metric, {})
+        seeds = sorted(ours.keys() & theirs.keys())
+        return estimate([ours[seed].after - theirs[seed].after for seed in seeds]) if seeds else None
 
     def mean(self, metric: str, side: str) -> float | None:
         """Mean over seeds of "before" or "after"."""

@@ -133,9 +133,9 @@ def _run(given: argparse.Namespace, planner: Planner, plans: Sequence[AblationPl
     failures: dict[str, Failure] = {}
     failed = False
     for plan in plans:
-        own = needed(plan, steps)
+        needed_steps = needed(plan, steps)
         print(f"\n== {plan.name}: {plan.question.asks}", flush=True)
-        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True)).run(own)
+        failures |= Runner(given.jobs, forks, lambda line: print(line, flush=True)).run(needed_steps)
         outcome = collect(plan, steps, failures)
         written = [*write_question(given.out, outcome), *write_report(given.out, list(QUESTIONS))]
         print_plan(outcome.asks, shown(outcome))

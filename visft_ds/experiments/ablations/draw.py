@@ -27,8 +27,8 @@ def chart(outcome: Outcome) -> str:
     seeds = f"{len(outcome.seeds)} seeds, {LEVEL:.0%} t intervals of the mean"
 
     def draw(figure: Figure) -> None:
-        told = f"{outcome.asks}\nafter stage 2 minus before, in points of 100; {seeds}; small dots are seeds"
-        figure.suptitle(told, x=0.01, ha="left", color=INK, size=10)
+        title = f"{outcome.asks}\nafter stage 2 minus before, in points of 100; {seeds}; small dots are seeds"
+        figure.suptitle(title, x=0.01, ha="left", color=INK, size=10)
         if not groups:
             return
         parts = figure.subfigures(len(groups), height_ratios=rows, squeeze=False)[:, 0]

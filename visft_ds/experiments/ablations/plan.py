@@ -161,9 +161,9 @@ class Planner:
         words = self._words(stage, chosen)
         config, trained = self._checked(tuple(words))
         made = {str(step.out / "export") for step in needs}
-        self.missing |= {one.path: one for one in missing_inputs(config) if not self.scale.toy and one.path not in made}
+        self.missing |= {gap.path: gap for gap in missing_inputs(config) if not self.scale.toy and gap.path not in made}
         visft, training = config.visft, self.scale.training
-        files = [visft.data.root, *(one.root for one in visft.data.sets), visft.model.weights, visft.heads.path]
+        files = [visft.data.root, *(dataset.root for dataset in visft.data.sets), visft.model.weights, visft.heads.path]
         proof = ADAPTER_FOLDER if "lora" in trained else TRAINED_BACKBONE_FILE
         proof = f"{next(iter(visft.tasks.enabled()))}.safetensors" if stage == 1 else proof
         step = self.steps.add(
@@ -262,7 +262,7 @@ class Planner:
             needs, after = [*needs, step], str(clip_file(step))
         words = ["visft", "evaluate", "benchmarks", "--images", "0"]
         words += ["--model", f"{BEFORE}={base}", "--model", f"{AFTER}={after}"]
-        words += [part for one in benchmarks for part in ("--benchmark", one)]
+        words += [part for benchmark in benchmarks for part in ("--benchmark", benchmark)]
         words += ["--text", self.scale.text] if self.scale.text else []
         words += ["--cache", str(self.steps.root / STEPS / "features")]
         title = f"{title}: out of domain"
@@ -270,7 +270,7 @@ class Planner:
 
     def _check_no_text(self, arm: Arm, kind: str) -> None:
         """Raise ValueError where a model without text side would need one; else it shows after all trainings."""
-        asked = [f"--benchmark {one}" for one in self.scale.benchmarks if one.startswith(_BY_TEXT)]
+        asked = [f"--benchmark {benchmark}" for benchmark in self.scale.benchmarks if benchmark.startswith(_BY_TEXT)]
         asked += ["learning of texts"] if arm.text else []
         if asked:
             raise ValueError(
@@ -326,7 +326,7 @@ def _of(arm: Arm, seed: int) -> str:
 
 def _without_text(benchmarks: Sequence[str]) -> list[str]:
     """Those that a tower without a text side can take part in. Raises ValueError where there is none."""
-    kept = [one for one in benchmarks if not one.startswith(_BY_TEXT)]
+    kept = [benchmark for benchmark in benchmarks if not benchmark.startswith(_BY_TEXT)]
     if not kept:
         raise ValueError("towers without a text side are judged by probes: give a --benchmark probe=SOURCE or digits")
     return kept

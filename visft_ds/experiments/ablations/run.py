@@ -80,8 +80,8 @@ class Runner:
                         each = (time.monotonic() - began) / done if done else 0.0
                         left = f"  left {clock(each * (total - kept - done))}" if each else ""
                         self.say(f"[{kept + begun}/{total}] {step.title}{left}")
-                        one = _start(step, self.forks)
-                        running[one.process.sentinel] = one
+                        child = _start(step, self.forks)
+                        running[child.process.sentinel] = child
                 for sentinel in wait(list(running)) if running else ():
                     assert isinstance(sentinel, int)
                     failure = running.pop(sentinel).finish()
@@ -91,8 +91,8 @@ class Runner:
                         for line in failure[1].end:
                             self.say(f"  | {line}")
         except KeyboardInterrupt:
-            for one in running.values():
-                one.stop()
+            for child in running.values():
+                child.stop()
             raise
         return failures
 
@@ -110,8 +110,8 @@ class _Running:
         if code:
             lines = step.log.read_text(encoding="utf-8", errors="replace").splitlines() if step.log.is_file() else []
             end = [line for line in lines if line.strip()][-_TAIL:]
-            told = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
-            return step, Failure(f"exit status {code}: {told[:300]}", end)
+            reason = next((line.strip() for line in end if "error:" in line), end[-1].strip() if end else "no output")
+            return step, Failure(f"exit status {code}: {reason[:300]}", end)
         if step.proof is not None and not step.proof.exists():
             return step, Failure(f"ended before it had made {step.proof}; the same command goes on with it")
         record = {"command": step.command, "seconds": round(time.monotonic() - self.began, 1), "title": step.title}

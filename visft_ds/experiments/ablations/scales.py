@@ -50,8 +50,8 @@ class Scale:
 
     def stage_settings(self, stage: int) -> tuple[str, ...]:
         """--set values of a stage, the user's last."""
-        own = (*TOY_BOTH, *(TOY_STAGE1 if stage == 1 else TOY_STAGE2)) if self.toy else ()
-        return (*own, *self.settings)
+        toy = (*TOY_BOTH, *(TOY_STAGE1 if stage == 1 else TOY_STAGE2)) if self.toy else ()
+        return (*toy, *self.settings)
 
     @property
     def text_flags(self) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def write_report(root: Path, names: Sequence[str]) -> list[Path]:
     """Write a page over all questions that have been run in this folder, in the order of `names`."""
     outcomes = [read_outcome(root / name) for name in names if (root / name / f"{TABLE}.json").is_file()]
     parts = [
-        {"outcome": one, "chart": chart(one), "tables": sections(one), "remarks": remarks(one)} for one in outcomes
+        {"outcome": each, "chart": chart(each), "tables": sections(each), "remarks": remarks(each)} for each in outcomes
     ]
     page = render("experiments/ablations/report.html.j2", title="Ablations", summary=_summary(outcomes), parts=parts)
     write_text(root / PAGE, page, overwrite=True)

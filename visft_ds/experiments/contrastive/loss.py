@@ -29,5 +29,5 @@ def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
         0-d; log(B) where nothing tells the pairs apart.
     """
     logits = log_scale.exp() * images @ texts.T
-    own = torch.arange(len(images), device=images.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

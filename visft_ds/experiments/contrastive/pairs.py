@@ -14,7 +14,7 @@ from PIL import Image
 from visft_ds.data.decode import decode_image
 from visft_ds.data.labels import parse_label
 from visft_ds.data.manifest import Manifest, splits_in
-from visft_ds.data.permutation import mix, mix_int, shuffled
+from visft_ds.data.permutation import hash_ints, hash_words, shuffled
 from visft_ds.data.shards import DamagedSample, ShardReader
 from visft_ds.evals.benchmarks.images import digest
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
@@ -45,8 +45,8 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
         raise ValueError(f"{where} has no captions: build it with make_shards.py build --captions FILE, or give others")
     reader = ShardReader(manifest)
     found = [parse_label(label)["captions"] for label in reader.read_labels(chosen)]
-    captions = [[text.strip() for text in own if text.strip()] for own in found]
-    if empty := [number for number, own in zip(chosen, captions, strict=True) if not own]:
+    captions = [[text.strip() for text in texts if text.strip()] for texts in found]
+    if empty := [number for number, texts in zip(chosen, captions, strict=True) if not texts]:
         raise ValueError(f"{where}: {reader.describe(empty[0])} has nothing but empty captions")
 
     def read(place: int) -> Image.Image:
@@ -58,9 +58,9 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
             raise DamagedSample(f"{reader.describe(chosen[place])} cannot be decoded: {error}") from error
 
     names = [f"{reader.row(number)['image_id']:012d}" for number in chosen]
-    told = digest((manifest.fingerprint, np.asarray(chosen, dtype=np.int64).tobytes()))
-    owners = np.repeat(np.arange(len(chosen)), [len(own) for own in captions]).astype(np.int64)
-    return CaptionSet(ImageSet(names, read, told), tuple(text for own in captions for text in own), owners)
+    fingerprint = digest((manifest.fingerprint, np.asarray(chosen, dtype=np.int64).tobytes()))
+    owners = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions]).astype(np.int64)
+    return CaptionSet(ImageSet(names, read, fingerprint), tuple(text for texts in captions for text in texts), owners)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class PairOrder:
         """((B,) places of images, (B,) places of captions) of a step; steps count from 0."""
         epoch, number = divmod(step, self.steps_in_epoch)
         places = np.arange(number * self.batch_size, (number + 1) * self.batch_size, dtype=np.int64)
-        images = shuffled(places, self.images, mix_int(self.seed, epoch))
+        images = shuffled(places, self.images, hash_ints(self.seed, epoch))
         first = np.searchsorted(self.owners, images)
         counts = np.searchsorted(self.owners, images, side="right") - first
-        drawn = mix(images.astype(np.uint64) + np.uint64(mix_int(self.seed, epoch, 1)))
+        drawn = hash_words(images.astype(np.uint64) + np.uint64(hash_ints(self.seed, epoch, 1)))
         return images, first + (drawn % counts.astype(np.uint64)).astype(np.int64)

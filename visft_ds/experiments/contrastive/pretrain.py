@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, eva_crop
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
+from visft_ds.experiments.contrastive.clip_models import Clip, TextShape, build_clip, save_clip, text_tower_of
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve, fit
 from visft_ds.experiments.contrastive.loss import INITIAL_LOG_SCALE, clip_loss
 from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
 from visft_ds.experiments.contrastive.recall import encode_captions, recall
 from visft_ds.experiments.contrastive.tokens import Tokens, tokens_of
-from visft_ds.interop.clip_models import Clip, TextShape, build_clip, save_clip, text_tower_of
-from visft_ds.interop.encoders import NORMALISATIONS, eva_crop
 from visft_ds.interop.open_clip import FILE
 from visft_ds.parallel import distributed
 from visft_ds.resilience.host_memory import host_memory_available
@@ -151,8 +151,8 @@ def _fit(
 
     def compute(step: int) -> float:
         images, captions = (torch.from_numpy(places) for places in order.step(step))
-        embedded, said = clip(normalised(pixels[images], device), tokens.rows(captions).to(device))
-        loss = clip_loss(embedded, said, clip.logit_scale)
+        embedded, texts = clip(normalised(pixels[images], device), tokens.rows(captions).to(device))
+        loss = clip_loss(embedded, texts, clip.logit_scale)
         loss.backward()
         return loss.item()
 

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from visft_ds.config import tower_setting
+from visft_ds.experiments.contrastive.clip_models import TextShape
 from visft_ds.experiments.contrastive.flags import (
     add_data,
     add_recipe,
@@ -24,7 +25,6 @@ from visft_ds.experiments.contrastive.pretrain import (
     check_memory,
     pretrain,
 )
-from visft_ds.interop.clip_models import TextShape
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 

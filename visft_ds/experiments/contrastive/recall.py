@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visft_ds.evals.benchmarks.protocol import IntArray, hits
 from visft_ds.evals.benchmarks.retrieval import image_to_text, text_to_image
-from visft_ds.interop.text_towers import TextTower
+from visft_ds.evals.benchmarks.text_towers import TextTower
 
 RECALLS = (1, 5)
 _ROWS = 256  # texts encoded at once

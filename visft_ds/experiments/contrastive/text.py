@@ -19,8 +19,8 @@ from visft_ds.experiments.contrastive import text_lora
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, Curve, fit
 from visft_ds.experiments.contrastive.loss import clip_loss
 from visft_ds.experiments.contrastive.pairs import PairOrder
+from visft_ds.experiments.contrastive.text_sides import TextSide
 from visft_ds.experiments.contrastive.tokens import Tokens
-from visft_ds.interop.text_sides import TextSide
 from visft_ds.parallel import distributed
 
 #: What trains: the whole text tower, LoRA on q and v of its attention, or its last map; the temperature with each.
@@ -94,7 +94,7 @@ def tune_text(
     scale.requires_grad_()
     trained = {**parameters, "logit_scale": scale}
     device = next(iter(trained.values())).device
-    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
 
     def encode(rows: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=how.bf16):
@@ -102,14 +102,16 @@ def tune_text(
 
     def compute(step: int) -> float:
         places, captions = (torch.from_numpy(found) for found in order.step(step))
-        parts = captions[own].split(how.micro_batch or share)
+        parts = captions[mine].split(how.micro_batch or share)
         with torch.set_grad_enabled(len(parts) == 1):
             embedded = [encode(part) for part in parts]
         texts = distributed.gather_rows(torch.cat(embedded)).requires_grad_()
         loss = clip_loss(images[places].to(device), texts, scale)
         loss.backward()
         assert texts.grad is not None
-        for part, found, gradient in zip(parts, embedded, texts.grad[own].split(how.micro_batch or share), strict=True):
+        for part, found, gradient in zip(
+            parts, embedded, texts.grad[mine].split(how.micro_batch or share), strict=True
+        ):
             (found if len(parts) == 1 else encode(part)).backward(gradient)
         # The temperature's gradient is that of the whole loss on every rank already.
         distributed.sum_in_place([value.grad for value in parameters.values() if value.grad is not None])

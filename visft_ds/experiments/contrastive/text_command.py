@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, Encoder
 from visft_ds.evals.benchmarks.encoding import Worker, encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
@@ -29,11 +30,10 @@ from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
 from visft_ds.experiments.contrastive.recall import encode_captions, recall
 from visft_ds.experiments.contrastive.text import DEFAULT_RECIPE, TextTuning, Trained, Tuned, check_ranks, tune_text
+from visft_ds.experiments.contrastive.text_sides import TextSide, text_side, write_side
 from visft_ds.experiments.contrastive.tokens import Tokens, tokens_of
-from visft_ds.interop.encoders import NORMALISATIONS, Encoder
 from visft_ds.interop.files import base_identity, open_weights, sha256_file
 from visft_ds.interop.open_clip import FILE
-from visft_ds.interop.text_sides import TextSide, text_side, write_side
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.parallel import distributed
@@ -181,11 +181,11 @@ def _measure(side: TextSide, judge: tuple[Tensor, CaptionSet] | None) -> dict[st
 
 
 def _write(job: _TextJob, tuned: Tuned, recalls: Mapping[str, Mapping[str, float]], seconds: float) -> None:
-    own = Path(job.spec.name)
-    source = sha256_file(own) if job.spec.library == "visft_ds" else None
+    file = Path(job.spec.name)
+    source = sha256_file(file) if job.spec.library == "visft_ds" else None
     result = Result("text", job.how.recipe, tuned.curve, recalls, seconds)
     with staged(job.given.out) as folder:
-        vision_of = base_identity(open_weights(own)) if source else None
+        vision_of = base_identity(open_weights(file)) if source else None
         configs = write_side(job.side, tuned.trained, folder, named=job.given.out, vision_of=vision_of)
         write_result(folder, job.given.out.name, result, _facts(job, tuned), configs, source)
     finished(recalls, seconds, job.given.out / FILE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visft_ds.interop.text_towers import TextTower
+from visft_ds.evals.benchmarks.text_towers import TextTower
 
 _AT_ONCE = 4096
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from visft_ds.config.fields import Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import CaptionChoice, WordsConfig
+from visft_ds.config.task_schema import CaptionChoice, HeadConfig, WordsConfig
 
 
 class CaptioningImage(StrictModel):
-    """Keyword arguments of the captioning transform; sizes in pixels."""
+    """Geometry and targets of captioning; sizes in pixels."""
 
     size: Positive = 256  #: side of the square
     caption_choice: CaptionChoice = "random"  #: "random" for each use, or the same: "first", or the "consensus" of all
     max_words: Positive = 50
 
 
-class CaptioningHeadConfig(StrictModel):
+class CaptioningHeadConfig(HeadConfig):
     """Keyword arguments of the captioning head; its vocabulary comes with the data."""
 
     attention_dim: Positive = 384

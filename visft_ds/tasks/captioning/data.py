@@ -19,7 +19,7 @@ from torch import Tensor
 from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
-from visft_ds.data.transforms import Op, Resize, Size, apply_to_image
+from visft_ds.data.transforms import Op
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
 
@@ -46,56 +46,6 @@ class CaptionTargets:
         return {"captions": self.tokens, "lengths": self.lengths}
 
 
-class CaptionTransform:
-    """Image and caption of one sample, as the published heads had them.
-
-    The image is scaled to a square of `size` pixels, whatever its shape, without augmentation. The caption is one of
-    those with 1 to `max_words` words: with `caption_choice` "random" a drawn one (in evaluation the first), else always
-    the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`), never an
-    empty or a cut one.
-
-    The sample's `targets["captioning"]` is {"tokens": (T,) int64, "references": (captions,) str objects}.
-
-    Raises:
-        ValueError: a size or number of words below 1, an unknown choice.
-    """
-
-    def __init__(
-        self,
-        train: bool,
-        *,
-        vocabulary: Vocabulary,
-        size: int = 256,
-        caption_choice: CaptionChoice = "random",
-        max_words: int = 50,
-    ) -> None:
-        if size < 1 or max_words < 1:
-            raise ValueError(f"size={size} (pixels) and max_words={max_words} must be at least 1")
-        self.caption_choice = choice_for(train, caption_choice)
-        self.vocabulary = vocabulary
-        self.size = size
-        self.max_words = max_words
-
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        """Transform one sample; evaluation draws nothing from `generator`."""
-        size = (self.size, self.size)
-        with span("tokens"):
-            targets = caption_targets(raw.captions, self.vocabulary, self.caption_choice, generator, self.max_words)
-        return Sample(
-            index=raw.index,
-            image_id=raw.image_id,
-            original_size=raw.size,
-            size=size,
-            image=None if raw.image is None else apply_to_image(raw.image, [Resize(*size)]),
-            random_key=0,
-            targets={"captioning": targets},
-        )
-
-    def extremes(self, size: Size) -> set[Size]:
-        """The one size that every image gets."""
-        return {(self.size, self.size)}
-
-
 def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
     """The choice as it holds in training or evaluation, which draws nothing. Raises ValueError for an unknown one."""
     if choice not in get_args(CaptionChoice):
@@ -104,25 +54,32 @@ def choice_for(train: bool, choice: CaptionChoice) -> CaptionChoice:
 
 
 def caption_targets(
-    captions: Sequence[str],
     vocabulary: Vocabulary,
     choice: CaptionChoice,
+    max_words: int,
+    raw: RawSample,
+    ops: Sequence[Op],
     generator: np.random.Generator,
-    max_words: int = 50,
 ) -> Mapping[str, npt.NDArray[Any]]:
-    """Ids (T,) int64 of one of the captions, and all of them as they are; only "random" draws from `generator`."""
-    cut = [caption_words(caption) for caption in captions]
-    usable = [words for words in cut if 1 <= len(words) <= max_words]
-    tokens = [vocabulary.start]
-    if usable:
-        place = 0
-        if choice == "random":
-            place = int(generator.integers(0, len(usable)))
-        elif choice == "consensus":
-            place = consensus(usable)
-        tokens = vocabulary.encode_words(usable[place])
-    references = np.array(list(captions), dtype=object)
-    return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
+    """Ids (T,) int64 of one of the captions, and all of them as they are (captions,) str objects.
+
+    The caption is one of those with 1 to `max_words` words: with `choice` "random" one that is drawn from `generator`,
+    else the first, or the one of `consensus`. Where an image has none, no caption is given (see `CaptionTargets`),
+    never an empty or a cut one.
+    """
+    with span("tokens"):
+        cut = [caption_words(caption) for caption in raw.captions]
+        usable = [words for words in cut if 1 <= len(words) <= max_words]
+        tokens = [vocabulary.start]
+        if usable:
+            place = 0
+            if choice == "random":
+                place = int(generator.integers(0, len(usable)))
+            elif choice == "consensus":
+                place = consensus(usable)
+            tokens = vocabulary.encode_words(usable[place])
+        references = np.array(list(raw.captions), dtype=object)
+        return {"tokens": np.array(tokens, dtype=np.int64), "references": references}
 
 
 def consensus(captions: Sequence[Sequence[str]]) -> int:
@@ -149,16 +106,3 @@ def pack_captions(samples: Sequence[Sample]) -> CaptionTargets:
         row[: len(part["tokens"])] = torch.from_numpy(part["tokens"])
     references = tuple(tuple(part["references"].tolist()) for part in parts)
     return CaptionTargets(tokens, torch.tensor(lengths), references)
-
-
-def image_targets(
-    vocabulary: Vocabulary,
-    choice: CaptionChoice,
-    max_words: int,
-    raw: RawSample,
-    ops: Sequence[Op],
-    generator: np.random.Generator,
-) -> Mapping[str, npt.NDArray[Any]]:
-    """Targets of an image in a geometry that all tasks share; see `caption_targets`."""
-    with span("tokens"):
-        return caption_targets(raw.captions, vocabulary, choice, generator, max_words)

@@ -1,7 +1,8 @@
 """Captioning: head, criterion and post-processing of the attentive LSTM ("Show, Attend and Tell", arXiv 1502.03044).
 
-Letters: B images, h w patch grid, D backbone width, P pixels of the pooled grid, T caption length in ids (`<start>` and
-`<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent width, V vocabulary, K beams.
+Letters: B images, h w patch grid, D backbone width, P cells of the pooled grid ("pixels" in the paper), T caption
+length in word ids (`<start>` and `<end>` included), S = T - 1 steps, A attention width, E embedding width, R recurrent
+width, V vocabulary size, K beams.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.config.task_schema import DecodingConfig
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.vocabulary import Vocabulary
 
+DECODING = DecodingConfig()
 _PAD = 0
-#: Counted from the end of the vocabulary, see `data.vocabulary`.
+#: Ids counted from the end of the vocabulary, see `tasks.vocabulary`.
 _UNKNOWN, _START, _END = -3, -2, -1
 
 #: Parameter of `CaptioningHead` -> its name in the published files, behind `visft_heads.caption_decoder.`.
@@ -38,11 +41,11 @@ PUBLISHED_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class CaptioningOutput:
-    """Output of the head at each step, in the order of the batch; zero behind the end of a caption."""
+    """Output of the head at each step, in the order of the batch; zero after the end of a caption."""
 
-    scores: Tensor  #: (B, S, V) logits of the next word: step t answers to the first t + 1 ids
-    attention: Tensor  #: (B, S, P) weights over the pooled pixels in row-major order, sum 1
-    tokens: Tensor | None = None  #: (B, T) int64 ids that the head chose itself; None where captions were given
+    scores: Tensor  #: (B, S, V) logits of the next word: those of step t follow the first t + 1 ids
+    attention: Tensor  #: (B, S, P) weights over the pooled cells in row-major order, sum 1
+    tokens: Tensor | None = None  #: (B, T) int64 ids that the head generated; None where captions were given
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,21 @@ class GeneratedCaption:
 
     tokens: list[int]  #: ids of its words, without `<start>` and `<end>`; may be empty
     score: float  #: sum of the log-probabilities of all words and `<end>`
-    attention: Tensor  #: (len(tokens), grid, grid) where the head looked for each word
+    attention: Tensor  #: (len(tokens), grid, grid) attention weights for each word
 
 
 class CaptioningHead(nn.Module):
     """Feature map -> scores of the next word, step by step, with the attention that led to them.
 
-    The published ViSFT head: average pooling to `grid` x `grid` pixels, LSTM cell whose input is the embedded last word
-    and a gated, attention-weighted mean of the pixels, initial state from the mean pixel, dropout ahead of the words.
-    `vocabulary_size` counts the special ids (`Vocabulary.size`). Initialisation: U(-0.1, 0.1) for embedding and word
+    The published ViSFT head: average pooling to `grid` x `grid` cells, LSTM cell whose input is the embedded last word
+    and a gated, attention-weighted mean of the cells, initial state from the mean cell, dropout before the word layer.
+    `vocabulary_size` includes the special ids (`Vocabulary.size`). Initialisation: U(-0.1, 0.1) for embedding and word
     layer, whose bias is 0; PyTorch's defaults elsewhere.
 
-    Given captions it answers to the true previous words (teacher forcing); without, it generates greedily.
+    With captions it predicts each next word from the true previous ones (teacher forcing); without, it generates them.
 
-    Raises ValueError for sizes below 1, fewer than 5 ids (four are special) and dropout outside [0, 1).
+    Defaults and bounds of the options stand in `CaptioningHeadConfig`. Raises ValueError for fewer than 5 ids (four are
+    special).
     """
 
     def __init__(
@@ -72,21 +76,15 @@ class CaptioningHead(nn.Module):
         in_channels: int,
         *,
         vocabulary_size: int,
-        attention_dim: int = 384,
-        embed_dim: int = 384,
-        decoder_dim: int = 384,
-        grid: int = 14,
-        dropout: float = 0.5,
+        attention_dim: int,
+        embed_dim: int,
+        decoder_dim: int,
+        grid: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        widths = {"attention_dim": attention_dim, "embed_dim": embed_dim, "decoder_dim": decoder_dim, "grid": grid}
-        for name, value in widths.items():
-            if value < 1:
-                raise ValueError(f"{name} {value} must be at least 1")
         if vocabulary_size < 5:
             raise ValueError(f"vocabulary_size {vocabulary_size} must be at least 5: four ids are special tokens")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout} is not allowed: give a probability from 0 to below 1")
         self.vocabulary_size = vocabulary_size
         self.grid = grid
         self.encoder_att = nn.Linear(in_channels, attention_dim)
@@ -107,16 +105,15 @@ class CaptioningHead(nn.Module):
         captions: Tensor | None = None,
         lengths: Tensor | None = None,
         *,
-        beam_size: int = 1,
-        max_length: int = 50,
+        beam_size: int = DECODING.beam_size,
+        max_length: int = DECODING.max_length,
     ) -> CaptioningOutput:
-        """features (B, D, h, w), valid (B, h, w) bool with True inside the image.
+        """Scores of captions, or generated ones, from features (B, D, h, w); valid (B, h, w) bool is True in the image.
 
-        With `captions` (B, T) int64 and `lengths` (B,), the ids of each caption, `<start>` and `<end>` included: scores
-        of captions[:, 1:]. Without: the caption that the head finds itself, `beam_size` and `max_length` as in
-        `generate`.
+        With `captions` (B, T) int64 and `lengths` (B,), `<start>` and `<end>` included: scores of captions[:, 1:].
+        Without: a generated caption of each image, `beam_size` and `max_length` as in `generate`.
 
-        Raises ValueError for captions without lengths, and for captions too short for one step.
+        Raises ValueError for captions without lengths, and for captions too short for a step.
         """
         if captions is None:
             if lengths is not None:
@@ -126,40 +123,45 @@ class CaptioningHead(nn.Module):
                 return self._greedy(features, valid, max_length)
             words, _, _ = self._beam_search(features, valid, beam_size, max_length)
             tokens = F.pad(words, (1, 0), value=self.vocabulary_size + _START)
-            # The search keeps no scores of its steps: the head answers once more, to what it has found.
+            # The search keeps no scores of its steps: they are computed for the captions that it has found.
             with torch.no_grad():
-                found = self._answer(features, valid, tokens, (tokens != _PAD).sum(dim=1), dropout=False)
-            return replace(found, tokens=tokens)
+                scored = self._score(features, valid, tokens, (tokens != _PAD).sum(dim=1), dropout=False)
+            return replace(scored, tokens=tokens)
         if lengths is None or captions.shape[1] < 2:
             raise ValueError(
                 f"captions {tuple(captions.shape)} need lengths (B,) and at least two ids (<start> and one to "
                 "predict); collate_joint gives both"
             )
-        return self._answer(features, valid, captions, lengths, dropout=True)
+        return self._score(features, valid, captions, lengths, dropout=True)
 
-    def _answer(
+    def _score(
         self, features: Tensor, valid: Tensor, captions: Tensor, lengths: Tensor, *, dropout: bool
     ) -> CaptioningOutput:
         """Scores of each next word of given captions."""
-        pixels, keys, hidden, cell = self._look(features, valid)
+        pixels, keys, hidden, cell = self._initial(features, valid)
         embedded = self.embedding(captions[:, :-1])
         hidden, attention, _ = self.recurrence(embedded, pixels, keys, hidden, cell)
         scores = at_least_float32(self.fc(self.dropout(hidden) if dropout else hidden))
-        behind = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
-        return CaptioningOutput(scores.masked_fill(behind, 0), attention.masked_fill(behind, 0))
+        past_end = ~predicted_steps(lengths, captions.shape[1]).unsqueeze(-1)
+        return CaptioningOutput(scores.masked_fill(past_end, 0), attention.masked_fill(past_end, 0))
 
     def generate(
-        self, features: Tensor, valid: Tensor, *, beam_size: int = 1, max_length: int = 50
+        self,
+        features: Tensor,
+        valid: Tensor,
+        *,
+        beam_size: int = DECODING.beam_size,
+        max_length: int = DECODING.max_length,
     ) -> list[GeneratedCaption]:
-        """The best caption of each image: of the greedy choice (`beam_size` 1), or of a search with several beams.
+        """The best caption of each image by greedy decoding (`beam_size` 1) or beam search.
 
         features and valid as in `forward`; `max_length` is the largest number of words, after which `<end>` is forced.
-        A beam's score is the plain sum of log-probabilities, without any length term, and finished beams keep their
-        place among the K. `<pad>`, `<start>` and `<unk>` are no words and never chosen. Dropout is off in training mode
-        too. Among exactly equal scores the choice is PyTorch's.
+        A beam's score is the plain sum of log-probabilities, without length normalisation, and finished beams keep
+        their place among the K. `<pad>`, `<start>` and `<unk>` are never chosen. Dropout is off in training mode too.
+        Among equal scores the choice is PyTorch's.
 
-        The number of steps is always `max_length` + 1: stopping as soon as all captions have ended would ask the device
-        after each step, and under ZeRO-3 ranks would no longer agree on how often to gather the weights.
+        There are always `max_length` + 1 steps: to stop as soon as all captions have ended, the host would wait for the
+        device after each step, and under ZeRO-3 ranks would gather the weights at different steps.
 
         Raises ValueError for a `beam_size` or `max_length` below 1.
         """
@@ -168,8 +170,8 @@ class CaptioningHead(nn.Module):
             output = self._greedy(features, valid, max_length)
             assert output.tokens is not None
             words, attention = output.tokens[:, 1:], output.attention
-            own = at_least_float32(self._allowed(output.scores)).log_softmax(dim=-1)
-            chosen = own.gather(2, words.unsqueeze(-1)).squeeze(-1)
+            log_probabilities = at_least_float32(self._allowed(output.scores)).log_softmax(dim=-1)
+            chosen = log_probabilities.gather(2, words.unsqueeze(-1)).squeeze(-1)
             scores = chosen.masked_fill(words == _PAD, 0).sum(dim=1)
         else:
             words, scores, attention = self._beam_search(features, valid, beam_size, max_length)
@@ -180,23 +182,23 @@ class CaptioningHead(nn.Module):
             found.append(GeneratedCaption(row[:count], score, maps[:count].unflatten(1, (self.grid, self.grid))))
         return found
 
-    def _look(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels (B, P, D), their attention keys (B, P, A) and the initial state, two times (B, R)."""
+    def _initial(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pooled cells (B, P, D), their attention keys (B, P, A), and the LSTM's initial states, two times (B, R)."""
         pixels = pool_valid(features, valid, self.grid)
         mean = pixels.mean(dim=1)
         return pixels, self.encoder_att(pixels), self.init_h(mean), self.init_c(mean)
 
     def _allowed(self, scores: Tensor) -> Tensor:
-        """Scores (..., V) with minus infinity for ids that cannot follow."""
+        """Scores (..., V) with minus infinity for `<pad>`, `<unk>` and `<start>`, which cannot follow."""
         banned = torch.zeros(self.vocabulary_size, dtype=torch.bool, device=scores.device)
-        # Slices, because an index list would be copied to the device.
+        # Slices, because a list of indices would be copied to the device.
         banned[: _PAD + 1] = True
         banned[_UNKNOWN:_END] = True
         return scores.masked_fill(banned, -math.inf)
 
     @torch.no_grad()
     def _greedy(self, features: Tensor, valid: Tensor, max_length: int) -> CaptioningOutput:
-        pixels, keys, hidden, cell = self._look(features, valid)
+        pixels, keys, hidden, cell = self._initial(features, valid)
         end = self.vocabulary_size + _END
         word = torch.full((features.shape[0],), self.vocabulary_size + _START, device=features.device)
         running = torch.ones_like(word, dtype=torch.bool)
@@ -220,16 +222,17 @@ class CaptioningHead(nn.Module):
         """Best captions (B, max_length + 1), their scores (B,) and attention (B, max_length + 1, P)."""
         images, size, end = features.shape[0], self.vocabulary_size, self.vocabulary_size + _END
         # Row b * K + k is beam k of image b.
-        pixels, keys, hidden, cell = (each.repeat_interleave(beams, dim=0) for each in self._look(features, valid))
+        initial = self._initial(features, valid)
+        pixels, keys, hidden, cell = (values.repeat_interleave(beams, dim=0) for values in initial)
         first = torch.arange(images, device=features.device).unsqueeze(1) * beams  # (B, 1)
         word = torch.full((images * beams,), size + _START, device=features.device)
         ended = torch.zeros_like(word, dtype=torch.bool)
-        # All beams begin alike, so only one of them may be continued.
+        # All beams begin alike, so in the first step only one of them may be continued.
         totals = at_least_float32(hidden).new_full((images, beams), -math.inf)
         totals[:, 0] = 0
         stays = totals.new_full((size,), -math.inf)  # an ended beam goes on with <pad>, at no cost
         stays[_PAD] = 0
-        ends = totals.new_full((size,), -math.inf)
+        ends = totals.new_full((size,), -math.inf)  # in the last step nothing but <end> is possible
         ends[end] = 0
         words, parents, attention = [], [], []
         for step in range(max_length + 1):
@@ -237,9 +240,9 @@ class CaptioningHead(nn.Module):
             gains = self._allowed(at_least_float32(self.fc(states[:, 0]))).log_softmax(dim=-1)
             gains = gains if step < max_length else gains + ends
             gains = torch.where(ended.unsqueeze(-1), stays, gains).view(images, beams, size)
-            totals, places = (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)  # (B, K)
-            rows = (first + places // size).flatten()
-            word = (places % size).flatten()
+            totals, chosen = (totals.unsqueeze(-1) + gains).flatten(start_dim=1).topk(beams)  # (B, K), of K * V
+            rows = (first + chosen // size).flatten()  # the beams that are continued
+            word = (chosen % size).flatten()
             ended = ended[rows] | (word == end)
             hidden, cell = states[rows, 0], cell[rows]
             words.append(word)
@@ -247,22 +250,25 @@ class CaptioningHead(nn.Module):
             attention.append(weights[:, 0])
         best = totals.argmax(dim=1)
         row = first.squeeze(1) + best
-        taken, looked = [], []
+        best_words, best_attention = [], []  # from the last step to the first
         for word, parent, weights in zip(reversed(words), reversed(parents), reversed(attention), strict=True):
-            taken.append(word[row])
+            best_words.append(word[row])
             row = parent[row]
-            looked.append(weights[row])
-        chosen = totals.gather(1, best.unsqueeze(1)).squeeze(1)
-        return torch.stack(taken[::-1], 1), chosen, torch.stack(looked[::-1], 1)
+            best_attention.append(weights[row])
+        score = totals.gather(1, best.unsqueeze(1)).squeeze(1)
+        return torch.stack(best_words[::-1], 1), score, torch.stack(best_attention[::-1], 1)
 
 
 class Recurrence(nn.Module):
     """All steps of the decoder: attention, gate and LSTM cell.
 
-    One module that owns all weights the steps share, instead of a small module for each of them, has three reasons.
-    ZeRO-3 gathers weights when the module that owns them is called: once for all steps here, so that ranks whose
-    captions differ in length still gather equally often. What depends on the words alone is computed for all steps at
-    once. And the three products with the last hidden state become one.
+    They are a single module that owns all weights of a step, for three reasons. ZeRO-3 gathers weights when the module
+    that owns them is called: once for all steps here, so that ranks whose captions differ in length still gather
+    equally often. What depends on the words alone is computed for all steps at once. And the three products with the
+    last hidden state become one.
+
+    Names are those of the published files: `decoder_att` and `full_att` score the cells, `f_beta` is the gate on the
+    attended features (arXiv 1502.03044, section 4.2.1; here one value for each channel).
     """
 
     def __init__(self, in_channels: int, attention_dim: int, embed_dim: int, decoder_dim: int) -> None:
@@ -287,7 +293,7 @@ class Recurrence(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, S, R), attention (B, S, P) and the last cell state (B, R).
 
-        embedded (B, S, E), pixels (B, P, D), keys (B, P, A), hidden and cell (B, R).
+        embedded (B, S, E) words, pixels (B, P, D), keys (B, P, A), hidden and cell state (B, R) before the first step.
         """
         from_words = F.linear(embedded, self.weight_ih[:, : self.embed_dim], self.bias_ih)  # (B, S, 4 R)
         from_pixels = self.weight_ih[:, self.embed_dim :]
@@ -296,13 +302,14 @@ class Recurrence(nn.Module):
         states, attention = [], []
         for word in from_words.unbind(dim=1):
             query, gate, from_state = F.linear(hidden, weight, bias).split(self.splits, dim=1)
-            looked_for = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
-            weights = at_least_float32(looked_for.squeeze(-1)).softmax(dim=1)  # (B, P)
-            seen = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()  # (B, D)
-            # Gates in PyTorch's order: input, forget, cell, output.
-            enter, forget, new, out = (word + from_state + F.linear(seen, from_pixels)).chunk(4, dim=1)
-            cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
-            hidden = out.sigmoid() * cell.tanh()
+            energy = F.linear(F.relu(keys + query.unsqueeze(1)), self.full_att_weight, self.full_att_bias)
+            weights = at_least_float32(energy.squeeze(-1)).softmax(dim=1)  # (B, P)
+            context = torch.bmm(weights.to(pixels.dtype).unsqueeze(1), pixels).squeeze(1) * gate.sigmoid()  # (B, D)
+            # In the order of nn.LSTMCell's weights.
+            gates = word + from_state + F.linear(context, from_pixels)
+            input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=1)
+            cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * new.tanh()
+            hidden = output_gate.sigmoid() * cell.tanh()
             states.append(hidden)
             attention.append(weights)
         return torch.stack(states, dim=1), torch.stack(attention, dim=1), cell
@@ -318,12 +325,11 @@ def _uniform(bound: float, *shape: int) -> nn.Parameter:
 
 
 def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
-    """Adaptive average pooling of the part of each feature map that shows image: (B, grid * grid, D).
+    """Adaptive average pooling of the valid part of each feature map: (B, grid * grid, D).
 
-    features (B, D, h, w); valid (B, h, w) bool, a rectangle in the upper left corner with at least one cell. Cells are
-    those of torch.nn.AdaptiveAvgPool2d, on the size of each image's own rectangle: cell i averages the rows from
-    floor(i n / grid) to ceil((i + 1) n / grid). Rows and columns are averaged one after the other, which for such cells
-    is the same and a product of two small matrices.
+    features (B, D, h, w); valid (B, h, w) bool, a rectangle of at least a patch in the upper left corner. Cells are
+    those of torch.nn.AdaptiveAvgPool2d on that rectangle: cell i averages its n rows from floor(i n / grid) to
+    ceil((i + 1) n / grid). Averaging first columns and then rows is the same, as products with two small matrices.
     """
     batch, width, height = features.shape[:3]
     rows = _averages(valid.any(dim=2).sum(dim=1), height, grid, features.dtype)  # (B, grid, h)
@@ -334,16 +340,16 @@ def pool_valid(features: Tensor, valid: Tensor, grid: int) -> Tensor:
 
 
 def _averages(counts: Tensor, length: int, grid: int, dtype: torch.dtype) -> Tensor:
-    """(B, grid, length): row i averages cell i of the first `counts` places."""
-    cells, places = torch.arange(grid, device=counts.device), torch.arange(length, device=counts.device)
+    """Matrices (B, grid, length) whose row i averages the patches of cell i, of the first `counts` (B,) patches."""
+    cells, patches = torch.arange(grid, device=counts.device), torch.arange(length, device=counts.device)
     counts = counts.unsqueeze(1)
     first = (cells * counts // grid).unsqueeze(-1)  # (B, grid, 1)
     last = (((cells + 1) * counts + grid - 1) // grid).unsqueeze(-1)
-    return ((places >= first) & (places < last)).to(dtype) / (last - first)
+    return ((patches >= first) & (patches < last)).to(dtype) / (last - first)
 
 
 def predicted_steps(lengths: Tensor, length: int) -> Tensor:
-    """(B, length - 1) bool: the steps whose answer is an id of the caption, for captions filled up to `length` ids."""
+    """Mask (B, length - 1) of the steps that predict an id of the caption, for captions padded to `length` ids."""
     return torch.arange(1, length, device=lengths.device) < lengths.unsqueeze(1)
 
 
@@ -353,16 +359,15 @@ class CaptioningCriterion:
     Calling it gives *unweighted* losses by name; `weights` holds the factor of each.
 
     - `ce`: mean cross-entropy over all ids to be predicted, `<end>` included.
-    - `attention`: mean over images and pixels of (1 - sum of the pixel's attention over the caption)^2.
-    - `top5_accuracy`, for the log only: percentage of the ids that are among the five with the highest scores (ids with
-      an equal score do not push one another out).
+    - `attention`: mean over images and cells of (1 - sum of the cell's attention over the caption)^2.
+    - `top5_accuracy`, for the log only: percentage of the ids for which fewer than five ids have a higher score.
 
-    Each is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and micro-batches is
-    that of one process on the global batch, if the denominator is the global sum of `count` divided by the number of
-    ranks times micro-batches. Images without a caption take no part.
+    Each is a sum over the micro-batch divided by a given denominator: the sum of `count` over the global batch, divided
+    by ranks times micro-batches. So its mean over these is the loss of the global batch in one process. Images without
+    a caption take no part.
     """
 
-    def __init__(self, *, ce: float = 1.0, attention: float = 1.0) -> None:
+    def __init__(self, *, ce: float, attention: float) -> None:
         self.weights: dict[str, float] = {"ce": ce, "attention": attention}
 
     def count(self, batch: Batch) -> dict[str, float]:

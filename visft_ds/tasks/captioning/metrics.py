@@ -48,11 +48,11 @@ def caption_metrics(references: Mapping[int, Sequence[str]], candidates: Mapping
     _check(references, candidates)
     images = sorted(references)
     wanted = [[ptb_words(reference) for reference in references[image]] for image in images]
-    said = [ptb_words(candidates[image]) for image in images]
-    clipped, plain = _cider(wanted, said)
+    generated = [ptb_words(candidates[image]) for image in images]
+    clipped, plain = _cider(wanted, generated)
     scores = {"CIDEr-D": clipped, "CIDEr": plain}
-    scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, said), strict=True)}
-    scores["ROUGE-L"] = sum(map(_rouge, wanted, said)) / len(images)
+    scores |= {f"BLEU-{order}": score for order, score in zip(_ORDERS, _bleu(wanted, generated), strict=True)}
+    scores["ROUGE-L"] = sum(map(_rouge, wanted, generated)) / len(images)
     return {f"caption/{name}": score for name, score in scores.items()}
 
 
@@ -104,7 +104,7 @@ class _Weighted:
     size: int
 
 
-def _cider(wanted: Sequence[Sequence[Words]], said: Sequence[Words]) -> tuple[float, float]:
+def _cider(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> tuple[float, float]:
     """CIDEr-D and CIDEr (arXiv 1411.5726), without stemming: mean over images, references and orders, times 10."""
     counted = [[_ngrams(reference) for reference in references] for references in wanted]
     frequency: Counter[tuple[str, ...]] = Counter()
@@ -122,12 +122,12 @@ def _cider(wanted: Sequence[Sequence[Words]], said: Sequence[Words]) -> tuple[fl
         return _Weighted(vectors, norms, sum(counts[1].values()))
 
     totals = [0.0, 0.0]
-    for references, words in zip(counted, said, strict=True):
+    for references, words in zip(counted, generated, strict=True):
         candidate = weighted(_ngrams(words))
         scores = [_similarity(candidate, weighted(reference)) for reference in references]
         for place in (0, 1):
             totals[place] += 10 * sum(score[place] for score in scores) / (len(references) * len(_ORDERS))
-    return totals[0] / len(said), totals[1] / len(said)
+    return totals[0] / len(generated), totals[1] / len(generated)
 
 
 def _similarity(candidate: _Weighted, reference: _Weighted) -> tuple[float, float]:
@@ -135,22 +135,22 @@ def _similarity(candidate: _Weighted, reference: _Weighted) -> tuple[float, floa
     clipped = plain = 0.0
     # coco-caption takes the number of bigrams for the length, one less than the number of words.
     penalty = math.exp(-((candidate.size - reference.size) ** 2) / (2 * _SIGMA**2))
-    for own, other, own_norm, other_norm in zip(
+    for gained, other, own_norm, other_norm in zip(
         candidate.vectors, reference.vectors, candidate.norms, reference.norms, strict=True
     ):
         if not own_norm or not other_norm:
             continue
-        shared = [(value, other[gram]) for gram, value in own.items() if gram in other]
+        shared = [(value, other[gram]) for gram, value in gained.items() if gram in other]
         clipped += sum(min(one, two) * two for one, two in shared) / (own_norm * other_norm)
         plain += sum(one * two for one, two in shared) / (own_norm * other_norm)
     return clipped * penalty, plain
 
 
-def _bleu(wanted: Sequence[Sequence[Words]], said: Sequence[Words]) -> list[float]:
+def _bleu(wanted: Sequence[Sequence[Words]], generated: Sequence[Words]) -> list[float]:
     """BLEU-1 to 4 of the corpus (Papineni et al., ACL 2002); the reference length is the closest one."""
     right, guessed = [0] * len(_ORDERS), [0] * len(_ORDERS)
     length = closest = 0
-    for references, words in zip(wanted, said, strict=True):
+    for references, words in zip(wanted, generated, strict=True):
         length += len(words)
         closest += min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
         most = [_union(parts) for parts in zip(*map(_ngrams, references), strict=True)]

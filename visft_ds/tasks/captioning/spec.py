@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
 from visft_ds.data.dataset import caption_dataset
+from visft_ds.data.transforms import Square
 from visft_ds.tasks.captioning.config import CaptioningTask
 from visft_ds.tasks.captioning.data import (
     CaptionTargets,
-    CaptionTransform,
-    image_targets,
+    caption_targets,
+    choice_for,
     pack_captions,
 )
 from visft_ds.tasks.captioning.head import CaptioningCriterion, CaptioningHead, postprocess
@@ -22,13 +23,11 @@ from visft_ds.tasks.captioning.metrics import TOKENIZER, results_metrics
 from visft_ds.tasks.captioning.pictures import draw_caption
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Content, Evaluator, Example, HeadSizes, ImageTargets, TaskSpec
-from visft_ds.tasks.transform import JointTransform
+from visft_ds.tasks.vocabulary import Vocabulary
 
 
-def _joint(transform: JointTransform, classes: Sequence[int] | None) -> ImageTargets:
-    if transform.vocabulary is None:
-        raise ValueError("captioning needs a vocabulary: give that of the shards, or leave captioning out of tasks")
-    return partial(image_targets, transform.vocabulary, transform.caption_choice, transform.max_words)
+def _targets(train: bool, options: Mapping[str, Any], vocabulary: Vocabulary) -> ImageTargets:
+    return partial(caption_targets, vocabulary, choice_for(train, options["caption_choice"]), options["max_words"])
 
 
 def _blank(
@@ -38,12 +37,12 @@ def _blank(
     return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
 
-def _draw(one: Example) -> Picture:
-    caption = one.results[0]["caption"] if one.results else ""
+def _draw(example: Example) -> Picture:
+    caption = example.results[0]["caption"] if example.results else ""
     words = caption.split()
-    maps = one.output.attention[one.place, : len(words)].float().cpu().numpy()
+    maps = example.output.attention[example.place, : len(words)].float().cpu().numpy()
     grid = math.isqrt(maps.shape[1])
-    return draw_caption(one.pixels(), one.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
+    return draw_caption(example.pixels(), example.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
 
 
 SPEC = TaskSpec(
@@ -51,8 +50,8 @@ SPEC = TaskSpec(
     config=CaptioningTask,
     head=CaptioningHead,
     build_criterion=CaptioningCriterion,
-    transform=CaptionTransform,
-    joint=_joint,
+    geometry=lambda options: Square(options["size"]),
+    targets=_targets,
     pack=lambda samples, frame: pack_captions(samples),
     postprocess=postprocess,
     evaluator=Evaluator(

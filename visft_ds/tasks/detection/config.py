@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 
 class DetectionImage(StrictModel):
-    """Keyword arguments of the detection transform; sizes in pixels."""
+    """Geometry of detection; sizes in pixels."""
 
     short_sides: Sides = (480, 512, 544, 576, 608, 640, 672)
     max_long: Positive = 672
@@ -21,7 +21,7 @@ class DetectionImage(StrictModel):
     fixed_size: Positive | None = None  #: square size for training and evaluation instead of all of the above
 
 
-class DetectionHeadConfig(StrictModel):
+class DetectionHeadConfig(HeadConfig):
     """Keyword arguments of the detection head (asymmetric DETR)."""
 
     num_classes: Positive = 91  #: as many as there are categories where their ids are not COCO's
@@ -33,6 +33,14 @@ class DetectionHeadConfig(StrictModel):
     num_heads: Positive = 8
     ffn_dim: Positive = 1024
     dropout: Probability = 0.1
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Widths that attention heads or positions do not divide."""
+        for name, width in (("encoder_dim", self.encoder_dim), ("decoder_dim", self.decoder_dim)):
+            if width % self.num_heads:
+                yield name, f"{width} is no multiple of num_heads = {self.num_heads}"
+        if self.encoder_dim % 4:
+            yield "encoder_dim", f"{self.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)"
 
 
 class DetectionLoss(StrictModel):
@@ -57,13 +65,8 @@ class DetectionTask(TaskConfig):
     loss: DetectionLoss = DetectionLoss()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Widths that heads or positions do not divide, and a range that is none."""
-        head = self.head
-        for name, width in (("encoder_dim", head.encoder_dim), ("decoder_dim", head.decoder_dim)):
-            if width % head.num_heads:
-                yield f"head.{name}", f"{width} is no multiple of num_heads = {head.num_heads}"
-        if head.encoder_dim % 4:
-            yield "head.encoder_dim", f"{head.encoder_dim} is no multiple of 4 (sine and cosine of two coordinates)"
+        """Those of the head, and a range that is none."""
+        yield from super().contradictions()
         if self.image.crop_range[0] > self.image.crop_range[1]:
             yield "image.crop_range", "must be [smallest, largest]"
 

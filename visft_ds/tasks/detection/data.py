@@ -1,4 +1,4 @@
-"""Detection data: augmentation of the DETR recipe, boxes as targets, and their packing into a batch.
+"""Detection data: geometry of the DETR recipe, boxes as targets, and their packing into a batch.
 
 As in `visft_ds.data.transforms`, the geometry comes from the sample's random numbers and the stored size alone.
 
@@ -27,12 +27,10 @@ from visft_ds.data.transforms import (
     ShortSides,
     Size,
     apply_to_boxes,
-    apply_to_image,
     choose,
     clip_boxes,
     final_size,
     labels_of,
-    places,
     short_side_size,
 )
 
@@ -54,69 +52,34 @@ class DetectionTargets:
         return {}
 
 
-class DetectionTransform:
-    """Augmentation and targets of detection, as in the DETR recipe with a cap for a plain ViT.
+@dataclass(frozen=True)
+class CropRecipe:
+    """Geometry of detection alone: that of the DETR recipe, with a cap for a plain ViT.
 
-    Training: mirror with probability `flip`; then, with equal chances, either scale the short side to one of
-    `short_sides`, or scale it to one of `crop_short_sides`, cut out a random rectangle with sides from `crop_range`
-    and scale that as in the first case. Long sides are capped at `max_long`. Evaluation: short side `eval_short`,
-    long side at most `eval_max_long`. With `fixed_size`, both only scale to a square of that many pixels, and training
-    also mirrors.
-
-    Crowd regions and boxes without area (before or after a crop) give no target; images without targets stay.
-
-    The sample's `targets["detection"]` is {"boxes": (n, 4) float32, cxcywh relative to the transformed image,
-    "labels": (n,) int64, raw category ids, or places in `classes` where it is given}.
+    Training: mirror; then, with equal chances, either scale as `sides` does, or scale the short side to one of
+    `crop_short_sides`, cut out a random rectangle with sides from `crop_range` and scale that as in the first case.
+    Evaluation, and all of it where `sides` has a `fixed_size`: as `sides`.
 
     Raises:
-        ValueError: an empty or not positive list of sizes; when called, a category that is not in `classes`.
+        ValueError: an empty or not positive list of sizes.
     """
 
-    def __init__(
-        self,
-        train: bool,
-        *,
-        short_sides: Sequence[int] = (480, 512, 544, 576, 608, 640, 672),
-        max_long: int = 672,
-        crop_short_sides: Sequence[int] = (400, 500, 600),
-        crop_range: tuple[int, int] = (384, 600),
-        flip: float = 0.5,
-        eval_short: int = 800,
-        eval_max_long: int = 672,
-        fixed_size: int | None = None,
-        classes: Sequence[int] | None = None,
-    ) -> None:
-        if not crop_short_sides or min(*crop_short_sides, *crop_range) < 1 or crop_range[0] > crop_range[1]:
+    sides: ShortSides
+    crop_short_sides: Sequence[int]
+    crop_range: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_range
+        if not self.crop_short_sides or min(*self.crop_short_sides, low, high) < 1 or low > high:
             raise ValueError(
-                f"crop sizes must be positive and in order: crop_short_sides={tuple(crop_short_sides)}, "
-                f"crop_range={crop_range}"
+                f"crop sizes must be positive and in order: crop_short_sides={tuple(self.crop_short_sides)}, "
+                f"crop_range={self.crop_range}"
             )
-        self.train = train
-        self.sides = ShortSides(tuple(short_sides), max_long, flip, eval_short, eval_max_long, fixed_size)
-        self.crop_short_sides = tuple(crop_short_sides)
-        self.crop_range = crop_range
-        self.labels = None if classes is None else places(classes)
 
-    def __call__(self, raw: RawSample, generator: np.random.Generator) -> Sample:
-        """Transform one sample; evaluation draws nothing from `generator`."""
-        ops = self.geometry(raw.size, generator)
-        size = final_size(raw.size, ops)
-        with span("boxes"):
-            targets = detection_targets(raw.annotations, raw.size, ops, self.labels)
-        return Sample(
-            index=raw.index,
-            image_id=raw.image_id,
-            original_size=raw.size,
-            size=size,
-            image=None if raw.image is None else apply_to_image(raw.image, ops),
-            random_key=0,
-            targets={"detection": targets},
-        )
-
-    def geometry(self, size: Size, generator: np.random.Generator) -> list[Op]:
-        """Geometric operations for an image of `size`, in order."""
-        ops = self.sides.mirror(self.train, generator)
-        if self.train and self.sides.fixed_size is None and generator.random() >= 0.5:
+    def draw(self, size: Size, train: bool, generator: np.random.Generator) -> list[Op]:
+        """Operations for an image of `size`, in order."""
+        ops = self.sides.mirror(train, generator)
+        if train and self.sides.fixed_size is None and generator.random() >= 0.5:
             first = short_side_size(size, choose(self.crop_short_sides, generator), None)
             width = _between(*self.crop_range, first[1], generator)
             height = _between(*self.crop_range, first[0], generator)
@@ -124,7 +87,7 @@ class DetectionTransform:
             left = int(generator.integers(0, first[1] - width + 1))
             ops += [Resize(*first), Crop(top, left, height, width)]
             size = (height, width)
-        return [*ops, self.sides.scale(size, self.train, generator)]
+        return [*ops, self.sides.scale(size, train, generator)]
 
     def extremes(self, size: Size) -> set[Size]:
         """Sizes that training can give an image of `size`, among them the highest, the widest and the largest."""
@@ -144,25 +107,29 @@ class DetectionTransform:
 
 
 def detection_targets(
-    annotations: Sequence[Mapping[str, Any]], size: Size, ops: Sequence[Op], labels: Mapping[int, int] | None = None
-) -> dict[str, npt.NDArray[Any]]:
+    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
+) -> Mapping[str, npt.NDArray[Any]]:
     """Boxes (n, 4) float32 cxcywh relative to the image after `ops`, labels (n,) int64.
 
-    `labels` maps category ids; None leaves them as they are.
+    `labels` maps category ids; None leaves them as they are. Crowd regions and boxes without area (before or after a
+    crop) give no target.
+
+    Raises ValueError for a category that `labels` lacks.
     """
-    used = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
-    raw = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
-    classes = raw if labels is None else labels_of(used, labels)
-    boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), size)
-    kept = _has_area(boxes)
-    boxes, classes = apply_to_boxes(boxes[kept], size, ops), classes[kept]
-    kept = _has_area(boxes)
-    boxes, classes = boxes[kept], classes[kept]
-    height, width = final_size(size, ops)
-    centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
-    return {"boxes": relative.astype(np.float32), "labels": classes}
+    with span("boxes"):
+        used = [annotation for annotation in raw.annotations if not annotation["iscrowd"]]
+        xywh = np.array([annotation["bbox"] for annotation in used], dtype=np.float64).reshape(-1, 4)
+        ids = np.array([annotation["category_id"] for annotation in used], dtype=np.int64)
+        classes = ids if labels is None else labels_of(used, labels)
+        boxes = clip_boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), raw.size)
+        kept = _has_area(boxes)
+        boxes, classes = apply_to_boxes(boxes[kept], raw.size, ops), classes[kept]
+        kept = _has_area(boxes)
+        boxes, classes = boxes[kept], classes[kept]
+        height, width = final_size(raw.size, ops)
+        centres, extents = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        relative = np.concatenate([centres, extents], axis=1) / [width, height, width, height]
+        return {"boxes": relative.astype(np.float32), "labels": classes}
 
 
 def _has_area(boxes: FloatArray) -> npt.NDArray[np.bool_]:
@@ -182,11 +149,3 @@ def pack_detection(samples: Sequence[Sample]) -> DetectionTargets:
         labels=torch.from_numpy(np.concatenate([part["labels"] for part in parts])),
         counts=torch.tensor([len(part["labels"]) for part in parts]),
     )
-
-
-def image_targets(
-    labels: Mapping[int, int] | None, raw: RawSample, ops: Sequence[Op], generator: np.random.Generator
-) -> Mapping[str, npt.NDArray[Any]]:
-    """Targets of an image in a geometry that all tasks share; see `detection_targets`."""
-    with span("boxes"):
-        return detection_targets(raw.annotations, raw.size, ops, labels)

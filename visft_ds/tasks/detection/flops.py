@@ -13,8 +13,8 @@ def detection_flops(
 ) -> Flops:
     """Operations of the detection head: `trains`, all its weights do; `flows`, the features need a gradient."""
     if not trains and not flows:  # nothing behind the head wants a gradient
-        whole = detection_flops(options, in_channels, images, patches, trains=True, flows=True)
-        return Flops(whole.forward)
+        flops = detection_flops(options, in_channels, images, patches, trains=True, flows=True)
+        return Flops(flops.forward)
     encoder, decoder, queries = options["encoder_dim"], options["decoder_dim"], options["num_queries"]
     layers, dropout = options["decoder_layers"], options["dropout"]
     # With dropout torch's CPU attention is the plain one, which keeps its scores; a GPU's is fused all the same.

@@ -1,7 +1,7 @@
 """Detection: head, criterion and post-processing of the set-prediction detector (DETR, arXiv 2005.12872).
 
-Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids, 0..90, or places
-among other categories), L decoder layers, N objects packed over the batch, M matched pairs of all layers.
+Letters: B images, h w patch grid, D backbone width, Q queries, C classes (raw COCO ids 0..90, or indices of other
+categories), L decoder layers, N objects of all images concatenated, M matched pairs of all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.matching import Matches, MatchingCosts, at_least_float32, match
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
-# Rows of the task embedding. One row is used; the published heads carry all of them.
+# Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
 _TASK_ROWS = 256
 
 
@@ -36,35 +36,28 @@ class DetectionOutput:
 class DetectionHead(nn.Module):
     """Feature map -> a fixed set of Q boxes with classes, from every decoder layer.
 
-    The asymmetric DETR of the published ViSFT heads: 1x1 projection to `encoder_dim`, a task token in front of the
-    patches, encoder with a residual around it, linear maps of memory and positions to `decoder_dim`, decoder, one class
-    layer and one box MLP shared by all decoder layers. Initialisation: Xavier for the encoder and the two maps,
-    PyTorch's defaults elsewhere. Raises ValueError for widths that the heads or the positions do not divide.
+    The asymmetric DETR of the published ViSFT heads: 1x1 projection to `encoder_dim`, a learnt task token in front of
+    the patches, encoder with a residual around it, linear projections of memory and positions to the wider
+    `decoder_dim`, decoder, a class layer and a box MLP that all decoder layers share. Initialisation: Xavier for the
+    encoder and the two projections, PyTorch's defaults elsewhere. Defaults and bounds of the options stand in
+    `DetectionHeadConfig`.
     """
 
     def __init__(
         self,
         in_channels: int,
         *,
-        num_classes: int = 91,
-        num_queries: int = 100,
-        encoder_dim: int = 128,
-        decoder_dim: int = 256,
-        encoder_layers: int = 6,
-        decoder_layers: int = 6,
-        num_heads: int = 8,
-        ffn_dim: int = 1024,
-        dropout: float = 0.1,
+        num_classes: int,
+        num_queries: int,
+        encoder_dim: int,
+        decoder_dim: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        _check_head_options(
-            num_classes=num_classes, num_queries=num_queries, num_heads=num_heads, decoder_layers=decoder_layers
-        )
-        for name, width in (("encoder_dim", encoder_dim), ("decoder_dim", decoder_dim)):
-            if width % num_heads:
-                raise ValueError(f"{name} {width} must be a multiple of num_heads {num_heads}")
-        if encoder_dim % 4:
-            raise ValueError(f"encoder_dim {encoder_dim} must be a multiple of 4: sine and cosine of two coordinates")
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -82,7 +75,7 @@ class DetectionHead(nn.Module):
         self.box_embed = FeedForward(decoder_dim, decoder_dim, 4, num_layers=3)
 
     def forward(self, features: Tensor, valid: Tensor) -> DetectionOutput:
-        """features (B, D, h, w), valid (B, h, w) bool with True inside the image, at least once for each image."""
+        """Boxes and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
         assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
         # The residual stream keeps the features' precision; under autocast the projection would start it in 16 bit.
         patches = self.input_proj(features).to(features.dtype).flatten(start_dim=2).transpose(1, 2)  # (B, h*w, encoder)
@@ -98,7 +91,7 @@ class DetectionHead(nn.Module):
         return DetectionOutput(logits[-1], boxes[-1], aux)
 
     def _encode(self, patches: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
-        """The encoder with the task token (at position zero, always valid) put in front and taken off again."""
+        """Encode patches (B, h*w, encoder); the task token, with position embedding 0, is added and removed here."""
         batch_size = patches.shape[0]
         token = self.task_embed(torch.zeros(batch_size, 1, dtype=torch.int64, device=patches.device))
         entries = torch.cat((token.to(patches.dtype), patches), dim=1)
@@ -110,30 +103,29 @@ class DetectionHead(nn.Module):
 class DetectionCriterion:
     """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched boxes.
 
-    `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
-    within the cross-entropy. `num_queries` and `decoder_layers` are the head's.
+    `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4), `no_object` is
+    the weight of that class within the cross-entropy, as nearly all queries see none. `num_queries` and
+    `decoder_layers` are the head's.
 
     Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}` of the
     earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
     `class_error` (percent of the objects whose matched query names another class) and `cardinality_error` (mean
     absolute difference between the number of objects and of queries that see one).
 
-    Each loss is a sum over the micro-batch divided by a given denominator, so that its mean over ranks and
-    micro-batches is the loss of one process on the global batch, if the denominator is the global sum of `count`
-    divided by the number of ranks times micro-batches.
+    Each loss is a sum over the micro-batch divided by a given denominator: the sum of `count` over the global batch,
+    divided by ranks times micro-batches. So its mean over these is the loss of the global batch in one process.
     """
 
     def __init__(
         self,
         *,
-        num_queries: int = 100,
-        decoder_layers: int = 6,
-        ce: float = 1.0,
-        l1: float = 5.0,
-        giou: float = 2.0,
-        no_object: float = 0.1,
+        num_queries: int,
+        decoder_layers: int,
+        ce: float,
+        l1: float,
+        giou: float,
+        no_object: float,
     ) -> None:
-        _check_head_options(num_queries=num_queries, decoder_layers=decoder_layers)
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
         self.no_object = no_object
@@ -146,7 +138,7 @@ class DetectionCriterion:
         """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
         `boxes` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
-        every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`.
+        an image with n objects has min(n, Q) matched queries of weight 1; the others weigh `no_object`.
         """
         counts = batch.targets["detection"].counts
         matched = int(counts.clamp(max=self.num_queries).sum())
@@ -160,28 +152,27 @@ class DetectionCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has `boxes` and `class_weight`; `image_ids` (B,) serve errors only.
+        """Losses by name. `loss_denominators` has `boxes` and `class_weight`; `image_ids` (B,) are for errors only.
 
-        Raises ValueError where the head's queries or layers are not those this criterion was built for, and what
-        `matching.match` raises.
+        Raises ValueError where the head has other numbers of queries or layers, and what `matching.match` raises.
         """
         layers = (*output.aux, output)
         self._check(layers)
         logits = at_least_float32(torch.stack([layer.logits for layer in layers]))  # (L, B, Q, C + 1)
         boxes = at_least_float32(torch.stack([layer.boxes for layer in layers]))
         matches = match(logits, boxes, targets, self.costs, image_ids)
-        # (L, B, Q) int64: the class of the matched object, "no object" elsewhere
-        wanted = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
-        wanted[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
+        # (L, B, Q) int64: the class of the matched object, "no object" where there is none
+        classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
+        classes[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
         by_name = {
-            "ce": self._cross_entropy(logits, wanted) / loss_denominators["class_weight"],
+            "ce": self._cross_entropy(logits, classes) / loss_denominators["class_weight"],
             **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
         }
         suffixes = [*(f"_{layer}" for layer in range(self.decoder_layers - 1)), ""]
         losses = {
             name + s: value for name, values in by_name.items() for s, value in zip(suffixes, values, strict=True)
         }
-        return losses | _for_the_log(logits[-1].detach(), wanted[-1], targets.counts, loss_denominators["boxes"])
+        return losses | _for_the_log(logits[-1].detach(), classes[-1], targets.counts, loss_denominators["boxes"])
 
     def _check(self, layers: tuple[DetectionOutput, ...]) -> None:
         given = {"num_queries": layers[-1].logits.shape[1], "decoder_layers": len(layers)}
@@ -192,33 +183,34 @@ class DetectionCriterion:
                     f"give both the same {name}"
                 )
 
-    def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """(L,) sums over images and queries, each term with the weight of its wanted class."""
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Sums (L,) over images and queries, each term with the weight of its target class (L, B, Q)."""
         weight = logits.new_ones(logits.shape[-1])
         weight[-1] = self.no_object
-        terms = F.cross_entropy(logits.flatten(end_dim=2), wanted.flatten(), weight, reduction="none")
+        terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
         return terms.view(len(logits), -1).sum(dim=1)
 
 
 def _box_sums(boxes: Tensor, targets: DetectionTargets, matches: Matches) -> dict[str, Tensor]:
     """Sums (L,) over the matched pairs. Without any pair they are zero and still carry a (zero) gradient."""
     predicted = boxes[matches.layers, matches.images, matches.queries]  # (M, 4)
-    wanted = targets.boxes.to(boxes.dtype)[matches.objects]
-    distance = (predicted - wanted).abs().sum(dim=-1)
-    overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(wanted))
+    true = targets.boxes.to(boxes.dtype)[matches.objects]
+    distance = (predicted - true).abs().sum(dim=-1)
+    overlap = generalized_box_iou(centers_to_corners(predicted), centers_to_corners(true))
     # the pairs are ordered by layer and every layer has the same number of them
     per_layer = (len(boxes), len(predicted) // len(boxes))
     return {"l1": distance.view(per_layer).sum(dim=1), "giou": (1 - overlap).view(per_layer).sum(dim=1)}
 
 
-def _for_the_log(logits: Tensor, wanted: Tensor, counts: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+def _for_the_log(logits: Tensor, classes: Tensor, counts: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """Errors of the last layer: logits (B, Q, C + 1), target classes (B, Q), objects of each image (B,)."""
     no_object = logits.shape[-1] - 1
-    named = logits.argmax(dim=-1)  # (B, Q)
-    right = ((named == wanted) & (wanted != no_object)).sum()
-    seen = (named != no_object).sum(dim=1)
+    predicted = logits.argmax(dim=-1)  # (B, Q)
+    correct = ((predicted == classes) & (classes != no_object)).sum()
+    detected = (predicted != no_object).sum(dim=1)
     return {
-        "class_error": 100 * (counts.sum() - right) / boxes,
-        "cardinality_error": (seen - counts).abs().float().mean(),
+        "class_error": 100 * (counts.sum() - correct) / boxes,
+        "cardinality_error": (detected - counts).abs().float().mean(),
     }
 
 
@@ -228,10 +220,10 @@ def postprocess(
 ) -> list[dict[str, Any]]:
     """Predictions in COCO's results format: image_id, category_id, bbox, score.
 
-    bbox is (x, y, w, h) in pixels of the stored image, category_id the class, or its entry in `classes`. As
-    in DETR every query gives one result, its best class apart from "no object" with the softmax probability; nothing
-    but scores below `threshold` is suppressed and boxes are not clipped. Only images with `batch.real` appear. The
-    batch must have been resized without cropping, as evaluation transforms do.
+    bbox is (x, y, w, h) in pixels of the stored image, category_id the class, or its entry in `classes`. As in DETR
+    every query gives a result: its best class apart from "no object", and the softmax probability of that. Only scores
+    below `threshold` are dropped (there is no non-maximum suppression), and boxes are not clipped. Images without
+    `batch.real` are left out. The batch must have been resized without cropping, as evaluation transforms do.
     """
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., :-1].max(dim=-1)
     corners = centers_to_corners(at_least_float32(output.boxes))
@@ -240,17 +232,11 @@ def postprocess(
     numbers[..., :4] *= sizes[:, None]
     results = []
     image_ids, real = batch.image_ids.tolist(), batch.real.tolist()
-    for image_id, wanted, rows in zip(image_ids, real, numbers.tolist(), strict=True):
-        for x0, y0, x1, y1, score, category in rows if wanted else ():
-            if score < threshold:
+    for image_id, is_real, rows in zip(image_ids, real, numbers.tolist(), strict=True):
+        for x0, y0, x1, y1, score, category in rows:
+            if not is_real or score < threshold:
                 continue
             bbox = [x0, y0, x1 - x0, y1 - y0]
             id_ = int(category) if classes is None else classes[int(category)]
             results.append({"image_id": image_id, "category_id": id_, "bbox": bbox, "score": score})
     return results
-
-
-def _check_head_options(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")

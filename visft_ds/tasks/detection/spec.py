@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.transforms import places
+from visft_ds.data.transforms import ShortSides, of_options, places
 from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth, pack_results, unpack_results
 from visft_ds.tasks.detection.config import DetectionTask
 from visft_ds.tasks.detection.data import (
+    CropRecipe,
     DetectionTargets,
-    DetectionTransform,
-    image_targets,
+    detection_targets,
     pack_detection,
 )
 from visft_ds.tasks.detection.flops import detection_flops
@@ -32,17 +32,17 @@ def _blank(
     return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
 
-def _draw(one: Example) -> Picture:
-    true, found = one.objects(), one.known()
+def _draw(example: Example) -> Picture:
+    true, found = example.objects(), example.known()
     return draw_detections(
-        one.pixels(),
+        example.pixels(),
         [annotation["bbox"] for annotation in true],
-        [one.names[annotation["category_id"]] for annotation in true],
+        [example.names[annotation["category_id"]] for annotation in true],
         [result["bbox"] for result in found],
-        [one.names[result["category_id"]] for result in found],
+        [example.names[result["category_id"]] for result in found],
         [result["score"] for result in found],
-        threshold=one.threshold,
-        colours=palette(list(one.names.values())),
+        threshold=example.threshold,
+        colours=palette(list(example.names.values())),
     )
 
 
@@ -52,8 +52,12 @@ SPEC = TaskSpec(
     head=DetectionHead,
     build_criterion=DetectionCriterion,
     shared_options=("num_queries", "decoder_layers"),
-    transform=DetectionTransform,
-    joint=lambda transform, classes: partial(image_targets, None if classes is None else places(classes)),
+    geometry=lambda options: CropRecipe(
+        of_options(ShortSides, options), options["crop_short_sides"], options["crop_range"]
+    ),
+    targets=lambda train, options, classes=None: partial(
+        detection_targets, None if classes is None else places(classes)
+    ),
     pack=lambda samples, frame: pack_detection(samples),
     postprocess=postprocess,
     evaluator=Evaluator(

@@ -9,15 +9,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import TaskConfig
+from visft_ds.config.task_schema import HeadConfig, TaskConfig
 
 #: Pixels that sides of content alone are multiples of: a patch of the published towers.
 CONTENT_MULTIPLE = 14
+#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
+#: category (toothbrush) coincides with "no object" and class 0 is never used.
+Labelling = Literal["contiguous", "published"]
 _MULTIPLE = f"content_only extends to multiples of {CONTENT_MULTIPLE}, a patch of EVA"
 
 
 class SegmentationImage(StrictModel):
-    """Keyword arguments of the segmentation transform (large-scale jitter); sizes in pixels."""
+    """Geometry (large-scale jitter) and targets of segmentation; sizes in pixels."""
 
     size: Positive = 1024  #: square that a training image is cut to
     scale: tuple[Above, Above] = (0.1, 2.0)
@@ -31,7 +34,7 @@ class SegmentationImage(StrictModel):
     content_only: bool = False  #: in training, drop the patches that show no image but only its extension
 
 
-class SegmentationHeadConfig(StrictModel):
+class SegmentationHeadConfig(HeadConfig):
     """Keyword arguments of the segmentation head (single-scale Mask2Former)."""
 
     num_classes: Positive = 80  #: as many as there are categories where their ids are not COCO's
@@ -44,7 +47,15 @@ class SegmentationHeadConfig(StrictModel):
     encoder_ffn_dim: Positive = 512
     decoder_ffn_dim: Positive = 1024
     dropout: Probability = 0.0
-    labelling: Literal["contiguous", "published"] = "contiguous"  #: from 0, or 1..80 as in the published heads
+    labelling: Labelling = "contiguous"
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """A width that attention heads or norm groups do not divide."""
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
+            yield (
+                "hidden_dim",
+                f"{self.hidden_dim} is no multiple of num_heads = {self.num_heads} and of 32 (norm groups)",
+            )
 
 
 class SegmentationLoss(StrictModel):
@@ -73,13 +84,9 @@ class SegmentationTask(TaskConfig):
     loss: SegmentationLoss = SegmentationLoss()
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Widths that do not divide, numbers out of range, and sizes that exclude each other."""
+        """Those of the head, numbers out of range, and sizes that exclude each other."""
+        yield from super().contradictions()
         head, image = self.head, self.image
-        if head.hidden_dim % head.num_heads or head.hidden_dim % 32:
-            yield (
-                "head.hidden_dim",
-                f"{head.hidden_dim} is no multiple of num_heads = {head.num_heads} and of 32 (norm groups)",
-            )
         if head.labelling == "published" and head.num_classes < 80:
             yield "head.num_classes", "must be at least 80: published labels are COCO's 80"
         if image.scale[0] > image.scale[1]:

@@ -1,10 +1,10 @@
-"""Transformer decoder of the segmentation head: queries that look only at the cells their own mask covers.
+"""Transformer decoder of the segmentation head: queries that attend only to the cells their own mask covers.
 
 Letters: B images, h w patch grid, S = h*w cells, Q queries, E width, C classes, L prediction sets = decoder layers + 1.
 
 Masked attention after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2.1): attention into the memory first,
-then among the queries, then the feed-forward; post-norm. Every layer looks where the mask predicted before it is at
-least one half; the queries predict masks before the first layer already, hence L = layers + 1.
+then among the queries, then the feed-forward; post-norm. A query attends where the mask it predicted before the layer
+is at least one half. The queries predict masks before the first layer already, hence L = layers + 1.
 
 A parameter is used only in the forward of the module that owns it (see `pixel_decoder`).
 """
@@ -15,35 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.tasks.transformer import FeedForward, sine_positions
-
-
-class MaskedAttention(nn.Module):
-    """Multi-head attention with a mask for each query; parameter names and shapes of `nn.MultiheadAttention`."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        for weight in (self.in_proj_weight, self.out_proj.weight):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """query (B, Q, E), key and value (B, S, E) -> (B, Q, E).
-
-        `allowed` (B, Q, S) bool: what each query may look at, at least one entry, else its output is NaN.
-        """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = zip((query, key, value), weights, biases, strict=True)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        mask = None if allowed is None else allowed[:, None]
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(start_dim=2))
-        return out
+from visft_ds.tasks.transformer import FeedForward, MultiHeadAttention, sine_positions
 
 
 class MaskedDecoderLayer(nn.Module):
@@ -51,9 +23,9 @@ class MaskedDecoderLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
-        self.cross_attn = MaskedAttention(width, num_heads, dropout)
+        self.cross_attn = MultiHeadAttention(width, num_heads, dropout, xavier_output=True)
         self.norm1 = nn.LayerNorm(width)
-        self.self_attn = MaskedAttention(width, num_heads, dropout)
+        self.self_attn = MultiHeadAttention(width, num_heads, dropout, xavier_output=True)
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, width)
@@ -89,9 +61,9 @@ class MaskedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.num_queries = width, num_queries
-        self.query_feat = nn.Embedding(num_queries, width)  # what the queries are at the start
+        self.query_feat = nn.Embedding(num_queries, width)  # initial state of the queries
         self.query_pos = nn.Embedding(num_queries, width)  # added to queries and keys of every attention
-        self.level_embed = nn.Embedding(1, width)
+        self.level_embed = nn.Embedding(1, width)  # of the single scale; a row for each in Mask2Former
         layers = [MaskedDecoderLayer(width, num_heads, ffn_dim, dropout) for _ in range(num_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
@@ -99,17 +71,18 @@ class MaskedDecoder(nn.Module):
         self.mask_embed = FeedForward(width, width, width, num_layers=3)
 
     def forward(self, memory: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (B, S, E), mask_features (B, E, h, w), valid (B, h, w) bool, True at least once for each image.
+        """Class logits (L, B, Q, C + 1) and mask logits (L, B, Q, h, w), which are 0 at padded cells.
 
-        Returns logits (L, B, Q, C + 1) and mask logits (L, B, Q, h, w), which are 0 at padded cells.
+        memory (B, S, E) and mask_features (B, E, h, w) are the pixel decoder's; valid (B, h, w) bool, True inside the
+        image, at least once for each image.
         """
         device = memory.device
         level = self.level_embed(torch.zeros(1, dtype=torch.int64, device=device))
         memory = memory + level
         memory_key = memory + sine_positions(valid, self.width).to(memory.dtype).flatten(1, 2)
-        everyone = torch.arange(self.num_queries, device=device)
-        query = self.query_pos(everyone).expand(len(memory), -1, -1)
-        state = self.query_feat(everyone).expand(len(memory), -1, -1)
+        numbers = torch.arange(self.num_queries, device=device)
+        query = self.query_pos(numbers).expand(len(memory), -1, -1)
+        state = self.query_feat(numbers).expand(len(memory), -1, -1)
         inside = valid[:, None].flatten(2)  # (B, 1, S)
         logits, masks = self._predict(state, mask_features, valid)
         predictions = [(logits, masks)]
@@ -120,15 +93,16 @@ class MaskedDecoder(nn.Module):
         return torch.stack([logits for logits, _ in predictions]), torch.stack([masks for _, masks in predictions])
 
     def _predict(self, state: Tensor, mask_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, Q, C + 1) and mask logits (B, Q, h, w) of queries (B, Q, E)."""
         normed = self.norm(state)
         masks = torch.einsum("bqe,behw->bqhw", self.mask_embed(normed), mask_features)
         return self.class_embed(normed), masks.masked_fill(~valid[:, None], 0.0)
 
 
 def _allowed(masks: Tensor, inside: Tensor) -> Tensor:
-    """masks (B, Q, S) logits, inside (B, 1, S) -> (B, Q, S) bool: where each query may look.
+    """Cells that each query may attend to: masks (B, Q, S) logits, inside (B, 1, S) bool -> (B, Q, S) bool.
 
-    A query whose mask covers no cell looks at all of the image; it would look at nothing otherwise.
+    A query whose mask covers no cell attends to the whole image: a softmax over nothing would be NaN.
     """
     covered = (masks.sigmoid() >= 0.5) & inside
     return torch.where(covered.any(dim=-1, keepdim=True), covered, inside)

@@ -1,14 +1,14 @@
 """Segmentation: head, criterion and post-processing of single-scale Mask2Former (arXiv 2112.01527).
 
 Letters: B images, h w patch grid, D backbone width, Q queries, C classes, L prediction sets = decoder layers + 1,
-N objects packed over the batch, n objects and m matched pairs of one image, P points.
+N objects of all images concatenated, n objects and m matched pairs of an image, P points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.matching import Matches, at_least_float32
+from visft_ds.tasks.segmentation.config import Labelling
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.tasks.segmentation.head import MaskedDecoder
 from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
@@ -28,13 +29,9 @@ from visft_ds.tasks.segmentation.mask_points import (
     sample_targets,
     uncertain_points,
 )
-from visft_ds.tasks.segmentation.pixel_decoder import GROUPS, PixelDecoder
+from visft_ds.tasks.segmentation.pixel_decoder import PixelDecoder
 
-#: How classes are numbered: "contiguous" from 0; "published" 1..80, as the published heads were trained, where the last
-#: category (toothbrush) coincides with "no object" and class 0 is never used.
-Labelling = Literal["contiguous", "published"]
-
-#: Numbers that post-processing holds at a time besides its result: 128 MiB of float32.
+#: Values of full-size masks that post-processing holds at a time: 128 MiB of float32.
 _MASK_BUDGET = 1 << 25
 
 
@@ -46,7 +43,8 @@ class SegmentationOutput:
     masks: Tensor  #: (B, Q, h, w) logits over the padded batch, 0 at padded cells
     aux: tuple[SegmentationOutput, ...] = ()
     labelling: Labelling = "contiguous"  #: of the head
-    #: (B, 2) height and width of each image as a share of (h, w); None: as a share of the padded batch, in pixels.
+    #: (B, 2) height and width of each image as a share of (h, w), for packed images; None: their share of the padded
+    #: batch in pixels is meant.
     extents: Tensor | None = None
 
 
@@ -55,33 +53,26 @@ class SegmentationHead(nn.Module):
 
     The single-scale Mask2Former of the published ViSFT heads: masks have the resolution of the feature map. What an
     image's valid cells predict does not depend on how far its batch is padded. `labelling` is a property of trained
-    weights; the loss and the results follow it. Raises ValueError for widths that heads, positions or norms do not
-    divide.
+    weights; the loss and the results follow it. Defaults and bounds of the options stand in `SegmentationHeadConfig`.
     """
 
     def __init__(
         self,
         in_channels: int,
         *,
-        num_classes: int = 80,
-        num_queries: int = 100,
-        hidden_dim: int = 256,
-        encoder_layers: int = 6,
-        decoder_layers: int = 9,
-        num_heads: int = 8,
-        num_points: int = 4,
-        encoder_ffn_dim: int = 512,
-        decoder_ffn_dim: int = 1024,
-        dropout: float = 0.0,
-        labelling: Labelling = "contiguous",
+        num_classes: int,
+        num_queries: int,
+        hidden_dim: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        num_heads: int,
+        num_points: int,
+        encoder_ffn_dim: int,
+        decoder_ffn_dim: int,
+        dropout: float,
+        labelling: Labelling,
     ) -> None:
         super().__init__()
-        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
-        _check_options(labelling, encoder_layers=encoder_layers, num_heads=num_heads, num_points=num_points)
-        if hidden_dim % num_heads or hidden_dim % GROUPS:
-            raise ValueError(
-                f"hidden_dim {hidden_dim} must be a multiple of num_heads {num_heads} and of the {GROUPS} norm groups"
-            )
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -106,12 +97,12 @@ class SegmentationHead(nn.Module):
         )
 
     def forward(self, features: Tensor, valid: Tensor) -> SegmentationOutput:
-        """features (B, D, h, w), valid (B, h, w) bool with True inside the image, at least once for each image."""
+        """Masks and classes from features (B, D, h, w); valid (B, h, w) bool is True inside each image, somewhere."""
         assert valid.shape == (features.shape[0], *features.shape[2:]) and valid.dtype == torch.bool, valid.shape
         memory, mask_features = self.pixel_decoder(features, valid)
         logits, masks = (at_least_float32(values) for values in self.decoder(memory, mask_features, valid))
-        sets = zip(logits[:-1], masks[:-1], strict=True)
-        aux = tuple(SegmentationOutput(*one, labelling=self.labelling) for one in sets)
+        earlier = zip(logits[:-1], masks[:-1], strict=True)
+        aux = tuple(SegmentationOutput(*predicted, labelling=self.labelling) for predicted in earlier)
         return SegmentationOutput(logits[-1], masks[-1], aux, self.labelling)
 
 
@@ -119,9 +110,9 @@ class SegmentationCriterion:
     """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
 
     `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
-    within the cross-entropy. The masks of a matched pair are compared at `num_points` points: the share `importance`
-    are those of `num_points * oversample` random ones where the prediction is least certain, the others uniform.
-    `num_classes`, `num_queries`, `decoder_layers` and `labelling` are the head's.
+    within the cross-entropy. The masks of a matched pair are compared at `num_points` points (112 x 112): the share
+    `importance` are those of `num_points * oversample` random ones where the prediction is least certain, the others
+    uniform (see `mask_points`). `num_classes`, `num_queries`, `decoder_layers` and `labelling` are the head's.
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
@@ -135,19 +126,18 @@ class SegmentationCriterion:
     def __init__(
         self,
         *,
-        num_classes: int = 80,
-        num_queries: int = 100,
-        decoder_layers: int = 9,
-        labelling: Labelling = "contiguous",
-        ce: float = 2.0,
-        bce: float = 5.0,
-        dice: float = 5.0,
-        no_object: float = 0.1,
-        num_points: int = 12544,
-        oversample: float = 3.0,
-        importance: float = 0.75,
+        num_classes: int,
+        num_queries: int,
+        decoder_layers: int,
+        labelling: Labelling,
+        ce: float,
+        bce: float,
+        dice: float,
+        no_object: float,
+        num_points: int,
+        oversample: float,
+        importance: float,
     ) -> None:
-        _check_options(labelling, num_classes=num_classes, num_queries=num_queries, decoder_layers=decoder_layers)
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
@@ -163,7 +153,7 @@ class SegmentationCriterion:
         """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
         `masks` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
-        every image has Q queries, min(n, Q) of them matched with weight 1, the others with `no_object`. In the
+        an image with n objects has min(n, Q) matched queries of weight 1; the others weigh `no_object`. In the
         published labelling, the last category has the index and therefore the weight of "no object".
         """
         targets: SegmentationTargets = batch.targets["segmentation"]
@@ -172,8 +162,8 @@ class SegmentationCriterion:
         light = len(counts) * self.num_queries - matched
         if self.labelling == "published":
             last = (targets.labels == self.num_classes - 1).cpu()
-            owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-            per_image = torch.bincount(owner[last], minlength=len(counts)).clamp(max=self.num_queries)
+            image_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            per_image = torch.bincount(image_of[last], minlength=len(counts)).clamp(max=self.num_queries)
             matched, light = matched - int(per_image.sum()), light + int(per_image.sum())
         return {"masks": float(counts.sum()), "class_weight": matched + self.no_object * light}
 
@@ -184,22 +174,22 @@ class SegmentationCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has `masks` and `class_weight`; `image_ids` (B,) serve errors only.
+        """Losses by name. `loss_denominators` has `masks` and `class_weight`; `image_ids` (B,) are for errors only.
 
-        Raises ValueError where the head's options are not those this criterion was built for, and what
-        `mask_matching.match_masks` raises.
+        Raises ValueError where the head has other options, and what `mask_matching.match_masks` raises.
         """
         sets = (*output.aux, output)
         self._check(sets)
         if output.extents is not None:
             targets = replace(targets, extents=output.extents)
-        logits = at_least_float32(torch.stack([one.logits for one in sets]))  # (L, B, Q, C + 1)
-        masks = at_least_float32(torch.stack([one.masks for one in sets]))  # (L, B, Q, h, w)
-        filled = targets.counts.nonzero().flatten().tolist()  # images with objects
-        points = draw_points(targets.keys[filled].tolist(), len(sets), self.points, masks.device)
+        logits = at_least_float32(torch.stack([predicted.logits for predicted in sets]))  # (L, B, Q, C + 1)
+        masks = at_least_float32(torch.stack([predicted.masks for predicted in sets]))  # (L, B, Q, h, w)
+        with_objects = targets.counts.nonzero().flatten().tolist()
+        points = draw_points(targets.keys[with_objects].tolist(), len(sets), self.points, masks.device)
         first = 0 if self.labelling == "contiguous" else 1
         labels, classes = targets.labels + first, range(first, self.num_classes + first)
         matches = match_masks(logits, masks, targets, labels, classes, points.matching, self.costs, image_ids)
+        # (L, B, Q): the class of the matched object, "no object" where there is none
         wanted = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
         wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
         bce, dice = self._mask_sums(masks, targets, matches, points)
@@ -211,10 +201,10 @@ class SegmentationCriterion:
         losses = {
             name + s: value for name, values in by_name.items() for s, value in zip(self._suffixes, values, strict=True)
         }
-        named = logits[-1].detach().argmax(dim=-1)
-        right = ((named == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
+        predicted = logits[-1].detach().argmax(dim=-1)
+        correct = ((predicted == wanted[-1]) & (wanted[-1] != self.num_classes)).sum()
         total = int(targets.counts.sum())
-        return losses | {"class_error": 100 * (total - right) / loss_denominators["masks"]}
+        return losses | {"class_error": 100 * (total - correct) / loss_denominators["masks"]}
 
     def _check(self, sets: tuple[SegmentationOutput, ...]) -> None:
         given = {
@@ -231,7 +221,7 @@ class SegmentationCriterion:
                 )
 
     def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """(L,) sums over images and queries, each term with the weight of its wanted class."""
+        """Sums (L,) over images and queries, each term with the weight of its target class, `wanted` (L, B, Q)."""
         weight = logits.new_ones(logits.shape[-1])
         weight[-1] = self.no_object
         terms = F.cross_entropy(logits.flatten(end_dim=2), wanted.flatten(), weight, reduction="none")
@@ -245,22 +235,23 @@ class SegmentationCriterion:
         bce = dice = masks.flatten(1)[:, :0].sum(dim=1)
         # the pairs are ordered by set and then by image, and every set has the same number of them
         queries, objects = matches.queries.view(layers, -1), matches.objects.view(layers, -1)
-        every = torch.arange(layers, device=masks.device)[:, None]
-        pair = row = place = 0
+        every_set = torch.arange(layers, device=masks.device)[:, None]
+        # the image's first pair and first object, and its number among the images with objects, for which points exist
+        pair = first = number = 0
         for image, count in enumerate(targets.counts.tolist()):
             if count == 0:
                 continue
             pairs = slice(pair, pair + min(count, self.num_queries))
-            predicted = masks[every, image, queries[:, pairs]]  # (L, m, h, w)
+            predicted = masks[every_set, image, queries[:, pairs]]  # (L, m, h, w)
             extent = targets.extents[image]
             chosen = uncertain_points(
-                predicted.detach(), points.candidates[place], points.uniform[place], self.points.uncertain, extent
+                predicted.detach(), points.candidates[number], points.uniform[number], self.points.uncertain, extent
             )
-            wanted = targets.masks[row : row + count].to(masks.dtype) / 255
-            wanted = sample_targets(wanted, objects[:, pairs] - row, chosen, targets.mask_extents[image])
+            wanted = targets.masks[first : first + count].to(masks.dtype) / 255  # stored as uint8
+            wanted = sample_targets(wanted, objects[:, pairs] - first, chosen, targets.mask_extents[image])
             terms = _pair_terms(predicted, wanted, chosen, extent)
             bce, dice = bce + terms[0], dice + terms[1]
-            pair, row, place = pairs.stop, row + count, place + 1
+            pair, first, number = pairs.stop, first + count, number + 1
         return bce, dice
 
 
@@ -269,6 +260,7 @@ def _pair_terms(masks: Tensor, wanted: Tensor, points: Tensor, extent: Tensor) -
     logits = sample(masks.flatten(0, 1)[:, None], points.flatten(0, 1), extent).view_as(wanted)
     bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=-1)
     share = logits.sigmoid()
+    # + 1 as in Mask2Former's code: defined, and 0 for two empty masks
     dice = 1 - (2 * (share * wanted).sum(dim=-1) + 1) / (share.sum(dim=-1) + wanted.sum(dim=-1) + 1)
     return bce.sum(dim=1), dice.sum(dim=1)
 
@@ -280,12 +272,11 @@ def postprocess(
     """Predictions in COCO's results format: image_id, category_id, segmentation, bbox, score.
 
     segmentation is a run-length code at the size of the stored image, its counts as str; bbox is the (x, y, w, h)
-    around it in pixels, category_id the entry of `classes` for the class. As in the reference, a query gives its best
-    class apart from "no object" with the softmax probability, and the cells' logits interpolated bilinearly, with
-    probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
-    confident mistake. Only images with `batch.real` appear. The batch must have been resized without cropping, as
-    evaluation transforms do. A few queries are worked on at a time, so that memory does not grow with their number;
-    none whose score is below `threshold`, so that time does not either.
+    around it in pixels, category_id the entry of `classes` for the class. As in ViSFT's code, a query gives its best
+    class apart from "no object", the softmax probability of that, and the pixels where its bilinearly interpolated mask
+    has a probability above one half. Unlike there, a query without a single pixel gives nothing: it would count as a
+    confident mistake. Images without `batch.real` are left out. The batch must have been resized without cropping, as
+    evaluation transforms do. Masks are made in groups of a bounded size, and of scores from `threshold` on only.
     """
     first = 0 if output.labelling == "contiguous" else 1  # class 0 means nothing in the published labelling
     scores, best = at_least_float32(output.logits).softmax(dim=-1)[..., first:-1][..., : len(classes)].max(dim=-1)
@@ -297,7 +288,7 @@ def postprocess(
     for image, (image_id, real) in enumerate(zip(batch.image_ids.tolist(), batch.real.tolist(), strict=True)):
         if not real:
             continue
-        kept = [query for query, score in enumerate(scores_host[image]) if not score < threshold]
+        kept = [query for query, score in enumerate(scores_host[image]) if not score < threshold]  # NaN is kept
         masks = at_least_float32(output.masks[image, kept])
         shares, stored = extents[image].tolist(), batch.original_sizes[image].tolist()
         for query, code in zip(kept, _mask_codes(masks, shares, stored), strict=True):
@@ -316,7 +307,7 @@ def postprocess(
 
 
 def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> list[dict[str, Any]]:
-    """(Q, h, w) logits, of which `shares` (height, width) show the image -> run-length codes at the stored size."""
+    """Run-length codes at the stored size of mask logits (Q, h, w), of which `shares` (height, width) are image."""
     rows = _interpolation(masks.shape[1], shares[0], stored[0], masks)  # (H, h)
     columns = _interpolation(masks.shape[2], shares[1], stored[1], masks)  # (W, w)
     step = max(1, _MASK_BUDGET // (stored[0] * stored[1]))
@@ -329,18 +320,10 @@ def _mask_codes(masks: Tensor, shares: list[float], stored: list[int]) -> list[d
 
 
 def _interpolation(cells: int, share: float, pixels: int, like: Tensor) -> Tensor:
-    """(pixels, cells): linear interpolation from cell centres to pixel centres spread over the first `share` of them.
+    """Matrix (pixels, cells) of linear interpolation from cells to pixels spread over the first `share` of the cells.
 
-    The numbers of `F.interpolate(mode="bilinear", align_corners=False)`, which knows whole shares only.
+    As `F.interpolate(mode="bilinear", align_corners=False)`, which can take a whole number of cells only.
     """
     place = (torch.arange(pixels, device=like.device, dtype=torch.float64) + 0.5) * (share * cells / pixels) - 0.5
     place = place.clamp(0, cells - 1)[:, None]
     return (1 - (place - torch.arange(cells, device=like.device)).abs()).clamp(min=0).to(like.dtype)
-
-
-def _check_options(labelling: str, **numbers: int) -> None:
-    if labelling not in get_args(Labelling):
-        raise ValueError(f"labelling {labelling!r} is not known: give one of {', '.join(get_args(Labelling))}")
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")

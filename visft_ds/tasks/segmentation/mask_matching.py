@@ -1,7 +1,7 @@
 """Hungarian matching of queries to masks, for all prediction sets and all images of a batch.
 
-Letters: L prediction sets, B images, A images with objects, Q queries, C classes, N objects packed over the batch,
-n objects of one image, P points, M matched pairs of all sets.
+Letters: L prediction sets, B images, A images with objects, Q queries, C classes, N objects of all images
+concatenated, n objects of an image, P points, M matched pairs of all sets.
 
 Costs are those of Mask2Former (arXiv 2112.01527, section 3.3): class probability, cross-entropy and dice of the masks,
 the latter two on points that all masks of an image share. One copy to the host for the whole batch, as in `matching`.
@@ -24,7 +24,7 @@ from visft_ds.tasks.segmentation.mask_points import sample
 
 @dataclass(frozen=True)
 class MaskCosts:
-    """Weights of the three terms of the cost of giving an object to a query (the reference's 2, 5, 5)."""
+    """Weights of the three terms of the cost of assigning an object to a query (Mask2Former's 2, 5, 5)."""
 
     ce: float = 2.0  #: times minus the probability of the object's class
     bce: float = 5.0  #: times the mean binary cross-entropy at the points
@@ -46,24 +46,24 @@ def match_masks(
 
     `logits` (L, B, Q, C + 1), `masks` (L, B, Q, h, w) logits, `labels` (N,) int64 in the head's numbering, which must
     lie in `classes`, `points` (A, L, P, 2) in [0, 1] of each image that has objects. Where an image has more objects
-    than there are queries, the cheapest Q objects are matched. `image_ids` (B,) only serve to name an image in errors.
+    than there are queries, the cheapest Q objects are matched. `image_ids` (B,) are for errors only.
 
     Raises ValueError for a label outside `classes`; FloatingPointError where the prediction makes a cost non-finite
     (it names the term and the image).
     """
     counts = targets.counts.numpy()
-    known = labels.clamp(0, logits.shape[-1] - 1)  # one out of range is reported below, and must not crash the device
-    terms = _cost_terms(logits, masks, targets, known, counts, points)
+    # A label out of range is reported below, by name; as an index it would abort the device before that.
+    terms = _cost_terms(logits, masks, targets, labels.clamp(0, logits.shape[-1] - 1), counts, points)
     cost = costs.ce * terms["ce"] + costs.bce * terms["bce"] + costs.dice * terms["dice"]
     if cost.is_meta:
         return shapes_of_matches(cost, int(counts.clip(max=logits.shape[2]).sum()))
     host = torch.cat((labels.to(cost.dtype), cost.flatten())).cpu().numpy()  # labels are far below 2**24: exact
-    owner = np.repeat(np.arange(len(counts)), counts)
+    image_of = np.repeat(np.arange(len(counts)), counts)
     labels_host = host[: len(labels)].astype(np.int64)
-    check_labels(labels_host, classes, owner, image_ids)
+    check_labels(labels_host, classes, image_of, image_ids)
     cost_host = host[len(labels) :].reshape(cost.shape)
     if not np.isfinite(cost_host).all():
-        raise_not_finite(terms, owner, image_ids)
+        raise_not_finite(terms, image_of, image_ids)
     return Matches(*torch.from_numpy(assign(cost_host, counts)).to(logits.device))
 
 
@@ -78,13 +78,13 @@ def _cost_terms(
     """The three unweighted terms, each (L, N, Q): every object against the queries of its own image only."""
     parts: dict[str, list[Tensor]] = {"ce": [], "bce": [], "dice": []}
     ends = np.cumsum(counts)
-    for place, image in enumerate(np.flatnonzero(counts)):
+    for number, image in enumerate(np.flatnonzero(counts)):
         rows = slice(ends[image] - counts[image], ends[image])
         probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
         parts["ce"].append(-probability[..., labels[rows]].transpose(1, 2))
-        predicted = at_least_float32(sample(masks[:, image], points[place], targets.extents[image]))  # (L, Q, P)
+        predicted = at_least_float32(sample(masks[:, image], points[number], targets.extents[image]))  # (L, Q, P)
         wanted = targets.masks[rows].to(predicted.dtype) / 255  # one map of n channels, L * P points
-        wanted = sample(wanted[None], points[place].reshape(1, -1, 2), targets.mask_extents[image])[0]
+        wanted = sample(wanted[None], points[number].reshape(1, -1, 2), targets.mask_extents[image])[0]
         wanted = wanted.unflatten(1, points.shape[1:3]).transpose(0, 1)  # (L, n, P)
         # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
         overlap = wanted @ predicted.transpose(1, 2)  # (L, n, Q)

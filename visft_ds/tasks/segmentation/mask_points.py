@@ -1,7 +1,7 @@
 """Points at which masks are compared: drawn per image and layer, chosen where a prediction is uncertain, sampled.
 
-Letters: A images with objects, L prediction sets, N objects packed over the batch, n objects of one image, m matched
-pairs of one image and set, M pairs, P points, h w patch grid, hm wm grid of the target masks.
+Letters: A images with objects, L prediction sets, n objects of an image, m matched pairs of an image and set,
+P points, K candidates, U uniform points, R maps, h w patch grid, hm wm grid of the target masks.
 
 A point is (x, y) in [0, 1] of the unpadded image. Comparing masks at points instead of at every pixel, most of them
 where the prediction is undecided, is PointRend's idea (Kirillov et al., arXiv 1912.08193, section 3.1), with the
@@ -27,14 +27,14 @@ class PointCounts:
 
     matching: int  #: uniform, shared by all queries and objects of the image
     candidates: int  #: uniform, the most uncertain of which each matched pair takes
-    uncertain: int  #: how many it takes
-    uniform: int  #: points taken as they come, shared by all pairs of the image
+    uncertain: int  #: number of candidates it takes
+    uniform: int  #: uniform, taken in addition by each pair, shared by all pairs of the image
 
     @classmethod
     def of(cls, num_points: int, oversample: float, importance: float) -> PointCounts:
         """The counts for `num_points` in the matching and in the losses.
 
-        Raises ValueError unless there is a point, `oversample` is at least 1 and `importance` is a share.
+        Raises ValueError unless there is a point, `oversample` is at least 1 and `importance` from 0 to 1.
         """
         if num_points < 1 or oversample < 1 or not 0 <= importance <= 1:
             raise ValueError(
@@ -55,10 +55,10 @@ class Points:
 
 
 def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: torch.device) -> Points:
-    """Points that depend on an image's key and the layer alone, whatever else is in the batch.
+    """Random points that depend on an image's key and the layer alone, whatever else is in the batch.
 
-    The numbers are made on the host, so that they are the same on every device, and travel in one copy. Layer l draws
-    from stream 1 + l of the key; stream 0 belongs to the transforms.
+    They are drawn on the host, so that they are the same on every device, and moved in one copy. Layer l draws from
+    stream 1 + l of the key; stream 0 belongs to the transforms.
     """
     sizes = [counts.matching, counts.candidates, counts.uniform]
     numbers = np.empty((len(keys), layers, sum(sizes), 2), dtype=np.float32)
@@ -80,17 +80,19 @@ def sample(maps: Tensor, points: Tensor, extent: Tensor) -> Tensor:
 
 
 def sample_targets(masks: Tensor, rows: Tensor, points: Tensor, extent: Tensor) -> Tensor:
-    """Values in [0, 1] of float masks, each pair at its own points: (n, hm, wm), (L, m), (L, m, P, 2) -> (L, m, P)."""
-    # set by set, so that there is never a copy of the masks for every pair of every set
-    layers = zip(rows, points, strict=True)
-    return torch.stack([sample(masks[row][:, None], place, extent).squeeze(1) for row, place in layers])
+    """Values in [0, 1] of float masks (n, hm, wm) at the points (L, m, P, 2) of pairs with masks `rows` (L, m).
+
+    Returns (L, m, P). Set by set, so that there is never a copy of the masks for every pair of every set.
+    """
+    sets = zip(rows, points, strict=True)
+    return torch.stack([sample(masks[of_set][:, None], at, extent).squeeze(1) for of_set, at in sets])
 
 
 @torch.no_grad()
 def uncertain_points(masks: Tensor, candidates: Tensor, uniform: Tensor, uncertain: int, extent: Tensor) -> Tensor:
-    """For logits (L, m, h, w): each pair's `uncertain` candidates with the smallest |logit|, then the uniform points.
+    """Points of each pair: the `uncertain` candidates with the smallest |logit|, then the uniform points.
 
-    candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).
+    Mask logits (L, m, h, w), candidates (L, K, 2), uniform (L, U, 2) -> (L, m, uncertain + U, 2).
     """
     certainty = sample(masks, candidates, extent).abs()  # (L, m, K)
     chosen = certainty.topk(uncertain, dim=-1, largest=False, sorted=False).indices

@@ -1,12 +1,13 @@
-"""Pixel decoder of the segmentation head: deformable-attention layers over one feature map, and features for masks.
+"""Pixel decoder of the segmentation head: deformable-attention layers over a feature map, and features for masks.
 
-Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M heads, P points.
+Letters: B images, h w patch grid, S = h*w cells, D backbone width, E head width, M attention heads, P sampling points
+of a head, L feature levels (scales; here one).
 
 Architecture after Mask2Former (Cheng et al., arXiv 2112.01527, section 3.2 and appendix A), reduced to a single scale
 as in the published ViSFT heads: one level of deformable attention and one lateral connection at the same resolution.
 
-Padded cells (`valid` False) have no influence on the others: their values are never sampled, norms over space leave
-them out, and convolutions see zeros there as they do beyond the border of an unpadded map.
+Padded cells (`valid` False) have no influence on the others: their values count as zeros in attention, norms over
+space leave them out, and convolutions see zeros there as they do beyond the border of an unpadded map.
 
 A parameter is used only in the forward of the module that owns it, and modules that own parameters directly take and
 return tensors: ZeRO-3 gathers parameters in hooks at module boundaries.
@@ -50,7 +51,10 @@ class MaskedGroupNorm(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Deformable self-attention over feature levels: offsets and weights of the points come from the query alone."""
+    """Deformable self-attention over feature levels (Deformable DETR, arXiv 2010.04159, section 4.1).
+
+    A query attends to P points around its cell in each head and level; their offsets and weights are linear in it.
+    """
 
     def __init__(self, width: int, num_heads: int, num_points: int, num_levels: int = 1) -> None:
         super().__init__()
@@ -63,13 +67,10 @@ class DeformableAttention(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every head starts looking in its own direction, with its points 1, 2, ... cells away, all weighted alike.
-
-        Deformable DETR, appendix A.4 of arXiv 2010.04159.
-        """
+        """Points of head m start 1, 2, ... cells away at angle 2 pi m / M, with equal weights (ibid., appendix A.4)."""
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
-        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the unit square
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on the border of the square [-1, 1]^2
         steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
         offsets = direction[:, None, None] * steps[:, None]  # (M, 1, P, 2)
         with torch.no_grad():
@@ -82,13 +83,13 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, query: Tensor, entries: Tensor, valid: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """query, entries (B, S, E), valid (B, S) bool, shapes (h, w) of each level -> (B, S, E)."""
+        """query (with positions) and entries (B, S, E), valid (B, S) bool, shapes (h, w) of each level -> (B, S, E)."""
         value = self.value_proj(entries).masked_fill(~valid[..., None], 0.0).unflatten(-1, (self.num_heads, -1))
         sizes = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))  # (B, S, M, L, P, 2), in cells
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
         centres = cell_centres(shapes, query.device, offsets.dtype)[:, None, None, None]  # (S, 1, 1, 1, 2)
-        # made from Python numbers on the device, so that the host does not wait for a copy
+        # (L, 2): width and height of each level. Made from Python numbers on the device, without a copy that waits.
         extent = torch.stack([torch.stack([offsets.new_full((), w), offsets.new_full((), h)]) for h, w in shapes])
         locations = centres + offsets / extent[:, None]
         out: Tensor = self.output_proj(deform_attn(value, shapes, locations, weights.unflatten(-1, sizes[1:])))
@@ -119,7 +120,7 @@ class PixelLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Feature map -> memory that queries attend to, and per-cell embeddings whose products with queries are masks."""
+    """Feature map -> memory that queries attend to, and embeddings of cells whose products with queries are masks."""
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class PixelDecoder(nn.Module):
         self.mask_proj = nn.Conv2d(width, width, kernel_size=1)
         nn.init.xavier_uniform_(self.input_proj.weight)
         for conv in (self.lateral_proj, self.output_conv, self.mask_proj):
-            nn.init.kaiming_uniform_(conv.weight, a=1)  # bound sqrt(3 / fan_in), "xavier fill" in Caffe2
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # bound sqrt(3 / fan_in): Mask2Former's c2_xavier_fill
         for conv in (self.input_proj, self.mask_proj):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from visft_ds.data.dataset import coco_dataset
-from visft_ds.data.transforms import places
+from visft_ds.data.transforms import of_options, places
 from visft_ds.tasks.average_precision import average_precision_of, check_ground_truth
 from visft_ds.tasks.pictures import Picture, palette
 from visft_ds.tasks.segmentation.config import SegmentationTask
 from visft_ds.tasks.segmentation.data import (
     COCO_CATEGORY_IDS,
+    LargeScaleJitter,
     SegmentationTargets,
-    SegmentationTransform,
-    collate_segmentation,
     image_targets,
     pack_segmentation,
     problem_of,
@@ -37,17 +36,17 @@ def _blank(
     return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
 
 
-def _draw(one: Example) -> Picture:
-    true, found = [a for a in one.objects() if a.get("segmentation")], one.known()
+def _draw(example: Example) -> Picture:
+    true, found = [a for a in example.objects() if a.get("segmentation")], example.known()
     return draw_masks(
-        one.pixels(),
-        [decode_mask(annotation["segmentation"], *one.raw.size) for annotation in true],
-        [one.names[annotation["category_id"]] for annotation in true],
-        [decode_mask(result["segmentation"], *one.raw.size) for result in found],
-        [one.names[result["category_id"]] for result in found],
+        example.pixels(),
+        [decode_mask(annotation["segmentation"], *example.raw.size) for annotation in true],
+        [example.names[annotation["category_id"]] for annotation in true],
+        [decode_mask(result["segmentation"], *example.raw.size) for result in found],
+        [example.names[result["category_id"]] for result in found],
         [result["score"] for result in found],
-        threshold=one.threshold,
-        colours=palette(list(one.names.values())),
+        threshold=example.threshold,
+        colours=palette(list(example.names.values())),
     )
 
 
@@ -57,10 +56,9 @@ SPEC = TaskSpec(
     head=SegmentationHead,
     build_criterion=SegmentationCriterion,
     shared_options=("num_classes", "num_queries", "decoder_layers", "labelling"),
-    transform=SegmentationTransform,
-    collate=collate_segmentation,
-    joint=lambda transform, classes: partial(
-        image_targets, places(COCO_CATEGORY_IDS if classes is None else classes), transform.mask_stride
+    geometry=partial(of_options, LargeScaleJitter),
+    targets=lambda train, options, classes=COCO_CATEGORY_IDS: partial(
+        image_targets, places(classes), options["mask_stride"]
     ),
     pack=pack_segmentation,
     postprocess=postprocess,

@@ -1,0 +1,156 @@
+"""A save that ends anywhere, and files that are not what was written: the newest whole checkpoint is found, loudly."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
+from tests.ranks import REPOSITORY
+from visft_ds.checkpoint.disk import explained
+from visft_ds.checkpoint.format import (
+    CheckpointError,
+    newest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+
+FILES = ("parameters.safetensors", "moments.safetensors", "average.safetensors", "state.json")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("kind", ["killed", "power"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_crash_at_every_operation(scene: str, kind: str, tmp_path: Path) -> None:
+    prepare(tmp_path / "before", scene)
+    at, crashed = 0, True
+    while crashed:
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "before", folder)
+        with FaultyDisk(at, kind).installed() as disk:
+            try:
+                save(folder, scene)
+                crashed = False
+            except Died:
+                pass
+        check_after_crash(folder, scene, f"{kind} at operation {at}: {disk.log[-1]}")
+        shutil.rmtree(folder)
+        at += 1
+    assert at > 25  # an operation that is not counted would be one that is not tested
+
+
+@pytest.mark.slow
+def test_sigkill_at_every_operation(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.checkpoint.faulty_disk", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) > 50
+
+
+@pytest.mark.parametrize(("scene", "error"), [("next", errno.ENOSPC), ("again", errno.ENOSPC), ("next", errno.EROFS)])
+def test_a_full_or_read_only_disk(scene: str, error: int, tmp_path: Path) -> None:
+    """From any operation on: one line, and every earlier checkpoint is still there."""
+    prepare(tmp_path / "before", scene)
+    at, failed = 0, True
+    while failed:
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "before", folder)
+        with FaultyDisk(at, error).installed() as disk:
+            try:
+                save(folder, scene)
+                failed = False
+            except OSError as raised:
+                message = str(raised)
+                assert os.strerror(error) in message
+                assert "\n" not in message
+                assert "step_00000002" in message if "deleted" in message else "step 8" in message
+        where = f"operation {at}: {disk.log[-1]}"
+        if error == errno.ENOSPC:  # what was written is removed; on a read-only disk nothing can be
+            names = {path.name for path in folder.iterdir()}
+            assert not any(name.endswith(".tmp") and "8" in name for name in names), where
+        check_after_crash(folder, scene, where)
+        at += 1
+    assert at > 15
+
+
+def test_messages_say_what_helps(tmp_path: Path) -> None:
+    with FaultyDisk(0, errno.ENOSPC).installed(), pytest.raises(OSError, match=r"MB needed, .* MB free\); make room"):
+        save_checkpoint(tmp_path, 8, state(9), {})
+    with FaultyDisk(0, errno.EROFS).installed(), pytest.raises(OSError, match="make the folder writable"):
+        save_checkpoint(tmp_path, 8, state(9), {})
+    # What is no checkpoint: the system's own words name neither the file nor the remedy.
+    with (
+        pytest.raises(OSError, match=r"^the export cannot be written to .*: No space .* MB free\); make room\. Later$"),
+        explained("the export", tmp_path, "Later"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "gone", "longer", "folder"])
+def test_damaged_files_are_passed_over_loudly(name: str, damage: str, tmp_path: Path) -> None:
+    for step in (2, 4, 8):
+        save_checkpoint(tmp_path, step, state(step), {})
+    for step in (4, 8):
+        file = tmp_path / f"step_{step:08d}" / name
+        content, place = bytearray(file.read_bytes()), random.Random(step).randrange(file.stat().st_size)
+        content[place] ^= 1 << place % 8
+        damaged = {"cut": content[:place], "empty": b"", "flipped": content, "longer": content + b"\0"}
+        file.unlink()
+        if damage == "folder":
+            file.mkdir()
+        elif damage != "gone":
+            file.write_bytes(damaged[damage])
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+    assert [line.split("step_")[1][:8] for line in skipped] == ["00000008", "00000004"]
+    assert all(name in line for line in skipped)
+
+
+def test_any_flipped_bit_of_the_state_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 8, state(9), {"data": "x", "seed": "0"})
+    file, record, harmless = path / "state.json", dict(open_checkpoint(path).record), 0
+    whole = file.read_bytes()
+    places = range(0, len(whole), 3)
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        try:
+            assert open_checkpoint(path).record == record, (place, content)
+            harmless += 1
+        except CheckpointError:
+            continue
+    assert harmless < 0.15 * len(places)  # line ends and indentation
+
+
+def test_a_state_of_the_right_checksum_is_no_code(tmp_path: Path) -> None:
+    """Nothing in a checkpoint is unpickled, whatever its name and checksum."""
+    path = save_checkpoint(tmp_path, 8, state(9), {})
+    (path / "state.json").write_bytes(pickle.dumps({"format": "visft_ds.checkpoint"}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(path)
+    (path / "state.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match="this release reads"):
+        open_checkpoint(path)
+
+
+def test_what_was_replaced_counts_until_the_new_one_is_there(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 8, state(8), {})
+    (tmp_path / "step_00000008").rename(tmp_path / "step_00000008.old")
+    assert value_of(tmp_path) == (8, 8.0)
+    save_checkpoint(tmp_path, 12, state(12), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008", "step_00000012"]

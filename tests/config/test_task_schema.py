@@ -1,0 +1,390 @@
+"""Several tasks in one configuration: which are on, how the steps and images are shared out, what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visft_ds.config import (
+    ResolvedConfig,
+    deepspeed_dict,
+    derive_batches,
+    identity_differences,
+    resolve,
+    resolve_values,
+)
+from visft_ds.config.resolve import NOT_IDENTITY
+from visft_ds.config.task_schema import SHARED, TasksConfig
+from visft_ds.config.validate import known_keys
+
+TASKS = ("detection", "segmentation", "captioning")
+
+
+def debug(*settings: str, stage: int = 2) -> ResolvedConfig:
+    return resolve(stage=stage, model="debug", settings=settings)
+
+
+def recipe(*settings: str, stage: int = 1) -> ResolvedConfig:
+    return resolve(stage=stage, model="eva_e", settings=settings)
+
+
+def complaint(call: Callable[..., ResolvedConfig], *settings: str, stage: int = 2) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller looks at the text
+        call(*settings, stage=stage)
+    return str(caught.value)
+
+
+# Which tasks are on
+
+
+@pytest.mark.parametrize("given", ["detection,captioning", "captioning, detection", '["captioning", "detection"]'])
+def test_a_list_of_names_turns_the_other_tasks_off(given: str) -> None:
+    config = recipe(f"visft.tasks={given}")
+    assert list(config.visft.tasks.enabled()) == ["detection", "captioning"]  # one order, whatever was typed
+    assert config.visft.tasks.segmentation is None
+    assert [group.name for group in config.visft.param_groups] == ["detection", "captioning"]
+    assert config.total_steps == 250_000
+    (off,) = config.replaced
+    assert off.key == "visft.tasks.segmentation" and off.source.startswith("--set visft.tasks=")
+
+
+def test_a_task_can_be_turned_off_by_null() -> None:
+    assert debug("visft.tasks.segmentation=null").to_dict() == debug("visft.tasks=detection,captioning").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("detektion", "did you mean detection? There are: detection, segmentation, captioning"),
+        ("detection,Caption", "did you mean captioning?"),
+        ('["segment", "depth"]', "did you mean segmentation?"),
+        ("detection,", "give names of tasks"),
+        ("[]", "visft.tasks=[]: give names of tasks, for example --set visft.tasks=detection"),
+        ("null", "visft.tasks=null: give names of tasks"),
+        ("2", "visft.tasks=2: give names of tasks"),
+        ('[["detection"]]', "give names of tasks"),
+    ],
+)
+def test_names_that_are_no_tasks(given: str, message: str) -> None:
+    assert message in complaint(debug, f"visft.tasks={given}")
+
+
+def test_a_task_without_settings_cannot_be_kept() -> None:
+    """The first list has thrown the settings of captioning away; the second must not end in an empty run."""
+    text = complaint(debug, "visft.tasks=detection", "visft.tasks=detection,captioning")
+    assert "visft.tasks=detection,captioning: captioning is off, or without settings" in text
+    with pytest.raises(ValueError, match="detection is off, or without settings"):
+        resolve(stage=2, model="debug", settings=["visft.tasks={}", "visft.tasks=detection"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_task_at_all_is_one_error(stage: int) -> None:
+    off = [f"visft.tasks.{task}=null" for task in TASKS]
+    for call in (debug, recipe):  # the length of stage 1 follows from the tasks: it must not be complained about too
+        text = complaint(call, *off, stage=stage)
+        assert text.startswith("the configuration has 1 error:")
+        assert "no task is on; state at least one of: detection, segmentation, captioning" in text
+
+
+def test_groups_of_heads_that_are_off_are_dropped_and_others_stay() -> None:
+    groups = (
+        'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}, '
+        '{"name": "b", "params": "heads.captioning.fc.*"}, {"name": "c", "params": "heads.detection.*"}, '
+        '{"name": "d", "params": "backbone.*.lora_*"}, {"name": "e", "params": "heads.*.nothing"}]'
+    )
+    names = [group.name for group in debug("visft.tasks=detection,segmentation", groups).visft.param_groups]
+    assert names == ["c", "d", "e"]
+    assert len(debug(groups).visft.param_groups) == 5
+
+
+def test_where_only_idle_groups_are_left_they_stay_to_be_reported() -> None:
+    """Without any group, stage 1 would train nothing; with the idle one, the start names the glob that fits nothing."""
+    group = 'visft.param_groups=[{"name": "a", "params": "heads.captioning.*"}]'
+    assert [g.name for g in debug("visft.tasks=detection", group, stage=1).visft.param_groups] == ["a"]
+
+
+# How the steps are shared out
+
+
+def test_the_length_follows_from_the_updates() -> None:
+    updates = [f"visft.tasks.{task}.updates={number}" for task, number in zip(TASKS, (3000, 2500, 4000), strict=True)]
+    assert recipe(*updates).total_steps == 9500
+    assert recipe(*updates, "visft.mode=shared").total_steps == 4000  # every step teaches all of them
+    assert recipe(*updates, "scheduler.params.total_num_steps=2500").total_steps == 2500
+    config = recipe(*updates)
+    assert {name: stream.share for name, stream in config.visft.streams().items()} == {
+        "detection": 3000,
+        "segmentation": 2500,
+        "captioning": 4000,
+    }
+    assert config.to_dict()["scheduler"]["params"]["total_num_steps"] == 9500
+
+
+def test_a_stated_and_a_derived_length_are_the_same_run() -> None:
+    stated = recipe("scheduler.params.total_num_steps=400000")
+    assert identity_differences(stated.identity(), recipe().identity()) == []
+
+
+def test_a_warm_up_longer_than_the_derived_length() -> None:
+    updates = [f"visft.tasks.{task}.updates=700" for task in TASKS]
+    assert recipe(*updates).total_steps == 2100  # longer than the warm-up of 2000 steps
+    text = complaint(recipe, *updates, "visft.mode=shared", stage=1)
+    assert "scheduler.params.warmup_num_steps = 2000" in text
+    assert "longer than the run (the most of the tasks' updates = 700)" in text
+    text = complaint(recipe, *updates, "visft.tasks=detection,captioning", stage=1)
+    assert "longer than the run (the sum of the tasks' updates = 1400)" in text
+
+
+def test_every_sampled_task_states_updates() -> None:
+    text = complaint(debug, "visft.tasks.captioning.updates=null")
+    assert text.startswith("the configuration has 1 error")
+    assert "visft.tasks.captioning.updates = null (--set): missing: steps are shared out in proportion" in text
+
+
+def test_a_length_that_follows_from_nothing() -> None:
+    text = complaint(debug, "scheduler.params.total_num_steps=null", "visft.tasks.detection.updates=null")
+    assert "state the length of the run, or visft.tasks.<task>.updates of every task" in text
+    # In mode "shared" there is nothing to share out: neither is needed beside a length.
+    bare = [f"visft.tasks.{task}.updates=null" for task in TASKS]
+    assert debug(*bare, "visft.mode=shared").total_steps == 300
+    assert "missing: state the length" in complaint(
+        debug, *bare, "visft.mode=shared", "scheduler.params.total_num_steps=null"
+    )
+
+
+# Streams and batches
+
+
+def test_sampled_tasks_have_a_stream_each_and_shared_ones_have_one() -> None:
+    sampled = debug("visft.tasks.detection.image.flip=0").visft.streams()
+    assert list(sampled) == list(TASKS)
+    assert [stream.tasks for stream in sampled.values()] == [(task,) for task in TASKS]
+    assert sampled["detection"].image["flip"] == 0 and sampled["captioning"].image["size"] == 112
+
+    config = debug("visft.mode=shared", "visft.tasks=captioning,detection", "visft.shared.image.flip=0.25")
+    (stream,) = config.visft.streams().values()
+    assert (stream.name, stream.tasks) == (SHARED, ("detection", "captioning"))
+    assert (stream.batch_size, stream.micro_batch, stream.image["flip"]) == (8, 16, 0.25)
+
+
+def test_mode_shared_needs_its_settings() -> None:
+    text = complaint(debug, "visft.mode=shared", "visft.shared=null")
+    assert (
+        'visft.shared = null (--set): missing: mode "shared" needs visft.shared.batch_size and visft.shared.mi' in text
+    )
+    assert "did you mean shared?" in complaint(debug, "visft.mode=share")
+    assert debug("visft.shared=null").visft.shared is None  # sampled tasks do not
+
+
+def test_a_shared_batch_that_does_not_divide_names_its_own_key() -> None:
+    config = debug("visft.mode=shared", "visft.shared.batch_size=10")
+    with pytest.raises(ValueError, match="would not be whole") as caught:
+        derive_batches(config, 4)
+    text = str(caught.value)
+    assert text.startswith("visft.shared.batch_size = 10 on 4 processes") and "use batch_size 8 or 12" in text
+    assert "visft.tasks" not in text  # their batch sizes mean nothing here
+
+
+def test_every_task_that_does_not_divide_is_named() -> None:
+    with pytest.raises(ValueError, match="would not be whole") as caught:
+        derive_batches(debug("visft.tasks.detection.batch_size=9", "visft.tasks.captioning.batch_size=15"), 2)
+    lines = str(caught.value).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == [
+        "visft.tasks.detection.batch_size",
+        "visft.tasks.captioning.batch_size",
+    ]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_256_captions_and_8_pictures_with_masks_accumulate_alike(world: int, accumulation: int) -> None:
+    """DeepSpeed knows one accumulation; the micro-batches differ instead."""
+    config = recipe()
+    batches = derive_batches(config, world)
+    assert batches.accumulation == accumulation
+    assert dict(batches.micro) == {"detection": 1, "segmentation": 1, "captioning": 32}
+    told = deepspeed_dict(config, world, "bf16")  # the largest stream, so that DeepSpeed's own equation holds
+    assert (told["train_batch_size"], told["train_micro_batch_size_per_gpu"]) == (256, 32)
+
+
+def test_where_no_accumulation_suits_all_the_way_out_is_named() -> None:
+    with pytest.raises(ValueError, match="no accumulation suits every task on 8 processes") as caught:
+        derive_batches(recipe("visft.tasks.captioning.micro_batch=16"), 8)
+    text = str(caught.value)
+    assert "captioning: 256 = 8 x 1 x 32, micro_batch <= 16; state visft.tasks.captioning.micro_batch = 32" in text
+    assert "detection: 8 = 8 x 1 x 1, micro_batch <= 1\n" in text  # this one is all right
+
+
+@given(shares=st.tuples(*[st.integers(1, 24)] * 3), micro=st.tuples(*[st.integers(1, 8)] * 3), world=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_the_common_accumulation_is_the_smallest_that_exists(
+    shares: tuple[int, ...], micro: tuple[int, ...], world: int
+) -> None:
+    sizes = [f"visft.tasks.{task}.batch_size={share * world}" for task, share in zip(TASKS, shares, strict=True)]
+    limits = [f"visft.tasks.{task}.micro_batch={most}" for task, most in zip(TASKS, micro, strict=True)]
+    config = debug(*sizes, *limits)
+    possible = [
+        a
+        for a in range(1, min(shares) + 1)
+        if all(s % a == 0 and s // a <= m for s, m in zip(shares, micro, strict=True))
+    ]
+    if not possible:
+        with pytest.raises(ValueError, match=f"x {math.gcd(*shares)} x .*; state visft.tasks"):
+            derive_batches(config, world)
+        return
+    batches = derive_batches(config, world)
+    assert batches.accumulation == possible[0]
+    assert [batches.micro[task] for task in TASKS] == [share // possible[0] for share in shares]
+
+
+# What is refused
+
+
+def test_contradictions_of_all_tasks_are_reported_at_once() -> None:
+    expected = {
+        "visft.tasks.detection.head.encoder_dim=50": "50 is no multiple of num_heads = 4",
+        "visft.tasks.detection.head.decoder_dim=66": "66 is no multiple of num_heads = 4",
+        "visft.tasks.detection.image.crop_range=[9, 8]": "must be [smallest, largest]",
+        "visft.tasks.segmentation.head.hidden_dim=48": "48 is no multiple of num_heads = 4 and of 32 (norm groups)",
+        "visft.tasks.segmentation.image.scale=[2.0, 0.1]": "must be [smallest, largest]",
+        "visft.tasks.segmentation.image.pad_value=256": "must be a pixel value from 0 to 255",
+    }
+    text = complaint(debug, *expected)
+    lines = {line.split(" = ")[0].strip(): line for line in text.splitlines()[1:]}
+    assert len(text.splitlines()) == 1 + len(expected) + 1  # encoder_dim 50 is no multiple of 4 either
+    for setting, message in expected.items():
+        assert message in text and setting.split("=")[0] in lines
+    masks = "visft.tasks.segmentation.head"
+    text = complaint(debug, f"{masks}.num_classes=79", f"{masks}.labelling=published")
+    assert "must be at least 80: published labels are COCO's 80" in text
+
+
+def test_positions_need_a_width_of_four() -> None:
+    setting = ("visft.tasks.detection.head.num_heads=2", "visft.tasks.detection.head.encoder_dim=34")
+    assert "34 is no multiple of 4 (sine and cosine of two coordinates)" in complaint(debug, *setting)
+
+
+def test_values_out_of_range_are_reported_at_once_with_the_nearest_names() -> None:
+    text = complaint(
+        debug,
+        "visft.tasks.segmentation.loss.oversample=0.5",
+        "visft.tasks.captioning.vocabulary.min_count=0",
+        "visft.tasks.captioning.vocabulary.mincount=3",
+        "visft.tasks.captioning.decoding.beams=3",
+        "visft.tasks.captioning.decoding.beam_size=0",
+        "visft.tasks.segmentation.head.labelling=publish",
+        "visft.tasks.segmentation.head.hiden_dim=64",
+        "visft.tasks.detektion.updates=1",
+        "visft.tasks.captioning.image.caption_choice=frist",
+        "visft.shared.micro_batch=0",
+    )
+    assert text.startswith("the configuration has 10 errors:")
+    for part in (
+        "oversample = 0.5 (--set): must be greater than or equal to 1",
+        "min_count = 0 (--set): must be greater than or equal to 1",
+        "did you mean visft.tasks.captioning.vocabulary.min_count?",
+        "did you mean visft.tasks.captioning.decoding.beam_size?",
+        "did you mean published?",
+        "did you mean visft.tasks.segmentation.head.hidden_dim?",
+        "unknown key; did you mean visft.tasks.detection?",
+        "did you mean first?",
+        "visft.shared.micro_batch = 0 (--set)",
+    ):
+        assert part in text, text
+
+
+def test_a_task_that_is_a_word_is_no_object() -> None:
+    assert "must be an object {...} with keys" in complaint(debug, "visft.tasks.detection=on")
+
+
+# What is written down and compared
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["visft.tasks=captioning"],
+        ["visft.tasks=segmentation,detection", "visft.mode=shared"],
+        ["visft.tasks.captioning.vocabulary.file=words.json", "visft.tasks.captioning.decoding.beam_size=5"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", [debug, recipe])
+def test_a_recorded_configuration_is_the_same_run(
+    call: Callable[..., ResolvedConfig], given: list[str], stage: int
+) -> None:
+    first = call(*given, stage=stage)
+    second = resolve_values(first.to_dict(), "run.json")
+    assert second.to_dict() == first.to_dict()
+    assert second.visft == first.visft and second.visft.streams() == first.visft.streams()
+    assert (second.fingerprint(), second.total_steps) == (first.fingerprint(), first.total_steps)
+
+
+def test_every_exception_of_the_identity_fits_a_key() -> None:
+    """A glob that fits nothing is a key that was renamed and is now compared without anybody wanting it."""
+    import fnmatch
+
+    from visft_ds.config.layers import leaves
+
+    keys = [key for key, _ in leaves(debug().to_dict())]
+    none_by_default = ("visft.data.sets.", "visft.features.")
+    keys += [key for key in known_keys() if key.startswith(none_by_default)]
+    assert [glob for glob in NOT_IDENTITY if not fnmatch.filter(keys, glob)] == []
+
+
+def test_a_subset_is_another_run_and_says_so() -> None:
+    differences = identity_differences(debug().identity(), debug("visft.tasks=detection,captioning").identity())
+    assert any(line.startswith("visft.tasks.segmentation.") for line in differences)
+    assert not any(line.startswith("visft.tasks.captioning") for line in differences)
+
+
+# Options are keyword arguments of the classes they configure
+
+
+def keyword_defaults(function: Any) -> dict[str, Any]:
+    """Keyword-only arguments and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def options(task: str, part: str) -> dict[str, Any]:
+    """The schema's defaults for "image", "head", "loss" or "decoding" of a task."""
+    field: Any = TasksConfig.model_fields[task].annotation
+    settings = next(kind for kind in get_args(field) if kind is not type(None))
+    defaults: dict[str, Any] = settings.model_fields[part].default.model_dump()
+    return defaults
+
+
+def test_the_schema_and_the_table_of_tasks_name_the_same_ones() -> None:
+    from visft_ds.tasks import TASKS as table
+
+    assert tuple(TasksConfig.model_fields) == TASKS and set(table) == set(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_defaults_stand_in_the_schema_alone(task: str) -> None:
+    """Heads and criteria take all that the schema has, and nothing by default."""
+    from visft_ds.tasks import TASKS as table
+
+    spec = table[task]
+    given_elsewhere = ("vocabulary_size",) if spec.uses_vocabulary else ()
+    for made, names in (
+        (spec.head.__init__, {*options(task, "head"), *given_elsewhere}),
+        (spec.build_criterion, {*options(task, "loss"), *spec.shared_options}),
+    ):
+        found = keyword_defaults(made)
+        assert found.keys() == names and set(found.values()) == {inspect.Parameter.empty}
+
+
+def test_decoding_without_a_configuration_is_that_of_the_schema() -> None:
+    from visft_ds.tasks.captioning.head import CaptioningHead
+
+    assert keyword_defaults(CaptioningHead.forward) == options("captioning", "decoding")
+    assert keyword_defaults(CaptioningHead.generate) == options("captioning", "decoding")

@@ -1,0 +1,183 @@
+"""Boxes stay on what they surround, whatever happens to the picture; pixels are never needed for targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.options import alone, drawn
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import Crop, Flip, Op, Resize, apply_to_boxes, apply_to_image, final_size, short_side_size
+from visft_ds.tasks.detection.data import detection_targets
+
+SMALL = {
+    "short_sides": (60, 72, 84),
+    "max_long": 84,
+    "crop_short_sides": (50, 62),
+    "crop_range": (48, 75),
+    "eval_short": 100,
+    "eval_max_long": 84,
+}
+
+
+def _annotation(box: list[float], category: int = 7, crowd: int = 0) -> dict[str, Any]:
+    return {"id": 1, "bbox": box, "category_id": category, "iscrowd": crowd, "area": 1.0}
+
+
+def _sample(size: tuple[int, int], *annotations: dict[str, Any], pixels: bool = True) -> RawSample:
+    image = np.zeros((*size, 3), dtype=np.uint8) if pixels else None
+    return RawSample(0, 5, size, image, annotations, ())
+
+
+def test_targets_do_not_depend_on_pixels() -> None:
+    for train in (True, False):
+        transform = alone("detection", train, **SMALL)
+        for key in range(40):
+            raw = _sample((70, 90), _annotation([10, 5, 30, 40]), _annotation([60, 30, 29, 39], category=90))
+            full = transform(raw, generator(key))
+            blind = transform(replace(raw, image=None), generator(key))
+            assert blind.image is None and full.image is not None
+            assert tuple(full.image.shape) == (3, *full.size) and blind.size == full.size
+            for name, values in full.targets["detection"].items():
+                np.testing.assert_array_equal(values, blind.targets["detection"][name])
+
+
+def test_boxes_follow_the_pixels() -> None:
+    """A bright rectangle on black is found where its box says, after any flip, crop and scaling."""
+    transform = alone("detection", True, **SMALL)
+    kinds = set()
+    for key in range(60):
+        raw = _sample((100, 130), _annotation([30, 25, 50, 35]))
+        assert raw.image is not None
+        raw.image[25:60, 30:80] = 255
+        ops = drawn(transform, raw.size, generator(key))
+        kinds.add(tuple(type(op).__name__ for op in ops))
+        sample = transform(raw, generator(key))
+        assert sample.image is not None
+        (cx, cy, width, height) = sample.targets["detection"]["boxes"][0] * np.tile(sample.size[::-1], 2)
+        rows, columns = (np.flatnonzero((sample.image[0] > 127).any(axis)) for axis in (1, 0))
+        found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        expected = [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2]
+        # The border of a scaled rectangle falls between two pixels.
+        np.testing.assert_allclose(found, expected, atol=1.0)
+    assert len(kinds) == 4, "with and without flip, with and without crop"
+
+
+def test_scaling_equals_pillow() -> None:
+    """The recipe was made with Pillow's bilinear filter, which smooths before it shrinks."""
+    image = np.random.default_rng(1).integers(0, 256, (97, 61, 3), dtype=np.uint8)
+    scaled = apply_to_image(image, [Resize(40, 33)]).permute(1, 2, 0).numpy()
+    reference = np.array(Image.fromarray(image).resize((33, 40), Image.Resampling.BILINEAR))
+    # Both round to 8 bits between the two passes, in fixed-point arithmetic of different width.
+    assert np.abs(scaled.astype(int) - reference).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "cap", "expected"),
+    [
+        ((480, 640), 480, 672, (480, 640)),
+        ((480, 640), 672, 672, (504, 672)),
+        ((640, 480), 800, 672, (672, 504)),
+        ((427, 640), 800, 672, (448, 671)),  # round(672 * 427 / 640) = 448, int(448 * 640 / 427) = 671
+        ((500, 500), 672, 672, (672, 672)),
+        ((480, 640), 400, None, (400, 533)),
+        ((193, 640), 480, 672, (203, 673)),  # rounding up passes the cap by a pixel, as in the recipe
+        ((2, 4000), 480, 672, (1, 672)),  # no side may vanish, and a strip may not be longer than the cap
+    ],
+)
+def test_sizes_follow_the_cap_rule(
+    size: tuple[int, int], short: int, cap: int | None, expected: tuple[int, int]
+) -> None:
+    assert short_side_size(size, short, cap) == expected
+
+
+def test_training_draws_what_the_recipe_says() -> None:
+    transform = alone("detection", True)
+    ops_of = [drawn(transform, (480, 640), generator(key)) for key in range(2000)]
+    flips = sum(isinstance(ops[0], Flip) for ops in ops_of)
+    crops = [op for ops in ops_of for op in ops if isinstance(op, Crop)]
+    # Four standard deviations of a fair coin thrown 2000 times.
+    assert abs(flips - 1000) < 90 and abs(len(crops) - 1000) < 90
+    sizes = [final_size((480, 640), ops) for ops in ops_of]
+    assert max(max(size) for size in sizes) == 672
+    assert {min(size) for size, ops in zip(sizes, ops_of, strict=True) if len(ops) == 1} <= {480, 504}
+    before_crops = {(op.height, op.width) for ops in ops_of for op in ops[:-1] if isinstance(op, Resize)}
+    assert before_crops == {(400, 533), (500, 666), (600, 800)}
+    assert min(crop.width for crop in crops) >= 384 and max(crop.width for crop in crops) <= 600
+    assert min(crop.height for crop in crops) >= 384 and max(crop.height for crop in crops) == 600
+
+
+def test_evaluation_draws_nothing() -> None:
+    transform = alone("detection", False)
+    assert drawn(transform, (480, 640), generator(1)) == [Resize(504, 672)]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_fixed_size_is_a_square(train: bool) -> None:
+    transform = alone("detection", train, fixed_size=112)
+    found: list[tuple[Op, ...]] = [tuple(drawn(transform, (48, 64), generator(key))) for key in range(30)]
+    plain = (Resize(112, 112),)
+    assert set(found) == ({plain, (Flip(), *plain)} if train else {plain})
+
+
+def test_pictures_smaller_than_the_crop_are_cut_to_what_there_is() -> None:
+    transform = alone("detection", True, **{**SMALL, "crop_range": (500, 600)})
+    sizes = [transform(_sample((30, 40)), generator(key)).size for key in range(20)]
+    assert max(map(max, sizes)) <= 84 and len(set(sizes)) > 1
+
+
+def test_crowds_and_boxes_without_area_give_no_target() -> None:
+    annotations = [
+        _annotation([1, 2, 3, 4], category=11),
+        _annotation([1, 2, 3, 4], crowd=1),
+        _annotation([5, 5, 0, 4]),
+        _annotation([5, 5, 4, 0]),
+        _annotation([40, 5, 4, 4]),  # outside
+        _annotation([-3, -3, 5, 5], category=12),  # partly outside
+    ]
+    targets = detection_targets(None, _sample((20, 40), *annotations), [], generator(0))
+    assert targets["labels"].tolist() == [11, 12] and targets["labels"].dtype == np.int64
+    expected = [[2.5 / 40, 4 / 20, 3 / 40, 4 / 20], [1 / 40, 1 / 20, 2 / 40, 2 / 20]]
+    # Exact numbers but for the rounding to float32.
+    np.testing.assert_allclose(targets["boxes"], expected, rtol=1e-6)
+    assert targets["boxes"].dtype == np.float32
+
+
+def test_boxes_cut_away_by_a_crop_vanish() -> None:
+    annotations = [_annotation([0, 0, 10, 10], category=1), _annotation([8, 8, 20, 10], category=2)]
+    targets = detection_targets(None, _sample((40, 40), *annotations), [Crop(10, 10, 20, 20)], generator(0))
+    assert targets["labels"].tolist() == [2]
+    np.testing.assert_allclose(targets["boxes"], [[0.45, 0.2, 0.9, 0.4]], rtol=1e-6)
+
+
+def test_no_objects_give_empty_arrays() -> None:
+    targets = detection_targets(None, _sample((20, 40)), [Flip(), Resize(10, 10)], generator(0))
+    assert targets["boxes"].shape == (0, 4) and targets["labels"].shape == (0,)
+
+
+def test_two_flips_change_nothing() -> None:
+    boxes = np.array([[1.0, 2.0, 11.0, 9.0]])
+    np.testing.assert_array_equal(apply_to_boxes(boxes, (20, 30), [Flip(), Flip()]), boxes)
+    assert apply_to_boxes(boxes, (20, 30), [Flip()]).tolist() == [[19.0, 2.0, 29.0, 9.0]]
+
+
+@pytest.mark.parametrize("options", [{"short_sides": ()}, {"fixed_size": -1}, {"crop_range": (9, 5)}, {"flip": 1.5}])
+def test_impossible_sizes_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        alone("detection", True, **options)
+
+
+@pytest.mark.parametrize("ops", [[Resize(40, 33)], [Resize(61, 20), Crop(3, 2, 30, 11)], [Resize(90, 200)], []])
+def test_the_mirror_image_of_a_scaled_picture_is_the_scaled_mirror_image(ops: list[Op]) -> None:
+    """Bit for bit, since mirroring waits for a scaling that leaves fewer pixels; noise has the hardest edges."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image = rng.integers(0, 256, (*rng.integers(50, 120, 2), 3), dtype=np.uint8)
+        mirrored = np.ascontiguousarray(image[:, ::-1])
+        assert torch.equal(apply_to_image(image, [Flip(), *ops]), apply_to_image(mirrored, ops))

@@ -1,0 +1,197 @@
+"""Two runs as training would leave them, and data whose labels are near to what their models predict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+
+from tests.coco_tree import Tree, write_tree
+from tests.tiny import TINY
+from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.model import EvaluationModel, files_of_run, load_model
+from visft_ds.evals.runner import collect
+from visft_ds.interop.adapter import adapter_of
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import DRAWN_AS, sha256_file
+from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.merge import merge_into_file, read_adapter
+from visft_ds.interop.peft import save_peft_adapter
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import vocabulary_of
+from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.vocabulary import Vocabulary
+
+IMAGES = 7  # two ranks with batches of two cannot share them evenly
+QUERIES = 12
+SETTINGS = [
+    *(f"{key}={json.dumps(value)}" for key, value in {**TINY, "visft.data.val": "val"}.items()),
+    *("visft.tasks.captioning.decoding.max_length=6", "visft.shared.micro_batch=2"),
+]
+
+
+@dataclass(frozen=True)
+class World:
+    """Two runs, their data as a COCO tree and as shards, and the merged weights."""
+
+    folder: Path
+    configs: dict[int, ResolvedConfig]  #: of the stages
+
+    def run(self, stage: int) -> Path:
+        return self.folder / f"stage{stage}"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.run(2) / "export" / ADAPTER_FOLDER
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    @property
+    def coco(self) -> Path:
+        return self.folder / "coco"
+
+    @property
+    def tree(self) -> Tree:
+        names = (f"annotations/{kind}_val2017.json" for kind in ("instances", "captions"))
+        return Tree(self.coco / "val2017", *(self.coco / name for name in names))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Nobody may change it."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    flags = {"--data": ("visft.data.root", str(folder / "shards"))}
+    second = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
+    configs = {
+        stage: resolve(stage=stage, model="debug", settings=settings, flags=flags)
+        for stage, settings in ((1, SETTINGS), (2, second))
+    }
+    world = World(folder, configs)
+    tree = write_tree(folder / "tree", IMAGES)
+    (folder / "coco/annotations").mkdir(parents=True)
+    for old, new in zip(asdict(tree).values(), asdict(world.tree).values(), strict=True):
+        old.rename(new)
+    world.tree.edit(_many_words, "captions")
+    pack(world.tree, folder / "draft")
+    _export(world, vocabulary_of(configs[1].visft, Manifest.load(folder / "draft", "val")))
+    collected = _predictions(world, folder / "draft")
+    world.tree.edit(lambda content: _annotate(content, collected["detection"], collected["segmentation"]))
+    world.tree.edit(lambda content: _caption(content, collected["captioning"]), "captions")
+    pack(world.tree, world.shards)
+    merge_into_file(world.run(2) / "export" / BACKBONE_FILE, read_adapter(world.adapter), world.merged)
+    return world
+
+
+def pack(tree: Tree, out: Path, captions: bool = True) -> None:
+    build(Options(tree.images, tree.instances, tree.captions if captions else None, out, "val", max_count=3))
+
+
+def _export(world: World, vocabulary: Vocabulary | None) -> None:
+    """What both runs would leave, with random heads and adapters of some size."""
+    first, second = world.configs.values()
+    assert vocabulary is not None
+    prepared = prepare_model(first.visft, first.optimizer.params, vocabulary=vocabulary)
+    heads = prepared.module.heads
+    with torch.no_grad():  # larger than at the start, so that results depend on the image
+        for task, head in heads.items():
+            for parameter in head.parameters():
+                parameter.mul_(3 if task == "captioning" else 2)
+    categories = [asdict(Category(place, number, f"thing {number}")) for place, number in enumerate(COCO_CATEGORY_IDS)]
+    infos = {}
+    for task, settings in first.visft.tasks.enabled().items():
+        words = task == "captioning"
+        options = settings.head.model_dump(mode="json") | ({"vocabulary_size": vocabulary.size} if words else {})
+        extra = {"base_weights": prepared.base_weights, **({"vocabulary": vocabulary.to_dict()} if words else {})}
+        infos[task] = HeadInfo(task, prepared.module.backbone.width, options, [] if words else categories, extra)
+    for stage, config in world.configs.items():
+        RunRecord(config.to_dict(), 1, ["train.py"]).write(world.run(stage))
+        path, drawn = world.run(stage) / "export" / BACKBONE_FILE, {DRAWN_AS: prepared.base_weights}
+        save_backbone(prepared.module.backbone, path, layout="timm", metadata=drawn)
+    save_head_files(heads, world.run(1) / "export", infos)
+    adapted = prepare_model(second.visft, second.optimizer.params, vocabulary=vocabulary).module.backbone
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.2)
+    adapter = adapter_of(adapted, base_sha256=sha256_file(world.run(2) / "export" / BACKBONE_FILE))
+    save_peft_adapter(adapter, world.adapter, tower_of(adapted))
+
+
+def load_stage2(world: World) -> EvaluationModel:
+    files = files_of_run(world.run(2), world.configs[2].visft, list(TASKS))
+    given = {"captioning": {"max_length": 6}}
+    return load_model(files, list(TASKS), precision="fp32", device=torch.device("cpu"), decoding=given)
+
+
+def _predictions(world: World, shards: Path) -> dict[str, Results]:
+    model = load_stage2(world)
+    with ShardReader(Manifest.load(shards, "val")) as reader:
+        collected = collect(model.predict, reader, world.configs[2].visft.streams(), model.vocabulary, threads=0)
+    assert collected is not None
+    return collected
+
+
+def _annotate(content: dict[str, Any], boxes: Results, masks: Results) -> None:
+    """Replace the ground truth by what the model predicts, moved or cut a little: AP is neither 0 nor 1."""
+    rng = np.random.default_rng(0)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    annotations = content["annotations"] = []
+
+    def add(result: dict[str, Any], box: list[float], area: float, segmentation: Any) -> None:
+        names = {name: result[name] for name in ("image_id", "category_id")}
+        shape = {"bbox": box, "area": area, "iscrowd": 0, "segmentation": segmentation}
+        if result["category_id"] in COCO_CATEGORY_IDS and rng.random() < 0.6:
+            annotations.append({"id": len(annotations) + 1, **names, **shape})
+
+    for result in boxes:
+        width, height = sizes[result["image_id"]]
+        x, y, w, h = result["bbox"]
+        left, top = max(0.0, x + w * rng.normal(0, 0.1)), max(0.0, y)
+        box = [left, top, max(2.0, min(w, width - left)), max(2.0, min(h, height - top))]
+        if left + 2 < width and top + 2 < height:
+            right, bottom = left + box[2], top + box[3]
+            add(result, box, box[2] * box[3], [[left, top, right, top, right, bottom, left, bottom]])
+    for result in masks:
+        width, height = sizes[result["image_id"]]
+        cover = np.zeros((height, width), dtype=np.uint8, order="F")
+        cover[:, : int(width * rng.uniform(0.5, 1))] = 1
+        code = coco_mask.merge([result["segmentation"], coco_mask.encode(cover)], intersect=True)
+        if area := float(coco_mask.area(code)):
+            add(result, coco_mask.toBbox(code).tolist(), area, {**code, "counts": code["counts"].decode()})
+    used = sorted({annotation["category_id"] for annotation in annotations})
+    content["categories"] = [{"id": category, "name": f"thing {category}"} for category in used]
+
+
+def _many_words(content: dict[str, Any]) -> None:
+    sentences = ("a small red bird sits on the old wall", "near two large white boats", "grey water in a wide bay")
+    for place, entry in enumerate(content["annotations"]):
+        entry["caption"] = sentences[place % len(sentences)]
+
+
+def _caption(content: dict[str, Any], captions: Results) -> None:
+    """One true caption of each image is what the model says, without one word; n-grams match, not all of them."""
+    entries = content["annotations"] = []
+    for place, result in enumerate(captions):
+        words = result["caption"].split()
+        for text in (" ".join([*words[:3], *words[4:], "here"]), f"a number {place} of some"):
+            entries.append({"id": len(entries), "image_id": result["image_id"], "caption": text})

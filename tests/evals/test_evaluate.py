@@ -1,0 +1,437 @@
+"""tools/evaluate.py on the files of two finished runs: right numbers, any number of ranks, clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tests.coco_tree import write_tree
+from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
+from tests.ranks import run_ranks
+from visft_ds.config import resolve
+from visft_ds.data.loader import evaluation_batches
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.cli import main
+from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
+from visft_ds.interop.heads import save_heads
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.published_heads import KINDS
+from visft_ds.interop.writing import save_tensors
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import pipeline_of
+from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.tasks import TASKS, Results
+from visft_ds.tasks.captioning.metrics import TOKENIZER, caption_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
+
+
+def _evaluate(*arguments: Any) -> tuple[int, str, str]:
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = main([str(argument) for argument in arguments])
+    return status, out.getvalue(), errors.getvalue()
+
+
+def _finished(out: Path, *arguments: Any) -> Evaluation:
+    """Evaluate without pictures; there must be nothing to complain about."""
+    status, _, errors = _evaluate(*arguments, "--out", out, "--images", 0)
+    assert (status, errors) == (0, "")
+    return read_evaluation(out.name, out)
+
+
+def _found(evaluation: Evaluation, task: str) -> Results:
+    results: Results = json.loads((evaluation.folder / f"{task}_results.json").read_text())
+    return results
+
+
+def _captions(evaluation: Evaluation) -> dict[int, str]:
+    return {result["image_id"]: result["caption"] for result in _found(evaluation, "captioning")}
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """The evaluation of stage 2, as it comes."""
+    return _finished(tmp_path_factory.mktemp("whole") / "out", "--run", world.run(2))
+
+
+def _oracle(truth: COCO, found: Results, kind: str) -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        oracle = COCOeval(truth, truth.loadRes(found), kind)
+        oracle.evaluate()
+        oracle.accumulate()
+        oracle.summarize()
+    stats: list[float] = oracle.stats[:3].tolist()
+    return stats
+
+
+def test_numbers_are_those_of_pycocotools(whole: Evaluation, world: World) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(world.tree.instances))
+    for task, kind, prefix in (("detection", "bbox", "box"), ("segmentation", "segm", "mask")):
+        found = _found(whole, task)
+        stats = _oracle(truth, [result for result in found if result["category_id"] in truth.cats], kind)
+        assert 0.01 < stats[0] < 0.95, "the comparison below would not say much"
+        measured = [whole.metrics[f"{prefix}/{name}"] for name in ("AP", "AP50", "AP75")]
+        assert measured == pytest.approx(stats, abs=1e-9)
+        assert len(found) == IMAGES * QUERIES
+    references: dict[int, list[str]] = {}
+    for entry in json.loads(world.tree.captions.read_text())["annotations"]:
+        references.setdefault(entry["image_id"], []).append(entry["caption"])
+    wanted = caption_metrics(references, _captions(whole))
+    assert {name: value for name, value in whole.metrics.items() if name.startswith("caption/")} == wanted
+    assert 0.05 < wanted["caption/BLEU-4"] < 0.95 and wanted["caption/CIDEr-D"] > 0
+
+
+def test_files_are_in_cocos_results_format(whole: Evaluation, world: World) -> None:
+    """Whoever has the annotation files can do without this program."""
+    images = {image["id"]: image for image in json.loads(world.tree.instances.read_text())["images"]}
+    assert _found(whole, "detection")[0].keys() == {"image_id", "category_id", "bbox", "score"}
+    for result in _found(whole, "segmentation"):
+        code, image = result["segmentation"], images[result["image_id"]]
+        assert code["size"] == [image["height"], image["width"]] and isinstance(code["counts"], str)
+        assert coco_mask.toBbox(code).tolist() == result["bbox"]
+    assert [result.keys() for result in _found(whole, "captioning")] == [{"image_id", "caption"}] * IMAGES
+    assert len(_captions(whole)) == IMAGES and any(_captions(whole).values())
+    record = whole.record
+    assert record["caption_tokenizer"] == TOKENIZER and record["data"]["images"] == IMAGES
+    assert record["decoding"]["captioning"] == {"beam_size": 1, "max_length": 6}
+
+
+def test_what_is_printed_and_drawn(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    arguments = ["--run", world.run(2), "--images", 1, "--threshold", 0.01, "--limit", 4]
+    status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out")
+    assert (status, errors) == (0, "")
+    evaluation = read_evaluation("", tmp_path / "out")
+    for name in ("box/AP50", "mask/AP", "caption/CIDEr-D"):
+        assert re.search(rf"{name} +{evaluation.metrics[name]:.4f}", printed)
+    assert TOKENIZER in printed
+    for task in TASKS:
+        (drawn,) = evaluation.pictures(task).values()
+        assert drawn.std() > 0 and np.asarray(Image.open(tmp_path / f"out/{task}.png")).shape[1] > drawn.shape[1]
+        assert _found(evaluation, task) == _found(whole, task)[: 4 * (1 if task == "captioning" else QUERIES)]
+
+
+def test_the_model_is_the_one_that_trains(world: World) -> None:
+    """Rebuilt from files and prepared for training, the same images give the same bits."""
+    model, config = load_stage2(world), world.configs[2]
+    prepared = prepare_model(
+        config.visft,
+        config.optimizer.params,
+        heads_from=world.run(1) / "export",
+        vocabulary=model.vocabulary,
+    ).module.eval()
+    with torch.no_grad():
+        for name, value in read_adapter(world.adapter).tensors.items():
+            prepared.backbone.get_parameter(name).copy_(value)
+    with ShardReader(Manifest.load(world.shards, "val")) as reader:
+        for task, stream in config.visft.streams().items():
+            pipeline = pipeline_of(stream, model.vocabulary, train=False)
+            batch = next(iter(evaluation_batches(reader, pipeline, 3, 0, 1, threads=0)))
+            with torch.no_grad():
+                wanted = prepared(batch)[task]
+            got = model.predict(batch)[task]
+            names = [name for name in vars(got) if isinstance(getattr(got, name), torch.Tensor)]
+            assert len(names) >= 2
+            assert all(torch.equal(getattr(got, name), getattr(wanted, name)) for name in names)
+
+
+def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    merged = _finished(tmp_path / "merged", "--run", world.run(2), "--backbone", world.merged)
+    base = _finished(tmp_path / "base", "--run", world.run(2), "--adapter", "none")
+    same, effect = compare_results(whole, merged), compare_results(whole, base)
+    assert effect.score > 1e-2 and effect.box > 1 and same.results == IMAGES * QUERIES
+    # W x + B A x against (W + B A) x in float32, through a random net that amplifies: far below what the adapter does
+    assert same.score < 1e-3 * effect.score and same.box < 1e-3 * effect.box and same.other_class == 0
+    same, effect = (compare_results(whole, other, "segmentation") for other in (merged, base))
+    assert effect.score > 1e-3 and same.score < 1e-2 * effect.score
+    assert _captions(merged) == _captions(whole) != _captions(base)
+
+
+def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
+    """Merged weights say so themselves; those that an older release wrote are known by the run's base."""
+    common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
+    apart = ["--heads", world.run(1) / "export", "--backbone"]
+    _finished(tmp_path / "merged", *apart, world.merged, *common)
+    file = open_weights(world.merged)
+    tensors, told = {name: file.get(name) for name in file}, dict(file.metadata)
+    save_tensors(tmp_path / "old.safetensors", tensors, {k: v for k, v in told.items() if k != BASE_DRAWN_AS})
+    _finished(tmp_path / "old", "--run", world.run(2), "--backbone", tmp_path / "old.safetensors", *common)
+    status, _, errors = _evaluate(*apart, tmp_path / "old.safetensors", *common, "--out", tmp_path / "no")
+    assert status == 2 and "trained on the features of other base weights" in errors
+
+
+def test_another_base_can_be_allowed_and_is_said(world: World, tmp_path: Path) -> None:
+    arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
+    found = _finished(tmp_path / "out", *arguments, "--allow-other-base")
+    assert "trained on the features of other base weights" in found.record["model"]["allowed"]
+
+
+def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    """A COCO tree, or shards, and single files give what the run gives; nothing made on the way is left."""
+    exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
+    files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.adapter]
+    images = ["--image-size", 56, "--batch-size", 1]
+    tree = _finished(tmp_path / "tree", *files, "--coco", world.coco, *images)
+    shards = _finished(tmp_path / "packed", *files, "--coco", world.shards, *images, "--tasks", "captioning")
+    for name in ("detection", "segmentation"):
+        assert _found(tree, name) == _found(whole, name)
+    assert {n: v for n, v in tree.metrics.items() if not n.startswith("caption/")} == {
+        n: v for n, v in whole.metrics.items() if not n.startswith("caption/")
+    }
+    # A run says how long captions may get, files do not.
+    assert all(_captions(tree)[image].startswith(text) for image, text in _captions(whole).items())
+    assert _captions(shards) == _captions(tree)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "tree"]
+
+
+def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
+    """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
+    common = ["--run", str(world.run(1)), "--coco", str(world.coco), "--split", "val", "--images", "1"]
+    outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
+    assert "mask/AP50" in outputs[0] and outputs[1] == ""
+    assert _evaluate(*common, "--out", tmp_path / "one")[0] == 0
+    two, one = (read_evaluation(name, tmp_path / name) for name in ("two", "one"))
+    assert two.record["processes"] == 2 and two.metrics == pytest.approx(one.metrics, abs=1e-6)
+    # Image by image the same, whatever else was in the batch: float32 rounding of other batch sizes.
+    for task in ("detection", "segmentation"):
+        difference = compare_results(two, one, task)
+        assert difference.results == IMAGES * QUERIES and difference.score < 1e-5 and difference.other_class == 0
+    assert compare_results(two, one).box < 1e-3
+    pairs = [[result["segmentation"] for result in _found(each, "segmentation")] for each in (two, one)]
+    filled = [pair for pair in zip(*pairs, strict=True) if coco_mask.area(pair[0])]
+    assert len(filled) > IMAGES and all(coco_mask.iou([a], [b], [0])[0, 0] > 0.99 for a, b in filled)
+    assert list(_captions(two).items()) == list(_captions(one).items()) and len(_captions(two)) == IMAGES
+    for task in TASKS:
+        pictures = [each.pictures(task) for each in (two, one)]
+        assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) == 1
+        assert all(np.array_equal(pictures[0][image], pictures[1][image]) for image in pictures[0])
+
+
+def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    some = _finished(tmp_path / "some", "--run", world.run(2), "--tasks", "captioning, detection")
+    wanted = {name: value for name, value in whole.metrics.items() if not name.startswith("mask/")}
+    assert some.metrics == wanted
+    assert not (tmp_path / "some/segmentation_results.json").exists()
+    boxes = _finished(tmp_path / "boxes", "--run", world.run(1), "--tasks", "detection")
+    assert {name.split("/")[0] for name in boxes.metrics} == {"box"}
+    assert "caption_tokenizer" not in boxes.record
+    # Heads that replace the run's may be of some of its tasks.
+    (tmp_path / "heads").mkdir()
+    name = "captioning.safetensors"
+    (tmp_path / "heads" / name).write_bytes((world.run(1) / "export" / name).read_bytes())
+    captions = _finished(tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
+    assert _captions(captions) == _captions(whole) and captions.metrics.keys() < whole.metrics.keys()
+
+
+def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    """The search of the command is the head's own; its captions are likelier than greedy ones."""
+    arguments = ["--run", world.run(2), "--tasks", "captioning", "--beam-size", 2]
+    searched = _finished(tmp_path / "out", *arguments)
+    assert searched.record["decoding"]["captioning"] == {"beam_size": 2, "max_length": 6}
+    model, stream = load_stage2(world), world.configs[2].visft.streams()["captioning"]
+    head = model.module.heads["captioning"]
+    assert model.vocabulary is not None
+    totals = {1: 0.0, 2: 0.0}
+    with ShardReader(Manifest.load(world.shards, "val")) as reader, torch.no_grad():
+        pipeline = pipeline_of(stream, model.vocabulary, train=False)
+        for batch in evaluation_batches(reader, pipeline, 1, 0, 1, threads=0):
+            features = model.module.features(batch)
+            image = int(batch.image_ids[0])
+            for beams, evaluation in ((1, whole), (2, searched)):
+                (best,) = head.generate(*features, beam_size=beams, max_length=6)
+                assert model.vocabulary.decode(best.tokens) == _captions(evaluation)[image]
+                totals[beams] += best.score
+    assert _captions(searched) != _captions(whole) and totals[2] > totals[1]
+
+
+def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> None:
+    """Files without any description of themselves: words come from beside, the rest from the tensors."""
+    (tmp_path / "heads").mkdir()
+    words = ["red", "green", "blue", "one"]
+    torch.manual_seed(0)
+    heads = {
+        "detection": {"num_queries": 5, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16},
+        "segmentation": {"num_queries": 5, "hidden_dim": 32, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+        "captioning": {"attention_dim": 8, "embed_dim": 8, "decoder_dim": 8},
+    }
+    for task, options in heads.items():
+        if task != "captioning":
+            options |= {"num_heads": 8, "encoder_layers": 1, "decoder_layers": 1}
+        head = TASKS[task].build_head(32, options, len(words) + 4)
+        save_heads(head, tmp_path / f"heads/eva_e_{KINDS[task]}_heads.ckpt", format="visft")
+    files = ["--backbone", world.run(1) / "export" / BACKBONE_FILE, "--heads", tmp_path / "heads"]
+    common = [*files, "--data", world.shards, "--image-size", 56, "--limit", 3]
+    word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
+    (tmp_path / "words.json").write_text(json.dumps(word_map))
+    evaluation = _finished(tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
+    assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "mask", "caption"}
+    said = {word for caption in _captions(evaluation).values() for word in caption.split()}
+    assert said and said <= set(words)
+
+    status, _, errors = _evaluate(*common, "--out", tmp_path / "no")
+    assert status == 2 and "give its word map" in errors and "--vocabulary FILE" in errors
+    boxes = _finished(tmp_path / "boxes", *common, "--tasks", "detection")
+    assert boxes.metrics.keys() < evaluation.metrics.keys()
+    word_map = {word: place for place, word in enumerate(["<pad>", *words, "two", "<unk>", "<start>", "<end>"])}
+    (tmp_path / "more.json").write_text(json.dumps(word_map))
+    status, _, errors = _evaluate(*common, "--vocabulary", tmp_path / "more.json", "--out", tmp_path / "no")
+    assert status == 2 and "head has 8 ids, the vocabulary 9" in errors
+
+
+def _other_base(world: World, folder: Path) -> list[Any]:
+    _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
+    return ["--run", world.run(2), "--backbone", folder / "other.safetensors"]
+
+
+def _heads_of_another_base(world: World, folder: Path) -> list[Any]:
+    _save_plain(folder / "other.safetensors", "visft.model.weights_seed=1")
+    return ["--run", world.run(1), "--backbone", folder / "other.safetensors"]
+
+
+def _other_width(world: World, folder: Path) -> list[Any]:
+    _save_plain(folder / "wide.safetensors", "visft.model.overrides.width=64")
+    return ["--run", world.run(1), "--backbone", folder / "wide.safetensors"]
+
+
+def _save_plain(path: Path, setting: str) -> None:
+    config = resolve(stage=1, model="debug", settings=[*SETTINGS, "visft.tasks=detection", setting])
+    save_backbone(prepare_model(config.visft, config.optimizer.params).module.backbone, path)
+
+
+def _other_categories(world: World, folder: Path) -> list[Any]:
+    tree = write_tree(folder / "strangers", 3)
+    tree.edit(lambda content: content["categories"][0].update(name="stranger"))
+    pack(tree, folder / "strange")
+    return ["--run", world.run(1), "--data", folder / "strange"]
+
+
+def _other_words(world: World, folder: Path) -> list[Any]:
+    (folder / "words.json").write_text(Vocabulary(("other", "words")).to_json())
+    return ["--run", world.run(1), "--vocabulary", folder / "words.json"]
+
+
+def _no_captions(world: World, folder: Path, *options: Any) -> list[Any]:
+    pack(write_tree(folder / "silent", 3), folder / "shards", captions=False)
+    return ["--run", world.run(1), "--data", folder / "shards", *options]
+
+
+def _no_masks(world: World, folder: Path) -> list[Any]:
+    tree = write_tree(folder / "boxes", 3)
+    tree.edit(lambda content: [annotation.pop("segmentation") for annotation in content["annotations"]])
+    pack(tree, folder / "shards")
+    return ["--run", world.run(1), "--data", folder / "shards"]
+
+
+def _unfinished(world: World, folder: Path) -> list[Any]:
+    RunRecord(world.configs[2].to_dict(), 1, ["train.py"]).write(folder / "unfinished")
+    return ["--run", folder / "unfinished"]
+
+
+def _no_coco(world: World, folder: Path) -> list[Any]:
+    return ["--run", world.run(1), "--coco", world.coco, "--split", "train"]
+
+
+def _run(stage: int, *options: Any) -> Any:
+    """Arguments that need nothing but a run; {folder} is where nothing is."""
+    return lambda world, folder: [
+        *("--run", world.run(stage)),
+        *(str(option).format(folder=folder, world=world) for option in options),
+    ]
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "no run there": (lambda world, folder: ["--run", folder / "nothing"], "holds no readable run record"),
+    "unfinished run": (_unfinished, "the same training command goes on"),
+    "unknown split": (_run(1, "--split", "test"), "finished splits in .*: val"),
+    "split not in the tree": (_no_coco, "annotated there: val2017"),
+    "missing backbone": (_run(1, "--backbone", "{folder}/no.pt"), "not found: .*no.pt"),
+    "missing adapter": (_run(2, "--adapter", "{folder}/no"), "not found: .*no"),
+    "adapter of another base": (_other_base, "was trained on base weights with sha256 [0-9a-f]{64}, but .*other"),
+    "heads of another base": (
+        _heads_of_another_base,
+        r"the detection head was trained on the features of other base weights \(random debug .* seed 0\), and "
+        ".*other.safetensors .*: use the base weights of stage 1, or go on with --allow-other-base",
+    ),
+    "adapter on merged weights": (
+        _run(2, "--backbone", "{world.merged}", "--adapter", "{world.adapter}"),
+        "would count twice",
+    ),
+    "heads of another width": (_other_width, "reads features of width 32, but the backbone has width 64"),
+    "heads of other categories": (_other_categories, "other categories than .*does not know 13 'stranger'"),
+    "other words": (_other_words, "captioning head and the given vocabulary have different vocabularies: .*'other'"),
+    "no captions": (_no_captions, "has no captions, which captioning .* --tasks detection,segmentation"),
+    "no captions, nothing else": (
+        lambda world, folder: _no_captions(world, folder, "--tasks", "captioning"),
+        "has no captions, which captioning is compared with: give other data\n",
+    ),
+    "no masks": (_no_masks, "annotations have no 'segmentation' .*, which mask AP compares with"),
+    "unknown task": (_run(1, "--tasks", "detection,depth"), "has no head for depth; .* detection, segmentation, capt"),
+    "no task": (_run(1, "--tasks", ""), "--tasks may name detection, segmentation, captioning"),
+    "folder without heads": (_run(1, "--heads", "{folder}"), "holds no head .*detection.safetensors, segm"),
+    "no word map": (_run(1, "--vocabulary", "{folder}/no.json"), "no readable vocabulary"),
+    "two kinds of data": (_run(1, "--data", "a", "--coco", "b"), "give one"),
+    "neither run nor files": (lambda world, folder: ["--heads", folder], "needed: --backbone, --data or --coco"),
+    "no batch": (_run(1, "--batch-size", 0), "--batch-size 0 is not allowed"),
+    "no beam": (_run(1, "--beam-size", 0), "--beam-size 0 is not allowed"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake: str, world: World, tmp_path: Path) -> None:
+    make, message = MISTAKES[mistake]
+    (tmp_path / "made").mkdir()
+    arguments = make(world, tmp_path / "made")
+    status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out", "--images", 0)
+    assert status == 2 and printed.count("box/") == 0
+    assert errors.startswith("evaluate: ")
+    assert re.search(message, errors), errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_some_tasks_serves_those(world: World, tmp_path: Path) -> None:
+    """What the message for missing captions says to do works."""
+    options = _no_captions(world, tmp_path, "--tasks", "detection,segmentation")
+    assert _finished(tmp_path / "out", *options).metrics["mask/AP"] >= 0
+
+
+def test_nothing_is_overwritten(world: World, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    status, _, errors = _evaluate("--run", world.run(1), "--out", tmp_path)
+    assert status == 2 and "nothing in it is overwritten" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
+    world: World, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of predictions are written all the same, and so are the other tasks' numbers."""
+
+    def judge(*_: Any) -> dict[str, float]:
+        raise ValueError("the score of a result for image_id 7 is nan")
+
+    monkeypatch.setitem(vars(TASKS["detection"].evaluator), "measure", judge)
+    status, printed, errors = _evaluate("--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
+    assert status == 2
+    assert errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"
+    assert "mask/AP50" in printed and "caption/CIDEr-D" in printed and "box/" not in printed
+    found = read_evaluation("out", tmp_path / "out")
+    kept = {name: value for name, value in whole.metrics.items() if not name.startswith("box/")}
+    assert found.metrics == kept and found.record["problems"] == [errors.removeprefix("evaluate: ").strip()]
+    written = (tmp_path / "out" / "detection_results.json").read_bytes()
+    assert written == (whole.folder / "detection_results.json").read_bytes()

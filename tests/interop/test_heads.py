@@ -1,0 +1,203 @@
+"""Heads in our own files, one by one, and the file of a task in a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from visft_ds.interop import load_heads, save_heads
+from visft_ds.interop.files import open_weights
+from visft_ds.interop.heads import HeadInfo, find_head, head_file, open_head, read_head_info, save_head_files
+from visft_ds.interop.writing import save_tensors
+from visft_ds.tasks.captioning.head import CaptioningHead
+from visft_ds.tasks.detection.head import DetectionHead
+from visft_ds.tasks.segmentation.loss import SegmentationHead
+
+WIDTH = 12
+# Each with an option that no tensor tells.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "detection": {
+        "num_classes": 5,
+        "num_queries": 7,
+        "encoder_dim": 8,
+        "decoder_dim": 12,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "num_heads": 2,
+        "ffn_dim": 20,
+        "dropout": 0.25,
+    },
+    "segmentation": {
+        "num_classes": 6,
+        "num_queries": 9,
+        "hidden_dim": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_heads": 4,
+        "num_points": 3,
+        "encoder_ffn_dim": 18,
+        "decoder_ffn_dim": 22,
+        "dropout": 0.125,
+        "labelling": "published",
+    },
+    "captioning": {
+        "vocabulary_size": 13,
+        "attention_dim": 10,
+        "embed_dim": 14,
+        "decoder_dim": 6,
+        "grid": 3,
+        "dropout": 0.375,
+    },
+}
+HEADS = {"detection": DetectionHead, "segmentation": SegmentationHead, "captioning": CaptioningHead}
+
+
+def _head(task: str) -> nn.Module:
+    return HEADS[task](WIDTH, **OPTIONS[task])
+
+
+def _described(head: nn.Module) -> dict[str, Any]:
+    """All that decides what a head computes, beside its weights."""
+    names = ("num_heads", "num_points", "labelling", "grid", "p")
+    return {
+        f"{name}.{key}": getattr(module, key)
+        for name, module in head.named_modules()
+        for key in names
+        if hasattr(module, key)
+    }
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_one_file_is_enough_to_have_the_head_again(tmp_path: Path, task: str) -> None:
+    head, path = _head(task), tmp_path / "w.safetensors"
+    save_heads(head, path, format="safetensors")
+    state = torch.get_rng_state()
+    again = load_heads(path, task)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(again) is type(head) and not again.training
+    assert repr(again) == repr(head) and _described(again) == _described(head)
+    wanted = head.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
+    info = read_head_info(path)
+    assert info == HeadInfo(task, WIDTH, OPTIONS[task], [], {}) == read_head_info(path, task)
+    opened = open_head(_head(task).to("meta"), path, task)
+    assert opened.info == info and all(torch.equal(opened.read(name, v.dtype), v) for name, v in wanted.items())
+    with pytest.raises(ValueError, match="not overwritten"):
+        save_heads(head, path, format="safetensors")
+    save_heads(head, path, format="safetensors", overwrite=True)
+
+
+def test_the_labelling_can_be_told(tmp_path: Path) -> None:
+    save_heads(_head("segmentation"), tmp_path / "w.safetensors", format="safetensors")
+    head = load_heads(tmp_path / "w.safetensors", "segmentation", labelling="contiguous")
+    assert head.labelling == "contiguous"
+
+
+def test_the_number_of_words_may_be_left_to_the_tensors(tmp_path: Path) -> None:
+    """A run describes its caption head by the configuration, where the vocabulary is that of the data."""
+    options = {name: value for name, value in OPTIONS["captioning"].items() if name != "vocabulary_size"}
+    save_head_files({"captioning": _head("captioning")}, tmp_path, {"captioning": HeadInfo("captioning", 12, options)})
+    head = load_heads(head_file(tmp_path, "captioning"), "captioning")
+    assert isinstance(head, CaptioningHead) and head.vocabulary_size == 13 and head.grid == 3
+
+
+def test_precision_stays_in_the_file_and_heads_come_in_fp32(tmp_path: Path) -> None:
+    save_heads(_head("captioning").bfloat16(), tmp_path / "w.safetensors", format="safetensors")
+    assert open_weights(tmp_path / "w.safetensors").dtype("fc.weight") == torch.bfloat16
+    assert {p.dtype for p in load_heads(tmp_path / "w.safetensors", "captioning").parameters()} == {torch.float32}
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    head = _head("captioning")
+    with pytest.raises(ValueError, match=r"Sequential is no head .* DetectionHead, SegmentationHead, CaptioningHead"):
+        save_heads(nn.Sequential(head), tmp_path / "w.ckpt")
+    with pytest.raises(ValueError, match="unknown format 'pt' of head files: allowed are visft, safetensors"):
+        save_heads(head, tmp_path / "w.pt", format="pt")
+    with pytest.raises(ValueError, match=r"written as \.safetensors only"):
+        save_heads(head, tmp_path / "w.pt", format="safetensors")
+    with torch.no_grad():
+        head.get_parameter("fc.bias")[2] = torch.nan
+    for name, format_ in (("w.ckpt", "visft"), ("w.safetensors", "safetensors")):
+        with pytest.raises(ValueError, match=r"NaN or infinity in fc.bias"):
+            save_heads(head, tmp_path / name, format=format_)
+    with pytest.raises(ValueError, match="on the meta device"):
+        save_heads(head.to("meta"), tmp_path / "w.safetensors", format="safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": OPTIONS["captioning"] | {"beams": 3}}, "w.safetensors: the captioning head has no option beams"),
+        (
+            {"options": OPTIONS["captioning"] | {"grid": 0}},
+            "w.safetensors: no captioning head has these options: grid = 0: must be greater than or equal to 1",
+        ),
+        (
+            {"options": OPTIONS["captioning"] | {"embed_dim": 15}},
+            r"embedding.weight \(13, 14\) in the file, \(13, 15\)",
+        ),
+        ({"task": "detection"}, "holds a detection head; a captioning head is wanted"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    fields = {"task": "captioning", "in_channels": WIDTH, "options": OPTIONS["captioning"], **change}
+    metadata = {"visft_head": json.dumps(fields)}
+    save_tensors(tmp_path / "w.safetensors", _head("captioning").state_dict(), metadata)
+    with pytest.raises(ValueError, match=message):
+        load_heads(tmp_path / "w.safetensors", "captioning")
+
+
+def test_values_that_are_not_finite_are_listed_and_nothing_is_copied(tmp_path: Path) -> None:
+    state = _head("captioning").state_dict()
+    for name in ("embedding.weight", "init_h.bias"):  # not the first in the order of copying
+        state[name].view(-1)[3] = torch.inf
+    info = HeadInfo("captioning", WIDTH, OPTIONS["captioning"])
+    save_head_files({"captioning": state}, tmp_path, {"captioning": info})
+    head = _head("captioning")
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    with pytest.raises(ValueError, match=r"(?s)Not finite \(2\): (embedding.weight, init_h.bias|init_h.bias, embed)"):
+        open_head(head, head_file(tmp_path, "captioning"), "captioning").load_into(head)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_the_file_of_a_task_is_found(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"looked for captioning.safetensors, eva_e_caption_heads.ckpt, eva_g_caption_heads.ckpt"
+    ):
+        find_head(tmp_path, "captioning")
+    with pytest.raises(ValueError, match=r"no detection head in .*nowhere: looked for"):
+        find_head(tmp_path / "nowhere", "detection")
+    for name in ("eva_g_segment_heads.ckpt", "eva_e_caption_heads.ckpt", "eva_e_detection_heads.ckpt"):
+        (tmp_path / name).touch()
+    assert find_head(tmp_path, "segmentation").name == "eva_g_segment_heads.ckpt"
+    assert find_head(str(tmp_path), "captioning") == tmp_path / "eva_e_caption_heads.ckpt"
+    (tmp_path / "eva_g_caption_heads.ckpt").touch()
+    with pytest.raises(ValueError, match=r"two backbones .eva_e_caption_heads.ckpt, eva_g_caption_heads.ckpt.: move"):
+        find_head(tmp_path, "captioning")
+    (tmp_path / "captioning.safetensors").touch()
+    assert find_head(tmp_path, "captioning") == head_file(tmp_path, "captioning")
+    # A file itself, unless its name says that this head was not trained in it.
+    file = tmp_path / "eva_e_detection_heads.ckpt"
+    assert find_head(file, "detection") == file
+    with pytest.raises(ValueError, match=r"of the detection head, in which other heads are untrained.*eva_\*_caption"):
+        find_head(file, "captioning")
+    other = file.rename(tmp_path / "heads.ckpt")
+    assert find_head(other, "captioning") == other
+
+
+def test_importing_the_package_brings_no_heads_with_it() -> None:
+    code = (
+        "import sys, visft_ds.interop as interop\n"
+        "heavy = {'torch', 'visft_ds.tasks', 'visft_ds.interop.heads'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "assert not hasattr(interop, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

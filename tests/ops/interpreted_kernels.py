@@ -1,0 +1,181 @@
+"""The Triton kernels in Triton's interpreter, on a CPU; `test_triton.py` runs this file with TRITON_INTERPRET=1.
+
+Triton decides on interpreting when a kernel is defined, so these tests need a process of their own. Every result is
+compared with float64 on the same inputs. The interpreter computes bf16 wrongly without a word, so launchers go through
+float32 there: that tests what kernels make of bf16 inputs, not their own roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from visft_ds.ops import KERNELS, use_kernels
+from visft_ds.ops.gelu import STEPS, gelu, layer_norm
+from visft_ds.ops.lora import Slices, lora_linear
+from visft_ds.ops.triton import interpreted
+
+assert interpreted(), "run by tests/ops/test_triton.py"
+
+#: Relative error in the Frobenius norm. fp32: sums of a hundred terms; 16 bit: u and each result are rounded once.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def _lora(
+    slices: Slices, lead: tuple[int, ...], fan_in: int, fan_out: int, rank: int, dtype: torch.dtype
+) -> list[Tensor]:
+    width = sum(high - low for low, high in slices)
+    shapes = ((*lead, fan_in), (fan_out, fan_in), (fan_out,), (len(slices) * rank, fan_in), (width, rank))
+    scales = (1.0, fan_in**-0.5, 1.0, fan_in**-0.5, rank**-0.5)
+    return [(torch.randn(*shape) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def _compare_lora(tensors: list[Tensor], slices: Slices, gradient: Tensor, *, with_bias: bool = True) -> None:
+    """Output and all gradients of the Triton backend against the eager one in float64."""
+    found = []
+    for dtype, backend in ((gradient.dtype, "triton"), (torch.float64, "eager")):
+        x, weight, bias, a, b = (tensor.to(dtype).requires_grad_() for tensor in tensors)
+        out = lora_linear(x, weight.detach(), bias if with_bias else None, a, b, 0.5, slices, backend=backend)
+        wanted = (x, a, b, bias) if with_bias else (x, a, b)
+        found.append((out.detach(), *torch.autograd.grad(out, wanted, gradient.to(dtype))))
+    for name, value, exact in zip(("y", "dx", "dA", "dB", "dbias"), *found, strict=False):
+        assert _error(value, exact) < TOLERANCE[gradient.dtype], (name, _error(value, exact))
+
+
+QV: Slices = ((0, 32), (64, 96))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_lora_equals_float64(dtype: torch.dtype) -> None:
+    _compare_lora(_lora(QV, (2, 9), 48, 96, 16, dtype), QV, torch.randn(2, 9, 96).to(dtype))
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Slices, tuple[int, ...], int, int, int, bool]:
+    """Ragged slices that end anywhere in a tile, ranks that are no power of two, sizes below and above a tile."""
+    fan_out = draw(st.integers(4, 80))
+    count = draw(st.integers(1, 3)) if fan_out >= 6 else 1
+    edges = draw(st.lists(st.integers(0, fan_out), min_size=2 * count, max_size=2 * count, unique=True).map(sorted))
+    slices = tuple((edges[2 * i], edges[2 * i + 1]) for i in range(count))
+    lead = draw(st.lists(st.integers(1, 7), min_size=1, max_size=2).map(tuple))
+    return slices, lead, draw(st.integers(1, 70)), fan_out, draw(st.integers(1, 40)), draw(st.booleans())
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(_cases())
+def test_lora_of_any_shape(case: tuple[Slices, tuple[int, ...], int, int, int, bool]) -> None:
+    slices, lead, fan_in, fan_out, rank, with_bias = case
+    torch.manual_seed(0)
+    tensors = _lora(slices, lead, fan_in, fan_out, rank, torch.float32)
+    _compare_lora(tensors, slices, torch.randn(*lead, fan_out), with_bias=with_bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [4, 256])
+def test_lora_ranks_from_4_to_256(rank: int) -> None:
+    _compare_lora(_lora(((0, 24),), (5,), 20, 24, rank, torch.float32), ((0, 24),), torch.randn(5, 24))
+
+
+def test_lora_takes_what_is_not_contiguous() -> None:
+    x, *others = _lora(QV, (6, 5, 48), 48, 96, 16, torch.float32)
+    x = torch.randn(48, 5, 3).permute(2, 1, 0)
+    _compare_lora([x, *others], QV, torch.randn(96, 5, 3).permute(2, 1, 0))
+    _compare_lora([x, *others], QV, torch.ones(()).expand(3, 5, 96))
+
+
+def test_lora_small_updates_survive_bf16() -> None:
+    """The whole layer rounds once. |B| is 1e-2 and rank 64, as some steps after the start of a run."""
+    slices: Slices = ((0, 64),)
+    x, weight, bias, a, b = _lora(slices, (40,), 256, 64, 64, torch.bfloat16)
+    b = torch.randn(64, 64).mul(1e-2).bfloat16()
+    share = {}
+    for backend in ("triton", "eager"):
+        changed, plain = (
+            lora_linear(x, weight, bias, a, values, 1 / 64, slices, backend=backend).double()
+            for values in (b, torch.zeros_like(b))
+        )
+        delta = (x.double() @ a.double().t()) @ b.double().t() / 64
+        share[backend] = float(((changed - plain) * delta).sum() / delta.square().sum())
+    assert 0.9 < share["triton"] < 1.1 and share["eager"] < 0.75
+
+
+@pytest.mark.slow
+# torch 2.13 warns of what its own compiler does.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_lora_is_kept_whole_by_compile() -> None:
+    """Forward and backward graphs hold one node for each launch, and no break."""
+    x, weight, bias, a, b = _lora(QV, (3,), 48, 96, 16, torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in (x, a, b)]
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, a, b, 0.5, QV, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradient = torch.randn(3, 96)
+    assert torch.equal(compiled(*inputs), layer(*inputs))
+    found = torch.autograd.grad(compiled(*inputs), inputs, gradient)
+    wanted = torch.autograd.grad(layer(*inputs), inputs, gradient)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[None]:
+    use_kernels("triton", torch.device("cpu"))
+    yield
+    use_kernels("library", torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_coded_gelu_is_that_of_pytorch(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-8, 8, 1500), torch.tensor([-100.0, 0.0, 100.0])]).to(dtype).view(9, 167)
+    results = []
+    for name in KERNELS:
+        use_kernels(name, torch.device("cpu"))
+        used = x.clone().requires_grad_()
+        y = gelu(used, coded=True)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), used.grad))
+    (y, slope), (y_triton, slope_triton) = results
+    exact = x.double().requires_grad_()
+    out = F.gelu(exact)
+    assert _error(y_triton, out.detach()) < TOLERANCE[dtype]
+    # A code next to the boundary between two may fall to either side; 16 bit round the slope that is read off.
+    assert (slope_triton - slope).abs().max() < 1.01 / STEPS
+    assert ((slope_triton - slope).abs() > 1e-6).float().mean() < 1e-2
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize(
+    ("stream", "branch"), [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float16,) * 2]
+)
+def test_added_norm_equals_float64(stream: torch.dtype, branch: torch.dtype) -> None:
+    """Rows of 100 numbers in a program of 128; the norm lies well off zero, where a sloppy variance would fail."""
+    x, inner = torch.randn(3, 7, 100).to(stream), (torch.randn(3, 7, 100) * 0.5 + 3).to(branch)
+    weight, bias = torch.randn(100), torch.randn(100)
+    gradient = torch.randn(3, 7, 100).to(stream)
+    found = []
+    for exact in (False, True):
+        tensors = (x, inner, gradient) if not exact else (x.double(), inner.double(), gradient.double())
+        used = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+        norm = [tensor.double() if exact else tensor for tensor in (weight, bias)]
+        y = layer_norm(used[1], norm[0], norm[1], 1e-6, used[0])
+        assert exact or type(y.grad_fn).__name__ != "AddBackward0"  # the kernel ran
+        found.append((y.detach(), *torch.autograd.grad(y, used, tensors[2])))
+    limit = max(TOLERANCE[stream], TOLERANCE[branch])
+    for name, got, wanted in zip(("y", "dx", "dbranch"), *found, strict=True):
+        assert _error(got, wanted) < limit, (name, _error(got, wanted))
+    weight.requires_grad_()
+    layer_norm(inner.float(), weight, bias, 1e-6, x.float()).sum().backward()
+    assert weight.grad is not None

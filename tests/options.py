@@ -1,0 +1,58 @@
+"""Options of heads, losses and images for tests: the schema's defaults, with what a test changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from visft_ds.config.task_schema import SHARED, SharedImage, Stream
+from visft_ds.data.transforms import Op, Size
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.transform import ImageTransform, transform_of
+from visft_ds.tasks.vocabulary import Vocabulary
+
+NO_CLASSES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+
+def options(task: str, part: Literal["image", "head", "loss"], **changed: Any) -> dict[str, Any]:
+    """Options of a part of a task."""
+    defaults = TASKS[task].options(part, {})
+    assert changed.keys() <= defaults.keys(), changed.keys() - defaults.keys()
+    return defaults | changed
+
+
+def head_of(task: str, in_channels: int, vocabulary_size: int | None = None, **changed: Any) -> Any:
+    """A head of the task."""
+    return TASKS[task].build_head(in_channels, options(task, "head", **changed), vocabulary_size)
+
+
+def criterion_of(task: str, **changed: Any) -> Any:
+    """A criterion of the task; `changed` are options of the loss, or those it shares with the head."""
+    shared = {name: changed.pop(name) for name in TASKS[task].shared_options if name in changed}
+    return TASKS[task].criterion(shared, changed)
+
+
+def alone(
+    task: str, train: bool, *, vocabulary: Vocabulary | None = None, classes: Any = None, **changed: Any
+) -> ImageTransform:
+    """The transform of images for one task, as in mode "sampled"."""
+    given = NO_CLASSES if classes is None else {task: tuple(classes)}
+    stream = Stream(task, (task,), 1.0, 1, 1, options(task, "image", **changed), given)
+    return transform_of(stream, vocabulary, train=train)
+
+
+def together(
+    train: bool, tasks: Sequence[str], *, vocabulary: Vocabulary | None = None, **changed: Any
+) -> ImageTransform:
+    """The transform of images that tasks share."""
+    image = SharedImage().model_dump()
+    assert changed.keys() <= image.keys(), changed.keys() - image.keys()
+    return transform_of(Stream(SHARED, tuple(tasks), 1.0, 1, 1, image | changed), vocabulary, train=train)
+
+
+def drawn(transform: ImageTransform, size: Size, random: np.random.Generator) -> list[Op]:
+    """Operations for an image of `size`."""
+    return transform.geometry.draw(size, transform.train, random)

@@ -1,0 +1,394 @@
+"""A tiny model of all three tasks, its batches, and two ways to train it: the ZeRO engine and plain PyTorch.
+
+Run as a module it is one rank of the engine (see `test_engines.py`):
+    RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.engine_case OUT.pt ENGINE
+In most steps one task learns and two are idle: a head without a gradient is where DeepSpeed goes wrong silently. In one
+step all three learn from the same images.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tests.options import criterion_of, head_of
+from visft_ds.config.layers import CONFIG_ROOT
+from visft_ds.config.schema import OptimizerParams, ParamGroup
+from visft_ds.data.samples import Batch, Sample
+from visft_ds.model import LossDenominators, MultiTaskModel, TaskModule
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.models.lora import inject_lora
+from visft_ds.prepare.model import TrainedGroup, apply_groups
+from visft_ds.tasks.transform import collate_joint
+
+SAVED_AT, GLOBAL_BATCH, CLIP, SIDE = 3, 4, 0.001, 56
+TASKS = ("detection", "segmentation", "captioning")
+#: Who learns in each step.
+ORDER = (("detection",), ("segmentation",), ("captioning",), TASKS, ("captioning",), ("segmentation",), ("detection",))
+STEPS, VOCABULARY = len(ORDER), 12
+#: Of the moving average: reached after the second update, by way of the smaller decays of the first ones.
+DECAY, MOMENTS = 0.25, ("exp_avg", "exp_avg_sq")
+Order = Sequence[tuple[str, ...]]  #: the tasks of each step
+Sides = Sequence[tuple[int, int]]  #: (height, width) of the images, step after step, again from the first
+Feed = Callable[[Any, int], tuple[list[Batch], LossDenominators]]  #: (engine, step) -> what a rank is given
+#: The engine whose processes also show what a fault on one rank does; `test_refusal.py` does it for all.
+REFUSING = "zero1"
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #: of the frozen matrices
+SCALE = 65536.0  #: with which fp16 begins
+GROUPS = {
+    1: [
+        ParamGroup(name="detection", params="heads.detection.*", lr=2e-3, weight_decay=0.1),
+        ParamGroup(name="segmentation", params="heads.segmentation.*", lr=1e-3, weight_decay=0.0),
+        ParamGroup(name="captioning", params="heads.captioning.*", lr=3e-3),
+    ],
+    2: [ParamGroup(name="a", params="*.lora_A", lr=1e-2), ParamGroup(name="b", params="*.lora_B", lr=2e-2)],
+}
+
+
+def build_tasks(width: int) -> dict[str, TaskModule]:
+    """Three heads, each as small as it gets with everything in it."""
+    shared = {
+        "detection": {"num_queries": 6, "decoder_layers": 2},
+        "segmentation": {"num_queries": 6, "decoder_layers": 1},
+        "captioning": {},
+    }
+    narrow: dict[str, dict[str, Any]] = {
+        "detection": {"encoder_dim": 16, "decoder_dim": 16, "encoder_layers": 1, "num_heads": 2, "ffn_dim": 32},
+        "segmentation": {"hidden_dim": 32, "encoder_layers": 1, "num_heads": 2},
+        "captioning": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 3},
+    }
+    narrow["segmentation"] |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    narrow["captioning"] |= {"vocabulary_size": VOCABULARY}
+    loss = {"segmentation": {"num_points": 48}}
+    return {
+        task: TaskModule(
+            head_of(task, width, dropout=0.0, **shared[task], **narrow[task]),
+            criterion_of(task, **shared[task], **loss.get(task, {})),
+        )
+        for task in shared
+    }
+
+
+def build(stage: int, *, storage: torch.dtype = torch.float32) -> tuple[MultiTaskModel, tuple[TrainedGroup, ...]]:
+    """The same model in every process; frozen matrices in `storage`, what trains in fp32."""
+    backbone = build_backbone("debug", seed=3, width=32, depth=2, num_heads=2, image_size=SIDE)
+    torch.manual_seed(5)
+    module = MultiTaskModel(backbone, build_tasks(32), train_backbone=stage == 2, heads_active=stage == 1)
+    if stage == 2:
+        inject_lora(backbone, rank=4, alpha=8.0, targets=("q", "v"), seed=1)
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("lora_B"):  # B = 0 would hide errors in the gradient of A
+                torch.nn.init.normal_(parameter, std=0.05)
+    groups = apply_groups(module, GROUPS[stage], OptimizerParams(lr=1e-3, weight_decay=1e-4))
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and parameter.ndim >= 2 and name.startswith("backbone.blocks"):
+            parameter.data = parameter.data.to(storage)
+    return module, groups
+
+
+def samples(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> list[Sample]:
+    """Images and labels of a step: a pure function of the step. One image has no object, one no caption."""
+    height, width = size = sides[step % len(sides)]
+    rng = np.random.default_rng(100 + step)
+    made = []
+    for place, objects in enumerate((2, 0, 1, 3)):
+        targets = {
+            "detection": _boxes(rng, objects),
+            "segmentation": _masks(rng, objects, size),
+            "captioning": _caption(rng, words=(3, 5, 0, 2)[place]),
+        }
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        made.append(
+            Sample(
+                index=place,
+                image_id=place,
+                original_size=size,
+                size=size,
+                image=image,
+                random_key=1000 * step + place,
+                targets={task: targets[task] for task in order[step]},
+            )
+        )
+    return made
+
+
+def _boxes(rng: np.random.Generator, objects: int) -> Mapping[str, npt.NDArray[Any]]:
+    boxes = np.concatenate([rng.uniform(0.3, 0.7, (objects, 2)), rng.uniform(0.1, 0.3, (objects, 2))], axis=1)
+    return {"boxes": boxes.astype(np.float32), "labels": rng.integers(1, 90, objects)}
+
+
+def _masks(rng: np.random.Generator, objects: int, size: tuple[int, int]) -> Mapping[str, npt.NDArray[Any]]:
+    masks = np.zeros((objects, size[0] // 4, size[1] // 4), dtype=np.uint8)
+    for mask, top, left in zip(masks, rng.integers(0, 8, objects), rng.integers(0, 8, objects), strict=True):
+        mask[top : top + 6, left : left + 5] = 255
+    return {"masks": masks, "labels": rng.integers(0, 80, objects)}
+
+
+def _caption(rng: np.random.Generator, words: int) -> Mapping[str, npt.NDArray[Any]]:
+    tokens = [VOCABULARY - 2, *rng.integers(1, VOCABULARY - 3, words), VOCABULARY - 1] if words else [VOCABULARY - 2]
+    return {"tokens": np.array(tokens, dtype=np.int64), "references": np.array(["words"] * bool(words), dtype=object)}
+
+
+def global_batch(step: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
+    """All images of a step."""
+    return collate_joint(samples(step, order, sides))
+
+
+def part(step: int, start: int, stop: int, order: Order = ORDER, sides: Sides = ((SIDE, SIDE),)) -> Batch:
+    """Some images of a step, with their labels; padded captions are as long as its own longest."""
+    return collate_joint(samples(step, order, sides)[start:stop])
+
+
+def loss_denominators(module: MultiTaskModel, whole: Batch, parts: int) -> LossDenominators:
+    """What the trainer derives from the counts of all ranks."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in module.count(whole).items():
+        task, _, count = name.partition("/")
+        result.setdefault(task, {})[count] = torch.tensor(max(value, 1.0) / parts)
+    return result
+
+
+def factor(step: int) -> float:
+    """A schedule that changes in every step."""
+    return (step + 1) / (STEPS + 1)
+
+
+def train_plain(
+    stage: int, precision: str = "fp32", order: Order = ORDER, sides: Sides = ((SIDE, SIDE),), parts: int = 1
+) -> dict[str, Any]:
+    """One process, one batch (or `parts` of it, one after another), torch alone: what every engine has to equal.
+
+    A head that takes no part has zero gradients, not none: its moments decay and weight decay applies, as in DeepSpeed.
+    """
+    module, groups = build(stage, storage=STORAGE[precision])
+    scale = SCALE if precision == "fp16" else 1.0
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    parameters = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
+    optimizer = torch.optim.AdamW(parameters)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    trained = [p for g in groups for p in g.parameters]
+    average = [p.detach().clone() for p in trained]
+    losses, norms, states, sums_of = [], [], [], []
+    for step in range(len(order)):
+        module.train()
+        whole = global_batch(step, order, sides)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        sums: dict[str, float] = {}
+        for start in range(0, GLOBAL_BATCH, GLOBAL_BATCH // parts):
+            batch = whole if parts == 1 else part(step, start, start + GLOBAL_BATCH // parts, order, sides)
+            with torch.autocast("cpu", STORAGE[precision], enabled=precision != "fp32"):
+                found = module(batch, loss_denominators(module, whole, parts))
+            (found["loss"] / parts * scale).backward()
+            sums = {name: sums.get(name, 0.0) + value.item() / parts for name, value in found.items()}
+        for parameter in trained:
+            parameter.grad /= scale
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, CLIP)))
+        optimizer.step()
+        scheduler.step()
+        losses.append(sums["loss"])
+        sums_of.append(sums)
+        for held, parameter in zip(average, trained, strict=True):
+            held.lerp_(parameter.detach(), 1 - min(DECAY, (step + 2) / (step + 11)))
+        states.append({name: {n: optimizer.state[p][name].clone() for n, p in named.items()} for name in MOMENTS})
+        states[-1]["value"] = {n: p.detach().clone() for n, p in named.items()}
+    names = {parameter: name for name, parameter in named.items()}
+    averages = {names[parameter]: held for parameter, held in zip(trained, average, strict=True)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "named": sums_of,
+        "values": states[-1]["value"],
+        "average": averages,
+        "saved": states[SAVED_AT - 1],
+    }
+
+
+def forget_autocast() -> None:
+    """DeepSpeed remembers the autocast of a process's last engine: one of fp32 would get the loss scaler of fp16."""
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
+def engine_config(name: str, precision: str, accumulation: int = 2) -> dict[str, Any]:
+    """What DeepSpeed is given."""
+    config: dict[str, Any] = json.loads((CONFIG_ROOT / f"engines/{name}.json").read_text())
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIP,
+        "steps_per_print": 10**9,
+    }
+    if precision != "fp32":
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return config
+
+
+def start_engine(stage: int, name: str, precision: str, accumulation: int = 2) -> Any:
+    """An engine of ds_configs over the tiny model."""
+    from visft_ds.parallel.engine import ZeroEngine
+    from visft_ds.parallel.placement import placement_for
+
+    forget_autocast()
+    config = engine_config(name, precision, accumulation)
+    module, groups = build(stage, storage=STORAGE[precision])
+    optimizer_groups = [
+        {"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups
+    ]
+    placement = placement_for(config, None)
+    for parameter in module.parameters():
+        placement.place(parameter)
+    return ZeroEngine(module, optimizer_groups, config, build_optimizer=torch.optim.AdamW, schedule=factor, seed=0)
+
+
+def fed(engine: Any, step: int) -> tuple[list[Batch], LossDenominators]:
+    """This rank's share of a step, and what its losses are divided by."""
+    from visft_ds.parallel import distributed
+
+    rank, world = distributed.rank(), distributed.world_size()
+    micro = GLOBAL_BATCH // (world * engine.accumulation)
+    starts = [(index * world + rank) * micro for index in range(engine.accumulation)]
+    batches = [part(step, first, first + micro) for first in starts]
+    return batches, loss_denominators(engine.module, global_batch(step), world * engine.accumulation)
+
+
+def run_steps(
+    engine: Any, start: int, stop: int, folder: Path | None, average: Any = None, feed: Feed = fed
+) -> dict[str, Any]:
+    """Train some steps on this rank's share; the state after SAVED_AT goes to `folder`. Collective."""
+    from visft_ds.checkpoint.averaging import gather_all
+    from visft_ds.checkpoint.format import save_checkpoint
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.state import gather_parameters
+
+    reports = []
+    for step in range(start, stop):
+        reports.append(engine.train_step(step, *feed(engine, step)))
+        if average is not None:
+            average.update()
+        if folder is not None and step + 1 == SAVED_AT:
+            state = gather_all(engine, average)
+            if state is not None:
+                save_checkpoint(folder, step + 1, state, {"case": "tiny"})
+            distributed.barrier()
+    found = {
+        "losses": [report.losses["loss"] for report in reports],
+        "norms": [report.gradient_norm for report in reports],
+        "named": [report.losses for report in reports],
+        "rates": [dict(report.learning_rates) for report in reports],
+        "values": gather_parameters(engine),
+        "skipped": [report.skipped for report in reports],
+        "scales": distributed.gather_objects([*(report.loss_scale for report in reports), engine.loss_scale.value]),
+        "everyone": distributed.gather_objects([(r.losses, r.gradient_norm, r.learning_rates) for r in reports]),
+    }
+    return found | ({"average": average.gather()} if average is not None else {})
+
+
+def resume(engine: Any, folder: Path, *, average: bool = True) -> tuple[Any, bool]:
+    """Take up the checkpoint in a folder. Returns its moving average, and whether the engine holds it bit for bit."""
+    from visft_ds.checkpoint.averaging import MovingAverage, gather_all
+    from visft_ds.checkpoint.format import newest_checkpoint
+    from visft_ds.parallel.state import restore_state
+
+    found, _ = newest_checkpoint(folder)
+    assert found is not None
+    wanted, moving = found.load(), MovingAverage(engine, DECAY) if average else None
+    restore_state(engine, wanted, found.step)
+    if moving is not None:
+        moving.restore(wanted.average)
+    held = gather_all(engine, moving)
+    if held is None:
+        return moving, True
+    pairs = [(held.parameters, wanted.parameters), *((held.moments[key], wanted.moments[key]) for key in MOMENTS)]
+    pairs += [(held.average, wanted.average)] if average else []
+    same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+    return moving, same and held.updates == wanted.updates and held.loss_scale == wanted.loss_scale
+
+
+def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
+    """What `safe_get` and `safe_set` do to two parameters of each group, and the average in place of the values."""
+    from visft_ds.parallel.state import _gathered, gather_parameters, on_main, safe_get, safe_set, trainable
+
+    def in_module(name: str) -> torch.Tensor | None:
+        parameter = trainable(engine)[name]
+        return on_main(engine, name, None if parameter.is_meta else _gathered(parameter).clone())
+
+    values, averages = gather_parameters(engine), average.gather()
+    found: dict[str, Any] = {"names": (tuple(values), tuple(averages)), "set": {}, "average": {}}
+    names = [[n for n in trainable(engine) if fnmatchcase(n, group.params)] for group in GROUPS[stage]]
+    chosen = sorted({name for one in names for name in (one[0], one[-1])})
+    with average.used():
+        found["average"] = {name: (averages.get(name), in_module(name)) for name in chosen}
+    for name in chosen:
+        after = in_module(name)  # the average has left
+        before = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
+        for what, tensor in before.items():
+            safe_set(engine, name, tensor * 2 + 1, what)
+        got = {what: safe_get(engine, name, what) for what in ("value", *MOMENTS)}
+        found["set"][name] = (values.get(name), after, before, got, in_module(name))
+    return found
+
+
+def main(out: str, name: str) -> None:
+    """One rank: both stages in fp32 and bf16, a resume of each, and stage 1 without the remedy for stale gradients.
+
+    Where there is a checkpoint of plain PyTorch beside OUT, stage 1 is resumed from that, too.
+    """
+    from tests.parallel import start_case
+    from visft_ds.checkpoint.averaging import MovingAverage
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel import engine as engine_module
+
+    torch.set_num_threads(1)
+    engine_module.start_process_group()
+    results: dict[str, Any] = {}
+    averaging = name != "zero2"  # keeps its values and moments as zero1 does
+    for stage in (1, 2):
+        folder = Path(out).parent / f"{name}-stage{stage}"
+        straight = start_engine(stage, name, "fp32")
+        average = MovingAverage(straight, DECAY) if averaging else None
+        results[f"stage{stage}"] = run_steps(straight, 0, STEPS, folder, average)
+        resumed = start_engine(stage, name, "fp32")
+        average, exact = resume(resumed, folder, average=averaging)
+        results[f"stage{stage}-resumed"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None, average)}
+        if stage == 1 and averaging:
+            results["access"] = read_and_write(resumed, average, stage)
+        results[f"stage{stage}-bf16"] = run_steps(start_engine(stage, name, "bf16"), 0, STEPS, None)
+    if (plain := Path(out).parent / "plain-stage1").exists():
+        resumed = start_engine(1, name, "fp32")
+        _, exact = resume(resumed, plain, average=False)
+        results["stage1-from-plain"] = {"exact": exact, **run_steps(resumed, SAVED_AT, STEPS, None)}
+    if name.startswith("zero3"):
+        results["start"] = start_case.started(name)
+        results["export"] = start_case.exported(name, Path(out).parent)
+    if name == REFUSING:
+        from tests.parallel.refusal_case import disagree, refusals
+
+        results["refusals"] = refusals(name, ["fp32"], ["fault"])
+        results["disagree"] = distributed.gather_objects(disagree())
+        from tests.parallel.unchanged_case import compared
+
+        results["unchanged"] = compared(name, "fp32", 1)
+    if name != "zero3_offload":  # the loss scaler is the same as without offload
+        growing = start_engine(1, name, "fp16")
+        growing.loss_scale.restore({**growing.loss_scale.state(), "growth_interval": 2})
+        results["stage1-fp16"] = run_steps(growing, 0, STEPS, None)
+    engine_module.clear_stale_gradients = lambda optimizer: None
+    results["stage1-without-remedy"] = run_steps(start_engine(1, name, "fp32"), 0, STEPS, None)
+    if distributed.is_main():
+        torch.save(results, out)
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,150 @@
+"""Where a pipeline is divided, what it predicts, and which configurations have one."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from visft_ds.config import derive_batches, resolve
+from visft_ds.config.batches import deepspeed_dict
+from visft_ds.data.plan import Plan, SetPlan, TaskPlan
+from visft_ds.data.roles import IdleLoader, Place
+from visft_ds.data.selection import Selection
+from visft_ds.parallel.partition import Partition, divide
+from visft_ds.parallel.pipeline import stage_groups
+from visft_ds.planner import run_of
+from visft_ds.profiling.session import open_session
+
+COSTS = ([1.0] * 8, [0.2, *[1.0] * 12, 6.0], [5.0, 1.0, 1.0, 1.0, 4.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 9.0])
+
+
+def planned(stage: int = 2, stages: int = 4, model: str = "debug", **settings: Any) -> Partition:
+    values = {"pipeline.stages": stages, "visft.tasks": "detection", **settings}  # counting in heads takes its time
+    config = resolve(
+        stage=stage, engine="pipeline", model=model, settings=[f"{key}={value}" for key, value in values.items()]
+    )
+    partition = run_of(config, stages, "fp32", None, None).partition
+    assert partition is not None
+    return partition
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_the_most_expensive_stage_is_as_cheap_as_possible(costs: list[float], stages: int) -> None:
+    def worst(bounds: tuple[int, ...]) -> float:
+        return max(sum(costs[start:stop]) for start, stop in pairwise(bounds))
+
+    bounds = divide(costs, stages)
+    everything = [(0, *cut, len(costs)) for cut in combinations(range(1, len(costs)), stages - 1)]
+    assert len(bounds) == stages + 1 and sorted(set(bounds)) == list(bounds)  # none is empty
+    assert worst(bounds) == pytest.approx(min(map(worst, everything)))
+
+
+def test_frozen_blocks_count_as_the_work_they_are() -> None:
+    """Stage 1 trains the heads alone: divided by what trains, one stage would get all blocks but a few."""
+    partition = planned(stage=1, stages=8, model="eva_e")
+    layers = [stop - start for start, stop in zip(partition.bounds, partition.bounds[1:], strict=False)]
+    assert layers == [9, 8, 8, 8, 8, 8, 8, 9]
+    assert max(partition.stage_costs()) < 1.05 * sum(partition.costs) / 8
+    assert 0 < partition.costs[-1] < partition.costs[1]  # the heads of a giant tower are less than a block
+
+
+def test_what_trains_costs_its_backward_pass() -> None:
+    images = {"visft.mode": "shared", "visft.shared.batch_size": 4, "visft.shared.micro_batch": 1}
+    plain = {**images, "visft.model.checkpoint_every": 0}
+    heads, adapters = planned(stage=1, **plain), planned(stage=2, **plain)
+    assert 2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]  # the gradient of its input, and adapters
+    recomputed = planned(stage=2, **images, **{"visft.model.checkpoint_every": 1})
+    # Once more forward, up to the last product, whose result nobody needs.
+    assert 0.6 * heads.costs[2] < recomputed.costs[2] - adapters.costs[2] < heads.costs[2]
+
+
+def test_equal_stages_wait_as_the_textbook_says() -> None:
+    partition = Partition(tuple("abcd"), (1.0,) * 4, (0, 1, 2, 3, 4))
+    for micro_batches in (1, 4, 32):
+        assert partition.bubble(micro_batches) == pytest.approx(3 / (micro_batches + 3))
+    uneven = Partition(tuple("ab"), (3.0, 1.0), (0, 1, 2))
+    assert uneven.bubble(1000) == pytest.approx(1 / 3, rel=1e-2)  # the small stage waits two thirds of the time
+    assert [name for name, _ in uneven.rows(4)] == ["stage 0", "stage 1", "waiting"]
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(ValueError, match=r"pipeline.stages = 9: .* has 4 layers .* at most 4"):
+        planned(stages=9)
+
+
+def test_places_are_numbered_as_deepspeed_numbers_them() -> None:
+    places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
+    assert [(place.stage, place.dp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [place.role for place in places] == ["images", "images", None, None, "labels", "labels"]
+    assert Place.of_rank(1, 2, 1) == Place(0, 1, 1, 2) and Place.of_rank(1, 2, 1).role == "both"
+
+
+def test_a_stage_that_reads_nothing_knows_the_steps() -> None:
+    plan = Plan({"detection": TaskPlan({"toy": SetPlan(Selection.all(8))}, 4)}, 0)
+    steps = list(IdleLoader(plan).steps(3, 6))
+    assert [(whole.step, batches) for whole, batches in steps] == [(3, []), (4, []), (5, [])]
+
+
+def test_a_stage_without_a_group_gets_an_anchor() -> None:
+    """Every stage has all groups, in order: ZeRO-1 runs collectives for each, and has none for an empty one."""
+    stages = [nn.ModuleDict({"a": nn.Linear(2, 2)}), nn.ModuleDict({"b": nn.Linear(2, 2)})]
+    groups = [
+        {"params": list(stage.parameters()), "lr": 1.0, "weight_decay": 0.0, "name": name}
+        for name, stage in zip("ab", stages, strict=True)
+    ]
+    for number, stage in enumerate(stages):
+        divided = stage_groups(stage, groups)
+        assert [group["name"] for group in divided] == ["a", "b"]
+        assert divided[number]["params"] == groups[number]["params"]
+        (anchor,) = divided[1 - number]["params"]
+        assert anchor is stage.get_parameter(f"anchor{1 - number}") and not torch.count_nonzero(anchor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["zero_optimization.stage=0"], "clips by the gradient of one stage"),
+        (["zero_optimization.stage=2"], "DeepSpeed refuses 2 and 3"),
+        (["zero_optimization.overlap_comm=true"], "must be false with a pipeline"),
+        (["visft.data.skip_damaged=2"], "must be 0 with a pipeline"),
+        (['tensorboard={"enabled": true}'], "remove it with a pipeline"),
+        (["pipeline.stages=1"], "greater than or equal to 2"),
+        (["pipeline.activation_checkpoint_interval=1"], "unknown key"),
+        (['bf16={"enabled": true}'], "visft.model.precision"),  # its optimizer wipes gradients of heads
+        (["pipeline.stage=2"], r"did you mean pipeline\.stages"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(stage=1, engine="pipeline", model="debug", settings=settings)
+
+
+def test_processes_and_images_are_divided_over_pipelines() -> None:
+    settings = ["pipeline.stages=3", "visft.model.precision=auto"]
+    config = resolve(stage=1, engine="pipeline", model="debug", settings=settings)
+    batches = derive_batches(config, 6)
+    assert (batches.dp, batches.stages) == (2, 3)
+    assert "= 2 pipelines of 3 processes x" in batches.equations()[0]
+    assert deepspeed_dict(config, 6, "fp32")["train_batch_size"] == 24  # images, not images of each process
+    with pytest.raises(ValueError, match=r"pipeline.stages = 3 on 4 processes.* use 3 or 6 processes"):
+        derive_batches(config, 4)
+    with pytest.raises(ValueError, match=r"more pipelines than images.* use .*72 processes"):
+        derive_batches(config, 75)
+    assert deepspeed_dict(config, 3, "fp16")["torch_autocast"]["dtype"] == "float16"
+
+
+def test_a_run_may_change_its_pipeline_and_go_on() -> None:
+    zero, pipeline = (resolve(stage=1, engine=engine, model="debug") for engine in ("zero1", "pipeline"))
+    assert zero.fingerprint() == pipeline.fingerprint()
+    assert zero.pipeline_stages == 1 and pipeline.pipeline_stages == 2
+
+
+def test_a_stage_is_not_measured_by_part() -> None:
+    config = resolve(stage=1, engine="pipeline", model="debug")
+    with pytest.raises(ValueError, match="pipeline: a step is measured by part"), open_session(config, synthetic=True):
+        pass

@@ -1,0 +1,274 @@
+"""The pipeline engine equals one plain PyTorch process on the global batch, predicts the same and goes on bit for bit.
+
+Two stages with two micro-batches and more against one batch of four; images of another shape in each step; ragged
+labels of three tasks that reach the heads on the last stage only. Stage 1 leaves all stages but the last without
+anything to train, stage 2 freezes the heads, and with four stages each holds a single layer, of which some are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel import engine_case as case
+from tests.parallel.pipeline_case import ORDERS, prediction_batch, tensors_of
+from tests.parallel.test_engines import (
+    BF16_LOSS,
+    BF16_NORM,
+    LOSS,
+    NORM,
+    ONLY_ROUNDING,
+    WEIGHTS,
+    check_access,
+    differences,
+)
+from tests.parallel.test_refusal import check as check_refusal
+from tests.ranks import finish, run_ranks, start_ranks
+
+STAGES = (1, 2)
+#: A value of 11 bits, rounded the other way.
+FP16_ROUNDING = 2**-11
+#: A gradient that is lost moves a weight by twenty times this bound in one step.
+FP16_WEIGHTS = 1e-3
+FAST = ["2:fp16:square:overflow", "2:fp32:mixed:resume", "1:fp32:mixed:predict"]
+WHOLE = [
+    *(f"{stage}:{precision}:{order}" for stage in STAGES for precision in ("fp32", "bf16") for order in ORDERS),
+    *(f"{stage}:fp16:mixed" for stage in STAGES),
+    "2:fp32:mixed:recompute",
+    *FAST,
+]
+SHAPES = (
+    pytest.param(("pipeline2", 2, ["refusals", *FAST]), id="2x1"),
+    pytest.param(("pipeline2", 2, WHOLE), id="2x1-whole", marks=pytest.mark.slow),
+    pytest.param(("pipeline2", 4, WHOLE), id="2x2", marks=pytest.mark.slow),
+    pytest.param(("pipeline4", 4, WHOLE), id="4x1", marks=pytest.mark.slow),
+)
+
+
+@cache
+def plain(stage: int, precision: str, order: str, parts: int) -> dict[str, Any]:
+    """The reference run of one process."""
+    return case.train_plain(stage, precision, *ORDERS[order], parts)
+
+
+def reference(name: str, parts: int = 1) -> dict[str, Any]:
+    """What a run has to equal."""
+    stage, precision, order = name.split(":")[:3]
+    return plain(int(stage), precision, order, parts)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every run of one shape of pipeline, and what its ranks printed."""
+    engine, world, names = request.param
+    out: Path = tmp_path_factory.mktemp(f"{engine}-{world}") / "results.pt"
+    printed = run_ranks(["-m", "tests.parallel.pipeline_case", str(out), engine, *names], world)
+    return {**torch.load(out), "printed": printed}
+
+
+def runs(trained: dict[str, dict[str, Any]], precision: str) -> dict[str, dict[str, Any]]:
+    return {name: run for name, run in trained.items() if f":{precision}:" in name}
+
+
+def test_equals_one_process(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs(trained, "fp32").items():
+        found = differences(run, reference(name))
+        assert found["losses"] <= LOSS, name
+        assert found["norms"] <= NORM, name
+        assert found["values"] <= WEIGHTS, name
+
+
+def test_equals_one_process_in_bf16(trained: dict[str, dict[str, Any]]) -> None:
+    """In bf16 it matters which images are multiplied together, so the process takes them one by one as the stages do.
+
+    Every product is then rounded alike and what is left is the order of fp32 sums: the bounds of fp32 hold. With the
+    whole batch at once, losses and norms stay within what the ZeRO engines are allowed.
+    """
+    for name, run in runs(trained, "bf16").items():
+        found = differences(run, reference(name, case.GLOBAL_BATCH))
+        assert found["losses"] <= LOSS, name
+        assert found["norms"] <= NORM, name
+        assert found["values"] <= WEIGHTS, name
+        whole = differences(run, reference(name))
+        assert whole["losses"] <= BF16_LOSS and whole["norms"] <= BF16_NORM, name
+
+
+def test_equals_one_process_in_fp16(trained: dict[str, dict[str, Any]]) -> None:
+    """Each image by itself, as in bf16. The first step is the same; after it weights differ by rounding in fp32.
+
+    That decides now and then how a product of adapted weights is rounded in fp16, by one part in 2048 of one value. The
+    heads compute in fp32, on features of a frozen backbone: there the bounds of fp32 hold throughout.
+    """
+    for name, run in runs(trained, "fp16").items():
+        if name.endswith("overflow"):
+            continue
+        expected = reference(name, case.GLOBAL_BATCH)
+        found = differences(run, expected)
+        assert found["losses"] <= LOSS, name
+        assert run["norms"][0] == pytest.approx(expected["norms"][0], rel=NORM), name
+        assert found["norms"] <= (NORM if name[0] == "1" else FP16_ROUNDING), name
+        assert found["values"] <= (WEIGHTS if name[0] == "1" else FP16_WEIGHTS), name
+        assert run["scales"] == [[case.SCALE] * (len(run["losses"]) + 1)] * len(run["scales"]), name
+
+
+def test_an_overflow_in_one_stage_lowers_the_scale_of_all_and_changes_nothing(
+    trained: dict[str, dict[str, Any]],
+) -> None:
+    for name, run in trained.items():
+        if not name.endswith("overflow"):
+            continue
+        world = len(run["scales"])
+        # A stage before the last one overflows; the last one has had a finite gradient.
+        assert any(run["hooked"]) and run["hooked"][-1] == 0, name
+        assert run["reports"] == [(True, "", math.inf)] * world, name
+        assert run["scales"] == [case.SCALE / 2] * world and run["skipped_steps"] == [1] * world, name
+        before, after = run["states"]
+        assert before["updates"] == after["updates"] == 1, name
+        for first, second in [
+            (before["parameters"], after["parameters"]),
+            *((before["moments"][key], after["moments"][key]) for key in case.MOMENTS),
+        ]:
+            assert first and all(torch.equal(second[key], value) for key, value in first.items()), name
+        assert (before["loss_scale"]["_growth_tracker"], after["loss_scale"]["_growth_tracker"]) == (1, 0), name
+
+
+@pytest.mark.slow
+def test_stages_that_judge_an_overflow_alone_part_and_are_stopped(tmp_path: Path) -> None:
+    """The agreement taken out: the next step finds that the stages have other scales."""
+    name = "2:fp16:square:overflow-alone"
+    codes, printed = finish(
+        start_ranks(["-m", "tests.parallel.pipeline_case", str(tmp_path / "out.pt"), "pipeline2", name])
+    )
+    assert all(codes) and "assert scale == self.loss_scale.value" in printed[0], printed
+
+
+def test_every_rank_reports_every_loss_by_name(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs(trained, "fp32").items():
+        assert all(one == run["everyone"][0] for one in run["everyone"]), name
+        for ours, theirs in zip(run["named"], reference(name)["named"], strict=True):
+            assert ours == pytest.approx(theirs, rel=LOSS, abs=1e-7), name  # means over micro-batches, in fp32
+
+
+def test_the_first_step_has_a_learning_rate(trained: dict[str, dict[str, Any]]) -> None:
+    """DeepSpeed's own schedules spend it at 0."""
+    for name, run in runs(trained, "fp32").items():
+        groups = case.GROUPS[int(name[0])]
+        expected = {group.name: (group.lr or 0) * case.factor(0) for group in groups}
+        assert run["rates"][0] == pytest.approx(expected) and min(expected.values()) > 0, name
+
+
+def test_frozen_parts_stay_in_evaluation_mode(trained: dict[str, dict[str, Any]]) -> None:
+    """DeepSpeed puts every layer of a stage into training mode: frozen heads would drop features out."""
+    for name, run in runs(trained, "fp32").items():
+        frozen, active = ("backbone", "heads") if name.startswith("1") else ("heads", "backbone")
+        for modules in run["training"] if not name.endswith("predict") else ():
+            assert active in modules and not [m for m in modules if m.startswith(frozen)], name
+
+
+def test_every_stage_has_every_group_and_anchors_do_not_move(trained: dict[str, dict[str, Any]]) -> None:
+    """Stages with other numbers of groups would wait for each other for ever."""
+    for name, run in runs(trained, "fp32").items():
+        groups = len(case.GROUPS[int(name[0])])
+        assert set(run["groups"]) == {groups}, name
+        trains = {name for name in run["held"][0] if ".lora_" in name}  # what the first stage holds
+        assert len(run["anchors"][0]) == (0 if trains else groups), name
+        assert not any(anchor.any() for anchors in run["anchors"] for anchor in anchors), name
+
+
+def test_a_stage_holds_its_own_layers_only(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs(trained, "fp32").items():
+        held = run["held"]
+        stages = [held[0], *(one for before, one in pairwise(held) if one != before)]
+        assert len(stages) in (2, 4) and sum(map(len, stages)) == len(set().union(*stages)), name
+        assert "backbone.pos_embed" in stages[0] and "backbone.norm.weight" in stages[-1], name
+
+
+def test_a_stage_starts_with_the_values_of_its_layers(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in trained.items():
+        if name.endswith("resume"):
+            assert len(run["start"]) == 4 and not any(any(ranks) for ranks in run["start"].values()), run["start"]
+
+
+def test_predictions_return_to_where_the_images_were(trained: dict[str, dict[str, Any]]) -> None:
+    """Every rank has images of its own, of another size; a step after training must not be in training mode."""
+    for name, run in trained.items():
+        if not name.endswith("predict"):
+            continue
+        module, _ = case.build(int(name[0]))
+        module.load_state_dict({**module.state_dict(), **run["values"]})
+        module.eval()
+        for rank, outputs in enumerate(run["predicted"]):
+            with torch.no_grad():
+                expected = tensors_of(module(prediction_batch(rank)))
+            assert outputs.keys() == expected.keys()
+            for key, value in expected.items():
+                # The same operations on the same batch, but tensors may lie differently in memory.
+                torch.testing.assert_close(outputs[key], value, rtol=1e-5, atol=1e-5, msg=f"{name} {rank} {key}")
+
+
+def test_resume_is_the_same_run_bit_for_bit(trained: dict[str, dict[str, Any]]) -> None:
+    """`tests/checkpoint/test_matrix.py` goes on under every other engine."""
+    for name, run in trained.items():
+        if not name.endswith("resume"):
+            continue
+        resumed = run["resumed"]
+        assert resumed["exact"] and resumed["losses"] == run["losses"][case.SAVED_AT :], name
+        for what in ("values", "average"):
+            assert all(torch.equal(run[what][key], value) for key, value in resumed[what].items()), (name, what)
+
+
+def test_the_moving_average_is_that_of_one_process(trained: dict[str, dict[str, Any]]) -> None:
+    for name, run in runs(trained, "fp32").items():
+        expected = reference(name)["average"]
+        assert run["average"].keys() == expected.keys(), name
+        compared = {key: value for key, value in expected.items() if key != ONLY_ROUNDING}
+        assert max(float((run["average"][key] - value).abs().max()) for key, value in compared.items()) <= WEIGHTS
+
+
+def test_values_and_moments_can_be_read_and_written_whichever_stage_holds_them(
+    trained: dict[str, dict[str, Any]],
+) -> None:
+    for name, run in trained.items():
+        if not name.endswith("resume"):
+            continue
+        check_access(run["access"])
+        holders = {tuple(key in held for held in run["held"]) for key in run["access"]["set"]}
+        assert len(holders) > 1, name  # no stage holds all of them
+
+
+def test_labels_of_other_samples_are_found(trained: dict[str, dict[str, Any]]) -> None:
+    printed = trained["printed"]
+    if any(name.endswith("predict") for name in trained):
+        assert "step 20: the last pipeline stage has labels of other samples than the pixels" in printed[-1]
+
+
+def test_no_stage_makes_an_update_after_a_loss_that_is_refused(trained: dict[str, dict[str, Any]]) -> None:
+    """Only the last stage knows the loss; `test_refusal.py` has gradients, matching costs and bf16 too."""
+    for name, found in trained.get("refusals", {}).items():
+        check_refusal(found, *name.split("-"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["zero0", "offload", "offload-stale", "no-anchors", "own-backward"])
+def test_faults_of_deepspeed_need_their_remedies(option: str, tmp_path: Path) -> None:
+    """Each fault as DeepSpeed has it, with its remedy taken out; all equal one process with it (above, and offload)."""
+    out, name = tmp_path / "results.pt", f"1:fp32:mixed:{option}"
+    ranks = start_ranks(["-m", "tests.parallel.pipeline_case", str(out), "pipeline2", name])
+    codes, printed = finish(ranks, timeout=600)
+    if option == "no-anchors":  # a stage without anything to train
+        assert codes[0] and "optimizer got an empty parameter list" in printed[0]
+    elif option == "own-backward":  # gradients are sent to a stage that has no use for them
+        assert any(codes) and "does not require grad" in "".join(printed)
+    else:
+        assert codes == [0, 0], "\n".join(printed)
+        found = differences(torch.load(out)[name], reference(name))
+        if option == "offload":
+            assert found["norms"] <= NORM and found["values"] <= WEIGHTS
+        else:  # the norm leaves a stage out; gradients of idle heads come back
+            assert found["norms"] > 10 * NORM or found["values"] > 10 * WEIGHTS

@@ -1,0 +1,49 @@
+"""Predicted peaks of real engines against measured ones, for every engine, stage, task and policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import finish, start_ranks
+from tools.profile import main
+from visft_ds.profiling.plan_validation import CASES, TOLERANCE, error_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_peak_is_predicted(processes: int, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    codes, outputs = finish(
+        start_ranks(["tools/profile.py", "plan", "--validate", "--json", str(file)], processes), timeout=1200
+    )
+    assert codes[0] == 0, outputs[0]
+    records = json.loads(file.read_text())["records"]
+    assert len(records) == 3 * sum(case.processes == processes for case in CASES)
+    wrong = {(one["case"], one["task"]): error_of(one) for one in records if abs(error_of(one)) > TOLERANCE}
+    assert wrong == {}
+
+
+def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    arguments = ["--model", "debug", "--stage", "2", "--engine", "zero1", "--set", "visft.tasks=detection"]
+    assert main(["plan", "--cluster", "1xH100", *arguments, "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "== plan: 1xH100-80GB, predicted" in text and "debug, stage 2, ZeRO-1: time" in text
+    (plan,) = json.loads(file.read_text())["plans"]
+    assert plan["arms"][0]["fits"] and plan["arms"][0]["streams"]["detection"]["memory"]["total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --cluster SPEC, or --validate"),
+        (["--cluster", "8xA10O-80GB"], "did you mean A100-80GB"),
+        (["--cluster", "8xH100", "--stages", "2"], "did you mean --stage"),
+    ],
+)
+def test_wrong_usage_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err

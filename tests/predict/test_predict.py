@@ -1,0 +1,301 @@
+"""Predictions for one's own pictures: the numbers of an evaluation, whatever way the picture comes in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import visft_ds
+from tests.freeze.stored import FOLDER as GOLDEN
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.evals.model import files_of_run, load_model
+from visft_ds.evals.runner import collect
+from visft_ds.interop.merge import merge_into_file, read_adapter
+from visft_ds.predict.images import find_images, open_image
+from visft_ds.predict.model import Model, load, load_backbone
+from visft_ds.predict.results import Prediction
+from visft_ds.prepare.streams import streams_of
+from visft_ds.run.folder import recorded_config
+from visft_ds.tasks.pictures import palette
+
+TASKS = ["detection", "segmentation", "captioning"]
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Model:
+    return load(place / "runs/stage2")
+
+
+def _same(found: Prediction, wanted: Prediction) -> None:
+    assert found.boxes is not None and wanted.boxes is not None and found.masks is not None and wanted.masks is not None
+    np.testing.assert_array_equal(found.boxes.xyxy, wanted.boxes.xyxy)
+    np.testing.assert_array_equal(found.boxes.scores, wanted.boxes.scores)
+    np.testing.assert_array_equal(found.masks.masks, wanted.masks.masks)
+    assert (found.boxes.names, found.masks.names, found.caption) == (
+        wanted.boxes.names,
+        wanted.masks.names,
+        wanted.caption,
+    )
+
+
+def test_predictions_are_those_of_an_evaluation(model: Model, place: Path) -> None:
+    config = recorded_config(place / "runs/stage2").visft
+    files = files_of_run(place / "runs/stage2", config, TASKS)
+    decoding = {"captioning": config.tasks.captioning.decoding.model_dump()}  # type: ignore[union-attr]
+    evaluated = load_model(files, TASKS, precision="fp32", device=torch.device("cpu"), decoding=decoding)
+    manifest = Manifest.load(GOLDEN / "shards", "val")
+    with ShardReader(manifest) as reader:
+        collected = collect(evaluated.predict, reader, streams_of(config, manifest), evaluated.vocabulary, threads=0)
+    assert collected is not None
+    ids = manifest.index["image_id"].tolist()
+    names = {category.coco_id: category.name for category in manifest.categories}
+    predictions = model.predict([f"photos/{image_id:012}.jpg" for image_id in ids], threshold=0)
+    for image_id, found in zip(ids, predictions, strict=True):
+        own = {task: [one for one in results if one["image_id"] == image_id] for task, results in collected.items()}
+        boxes = sorted(own["detection"], key=lambda one: -one["score"])
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in boxes)]
+        assert len(boxes) > 2 and found.boxes is not None and found.masks is not None
+        np.testing.assert_array_equal(found.boxes.xyxy, np.array(corners, dtype=np.float32))
+        np.testing.assert_array_equal(found.boxes.scores, np.array([one["score"] for one in boxes], dtype=np.float32))
+        assert found.boxes.ids.tolist() == [one["category_id"] for one in boxes]
+        assert list(found.boxes.names) == [names[one["category_id"]] for one in boxes]
+        coco, masks = found.to_coco(image_id), sorted(own["segmentation"], key=lambda one: -one["score"])
+        assert [one["bbox"] for one in coco["detection"]] == [pytest.approx(one["bbox"], abs=1e-4) for one in boxes]
+        # run-length codes are unique: these came from a bool mask and back
+        assert [one["segmentation"] for one in coco["segmentation"]] == [one["segmentation"] for one in masks]
+        assert [one["bbox"] for one in coco["segmentation"]] == [one["bbox"] for one in masks]
+        assert coco["captioning"] == own["captioning"] and found.caption == own["captioning"][0]["caption"]
+
+
+def test_every_kind_of_input_is_the_same_picture(model: Model, place: Path) -> None:
+    pixels = open_image(place / "dog.jpg").pixels
+    folder = place / "kinds"
+    folder.mkdir()
+    for kind in ("png", "bmp", "tiff"):
+        Image.fromarray(pixels).save(folder / f"dog.{kind}")
+    Image.fromarray(pixels).save(folder / "dog.webp", lossless=True)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "._dog.png").write_bytes(b"what macOS leaves beside a file")
+    wanted = model.predict(place / "dog.jpg", threshold=0)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    frozen = pixels.copy()
+    frozen.setflags(write=False)  # torch warns of such arrays
+    alone = [str(place / "dog.jpg"), Image.fromarray(pixels), pixels, frozen, tensor]
+    for one in alone:
+        _same(model.predict(one, threshold=0), wanted)
+    lists: list[Any] = [[pixels], (tensor,), iter(alone), folder, f"{folder}/*", f"{folder}/**", [folder, *alone]]
+    counts = [1, 1, 5, 4, 4, 4, 9]
+    for many, count in zip(lists, counts, strict=True):
+        predictions = model.predict(many, threshold=0, batch_size=1)
+        assert len(predictions) == count
+        for found in predictions:
+            _same(found, wanted)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_of_pillow_is_read(model: Model, mode: str) -> None:
+    image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+    found = model.predict(image.convert(mode)).image
+    assert found.shape == (30, 40, 3) and found.dtype == np.uint8 and found.max() > found.min()
+    gray = np.asarray(image.convert("L"))
+    np.testing.assert_array_equal(model.predict(gray).image, np.stack([gray] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(place: Path, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.jpg"
+    Image.open(place / "dog.jpg").crop((0, 0, 40, 24)).save(path, exif=exif)
+    with Image.open(path) as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(open_image(path).pixels, wanted)
+    assert wanted.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+
+
+def test_an_image_does_not_depend_on_its_neighbours(place: Path) -> None:
+    """Images of other shapes would be padded to one size, over which positions would be spread."""
+    shutil.copytree(GOLDEN / "stage1/export", place / "moved")  # without its run: sizes of the paper
+    model = load(place / "moved", tasks="detection")
+    pixels = open_image(place / "dog.jpg").pixels
+    images = [pixels[:40], pixels[:, :40], pixels[8:48]]
+    together = model.predict(images, threshold=0, batch_size=3)
+    for image, found in zip(images, together, strict=True):
+        alone = model.predict(image, threshold=0)
+        np.testing.assert_allclose(found.boxes.xyxy, alone.boxes.xyxy, atol=1e-3)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(found.image, image)
+    assert together[0].masks is None and together[0].caption is None
+    assert repr(model).startswith(f"Model({place / 'moved'}: detection; 12 categories; fp32 on ")
+
+
+def test_the_threshold_is_of_scores(model: Model, place: Path) -> None:
+    every = model.predict(place / "dog.jpg", threshold=0)
+    middle = float(every.boxes.scores[1])
+    some = model.predict(place / "dog.jpg", threshold=middle)
+    assert len(every.boxes) == 4 and len(some.boxes) == 2 and (some.boxes.scores >= middle).all()
+    none = model.predict(place / "dog.jpg", threshold=1)
+    assert (none.boxes.xyxy.shape, none.masks.masks.shape) == ((0, 4), (0, 56, 56))
+    assert none.to_coco(1) == {"detection": [], "segmentation": [], "captioning": every.to_coco(1)["captioning"]}
+    assert repr(none).endswith(f"56 x 56 pixels, 0 boxes, 0 masks, {none.caption!r})")
+
+
+def test_a_drawing_shows_what_was_found(model: Model, place: Path) -> None:
+    found = model.predict(place / "dog.jpg", threshold=0)
+    # heads with classes for COCO's ids, which name only those of their data
+    colours = palette([*model.categories.values(), *found.boxes.names, *found.masks.names])
+    wanted = [colours[names[0]] for names in (found.boxes.names, found.boxes.names, found.masks.names)]
+
+    def shown(image: Image.Image) -> list[bool]:
+        panels = np.split(np.asarray(image)[:, 6:-6], 3, axis=1)
+        return [bool((panel == colour).all(axis=-1).any()) for panel, colour in zip(panels, wanted, strict=True)]
+
+    assert shown(found.draw(side=200)) == [False, True, True]
+    assert shown(found.draw(0.99, side=200)) == [False, False, False]
+
+
+def test_the_backbone_gives_features_of_images(model: Model, place: Path) -> None:
+    pixels = torch.from_numpy(open_image(place / "dog.jpg").pixels).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
+    features = model.backbone(pixels)
+    assert isinstance(model.backbone, torch.nn.Module) and features.shape == (2, 16, 4, 4)
+    sizes, one = torch.full((2, 2), 56), torch.zeros(2, dtype=torch.int64)
+    batch = Batch(pixels, sizes, sizes, one, one, one, one == 0)
+    torch.testing.assert_close(features, model._loaded.module.features(batch)[0], rtol=0, atol=0)
+    torch.testing.assert_close(model.backbone(pixels / 255), features)
+    alone = load_backbone(place / "runs/stage2")
+    assert torch.equal(alone(pixels), features)
+    bare = load_backbone(place / "runs/stage2", adapter="none")
+    assert not torch.allclose(bare(pixels), features)
+    for wrong, message in (
+        (pixels[0], "shape"),
+        (pixels.float() / 127.5 - 1, "float images from -0"),
+        (pixels.int(), "int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.backbone(wrong)
+
+
+def test_an_export_and_merged_weights_are_the_model_of_the_run(model: Model, place: Path) -> None:
+    run = place / "runs/stage2"
+    wanted = model.predict("dog.jpg", threshold=0)
+    _same(load(run / "export").predict("dog.jpg", threshold=0), wanted)
+    (place / "merged").mkdir()
+    merged = place / "merged/model.safetensors"
+    merge_into_file(run / "export/backbone.safetensors", read_adapter(run / "export/adapter"), merged)
+    shutil.copytree(run / "export", place / "copied")
+    heads = place / "stage1/export"
+    for source in (merged, merged.parent, place / "copied"):
+        with pytest.raises(ValueError, match="heads=FOLDER"):
+            load(source)
+        # release 0.1 did not write of what base these are
+        loaded = load(source, heads=heads, image_size=56, allow_other_base=True)
+        found = loaded.predict("dog.jpg", threshold=0)
+        np.testing.assert_allclose(found.boxes.xyxy, wanted.boxes.xyxy, atol=1e-3)
+        assert found.caption is not None
+        load_backbone(source)
+
+
+def test_what_is_no_model_is_refused_in_one_sentence(place: Path) -> None:
+    half = place / "half"
+    shutil.copytree(place / "runs/stage2", half)
+    shutil.rmtree(half / "export")
+    (half / "export").mkdir()
+    (place / "nothing").mkdir()
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("half", {}, "interrupted"),
+        ("absent", {}, "no such run"),
+        ("nothing", {}, "holds no head"),
+        ("runs/stage2", {"tasks": "detection,depth"}, "depth"),
+        ("runs/stage2", {"device": "tpu9"}, "device"),
+        ("runs/stage2", {"device": "cuda:99"}, "GPUs"),
+        ("runs/stage2", {"precision": "int8"}, "int8"),
+        ("runs/stage2", {"image_size": 0}, "at least 1 pixel"),
+    ]
+    for source, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            load(place / source, **options)
+
+
+def test_what_is_no_picture_is_named(model: Model, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "none.png").write_bytes(b"")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "cut.jpg").write_bytes((place / "dog.jpg").read_bytes()[:900])
+    for kind in ("png", "webp", "bmp", "gif", "tiff"):
+        whole = tmp_path / f"whole.{kind}"
+        Image.open(place / "dog.jpg").save(whole)
+        (tmp_path / f"half.{kind}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        whole.unlink()
+    broken = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    assert len(broken) == 9
+    for path in broken:
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            model.predict([place / "dog.jpg", path])
+    array = np.zeros((8, 8, 3), np.uint8)
+    cases: list[tuple[Any, str]] = [
+        (tmp_path / "empty", "no image"),
+        (tmp_path / "absent.jpg", "no such file"),
+        (f"{tmp_path}/*.jpeg", "no image"),
+        (array / 255, "float64"),
+        (torch.from_numpy(array).permute(2, 0, 1)[None], "a list of them"),
+        (array.transpose(2, 0, 1), "shape"),
+        (array[..., :2], "shape"),
+        (array[:0], "shape"),
+        ([array, None], "image 1 of the list is of type NoneType"),
+        (7, "int is no image"),
+        (Image.new("I;16", (8, 8)), "16 bits"),
+        (Image.new("F", (8, 8)), "mode F"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model.predict(wrong)
+    for options, message in (({"threshold": 1.5}, "threshold"), ({"batch_size": 0}, "batch size")):
+        with pytest.raises(ValueError, match=message):
+            model.predict(array, **options)
+
+
+def test_names_of_files_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/dog.jpg", "b/dog.jpg", "b/deep/dog.jpg", "out/dog.jpg", ".hidden/dog.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    found = find_images(["a/dog.jpg", "a/../b", "b/*.jpg", "a/dog.jpg"])
+    assert [found.name(file) for file in found.files] == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
+    one = find_images([tmp_path / "a/dog.jpg"])
+    assert [one.name(file) for file in one.files] == ["dog.jpg"]
+    every = find_images(["."], outside=Path("out"))
+    assert sorted(every.name(file) for file in every.files) == ["a/dog.jpg", "b/deep/dog.jpg", "b/dog.jpg"]
+
+
+def test_the_five_lines_of_the_pages_run(place: Path) -> None:
+    """README and page show the same ones."""
+    root = Path(__file__).parents[2]
+    texts = [(root / page).read_text(encoding="utf-8") for page in ("docs/predict.md", "README.md")]
+    blocks = [found[1] for text in texts if (found := re.search(r"```python\n(.*?)```", text, re.S))]
+    assert len(blocks) == 2 and blocks[0] == blocks[1]
+    names: dict[str, Any] = {}
+    exec(blocks[0], names)
+    assert names["r"].caption and (place / "out.png").stat().st_size > 1000
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """Names are there before torch is."""
+    code = (
+        "import sys, visft_ds; assert {'load', 'load_backbone'} <= set(dir(visft_ds)); "
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, cwd=Path(__file__).parents[2])
+    assert visft_ds.load is load
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = visft_ds.lod  # type: ignore[attr-defined]

@@ -1,0 +1,215 @@
+"""Several data sets in one run: each teaches what it has labels for, in the ids of the first one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.coco_tree import write_tree
+from visft_ds.config import resolve
+from visft_ds.config.schema import DataConfig, VisftConfig
+from visft_ds.data.dataset import DataSet
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.shards import ShardReader
+from visft_ds.prepare.data import settle_shuffle
+from visft_ds.prepare.datasets import captioned, data_identity, open_training_data, shuffle_of, workers_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
+from visft_ds.shards.build import Options, build
+
+#: The ids and names of another data set's three categories, which are COCO's under other numbers, and one it lacks.
+OTHER = {0: "sneakers", 7: "car", 200: "person"}
+TO_COCO = {"car": 3, "person": 8, "sneakers": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COCO-like shards, "objects" with boxes of other categories and no masks, "words" with captions only."""
+    folder = tmp_path_factory.mktemp("sets")
+    tree = write_tree(folder / "coco", 12)
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
+    tree = write_tree(folder / "objects", 12)
+
+    def rename(content: dict[str, Any]) -> None:
+        ids = dict(zip(sorted({c["id"] for c in content["categories"]}), OTHER, strict=True))
+        content["categories"] = [{"id": number, "name": name} for number, name in OTHER.items()]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]]
+            del annotation["segmentation"]
+
+    tree.edit(rename)
+    build(Options(tree.images, tree.instances, None, folder / "shards", "objects"))
+    tree = write_tree(folder / "words", 12)
+    tree.edit(lambda content: content.update(annotations=[]))
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "words"))
+    build(Options(tree.images, None, tree.captions, folder / "shards", "bare"))
+    (folder / "map.json").write_text(json.dumps(TO_COCO))
+    return folder
+
+
+def config_of(folder: Path, *settings: str, mode: str = "sampled", sets: Any = None) -> VisftConfig:
+    own = [f"visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
+    objects = {"name": "objects", "root": str(folder / "shards"), "split": "objects", "tasks": ["detection"]}
+    words = {"name": "words", "root": str(folder / "shards"), "split": "words", "tasks": ["captioning"]}
+    chosen = [{**objects, "categories": str(folder / "map.json")}, words] if sets is None else sets
+    given = [f"visft.data.root={folder / 'shards'}", f"visft.mode={mode}", "visft.shared.batch_size=2"]
+    given.append(f"visft.data.sets={json.dumps(chosen)}")
+    return resolve(stage=1, model="debug", settings=[*own, *given, *settings]).visft
+
+
+def load(config: VisftConfig, steps: int) -> list[Any]:
+    sets = open_training_data(config)
+    vocabulary = vocabulary_of(config, *captioned(sets))
+    loader = StepLoader(
+        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in sets.items()},
+        plan_of(config, sets),
+        pipelines_of(config, sets, vocabulary),
+        num_workers=0,
+    )
+    return [(whole, batches[0]) for whole, batches in loader.steps(0, steps)]
+
+
+def test_a_step_takes_labels_and_categories_from_the_set_it_draws(folder: Path) -> None:
+    seen: dict[tuple[str, str], list[Any]] = {}
+    for whole, batch in load(config_of(folder), 40):
+        assert batch.tasks == (whole.task,)
+        seen.setdefault((whole.task, whole.dataset), []).append(batch)
+    assert set(seen) == {
+        ("detection", "train"),
+        ("detection", "objects"),
+        ("segmentation", "train"),
+        ("captioning", "train"),
+        ("captioning", "words"),
+    }
+    labels = torch.cat([batch.targets["detection"].labels for batch in seen["detection", "objects"]])
+    assert set(labels.tolist()) == {3, 8}, "sneakers are left out, the others have the ids of the first set"
+    whole_set = torch.cat([batch.targets["detection"].labels for batch in seen["detection", "train"]])
+    assert set(whole_set.tolist()) == {3, 8, 13}
+
+
+def test_shared_steps_have_targets_only_for_what_their_set_teaches(folder: Path) -> None:
+    """Empty targets would say that there is nothing in the picture."""
+    tasks = {whole.dataset: batch.tasks for whole, batch in load(config_of(folder, mode="shared"), 12)}
+    assert tasks == {
+        "train": ("detection", "segmentation", "captioning"),
+        "objects": ("detection",),
+        "words": ("captioning",),
+    }
+
+
+def test_weights_decide_how_often_a_set_is_drawn(folder: Path) -> None:
+    config = config_of(
+        folder,
+        "visft.data.weight=3",
+        "visft.tasks=detection",
+        sets=[
+            {
+                "name": "objects",
+                "root": str(folder / "shards"),
+                "split": "objects",
+                "tasks": ["detection"],
+                "categories": str(folder / "map.json"),
+            }
+        ],
+    )
+    plan = plan_of(config, open_training_data(config))
+    drawn = [plan.step(step).dataset for step in range(400)]
+    assert drawn.count("objects") == pytest.approx(100, abs=3)
+
+
+def test_the_words_of_all_captions_are_known(folder: Path) -> None:
+    config = config_of(folder, "visft.tasks.captioning.vocabulary.min_count=25")
+    with pytest.raises(ValueError, match="min_count = 25"):
+        vocabulary_of(config, open_training_data(config)["train"].manifest)
+    words = vocabulary_of(config, *captioned(open_training_data(config)))
+    assert words is not None and "picture" in words.words  # 24 times in each of the two
+
+
+def test_content_and_map_are_part_of_a_runs_identity(folder: Path, tmp_path: Path) -> None:
+    alone, with_sets = (open_training_data(config_of(folder, sets=sets)) for sets in ([], None))
+    assert data_identity(alone) == alone["train"].manifest.fingerprint
+    (tmp_path / "map.json").write_text(json.dumps({**TO_COCO, "sneakers": 13}))
+    other = open_training_data(config_of(folder, f"visft.data.sets.0.categories={tmp_path / 'map.json'}"))
+    assert len({data_identity(sets) for sets in (alone, with_sets, other)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"car": 3, "person": 8}, "no entry for 'sneakers' \\(1 such"),
+        ({**TO_COCO, "cars": 3}, "no category 'cars' in the set"),
+        ({**TO_COCO, "car": 99}, "no id 99 in"),
+        ({"car": 3, "*": 1}, '"\\*" may only be null'),
+        ({"*": None}, "leaves all its categories out"),
+        ({"car": "3", "*": None}, "name -> id or null"),
+        ([], "name -> id or null"),
+        (None, "no readable map"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "map.json"
+    if content is not None:
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        open_training_data(config_of(folder, f"visft.data.sets.0.categories={path}"))
+
+
+def test_a_catch_all_leaves_the_rest_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text(json.dumps({"car": 3, "*": None}))
+    sets = open_training_data(config_of(folder, f"visft.data.sets.0.categories={tmp_path / 'map.json'}"))
+    assert sets["objects"].categories == {0: None, 7: 3, 200: None}
+
+
+def test_sets_that_would_teach_something_else_are_refused(folder: Path) -> None:
+    objects = {"name": "objects", "root": str(folder / "shards"), "split": "objects"}
+    with pytest.raises(ValueError, match=r"category 0 'sneakers' is 'absent' in .*train \(3 such\): give .*categories"):
+        open_training_data(config_of(folder, sets=[{**objects, "tasks": ["detection"]}]))
+    with pytest.raises(ValueError, match=r"12 of its \d+ objects have no mask|\d+ of its \d+ objects have no mask"):
+        open_training_data(config_of(folder, sets=[{**objects, "categories": str(folder / "map.json")}]))
+    with pytest.raises(ValueError, match=r"have no mask.*leave segmentation out of visft\.tasks"):
+        open_training_data(config_of(folder, "visft.data.train=objects", "visft.tasks=detection,segmentation", sets=[]))
+    with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):
+        open_training_data(config_of(folder, sets=[{**objects, "tasks": ["captioning"]}]))
+    with pytest.raises(ValueError, match=r"has no categories for data set objects.*make the set whose categories"):
+        open_training_data(
+            config_of(folder, "visft.data.train=bare", sets=[{**objects, "name": "objects", "tasks": ["detection"]}])
+        )
+    with pytest.raises(ValueError, match="another training set is called train"):
+        config_of(folder, sets=[{**objects, "name": "train"}])
+    with pytest.raises(ValueError, match="captioning does not train in this run"):
+        config_of(folder, "visft.tasks=detection", sets=[{**objects, "tasks": ["captioning"]}])
+
+
+def test_auto_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
+    """Else a run whose shards are copied from a server to a disk would go on in another order, or not at all."""
+    out = f"visft.run.out={tmp_path}"
+    remote = resolve(stage=1, model="debug", settings=["visft.data.root=s3://bucket/coco", out])
+    local = resolve(stage=1, model="debug", settings=["visft.data.root=shards", out])
+    assert settle_shuffle(local)[1] == "auto: local shards"
+    begun, why = settle_shuffle(remote)
+    assert (begun.visft.data.shuffle, why) == ("windowed", "auto: s3://bucket/coco is read over the network")
+    (tmp_path / "run.json").write_text(json.dumps({"config": begun.to_dict()}))
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    moved, why = settle_shuffle(local)
+    assert (moved.visft.data.shuffle, why) == ("windowed", "as the run began")
+    full = resolve(stage=1, model="debug", settings=["visft.data.root=shards", "visft.data.shuffle=full", out])
+    assert settle_shuffle(full)[0].visft.data.shuffle == "full", "what is asked for is refused by the resume"
+
+
+def test_remote_shards_are_read_in_windows() -> None:
+    assert shuffle_of(DataConfig()) == ("full", "auto: local shards")
+    assert shuffle_of(DataConfig(root="s3://bucket/coco"))[0] == "windowed"
+    assert shuffle_of(DataConfig(root="s3://bucket/coco", shuffle="full")) == ("full", "as configured")
+
+
+def test_remote_shards_without_a_cache_are_read_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes could share what is read ahead through a cache only, and would ask for sample after sample."""
+    monkeypatch.setattr("visft_ds.prepare.datasets.usable_cores", lambda: 64)
+    kinds = [
+        workers_of(DataConfig(root=root, cache=cache))[0]
+        for root, cache in (("shards", None), ("s3://bucket/coco", None), ("s3://bucket/coco", "cache"))
+    ]
+    assert kinds == ["processes", "threads", "processes"]

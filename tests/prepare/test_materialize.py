@@ -1,0 +1,156 @@
+"""Values come into a model one tensor at a time, the same ones for whoever asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.parallel.start_case import WORDS, configured
+from visft_ds.checkpoint.export import save_base
+from visft_ds.config import ResolvedConfig
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.heads import HeadInfo, save_head_files
+from visft_ds.interop.layouts import tower_metadata
+from visft_ds.model import MultiTaskModel
+from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
+from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.resilience.signals import RankError
+
+#: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
+DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}
+
+
+def prepare(config: ResolvedConfig, placement: Placement = HOST, heads: Path | None = None) -> PreparedModel:
+    return prepare_model(config.visft, config.optimizer.params, heads_from=heads, vocabulary=WORDS, placement=placement)
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors outside of files that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage.filename is None:
+                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = {key: one for key, one in self._storages.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._storages.values()))
+        return result
+
+
+class Halves(InHostMemory):
+    """Keeps half of every tensor, as one of two ZeRO-3 processes does."""
+
+    def place(self, parameter: nn.Parameter) -> None:
+        flat = parameter.detach().flatten()
+        parameter.data = flat[: (flat.numel() + 1) // 2].clone()
+
+
+class Only(InHostMemory):
+    """Holds what has a certain beginning, as a stage of a pipeline does."""
+
+    def __init__(self, *beginnings: str) -> None:
+        self.beginnings = beginnings
+
+    def held(self, module: MultiTaskModel) -> Container[str]:
+        return {name for name, _ in module.named_parameters() if name.startswith(self.beginnings)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A deep tower and heads for it."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = configured("zero1", DEEP, stage=1)
+    made = prepare(config)
+    save_backbone(made.module.backbone, folder / "base.safetensors")
+    state = {name: value.detach() for name, value in made.module.backbone.named_parameters()}
+    torch.save(state, folder / "base.pt")
+    infos = {}
+    for task, settings in config.visft.tasks.enabled().items():
+        extra = {"vocabulary": WORDS.to_dict()} if task == "captioning" else {}
+        options = settings.head.model_dump(mode="json") | ({"vocabulary_size": WORDS.size} if extra else {})
+        infos[task] = HeadInfo(task, made.module.backbone.width, options, [], extra)
+    save_head_files(made.module.heads, folder, infos)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("weights", "placement"), [("base.safetensors", HOST), ("base.safetensors", Halves()), (None, Halves())]
+)
+def test_no_second_copy_is_ever_alive(files: Path, weights: str | None, placement: Placement) -> None:
+    extra = {"visft.model.weights": str(files / weights)} if weights else {}
+    config = configured("zero1", {**DEEP, **extra}, stage=1)
+    with Alive() as alive:
+        parameters = list(prepare(config, placement, files).module.parameters())
+    largest = max(int(p.numel()) * p.element_size() for p in parameters) * (2 if isinstance(placement, Halves) else 1)
+    whole = size(prepare(config, HOST, files).module.parameters())
+    # A tensor that has been read, and what is kept of it.
+    assert size(parameters) < alive.peak <= size(parameters) + 2 * largest < size(parameters) + whole / 4
+
+
+def test_a_part_has_the_values_of_the_whole(files: Path) -> None:
+    for stage, extra in ((1, {}), (2, {"visft.model.weights": str(files / "base.pt")})):
+        config = configured("zero1", {**DEEP, **extra}, stage)
+        whole = dict(prepare(config).module.named_parameters())
+        for beginnings in (("backbone.patch", "backbone.pos"), ("backbone.blocks.3.",), ("backbone.norm", "heads.")):
+            part = prepare(config, Only(*beginnings))
+            for name, parameter in part.module.named_parameters():
+                assert parameter.is_meta != name.startswith(beginnings), name
+                assert parameter.is_meta or torch.equal(parameter, whole[name]), name
+            has_blocks = any("blocks" in beginning for beginning in beginnings)
+            assert any("LoRA changes" in note for note in part.notes) == (stage == 2 and has_blocks)
+
+
+def test_a_damaged_value_is_told_by_the_one_process_that_sees_it(files: Path, tmp_path: Path) -> None:
+    state = load_file(files / "base.safetensors")
+    state["blocks.3.mlp.fc1.bias"][5] = torch.nan
+    save_file(state, tmp_path / "base.safetensors")
+    config = configured("zero1", {**DEEP, "visft.model.weights": str(tmp_path / "base.safetensors")}, stage=1)
+    prepare(config, Only("backbone.blocks.2."))
+    for placement, alone in ((HOST, False), (Only("backbone.blocks.3."), True)):
+        with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.fc1\.bias holds NaN") as caught:
+            prepare(config, placement)
+        assert isinstance(caught.value, RankError) is alone
+
+
+def test_an_old_torch_file_is_said_to_be_read_whole(files: Path, tmp_path: Path) -> None:
+    torch.save(load_file(files / "base.safetensors"), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    notes = [
+        prepare(configured("zero1", {**DEEP, "visft.model.weights": str(path)}, stage=1), Only("backbone.pos")).notes[0]
+        for path in (files / "base.pt", tmp_path / "b.pt")
+    ]
+    assert ["READ WHOLE" in note for note in notes] == [False, True]
+
+
+def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
+    """Also what trains of it, which is wider, and whoever holds it."""
+    groups = [{"name": "block", "params": "backbone.blocks.1.*"}, {"name": "heads", "params": "heads.*"}]
+    config = configured("zero1", {"visft.param_groups": groups}, stage=1)
+    expected = prepare_model(config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS)
+    made = prepare_model(
+        config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS, placement=Only("heads.")
+    )
+    save_base(made.base, tower_metadata(made.module.backbone), tmp_path / "base.safetensors")
+    written = load_file(tmp_path / "base.safetensors")
+    named = dict(expected.module.backbone.named_parameters())
+    assert written.keys() == named.keys()
+    assert all(value.dtype == named[n].dtype and torch.equal(value, named[n]) for n, value in written.items())
+    assert {written[f"blocks.{index}.mlp.fc1.weight"].dtype for index in (0, 1)} == {torch.bfloat16, torch.float32}

@@ -1,0 +1,287 @@
+"""What a run reads: words, the order of the samples, and how samples become batches of each stream."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.coco_tree import write_tree
+from tools.make_shards import main as make_shards
+from visft_ds.config import resolve, resolve_arguments
+from visft_ds.config.schema import VisftConfig
+from visft_ds.data.interleave import Interleaving
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.permutation import hash_ints
+from visft_ds.data.samples import RawSample
+from visft_ds.data.transforms import ShortSides
+from visft_ds.prepare.datasets import TrainingSet, check_samples
+from visft_ds.prepare.streams import (
+    known_vocabulary,
+    needs_vocabulary,
+    pipeline_of,
+    plan_of,
+    read_vocabulary,
+    vocabulary_of,
+)
+from visft_ds.run.folder import RECORD_FILE
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks.vocabulary import Vocabulary
+
+SPLIT = "toy"
+SILENT = (1, 4, 5)  #: places of the pictures without captions in `partly`
+FILE = "visft.tasks.captioning.vocabulary.file"
+
+
+def config_of(*settings: str, stage: int = 2) -> VisftConfig:
+    sizes = [f"visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
+    return resolve(
+        stage=stage,
+        model="debug",
+        settings=[*sizes, "visft.shared.batch_size=2", f"visft.data.train={SPLIT}", *settings],
+    ).visft
+
+
+def make(folder: Path, *, silent: tuple[int, ...] = (), captions: bool = True) -> Manifest:
+    """Shards of twelve pictures; those at the places `silent` have no captions."""
+    tree = write_tree(folder / "tree")
+    mute = {1000 + 7 * place for place in silent}
+    tree.edit(
+        lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] not in mute]),
+        "captions",
+    )
+    build(Options(tree.images, tree.instances, tree.captions if captions else None, folder / "shards", SPLIT))
+    return Manifest.load(folder / "shards", SPLIT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Every picture has captions."""
+    return make(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Some have none."""
+    return make(tmp_path_factory.mktemp("partly"), silent=SILENT)
+
+
+@pytest.fixture(scope="module")
+def mute(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Made without a captions file."""
+    return make(tmp_path_factory.mktemp("mute"), captions=False)
+
+
+# The plan
+
+
+def only(manifest: Manifest, config: VisftConfig) -> dict[str, TrainingSet]:
+    return {SPLIT: TrainingSet(manifest, tuple(config.tasks.enabled()))}
+
+
+def places(manifest: Manifest, config: VisftConfig, task: str, steps: int = 60) -> set[int]:
+    """Which places of the tree a stream has drawn from after some steps."""
+    plan = plan_of(config, only(manifest, config))
+    drawn = {i for step in map(plan.step, range(steps)) if step.task == task for i in step.indices.tolist()}
+    return {(int(manifest.index["image_id"][i]) - 1000) // 7 for i in drawn}
+
+
+def test_captioning_plans_only_pictures_with_captions(partly: Manifest) -> None:
+    config = config_of()
+    assert places(partly, config, "captioning") == set(range(12)) - set(SILENT)
+    assert places(partly, config, "detection") == places(partly, config, "segmentation") == set(range(12))
+
+
+def test_shared_pictures_are_those_that_teach_any_of_the_tasks(partly: Manifest) -> None:
+    assert places(partly, config_of("visft.mode=shared"), "shared") == set(range(12))
+    alone = config_of("visft.mode=shared", "visft.tasks=captioning")
+    assert places(partly, alone, "shared") == set(range(12)) - set(SILENT)
+
+
+def test_the_images_of_a_step_are_found_from_the_flags_of_the_run(
+    partly: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--stage", "1", "--model", "debug", "--set", "visft.mode=sampled", "--set", f"visft.data.train={SPLIT}"]
+    flags += [f"--set=visft.tasks.{task}.batch_size=2" for task in ("detection", "segmentation", "captioning")]
+    config = config_of("visft.mode=sampled", stage=1)
+    plan = plan_of(config, only(partly, config))
+    for step in range(12):
+        assert make_shards(["info", "--data", str(partly.root), "--json", "--step", str(step), *flags]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        whole = plan.step(step)
+        expected = partly.index["image_id"][whole.indices].tolist()
+        assert (printed["task"], printed["image_ids"]["all"]) == (whole.task, expected)
+        assert printed["state"] == plan.state(step)
+
+
+def test_the_images_of_a_step_are_found_from_a_run_folder(
+    partly: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where its shards have moved; flags beside the folder would say it twice."""
+    flags = ["--stage=1", "--model=debug", f"--set=visft.data.train={SPLIT}", "--set=visft.shared.batch_size=4"]
+    config = resolve_arguments([*flags, "--data", "elsewhere"])[1]
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"config": config.to_dict()}))
+    moved = ["--data", str(partly.root), "--step", "3", "--json"]
+    assert make_shards(["info", *moved, *flags]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert make_shards(["info", "--run", str(tmp_path), *moved]) == 0
+    assert json.loads(capsys.readouterr().out) == expected and expected["split"] == f"{partly.root}/{SPLIT}"
+    assert make_shards(["info", "--run", str(tmp_path), "--step", "3", "--stage", "1"]) == 2
+    assert "--stage: with --run, the run folder says everything" in capsys.readouterr().err
+
+
+def test_steps_are_shared_out_by_updates(whole: Manifest) -> None:
+    config = config_of()
+    plan = plan_of(config, only(whole, config))
+    # The tasks of steps are those of the ratios that stage 2 stated before.
+    before = Interleaving({"captioning": 0.4, "detection": 0.3, "segmentation": 0.3}, hash_ints(plan.seed))
+    assert [plan.task_of(step) for step in range(100_000)] == [before.at(step) for step in range(100_000)]
+    counts = {name: plan.steps_before(1000, name) for name in plan.tasks}
+    assert counts["captioning"] == pytest.approx(400, abs=3) and counts["detection"] == pytest.approx(300, abs=3)
+    stage1 = plan_of(config_of("visft.mode=sampled", stage=1), only(whole, config))
+    assert stage1.steps_before(1000, "captioning") == pytest.approx(250, abs=3)  # 100,000 of 400,000 updates
+
+
+def test_fewer_samples_than_a_batch_are_refused(partly: Manifest) -> None:
+    config = config_of("visft.tasks.captioning.batch_size=10")
+    with pytest.raises(ValueError, match=r"'captioning': data set 'toy' has 9 samples for it, fewer than one .* of 10"):
+        plan_of(config, only(partly, config))
+
+
+# Batches
+
+
+def sample() -> RawSample:
+    """One picture with one object and one caption."""
+    outline = [2.0, 2.0, 12.0, 2.0, 12.0, 12.0, 2.0, 12.0]
+    annotation: dict[str, Any] = {"id": 1, "category_id": 3, "bbox": [2, 2, 10, 10], "iscrowd": 0, "area": 100.0}
+    pixels = np.zeros((24, 30, 3), dtype=np.uint8)
+    return RawSample(0, 7, (24, 30), pixels, [{**annotation, "segmentation": [outline]}], ["A red picture."])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_each_stream_makes_batches_for_its_own_tasks(train: bool) -> None:
+    words = Vocabulary(("red", "picture"))
+    for name, stream in config_of("visft.tasks.captioning.image.size=48").streams().items():
+        pipeline = pipeline_of(stream, words, train=train)
+        batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
+        assert batch.tasks == (name,)
+        # The configured sizes arrive: the debug model's squares, and the one set here.
+        assert batch.sizes.tolist() == [[48, 48] if name == "captioning" else [112, 112]]
+
+
+def test_a_shared_stream_makes_one_batch_for_all() -> None:
+    (stream,) = config_of("visft.mode=shared", "visft.tasks=captioning,detection").streams().values()
+    pipeline = pipeline_of(stream, Vocabulary(("red",)), train=True)
+    assert isinstance(pipeline.transform.geometry, ShortSides)
+    batch = pipeline.collate([pipeline.transform(sample(), np.random.default_rng(0))])
+    assert batch.tasks == ("detection", "captioning") and batch.images.shape == (1, 3, 112, 112)
+
+
+# Words
+
+
+def test_the_minimum_count_decides_which_captions_words_are_known(whole: Manifest) -> None:
+    counts = {"picture": 24, "it's": 24, "red": 24, "0": 12, "1": 12}
+    assert dict(whole.vocabulary) == counts
+    for least in (12, 13):
+        words = vocabulary_of(config_of(f"visft.tasks.captioning.vocabulary.min_count={least}"), whole)
+        assert words is not None and set(words.words) == {word for word, count in counts.items() if count >= least}
+
+
+def test_a_minimum_count_that_leaves_nothing_names_its_key(whole: Manifest) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary\.min_count = 25: none of the 5 .* lower min_count") as caught:
+        vocabulary_of(config_of("visft.tasks.captioning.vocabulary.min_count=25"), whole)
+    assert f"{whole.root}/{SPLIT}" in str(caught.value)
+
+
+def test_only_tasks_with_words_have_a_vocabulary(mute: Manifest) -> None:
+    assert vocabulary_of(config_of("visft.tasks=detection,segmentation"), mute) is None
+    assert needs_vocabulary(["detection", "captioning"]) and not needs_vocabulary({"detection": 1, "segmentation": 2})
+    with pytest.raises(ValueError, match="make the shards with --captions"):
+        vocabulary_of(config_of(), mute)
+
+
+def test_words_that_were_cut_in_another_way_are_refused(whole: Manifest) -> None:
+    other = replace(whole, options={**whole.options, "tokenizer": "spaces-1"})
+    with pytest.raises(ValueError, match="made with the tokenizer 'spaces-1'"):
+        vocabulary_of(config_of(), other)
+    nameless = replace(whole, options={key: value for key, value in whole.options.items() if key != "tokenizer"})
+    with pytest.raises(ValueError, match="made with the tokenizer"):
+        vocabulary_of(config_of(), nameless)
+
+
+def test_a_file_of_words_counts_instead_of_the_captions(whole: Manifest, mute: Manifest, tmp_path: Path) -> None:
+    own, published = tmp_path / "own.json", tmp_path / "WORDMAP.json"
+    words = Vocabulary(("zebra", "red"))
+    own.write_text(words.to_json())
+    # As the published heads' word maps: in any order, special tokens included.
+    published.write_text(json.dumps({"<start>": 4, "red": 2, "<pad>": 0, "<end>": 5, "zebra": 1, "<unk>": 3}))
+    for file in (own, published):
+        for manifest in (whole, mute):
+            assert vocabulary_of(config_of(f"{FILE}={file}"), manifest) == words
+        assert read_vocabulary(file) == words
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no readable vocabulary: .*No such file"),
+        ("{", "no readable vocabulary"),
+        ("[1]", "a vocabulary is a JSON object, this is list"),
+        ('{"<pad>": 0, "a": 1, "<unk>": 3, "<start>": 4, "<end>": 5}', "not a word map .*: ids must be 0..4"),
+        (
+            '{"<pad>": 0, "a": "1", "<unk>": 2, "<start>": 3, "<end>": 4}',
+            "nor the word map of a captioning head, word -> id: 'a' is '1', which is no whole number",
+        ),
+        ('{"a": 0, "<pad>": 1, "<unk>": 2, "<start>": 3, "<end>": 4}', "<pad> first"),
+        ('{"a": {"b": 1}}', "'a' is .*, which is no whole number"),
+        ('{"<pad>": false, "a": true, "<unk>": 2, "<start>": 3, "<end>": 4}', "'<pad>' is False"),
+        (Vocabulary(("a", "b")).to_json().replace('"a"', '"c"'), "was changed after it was written"),
+        (json.dumps({**Vocabulary(("a",)).to_dict(), "version": 99}), "version 99"),
+        (json.dumps({**Vocabulary(("a",)).to_dict(), "words": "a"}), "has no list of words"),
+    ],
+)
+def test_unusable_files_of_words(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "words.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_vocabulary(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_what_is_known_of_the_words_before_a_run(whole: Manifest, mute: Manifest, tmp_path: Path) -> None:
+    here, nowhere = f"visft.data.root={whole.root}", f"visft.data.root={tmp_path}"
+    words = known_vocabulary(config_of(here))
+    assert words is not None and words == vocabulary_of(config_of(), whole)
+    assert known_vocabulary(config_of(nowhere)) is None
+    assert known_vocabulary(config_of(here, "visft.tasks=detection")) is None
+    # A file that is not there yet must not be replaced by the words of the captions.
+    file = tmp_path / "words.json"
+    assert known_vocabulary(config_of(here, f"{FILE}={file}")) is None
+    file.write_text(Vocabulary(("red",)).to_json())
+    found = known_vocabulary(config_of(nowhere, f"{FILE}={file}"))
+    assert found is not None and found.words == ("red",)
+    with pytest.raises(ValueError, match="no sample with captions, which captioning needs"):
+        known_vocabulary(config_of(f"visft.data.root={mute.root}"))
+
+
+# Samples
+
+
+def test_a_split_in_which_a_task_finds_nothing_is_refused(mute: Manifest, partly: Manifest) -> None:
+    with pytest.raises(ValueError, match="has no sample with captions, which captioning needs") as caught:
+        check_samples(config_of().tasks.enabled(), mute)
+    assert "--captions FILE" in str(caught.value) and "--set visft.tasks.captioning=null" in str(caught.value)
+    check_samples(["detection", "segmentation"], mute)
+    check_samples(config_of().tasks.enabled(), partly)
+
+
+def test_a_split_without_samples_is_refused(whole: Manifest) -> None:
+    with pytest.raises(ValueError, match="has no samples: make the shards anew"):
+        check_samples(["detection"], replace(whole, index=whole.index[:0]))

@@ -1,0 +1,148 @@
+"""What stage 2 trains is configuration: each method of docs/tuning.md trains what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import TINY
+from visft_ds.config import ResolvedConfig, resolve, resolve_values
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.files import sha256_file
+from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.merge import merge_into_file, verify_merge
+from visft_ds.interop.tuned import TunedWeights, tuned_of
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.prepare.model import PreparedModel, prepare_model, stage_of, trains_backbone
+from visft_ds.tasks.vocabulary import Vocabulary
+
+WORDS = Vocabulary(("a", "red", "circle", "square"))
+SMALL = {"width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 28}
+
+
+def configured(*settings: str, stage: int = 2) -> ResolvedConfig:
+    tiny = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
+    return resolve(stage=stage, model="debug", settings=[*tiny, *settings])
+
+
+def prepared(*settings: str) -> PreparedModel:
+    config = configured(*settings)
+    return prepare_model(config.visft, config.optimizer.params, vocabulary=WORDS)
+
+
+#: Lines of docs/tuning.md -> endings of the names that train, and whether the backbone itself does.
+METHODS: dict[str, tuple[list[str], set[str], bool]] = {
+    "lora": ([], {"lora_A", "lora_B"}, False),
+    "dora": (["visft.lora.magnitude=true"], {"lora_A", "lora_B", "lora_magnitude"}, False),
+    "bias": (["visft.lora=null", "visft.param_groups=backbone.*bias"], {"bias", "q_bias", "v_bias"}, True),
+    "norms": (["visft.lora=null", "visft.param_groups=backbone.*norm*"], {"weight", "bias"}, True),
+    "lora and norms": (
+        ["visft.param_groups=backbone.*.lora_*,backbone.*norm*"],
+        {"lora_A", "lora_B", "weight", "bias"},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_what_it_says(method: str) -> None:
+    lines, endings, itself = METHODS[method]
+    model = prepared(*lines)
+    trained = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+    assert trained == {name for group in model.groups for name in group.names}
+    assert {name.rpartition(".")[2] for name in trained} == endings
+    assert all(name.startswith("backbone.") for name in trained)
+    assert trains_backbone(configured(*lines).visft) == itself
+    assert model.module.train_backbone and not model.module.heads_active
+
+
+def test_all_and_the_last_block() -> None:
+    everything = prepared("visft.lora=null", "visft.param_groups=backbone.*").groups[0]
+    assert everything.count == sum(p.numel() for p in everything.parameters) > 20_000
+    last = prepared("visft.lora=null", "visft.param_groups=backbone.blocks.1.*, backbone.norm.*").groups[0]
+    assert {name.split(".")[1] for name in last.names} == {"blocks", "norm"}
+    assert not any(".blocks.0." in name for name in last.names) and len(last.names) == 15
+
+
+def test_magnitudes_start_as_the_lengths_of_the_rows() -> None:
+    """Filled tensor by tensor from a model that was on the meta device."""
+    plain, with_lengths = prepared(), prepared("visft.lora.magnitude=true")
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(plain.module.backbone(images), with_lengths.module.backbone(images))
+    layer = with_lengths.module.backbone.get_submodule("blocks.1.attn.qkv")
+    lengths = layer.weight.norm(dim=1)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(layer.lora_magnitude, torch.cat([lengths[:32], lengths[64:]]))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["visft.lora=null"], "'backbone.*.lora_*' matches no parameter"),
+        (["visft.lora=null", "visft.param_groups=heads.*"], "must train something of backbone"),
+        (["visft.param_groups=backbone.*norm*"], "or train without adapters: visft.lora=null"),
+        (["visft.param_groups=backbone.*.lora_*,bakcbone.norm.*"], "'bakcbone.norm.*' matches no parameter"),
+        (["visft.lora.magnitude=true", "visft.param_groups=backbone.*.lora_[AB]"], "lora_magnitude; widen a glob"),
+        (
+            ["visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.detection.*"}'],
+            "stage 'lora and heads' must train",
+        ),
+    ],
+)
+def test_what_would_train_nothing_is_refused(lines: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepared(*lines)
+
+
+def test_random_heads_train_along_and_need_no_stage_1() -> None:
+    config = configured("visft.heads.start=random")
+    assert config.visft.heads.path is None and stage_of(config.visft).name == "lora and heads"
+    assert [(group.name, group.params) for group in config.visft.param_groups][1:] == [("heads", "heads.*")]
+    again = resolve_values(config.to_dict(), "the record")
+    assert again.fingerprint() == config.fingerprint()
+    own = configured("visft.heads.start=random", 'visft.param_groups.1={"name": "h", "params": "heads.*", "lr": 1e-3}')
+    assert [group.lr for group in own.visft.param_groups] == [None, 1e-3]
+    model = prepared("visft.heads.start=random")
+    assert model.module.heads_active and all(p.requires_grad for p in model.module.heads.parameters())
+    with pytest.raises(ValueError, match="takes no heads of stage 1"):
+        configured("visft.heads.start=random", "visft.heads.path=somewhere")
+
+
+def test_globs_of_one_group_of_which_a_head_is_off() -> None:
+    group = 'visft.param_groups=[{"name": "all", "params": "heads.detection.*,heads.captioning.*"}]'
+    config = configured("visft.tasks=detection", group, stage=1)
+    assert [group.params for group in config.visft.param_groups] == ["heads.detection.*"]
+
+
+def _tuned(folder: Path) -> tuple[Path, TunedWeights, dict[str, torch.Tensor]]:
+    """Base file, what a run trained of it, and these values."""
+    model: Any = build_backbone("debug", **SMALL)
+    save_backbone(model, folder / "base.safetensors")
+    values = {name: value + 0.1 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+    values = {name: value for name, value in values.items() if "norm" in name or name == "pos_embed"}
+    return folder / "base.safetensors", tuned_of(values, folder, sha256_file(folder / "base.safetensors")), values
+
+
+def test_weights_that_trained_themselves_are_written_as_they_are(tmp_path: Path) -> None:
+    base, tuned, values = _tuned(tmp_path)
+    report = merge_into_file(base, tuned, tmp_path / "merged.safetensors")
+    written = report.weights
+    assert all(torch.equal(written.get(name), value) for name, value in values.items())
+    assert report.total.retained == pytest.approx(1) and report.total.error < 1e-6
+    proof = verify_merge(base, tuned, tmp_path / "merged.safetensors", report.tower, dtype=torch.float32)
+    assert proof.passed and proof.effect > 1e-3
+    half = merge_into_file(base, tuned.scaled(0.5), tmp_path / "half.safetensors").weights
+    before = build_backbone("debug", **SMALL).get_parameter("norm.weight")  # type: ignore[arg-type]
+    torch.testing.assert_close(half.get("norm.weight"), (before + values["norm.weight"]) / 2)
+    with pytest.raises(ValueError, match="cannot be taken out again"):
+        merge_into_file(tmp_path / "merged.safetensors", tuned, tmp_path / "back.safetensors", unmerge=True)
+    with pytest.raises(ValueError, match="trained on the base with sha256"):
+        merge_into_file(tmp_path / "merged.safetensors", tuned, tmp_path / "twice.safetensors")
+    other = tower_of(build_backbone("debug", **{**SMALL, "width": 64}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trained another tower"):
+        tuned.fit(other)

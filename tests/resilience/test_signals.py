@@ -1,0 +1,132 @@
+"""A request to stop, whoever gets it: all ranks finish the step, save the same one and leave nobody behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.ranks import REPOSITORY, below, deepspeed, start_command, wait_for
+from tests.tiny import command
+from visft_ds.resilience.signals import StopFlag
+
+#: Long enough for any machine to be interrupted in the middle, and nothing is saved before.
+LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 100_000}
+WITH_PROCESSES = {"visft.data.workers": "processes", "visft.data.num_workers": 1}
+TERM, INT, USR1, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL
+#: (who, signal) -> exit code of the `deepspeed` command. Its own code decides where it, or its child, is the target;
+#: in every case the ranks save and end.
+CASES = {
+    ("rank", TERM): 0,
+    ("rank", INT): 0,
+    ("rank", USR1): 85,
+    ("launcher", TERM): 1,
+    ("launcher", INT): 1,
+    ("launcher", USR1): 0,
+    ("launcher", KILL): 0,
+    ("deepspeed", TERM): -TERM,
+    ("deepspeed", INT): -INT,
+    ("deepspeed", USR1): -USR1,
+    ("deepspeed", KILL): -KILL,
+    ("everybody", TERM): -TERM,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "number"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_all_ranks_save_the_same_step_and_nobody_is_left(
+    who: str, number: signal.Signals, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start_command(deepspeed(["launchers/train.py", *command(shards, out, extra={**LONG, **WITH_PROCESSES})]))
+    try:
+        wait_for(process, "step 2/")
+        family = psutil.Process(process.pid).children(recursive=True)
+        ranks = below(process.pid, "launchers/train.py")
+        ranks = [rank for rank in ranks if "deepspeed.launcher.launch" not in rank.cmdline()]
+        assert len(ranks) == 2
+        if who == "everybody":
+            os.killpg(process.pid, number)
+        else:
+            target = {"rank": ranks[1].pid, "launcher": ranks[0].ppid(), "deepspeed": process.pid}[who]
+            os.kill(target, number)
+        output = process.communicate(timeout=600)[0]
+        _, alive = psutil.wait_procs(family, timeout=600)
+        assert alive == []
+    finally:
+        for left in [*family, process]:
+            if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
+                left.kill()
+    assert process.returncode == CASES[who, number], output
+    assert "stopped after step" in output
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert f"saved step {int(checkpoint.name[5:])} in" in output
+    if (who, number) != ("deepspeed", INT):  # whose own KeyboardInterrupt prints one
+        assert "Traceback" not in output
+
+
+def test_only_sigusr1_asks_for_another_turn_in_the_queue() -> None:
+    before = [signal.getsignal(number) for number in (TERM, INT, USR1)]
+    try:
+        for number, requeue in ((TERM, False), (INT, False), (USR1, True)):
+            stop = StopFlag(launched=False)
+            stop.listen()
+            assert not stop
+            signal.raise_signal(number)
+            assert stop and stop.reason == f"signal {number.name}" and stop.requeue == requeue
+        stop = StopFlag(launched=False)
+        stop.listen()
+        signal.raise_signal(INT)
+        signal.raise_signal(TERM)  # with which the launcher answers a Ctrl-C
+        assert stop.reason == "signal SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(INT)
+    finally:
+        for number, handler in zip((TERM, INT, USR1), before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_launcher_that_ended_before_the_first_step_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is who was there when the process started, not who is there when training begins."""
+    stop = StopFlag(launched=True)
+    assert not stop
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop and stop.reason == "the launcher is gone"
+
+
+#: A rank that says whether it is an orphan before and after a line comes in.
+RANK = """
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+print(bool(stop))
+input()
+print(bool(stop))
+"""
+#: A launcher of one rank.
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "torchrun"])
+def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
+    """`nohup torchrun ... &` goes on when its shell ends; the `deepspeed` command is that of the run."""
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {LAUNCHER!r}, {RANK!r}, {name!r}])"
+    shell = subprocess.Popen(
+        [sys.executable, "-c", f"{start}; import time; time.sleep(600)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert shell.stdin is not None and shell.stdout is not None
+    assert shell.stdout.readline() == "False\n"
+    shell.kill()
+    shell.wait()
+    shell.stdin.write("\n")
+    shell.stdin.close()
+    assert shell.stdout.readline() == f"{name.startswith('deepspeed')}\n"
+    shell.stdout.close()

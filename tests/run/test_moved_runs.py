@@ -1,0 +1,109 @@
+"""A run whose stage-1 folder is deleted, whose own folder is moved, and that is used from another current folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.coco_tree import write_tree
+from tests.ranks import REPOSITORY
+from tests.tiny import TINY
+from tools.replay import main as replay
+from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.cli import main as evaluate
+from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.cli import main as merge
+from visft_ds.models.eva_vit import build_backbone
+from visft_ds.predict.model import load
+from visft_ds.shards.build import Options, build
+from visft_ds.shards.info import describe_step
+from visft_ds.tasks.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.slow
+SETTINGS: dict[str, Any] = {
+    **TINY,
+    "scheduler.params.total_num_steps": 4,
+    "scheduler.params.warmup_num_steps": 1,
+    "visft.run.save_every": 2,
+    "visft.model.weights": "weights/base.safetensors",
+    "visft.tasks.captioning.vocabulary.file": "words.json",
+}
+
+
+def _train(folder: Path, *more: str) -> str:
+    """The training command, from a folder; returns what it printed."""
+    settings = (f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.items())
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "launchers/train.py"), "--model=debug", "--data=shards", *settings, *more],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_a_run_is_whole_without_the_folder_it_began_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home, away, lost = tmp_path / "home", tmp_path / "away", tmp_path / "lost"
+    for split in ("train", "val"):
+        tree = write_tree(tmp_path / split)
+        build(Options(tree.images, tree.instances, tree.captions, home / "shards", split))
+    known = json.loads((home / "shards/train.manifest.json").read_text())["vocabulary"]
+    (home / "words.json").write_text(json.dumps(Vocabulary(tuple(known)).to_dict()))
+    base = home / "weights/base.safetensors"
+    save_backbone(build_backbone("debug", **SETTINGS["visft.model.overrides"]), base, layout="timm")
+    _train(home, "--stage=1", "--out=stage1")
+    second = ("--stage=2", "--set=visft.heads.path=stage1/export", "--set=visft.lora.rank=2")
+    _train(home, *second, "--out=runs/stage2")
+    run, moved = home / "runs/stage2", away / "moved"
+    last = run / "checkpoints/step_00000004/parameters.safetensors"
+    expected, copies = load_file(last), {path.name for path in (run / "inputs").rglob("*") if path.is_file()}
+    heads = {f"{task}.safetensors" for task in ("detection", "segmentation", "captioning")}
+    assert copies == {*heads, "vocabulary.json", "categories.json"}
+    shutil.rmtree(last.parent)  # as if it was stopped before
+    shutil.rmtree(run / "export")
+    shutil.rmtree(home / "stage1")
+    (home / "words.json").unlink()
+    away.mkdir()
+    run.rename(moved)
+
+    printed = _train(away, *second, "--out=moved", "--resume=must")
+    assert "heads loaded strictly from moved/inputs/heads: " in printed
+    resumed = load_file(moved / last.relative_to(run))
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    assert json.loads((moved / "run.json").read_text())["config"]["visft"]["heads"]["path"] == "stage1/export"
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate(["--run", str(moved), "--out", "numbers", "--images", "0"]) == 0
+    assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
+    assert str(base) in capsys.readouterr().out
+    assert replay([str(moved), "--step", "3"]) == 0
+    assert str(home / "shards") in describe_step(3, (), moved, None, None, 1)["split"]
+    spec = parse_model(f"before={moved}")
+    assert spec.name == str(base) and load_encoder(spec, LoadOptions("fp32")).facts["adapter"].startswith(str(moved))
+
+    photo = sorted(tree.images.iterdir())[0]
+    prediction = load(moved).predict(photo, threshold=0)
+    assert prediction.boxes is not None and len(prediction.boxes.names) and prediction.caption is not None
+
+    home.rename(lost)
+    assert merge(["--adapter", str(moved / "export/adapter"), "--out", "again.safetensors"]) == 2
+    assert f"{base}: no such file" in capsys.readouterr().err
+    assert evaluate(["--run", str(moved), "--backbone", str(lost / "weights/base.safetensors")]) == 2
+    told = capsys.readouterr().err
+    assert f"{home / 'shards'}: no shards of train" in told and "--data FOLDER" in told

@@ -1,0 +1,125 @@
+"""What `--dry-run` prints: numbers from the data where it is there, and a word where they are assumed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.coco_tree import write_tree
+from visft_ds.config import resolve
+from visft_ds.config.preflight import CANNOT_START
+from visft_ds.launch import main
+from visft_ds.models.eva_vit import PRESETS
+from visft_ds.prepare.model import PUBLISHED_VOCABULARY
+from visft_ds.run.start_report import print_dry_run
+from visft_ds.shards.build import Options, build
+
+#: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
+BY_ID = 64 + 128 + 1
+
+
+def table(capsys: pytest.CaptureFixture[str], *settings: str, stage: int = 1) -> list[str]:
+    """Title and rows of the table of what trains."""
+    print_dry_run(resolve(stage=stage, model="debug", settings=settings), 1, "")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("-- what trains"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("-- batches"))
+    return lines[start:end]
+
+
+def values(row: str) -> int:
+    return int(row.split()[2].replace(",", ""))
+
+
+def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    title, _, *rows = table(capsys, f"visft.data.root={tmp_path}")
+    assert title == "-- what trains, with a vocabulary of 9,490 ids (ASSUMED, that of the data is not known yet)"
+    assumed = values(rows[2])
+    title, _, *rows = table(capsys, f"visft.data.root={shards}")
+    assert title == "-- what trains, with a vocabulary of 9 ids (of the data)"  # five words and the special ones
+    assert assumed - values(rows[2]) == (PUBLISHED_VOCABULARY - 9) * BY_ID
+
+
+def test_the_dry_run_says_whether_a_process_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for limit, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
+        settings = (f"visft.model.memory_limit={limit}", f"visft.data.root={tmp_path}", "visft.tasks=detection")
+        print_dry_run(resolve(stage=2, model="debug", settings=settings), 1, "")
+        text = capsys.readouterr().out
+        assert "-- memory of a process at its fullest, predicted" in text and verdict in text
+
+
+@pytest.mark.parametrize(("stage", "tasks"), [(2, "detection,captioning"), (1, "detection")])
+def test_nothing_is_said_where_no_number_depends_on_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, stage: int, tasks: str
+) -> None:
+    title, *_ = table(capsys, f"visft.data.root={tmp_path}", f"visft.tasks={tasks}", stage=stage)
+    assert title == "-- what trains"
+
+
+def test_groups_of_a_subset_fit_its_heads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The recipe has a group for each of three heads: those of heads that are off must not stop the start."""
+    _, _, *rows = table(capsys, f"visft.data.root={tmp_path}", "visft.tasks=segmentation,captioning")
+    assert [row.split()[0] for row in rows] == ["segmentation", "captioning"]
+
+
+def test_the_published_sizes_of_the_large_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameter counts of the code published with the paper, at 9,490 words."""
+    assert PRESETS["eva_e"].width == 1792
+    print_dry_run(resolve(stage=1, settings=["visft.data.root=nowhere"]), 8, "")
+    out = capsys.readouterr().out
+    for task, count in (("detection", "8,810,464"), ("segmentation", "13,847,441"), ("captioning", "14,136,723")):
+        (row,) = [line.split() for line in out.splitlines() if re.match(rf"   {task} +\d+ +[\d,]+ ", line)]
+        assert row[2] == count
+
+
+def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path), "--dry-run"]
+    arguments += ["--set", f"visft.tasks.captioning.vocabulary.file={words}"]
+    assert main(arguments) == CANNOT_START
+    out = capsys.readouterr().out
+    assert "this run cannot start: 2 of its inputs are missing" in out and f"not found: {words}" in out
+    assert out.startswith("== ") and out.index("-- what trains") < out.index("this run cannot start")
+    assert [line for line in out.splitlines() if len(line) > 100 and str(tmp_path) not in line] == []
+
+
+def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json", "--data"]
+    assert main([*arguments, str(shards)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
+    assert main([*arguments, str(tmp_path)]) == CANNOT_START
+    out, err = capsys.readouterr()
+    assert json.loads(out)["visft"]["data"]["root"] == str(tmp_path) and "this run cannot start" in err
+    assert main(["--stage", "1", "--model", "debug", "--json"]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
+def test_a_dry_run_opens_the_files_that_a_start_opens(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    """A page of a portal under the name of the weights is there, and no run can start with it."""
+    weights, heads = tmp_path / "weights.safetensors", tmp_path / "heads"
+    heads.mkdir()
+    for path in (weights, heads / "detection.safetensors"):
+        path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
+    settings = {"visft.model.weights": weights, "visft.heads.path": heads, "visft.tasks": "detection"}
+    arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
+    arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    assert main(arguments) == CANNOT_START
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("this run cannot start")]
+    assert len(told) == 2 and str(weights) in told[0] and "detection.safetensors" in told[1]
+
+
+def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tree = write_tree(tmp_path)
+    build(Options(tree.images, tree.instances, None, tmp_path / "shards", "train"))
+    arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path / "shards"), "--dry-run"]
+    assert main(arguments) == 2
+    assert "no sample with captions, which captioning needs" in capsys.readouterr().err
+    assert main([*arguments, "--set", "visft.tasks=detection,segmentation"]) == 0

@@ -1,0 +1,412 @@
+"""Evaluation during training: every number once, pictures, and a judge that may be slow or fail without any harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.coco_tree import write_tree
+from tests.ranks import finish, start_ranks
+from tests.tiny import TINY
+from visft_ds.config import ResolvedConfig, resolve
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.samples import Batch
+from visft_ds.evals.cli import main as evaluate
+from visft_ds.evals.compare import read_evaluation
+from visft_ds.monitor.console import Progress
+from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
+from visft_ds.prepare.model import prepare_model
+from visft_ds.prepare.streams import vocabulary_of
+from visft_ds.resilience.signals import StopFlag
+from visft_ds.run import async_eval as judging
+from visft_ds.run.async_eval import AsyncEvaluation
+from visft_ds.run.log import RunLog
+from visft_ds.run.validation import Validation
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.registry import shown_metrics
+from visft_ds.tasks.vocabulary import Vocabulary
+
+SETTINGS = {
+    **TINY,
+    "visft.tasks.captioning.decoding.max_length": 5,
+    "scheduler.params.warmup_num_steps": 2,
+    "visft.run.save_every": 4,
+    "visft.run.eval_every": 2,
+    "visft.run.pictures": 1,
+    "visft.run.log_every": 1,
+}
+PROMPT = 600  # seconds within which things happen on a busy machine
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures to learn from, six others to be judged by."""
+    folder = tmp_path_factory.mktemp("coco")
+    for split, count in (("train", 12), ("val", 6)):
+        tree = write_tree(folder / split, count)
+        build(Options(tree.images, tree.instances, tree.captions, folder / "shards", split))
+    return folder / "shards"
+
+
+def _settings(total: int = 4) -> list[str]:
+    values = {**SETTINGS, "scheduler.params.total_num_steps": total}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _command(shards: Path, out: Path, *extra: str, total: int = 4) -> list[str]:
+    paths = ["--data", str(shards), "--out", str(out)]
+    settings = [f"--set={setting}" for setting in [*_settings(total), *extra]]
+    return ["launchers/train.py", "--stage", "1", "--model", "debug", *paths, *settings]
+
+
+def _hold_judge(of: subprocess.Popen[str]) -> int:
+    """Wait until a process has started a judge and stop that in its tracks; returns its id."""
+    until = time.monotonic() + PROMPT
+    while time.monotonic() < until:
+        assert of.poll() is None, of.stdout and of.stdout.read()
+        for children in Path(f"/proc/{of.pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                if b"visft_ds.run.async_eval" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGSTOP)
+                    return int(child)
+        time.sleep(0.02)
+    raise AssertionError("no judge was started")
+
+
+def _read_to(process: subprocess.Popen[str], text: str) -> list[str]:
+    """What a process prints, up to a line that contains `text`."""
+    assert process.stdout is not None
+    seen = []
+    watchdog = threading.Timer(2 * PROMPT, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            seen.append(line)
+            if text in line:
+                return seen
+    finally:
+        watchdog.cancel()
+    raise AssertionError(f"{text!r} never came:\n" + "".join(seen))
+
+
+def _records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / METRICS_FILE).read_text().splitlines()]
+
+
+def _judged(out: Path) -> dict[int, dict[str, float]]:
+    """Step -> its numbers; each step may have them only once."""
+    found = [r for r in _records(out) if any(name.startswith("val/") for name in r)]
+    assert max(Counter(record["step"] for record in found).values(), default=1) == 1
+    return {r["step"]: {name: value for name, value in r.items() if name.startswith("val/")} for r in found}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A run of four steps on two ranks, whose first judge did nothing until everything else was done."""
+
+    out: Path
+    judged_before: int  #: evaluations that had numbers then
+    alone: bool  #: whether the second rank ended while the main process waited for the judge
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def held(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Held:
+    out = tmp_path_factory.mktemp("runs") / "held"
+    processes = start_ranks(_command(shards, out))
+    judge = None
+    try:
+        judge = _hold_judge(processes[0])
+        printed = _read_to(processes[0], "saved step 4")
+        processes[1].wait(PROMPT)
+        alone = processes[0].poll() is None
+        before = len(_judged(out))
+    finally:
+        if judge is None:
+            finish(processes, 0.1)
+        else:
+            os.kill(judge, signal.SIGCONT)
+    codes, outputs = finish(processes, PROMPT)
+    assert codes == [0, 0], outputs
+    return Held(out, before, alone, "".join(printed) + outputs[0])
+
+
+def test_nobody_waits_for_the_judge(held: Held) -> None:
+    """Steps, the next evaluation, saving and the end of the other rank all come before the first number."""
+    assert held.judged_before == 0 and held.alone
+    lines = held.printed.splitlines()
+    last, first = (next(n for n, line in enumerate(lines) if text in line) for text in ("step 4/4", "step 2 v"))
+    assert last < first
+
+
+def test_numbers_of_every_evaluation_are_recorded(held: Held) -> None:
+    judged = _judged(held.out)
+    assert list(judged) == [2, 4]
+    for numbers in judged.values():
+        assert {name.split("/")[1] for name in numbers} == {"box", "mask", "caption"} and len(numbers) > 20
+    lines = [line for line in held.printed.splitlines() if "validation:" in line]
+    assert [line.split()[1] for line in lines] == ["2", "4"]
+    for line, numbers in zip(lines, judged.values(), strict=True):
+        told = [f"{name} {numbers[f'val/{name}']:.3f}" for name in shown_metrics()]
+        assert line.split("validation: ")[1] == "  ".join(told)
+    # Files of the last one stay.
+    assert [path.name for path in (held.out / "validation").iterdir()] == ["step_00000004"]
+    files = {path.name for path in (held.out / "validation/step_00000004").iterdir()}
+    assert files == {*(f"{task}_results.json" for task in TASKS), "evaluation.json", "metrics.json", "judge.log"}
+
+
+def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
+    events = EventAccumulator(str(held.out / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    tags = events.Tags()
+    assert sorted(tag.split("/")[0] for tag in tags["images"]) == sorted(TASKS)
+    for tag in tags["images"]:
+        pictures = events.Images(tag)
+        assert [picture.step for picture in pictures] == [0, 2, 4]
+        assert all(picture.width > 448 for picture in pictures)  # two panels
+    assert [event.step for event in events.Scalars("val/mask/AP50")] == [2, 4]
+    # Numbers that come late hide nothing.
+    assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3, 4]
+
+
+def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path: Path) -> None:
+    """What training exported, evaluated by the command: the same model, the same images, the same numbers."""
+    status = evaluate(["--run", str(held.out), "--out", str(tmp_path / "out"), "--images", "0"])
+    assert status == 0
+    found = read_evaluation("", tmp_path / "out")
+    wanted = {name.removeprefix("val/"): value for name, value in _judged(held.out)[4].items()}
+    # float32 rounding of other batch sizes; the numbers have no categories
+    assert {name: found.metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
+    assert any(value > 0 for name, value in wanted.items() if name.startswith("caption/"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_the_judge_works(shards: Path, tmp_path: Path) -> None:
+    """The next one measures what was left, once; stopped by a signal, it waits for the numbers."""
+    out = tmp_path / "killed"
+    command = _command(shards, out, "visft.run.eval_every=3", total=400)
+    (first,) = start_ranks(command, world=1)
+    judge = _hold_judge(first)
+    _read_to(first, "step 5/")
+    first.kill()
+    os.kill(judge, signal.SIGKILL)
+    finish([first])
+    assert _judged(out) == {}
+    assert [path.name for path in (out / "validation").iterdir()] == ["step_00000003"]
+
+    (second,) = start_ranks(command, world=1)
+    printed = _read_to(second, "step 5/")
+    second.send_signal(signal.SIGTERM)
+    codes, outputs = finish([second], PROMPT)
+    printed += outputs[0].splitlines(keepends=True)
+    assert codes == [0], printed
+    (stopped,) = (line for line in printed if line.startswith("stopped after step"))
+    last = int(stopped.split()[3])
+    # The step it stopped at is not evaluated: that is made up for when the run goes on.
+    assert list(_judged(out)) == list(range(3, last, 3)), printed
+    assert [r["step"] for r in _records(out) if "loss/loss" in r] == list(range(1, last + 1))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a `Validation` is made of."""
+
+    config: ResolvedConfig
+    manifest: Manifest
+    vocabulary: Vocabulary
+
+    def validation(self, out: Path) -> Validation:
+        streams = self.config.visft.streams()
+        return Validation(self.config.visft, streams, self.manifest, self.vocabulary, out)
+
+
+@pytest.fixture(scope="module")
+def parts(shards: Path) -> Parts:
+    config = resolve(stage=1, model="debug", settings=_settings())
+    vocabulary = vocabulary_of(config.visft, Manifest.load(shards, "train"))
+    assert vocabulary is not None
+    return Parts(config, Manifest.load(shards, "val"), vocabulary)
+
+
+class Ended:
+    """A process that has ended with a status."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def wait(self) -> int:
+        return self.status
+
+    poll = wait
+
+
+def test_predictions_that_are_not_finite(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A warning, the other tasks' numbers, and the run goes on."""
+    # in this process, since starting another one takes seconds
+    monkeypatch.setattr(judging, "_spawn", lambda place, shards, log: Ended(judging.main(place, shards)))
+    prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
+    module = prepared.module.eval()
+    with torch.no_grad():
+        for parameter in module.heads["detection"].parameters():
+            parameter.fill_(float("nan"))
+    validation, printed = parts.validation(tmp_path), io.StringIO()
+    with MetricsWriter(tmp_path) as writer, torch.no_grad():
+        log, stop = RunLog(writer, Progress(4, stream=printed)), StopFlag(launched=False)
+        assert validation.evaluate(lambda batch: module(batch), 2, log, stop)
+        validation.poll(log, wait=True)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: the evaluation of step 2 failed: detection: the score of a result for image_id")
+    assert {name.split("/")[1] for name in _judged(tmp_path)[2]} == {"mask", "caption"}
+    assert "mask/AP" in printed.getvalue() and "box/AP" not in printed.getvalue()
+
+
+def test_a_request_to_stop_ends_an_evaluation_between_two_batches(parts: Parts, tmp_path: Path) -> None:
+    """It leaves no results: the run that goes on from this step evaluates it as a whole."""
+    validation, stop, seen = parts.validation(tmp_path), StopFlag(launched=False), []
+    prepared = prepare_model(parts.config.visft, parts.config.optimizer.params, vocabulary=parts.vocabulary)
+    module = prepared.module.eval()
+
+    def predict(batch: Batch) -> dict[str, Any]:
+        seen.append(batch)
+        stop.reason = "signal SIGTERM"
+        return dict(module(batch))
+
+    with MetricsWriter(tmp_path) as writer, torch.no_grad():
+        finished = validation.evaluate(predict, 2, RunLog(writer, Progress(4, stream=io.StringIO())), stop)
+    assert (finished, len(seen)) == (False, 1)
+    assert not (tmp_path / "validation").exists()
+
+
+def test_a_judge_that_cannot_work(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no room for what it needs, it cannot be started, it dies: each is a warning."""
+    (tmp_path / "file").write_text("in the way")
+    validation = parts.validation(tmp_path)
+    judge = AsyncEvaluation(tmp_path / "file", parts.manifest, None)
+    monkeypatch.setattr(validation, "_judge", judge)
+    judge.start(2, {"captioning": []})
+    judge.folder = tmp_path / "validation"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no/python"))
+    judge.start(4, {"captioning": []})
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho Traceback >&2; echo MemoryError: no room >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    judge.start(6, {"captioning": []})
+    with MetricsWriter(tmp_path) as writer:
+        for _ in range(2):
+            validation.poll(RunLog(writer, Progress(6, stream=io.StringIO())), wait=True)
+    warnings = sorted(capsys.readouterr().err.splitlines())
+    assert len(warnings) == 3
+    assert warnings[0].startswith("warning: the evaluation of step 2 failed: results cannot be written: ")
+    assert warnings[1].startswith("warning: the evaluation of step 4 failed: no process for it: ")
+    assert warnings[2] == "warning: the evaluation of step 6 failed: MemoryError: no room"
+    assert not (tmp_path / METRICS_FILE).exists()
+
+
+def test_damaged_results(parts: Parts, tmp_path: Path) -> None:
+    """As after a crash of the machine: the damaged file is named, the rest is measured."""
+    results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"]]
+    (tmp_path / "captioning_results.json").write_text(json.dumps(results))
+    (tmp_path / "detection_results.json").write_text('[{"image_id": 1000, "cate')
+    order = {"step": 2, "tasks": ["detection", "segmentation", "captioning"], "split": "val", "limit": None}
+    (tmp_path / "evaluation.json").write_text(json.dumps(order))
+    assert judging.main(tmp_path, parts.manifest.root) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name.split("/")[0] for name in found["metrics"]} == {"caption"}
+    assert [problem.split(":")[0] for problem in found["problems"]] == ["detection", "segmentation"]
+    assert "detection_results.json is damaged" in found["problems"][0]
+
+
+def test_a_talkative_judge_and_relative_paths(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody empties a pipe while training goes on; and where a process works must not decide what it finds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "visft_ds").mkdir()  # another copy of the code, in which the training was started
+    (tmp_path / "visft_ds/__init__.py").write_text("raise SystemExit('the wrong copy')")
+    monkeypatch.setenv("PYTHONVERBOSE", "1")  # a line for every import
+    root = Path(os.path.relpath(parts.manifest.root, tmp_path))
+    judge = AsyncEvaluation(Path("validation"), Manifest.load(root, "val"), 4)
+    results = [{"image_id": int(i), "caption": "picture it's red"} for i in parts.manifest.index["image_id"][:4]]
+    judge.start(2, {"captioning": results})
+    verdicts = judge.verdicts()
+    until = time.monotonic() + PROMPT
+    while not verdicts and time.monotonic() < until:
+        time.sleep(0.05)
+        verdicts = judge.verdicts()
+    (verdict,) = verdicts
+    assert not verdict.problems and verdict.metrics["caption/BLEU-1"] > 0
+    assert (tmp_path / "validation/step_00000002/judge.log").stat().st_size > 1 << 17
+
+
+def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what no later step of the resumed run brings anyway, and what was handed in as a whole."""
+    started: list[str] = []
+
+    def spawn(place: Path, *_: Any) -> Ended:
+        started.append(place.name)
+        return Ended(1)
+
+    monkeypatch.setattr(judging, "_spawn", spawn)
+    for step in (2, 4, 6, 8, 10, 12):
+        place = tmp_path / f"validation/step_{step:08d}"
+        place.mkdir(parents=True)
+        if step != 6:  # killed while the results were being written
+            (place / "evaluation.json").write_text(json.dumps({"step": step}))
+    (tmp_path / "validation/notes.txt").write_text("mine")
+    records = [{"step": 2, "loss/loss": 1.0}, {"step": 2, "val/box/AP": 0.5}, {"step": 3, "loss/loss": 1.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    validation = parts.validation(tmp_path)
+    assert validation.resume(10) is True
+    validation.poll(RunLog(MetricsWriter(tmp_path, enabled=False), Progress(4, enabled=False)), wait=True)
+    assert started == ["step_00000004", "step_00000008"]
+    assert not (tmp_path / "validation/step_00000012").exists()
+    assert (tmp_path / "validation/notes.txt").read_text() == "mine"
+
+    assert parts.validation(tmp_path).resume(2) is False
+    (tmp_path / METRICS_FILE).unlink()
+    assert parts.validation(tmp_path).resume(2) is True
+
+
+@pytest.mark.slow
+def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) -> None:
+    """However that ends: the run that goes on measures the same step, and writes into the same folder."""
+    place = tmp_path / "validation/step_00000002"
+    place.mkdir(parents=True)
+    (place / "evaluation.json").write_text('{"step": 2, "tasks": ["captioning"], "split": "val", "limit": null}')
+    os.mkfifo(place / "captioning_results.json")  # nobody ever writes into it: reading it takes for ever
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom visft_ds.run.async_eval import AsyncEvaluation\n"
+        "from visft_ds.data.manifest import Manifest\n"
+        "judge = AsyncEvaluation(Path(sys.argv[1]), Manifest.load(Path(sys.argv[2]), 'val'), None)\n"
+        "judge.again(4, set())\ntime.sleep(600)\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code, str(place.parent), str(parts.manifest.root)])
+    try:
+        until = time.monotonic() + PROMPT
+        found: list[psutil.Process] = []
+        while not found and time.monotonic() < until:
+            found = psutil.Process(training.pid).children()
+            time.sleep(0.05)
+        (judge,) = found
+    finally:
+        training.kill()
+        training.wait()
+    assert psutil.wait_procs([judge], timeout=PROMPT)[1] == []

@@ -1,0 +1,214 @@
+"""Average precision: equal to pycocotools, from shards as from the JSON file, quiet, and clear about bad results."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
+import pycocotools.mask
+import pytest
+
+from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.manifest import Manifest
+from visft_ds.data.shards import ShardReader
+from visft_ds.tasks.average_precision import IouType, coco_average_precision, pack_results, unpack_results
+
+SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
+Results = list[dict[str, Any]]
+
+
+def _truth(images: int = 12) -> dict[str, Any]:
+    """Objects of all sizes, some of them crowds, in categories 1, 5, 90; category 7 has none; one image is empty."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for image_id in range(1, images):
+        for _ in range(int(rng.integers(1, 9))):
+            x, y = rng.uniform(0, 200, 2).tolist()
+            width, height = (float(side) for side in 10 ** rng.uniform(0.8, 2.4, 2))
+            annotations.append(
+                {
+                    "id": 500 + len(annotations),
+                    "image_id": image_id,
+                    "category_id": int(rng.choice([1, 5, 90])),
+                    "bbox": [x, y, width, height],
+                    "area": 0.7 * width * height,  # of the mask; decides what counts as small
+                    "iscrowd": int(rng.random() < 0.1),
+                    "segmentation": [[x, y, x + width, y, x + width, y + height]],
+                }
+            )
+    return {
+        "images": [{"id": n, "width": 500, "height": 500, "file_name": f"{n}.jpg"} for n in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": n, "name": f"name {n}"} for n in (1, 5, 7, 90)],
+    }
+
+
+def _results(truth: dict[str, Any]) -> Results:
+    """Moved copies of the objects, some scores equal; false ones; more than the limit of 100 in one image."""
+    rng = np.random.default_rng(1)
+    results = []
+    for annotation in truth["annotations"]:
+        for _ in range(2):
+            box = np.array(annotation["bbox"])
+            moved = box + rng.normal(0, 0.08, 4) * box[2:].repeat(2)
+            category = annotation["category_id"] if rng.random() < 0.9 else 5
+            results.append(_result(annotation["image_id"], category, moved.tolist(), round(rng.uniform(0.2, 1), 1)))
+    for _ in range(150):
+        results.append(_result(2, 1, rng.uniform(1, 200, 4).tolist(), round(rng.uniform(), 1)))
+    return results
+
+
+def _result(image_id: int, category_id: int, bbox: list[float], score: float) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+
+
+def _as_masks(results: Results) -> Results:
+    masks = []
+    for result in results:
+        x, y, width, height = result["bbox"]
+        corners = [[x, y, x + width, y, x + width, y + height]]
+        mask = pycocotools.mask.merge(pycocotools.mask.frPyObjects(corners, 500, 500))
+        masks.append({**{name: result[name] for name in ("image_id", "category_id", "score")}, "segmentation": mask})
+    return masks
+
+
+def _oracle(truth: dict[str, Any], results: Results, iou_type: str) -> tuple[Any, Any]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = pycocotools.coco.COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        evaluation = pycocotools.cocoeval.COCOeval(coco, coco.loadRes(copy.deepcopy(results)), iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats, evaluation.eval["precision"]
+
+
+@pytest.mark.parametrize(("iou_type", "prefix"), [("bbox", "box"), ("segm", "mask")])
+def test_numbers_are_those_of_pycocotools(iou_type: IouType, prefix: str, capfd: pytest.CaptureFixture[str]) -> None:
+    truth = _truth()
+    results = _results(truth) if iou_type == "bbox" else _as_masks(_results(truth))
+    stats, precision = _oracle(truth, results, iou_type)
+    before = copy.deepcopy((truth, results))
+    ours = coco_average_precision(truth, results, iou_type, per_category=True)
+    reference = coco_average_precision(truth, results, iou_type, per_category=True, scorer="pycocotools")
+    assert reference == pytest.approx(ours, abs=1e-12) and list(reference) == list(ours)
+    assert capfd.readouterr() == ("", "")
+    assert (truth, results) == before
+    assert 0.05 < stats[0] < 0.9, "the case must not be trivial"
+    for name, place in SUMMARY.items():
+        # float64 means of the same hundred numbers
+        assert ours[f"{prefix}/{name}"] == pytest.approx(stats[place], abs=1e-12), name
+    for place, category in enumerate((1, 5, 7, 90)):
+        wanted = precision[:, :, place, 0, -1].mean()  # all -1 for category 7, which has no object
+        assert ours[f"{prefix}/AP/name {category}"] == pytest.approx(wanted, abs=1e-12)
+    assert len(ours) == len(SUMMARY) + 4
+
+
+def test_shards_and_file_give_the_same(split: Manifest) -> None:
+    """The labels in the shards replace the annotation file, crowds included."""
+    path = split.root.parent / "tree/instances.json"
+    source = json.loads(path.read_text())
+    results = _results(source)[:-150]
+    with ShardReader(split) as reader:
+        from_shards = coco_average_precision(coco_dataset(reader), results, per_category=True)
+    assert from_shards == coco_average_precision(path, results, per_category=True)
+    assert any(annotation["iscrowd"] for annotation in source["annotations"])
+    assert 0 < from_shards["box/AP"] < 1
+
+
+def test_annotation_ids_do_not_matter() -> None:
+    """Evaluators take id 0 for "unmatched"; files made by hand count from 0 or repeat ids."""
+    truth = _truth()
+    results = _results(truth)
+    wanted = coco_average_precision(truth, results)
+    for annotation in truth["annotations"]:
+        annotation["id"] = 0
+    assert coco_average_precision(truth, results) == wanted
+
+
+def test_no_results_are_zeros() -> None:
+    truth = _truth()
+    assert set(coco_average_precision(truth, []).values()) == {0.0}
+    assert coco_average_precision(truth, [], scorer="pycocotools") == coco_average_precision(truth, [])
+    truth["annotations"] = [a for a in truth["annotations"] if a["area"] < 96**2]
+    assert coco_average_precision(truth, [])["box/APl"] == -1  # nothing to find
+    assert coco_average_precision(truth, [])["box/AP"] == 0
+
+
+def test_results_of_categories_that_do_not_exist_are_left_out() -> None:
+    """The head has classes for the holes in COCO's ids."""
+    truth = _truth()
+    results = _results(truth)
+    strange = [{**result, "category_id": 12, "score": 1.0} for result in results]
+    assert coco_average_precision(truth, results + strange) == coco_average_precision(truth, results)
+    assert coco_average_precision(truth, strange)["box/AP"] == 0
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None])  # None: how JSON keeps the other two
+def test_score_that_is_not_finite(score: float | None) -> None:
+    with pytest.raises(ValueError, match=f"score of a result for image_id 3 is {score}"):
+        coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], score)])
+
+
+@pytest.mark.parametrize("side", [float("nan"), None])
+def test_box_that_is_not_finite(side: float | None) -> None:
+    """Evaluators take such a box for one that overlaps nothing, or stop in the middle."""
+    box: list[Any] = [0, side, 5, 5]
+    with pytest.raises(ValueError, match=r"box of a result for image_id 3 .* is not finite"):
+        coco_average_precision(_truth(), [_result(3, 1, box, 0.5)])
+
+
+def test_unknown_image() -> None:
+    with pytest.raises(ValueError, match="result for image_id 999, which the ground truth does not have"):
+        coco_average_precision(_truth(), [_result(999, 1, [0, 0, 5, 5], 0.5)])
+
+
+def test_wrong_kind_of_result() -> None:
+    with pytest.raises(ValueError, match="image_id 3 has no 'segmentation'"):
+        coco_average_precision(_truth(), [_result(3, 1, [0, 0, 5, 5], 0.5)], "segm")
+
+
+@pytest.mark.parametrize("mask", ["absent", None, []])
+def test_annotations_without_masks(mask: Any) -> None:
+    """The evaluator would count an empty list as an object that nobody finds; boxes need no masks."""
+    truth = _truth()
+    boxes, masks = _results(truth), _as_masks(_results(truth))
+    wanted = coco_average_precision(truth, boxes)
+    for annotation in truth["annotations"][4:6]:
+        annotation["segmentation"] = mask
+        if mask == "absent":
+            del annotation["segmentation"]
+    message = rf"2 of the {len(truth['annotations'])} annotations have no 'segmentation' \(the first is .* 504\)"
+    with pytest.raises(ValueError, match=message):
+        coco_average_precision(truth, masks, "segm")
+    assert coco_average_precision(truth, boxes) == wanted
+
+
+def test_inconsistent_ground_truth(tmp_path: Path) -> None:
+    truth = _truth()
+    truth["annotations"][4]["category_id"] = 2
+    with pytest.raises(ValueError, match=r"annotation 504 belongs to .* category_id 2, of which"):
+        coco_average_precision(truth, [])
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": truth["images"], "annotations": []}))
+    with pytest.raises(ValueError, match=r"captions\.json has no categories"):
+        coco_average_precision(path, [])
+
+
+def test_packing() -> None:
+    results = [_result(2**40 + 1, 90, [0.1, 2, 3, 4.5], 0.3), _result(5, 1, [0, 0, 1, 1], 1.0)]
+    packed = pack_results(results)
+    assert packed.shape == (2, 7) and packed.dtype == np.float64
+    assert unpack_results(packed) == results
+    empty = pack_results([])
+    assert empty.shape == (0, 7)
+    # a rank without images must not disturb the others
+    assert unpack_results(np.concatenate([empty, packed])) == results

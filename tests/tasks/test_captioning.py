@@ -1,0 +1,406 @@
+"""The captioning head, its generation and its losses."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.options import criterion_of, head_of
+from visft_ds.data.samples import Batch
+from visft_ds.interop.head_file import HeadInfo, build_empty
+from visft_ds.tasks.captioning.data import CaptionTargets
+from visft_ds.tasks.captioning.head import (
+    PUBLISHED_NAMES,
+    CaptioningHead,
+    CaptioningOutput,
+    pool_valid,
+    postprocess,
+)
+from visft_ds.tasks.vocabulary import Vocabulary
+
+D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>
+START, END = SIZE - 2, SIZE - 1
+#: float64: sums in another order differ by rounding only.
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def small_head(size: int = SIZE, dropout: float = 0.0) -> CaptioningHead:
+    head = head_of(
+        "captioning", D, vocabulary_size=size, attention_dim=5, embed_dim=4, decoder_dim=7, grid=GRID, dropout=dropout
+    ).double()
+    # Larger weights than at the start of a training: no part of the head is close to linear, words depend on the image.
+    for name, parameter in head.named_parameters():
+        parameter.data.mul_(20 if name in ("embedding.weight", "fc.weight") else 3)
+    return head
+
+
+def feature_maps(images: int) -> tuple[Tensor, Tensor]:
+    """Maps (images, D, 5, 4), of which the last image fills 4 x 2 cells only."""
+    valid = torch.ones(images, 5, 4, dtype=torch.bool)
+    valid[-1, 4:] = False
+    valid[-1, :, 2:] = False
+    return torch.randn(images, D, 5, 4, dtype=torch.float64), valid
+
+
+def caption_batch(*lengths: int) -> CaptionTargets:
+    """Random captions of these lengths, <start> and <end> included; `<unk>` may occur."""
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.tensor([START, *torch.randint(1, 7, (length - 1,)).tolist()])
+        if length > 1:
+            row[length - 1] = END
+    return CaptionTargets(tokens, torch.tensor(lengths), ((),) * len(lengths))
+
+
+def batch_of(targets: CaptionTargets) -> Batch:
+    count = len(targets.lengths)
+    whole, flags = torch.zeros(count, 2, dtype=torch.int64), torch.ones(count, dtype=torch.bool)
+    ids = torch.arange(count)
+    return Batch(torch.zeros(count, 3, 0, 0), whole, whole, ids, ids + 100, ids, flags, targets={"captioning": targets})
+
+
+class PlainHead(nn.Module):
+    """The head as the paper and the published code have it: one image, one step at a time, one layer per product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {"encoder_att": nn.Linear(D, 5), "decoder_att": nn.Linear(7, 5), "full_att": nn.Linear(5, 1)}
+        )
+        self.embedding = nn.Embedding(SIZE, 4)
+        self.decode_step = nn.LSTMCell(4 + D, 7)
+        self.init_h, self.init_c = nn.Linear(D, 7), nn.Linear(D, 7)
+        self.f_beta, self.fc = nn.Linear(7, D), nn.Linear(7, SIZE)
+        self.double()
+
+    def forward(self, feature: Tensor, words: list[int]) -> tuple[Tensor, Tensor]:
+        """feature (D, h, w) without padding -> scores (steps, V), attention (steps, P); one step per word given."""
+        pixels = nn.AdaptiveAvgPool2d(GRID)(feature).flatten(1).T
+        hidden, cell = self.init_h(pixels.mean(0)), self.init_c(pixels.mean(0))
+        scores, attention = [], []
+        for word in words:
+            mixed = self.attention["encoder_att"](pixels) + self.attention["decoder_att"](hidden)
+            weights = self.attention["full_att"](mixed.relu()).softmax(dim=0)  # (P, 1)
+            seen = (weights * pixels).sum(0) * self.f_beta(hidden).sigmoid()
+            hidden, cell = self.decode_step(torch.cat([self.embedding.weight[word], seen]), (hidden, cell))
+            scores.append(self.fc(hidden))
+            attention.append(weights.squeeze(1))
+        return torch.stack(scores), torch.stack(attention)
+
+
+def plain_copy(head: CaptioningHead) -> PlainHead:
+    plain = PlainHead()
+    plain.load_state_dict({PUBLISHED_NAMES[name]: value for name, value in head.state_dict().items()})
+    return plain
+
+
+@pytest.mark.parametrize(("width", "count"), [(1792, 14_136_723), (1408, 12_956_691)])
+def test_published_parameters(width: int, count: int) -> None:
+    with torch.device("meta"):
+        head = head_of("captioning", width, vocabulary_size=9490)
+    shapes = {PUBLISHED_NAMES[name]: tuple(value.shape) for name, value in head.state_dict().items()}
+    assert sum(map(math.prod, shapes.values())) == count
+    assert shapes["decode_step.weight_ih"] == (1536, 384 + width)
+    assert shapes["attention.full_att.weight"] == (1, 384)
+    assert shapes["f_beta.weight"] == (width, 384)
+    assert shapes["fc.weight"] == shapes["embedding.weight"] == (9490, 384)
+
+
+def test_equal_to_one_image_and_step_at_a_time() -> None:
+    """Outputs and all gradients; captions in no order, one with nothing to predict, one map with padding."""
+    head = small_head()
+    plain = plain_copy(head)
+    (features, valid), targets = feature_maps(4), caption_batch(4, 7, 1, 5)
+    features.requires_grad_()
+    output = head(features, valid, targets.tokens, targets.lengths)
+    assert output.tokens is None
+    assert output.scores.shape == (4, 6, SIZE)
+    assert output.attention.shape == (4, 6, GRID**2)
+    factors = torch.randn_like(output.scores), torch.randn_like(output.attention)
+    ((output.scores * factors[0]).sum() + (output.attention * factors[1]).sum()).backward()
+    own_grads = [features.grad, *(parameter.grad for parameter in head.parameters())]
+
+    copy = features.detach().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for image, length in enumerate(targets.lengths.tolist()):
+        assert not output.scores[image, length - 1 :].any()
+        assert not output.attention[image, length - 1 :].any()
+        if length > 1:
+            feature = copy[image] if image < 3 else copy[image, :, :4, :2]
+            scores, attention = plain(feature, targets.tokens[image, : length - 1].tolist())
+            torch.testing.assert_close(output.scores[image, : length - 1], scores, **EXACT)
+            torch.testing.assert_close(output.attention[image, : length - 1], attention, **EXACT)
+            total = total + (scores * factors[0][image, : length - 1]).sum()
+            total = total + (attention * factors[1][image, : length - 1]).sum()
+    total.backward()
+    grads = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    expected = [copy.grad, *(grads[PUBLISHED_NAMES[name]] for name, _ in head.named_parameters())]
+    torch.testing.assert_close(own_grads, expected, **EXACT)
+
+
+@pytest.mark.parametrize("size", [(18, 18), (14, 14), (5, 30), (1, 1), (73, 40)])
+def test_pooling_is_adaptive_average_pooling_of_the_valid_part(size: tuple[int, int]) -> None:
+    features = torch.randn(2, 3, 75, 42, dtype=torch.float64)
+    valid = torch.zeros(2, 75, 42, dtype=torch.bool)
+    valid[0, : size[0], : size[1]] = True
+    valid[1] = True
+    pooled = pool_valid(features, valid, 14)
+    for image, part in enumerate((features[0, :, : size[0], : size[1]], features[1])):
+        torch.testing.assert_close(pooled[image], F.adaptive_avg_pool2d(part, 14).flatten(1).T, **EXACT)
+
+
+def test_start_of_training() -> None:
+    head = head_of("captioning", 64, vocabulary_size=500)
+    for weight in (head.embedding.weight, head.fc.weight):
+        assert 0.099 < weight.abs().max() <= 0.1
+    assert not head.fc.bias.any()
+    # A uniform distribution of many values comes close to its bound: those of nn.LSTMCell and nn.Linear.
+    for weight in (head.recurrence.weight_ih, head.recurrence.f_beta_weight, head.recurrence.bias_hh):
+        assert 0.97 * 384**-0.5 < weight.abs().max() <= 384**-0.5
+
+
+def test_shared_weights_are_used_once_whatever_the_length_of_the_captions() -> None:
+    """ZeRO-3 gathers weights when their owner is called; ranks with other captions must gather equally often."""
+    head = small_head()
+    features, valid = feature_maps(2)
+    owners = {name: module for name, module in head.named_modules() if list(module.parameters(recurse=False))}
+    calls: list[str] = []
+    for name, module in owners.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    seen = []
+    for targets in (caption_batch(3, 2), caption_batch(7, 9)):
+        calls.clear()
+        head(features, valid, targets.tokens, targets.lengths)
+        seen.append(list(calls))
+    assert seen[0] == seen[1]
+    assert sorted(seen[0]) == sorted(owners)
+
+
+def test_dropout_acts_on_the_words_in_training_only() -> None:
+    head = small_head(dropout=0.5)
+    (features, valid), targets = feature_maps(3), caption_batch(4, 5, 3)
+    first, second = (head(features, valid, targets.tokens, targets.lengths) for _ in range(2))
+    assert not torch.equal(first.scores, second.scores)
+    torch.testing.assert_close(first.attention, second.attention, rtol=0, atol=0)
+    generated = head.generate(features, valid, max_length=4)
+    head.eval()
+    features.requires_grad_()
+    first, second = (head(features, valid, targets.tokens, targets.lengths) for _ in range(2))
+    assert torch.equal(first.scores, second.scores)
+    first.scores.sum().backward()  # frozen heads must still hand the gradient on to the backbone
+    assert features.grad is not None
+    assert features.grad.any()
+    assert [one.tokens for one in head.generate(features, valid, max_length=4)] == [one.tokens for one in generated]
+
+
+def test_greedy_generation_says_the_best_allowed_word() -> None:
+    torch.manual_seed(1)  # a head whose captions have many lengths, up to the longest allowed
+    head = small_head().eval()
+    # Make it want what it must not say.
+    head.fc.bias.data[[0, 6, 7]] += 20
+    features, valid = feature_maps(24)
+    output = head(features, valid)
+    assert output.tokens.shape == (24, 52)
+    assert output.scores.shape == (24, 51, SIZE)
+    lengths = (output.tokens == END).int().argmax(dim=1) + 1
+    assert lengths.min() < lengths.max()
+    for row, length in zip(output.tokens.tolist(), lengths.tolist(), strict=True):
+        assert row[0] == START
+        assert row[length - 1] == END
+        assert set(row[1 : length - 1]) <= {1, 2, 3, 4, 5}
+        assert not any(row[length:])
+    # Told its own words, the head must give the same scores and attention.
+    told = head(features, valid, output.tokens, lengths)
+    torch.testing.assert_close(output.scores, told.scores, **EXACT)
+    torch.testing.assert_close(output.attention, told.attention, **EXACT)
+    best = told.scores[..., [1, 2, 3, 4, 5, END]].argmax(dim=-1)
+    said = torch.tensor([1, 2, 3, 4, 5, END])[best]
+    inside = torch.arange(1, 52) < lengths.unsqueeze(1)
+    inside[lengths == 52, -1] = False  # <end> was forced there
+    assert torch.equal(said[inside], output.tokens[:, 1:][inside])
+    assert not output.scores.requires_grad
+
+
+def test_generate_is_the_same_greedy_caption_with_its_probability() -> None:
+    head = small_head().eval()
+    features, valid = feature_maps(3)
+    captions = head.generate(features, valid, max_length=3)
+    for image, caption in enumerate(captions):
+        assert 0 <= len(caption.tokens) <= 3
+        assert caption.attention.shape == (len(caption.tokens), GRID, GRID)
+        score, attention = log_probability(head, features[image : image + 1], valid[image : image + 1], caption.tokens)
+        assert caption.score == pytest.approx(score, rel=1e-10)
+        torch.testing.assert_close(caption.attention.flatten(1), attention, **EXACT)
+    assert [one.tokens for one in captions] == [
+        one.tokens for image in range(3) for one in head.generate(features[[image]], valid[[image]], max_length=3)
+    ]
+
+
+def log_probability(head: CaptioningHead, feature: Tensor, valid: Tensor, words: list[int]) -> tuple[float, Tensor]:
+    """Of a caption and its end, and the attention for its words."""
+    ids = torch.tensor([[START, *words, END]])
+    with torch.no_grad():
+        output = head(feature, valid, ids, torch.tensor([ids.shape[1]]))
+    allowed = output.scores[0].clone()
+    allowed[:, [0, head.vocabulary_size - 3, head.vocabulary_size - 2]] = -math.inf
+    chosen = allowed.log_softmax(-1).gather(1, ids[0, 1:, None])
+    return float(chosen.sum()), output.attention[0, : len(words)]
+
+
+def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
+    torch.manual_seed(6)  # a head whose best captions have one and two words
+    head = small_head().eval()
+    features, valid = feature_maps(3)
+    # 1 + 5 + 25 captions of at most two words: a beam of 31 keeps all of them.
+    captions = [list(words) for count in range(3) for words in product(range(1, 6), repeat=count)]
+    best = head.generate(features, valid, beam_size=31, max_length=2)
+    for image, caption in enumerate(best):
+        feature, mask = features[image : image + 1], valid[image : image + 1]
+        scores = [log_probability(head, feature, mask, words)[0] for words in captions]
+        assert caption.tokens == captions[max(range(31), key=scores.__getitem__)]
+        assert caption.score == pytest.approx(max(scores), rel=1e-10)
+        attention = log_probability(head, feature, mask, caption.tokens)[1]
+        torch.testing.assert_close(caption.attention.flatten(1), attention, **EXACT)
+    assert {len(caption.tokens) for caption in best} == {1, 2}
+
+
+def test_a_narrow_beam_is_a_beam_search() -> None:
+    """Against a search written for one image: keep the best K of all continuations, ended ones among them."""
+    torch.manual_seed(1)  # a head whose captions differ from image to image
+    head = small_head().eval()
+    features, valid = feature_maps(4)
+    for image, caption in enumerate(head.generate(features, valid, beam_size=3, max_length=4)):
+        feature, mask = features[image : image + 1], valid[image : image + 1]
+        beams: list[tuple[float, list[int], bool]] = [(0.0, [], False)]
+        for step in range(5):
+            grown = [beam for beam in beams if beam[2]]
+            for score, words, ended in beams:
+                if not ended:
+                    ids = torch.tensor([[START, *words, END]])
+                    with torch.no_grad():
+                        last = head(feature, mask, ids, torch.tensor([len(words) + 2])).scores[0, -1]
+                    last[[0, 6, 7]] = -math.inf
+                    gains = last.log_softmax(0).tolist()
+                    grown.append((score + gains[END], words, True))
+                    if step < 4:
+                        grown += [(score + gains[word], [*words, word], False) for word in range(1, 6)]
+            beams = sorted(grown, key=lambda beam: -beam[0])[:3]
+        assert caption.tokens == beams[0][1]
+        assert caption.score == pytest.approx(beams[0][0], rel=1e-10)
+
+
+def test_beams_of_a_vocabulary_smaller_than_the_beam() -> None:
+    head = small_head(size=5).eval()  # one word: captions are its repetitions
+    features, valid = feature_maps(2)
+    for caption in head.generate(features, valid, beam_size=6, max_length=2):
+        assert math.isfinite(caption.score)
+        assert caption.tokens in ([], [1], [1, 1])
+
+
+def loss_denominators_of(counts: dict[str, float], parts: int) -> dict[str, Tensor]:
+    return {name: torch.tensor(value / parts, dtype=torch.float64) for name, value in counts.items()}
+
+
+def test_losses_by_their_definition() -> None:
+    head = small_head()
+    (features, valid), targets = feature_maps(4), caption_batch(4, 6, 1, 2)
+    criterion = criterion_of("captioning", attention=0.5)
+    counts = criterion.count(batch_of(targets))
+    assert counts == {"tokens": 3 + 5 + 0 + 1, "images": 3}
+    output = head(features, valid, targets.tokens, targets.lengths)
+    losses = criterion(output, targets, loss_denominators_of(counts, 1))
+    rows = [(image, step) for image in range(4) for step in range(int(targets.lengths[image]) - 1)]
+    logits = torch.stack([output.scores[image, step] for image, step in rows])
+    wanted = torch.tensor([int(targets.tokens[image, step + 1]) for image, step in rows])
+    torch.testing.assert_close(losses["ce"], F.cross_entropy(logits, wanted), **EXACT)
+    uneven = torch.stack([(1 - output.attention[image].sum(0)) ** 2 for image in (0, 1, 3)])
+    torch.testing.assert_close(losses["attention"], uneven.mean(), **EXACT)
+    top5 = (logits.topk(5).indices == wanted[:, None]).any(1).double().mean() * 100
+    torch.testing.assert_close(losses["top5_accuracy"], top5, **EXACT)
+    assert criterion.weights == {"ce": 1.0, "attention": 0.5}
+    assert losses.keys() - criterion.weights.keys() == {"top5_accuracy"}
+
+
+def test_mean_over_micro_batches_is_the_loss_of_the_global_batch() -> None:
+    head = small_head()
+    features, valid = feature_maps(6)
+    targets, criterion = caption_batch(3, 9, 2, 5, 1, 4), criterion_of("captioning")
+    counts = criterion.count(batch_of(targets))
+
+    def losses_of(images: slice, parts: int) -> dict[str, Tensor]:
+        own = targets.lengths[images]
+        tokens = targets.tokens[images, : max(2, int(own.max()))]  # each micro-batch is as long as its longest caption
+        part = CaptionTargets(tokens, own, ())
+        output = head(features[images], valid[images], part.tokens, part.lengths)
+        return criterion(output, part, loss_denominators_of(counts, parts))
+
+    def gradients(losses: dict[str, Tensor]) -> list[Tensor]:
+        loss = sum(weight * losses[name] for name, weight in criterion.weights.items())
+        return list(torch.autograd.grad(loss, list(head.parameters())))
+
+    whole = losses_of(slice(0, 6), 1)
+    parts = [losses_of(slice(start, start + 2), 3) for start in (0, 2, 4)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts) / 3, value, **EXACT)
+    means = [sum(grads) / 3 for grads in zip(*map(gradients, parts), strict=True)]
+    torch.testing.assert_close(means, gradients(whole), **EXACT)
+
+
+def test_a_micro_batch_without_captions_trains_nothing_but_stays_in_the_graph() -> None:
+    head = small_head()
+    (features, valid), criterion = feature_maps(2), criterion_of("captioning")
+    targets = CaptionTargets(torch.tensor([[START, 0]] * 2), torch.tensor([1, 1]), ((), ()))
+    output = head(features, valid, targets.tokens, targets.lengths)
+    one = torch.ones((), dtype=torch.float64)
+    losses = criterion(output, targets, {"tokens": one, "images": one})
+    assert losses == {"ce": 0, "attention": 0, "top5_accuracy": 0}
+    (losses["ce"] + losses["attention"]).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+
+
+def test_postprocess() -> None:
+    vocabulary = Vocabulary(("a", "cat", "on", "the", "mat"))
+    tokens = torch.tensor([[7, 1, 2, 8, 0], [7, 8, 0, 0, 0], [7, 5, 5, 5, 8]])
+    output = CaptioningOutput(torch.zeros(3, 4, SIZE), torch.zeros(3, 4, 9), tokens)
+    batch = batch_of(caption_batch(2, 2, 2))
+    batch.real[2] = False
+    assert postprocess(output, batch, vocabulary) == [
+        {"image_id": 100, "caption": "a cat"},
+        {"image_id": 101, "caption": ""},
+    ]
+    with pytest.raises(ValueError, match=r"the captioning head has 9 ids, the vocabulary 8"):
+        postprocess(output, batch, Vocabulary(("a", "cat", "on", "the")))
+
+
+def test_what_cannot_be_captioned_is_refused() -> None:
+    head = small_head()
+    (features, valid), targets = feature_maps(2), caption_batch(3, 4)
+    for captions, lengths in ((targets.tokens, None), (targets.tokens[:, :1], targets.lengths)):
+        with pytest.raises(ValueError, match=r"need lengths .* at least two ids"):
+            head(features, valid, captions, lengths)
+    with pytest.raises(ValueError, match="lengths without captions"):
+        head(features, valid, None, targets.lengths)
+    output = head(features, valid, targets.tokens, targets.lengths)
+    with pytest.raises(ValueError, match=r"scores \(2, 3, 9\) do not answer to captions \(2, 5\)"):
+        criterion_of("captioning")(output, caption_batch(5, 3), {})
+    for options in ({"beam_size": 0}, {"max_length": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            head.generate(features, valid, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocabulary_size": 4}, "vocabulary_size 4 must be at least 5"),
+        ({"vocabulary_size": 9, "grid": 0}, "grid = 0: must be greater than or equal to 1"),
+        ({"vocabulary_size": 9, "dropout": 1.0}, "dropout = 1.0: must be less than 1"),
+    ],
+)
+def test_impossible_heads_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_empty(HeadInfo("captioning", D, options))

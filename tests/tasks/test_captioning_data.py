@@ -1,0 +1,115 @@
+"""From raw samples to caption targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.options import alone
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample
+from visft_ds.tasks.captioning.data import CaptionChoice
+from visft_ds.tasks.transform import ImageTransform, collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
+LONG = "a " * 51
+
+
+def raw(*captions: str, image: bool = True, index: int = 0) -> RawSample:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8) if image else None
+    return RawSample(index, 100 + index, (5, 9), pixels, (), captions)
+
+
+def tokens(sample_of: ImageTransform, *captions: str, key: int = 0) -> list[int]:
+    return list(sample_of(raw(*captions), generator(key)).targets["captioning"]["tokens"].tolist())
+
+
+def test_image_becomes_a_square_and_references_stay_as_they_are() -> None:
+    sample = alone("captioning", True, vocabulary=VOCABULARY, size=28)(raw("A, b!", LONG, "..."), generator(0))
+    assert sample.image is not None
+    assert sample.image.shape == (3, 28, 28)
+    assert sample.size == (28, 28)
+    assert sample.original_size == (5, 9)
+    assert sample.targets["captioning"]["references"].tolist() == ["A, b!", LONG, "..."]
+
+
+def test_the_caption_belongs_to_the_key() -> None:
+    transform = alone("captioning", True, vocabulary=VOCABULARY)
+    captions = ("a", "b", "c", "d", "e")
+    drawn = [tokens(transform, *captions, key=key)[1] for key in range(200)]
+    assert drawn == [tokens(transform, *captions, key=key)[1] for key in range(200)]
+    assert set(drawn) == {1, 2, 3, 4, 5}
+    # A process without pixels arrives at the same caption.
+    blind = [transform(raw(*captions, image=False), generator(key)) for key in range(200)]
+    assert [sample.targets["captioning"]["tokens"][1] for sample in blind] == drawn
+
+
+def test_evaluation_and_fixed_captions_draw_nothing() -> None:
+    choices: list[tuple[bool, CaptionChoice]] = [(False, "random"), (False, "first"), (True, "first")]
+    choices += [(False, "consensus"), (True, "consensus")]
+    for train, choice in choices:
+        transform, random = alone("captioning", train, vocabulary=VOCABULARY, caption_choice=choice), generator(3)
+        sample = transform(raw("...", "b c", "d", "d e"), random)
+        assert sample.targets["captioning"]["tokens"].tolist() == ([8, 4, 9] if choice == "consensus" else [8, 2, 3, 9])
+        assert random.integers(1 << 60) == generator(3).integers(1 << 60)
+
+
+def test_consensus_shares_most_words_with_the_others() -> None:
+    transform = alone("captioning", True, vocabulary=VOCABULARY, caption_choice="consensus")
+    # Sums of the F-scores with the others, by hand: 0, 4/5 + 1/2, 4/5 + 4/5, 1/2 + 4/5.
+    assert tokens(transform, "f", "a b", "a b c", "b c") == [8, 1, 2, 3, 9]
+    # A long caption that contains all others agrees less with each than they do with each other.
+    assert tokens(transform, "a b c d e f a b c d e f", "a b", "b a") == [8, 1, 2, 9]
+    # Words count as often as they occur: 6/7 + 2/3, 6/7 + 4/5, 2/3 + 4/5; as sets all would be alike.
+    assert tokens(transform, "a a a a", "a a a", "a a") == [8, 1, 1, 1, 9]
+    # Neither spelling nor words that the vocabulary lacks make a difference; equals give the first.
+    assert tokens(transform, "C!", "zebra, a.", "A zebra") == [8, 7, 1, 9]
+    # What cannot be chosen has no voice: it is none of the captions that are learnt from.
+    assert tokens(transform, LONG, "a " * 60, "b", "b c") == [8, 2, 9]
+    assert tokens(transform, "d") == [8, 4, 9]
+
+
+def test_long_and_wordless_captions_are_never_drawn() -> None:
+    transform = alone("captioning", True, vocabulary=VOCABULARY)
+    captions = (LONG, "a " * 500, "", "!?", "\U0001f600", "b zebra", "c " * 50)
+    drawn = {tuple(tokens(transform, *captions, key=key)) for key in range(60)}
+    assert drawn == {(8, 2, 7, 9), (8, *[3] * 50, 9)}
+    assert tokens(alone("captioning", True, vocabulary=VOCABULARY, max_words=51), LONG) == [8, *[1] * 51, 9]
+
+
+@pytest.mark.parametrize("captions", [(), ("",), ("?!", LONG)])
+def test_without_a_usable_caption_there_is_nothing_to_learn(captions: tuple[str, ...]) -> None:
+    transform = alone("captioning", True, vocabulary=VOCABULARY, size=14)
+    batch = collate_joint([transform(raw(*captions), generator(0))])
+    targets = batch.targets["captioning"]
+    assert targets.lengths.tolist() == [1]  # never 0
+    assert targets.tokens.tolist() == [[8, 0]]  # two ids, so that the head has a step to make
+    assert targets.references == (captions,)
+
+
+def test_collate() -> None:
+    transform = alone("captioning", False, vocabulary=VOCABULARY, size=14)
+    samples = [transform(raw(text, index=place), generator(0)) for place, text in enumerate(("a b c", "d", ""))]
+    batch = collate_joint(samples)
+    targets = batch.targets["captioning"]
+    assert targets.tokens.tolist() == [[8, 1, 2, 3, 9], [8, 4, 9, 0, 0], [8, 0, 0, 0, 0]]
+    assert targets.tokens.dtype == targets.lengths.dtype == torch.int64
+    assert targets.lengths.tolist() == [5, 3, 1]
+    assert targets.references == (("a b c",), ("d",), ("",))
+    assert batch.image_ids.tolist() == [100, 101, 102]
+    inputs = batch.to(torch.device("cpu")).targets["captioning"].head_inputs()
+    assert set(inputs) == {"captions", "lengths"}
+    assert torch.equal(inputs["captions"], targets.tokens)
+
+
+def test_collate_without_labels() -> None:
+    sample = alone("captioning", False, vocabulary=VOCABULARY, size=14)(raw("a"), generator(0))
+    unlabelled = type(sample)(**{**vars(sample), "targets": {}})
+    assert collate_joint([unlabelled]).tasks == ()
+
+
+def test_impossible_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="'best' is not known: give one of random, first, consensus"):
+        alone("captioning", False, vocabulary=VOCABULARY, caption_choice="best")

@@ -1,0 +1,127 @@
+"""A task of one's own, tests/fourth_task.py, registered by one line: it does all that the tasks of this package do."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import fourth_task
+from tests.freeze.stored import FOLDER
+from tests.house import core, lines
+from tests.ranks import REPOSITORY, run_ranks
+from tests.test_layering import ROOT, module_name, syntax
+from tests.tiny import TINY
+from visft_ds.monitor.metrics import read_metrics
+from visft_ds.tasks import registry
+
+SETTINGS: dict[str, Any] = {
+    **TINY,
+    "scheduler.params.total_num_steps": 8,
+    "scheduler.params.warmup_num_steps": 1,
+    "visft.run.save_every": 8,
+    "visft.run.eval_every": 8,
+    "visft.run.pictures": 1,
+    "visft.run.log_every": 1,
+    **{f"visft.tasks.{task}.updates": 1 for task in registry.BUILT_IN},
+    "visft.tasks.classification": {"updates": 1, "batch_size": 4, "micro_batch": 2, "image": {"size": 28}},
+}
+SCRIPT = f"""
+import json, sys
+from pathlib import Path
+import visft_ds, visft_ds.tasks
+from visft_ds.config import resolve
+from visft_ds.planner import plan_memory
+visft_ds.tasks.register("classification", "tests.fourth_task:SPEC")
+out, mode = Path(sys.argv[1]), sys.argv[2]
+settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode}}
+if mode == "shared":
+    settings |= {{"visft.shared.batch_size": 4, "visft.shared.micro_batch": 2, "visft.shared.image.fixed_size": 28}}
+given = dict(model="debug", engine="zero1", data={str(FOLDER / "shards")!r}, settings=settings)
+own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"}}]}}
+first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
+settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
+second = visft_ds.fit(stage=2, out=out / "stage2", **given)
+found = visft_ds.evaluate(out / "stage2", out=out / "evaluation", images=1)
+model = visft_ds.load(out / "stage2")
+predicted = model.predict(sys.argv[3])
+predicted.draw().save(out / "drawn.png")
+texts = [f"{{key}}={{json.dumps(value)}}" for key, value in settings.items() if key != "visft.heads.path"]
+plan = plan_memory(resolve(stage=2, model="debug", settings=texts), 1, precision="fp32")
+print(json.dumps([dict(found.metrics), predicted.to_coco(1)["classification"], repr(predicted), plan.total]))
+"""
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("own") / "photograph.png"
+    Image.new("RGB", (40, 30), (200, 20, 20)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["sampled", "shared"])
+def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tmp_path: Path, picture: Path) -> None:
+    (printed,) = run_ranks(["-c", SCRIPT, str(tmp_path), mode, str(picture)], world=1)
+    metrics, (result,), told, planned = json.loads(printed.splitlines()[-1])
+    assert 0 <= metrics["class/accuracy"] <= 1 and {"box/AP", "mask/AP", "caption/CIDEr-D"} <= set(metrics)
+    assert result["image_id"] == 1 and f"{result['score']:.2f}" in told and planned > 0
+    for stage in (1, 2):
+        records = list(read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl"))
+        losses = [record["loss/classification"] for record in records if "loss/classification" in record]
+        assert losses and any("class/accuracy" in json.dumps(record) for record in records)
+    assert (tmp_path / "stage1/export/classification.safetensors").is_file()
+    assert (tmp_path / "drawn.png").is_file() and list((tmp_path / "evaluation/pictures").glob("*classification*"))
+
+
+def test_it_is_small() -> None:
+    assert lines(Path(fourth_task.__file__)) <= 150
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"task 'detection' of mine:SPEC: the name is that of visft_ds\.tasks\.detection"
+    ):
+        registry.register("detection", "mine:SPEC")
+
+
+def test_a_name_that_is_taken_is_refused_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no table with a part of the tasks behind."""
+    monkeypatch.setattr(registry, "_entries", {})
+    monkeypatch.setenv(registry.VARIABLE, "mine=tests.fourth_task:SPEC detection=mine:SPEC")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="choose another one"):
+            registry.entries()
+
+
+@pytest.mark.parametrize("place", ["tests.nothing:SPEC", "tests.fourth_task:NOTHING", "classification", ":"])
+def test_a_place_without_a_task_is_named(place: str) -> None:
+    with pytest.raises(ValueError, match=r"a task is said to be at .*give module:NAME of a TaskSpec"):
+        registry.load(place)
+
+
+def test_the_core_names_no_task() -> None:
+    """But the fields of COCO's annotations, and the tables of the published heads."""
+    allowed = {f"visft_ds.{name}" for name in ("data.labels", "interop.published_heads")}
+    named = {}
+    for path in (REPOSITORY / "visft_ds").rglob("*.py"):
+        module = module_name(path)
+        if module not in core() or module in allowed or module.startswith("visft_ds.tasks"):
+            continue
+        found = [node for node in ast.walk(syntax(ROOT / path.relative_to(REPOSITORY))) if _names_a_task(node)]
+        if found:
+            named[module] = [node.lineno for node in found]  # type: ignore[attr-defined]
+    assert named == {}
+
+
+def _names_a_task(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr in registry.BUILT_IN
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return False
+    keys = (f"{room}.{task}" for room in ("tasks", "heads") for task in registry.BUILT_IN)
+    return node.value in registry.BUILT_IN or (" " not in node.value and any(key in node.value for key in keys))

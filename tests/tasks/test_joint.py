@@ -1,0 +1,392 @@
+"""One picture for several heads: every target belongs to the same geometry, and no task moves another's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests.options import alone, drawn, together
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import Batch, RawSample, Sample
+from visft_ds.data.transforms import Flip, Op, Resize, final_size
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.transform import ImageTransform, collate_joint
+from visft_ds.tasks.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(tuple("abcdef"))  # <unk> 7, <start> 8, <end> 9
+SMALL: dict[str, Any] = {"short_sides": (40, 48, 56), "max_long": 90, "eval_short": 48, "eval_max_long": 90}
+CAPTIONS = ("a b", "c", "d e f", "b b b b", "f")
+SUBSETS = [tasks for count in (1, 2, 3) for tasks in combinations(TASKS, count)]
+
+
+def _joint(train: bool = True, tasks: Any = tuple(TASKS), **options: Any) -> ImageTransform:
+    return together(train, tasks, vocabulary=VOCABULARY, **{**SMALL, **options})
+
+
+def _annotation(x0: float, y0: float, x1: float, y1: float, category: int = 7, crowd: int = 0) -> dict[str, Any]:
+    polygon = [x0, y0, x1, y0, x1, y1, x0, y1]
+    box = [x0, y0, x1 - x0, y1 - y0]
+    return {"id": 31, "bbox": box, "category_id": category, "iscrowd": crowd, "segmentation": [polygon]}
+
+
+OBJECTS = (_annotation(20, 10, 55, 60), _annotation(60, 5, 88, 40, 90), _annotation(1, 1, 80, 60, crowd=1))
+
+
+def _raw(
+    size: tuple[int, int] = (70, 90),
+    objects: tuple[dict[str, Any], ...] = OBJECTS,
+    captions: tuple[str, ...] = CAPTIONS,
+    *,
+    pixels: bool = True,
+) -> RawSample:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8) if pixels else None
+    return RawSample(4, 5, size, image, objects, captions)
+
+
+def _assert_same(one: Any, other: Any) -> None:
+    """The same names with the same values and types."""
+    assert dict(one).keys() == dict(other).keys()
+    for name, values in dict(one).items():
+        assert values.dtype == other[name].dtype, name
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def _assert_same_targets(one: Sample, other: Sample) -> None:
+    assert one.size == other.size and one.targets.keys() == other.targets.keys()
+    for task in one.targets:
+        _assert_same(one.targets[task], other.targets[task])
+
+
+# ---- one geometry ----
+
+
+class _Given:
+    """Takes the place of a transform's drawn geometry."""
+
+    def __init__(self, ops: list[Op]) -> None:
+        self.ops = ops
+
+    def draw(self, size: tuple[int, int], train: bool, random: np.random.Generator) -> list[Op]:
+        return self.ops
+
+    def extremes(self, size: tuple[int, int]) -> set[tuple[int, int]]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_transform_of_one_task_gives_the_same_for_the_same_operations(train: bool) -> None:
+    joint = _joint(train)
+    detection, segmentation = alone("detection", train), alone("segmentation", train)
+    seen = set()
+    for key in range(20):
+        random = generator(key)
+        ops = drawn(joint, (70, 90), random)
+        seen.add(tuple(ops))
+        sample = joint(_raw(), generator(key))
+        for task, single in (("detection", detection), ("segmentation", segmentation)):
+            own = replace(single, geometry=_Given(ops))(_raw(), generator(0))
+            assert torch.equal(sample.image, own.image) and sample.size == own.size == final_size((70, 90), ops)
+            _assert_same(sample.targets[task], own.targets[task])
+        # the caption is drawn from what geometry left of the random numbers
+        own = alone("captioning", train, vocabulary=VOCABULARY)(_raw(), random)
+        _assert_same(sample.targets["captioning"], own.targets["captioning"])
+    assert len(seen) == (6 if train else 1)
+
+
+def test_evaluation_and_fixed_size_are_those_of_detection() -> None:
+    for size in [(70, 90), (90, 70), (10, 90), (1, 1), (7, 700)]:
+        for train, options in ((False, {}), (False, {"fixed_size": 28}), (True, {"fixed_size": 28})):
+            detection = alone("detection", train, eval_short=48, eval_max_long=90, **options)
+            for key in range(4):
+                wanted = drawn(detection, size, generator(key))
+                assert drawn(_joint(train, **options), size, generator(key)) == wanted
+
+
+def test_training_scales_and_mirrors_but_never_crops() -> None:
+    joint = _joint()
+    heights, flips = set(), []
+    for key in range(200):
+        ops = drawn(joint, (50, 60), generator(key))
+        assert all(isinstance(op, Flip | Resize) for op in ops) and isinstance(ops[-1], Resize)
+        heights.add(final_size((50, 60), ops))
+        flips.append(len(ops) == 2)
+    assert heights == {(40, 48), (48, 57), (56, 67)}
+    # 200 draws at one half: 100 with a standard deviation of 7
+    assert 72 < sum(flips) < 128
+    assert {final_size((20, 60), drawn(joint, (20, 60), generator(key))) for key in range(50)} == {(30, 90)}, "cap"
+    for flip in (0.0, 1.0):
+        assert {len(drawn(_joint(flip=flip), (50, 60), generator(key))) for key in range(20)} == {1 + int(flip)}
+
+
+def test_evaluation_draws_nothing() -> None:
+    for transform in (_joint(False), _joint(False, fixed_size=28)):
+        random = generator(3)
+        sample = transform(_raw(), random)
+        assert random.integers(1 << 60) == generator(3).integers(1 << 60)
+        assert sample.targets["captioning"]["tokens"].tolist() == [8, 1, 2, 9], "the first caption"
+
+
+@given(
+    st.integers(0, 2**63 - 1),
+    st.tuples(st.integers(8, 300), st.integers(8, 300)),
+    st.tuples(*[st.floats(0, 1)] * 4),
+    st.sampled_from([None, 36, 50]),
+)
+@settings(max_examples=150, deadline=None)
+def test_masks_of_rectangles_lie_on_their_boxes(
+    key: int, size: tuple[int, int], shares: tuple[float, float, float, float], fixed_size: int | None
+) -> None:
+    (left, right), (top, bottom) = sorted(shares[:2]), sorted(shares[2:])
+    corners = (left * size[1], top * size[0], right * size[1], bottom * size[0])
+    assume(corners[2] - corners[0] > 0.1 and corners[3] - corners[1] > 0.1)
+    sample = _joint(fixed_size=fixed_size)(_raw(size, (_annotation(*corners),), pixels=False), generator(key))
+    (box,) = sample.targets["detection"]["boxes"]
+    cells = [-(-side // 4) for side in sample.size]
+    centre, extent = box[[1, 0]] * cells, box[[3, 2]] * cells
+    # Only where an object covers some cell wholly along each axis does the other axis show its profile unweakened.
+    assume(min(extent) >= 2.5)
+    (mask,) = sample.targets["segmentation"]["masks"]
+    assert mask.shape == tuple(cells)
+    for axis in (0, 1):
+        profile = mask.max(axis=1 - axis) / 255
+        middle = (profile * (np.arange(cells[axis]) + 0.5)).sum() / profile.sum()
+        # Filling rounds an edge to the nearest subsample (a quarter of a cell), after rounding to a fifth of one: 0.15.
+        assert abs(profile.sum() - extent[axis]) <= 2 * 0.15 + 1e-2
+        # The weight of a partly covered cell is taken at its middle: at most 0.125 cells off, shared by 2.5 cells.
+        assert abs(middle - centre[axis]) <= 0.15 + 0.125 / 2.5 + 1e-2
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_box_and_mask_lie_on_the_pixels(flip: float) -> None:
+    """A white rectangle off the middle, mirrored or not, scaled up."""
+    image = np.zeros((30, 50, 3), dtype=np.uint8)
+    image[6:18, 4:20] = 255
+    raw = replace(_raw((30, 50), (_annotation(4, 6, 20, 18),)), image=image)
+    sample = _joint(flip=flip)(raw, generator(2))
+    assert sample.image is not None
+    white = (sample.image[0] > 127).numpy()
+    height, width = sample.size
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    ((x, y, w, h),) = sample.targets["detection"]["boxes"] * [width, height, width, height]
+    found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    # a pixel is white or black: edges are known to one pixel
+    np.testing.assert_allclose(found, [x - w / 2, y - h / 2, x + w / 2, y + h / 2], atol=1)
+    (mask,) = sample.targets["segmentation"]["masks"]
+    cell_rows = np.arange(height) * mask.shape[0] // height
+    cell_columns = np.arange(width) * mask.shape[1] // width
+    blown_up = mask[np.ix_(cell_rows, cell_columns)] > 127
+    # cells of 4 pixels, cut at half coverage: an edge is off by half a cell at most, plus a pixel of rounding
+    assert (blown_up != white).sum() <= 3 * 2 * (w + h)
+    assert (columns.mean() > width / 2) == (flip == 1.0)
+
+
+# ---- tasks do not move one another ----
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
+def test_a_task_more_changes_nothing_of_the_others(tasks: tuple[str, ...], train: bool) -> None:
+    whole, part = _joint(train), _joint(train, tasks[::-1])
+    for key in range(12):
+        full, sample = whole(_raw(), generator(key)), part(_raw(), generator(key))
+        assert set(sample.targets) == set(tasks)
+        assert torch.equal(full.image, sample.image)
+        _assert_same_targets(replace(full, targets={task: full.targets[task] for task in tasks}), sample)
+
+
+@given(
+    st.integers(0, 2**63 - 1),
+    st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    st.sampled_from([(), CAPTIONS, ("?!",)]),
+)
+@settings(max_examples=50, deadline=None)
+def test_pixels_and_labels_can_be_read_apart(key: int, size: tuple[int, int], captions: tuple[str, ...]) -> None:
+    """Who reads labels only, or pixels only, has the same part of the same sample."""
+    raw = _raw(size, captions=captions)
+    transform = _joint()
+    full = transform(raw, generator(key))
+    labels = transform(replace(raw, image=None), generator(key))
+    pixels = transform(replace(raw, annotations=(), captions=()), generator(key))
+    assert labels.image is None and full.image is not None and tuple(full.image.shape[1:]) == full.size
+    _assert_same_targets(full, labels)
+    assert torch.equal(full.image, pixels.image) and full.size == pixels.size
+
+
+def test_the_caption_belongs_to_the_key() -> None:
+    drawn = [_joint()(_raw(), generator(key)).targets["captioning"]["tokens"].tolist() for key in range(60)]
+    assert {tuple(tokens) for tokens in drawn} == {
+        tuple(VOCABULARY.encode_words(caption.split())) for caption in CAPTIONS
+    }
+    assert drawn == [_joint()(_raw(), generator(key)).targets["captioning"]["tokens"].tolist() for key in range(60)]
+    first = _joint(caption_choice="first")
+    assert {first(_raw(), generator(key)).targets["captioning"]["tokens"][1] for key in range(20)} == {1}
+    for train in (True, False):
+        agreed = _joint(train, caption_choice="consensus")(_raw(), generator(1)).targets["captioning"]["tokens"]
+        assert agreed.tolist() == [8, 4, 5, 6, 9]  # "d e f", which shares a word with "f", the later of the two
+    short = _joint(max_words=1)
+    assert {len(short(_raw(), generator(key)).targets["captioning"]["tokens"]) for key in range(20)} == {3}
+
+
+# ---- poor and extreme images ----
+
+
+@pytest.mark.parametrize("objects", [(), (OBJECTS[2],), OBJECTS[:2]], ids=["nothing", "crowd", "objects"])
+@pytest.mark.parametrize("captions", [(), ("", "?!"), CAPTIONS], ids=["none", "wordless", "captions"])
+def test_missing_labels_of_one_task_leave_the_others(objects: Any, captions: Any) -> None:
+    sample = _joint()(_raw(objects=objects, captions=captions), generator(6))
+    found = len(objects) if len(objects) == 2 else 0
+    detection, segmentation, captioning = (sample.targets[task] for task in tuple(TASKS))
+    assert detection["boxes"].shape == (found, 4) and detection["labels"].shape == (found,)
+    assert segmentation["masks"].shape == (found, *(-(-side // 4) for side in sample.size))
+    assert segmentation["labels"].dtype == np.int64 and segmentation["labels"].shape == (found,)
+    assert sample.frame == sample.size
+    assert (len(captioning["tokens"]) == 1) == (captions != CAPTIONS)
+    assert captioning["references"].tolist() == list(captions)
+    batch = collate_joint([sample, _joint()(_raw(), generator(1))])
+    assert batch.targets["detection"].counts.tolist() == batch.targets["segmentation"].counts.tolist() == [found, 2]
+    assert (batch.targets["captioning"].lengths[0] == 1) == (captions != CAPTIONS)
+    # A batch of poor images alone keeps its types too.
+    poor = collate_joint([sample]).targets
+    assert poor["segmentation"].masks.dtype == torch.uint8 and poor["detection"].boxes.dtype == torch.float32
+    assert poor["captioning"].tokens.shape[1] >= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled", "evaluated"),
+    [
+        ((1, 1), {(480, 480), (672, 672)}, (672, 672)),
+        ((4000, 6000), {(448, 672)}, (448, 672)),
+        ((6000, 4000), {(672, 448)}, (672, 448)),
+        ((300, 2400), {(84, 672)}, (84, 672)),
+        ((2400, 20), {(720, 6)}, (720, 6)),  # the cap rounds the short side to a whole pixel
+    ],
+    ids=str,
+)
+def test_extreme_images(size: tuple[int, int], scaled: set[tuple[int, int]], evaluated: tuple[int, int]) -> None:
+    """With the sizes that are used by default; pixels only where they are few."""
+    height, width = size
+    raw = _raw(size, (_annotation(0, 0, width, height),), pixels=height * width < 1_000_000)
+    found = set()
+    for train in (True, False):
+        transform = together(train, tuple(TASKS), vocabulary=VOCABULARY)
+        sizes = {drawn(transform, size, generator(key))[-1] for key in range(60)}
+        found |= {(op.height, op.width) for op in sizes if isinstance(op, Resize)} if train else set()
+        sample = transform(raw, generator(3))
+        assert sample.image is None or tuple(sample.image.shape) == (3, *sample.size)
+        np.testing.assert_allclose(sample.targets["detection"]["boxes"], [[0.5, 0.5, 1, 1]], rtol=1e-6)
+        (mask,) = sample.targets["segmentation"]["masks"]
+        assert (mask == 255).all() and mask.shape == tuple(-(-side // 4) for side in sample.size)
+    assert scaled <= found and (size == (1, 1) or scaled == found)
+    assert sample.size == evaluated
+
+
+# ---- batches ----
+
+
+def _samples(*, pixels: bool = True, labels: bool = True, tasks: Any = tuple(TASKS)) -> list[Sample]:
+    """48 x 61, 61 x 48 and 48 x 48; the second without objects and captions."""
+    transform = _joint(False, tasks)
+    raws = [_raw(), _raw((90, 70), (), ()), _raw((60, 60), (_annotation(0, 0, 60, 60),), ("c d",))]
+    samples = []
+    for place, raw in enumerate(raws):
+        sample = transform(raw if pixels else replace(raw, image=None), generator(0))
+        samples.append(replace(sample, random_key=70 + place, targets=sample.targets if labels else {}))
+    return samples
+
+
+def _assert_equal_batches(one: Batch, other: Batch, *, images: bool = True) -> None:
+    assert one.tasks == other.tasks
+    for name, values in vars(one).items():
+        if name not in ("targets", "images", "views") or (name == "images" and images):
+            assert torch.equal(values, getattr(other, name)), name
+    for task in one.tasks:
+        for name, values in vars(one.targets[task]).items():
+            wanted = getattr(other.targets[task], name)
+            assert values == wanted if isinstance(values, tuple) else torch.equal(values, wanted), (task, name)
+
+
+def test_ragged_images_and_the_frames_of_their_targets() -> None:
+    samples = _samples()
+    batch = collate_joint(samples)
+    assert batch.images.shape == (3, 3, 61, 61) and batch.tasks == tuple(TASKS)
+    assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]] and batch.random_keys.tolist() == [70, 71, 72]
+    for padded, sample in zip(batch.images, samples, strict=True):
+        height, width = sample.size
+        assert torch.equal(padded[:, :height, :width], sample.image)
+        assert padded.sum() == sample.image.sum(), "padding must be 0"
+    masks = batch.targets["segmentation"]
+    torch.testing.assert_close(masks.extents, torch.tensor([[48, 61], [61, 48], [48, 48]]) / 61)
+    torch.testing.assert_close(masks.mask_extents, torch.tensor([[12, 16], [16, 12], [12, 12]]) / 16)
+    assert masks.masks.shape == (3, 16, 16) and masks.keys.tolist() == [70, 71, 72]
+    boxes = batch.targets["detection"]
+    # relative to the image, not to the padded batch
+    torch.testing.assert_close(boxes.boxes[2], torch.tensor([0.5, 0.5, 1.0, 1.0]))
+    assert (masks.masks[2, :12, :12] == 255).all() and masks.masks[2].sum() == 144 * 255
+    # the first image's boxes, in cells of its own part of the grid, hold their masks
+    for (x, y, w, h), mask in zip(boxes.boxes[:2] * torch.tensor([16, 12, 16, 12]), masks.masks[:2], strict=True):
+        top, left, bottom, right = (int(v) for v in ((y - h / 2), (x - w / 2), (y + h / 2).ceil(), (x + w / 2).ceil()))
+        assert mask.sum() == mask[top:bottom, left:right].sum() > 0
+    assert batch.targets["captioning"].tokens.tolist() == [[8, 1, 2, 9], [8, 0, 0, 0], [8, 3, 4, 9]]
+    assert batch.targets["captioning"].references == (CAPTIONS, (), ("c d",))
+
+
+@pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
+def test_tasks_of_a_batch(tasks: tuple[str, ...]) -> None:
+    """Exactly those asked for, in one order, so that a sum of losses does not depend on how they were listed."""
+    batch, whole = collate_joint(_samples(tasks=tasks[::-1])), collate_joint(_samples())
+    assert batch.tasks == tasks
+    _assert_equal_batches(batch, replace(whole, targets={task: whole.targets[task] for task in tasks}))
+
+
+def test_without_pixels_everything_else_is_the_same() -> None:
+    blind = collate_joint(_samples(pixels=False))
+    assert blind.images.shape == (3, 3, 0, 0)
+    _assert_equal_batches(blind, collate_joint(_samples()), images=False)
+
+
+def test_without_labels_there_are_no_targets() -> None:
+    """Empty targets would teach that there is nothing in the pictures, and nothing to say of them."""
+    batch = collate_joint(_samples(labels=False))
+    assert batch.tasks == ()
+    _assert_equal_batches(batch, replace(collate_joint(_samples()), targets={}))
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        (["captioning"], {"vocabulary": None}, "captioning needs a vocabulary"),
+        (["detection"], {"short_sides": ()}, r"short_sides=\(\)"),
+        (["detection"], {"short_sides": (480, 0)}, r"short_sides=\(480, 0\)"),
+        (["detection"], {"max_long": 0}, "max_long=0"),
+        (["detection"], {"eval_short": 0}, "eval_short=0"),
+        (["detection"], {"eval_max_long": -3}, "eval_max_long=-3"),
+        (["detection"], {"fixed_size": 0}, "fixed_size=0"),
+        (["detection"], {"flip": 1.5}, "flip=1.5 is not allowed"),
+    ],
+)
+def test_impossible_options(tasks: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        together(True, tasks, **{"vocabulary": VOCABULARY, **options})
+
+
+def test_a_vocabulary_is_for_captioning_only() -> None:
+    sample = together(True, ["segmentation", "detection"], fixed_size=28)(_raw(), generator(0))
+    assert sample.size == (28, 28) and set(sample.targets) == {"segmentation", "detection"}
+
+
+def test_unreadable_segmentations_name_image_and_annotation() -> None:
+    """Detection alone takes categories that are not COCO's."""
+    raw = _raw(objects=(_annotation(1, 1, 50, 50, 12),))
+    with pytest.raises(ValueError, match="image 5: annotation 31 has category 12"):
+        _joint()(raw, generator(0))
+    assert _joint(tasks=["detection"])(raw, generator(0)).targets["detection"]["labels"].tolist() == [12]

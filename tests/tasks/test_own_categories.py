@@ -1,0 +1,243 @@
+"""Categories of other ids than COCO's: as many classes as the data has, in both heads, and its own ids in results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.coco_tree import write_tree
+from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from visft_ds.config.resolve import resolve_values
+from visft_ds.data.dataset import DataSet, coco_dataset
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.samples import Batch
+from visft_ds.data.shards import ShardReader
+from visft_ds.interop.heads import HeadInfo, check_categories, check_classes, classes_of_heads
+from visft_ds.prepare.data import open_data
+from visft_ds.prepare.datasets import open_training_data, settle_classes
+from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of
+from visft_ds.resilience.memory import largest_batches
+from visft_ds.shards.build import Options, build
+from visft_ds.tasks import TASKS
+from visft_ds.tasks.classes import classes_of
+from visft_ds.tasks.detection.head import DetectionOutput
+from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS
+from visft_ds.tasks.segmentation.loss import SegmentationOutput
+
+BOTH = ("detection", "segmentation")
+#: Those of the small tree, and what they become. In the last there are more than COCO has.
+TREE = (3, 8, 13)
+OWN = {0: "paint", 1: "scratch", 2: "dent", 12: "rust"}
+MANY = {500 + 7 * number: f"thing {number}" for number in range(100)}
+INTO: Mapping[str, tuple[Mapping[int, str], tuple[int, ...]]] = {
+    "own": (OWN, (0, 2, 12)),
+    "many": (MANY, (500, 577, 1193)),
+    "coco": ({3: "car", 8: "truck", 13: "stop sign"}, TREE),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("own")
+    for name, (table, ids) in INTO.items():
+        tree = write_tree(folder / name / "tree")
+        mapped = dict(zip(TREE, ids, strict=True))
+
+        def rename(content: dict[str, Any], table: Any = table, mapped: Any = mapped) -> None:
+            # not in the order of their ids: that must not matter
+            content["categories"] = [{"id": number, "name": table[number]} for number in reversed(table)]
+            for annotation in content["annotations"]:
+                annotation["category_id"] = mapped[annotation["category_id"]]
+
+        tree.edit(rename)
+        build(Options(tree.images, tree.instances, tree.captions, folder / name, "train"))
+    return {name: folder / name for name in INTO}
+
+
+def config_of(root: Path, *settings: str, mode: str = "sampled") -> ResolvedConfig:
+    own = [f"visft.tasks.{task}.batch_size=12" for task in BOTH]
+    given = [
+        f"visft.data.root={root}",
+        f"visft.mode={mode}",
+        "visft.shared.batch_size=12",
+        "visft.tasks=" + ",".join(BOTH),
+    ]
+    return resolve(stage=1, model="debug", settings=[*own, *given, *settings])
+
+
+def first_of(root: Path) -> Manifest:
+    return Manifest.load(root, "train")
+
+
+def num_classes(config: ResolvedConfig) -> list[int]:
+    tasks: Any = config.visft.tasks.enabled()
+    return [tasks[task].head.num_classes for task in BOTH]
+
+
+@pytest.mark.parametrize("name", ["own", "many"])
+@pytest.mark.parametrize("mode", ["sampled", "shared"])
+def test_labels_count_the_categories_of_the_data_and_results_have_its_ids(
+    shards: dict[str, Path], name: str, mode: str
+) -> None:
+    table, _ = INTO[name]
+    config = settle_classes(config_of(shards[name], mode=mode), first_of(shards[name]))
+    assert num_classes(config) == [len(table)] * 2
+    sets = open_training_data(config.visft)
+    reader = ShardReader(sets["train"].manifest)
+    made = pipelines_of(config.visft, sets, None)
+    loader = StepLoader({"train": DataSet(reader)}, plan_of(config.visft, sets), made, num_workers=0)
+    classes = {name: one.classes for name, one in streams_of(config.visft, first_of(shards[name])).items()}
+    true: dict[int, list[int]] = {}
+    for annotation in coco_dataset(reader)["annotations"]:
+        if not annotation["iscrowd"]:
+            true.setdefault(annotation["image_id"], []).append(annotation["category_id"])
+    seen = set[str]()
+    for whole, (batch,) in loader.steps(0, 4):
+        for task in batch.tasks:
+            seen.add(task)
+            own, targets = classes[whole.task][task], batch.targets[task]
+            assert own == tuple(sorted(table))
+            for image, labels in zip(
+                batch.image_ids.tolist(), targets.labels.split(targets.counts.tolist()), strict=True
+            ):
+                assert [own[label] for label in labels.tolist()] == true.get(image, [])
+            found = TASKS[task].results(_each_class(task, len(own)), _picture(), None, own)
+            assert [result["category_id"] for result in found] == list(own)
+    assert seen == set(BOTH)
+
+
+def _each_class(task: str, number: int) -> Any:
+    """Of one image, a query for each class, and "no object" likelier than all of them."""
+    logits = torch.cat([torch.eye(number), torch.full((number, 1), 9.0)], dim=1)[None]
+    if task == "detection":
+        return DetectionOutput(logits, torch.full((1, number, 4), 0.5))
+    return SegmentationOutput(logits, torch.ones(1, number, 2, 2))
+
+
+def _picture() -> Batch:
+    side, one = torch.tensor([[8, 8]]), torch.tensor([1])
+    return Batch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), side, side, one, one, one, torch.tensor([True]))
+
+
+def test_the_ids_of_coco_keep_the_classes_of_the_published_heads(shards: dict[str, Path]) -> None:
+    config = config_of(shards["coco"])
+    settled = settle_classes(config, first_of(shards["coco"]))
+    assert settled == config and num_classes(settled) == [91, 80]
+    assert all(not stream.classes for stream in streams_of(config.visft, first_of(shards["coco"])).values())
+    fewer = settle_classes(
+        config_of(shards["coco"], *(f"visft.tasks.{task}.head.num_classes=3" for task in BOTH)),
+        first_of(shards["coco"]),
+    )
+    streams = streams_of(fewer.visft, first_of(shards["coco"]))
+    assert [streams[task].classes for task in BOTH] == [{task: TREE} for task in BOTH]
+
+
+def test_what_was_settled_once_is_settled(shards: dict[str, Path]) -> None:
+    """A run that is evaluated or goes on reads it from its record, where everything is stated."""
+    settled = settle_classes(config_of(shards["own"]), first_of(shards["own"]))
+    again = resolve_values(settled.to_dict(), "record")
+    assert settle_classes(again, first_of(shards["own"])).fingerprint() == settled.fingerprint()
+
+
+def test_the_largest_batches_are_of_categories_that_the_heads_know(shards: dict[str, Path]) -> None:
+    """Those of the first set, whatever the ids of the others are."""
+    mapped = {name: 12 for name in MANY.values()}
+    (shards["many"] / "map.json").write_text(json.dumps(mapped))
+    others = [
+        {"name": "more", "root": str(shards["many"]), "split": "train", "categories": str(shards["many"] / "map.json")}
+    ]
+    settings = (f"visft.data.sets={json.dumps(others)}", "visft.tasks.segmentation.batch_size=2")
+    config, data = open_data(config_of(shards["own"], *settings, "visft.run.eval_every=0"))
+    for largest, pipeline in largest_batches(data, derive_batches(config, 1).micro, packed=False):
+        targets = largest.batch(pipeline, "both").targets[largest.stream.name]
+        assert len(targets.labels) and set(targets.labels.tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        (
+            "own",
+            "segmentation.head.num_classes=80",
+            "is 80, and the data has 4 categories (0 'paint', 1 'scratch', 2 'dent",
+        ),
+        ("own", "segmentation.head.num_classes=3", "leave num_classes out, then it comes from the data, or give 4"),
+        ("own", "detection.head.num_classes=3", "or give 4, or at least 13, so that classes are raw ids"),
+        ("coco", "segmentation.head.num_classes=9", "the data has 3 categories .* or give 3, or 80, those of COCO"),
+        (
+            "own",
+            "segmentation.head.labelling=published",
+            "COCO's 80 categories only, and the data has 0 'paint', 12 'rust'",
+        ),
+    ],
+)
+def test_numbers_of_classes_that_do_not_agree_are_refused(
+    shards: dict[str, Path], name: str, setting: str, message: str
+) -> None:
+    config = config_of(shards[name], f"visft.tasks.{setting}")
+    with pytest.raises(ValueError, match=message.replace("(", "\\(")):
+        settle_classes(config, first_of(shards[name]))
+
+
+def test_boxes_may_still_be_told_by_raw_ids(shards: dict[str, Path]) -> None:
+    config = settle_classes(
+        config_of(shards["own"], "visft.tasks.detection.head.num_classes=91"), first_of(shards["own"])
+    )
+    streams = streams_of(config.visft, first_of(shards["own"]))
+    assert not streams["detection"].classes and streams["segmentation"].classes["segmentation"] == (0, 1, 2, 12)
+
+
+def test_every_class_of_coco_is_its_place_among_the_80() -> None:
+    table = {number: str(number) for number in COCO_CATEGORY_IDS}
+    assert classes_of("segmentation", {"num_classes": 80}, table) is None
+    assert classes_of("detection", {"num_classes": 91}, table) is None
+    assert classes_of("detection", {"num_classes": 80}, table) == COCO_CATEGORY_IDS
+    assert classes_of("detection", {"num_classes": 2}, {-3: "below", 5: "above"}) == (-3, 5)
+
+
+def _info(task: str, number: int, table: Mapping[int, str], **extra: Any) -> HeadInfo:
+    categories = [{"id": place, "coco_id": id_, "name": name} for place, (id_, name) in enumerate(table.items())]
+    return HeadInfo(task, 8, {"num_classes": number}, categories, extra)
+
+
+def _table(names: Mapping[int, str]) -> list[Category]:
+    return [Category(place, id_, name) for place, (id_, name) in enumerate(names.items())]
+
+
+@pytest.mark.parametrize("task", BOTH)
+def test_heads_know_which_categories_their_classes_stand_for(task: str) -> None:
+    heads = {task: _info(task, 4, OWN)}
+    assert classes_of_heads(heads) == {task: (0, 1, 2, 12)}
+    assert classes_of_heads({"captioning": HeadInfo("captioning", 8)}) == {}
+    check_categories(heads, _table({12: "rust"}), "here", "Do it")  # what the data lacks does no harm in evaluation
+    with pytest.raises(ValueError, match=r"it does not know 5 'hole'; it knows 0 'paint', .*Do it, or make the shards"):
+        check_categories(heads, _table({**OWN, 5: "hole"}), "here", "Do it")
+    check_classes(heads, {task: (0, 1, 2, 12)}, _table(OWN), "here")
+    with pytest.raises(
+        ValueError, match="one for each category it was trained on; here lacks 0 'paint', 12 'rust': list"
+    ):
+        check_classes(heads, {}, _table({1: "scratch", 2: "dent"}), "here")
+    with pytest.raises(ValueError, match=f"give visft.tasks.{task}.head.num_classes=4"):
+        check_classes(heads, {}, _table(OWN), "here")
+
+
+@pytest.mark.parametrize("task", BOTH)
+def test_published_heads_know_cocos_ids_alone(task: str) -> None:
+    heads = {task: HeadInfo(task, 8, {"num_classes": 91, "labelling": "published"}, extra={"format": "visft"})}
+    assert classes_of_heads(heads) == {}
+    check_categories(heads, _table({1: "circle", 90: "star"}), "here", "Do it")
+    with pytest.raises(ValueError, match=r"it does not know 12 'rust'; it knows COCO's 80\. Do it"):
+        check_categories(heads, _table({12: "rust"}), "here", "Do it")
+
+
+def test_segmentation_heads_whose_classes_are_not_told_are_not_guessed_at() -> None:
+    with pytest.raises(ValueError, match=r"file contradicts itself: .*num_classes is 3, and the data has 4 categories"):
+        classes_of_heads({"segmentation": _info("segmentation", 3, OWN)})
+    with pytest.raises(ValueError, match="has 3 classes, and its file does not name their categories"):
+        classes_of_heads({"segmentation": HeadInfo("segmentation", 8, {"num_classes": 3, "labelling": "contiguous"})})

@@ -1,0 +1,282 @@
+"""Large-scale jitter and mask targets: masks stay on what they show, and pixels are never needed for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from faster_coco_eval import mask as coco_mask
+
+from tests.options import alone, drawn
+from visft_ds.data.plan import generator
+from visft_ds.data.samples import RawSample, Sample
+from visft_ds.data.transforms import Crop, Flip, Resize, apply_to_boxes, final_size
+from visft_ds.tasks.segmentation import data
+from visft_ds.tasks.segmentation.data import (
+    COCO_CATEGORY_IDS,
+    placement,
+    segmentation_targets,
+)
+from visft_ds.tasks.transform import collate_joint
+
+SMALL: dict[str, Any] = {"size": 64, "eval_short": 48, "eval_max_long": 90, "eval_multiple": 14}
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def _annotation(polygons: Any, *, category: int = 7, crowd: int = 0, bbox: list[float] | None = None) -> dict[str, Any]:
+    if bbox is None:
+        points = np.concatenate([np.array(polygon, dtype=float).reshape(-1, 2) for polygon in polygons])
+        low, high = points.min(axis=0), points.max(axis=0)
+        bbox = [*low, *(high - low)]
+    return {"id": 31, "bbox": bbox, "category_id": category, "iscrowd": crowd, "area": 1.0, "segmentation": polygons}
+
+
+def _raw(size: tuple[int, int], *annotations: dict[str, Any], pixels: bool = True) -> RawSample:
+    image = np.zeros((*size, 3), dtype=np.uint8) if pixels else None
+    return RawSample(4, 5, size, image, annotations, ())
+
+
+OBJECTS = (_annotation([_box(20, 10, 55, 60)]), _annotation([_box(60, 5, 88, 40)], category=90))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_targets_do_not_depend_on_pixels(train: bool) -> None:
+    transform = alone("segmentation", train, **SMALL)
+    sizes = set()
+    for key in range(30):
+        raw = _raw((70, 90), *OBJECTS)
+        full, blind = (transform(one, generator(key)) for one in (raw, replace(raw, image=None)))
+        assert blind.image is None and full.image is not None and blind.size == full.size
+        for name, values in full.targets["segmentation"].items():
+            np.testing.assert_array_equal(values, blind.targets["segmentation"][name])
+        assert tuple(full.image.shape[1:]) == full.frame
+        sizes.add(full.size)
+    assert sizes == ({(64, 64)} if train else {(48, 61)})
+
+
+def test_masks_follow_the_pixels() -> None:
+    """Bright objects on black lie under their masks after any flip, scaling, padding and crop."""
+    transform = alone("segmentation", True, pad_value=0, mask_stride=2, **SMALL)
+    points = np.array([[12.0, 8.0], [70.0, 20.0], [50.0, 64.0]])
+    polygon = [points.ravel().tolist()]
+    image = np.repeat(255 * coco_mask.decode(coco_mask.frPyObjects(polygon, 70, 90)), 3, axis=2)
+    seen, flips = 0, set()
+    for key in range(60):
+        sample = transform(replace(_raw((70, 90), _annotation(polygon)), image=image), generator(key))
+        masks = sample.targets["segmentation"]["masks"]
+        bright = F.avg_pool2d(sample.image[:1].float(), 2)[0].numpy()
+        flips.add(isinstance(drawn(transform, (70, 90), generator(key))[0], Flip))
+        if not len(masks):
+            assert bright.mean() < 1
+            continue
+        seen += 1
+        # both are averages over 2 x 2 pixels; the resized picture is smoothed by a pixel or two along the edges
+        difference = np.abs(bright - masks[0])
+        assert difference.mean() < 6, key
+        assert np.abs((bright > 127).mean() - (masks[0] > 127).mean()) < 0.02, key
+    assert seen > 40 and flips == {True, False}
+
+
+def test_placement_follows_operations_in_any_order() -> None:
+    """Also where another task's transform has made the picture: the same boxes as the operations give one by one."""
+    ops = [Resize(90, 130), Crop(10, 20, 70, 100), Flip(), Resize(35, 60), Crop(1, 2, 30, 50), Flip()]
+    boxes = np.array([[30.0, 25.0, 70.0, 50.0]])  # stays inside every crop
+    wanted = apply_to_boxes(boxes, (70, 90), ops)[0]
+    moved = placement((70, 90), ops).points(boxes.reshape(2, 2))
+    np.testing.assert_allclose([*moved.min(axis=0), *moved.max(axis=0)], wanted)
+
+
+def test_scale_padding_and_crop() -> None:
+    """At scale 1 the picture fits the square and is padded with grey; at 2 it is cut; size follows the longer side."""
+    raw = _raw((50, 100), _annotation([_box(0, 0, 100, 50)]))
+    fits = alone("segmentation", True, scale=(1.0, 1.0), flip=0.0, **SMALL)(raw, generator(1))
+    assert (fits.image[:, :32] == 0).all() and (fits.image[:, 32:] == 128).all()
+    masks = fits.targets["segmentation"]["masks"]
+    assert masks.shape == (1, 16, 16) and (masks[0, :8] == 255).all() and not masks[0, 8:].any()
+    assert fits.size == (64, 64), "the grey belongs to the image"
+    cut = alone("segmentation", True, scale=(2.0, 2.0), flip=0.0, **SMALL)(raw, generator(1))
+    assert (cut.image == 0).all() and (cut.targets["segmentation"]["masks"] == 255).all()
+    tops = {
+        drawn(alone("segmentation", True, scale=(2.0, 2.0), **SMALL), (90, 45), generator(key))[-1].top
+        for key in range(40)
+    }
+    assert min(tops) < 8 and max(tops) > 56, "crops reach both ends of the 128 rows"
+
+
+@pytest.mark.parametrize("size", [(70, 90), (120, 40), (33, 33)])
+def test_content_alone_is_the_part_of_the_square_that_shows_image(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixel for pixel, with the same objects; what is left away is the value of the extension and nothing else."""
+    monkeypatch.setattr(data, "CONTENT_MULTIPLE", 8)
+    image = np.full((*size, 3), 200, dtype=np.uint8)
+    raw = replace(_raw(size, _annotation([_box(2, 2, 30, 30)]), _annotation([_box(20, 10, 38, 30)])), image=image)
+    padded, content = (alone("segmentation", True, pad_value=7, content_only=only, **SMALL) for only in (False, True))
+    saved = 0
+    for key in range(60):
+        whole, part = padded(raw, generator(key)), content(raw, generator(key))
+        height, width = part.size
+        assert part.image.shape[1:] == part.size and height % 8 == width % 8 == 0 and max(part.size) <= 64
+        assert torch.equal(part.image, whole.image[:, :height, :width])
+        shown = (whole.image[0] != 7).nonzero().amax(dim=0) + 1
+        assert (shown > torch.tensor(part.size) - 8).all(), "less than a patch of extension on either side"
+        assert (whole.image[:, height:] == 7).all() and (whole.image[:, :, width:] == 7).all()
+        theirs, ours = (one.targets["segmentation"] for one in (whole, part))
+        assert ours["labels"].tolist() == theirs["labels"].tolist() and part.frame == part.size
+        cells = (slice(None), slice(0, height // 4), slice(0, width // 4))
+        np.testing.assert_array_equal(ours["masks"], theirs["masks"][cells])
+        saved += 64 * 64 - height * width
+    assert saved > 60 * 500
+
+
+def test_content_is_never_larger_than_the_square() -> None:
+    """1,024 is no multiple of 14: a side that is full stays 1,024, whose last two pixels no patch of 14 shows."""
+    transform = alone("segmentation", True, content_only=True, scale=(2.0, 2.0))
+    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (1024, 1024)
+    transform = alone("segmentation", True, content_only=True, scale=(0.99, 0.99))
+    assert final_size((480, 640), drawn(transform, (480, 640), generator(0))) == (770, 1022)
+
+
+def test_content_saves_a_third_of_the_patches() -> None:
+    """On COCO's commonest shapes: 64 % of the patches are left, 1.57 times fewer."""
+    transform = alone("segmentation", True, content_only=True)
+    sizes = [(480, 640), (640, 480), (427, 640), (640, 427)]
+    kept = [final_size(sizes[key % 4], drawn(transform, sizes[key % 4], generator(key))) for key in range(2000)]
+    share = np.mean([(height // 14) * (width // 14) for height, width in kept]) / 73**2
+    assert 0.60 < share < 0.66, share
+
+
+def test_scale_is_uniform_over_its_range() -> None:
+    transform = alone("segmentation", True, **SMALL)
+    factors = []
+    for key in range(400):
+        ops = drawn(transform, (500, 1000), generator(key))
+        factors.append(next(op for op in ops if isinstance(op, Resize)).width / 64)
+    # 400 draws of U(0.1, 2): the mean is 1.05 with a standard deviation of 0.027
+    assert 0.09 < min(factors) < 0.2 and 1.9 < max(factors) <= 2 and abs(np.mean(factors) - 1.05) < 0.11
+
+
+def test_what_gives_no_target() -> None:
+    """Crowds, objects without mask or area; labels are positions among COCO's 80 categories."""
+    annotations = [
+        _annotation([_box(0, 0, 20, 20)], crowd=1),
+        _annotation({"size": [70, 90], "counts": [70 * 90]}, crowd=1, bbox=[0, 0, 90, 70]),
+        {key: value for key, value in OBJECTS[0].items() if key != "segmentation"},
+        _annotation([], bbox=[1, 1, 5, 5]),
+        _annotation([_box(5, 5, 5, 30)]),
+        _annotation([_box(10, 10, 30, 30)], bbox=[10, 10, 0, 20]),
+        _annotation([[10, 10, 30, 30]]),
+        _annotation([_box(95, 5, 120, 30)]),
+        _annotation([_box(30, 30, 31, 31)], category=1),
+        OBJECTS[1],
+    ]
+    targets = segmentation_targets(annotations, (70, 90), [], 4)
+    assert targets["labels"].tolist() == [0, 79]
+    assert targets["masks"].shape == (2, 18, 23) and targets["masks"].dtype == np.uint8
+    left = segmentation_targets(annotations, (70, 90), [Crop(0, 0, 70, 58)], 4)
+    assert left["labels"].tolist() == [0], "what the crop cut away entirely is gone"
+    assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13
+
+
+def test_unknown_category_and_bad_polygons_are_named() -> None:
+    transform = alone("segmentation", True, fixed_size=28)
+    with pytest.raises(ValueError, match="image 5: annotation 31 has category 12, which is not one of the 80 that"):
+        transform(_raw((70, 90), _annotation([_box(1, 1, 50, 50)], category=12)), generator(0))
+    with pytest.raises(ValueError, match=r"image 5: annotation 31: polygon .* finite numbers"):
+        transform(_raw((70, 90), _annotation([[1, 1, 5, float("nan"), 9, 9]], bbox=[1, 1, 9, 9])), generator(0))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (4000, 6000)])
+@pytest.mark.parametrize("train", [True, False])
+def test_extreme_images(size: tuple[int, int], train: bool) -> None:
+    height, width = size
+    raw = _raw(size, _annotation([_box(0, 0, width, height)]))
+    sample = alone("segmentation", train, **SMALL)(raw, generator(2))
+    assert sample.image.shape[0] == 3 and min(sample.size) >= 1 and max(sample.image.shape) <= 98
+    assert len(sample.targets["segmentation"]["masks"]) == 1
+
+
+def test_fixed_size() -> None:
+    for train in (True, False):
+        sample = alone("segmentation", train, fixed_size=28, flip=1.0)(_raw((70, 90), *OBJECTS), generator(0))
+        assert sample.size == tuple(sample.image.shape[1:]) == (28, 28)
+        middle = sample.targets["segmentation"]["masks"][1, 1]  # the object at the right
+        assert (middle[:3] > 0).any() == train and (middle[4:] > 0).any() != train
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "sizes must be positive: size=0"),
+        ({"scale": (2.0, 0.1)}, "smaller one first"),
+        ({"scale": (0.0, 1.0)}, "two numbers above 0"),
+        ({"flip": 1.5}, "flip=1.5 must be a probability"),
+        ({"pad_value": 300}, "pad_value=300 a pixel value"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alone("segmentation", True, **options)
+
+
+# ---- batches ----
+
+
+def _samples(*, pixels: bool = True, labels: bool = True) -> list[Sample]:
+    """Three evaluation samples of different shapes, the second without objects."""
+    transform = alone("segmentation", False, **SMALL)
+    raws = [_raw((70, 90), *OBJECTS), _raw((90, 70)), _raw((60, 60), _annotation([_box(0, 0, 60, 60)]))]
+    samples = []
+    for place, raw in enumerate(raws):
+        sample = transform(raw if pixels else replace(raw, image=None), generator(0))
+        samples.append(replace(sample, random_key=70 + place, targets=sample.targets if labels else {}))
+    return samples
+
+
+def test_packing() -> None:
+    """Images 48 x 61, 61 x 48 and 48 x 48, padded to multiples of 14 and to one another."""
+    batch = collate_joint(_samples())
+    assert batch.images.shape == (3, 3, 70, 70)
+    assert batch.sizes.tolist() == [[48, 61], [61, 48], [48, 48]], "padding of evaluation is padding"
+    targets = batch.targets["segmentation"]
+    assert targets.counts.tolist() == [2, 0, 1] and targets.keys.tolist() == [70, 71, 72]
+    assert targets.labels.tolist() == [6, 79, 6] and targets.labels.dtype == torch.int64
+    assert targets.masks.shape == (3, 16, 16) and targets.masks.dtype == torch.uint8
+    torch.testing.assert_close(targets.extents, torch.tensor([[48, 61], [61, 48], [48, 48]]) / 70)
+    torch.testing.assert_close(targets.mask_extents, torch.tensor([[12, 16], [16, 12], [12, 12]]) / 16)
+    assert (targets.masks[2, :12, :12] == 255).all() and targets.masks[2].sum() == 12 * 12 * 255
+    for image, mask in ((0, targets.masks[0]), (0, targets.masks[1])):
+        height, width = (targets.mask_extents[image] * 16).int().tolist()
+        assert mask[:height, :width].sum() == mask.sum() > 0
+
+
+def test_moving_keeps_on_the_host_what_only_the_host_uses() -> None:
+    targets = collate_joint(_samples()).targets["segmentation"].to(torch.device("meta"))
+    assert targets.masks.device.type == targets.labels.device.type == targets.extents.device.type == "meta"
+    assert targets.keys.device.type == targets.counts.device.type == "cpu"
+
+
+def test_without_pixels_everything_else_is_the_same() -> None:
+    full, blind = collate_joint(_samples()), collate_joint(_samples(pixels=False))
+    assert blind.images.shape == (3, 3, 0, 0) and torch.equal(blind.sizes, full.sizes)
+    for name, values in vars(full.targets["segmentation"]).items():
+        assert torch.equal(values, getattr(blind.targets["segmentation"], name)), name
+
+
+def test_without_labels_there_are_no_targets() -> None:
+    """Empty targets would teach that there is nothing in the pictures; the frame comes from the pixels."""
+    batch = collate_joint(_samples(labels=False))
+    assert batch.tasks == () and batch.images.shape == (3, 3, 70, 70) and batch.sizes.tolist()[0] == [48, 61]
+
+
+def test_a_batch_without_any_object_keeps_its_types() -> None:
+    targets = collate_joint(_samples()[1:2]).targets["segmentation"]
+    assert targets.masks.shape == (0, 16, 12) and targets.masks.dtype == torch.uint8
+    assert targets.labels.shape == (0,) and targets.labels.dtype == torch.int64

@@ -1,0 +1,300 @@
+"""The segmentation head, matching and losses against the Mask2Former of `transformers`, its three levels set to one.
+
+Its pixel decoder, encoder, masked-attention decoder, matcher and loss are used as they are; attributes and layers that
+count levels are replaced. Its pixel decoder knows no padding, so padded maps are compared in its encoder only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former import modeling_mask2former as theirs
+
+from tests.options import criterion_of, head_of
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.segmentation.loss import SegmentationCriterion, SegmentationHead, SegmentationOutput
+from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.mask_points import PointCounts, draw_points
+from visft_ds.tasks.transformer import sine_positions
+
+CHANNELS, WIDTH, HEADS, POINTS, QUERIES, CLASSES = 24, 64, 4, 4, 7, 5
+ENCODER_LAYERS, DECODER_LAYERS = 2, 3
+NUM_POINTS = 96
+
+# float32 on both sides with sums in another order; activations after norms are of order one.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def _config() -> Mask2FormerConfig:
+    return Mask2FormerConfig(
+        feature_size=WIDTH,
+        mask_feature_size=WIDTH,
+        hidden_dim=WIDTH,
+        encoder_layers=ENCODER_LAYERS,
+        decoder_layers=DECODER_LAYERS + 1,  # theirs counts the prediction before the first layer
+        encoder_feedforward_dim=48,
+        dim_feedforward=40,
+        num_attention_heads=HEADS,
+        num_queries=QUERIES,
+        num_labels=CLASSES,
+        train_num_points=NUM_POINTS,
+    )
+
+
+class Reference(nn.Module):
+    """Modules of transformers put together as its Mask2FormerForUniversalSegmentation does, for one level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = _config()
+        self.pixels = theirs.Mask2FormerPixelDecoder(config, feature_channels=[CHANNELS])
+        self.pixels.num_feature_levels = 1
+        self.pixels.level_embed = nn.Parameter(torch.randn(1, WIDTH))
+        for layer in self.pixels.encoder.layers:
+            layer.self_attn = theirs.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
+                WIDTH, HEADS, n_levels=1, n_points=POINTS
+            )
+        self.queries = theirs.Mask2FormerTransformerModule(in_features=WIDTH, config=config)
+        self.queries.num_feature_levels = self.queries.decoder.num_feature_levels = 1
+        self.queries.level_embed = nn.Embedding(1, WIDTH)
+        self.class_predictor = nn.Linear(WIDTH, CLASSES + 1)
+
+    def forward(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        pixels = self.pixels([features])
+        out = self.queries(pixels.multi_scale_features, pixels.mask_features)
+        logits = [self.class_predictor(states.transpose(0, 1)) for states in out.intermediate_hidden_states]
+        return logits, list(out.masks_queries_logits)
+
+
+def _head() -> SegmentationHead:
+    return head_of(
+        "segmentation",
+        CHANNELS,
+        num_classes=CLASSES,
+        num_queries=QUERIES,
+        hidden_dim=WIDTH,
+        encoder_layers=ENCODER_LAYERS,
+        decoder_layers=DECODER_LAYERS,
+        num_heads=HEADS,
+        num_points=POINTS,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+    )
+
+
+def _copy_weights(reference: Reference, head: SegmentationHead) -> None:
+    """Every tensor of the reference into the head, by name; `load_state_dict` refuses a rest on either side."""
+    ours: dict[str, Tensor] = {}
+    for name, value in reference.state_dict().items():
+        ours.update(_renamed(name, value))
+    for layer in range(DECODER_LAYERS):
+        prefix = f"queries.decoder.layers.{layer}.self_attn"
+        for kind in ("weight", "bias"):
+            parts = [reference.state_dict()[f"{prefix}.{one}_proj.{kind}"] for one in "qkv"]
+            ours[f"decoder.layers.{layer}.self_attn.in_proj_{kind}"] = torch.cat(parts)
+    head.load_state_dict(ours)
+
+
+_NAMES = {
+    "pixels.level_embed": "pixel_decoder.level_embed.weight",
+    "pixels.input_projections.0.0": "pixel_decoder.input_proj",
+    "pixels.input_projections.0.1": "pixel_decoder.input_norm",
+    "pixels.mask_projection": "pixel_decoder.mask_proj",
+    "pixels.adapter_1.0": "pixel_decoder.lateral_proj",
+    "pixels.adapter_1.1": "pixel_decoder.lateral_norm",
+    "pixels.layer_1.0": "pixel_decoder.output_conv",
+    "pixels.layer_1.1": "pixel_decoder.output_norm",
+    "queries.queries_embedder": "decoder.query_pos",
+    "queries.queries_features": "decoder.query_feat",
+    "queries.level_embed": "decoder.level_embed",
+    "queries.decoder.layernorm": "decoder.norm",
+    "class_predictor": "decoder.class_embed",
+    **{f"queries.decoder.mask_predictor.mask_embedder.{i}.0": f"decoder.mask_embed.layers.{i}" for i in range(3)},
+}
+_PIXEL_LAYER = {"self_attn_layer_norm": "norm1", "fc1": "linear1", "fc2": "linear2", "final_layer_norm": "norm2"}
+_QUERY_LAYER = {
+    "cross_attn_layer_norm": "norm1",
+    "self_attn_layer_norm": "norm2",
+    "fc1": "linear1",
+    "fc2": "linear2",
+    "final_layer_norm": "norm3",
+}
+
+
+def _renamed(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for old, new in _NAMES.items():
+        if name == old or name.startswith(f"{old}."):
+            yield new + name.removeprefix(old), value
+            return
+    for old, new, parts in (
+        ("pixels.encoder.layers.", "pixel_decoder.layers.", _PIXEL_LAYER),
+        ("queries.decoder.layers.", "decoder.layers.", _QUERY_LAYER),
+    ):
+        if name.startswith(old):
+            number, part, rest = name.removeprefix(old).split(".", 2)
+            # the three projections of the self-attention among queries are stacked by the caller
+            if new == "decoder.layers." and part == "self_attn" and rest[:2] in ("q_", "k_", "v_"):
+                return
+            yield f"{new}{number}.{parts.get(part, part)}.{rest}", value
+            return
+    raise AssertionError(f"{name} has no counterpart")
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Reference, SegmentationHead]:
+    """The same random weights on both sides; sampling offsets and norms too, which start out trivial."""
+    torch.manual_seed(1)
+    reference, head = Reference(), _head()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        # an offset common to all cells, so that some queries' masks cover nothing and some cover a part
+        reference.pixels.mask_projection.bias.add_(0.5)
+    _copy_weights(reference, head)
+    return reference.eval(), head.eval()
+
+
+def test_head_and_gradient(pair: tuple[Reference, SegmentationHead]) -> None:
+    """All prediction sets, and the gradient that reaches the features (which stage 2 trains on)."""
+    reference, head = pair
+    features = torch.randn(2, CHANNELS, 6, 9, requires_grad=True)
+    logits, masks = reference(features)
+    out = head(features, torch.ones(2, 6, 9, dtype=torch.bool))
+    sets = (*out.aux, out)
+    assert len(sets) == len(logits) == DECODER_LAYERS + 1
+    for one, their_logits, their_masks in zip(sets, logits, masks, strict=True):
+        torch.testing.assert_close(one.logits, their_logits, **CLOSE)
+        torch.testing.assert_close(one.masks, their_masks, **CLOSE)
+    # Every kind of mask occurs, else the comparison would say little about the masked attention.
+    share = (torch.stack(masks) > 0).float().flatten(3).mean(dim=-1)
+    assert (share == 0).any() and ((share > 0) & (share < 1)).any()
+    direction = [(torch.randn_like(a), torch.randn_like(b)) for a, b in zip(logits, masks, strict=True)]
+    gradients = []
+    for outputs in (zip(logits, masks, strict=True), ((one.logits, one.masks) for one in sets)):
+        total = sum((a * x).sum() + (b * y).sum() for (a, b), (x, y) in zip(outputs, direction, strict=True))
+        gradients.append(torch.autograd.grad(total, features)[0])
+    # sums over all sets and cells: an order of magnitude more terms
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
+
+
+def test_padded_encoder(pair: tuple[Reference, SegmentationHead]) -> None:
+    """Positions, sampling points and the values of padded cells where the images of a batch differ in size."""
+    reference, head = pair
+    valid = torch.zeros(2, 6, 8, dtype=torch.bool)
+    valid[0, :4, :8] = valid[1, :6, :5] = True
+    positions = theirs.Mask2FormerSinePositionEmbedding(WIDTH // 2, normalize=True)
+    place = positions((2, WIDTH, 6, 8), "cpu", torch.float32, valid).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(sine_positions(valid, WIDTH).flatten(1, 2), place)
+    entries = torch.randn(2, 48, WIDTH)
+    expected = reference.pixels.encoder(
+        inputs_embeds=entries,
+        attention_mask=~valid.flatten(1),
+        position_embeddings=place,
+        spatial_shapes_list=[(6, 8)],
+        level_start_index=None,
+        valid_ratios=reference.pixels.get_valid_ratio(~valid)[:, None],
+        return_dict=True,
+    ).last_hidden_state
+    for layer in head.pixel_decoder.layers:
+        entries = layer(entries, place, valid.flatten(1), [(6, 8)])
+    torch.testing.assert_close(entries[valid.flatten(1)], expected[valid.flatten(1)], **CLOSE)
+
+
+def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
+    """Random predictions of all sets and soft masks; blobs rather than noise, so that costs differ."""
+    sets = []
+    for _ in range(DECODER_LAYERS + 1):
+        masks = nn.functional.interpolate(3 * torch.randn(len(counts), QUERIES, 3, 3), size=(6, 9), mode="bicubic")
+        sets.append(
+            SegmentationOutput(torch.randn(len(counts), QUERIES, CLASSES + 1).requires_grad_(), masks.requires_grad_())
+        )
+    total = sum(counts)
+    soft = nn.functional.interpolate(torch.randn(total, 1, 4, 4), size=(20, 28), mode="bicubic")[:, 0]
+    targets = SegmentationTargets(
+        masks=(soft.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8),
+        labels=torch.randint(CLASSES, (total,)),
+        extents=torch.ones(len(counts), 2),
+        mask_extents=torch.ones(len(counts), 2),
+        counts=torch.tensor(counts),
+        keys=torch.arange(len(counts)) + 11,
+    )
+    return SegmentationOutput(sets[-1].logits, sets[-1].masks, tuple(sets[:-1])), targets
+
+
+def _criterion() -> SegmentationCriterion:
+    return criterion_of(
+        "segmentation", num_classes=CLASSES, num_queries=QUERIES, decoder_layers=DECODER_LAYERS, num_points=NUM_POINTS
+    )
+
+
+@pytest.fixture
+def same_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Let transformers draw its points from a list."""
+    queue: list[Tensor] = []
+
+    def rand(*shape: int, device: object = None) -> Tensor:
+        drawn = queue.pop(0)
+        assert drawn.shape == shape
+        return drawn
+
+    monkeypatch.setattr(theirs.torch, "rand", rand)
+    return queue
+
+
+def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
+    """Thirty terms' worth of names, each equal; batch of three, which the loss normalises by all of its objects."""
+    counts = [3, 1, 5]
+    out, targets = _case(counts)
+    criterion = _criterion()
+    parts = PointCounts.of(NUM_POINTS, 3.0, 0.75)
+    points = draw_points(targets.keys.tolist(), DECODER_LAYERS + 1, parts, torch.device("cpu"))
+    for layer in (DECODER_LAYERS, *range(DECODER_LAYERS)):  # theirs begins with the last
+        same_draws += [points.matching[image, layer][None] for image in range(3)]
+        for drawn in (points.candidates, points.uniform):
+            same_draws.append(torch.cat([drawn[i, layer].expand(n, -1, -1) for i, n in enumerate(counts)]))
+    theirs_loss = theirs.Mask2FormerLoss(_config(), weight_dict={})
+    auxiliary = [{"masks_queries_logits": one.masks, "class_queries_logits": one.logits} for one in out.aux]
+    wanted = theirs_loss(
+        out.masks,
+        out.logits,
+        [part.float() / 255 for part in targets.masks.split(counts)],
+        list(targets.labels.split(counts)),
+        auxiliary,
+    )
+    assert not same_draws
+    loss_denominators = {
+        "masks": torch.tensor(9.0),
+        "class_weight": torch.tensor(9 + 0.1 * (3 * QUERIES - 9)),
+    }
+    losses = criterion(out, targets, loss_denominators)
+    names = {"ce": "loss_cross_entropy", "bce": "loss_mask", "dice": "loss_dice"}
+    assert len(criterion.weights) == len(wanted) == 3 * (DECODER_LAYERS + 1)
+    pairs = []
+    for name in criterion.weights:
+        kind, _, layer = name.partition("_")
+        pairs.append((losses[name], wanted[f"{names[kind]}_{layer}" if layer else names[kind]]))
+        torch.testing.assert_close(*pairs[-1], rtol=1e-5, atol=1e-6)
+    tensors = [tensor for one in (*out.aux, out) for tensor in (one.logits, one.masks)]
+    ours, expected = (torch.autograd.grad(torch.stack(terms).sum(), tensors) for terms in zip(*pairs, strict=True))
+    for gradient, wanted_gradient in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_matching(same_draws: list[Tensor]) -> None:
+    """The same pairs, with our softplus form of the cost and more objects than queries in one image."""
+    counts = [3, 9]
+    out, targets = _case(counts)
+    drawn = torch.empty(2, 1, NUM_POINTS, 2).uniform_()
+    ours = match_masks(out.logits[None], out.masks[None], targets, targets.labels, range(CLASSES), drawn, MaskCosts())
+    same_draws += [drawn[0], drawn[1]]
+    matcher = theirs.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, NUM_POINTS)
+    masks = [part.float() / 255 for part in targets.masks.split(counts)]
+    pairs = matcher(out.masks, out.logits, masks, list(targets.labels.split(counts)))
+    for image, (queries, objects) in enumerate(pairs):
+        here = ours.images == image
+        found = zip(ours.queries[here].tolist(), (ours.objects[here] - sum(counts[:image])).tolist(), strict=True)
+        assert sorted(found) == sorted(zip(queries.tolist(), objects.tolist(), strict=True))

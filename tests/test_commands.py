@@ -1,0 +1,121 @@
+"""The command `visft`: its table, what it refuses, and what the package says of itself in one place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import deepspeed
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import visft_ds
+from visft_ds import doctor
+from visft_ds.cli import COMMANDS, main
+from visft_ds.config import layers
+from visft_ds.parallel import engine
+from visft_ds.resilience.supervisor import flags_of_training
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def metadata() -> dict[str, object]:
+    """What setup.py hands to setuptools."""
+    with mock.patch("setuptools.setup") as setup:
+        exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": ROOT / "setup.py"})
+    return dict(setup.call_args.kwargs)
+
+
+def test_help_and_version_name_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert lines[: len(COMMANDS)] == list(COMMANDS)
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"visft {visft_ds.__version__}\n"
+
+
+@pytest.mark.parametrize(("words", "said"), [(["shrads"], "did you mean shards?"), (["?"], "visft --help lists")])
+def test_what_is_no_command_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and not captured.out
+    assert main([]) == 2 and "usage: visft" in capsys.readouterr().err
+
+
+def test_the_launchers_word_reaches_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deepspeed --module visft_ds evaluate` puts --local_rank before the name of the command."""
+    given: list[list[str]] = []
+    monkeypatch.setattr("visft_ds.evals.cli.main", lambda words: given.append(words) or 0)
+    assert main(["--local_rank=1", "evaluate", "--run", "r"]) == 0
+    assert given == [["--local_rank=1", "--run", "r"]]
+
+
+def test_num_gpus_starts_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, words: started.append(words[1:]))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    main(["train", "--stage", "2", "--num_gpus", "8", "--dry-run"])
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "8", "--module", "visft_ds"]
+    assert started == [[*launcher, "train", "--stage", "2", "--dry-run"]]
+    assert main(["train", "--num_gpus", "all"]) == 2 and "give the number of processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deepspeed", "--num_gpus", "8", "launchers/train.py"],
+        ["deepspeed", "--num_gpus", "8", "--module", "visft_ds.launch"],
+        ["python", "-m", "visft_ds", "train"],
+        ["bin/visft", "train"],
+        ["visft", "train", "--num_gpus", "8"],
+    ],
+)
+def test_a_supervisor_finds_the_flags_of_a_training(words: list[str]) -> None:
+    assert flags_of_training([*words, "--stage", "2"]) == ["--stage", "2"]
+
+
+def test_the_training_module_is_no_silent_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "visft_ds.train", "--stage", "1"], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+    assert done.returncode == 2 and "visft train" in done.stderr
+
+
+def test_every_configuration_is_installed_and_has_one_copy() -> None:
+    """setup.py lists the folders of ds_configs/: one that it forgot would be missing in a wheel."""
+    found = metadata()
+    folders = found["package_dir"]
+    assert isinstance(folders, dict)
+    listed = {path for folder in folders.values() for path in (ROOT / folder).glob("*.json")}
+    assert listed == set((ROOT / "ds_configs").rglob("*.json")) != set()
+    for package, folder in folders.items():
+        assert package == "visft_ds." + folder.replace("/", ".") and package in found["packages"]
+        assert found["package_data"][package] == ["*.json"]
+    assert ROOT / "ds_configs" == layers.CONFIG_ROOT and not (ROOT / "visft_ds/ds_configs").exists()
+
+
+def test_version_and_range_of_deepspeed_stand_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = metadata()
+    assert found["version"] == visft_ds.__version__ and f"version: {found['version']}\n" in (
+        ROOT / "CITATION.cff"
+    ).read_text(encoding="utf-8")
+    [needed] = [one for one in map(Requirement, found["install_requires"]) if one.name == "deepspeed"]
+    assert needed.specifier == SpecifierSet(visft_ds.DEEPSPEED) and needed.specifier.contains(
+        doctor.TESTED["deepspeed"]
+    )
+    for version in ("0.19.7", "0.20.0"):
+        monkeypatch.setattr(deepspeed, "__version__", version)
+        with pytest.raises(RuntimeError, match=r"works with >=0\.19\.8,<0\.20"):
+            engine.start_process_group()
+
+
+def test_missing_configurations_are_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (finding,) = doctor.check_configurations()
+    assert finding.status == doctor.OK
+    monkeypatch.setattr(layers, "CONFIG_ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "CHECKOUT", None)
+    (finding,) = doctor.check_configurations()
+    assert finding.status == doctor.PROBLEM and "stage1.json" in finding.found
+    assert "pip install visft_ds" in finding.remedy and "-e ." not in finding.remedy

@@ -1,0 +1,93 @@
+"""`make gpu` on a CPU: a wrong kernel fails, a case that ends its process does not hide those behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import REPOSITORY
+from tools.gpu import COLUMNS, FAILED, PARTS, PASSED, SKIPPED, main, run_part
+
+
+def run(repository: Path, out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit code, and the rows of the JSON."""
+    command = [sys.executable, str(repository / "tools" / "gpu.py"), "--device", "cpu", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
+    assert out.exists(), done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row.keys() == set(COLUMNS) and row["verdict"] in (PASSED, FAILED, SKIPPED) for row in rows)
+    assert all(row["reason"] for row in rows)
+    return done.returncode, rows
+
+
+def test_broken_kernels_fail_and_nothing_else_does(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("visft_ds", "tools", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    mistakes = {
+        "codes.copy_(_codes(values))": ("gelu.py", "codes.copy_(_codes(1.02 * values))"),
+        "return normed if": (
+            "gelu.py",
+            "if x.dtype == torch.half:\n        raise MemoryError('worn out')\n    return normed if",
+        ),
+        "q.shape[-1] ** -0.5": ("attention.py", "q.shape[-1] ** -0.51"),
+    }
+    for right, (file, wrong) in mistakes.items():
+        path = copy / "visft_ds" / "ops" / file
+        text = path.read_text()
+        assert text.count(right) == 1
+        path.write_text(text.replace(right, wrong))
+    code, rows = run(copy, tmp_path / "rows.json", "--parts", "ops", "attention", "lora")
+    failed = {(row["part"], row["case"]): row["reason"] for row in rows if row["verdict"] == FAILED}
+    assert code == 1
+    assert {part for part, _ in failed} == {"ops", "attention"}
+    wanted = ["gelu in 8 bits, library, fp32", "gelu in 8 bits, library, fp16", "norm, added, library, fp16"]
+    assert [case for part, case in failed if part == "ops"] == wanted
+    assert failed["ops", wanted[-1]] == "exit code 1: MemoryError: worn out"
+    cases = {f"reference, heads of {width}, {dtype}" for width in (112, 88, 64) for dtype in ("fp32", "bf16", "fp16")}
+    plain = ("the table", "packed, the table", "packed, one by one")  # of plain products in bf16 on a CPU
+    cases |= {f"{name}, heads of {width}, bf16" for name in plain for width in (112, 88, 64)}
+    assert {case for part, case in failed if part == "attention"} == cases
+    behind = [row["case"] for row in rows if row["part"] == "ops"]
+    assert behind.index("gelu, triton, fp32") > behind.index(wanted[-1])
+    assert {row["verdict"] for row in rows if row["part"] == "lora"} <= {PASSED, SKIPPED}
+
+
+def test_what_takes_too_long_is_ended_and_said(tmp_path: Path) -> None:
+    (row,) = run_part("steps", "cpu", tmp_path, 0.5)  # no run starts in so short a time
+    assert row["verdict"] == FAILED and row["case"] == "detection, fp32" and "Timeout" in row["reason"]
+
+
+def test_without_a_gpu_its_absence_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_folder_named_gpu_skips_no_tests(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", folder)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
+    (folder / "test_one.py").write_text(
+        "import pytest\n\ndef test_one():\n    pass\n\n@pytest.mark.gpu\ndef test_two():\n    pass\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True, text=True)
+    assert re.search(r"\b[12] passed", done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_a_cpu_agrees_with_itself(tmp_path: Path) -> None:
+    code, rows = run(REPOSITORY, tmp_path / "rows.json")
+    assert code == 0, [row for row in rows if row["verdict"] == FAILED]
+    assert {row["part"] for row in rows if row["verdict"] == PASSED} == set(PARTS)

@@ -1,0 +1,218 @@
+"""`fit` and `evaluate` in one process and in two: the run of the command line, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+
+from tests.freeze.stored import FOLDER
+from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
+from tests.tiny import TINY
+from visft_ds import Callback, FitResult, evaluate, fit
+from visft_ds.config import resolve
+from visft_ds.monitor.metrics import read_metrics
+from visft_ds.shards.build import Options, build
+from visft_ds.toy.annotations import write_toy_coco
+
+#: Of torch and DeepSpeed, at their first use in a process.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+SHARDS = FOLDER / "shards"
+STEPS = 3
+SETTINGS: dict[str, Any] = {
+    **TINY,
+    "scheduler.params.total_num_steps": STEPS,
+    "scheduler.params.warmup_num_steps": 1,
+    "visft.run.save_every": 2,
+}
+#: A script of one's own: both stages, under the ranks of a launcher as well. `seen` is what its callback was told.
+SCRIPT = f"""
+import json, sys
+from pathlib import Path
+from visft_ds import Callback, fit
+out, engines, fails = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:] == ["fails"]
+settings = json.loads({json.dumps(json.dumps(SETTINGS))})
+
+class Seen(Callback):
+    def on_step(self, step, values):
+        print("told", step, flush=True)
+        if fails and step == 2:
+            raise LookupError("mine")
+
+heads = None
+for number, engine in enumerate(engines):
+    more = {{"visft.heads.path": heads.export, "visft.lora.rank": 2}} if heads else {{}}
+    run = fit(stage=2 if heads else 1, model="debug", engine=engine, data={str(SHARDS)!r}, out=out / str(number),
+              settings={{**settings, **more}}, callbacks=[Seen()])
+    heads = heads or run
+print("ended", run.step, run.finished)
+"""
+
+
+class Told(Callback):
+    """Remembers what it was told; may do something at a step."""
+
+    def __init__(self, at: int = 0, does: Any = None) -> None:
+        self.steps: list[int] = []
+        self.evaluations: list[tuple[int, set[str]]] = []
+        self.saves: list[tuple[int, bool]] = []
+        self._at, self._does = at, does
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        assert values["loss/loss"] > 0
+        self.steps.append(step)
+        if step == self._at:
+            self._does()
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.evaluations.append((step, set(metrics)))
+
+    def on_save(self, step: int, folder: Path) -> None:
+        self.saves.append((step, (folder / "state.json").is_file()))
+
+
+def texts(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
+
+
+def stage1(out: Path, told: Callback | None = None, **more: Any) -> FitResult:
+    callbacks = [told] if told else []
+    return fit(stage=1, model="debug", data=SHARDS, out=out, settings=SETTINGS | more, callbacks=callbacks)
+
+
+def models_alive() -> int:
+    gc.collect()
+    return sum(type(thing).__name__ == "MultiTaskModel" for thing in gc.get_objects())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_it_was() -> Any:
+    """`fit` keeps the process group for the next call; other tests of this process make their own."""
+    from visft_ds.parallel import distributed
+
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    distributed._kept_open = False
+
+
+def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    environment, told, alive = dict(os.environ), Told(), models_alive()
+    heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": 2})
+    assert heads.finished and heads.step == STEPS and (heads.export / "detection.safetensors").is_file()
+    assert told.steps == [1, 2, 3] and told.saves == [(2, True), (3, True)]
+    assert [step for step, _ in told.evaluations] == [2, 3] and "box/AP" in told.evaluations[0][1]
+    recorded = list(read_metrics(heads.out / "metrics.jsonl"))
+    losses = [record["loss/loss"] for record in recorded if "loss/loss" in record]
+    assert heads.metrics["loss/loss"] == losses[-1] and "val/box/AP" in heads.metrics
+    assert models_alive() == alive, "the next run would not find its memory"
+
+    more = {"visft.heads.path": heads.export, "visft.lora.rank": 2}
+    config = resolve(stage=2, model="debug", settings=texts(more))
+    tuned = fit(
+        config, data=SHARDS, out=tmp_path / "tuned", settings=[f"{k}={json.dumps(v)}" for k, v in SETTINGS.items()]
+    )
+    assert tuned.finished and (tuned.export / "adapter" / "adapter_config.json").is_file()
+    assert models_alive() == alive
+    assert os.environ == environment
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+
+    found = evaluate(tuned.out, tasks=["detection"], limit=2, split="val")
+    assert found.metrics.keys() >= {"box/AP", "box/AP50"} and list(found.results) == ["detection"]
+    assert found.out is None and not list(tuned.out.glob("evaluation*"))
+    written = evaluate(tuned.out, tasks=["detection"], limit=2, split="val", out=tmp_path / "numbers", images=0)
+    assert written.metrics == found.metrics and (tmp_path / "numbers" / "metrics.json").is_file()
+
+
+def test_ctrl_c_stops_after_the_step_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)  # not Python's own where the tests run in the background
+    told = Told(at=1, does=lambda: signal.raise_signal(signal.SIGINT))
+    stopped = stage1(tmp_path, told)
+    assert (stopped.finished, stopped.step) == (False, 2) and told.saves == [(2, True)]
+    assert signal.getsignal(signal.SIGINT) is before
+    told = Told()
+    assert stage1(tmp_path, told).finished and told.steps == [3]
+    again = stage1(tmp_path)
+    assert again.finished and again.step == STEPS and again.metrics["loss/loss"] > 0, "known without a step"
+
+
+def test_an_error_of_a_callback_is_raised_and_the_process_can_train_again(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine") as error:
+        stage1(tmp_path, Told(at=2, does=fails))
+    assert error.traceback[-1].name == "fails"
+    del error
+    assert stage1(tmp_path).finished
+
+
+def test_no_signal_is_heard_outside_of_the_main_thread(tmp_path: Path) -> None:
+    ended: list[FitResult] = []
+    thread = threading.Thread(target=lambda: ended.append(stage1(tmp_path)))
+    thread.start()
+    thread.join()
+    assert ended and ended[0].finished
+
+
+def test_what_cannot_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this run cannot start: 1 of its inputs is missing"):
+        fit(stage=1, model="debug", data=tmp_path / "nothing", out=tmp_path / "run")
+    with pytest.raises(ValueError, match="--stage None: must be 1"):
+        fit(model="debug")
+    with pytest.raises(ValueError, match="leave out stage, model and engine"):
+        fit(resolve(stage=1, model="debug"), stage=1)
+    with pytest.raises(ValueError, match="--resume yes: must be auto"):
+        fit(stage=1, model="debug", resume="yes")
+    with pytest.raises(ValueError, match=r"visft\.sed"):
+        fit(stage=1, model="debug", settings={"visft.sed": 1})
+    with pytest.raises(ValueError, match=r"without --run these are needed: --backbone, --heads, --data or --coco"):
+        evaluate()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs/api.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(text.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    write_toy_coco(tmp_path / "coco", train=32, val=2, height=56, width=56)
+    annotations = tmp_path / "coco" / "annotations"
+    for split in ("train", "val"):
+        files = (annotations / f"{kind}_{split}2017.json" for kind in ("instances", "captions"))
+        build(Options(tmp_path / "coco" / f"{split}2017", *files, tmp_path / "shards", split))
+    done = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n4: ") == 4, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engines", ["zero1,zero1,zero3", "pipeline,zero1"])
+def test_one_script_trains_again_and_again_on_two_ranks(engines: str, tmp_path: Path) -> None:
+    outputs = run_ranks(["-c", SCRIPT, str(tmp_path), engines])
+    assert [output.count("told 3") for output in outputs] == [len(engines.split(",")), 0]
+    assert all(f"ended {STEPS} True" in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_main_process_ends_the_others(tmp_path: Path) -> None:
+    codes, outputs = finish(start_ranks(["-c", SCRIPT, str(tmp_path), "zero1", "fails"]), timeout=600)
+    assert codes == [1, 1], outputs
+    assert outputs[0].rstrip().endswith("LookupError: mine") and "another rank ended first: rank 0" in outputs[1]

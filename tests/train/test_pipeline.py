@@ -1,0 +1,113 @@
+"""The training command under the pipeline engine: the same run as under ZeRO, evaluation and resuming included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import finish, run_ranks, start_ranks, wait_for
+from tests.tiny import STEPS, command, trained
+from visft_ds.tasks import TASKS
+
+pytestmark = pytest.mark.slow
+
+
+#: Without dropout, whose masks depend on the rank; one evaluation at the end, on the training pictures.
+SETTINGS: dict[str, object] = {
+    "visft.mode": "sampled",
+    "visft.tasks.detection.head.dropout": 0.0,
+    "visft.tasks.captioning.head.dropout": 0.0,
+    "visft.tasks.captioning.decoding.max_length": 5,
+    "visft.run.eval_every": STEPS,
+    "visft.run.pictures": 1,
+    "visft.data.val": "train",
+}
+
+
+def run(shards: Path, out: Path, *engine: str, world: int, stage: int = 1, heads: Path | None = None) -> list[str]:
+    """Train to the end; what the ranks printed."""
+    extra = {**SETTINGS, **({"visft.heads.path": str(heads), "visft.lora.rank": 2} if heads else {})}
+    return run_ranks(["launchers/train.py", *engine, *command(shards, out, stage=stage, extra=extra)], world)
+
+
+def records(out: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Losses of each step, and the numbers of the evaluation."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "loss/loss" in line]
+    return losses, {k: v for line in lines for k, v in line.items() if k.startswith("val/")}
+
+
+def told(out: Path) -> tuple[list[tuple[int, float]], list[str]]:
+    """What the evaluation was told: (image, score) of every box in order of the scores, and all captions."""
+    folder = out / "validation" / f"step_{STEPS:08d}"
+    boxes, captions = (json.loads((folder / f"{t}_results.json").read_text()) for t in ("detection", "captioning"))
+    return sorted((box["image_id"], box["score"]) for box in boxes), [caption["caption"] for caption in captions]
+
+
+@pytest.fixture(scope="module")
+def zero(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("zero") / "stage1"
+    run(shards, out, world=2)
+    return out
+
+
+@pytest.mark.parametrize(("stages", "world"), [(2, 2), (3, 3), (2, 4)])
+def test_the_same_run_as_under_zero(shards: Path, zero: Path, tmp_path: Path, stages: int, world: int) -> None:
+    """Losses by name, average precision and captions' numbers, the weights and the exported heads."""
+    out = tmp_path / "stage1"
+    printed = run(shards, out, "--engine=pipeline", f"--set=pipeline.stages={stages}", world=world)
+    assert f"pipeline of {stages} stages" in printed[0] and "of the operations" in printed[0]
+    (ours, judged), (theirs, expected) = records(out), records(zero)
+    assert len(ours) == STEPS
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)  # eight steps of Adam on rounding
+    assert judged.keys() == expected.keys() and "val/box/AP" in judged and "val/caption/CIDEr-D" in judged
+    assert judged == pytest.approx(expected, abs=1e-3)  # ranks of near ties may change places
+    (boxes, captions), (true_boxes, true_captions) = told(out), told(zero)
+    assert [image for image, _ in boxes] == [image for image, _ in true_boxes] and len(boxes) > 100
+    assert [score for _, score in boxes] == pytest.approx([score for _, score in true_boxes], rel=1e-4)
+    assert captions == true_captions and len(captions) == 12
+    parameters, reference = trained(out), trained(zero)
+    assert parameters.keys() == reference.keys()
+    for task in TASKS:
+        exported, other = (load_file(folder / "export" / f"{task}.safetensors") for folder in (out, zero))
+        assert exported.keys() == other.keys()
+        assert all(tensor.shape == other[name].shape for name, tensor in exported.items())
+
+
+def test_adapters_train_and_a_run_changes_its_engine(shards: Path, zero: Path, tmp_path: Path) -> None:
+    """Stage 2: begun as a pipeline and ended under ZeRO-2, and the other way round."""
+    ends = {}
+    orders = {"straight": ("zero1", "zero1"), "from": ("pipeline", "zero2"), "to": ("zero2", "pipeline")}
+    for name, (first, second) in orders.items():
+        out = tmp_path / name
+        run(shards, out, f"--engine={first}", world=2, stage=2, heads=zero / "export")
+        if first != second:
+            shutil.rmtree(out / "checkpoints" / f"step_{STEPS:08d}")
+            printed = run(shards, out, f"--engine={second}", world=2, stage=2, heads=zero / "export")
+            assert f"{STEPS}, from step {STEPS // 2}" in printed[0]
+        ends[name] = trained(out)
+    for name in ("from", "to"):
+        for key, tensor in ends["straight"].items():
+            # Adam makes whole steps of the rounding of gradients that are nearly zero: rate x steps is the most.
+            torch.testing.assert_close(ends[name][key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+
+
+def test_a_signal_to_one_stage_stops_all_after_the_same_step(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    extra = {**SETTINGS, "visft.run.save_every": 100, "scheduler.params.total_num_steps": 400}
+    pipeline = ("--engine=pipeline", "--set=pipeline.stages=3")
+    ranks = start_ranks(["launchers/train.py", *pipeline, *command(shards, out, extra=extra)], world=3)
+    wait_for(ranks[0], "step 1/")
+    ranks[1].send_signal(signal.SIGTERM)  # the stage that reads nothing
+    codes, printed = finish(ranks, timeout=600)
+    assert codes == [0, 0, 0], printed
+    assert "stopped after step" in printed[0]
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert 1 <= json.loads((checkpoint / "state.json").read_text())["step"] < 400

@@ -1,0 +1,80 @@
+"""Runs on a model of timm, from the command: both stages, evaluation as trained, merged weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.coco_tree import write_tree
+from tests.ranks import run_ranks
+from tests.tiny import TINY
+from visft_ds.evals.cli import main as evaluate
+from visft_ds.interop.adapter import Adapter
+from visft_ds.interop.backbones import load_timm
+from visft_ds.interop.merge import merge_timm, verify_merge
+from visft_ds.run.adapter import base_of, place_of, read_change
+from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.shards.build import Options, build
+
+pytest.importorskip("timm")
+pytestmark = pytest.mark.slow
+SETTINGS = {
+    **{key: value for key, value in TINY.items() if not key.startswith("visft.model.")},
+    "scheduler.params.total_num_steps": 3,
+    "scheduler.params.warmup_num_steps": 1,
+    "visft.run.save_every": 3,
+    "visft.mode": "sampled",
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of twelve small pictures."""
+    folder = tmp_path_factory.mktemp("coco")
+    tree = write_tree(folder)
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
+    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "val"))
+    return folder / "shards"
+
+
+def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **more}.items()]
+    places = ["--data", str(shards), "--out", str(out)]
+    run_ranks(["launchers/train.py", "--stage", str(stage), "--model", "debug_convnext", *places, *settings], world=1)
+    return out
+
+
+def test_both_stages_evaluation_and_merge(shards: Path, tmp_path: Path) -> None:
+    first = _train(shards, tmp_path / "one", 1)
+    heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
+    second = _train(shards, tmp_path / "two", 2, **heads)
+    adapter = read_change(place_of(second))
+    assert isinstance(adapter, Adapter) and base_of(second) == second / "export" / BACKBONE_FILE
+    early = read_change(second / "checkpoints" / "step_00000003")
+    assert isinstance(early, Adapter) and early.fingerprint() == adapter.fingerprint()
+    base = second / "export" / BACKBONE_FILE
+    merge_timm(base, adapter, tmp_path / "merged.safetensors")
+    proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
+    assert proof.relative < 1e-5 < proof.effect
+    assert evaluate(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
+
+
+def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path: Path) -> None:
+    groups = [{"name": "norms", "params": "backbone.*bn*"}]
+    more: dict[str, object] = {
+        "visft.model.preset": "timm:test_resnet",
+        "visft.lora": None,
+        "visft.param_groups": groups,
+        "visft.heads.start": "random",
+    }
+    run = _train(shards, tmp_path / "norms", 2, **more)
+    before, after = (load_file(run / "export" / name) for name in (BACKBONE_FILE, "trained_backbone.safetensors"))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(".bn" in f".{name}" and name.endswith(("weight", "bias")) for name in changed)
+    assert any(name.endswith("running_mean") for name in after)
+    backbone, _ = load_timm(run / "export" / "trained_backbone.safetensors", "test_resnet", None, torch.float32)
+    assert torch.equal(backbone.get_parameter("bn1.weight"), after["bn1.weight"])

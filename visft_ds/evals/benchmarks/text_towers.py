@@ -1,0 +1,140 @@
+"""The text side of a CLIP: texts -> unit vectors in the space of its image embeddings.
+
+EVA-CLIP's flat files and open_clip's hold it under `text.`, with the names of open_clip's `TextTransformer`
+(https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/transformer.py), so that a backbone of ours takes
+it from the file that its base came from. n texts, E width of the embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visft_ds.interop.backbones import copy_tensors
+from visft_ds.interop.files import WeightFile, open_weights
+from visft_ds.interop.layouts import PROJECTION, Layout
+from visft_ds.interop.towers import open_tower
+
+PREFIX = "text."
+#: Width of a head in every text tower of CLIP, which follows from no tensor: 768 / 12, 1024 / 16, 1280 / 20.
+HEAD_WIDTH = 64
+_LAYER = re.compile(r"text\.transformer\.resblocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A text encoder with its tokenizer."""
+
+    module: nn.Module  #: tokens (n, length) -> (n, E)
+    tokenize: Callable[[Sequence[str]], Tensor]
+    source: str  #: for people
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n, E) float32, each of length 1. A text longer than the tower reads is cut at its end."""
+        device = next(self.module.parameters()).device
+        return F.normalize(self.module(self.tokenize(list(texts)).to(device)).float(), dim=-1)
+
+
+def text_tower_in(path: str | Path) -> TextTower | None:
+    """The text tower of an EVA-CLIP or open_clip file, in float32; None where the file has none.
+
+    Raises:
+        ValueError: half a tower, or one of another architecture; all names that are missing or too many are listed. A
+            vocabulary that is not CLIP's.
+    """
+    file = open_weights(path)
+    names = [name for name in file if name.startswith(PREFIX)]
+    if not names:
+        return None
+    from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.transformer import TextTransformer
+
+    needed = [f"{PREFIX}{name}" for name in ("positional_embedding", "token_embedding.weight", "text_projection")]
+    if lacking := [name for name in needed if name not in file]:
+        raise ValueError(f"{file.path}: its text tower lacks {', '.join(lacking)}; take the whole file")
+    length, width = file.shape(needed[0])
+    if width % HEAD_WIDTH and width > HEAD_WIDTH:
+        raise ValueError(f"{file.path}: a text tower of width {width} has no heads of {HEAD_WIDTH}: not a CLIP")
+    settings = {
+        "context_length": length,
+        "vocab_size": file.shape(needed[1])[0],
+        "width": width,
+        "heads": max(1, width // HEAD_WIDTH),
+        "layers": 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1),
+        "output_dim": file.shape(needed[2])[1],
+    }
+    tokenizer = SimpleTokenizer(context_length=length)
+    if settings["vocab_size"] != tokenizer.vocab_size:
+        raise ValueError(
+            f"{file.path}: its text tower embeds {settings['vocab_size']} tokens, and CLIP's tokenizer has "
+            f"{tokenizer.vocab_size}: it was trained with another tokenizer, which no file of this kind names"
+        )
+    module: nn.Module = TextTransformer(**settings)
+    _load(module, file, names)
+    return TextTower(module.requires_grad_(False).eval(), tokenizer, f"{file.path.name}: {settings}")
+
+
+def projection_in(file: WeightFile, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """(weight (E, D), bias (E)) of a tower's CLIP projection; None where the file has none.
+
+    Raises:
+        ValueError: one of the two is missing.
+    """
+    names = [layout.prefix + name for name in next(iter(PROJECTION.values()))]
+    found = [name for name in names if name in file]
+    if not found:
+        return None
+    if len(found) < len(names):
+        raise ValueError(f"{file.path}: the CLIP projection is half there: {found[0]} without the other of {names}")
+    return file.get(names[0]).float().clone(), file.get(names[1]).float().clone()
+
+
+def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
+    """`projection_in` of a file whose layout is found."""
+    return projection_in(*open_tower(path))
+
+
+def tower_of_model(model: Any, tokenizer: Any, source: str) -> TextTower:
+    """The text side of an open_clip model."""
+    return TextTower(_TextOf(model), tokenizer, source)
+
+
+class _TextOf(nn.Module):
+    """The text side of a model that has both: older open_clip models keep its parts at the top."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        encoded: Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
+        return encoded
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Without the image side: what the text embeddings depend on."""
+        state = super().state_dict(*args, **options)
+        return {name: value for name, value in state.items() if not name.startswith("model.visual.")}
+
+
+def _load(module: nn.Module, file: WeightFile, names: Sequence[str]) -> None:
+    targets = dict(module.named_parameters())
+    given = {name.removeprefix(PREFIX) for name in names}
+    # A causal mask, which some files carry along; it is a function of the length.
+    missing, unexpected = sorted(targets.keys() - given), sorted(given - targets.keys() - {"attn_mask"})
+    if missing or unexpected:
+        raise ValueError(
+            f"{file.path}: its text tower is not that of EVA-CLIP or open_clip. Missing: "
+            f"{', '.join(missing) or 'none'}. Unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    shapes = [f"{PREFIX}{name}" for name, value in targets.items() if file.shape(PREFIX + name) != tuple(value.shape)]
+    if shapes:
+        raise ValueError(f"{file.path}: tensors of its text tower have odd shapes: {', '.join(shapes)}")
+    copy_tensors(file, {name: PREFIX + name for name in targets}, targets)

@@ -1,0 +1,208 @@
+"""Data of a run in one place: what it learns from and in which order, its words, what it is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import orjson
+
+from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config.schema import Precision, VisftConfig
+from visft_ds.config.task_schema import Stream
+from visft_ds.data.dataset import DataSet, SamplePipeline
+from visft_ds.data.features import FeatureCache
+from visft_ds.data.loader import StepLoader
+from visft_ds.data.manifest import Category, Manifest
+from visft_ds.data.plan import Plan
+from visft_ds.data.roles import IdleLoader, Place
+from visft_ds.data.shards import ShardReader
+from visft_ds.parallel import distributed
+from visft_ds.prepare.datasets import (
+    TrainingSet,
+    cache_of,
+    captioned,
+    check_samples,
+    data_identity,
+    first_of,
+    open_training_data,
+    settle_classes,
+    shuffle_of,
+    workers_of,
+)
+from visft_ds.prepare.model import PreparedModel
+from visft_ds.prepare.places import located, paths_of
+from visft_ds.prepare.streams import pipelines_of, plan_of, streams_of, vocabulary_of
+from visft_ds.run.folder import recorded_config, saved_something
+from visft_ds.tasks.vocabulary import Vocabulary
+
+Loader = StepLoader | IdleLoader
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Data of a run."""
+
+    given: Mapping[str, str]  #: paths of its inputs as they were given, by dotted key
+    sets: Mapping[str, TrainingSet]  #: the first one decides which categories there are
+    streams: Mapping[str, Stream]  #: with the classes of the run's heads
+    pipelines: Mapping[str, Mapping[str, SamplePipeline]]  #: stream -> set -> what makes its training batches
+    plan: Plan
+    why_shuffled: str
+    vocabulary: Vocabulary | None  #: None: no task works with words
+    validation: Manifest | None  #: None: no evaluation during training
+
+    @property
+    def categories(self) -> Sequence[Category]:
+        """Categories that the heads know."""
+        return first_of(self.sets).categories
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of ids; None without words."""
+        return self.vocabulary.size if self.vocabulary else None
+
+    def identity(self) -> dict[str, str]:
+        """Facts that must be the same on all ranks, and when a run goes on."""
+        return {
+            "data set": data_identity(self.sets),
+            "order of samples": self.plan.describe(),
+            "vocabulary": self.vocabulary.fingerprint if self.vocabulary else "none",
+        }
+
+
+def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
+    """The data of a run, and its configuration with what the data decides: places, order, number of classes.
+
+    Raises:
+        ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
+    """
+    given = paths_of(config.visft)
+    config, why_shuffled = settle_shuffle(located(config, Path(config.visft.run.out or "")))
+    sets = open_training_data(config.visft)
+    config = settle_classes(config, first_of(sets))
+    settings = config.visft
+    vocabulary = vocabulary_of(settings, *captioned(sets))
+    return config, RunData(
+        given=given,
+        sets=sets,
+        streams=streams_of(settings, first_of(sets)),
+        pipelines=pipelines_of(settings, sets, vocabulary),
+        plan=plan_of(settings, sets),
+        why_shuffled=why_shuffled,
+        vocabulary=vocabulary,
+        validation=open_validation(settings, first_of(sets)),
+    )
+
+
+def settle_shuffle(config: ResolvedConfig) -> tuple[ResolvedConfig, str]:
+    """The configuration with its order decided, and why: "auto" means the same as when the run began, wherever its
+    shards are now."""
+    data, out = config.visft.data, Path(config.visft.run.out or "")
+    recorded = recorded_config(out).visft.data.shuffle if saved_something(out) else "auto"
+    kind, why = shuffle_of(data)
+    if data.shuffle == "auto" and recorded != "auto":
+        kind, why = recorded, "as the run began"
+    visft = config.visft.model_copy(update={"data": data.model_copy(update={"shuffle": kind})})
+    return replace(config, visft=visft), why
+
+
+def open_validation(config: VisftConfig, training: Manifest) -> Manifest | None:
+    """The split for evaluation during training, where there is any; it fits the tasks and the training data.
+
+    Raises:
+        ValueError: a split without labels for a task, or of other categories.
+    """
+    data = config.data
+    if not config.run.eval_every:
+        return None
+    validation = Manifest.load(data.root, data.val, cache=cache_of(data))
+    check_samples(config.tasks.enabled(), validation)
+    names = {category.coco_id: category.name for category in training.categories}
+    other = [c for c in validation.categories if names.get(c.coco_id) != c.name]
+    if other:
+        raise ValueError(
+            f"{data.root}: category {other[0].coco_id} {other[0].name!r} of {data.val} is "
+            f"{names.get(other[0].coco_id, 'absent')!r} in {data.train} ({len(other)} such): make both splits from the "
+            "same categories"
+        )
+    return validation
+
+
+def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> Loader:
+    """The loader of this rank's part of each global batch; in the middle of a pipeline one that reads nothing.
+
+    Raises:
+        ValueError: a global batch that cannot be divided so.
+    """
+    kind, number, _ = workers_of(config.data)
+    place = Place.of_rank(distributed.rank(), distributed.world_size(), batches.stages)
+    if place.role is None:
+        return IdleLoader(data.plan)
+    return StepLoader(
+        {name: DataSet(ShardReader(one.manifest), one.categories) for name, one in data.sets.items()},
+        data.plan,
+        data.pipelines,
+        dp_rank=place.dp_rank,
+        dp_size=place.dp_size,
+        accumulation=batches.accumulation,
+        role=place.role,
+        workers=kind,
+        num_workers=number,
+        prefetch_steps=config.data.prefetch_steps,
+        skip_damaged=config.data.skip_damaged,
+    )
+
+
+def keep_features(
+    config: VisftConfig,
+    sets: Mapping[str, TrainingSet],
+    loader: Loader,
+    prepared: PreparedModel,
+    precision: Precision,
+) -> FeatureCache | None:
+    """Let loader and model keep the features of a frozen backbone; None where geometries do not repeat.
+
+    Raises:
+        ValueError: a backbone that trains, or a folder that holds something else.
+    """
+    features = features_of(config, sets, prepared.base_weights, precision, distributed.local_device().type)
+    if features is None:
+        return None
+    if prepared.module.train_backbone:
+        raise ValueError(
+            "visft.features: a parameter group trains the backbone, which changes all features: set it to null"
+        )
+    assert isinstance(loader, StepLoader)
+    prepared.module.feature_cache = features
+    loader.keep_features(features)
+    return features
+
+
+def features_of(
+    config: VisftConfig, sets: Mapping[str, TrainingSet], base_weights: str, precision: str, device: str
+) -> FeatureCache | None:
+    """Cache of the frozen backbone's features; None where geometries do not repeat.
+
+    Heads, rates and seeds are no part of what features depend on: runs that differ in those share them.
+
+    Raises:
+        ValueError: a folder that holds something else.
+    """
+    if config.features is None:
+        return None
+    shape = {"preset": config.model.preset, **config.model.backbone_options()}
+    streams = {stream.name: stream.image for stream in config.streams().values()}
+    for name, task in config.tasks.enabled().items() if config.mode != "shared" else ():
+        gone = {key.partition("image.")[2]: idle for key, (_, idle) in task.removed.items()}
+        streams[name] |= gone  # as caches of earlier releases say it
+    identity = {
+        "base weights": base_weights,
+        "shape": orjson.dumps(shape, option=orjson.OPT_SORT_KEYS).decode(),
+        "precision": f"{precision} on {device}",
+        "data": " ".join(f"{name} {one.manifest.fingerprint}" for name, one in sorted(sets.items())),
+        "images": orjson.dumps(streams, option=orjson.OPT_SORT_KEYS).decode(),
+    }
+    root = None if config.features.cache is None else Path(config.features.cache)
+    return FeatureCache(root, identity, config.features.storage)
