@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from tests.fuzz import mutations as m
+from tests.options import alone, head_of
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
 from visft_ds.config.layers import parse_assignment
@@ -70,12 +71,9 @@ from visft_ds.shards.shard_content import read_shard
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
 from visft_ds.shards.verify import verify
 from visft_ds.tasks.average_precision import coco_average_precision
-from visft_ds.tasks.captioning.data import CaptionTransform
-from visft_ds.tasks.detection.data import DetectionTransform
-from visft_ds.tasks.detection.head import DetectionHead
-from visft_ds.tasks.segmentation.data import SegmentationTransform
 from visft_ds.tasks.vocabulary import Vocabulary
 
+TASKS = ("detection", "segmentation", "captioning")
 RUNS = Path(__file__).parents[1] / "golden/runs-0.1"
 
 
@@ -109,6 +107,7 @@ def copy(*places: str) -> Callable[[Path], object]:
 
 SPLIT = copy(*(f"shards/val{end}" for end in (".manifest.json", ".index.npy", "-000000.tar")))
 _WORDS = Vocabulary(("a", "star"))
+_SMALL = {"detection": {"fixed_size": 28}, "segmentation": {"fixed_size": 28}, "captioning": {"size": 28}}
 
 
 def read_split(folder: Path) -> None:
@@ -118,11 +117,7 @@ def read_split(folder: Path) -> None:
         Vocabulary.from_counts(manifest.vocabulary, min_count=1, tokenizer=str(manifest.options.get("tokenizer")))
     orjson.dumps(describe(manifest, shards=True))
     generator = np.random.default_rng(0)
-    transforms = (
-        DetectionTransform(False, fixed_size=28),
-        SegmentationTransform(True, fixed_size=28),
-        CaptionTransform(True, vocabulary=_WORDS, size=28),
-    )
+    transforms = [alone(task, task != "detection", vocabulary=_WORDS, **_SMALL[task]) for task in TASKS]
     with ShardReader(manifest) as reader:
         for place in range(min(len(reader), 8)):
             raw = read_raw(reader, place, categories=dict.fromkeys(range(100), 1))
@@ -295,7 +290,6 @@ def make_visft(folder: Path) -> None:
     write_visft_lora(adapter, folder / "lora.pt")
 
 
-TASKS = ("detection", "segmentation", "captioning")
 HEADS = tuple(f"{task}.safetensors" for task in TASKS)
 
 
@@ -313,10 +307,9 @@ def read_heads(folder: Path) -> None:
 
 
 def make_published(folder: Path) -> None:
-    sizes = {"num_queries": 2, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16}
-    save_heads(
-        DetectionHead(16, num_classes=3, encoder_layers=1, decoder_layers=1, num_heads=8, **sizes), folder / "heads.pt"
-    )
+    sizes = {"num_queries": 2, "encoder_dim": 16, "decoder_dim": 16, "ffn_dim": 16, "num_heads": 8}
+    head = head_of("detection", 16, num_classes=3, encoder_layers=1, decoder_layers=1, **sizes)
+    save_heads(head, folder / "heads.pt")
 
 
 def read_run(folder: Path) -> None:
