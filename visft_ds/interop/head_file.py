@@ -32,7 +32,7 @@ class NamedCategory(StrictModel):
 
 
 class TrainerNotes(StrictModel):
-    """What a trainer remembers of a head; further fields are for people."""
+    """Notes of a trainer about a head; further fields are for people."""
 
     model_config = ConfigDict(extra="allow")
 
