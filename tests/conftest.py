@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
+#: The longest files, longest first. One of them that began last would keep one worker busy while the others rest.
+FIRST = (
+    *("parallel/test_engines.py", "train/test_train.py", "tasks/test_fourth_task.py", "run/test_validation.py"),
+    *("train/test_fit.py", "parallel/test_pipeline.py", "run/test_runs_of_0_1.py", "models/test_timm_backbone.py"),
+    *("evals/test_evaluate.py", "experiments/test_ablations.py", "profiling/test_profile.py", "train/test_golden.py"),
+    *("shards/test_make_shards.py", "test_house.py", "test_help.py", "ops/test_triton.py", "test_demo.py"),
+)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -40,9 +48,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and say so."""
-    if torch.cuda.is_available():
-        return
+    """Begin with the longest files; skip tests marked `gpu` where there is no CUDA device, and say so."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
-        if item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

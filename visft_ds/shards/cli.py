@@ -19,6 +19,7 @@ from importlib import import_module
 
 from visft_ds import program
 from visft_ds.config.removed import refuse_removed
+from visft_ds.flags import Parser
 
 #: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
 COMMANDS = {
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("shards"), description="COCO -> checked, reproducible shards")
+    parser = Parser(prog=program("shards"), description="COCO -> checked, reproducible shards")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, function, summary) in COMMANDS.items():
         if [name] == list(given):

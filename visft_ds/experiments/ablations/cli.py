@@ -12,6 +12,7 @@ from types import FrameType
 from visft_ds import program
 from visft_ds.experiments.ablations.questions import QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
+from visft_ds.flags import Parser
 
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
 stage 2 changed in and out of domain with intervals over seeds, and draws it.
@@ -53,7 +54,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, QUESTIONS))
     asked = "\n".join(f"    {name:{width}}  {question.asks}" for name, question in QUESTIONS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("ablate"),
         description=f"{USAGE}\nquestions:\n{asked}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
