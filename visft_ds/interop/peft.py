@@ -445,10 +445,13 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
             f"base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv or q_proj, k_proj, v_proj; proj, fc1, fc2)"
         )
     for name in file:
-        pair = {name.replace(".lora_A.", ".lora_B."), name.replace(".lora_B.", ".lora_A.")} - set(file)
+        for partner in {name.replace(".lora_A.", ".lora_B."), name.replace(".lora_B.", ".lora_A.")} - set(file):
+            file.get(partner)  # raises
         shape, axes = file.shape(name), 1 if name.endswith("_vector") else 2
-        if pair or len(shape) != axes or 0 in shape:
-            raise ValueError(f"{file.path}: {name} has the shape {shape} and lacks {examples(list(pair))}: damaged")
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(
+                f"{file.path}: {name} has the shape {shape}: it is no matrix of an adapter, or an empty one"
+            )
     told = file.told(_KEY, AdapterEntry) if _KEY in file.metadata else None
     modules = {_NAME.fullmatch(name)[2] for name in file}  # type: ignore[index]
     split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
