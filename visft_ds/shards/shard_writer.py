@@ -42,7 +42,11 @@ class ShardRecord(StrictModel):
     count: Whole
     bytes: Whole
     sha256: str
-    rows: list[Annotated[list[Whole], Field(min_length=len(_COLUMNS), max_length=len(_COLUMNS))]]
+    rows: list[
+        Annotated[
+            list[Annotated[int, Field(ge=0, lt=1 << 64)]], Field(min_length=len(_COLUMNS), max_length=len(_COLUMNS))
+        ]
+    ]
     quarantine: list[LeftOut]
     findings: list[tuple[str, str]]  #: kind, example
 
