@@ -256,7 +256,8 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         return
     for name in model.backbone_options():
         if name != "image_size":
-            yield f"visft.model.overrides.{name}", f"{model.preset} has its own shape: only image_size may be set"
+            problem = f"{model.preset} has its own shape: only image_size may be set"
+            yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"
     if model.checkpoint_every > 1:
         yield "visft.model.checkpoint_every", "timm's models compute every block again (1) or none (0)"
     if model.recompute != "block":

@@ -13,7 +13,7 @@ from visft_ds.config.fields import STRICT
 from visft_ds.config.records import Whole, read_record
 from visft_ds.data.store import StoreFailed
 from visft_ds.resilience.processes import state
-from visft_ds.resilience.signals import LostRank, RanksDiffer
+from visft_ds.resilience.signals import INTERRUPTED, LostRank, RanksDiffer
 
 FOLDER = "heartbeats"
 
@@ -64,7 +64,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, FloatingPointError):
         return 4
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
 
 
