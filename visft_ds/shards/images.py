@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from isal import isal_zlib
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from visft_ds.data.decode import MAX_PIXELS, decode_image, image_format, image_size
 from visft_ds.shards.reencode import decode_webp, is_webp
@@ -158,7 +158,7 @@ def _header(data: bytes) -> tuple[str, int]:
     """(Pillow's mode, EXIF orientation or 1). Raises ValueError for a file that Pillow does not know."""
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except UnidentifiedImageError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("its header is damaged: Pillow cannot read it") from error
     with image:
         try:
