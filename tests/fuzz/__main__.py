@@ -33,7 +33,15 @@ _HANGS = 60.0  #: seconds of the clock after which a call that does not return e
 
 
 #: (reader, seed, number) of inputs that were surprises once; they are read at every run.
-FORMER = (("images", 1, 909), ("torch legacy", 1, 507), ("heads", 0, 877), ("shards", 5, 1311), ("run", 11, 44))
+FORMER = (
+    ("images", 1, 909),
+    ("torch legacy", 1, 507),
+    ("heads", 0, 877),
+    ("shards", 5, 1311),
+    ("run", 11, 44),
+    ("run of 0.1", 0, 230),
+    ("heads", 1, 40),
+)
 
 
 @dataclass
