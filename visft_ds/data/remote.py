@@ -32,7 +32,8 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.utils import merge_offset_ranges
 
 from visft_ds.data.cache import DiskCache
-from visft_ds.data.store import REMOTE_PROTOCOLS, CacheOptions, Expected, Part, Stopped, StoreFailed, pread_all
+from visft_ds.data.store import REMOTE_PROTOCOLS, CacheOptions, Expected, Part, Stopped, pread_all
+from visft_ds.resilience.errors import StoreFailed
 
 #: Attempts at a request in all, and the longest wait before the second of them in seconds; it doubles each time.
 ATTEMPTS = 5

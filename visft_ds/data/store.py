@@ -37,10 +37,6 @@ _AGAIN = "Make the split again by the same `visft shards build`, or copy the fil
 Part = tuple[str, int, int]
 
 
-class StoreFailed(RuntimeError):
-    """A server, a network or the disk of a cache that failed again and again."""
-
-
 class Stopped(RuntimeError):
     """Reading from a store that was closed meanwhile."""
 

@@ -50,7 +50,7 @@ def print_start(
     start: int,
 ) -> None:
     """The plan of a run that is about to train, after `start` steps. Main process only."""
-    module, run = prepared.module, machine.run
+    module, run = prepared.module, machine.planned
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
