@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visft_ds.data.store import file_digest
+from visft_ds.names import checked_name
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Ending of the file that says which shard holds which tensor, as transformers writes it.
@@ -225,14 +226,10 @@ def read_index(path: Path) -> dict[str, Path]:
         shards = {str(name): str(shard) for name, shard in index["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of shards (weight_map: tensor -> file): {error}") from error
-    # A name with a folder in it would lead out of the model's own folder.
-    foreign = sorted({shard for shard in shards.values() if Path(shard).name != shard})
-    lost = sorted({shard for shard in shards.values() if shard not in foreign and not (path.parent / shard).is_file()})
-    if foreign or lost:
-        raise ValueError(
-            f"{path}: "
-            + (f"{examples(foreign)} is not a plain file name" if foreign else f"{examples(lost)} is missing")
-        )
+    for shard in sorted(set(shards.values())):
+        checked_name(shard, path)
+    if lost := sorted({shard for shard in shards.values() if not (path.parent / shard).is_file()}):
+        raise ValueError(f"{path}: {examples(lost)} is missing")
     return {name: path.parent / shard for name, shard in shards.items()}
 
 
