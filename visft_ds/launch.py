@@ -13,6 +13,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
 from visft_ds.data.store import StoreFailed
+from visft_ds.redaction import redacted
 from visft_ds.resilience.heartbeat import exit_code
 from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag, is_told_here
 
@@ -44,15 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (ValueError, OSError, StoreFailed) as error:
         if is_told_here(error):
-            print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+            print(f"{f'[rank {rank}] ' if rank else ''}error: {redacted(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
     except FloatingPointError as error:
         if is_told_here(error):
-            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+            print(f"[rank {rank}] error: {redacted(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
     except RanksDiffer as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {redacted(error)}", file=sys.stderr, flush=True)
         return exit_code(error)
     except RuntimeError as error:
         if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):

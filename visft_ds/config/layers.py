@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import CHECKOUT
+from visft_ds.redaction import redacted_values
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 
@@ -95,7 +96,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """JSON of a value, cut to fit into a message."""
-    text = json.dumps(value)
+    text = json.dumps(redacted_values(value))
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.schema import PRESETS
+from visft_ds.redaction import redacted
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         problems = [str(error)]
     for problem in problems:
-        print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+        print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{redacted(problem)}", file=sys.stderr, flush=True)
     return 2 if problems else 0
 
 

@@ -29,6 +29,7 @@ from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.removed import refuse_removed
 from visft_ds.config.resolve import available
+from visft_ds.redaction import redacted, redacted_words
 from visft_ds.resilience.signals import LOST_PEER, is_told_here
 
 TOOL = "tools/profile.py"
@@ -61,7 +62,7 @@ def _run(given: Sequence[str], name: str) -> int:
         return int(options.run(options, rest, [*name.split(), *given]))
     except (ValueError, argparse.ArgumentError) as error:
         if is_told_here(error):
-            print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+            print(f"{f'[rank {rank}] ' if rank else ''}error: {redacted(error)}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):
@@ -110,7 +111,9 @@ def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[
     if record is not None:
         print_plan(kind.make_title(record), kind.make_sections(record))
         if file is not None:
-            file.write_text(json.dumps({**record, "command": list(command)}, indent=2) + "\n", encoding="utf-8")
+            file.write_text(
+                json.dumps({**record, "command": redacted_words(command)}, indent=2) + "\n", encoding="utf-8"
+            )
             print(f"wrote {file}", flush=True)
     return 0
 

@@ -19,6 +19,7 @@ from importlib import import_module
 
 from visft_ds import program
 from visft_ds.config.removed import refuse_removed
+from visft_ds.redaction import redacted
 
 #: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
 COMMANDS = {
@@ -37,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         options.rest = rest
         if rest and arguments[0] != "info":  # which takes the flags of visft train
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.error(f"unrecognized arguments: {redacted(' '.join(rest))}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
         from visft_ds.shards.drops import TooManyDropsError
 
-        print(f"make_shards: {error}", file=sys.stderr)
+        print(f"make_shards: {redacted(error)}", file=sys.stderr)
         return 3 if isinstance(error, TooManyDropsError) else 2
     except KeyboardInterrupt:
         print("\nmake_shards: interrupted; run the same command again to go on", file=sys.stderr)

@@ -28,6 +28,7 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
+from visft_ds.redaction import redacted, redacted_words
 from visft_ds.tasks.pictures import save_png
 
 _EXTRA = ("open_clip", "sklearn")  # as they are imported
@@ -103,7 +104,7 @@ def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark
 
 
 def _complain(error: Exception, rank: int) -> int:
-    print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{redacted(error)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -165,12 +166,12 @@ def _write(
         },
         "rows": as_json(rows),
         "chosen": chosen,
-        "settings": {name: str(value) for name, value in vars(given).items()},
+        "settings": {name: redacted(value) for name, value in vars(given).items()},
         "processes": distributed.world_size(),
         "seconds": round(seconds, 3),
         "pictures": pictures,
         "versions": versions(),
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)

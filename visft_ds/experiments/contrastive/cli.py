@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from visft_ds import program
+from visft_ds.redaction import redacted
 
 #: Command -> (module that has its `add_parser`, its line of help).
 COMMANDS = {
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.run(given)
     except (ValueError, OSError, StoreFailed) as error:
         if not rank or distributed.joined():  # before that, every rank runs into the same
-            print(f"contrast: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+            print(f"contrast: {f'[rank {rank}] ' if rank else ''}{redacted(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("\ncontrast: interrupted; nothing was written", file=sys.stderr)
