@@ -39,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-parallel: install
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/parallel tests/checkpoint \

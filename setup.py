@@ -102,7 +102,7 @@ setup(
             "moto[server,s3]>=5.0",
             "transformers>=5.0",
             "pytest>=8.2",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

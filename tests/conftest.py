@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -10,7 +12,18 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from visft_ds.data.manifest import Manifest
+
 torch.set_num_threads(1)
+
+#: The longest files, longest first. One of them that began last would keep one worker busy while the others rest.
+FIRST = (
+    *("parallel/test_engines.py", "train/test_train.py", "tasks/test_fourth_task.py", "run/test_validation.py"),
+    *("train/test_fit.py", "parallel/test_pipeline.py", "run/test_runs_of_0_1.py", "models/test_timm_backbone.py"),
+    *("evals/test_evaluate.py", "experiments/test_ablations.py", "profiling/test_profile.py", "train/test_golden.py"),
+    *("shards/test_make_shards.py", "test_house.py", "test_help.py", "ops/test_triton.py", "test_demo.py"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +31,26 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Twelve small pictures in three shards ("toy"), their COCO tree beside them. Nobody may change them."""
+    from tests.coco_tree import make_split
+
+    return make_split(tmp_path_factory.mktemp("split"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same pictures in one shard ("train"), for runs. Nobody may change it."""
+    from tests.coco_tree import make_split
+
+    return Path(make_split(tmp_path_factory.mktemp("coco"), split="train", max_count=5000).root)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no CUDA device, and say so."""
-    if torch.cuda.is_available():
-        return
+    """Begin with the longest files; skip tests marked `gpu` where there is no CUDA device, and say so."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
-        if item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -1,13 +1,20 @@
-"""Starting several ranks of a program the way a launcher does, without the launcher's own seconds."""
+"""Starting several ranks of a program the way a launcher does, without its own seconds, nor those of imports."""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import select
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,26 +28,91 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_ranks(arguments: Sequence[str], world: int = 2) -> list[subprocess.Popen[str]]:
-    """Start `python ARGUMENTS` once for each rank; output and errors of a rank come through one pipe."""
+def _started(command: Sequence[str], environment: Mapping[str, str], *, alone: bool = False) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=alone, **pipes)
+
+
+@cache
+def _zygote(rank: int) -> socket.socket:
+    """The connection to a `tests.zygote` that ends with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.zygote", str(theirs.fileno())],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+class Forked(subprocess.Popen[str]):
+    """A process that was forked by a zygote instead of started; output and errors come through one pipe."""
+
+    _child_created = False  #: for `Popen`, which would collect it
+
+    def __init__(self, rank: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        (output, to_output), (self._status, to_status) = os.pipe(), os.pipe()
+        request = {"arguments": list(arguments), "environment": dict(environment), "folder": str(REPOSITORY)}
+        socket.send_fds(_zygote(rank), [json.dumps(request).encode()], [to_output, to_status])
+        os.close(to_output)
+        os.close(to_status)
+        self.args, self.stdin, self.stderr = arguments, None, None
+        self.stdout = open(output)  # noqa: SIM115 - closed by who reads it, as Popen's
+        self.pid, self.returncode = self._told(), None  # type: ignore[assignment]
+
+    def _told(self) -> int:
+        return int(struct.unpack("i", os.read(self._status, 4))[0])
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = self._told()
+            os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        read: list[str] = []
+        assert self.stdout is not None
+        thread = threading.Thread(target=lambda stream: read.append(stream.read()), args=[self.stdout], daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if thread.is_alive():
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        self.stdout.close()
+        self.wait(timeout)
+        return read[0], ""
+
+
+def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False) -> list[subprocess.Popen[str]]:
+    """Start `python ARGUMENTS` once for each rank; output and errors of a rank come through one pipe.
+
+    Args:
+        fresh: start interpreters, whose memory and whose end are those of real ranks.
+    """
     port = str(free_port())
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
     for rank in range(world):
         environment = {
             **os.environ,
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        started = _started([sys.executable, *arguments], environment) if fresh else Forked(rank, arguments, environment)
+        processes.append(started)
     return processes
 
 
@@ -62,15 +134,7 @@ def deepspeed(arguments: Sequence[str], world: int = 2) -> list[str]:
 
 def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
     """Start a command in a session of its own; output and errors come through one pipe."""
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return _started(command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, alone=True)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
@@ -90,8 +154,8 @@ def below(pid: int, program: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: int(process.environ().get("RANK", "-1")))
 
 
-def run_ranks(arguments: Sequence[str], world: int = 2) -> list[str]:
+def run_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False) -> list[str]:
     """Run all ranks to the end; fails with their output unless every one succeeds."""
-    codes, outputs = finish(start_ranks(arguments, world))
+    codes, outputs = finish(start_ranks(arguments, world, fresh=fresh))
     assert codes == [0] * world, "\n".join(outputs)
     return outputs

@@ -173,14 +173,14 @@ def test_an_interrupt_lets_the_whole_group_finish(tmp_path: Path) -> None:
     """The child ends at once, as the deepspeed command does; the grandchild, a rank, still needs a moment to save."""
     rank = "import signal, sys, time\n"
     rank += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved', flush=True), sys.exit()))\n"
-    rank += "print('ready', flush=True)\ntime.sleep(60)"
-    launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(60)"
+    rank += "print('ready', flush=True)\ntime.sleep(600)"
+    launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(600)"
     command = _python(launcher)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         began = time.monotonic()
         assert tool._stop(process) == "saved\n"
-        assert time.monotonic() - began < 20  # killing for certain would come after 40 s
+        assert time.monotonic() - began < 40  # after which come the kills
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from visft_ds.cli import COMMANDS
+from visft_ds.flags import Parser
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py"))
@@ -53,3 +54,17 @@ def test_help_imports_nothing_slow(program: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {program.parent.name}/{program.name} "), done.stderr
     assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
+
+
+def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the sub-command, too; what resembles nothing is only named."""
+    parser = Parser(prog="visft shards")
+    parser.add_argument("--local_rank")
+    parser.add_subparsers().add_parser("build").add_argument("--shard-size")
+    for words, told in (
+        (["build", "--shard-sise", "3"], "unrecognized arguments: --shard-sise 3; did you mean --shard-size?\n"),
+        (["--xyz"], "unrecognized arguments: --xyz\n"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert capsys.readouterr().err.endswith(told)

@@ -1,8 +1,13 @@
-"""Settings of the debug model that train all three tasks in a second or two."""
+"""Runs of the debug model that train all three tasks in a second or two: their settings, command and results."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 #: Key of a configuration -> value. Dropout is on: random numbers must survive a resume too.
 TINY: dict[str, Any] = {
@@ -25,3 +30,29 @@ TINY: dict[str, Any] = {
     "visft.tasks.segmentation.loss.num_points": 32,
     "visft.tasks.captioning.head": {"attention_dim": 16, "embed_dim": 16, "decoder_dim": 16, "grid": 4, "dropout": 0.1},
 }
+STEPS = 8
+SETTINGS = {
+    **TINY,
+    "scheduler.params.total_num_steps": STEPS,
+    "scheduler.params.warmup_num_steps": 2,
+    "visft.run.save_every": 4,
+    "visft.run.log_every": 1,
+}
+
+
+def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
+    """Arguments of launchers/train.py for the tiny model."""
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **(extra or {})}.items()]
+    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
+
+
+def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str, torch.Tensor]:
+    """What a run had learnt at a step, moments included."""
+    folder = out / kept / f"step_{step:08d}"
+    return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
+
+
+def steps_recorded(out: Path) -> list[int]:
+    """Steps in metrics.jsonl, in order."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["kind"] == "step"]

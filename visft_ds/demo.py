@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from visft_ds import program
 from visft_ds.config import resolve
 from visft_ds.config.task_schema import SHARED
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
@@ -168,9 +169,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program("demo"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--coco", type=Path, metavar="DIR", help="train on this COCO tree instead of generated images")
     parser.add_argument("--processes", type=int, metavar="N", help="of each training (default: 2, or 1 with one GPU)")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds import CHECKOUT, program
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("doctor"), description="Is this machine ready to train?")
+    parser = Parser(prog=program("doctor"), description="Is this machine ready to train?")
     parser.add_argument(
         "--model", metavar="NAME", help=f"what is to be trained: {', '.join(MODELS)} (default: anything)"
     )

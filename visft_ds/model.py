@@ -118,8 +118,8 @@ class MultiTaskModel(nn.Module):
     `faults` is None as long as a loss that cannot be computed (a matching cost of NaN) is an error. The engines put a
     list there: then the message goes into it and the loss is NaN, so that all ranks finish the backward pass together.
 
-    `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images that come again
-    under the same crop and flip (`data.features`).
+    `feature_cache` keeps the features of a frozen backbone. It is used for batches with `views`: images whose crop and
+    flip repeat after some epochs (`data.features`).
 
     With `packed`, images of different sizes pass through the backbone without padding, as one row of tokens, in
     training and in evaluation: their features are those of each image alone, whatever else is in its batch.
@@ -265,7 +265,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def counts_of(module: MultiTaskModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Sum `MultiTaskModel.count` over this rank's micro-batches of a step."""
+    """Sum `MultiTaskModel.count` over this rank's micro-batches of a step; the loop then sums it over ranks."""
     sums: dict[str, float] = {}
     for batch in batches:
         for name, value in module.count(batch).items():

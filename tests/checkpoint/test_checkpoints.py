@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, run_ranks
 from tests.tiny import TINY
 from visft_ds.checkpoint.format import newest_checkpoint, open_checkpoint, saved_steps
-from visft_ds.shards.build import Options, build
 
 STEPS = 8
 SETTINGS = {
@@ -31,15 +29,6 @@ SETTINGS = {
     "visft.run.ema": 0.5,
 }
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve small pictures."""
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
 
 
 def command(shards: Path, out: Path, *, engine: str = "zero1", extra: dict[str, object] | None = None) -> list[str]:

@@ -72,7 +72,7 @@ class Gate:
     def save(self, folder: Path, step: int, snapshot: EngineState, identity: dict[str, str]) -> Path:
         self.writing += 1
         self.most = max(self.most, self.writing)
-        assert self.open.wait(20)
+        assert self.open.wait(600)
         self.writing -= 1
         if self.error is not None:
             raise self.error

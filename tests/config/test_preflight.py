@@ -117,3 +117,10 @@ def test_a_vocabulary_file_is_an_input_too(tmp_path: Path) -> None:
     assert missing_inputs(debug(*settings, "visft.tasks=detection", stage=1)) == []
     words.touch()
     assert missing_inputs(debug(*settings, stage=1)) == []
+
+
+def test_a_coco_tree_in_place_of_shards_is_known(tmp_path: Path) -> None:
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    told = render_missing(missing_inputs(debug(f"visft.data.root={tmp_path}/coco", stage=1)))
+    assert f"{tmp_path}/coco is a COCO tree; make shards of it, then give --data {tmp_path}/coco-shards" in told
+    assert f"--images {tmp_path}/coco/train2017" in told.replace("\\\n", "").replace("      ", "")

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.coco_tree import make_split
 from tests.shard_server import Served, serve
 from visft_ds.data import cache, remote
 from visft_ds.data.manifest import Manifest
@@ -46,16 +45,9 @@ print(digest.hexdigest())
 """
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    manifest = make_split(tmp_path_factory.mktemp("split"))
-    assert [shard.bytes for shard in manifest.shards] == [SHARD] * 3
-    return manifest
-
-
 @pytest.fixture
-def truth(local: Manifest) -> list[tuple[bytes | None, bytes | None]]:
-    with ShardReader(local) as reader:
+def truth(split: Manifest) -> list[tuple[bytes | None, bytes | None]]:
+    with ShardReader(split) as reader:
         return [reader.read(index) for index in range(12)]
 
 
@@ -66,14 +58,30 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def served(local: Manifest) -> Iterator[Served]:
-    assert isinstance(local.root, Path)
-    with serve(local.root) as server:
+def served(split: Manifest) -> Iterator[Served]:
+    assert isinstance(split.root, Path)
+    with serve(split.root) as server:
         yield server
 
 
 def _reader(served: Served, folder: Path, room: int = 1 << 20) -> ShardReader:
     return ShardReader(Manifest.load(served.url, "toy", cache=CacheOptions(folder, room)))
+
+
+def test_copies_begin_when_the_first_hint_is_read(served: Served, tmp_path: Path) -> None:
+    """A first batch must not share the line with whole shards."""
+    with _reader(served, tmp_path) as reader:
+        reader.prefetch([0, 1, 5])
+        reader.read(0)
+        reader.read(1)
+        time.sleep(0.1)
+        assert len(list(tmp_path.glob("*/*.whole"))) == 1, "the index"
+        assert "copies" not in {thread.name for thread in threading.enumerate()}
+        reader.read(5)
+        deadline = time.monotonic() + 600
+        while len(list(tmp_path.glob("*/*.whole"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def _copies(folder: Path) -> dict[str, int]:
@@ -255,11 +263,11 @@ def test_a_copy_of_the_wrong_length_is_none(
 
 
 def test_a_shard_that_is_damaged_at_its_source_is_not_kept(
-    local: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    split: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = Path(shutil.copytree(local.root, tmp_path / "copy"))
+    root = Path(shutil.copytree(split.root, tmp_path / "copy"))
     data = bytearray((root / "toy-000001.tar").read_bytes())
-    data[int(local.index["image_offset"][5]) + 9] ^= 1
+    data[int(split.index["image_offset"][5]) + 9] ^= 1
     (root / "toy-000001.tar").write_bytes(data)
     with serve(root) as served:
         with _reader(served, tmp_path / "cache") as reader:

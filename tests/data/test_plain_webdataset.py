@@ -25,11 +25,6 @@ from visft_ds.shards.shard_writer import TarWriter
 from visft_ds.shards.verify import verify
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_split(tmp_path_factory.mktemp("split"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _all_collected() -> Iterator[None]:
     yield

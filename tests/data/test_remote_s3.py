@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import make_split
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 
@@ -58,14 +57,13 @@ def endpoint() -> Iterator[str]:
     running.stop()
 
 
-def test_an_s3_store_gives_the_bytes_of_the_local_files(endpoint: str, tmp_path: Path) -> None:
+def test_an_s3_store_gives_the_bytes_of_the_local_files(endpoint: str, split: Manifest, tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     pytest.importorskip("s3fs", reason="no s3fs: pip install 'visft_ds[remote]'")
-    local = make_split(tmp_path)
     options = {"key": "k", "secret": "s", "endpoint_url": endpoint}
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **options)
     filesystem.mkdir("shards")
-    for path in Path(local.root).glob("toy*"):
+    for path in Path(split.root).glob("toy*"):
         filesystem.put_file(str(path), f"shards/coco/{path.name}")
     environment = {
         **os.environ,
@@ -78,10 +76,10 @@ def test_an_s3_store_gives_the_bytes_of_the_local_files(endpoint: str, tmp_path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
-    with ShardReader(Manifest.load(local.root, "toy")) as reader:
+    with ShardReader(Manifest.load(split.root, "toy")) as reader:
         parts = [part or b"" for index in range(12) for part in reader.read(index)]
         digest = hashlib.sha256(b"".join(parts)).hexdigest()
     assert out["False"] == out["True"] == digest
-    assert out["listed"] == sorted(path.name for path in Path(local.root).glob("toy*"))
+    assert out["listed"] == sorted(path.name for path in Path(split.root).glob("toy*"))
     assert "finished splits in s3://shards/coco: toy" in out["split"]
     assert "no-such-bucket" in out["bucket"]

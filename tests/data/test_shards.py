@@ -21,11 +21,6 @@ from visft_ds.shards.problem import Problem
 from visft_ds.shards.verify import verify
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_split(tmp_path_factory.mktemp("split"))
-
-
 @pytest.fixture
 def copy(split: Manifest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(split.root, tmp_path / "copy"))

@@ -7,7 +7,6 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.clip_case import HEADS, SIDE, make_clip, save_clip
-from tests.evals.evaluate_case import SETTINGS, load_tool
+from tests.evals.conftest import SETTINGS
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.evals.benchmarks import cache, encoding
@@ -24,6 +23,7 @@ from visft_ds.evals.benchmarks.cache import Stored
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.encoding import encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, identity, load_encoder, parse_model
+from visft_ds.evals.cli import main
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import sha256_file
@@ -36,11 +36,6 @@ from visft_ds.monitor.metrics import RunRecord
 from visft_ds.run.folder import BACKBONE_FILE
 
 CLASSES = ("circle", "square")
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load_tool()
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +79,10 @@ def _draw(root: Path) -> None:
     (root / "coco/annotations/captions_val2017.json").write_text(json.dumps(told))
 
 
-def _run(tool: ModuleType, *arguments: Any) -> tuple[int, str, str]:
+def _run(*arguments: Any) -> tuple[int, str, str]:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = tool.main(["benchmarks", "--threads", "0", *map(str, arguments)])
+        status = main(["benchmarks", "--threads", "0", *map(str, arguments)])
     return status, out.getvalue(), errors.getvalue()
 
 
@@ -108,14 +103,14 @@ def _all(world: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tool: ModuleType, world: Path) -> Path:
+def finished(world: Path) -> Path:
     """All benchmarks of three models; nothing to complain about."""
-    status, _, errors = _run(tool, *_all(world), "--out", world / "out")
+    status, _, errors = _run(*_all(world), "--out", world / "out")
     assert (status, errors) == (0, "")
     return world / "out"
 
 
-def test_one_table_of_all_models(tool: ModuleType, world: Path, finished: Path) -> None:
+def test_one_table_of_all_models(world: Path, finished: Path) -> None:
     record = _record(finished)
     rows = {row["name"]: row for row in record["rows"]}
     wanted = ["top1", "knn", "linear", "1-shot", "image to text R@1", "text to image R@10", "crop, text top1"]
@@ -154,9 +149,7 @@ def test_numbers_are_those_of_plain_loops(world: Path, finished: Path) -> None:
     assert rows["retrieval/coco image to text R@1"]["values"]["base"]["value"] == pytest.approx(np.mean(found))
 
 
-def test_the_same_command_again_computes_nothing(
-    tool: ModuleType, world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_again_computes_nothing(world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _record(finished)["rows"]
 
     def refuse(*arguments: Any) -> Any:
@@ -165,7 +158,7 @@ def test_the_same_command_again_computes_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(encoding, "_forward", refuse)
         patched.setattr("visft_ds.evals.benchmarks.run._save", refuse)
-        assert _run(tool, *_all(world), "--out", finished)[0] == 0
+        assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before
     # Without the last chunk of one set, that chunk alone is made again, and with the same bits.
     chunk = next((finished / "cache/images").rglob("000000.safetensors"))
@@ -173,7 +166,7 @@ def test_the_same_command_again_computes_nothing(
     chunk.unlink()
     for path in (finished / "cache/scores").iterdir():
         path.unlink()
-    assert _run(tool, *_all(world), "--out", finished)[0] == 0
+    assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before and chunk.read_bytes() == content
 
 
@@ -267,7 +260,7 @@ def test_numbers_that_are_none_are_not_scored(world: Path, tmp_path: Path) -> No
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_wrong_usage_is_named(tool: ModuleType, world: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_named(world: Path, tmp_path: Path) -> None:
     base, shapes = world / "clip.safetensors", f"zero_shot={world}/shapes"
     bare = world / "bare.safetensors"
     if not bare.exists():
@@ -297,32 +290,30 @@ def test_wrong_usage_is_named(tool: ModuleType, world: Path, tmp_path: Path) -> 
     ):
         given = [*arguments, "--benchmark", shapes]
         given += [] if "--out" in arguments else ["--out", tmp_path / "out"]
-        status, _, errors = _run(tool, *given)
+        status, _, errors = _run(*given)
         assert status == 2 and message in errors, (message, errors)
 
 
-def test_the_word_benchmarks_is_a_command_in_its_place_only(
-    tool: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_word_benchmarks_is_a_command_in_its_place_only(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        tool.main(["--local_rank=1", "benchmarks", "--help"])
+        main(["--local_rank=1", "benchmarks", "--help"])
     assert "usage: visft evaluate benchmarks" in capsys.readouterr().out
-    assert tool.main(["--run", "benchmarks"]) == 2  # a run of that name
+    assert main(["--run", "benchmarks"]) == 2  # a run of that name
     assert "benchmarks" in capsys.readouterr().err
 
 
 def test_packages_of_the_extra_are_named_before_anything_is_read(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("visft_ds.evals.benchmarks.command.find_spec", lambda name: None if name == "sklearn" else name)
-    status, _, errors = _run(tool, "--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
+    status, _, errors = _run("--model", "x.pt", "--benchmark", "digits", "--out", tmp_path / "out")
     assert status == 2 and "not installed: sklearn. Benchmarks need the extra eval" in errors
 
 
-def test_a_text_side_from_another_file(tool: ModuleType, world: Path, tmp_path: Path) -> None:
+def test_a_text_side_from_another_file(world: Path, tmp_path: Path) -> None:
     """A merged tower with class token and projection, its text tower in the file that the base came from."""
     arguments = ["--model", f"merged={world}/merged.safetensors", "--benchmark", f"zero_shot={world}/shapes"]
-    status, out, _ = _run(tool, *arguments, "--text", world / "clip.safetensors", "--out", tmp_path)
+    status, out, _ = _run(*arguments, "--text", world / "clip.safetensors", "--out", tmp_path)
     assert status == 0 and "zero_shot/shapes top1" in out and not (tmp_path / "differences.svg").exists()
     assert (tmp_path / "pictures/zero_shot-shapes-top1.png").exists()  # what the only model has wrong
 

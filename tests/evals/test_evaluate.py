@@ -7,7 +7,6 @@ import io
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.coco_tree import write_tree
-from tests.evals.evaluate_case import IMAGES, QUERIES, SETTINGS, World, load_stage2, load_tool, make_world, pack
+from tests.evals.conftest import IMAGES, QUERIES, SETTINGS, World, load_stage2, pack
 from tests.ranks import run_ranks
 from visft_ds.config import resolve
 from visft_ds.data.loader import evaluation_batches
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
+from visft_ds.evals.cli import main
 from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.files import BASE_DRAWN_AS, open_weights
@@ -41,26 +41,16 @@ from visft_ds.tasks.captioning.metrics import TOKENIZER, caption_metrics
 from visft_ds.tasks.vocabulary import Vocabulary
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load_tool()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-def _evaluate(tool: ModuleType, *arguments: Any) -> tuple[int, str, str]:
+def _evaluate(*arguments: Any) -> tuple[int, str, str]:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = tool.main([str(argument) for argument in arguments])
+        status = main([str(argument) for argument in arguments])
     return status, out.getvalue(), errors.getvalue()
 
 
-def _finished(tool: ModuleType, out: Path, *arguments: Any) -> Evaluation:
+def _finished(out: Path, *arguments: Any) -> Evaluation:
     """Evaluate without pictures; there must be nothing to complain about."""
-    status, _, errors = _evaluate(tool, *arguments, "--out", out, "--images", 0)
+    status, _, errors = _evaluate(*arguments, "--out", out, "--images", 0)
     assert (status, errors) == (0, "")
     return read_evaluation(out.name, out)
 
@@ -75,9 +65,9 @@ def _captions(evaluation: Evaluation) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tool: ModuleType, world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """The evaluation of stage 2, as it comes."""
-    return _finished(tool, tmp_path_factory.mktemp("whole") / "out", "--run", world.run(2))
+    return _finished(tmp_path_factory.mktemp("whole") / "out", "--run", world.run(2))
 
 
 def _oracle(truth: COCO, found: Results, kind: str) -> list[float]:
@@ -123,9 +113,9 @@ def test_files_are_in_cocos_results_format(whole: Evaluation, world: World) -> N
     assert record["decoding"]["captioning"] == {"beam_size": 1, "max_length": 6}
 
 
-def test_what_is_printed_and_drawn(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+def test_what_is_printed_and_drawn(world: World, whole: Evaluation, tmp_path: Path) -> None:
     arguments = ["--run", world.run(2), "--images", 1, "--threshold", 0.01, "--limit", 4]
-    status, printed, errors = _evaluate(tool, *arguments, "--out", tmp_path / "out")
+    status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out")
     assert (status, errors) == (0, "")
     evaluation = read_evaluation("", tmp_path / "out")
     for name in ("box/AP50", "mask/AP", "caption/CIDEr-D"):
@@ -141,10 +131,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
     """Rebuilt from files and prepared for training, the same images give the same bits."""
     model, config = load_stage2(world), world.configs[2]
     prepared = prepare_model(
-        config.visft,
-        config.optimizer.params,
-        heads_from=world.run(1) / "export",
-        vocabulary=model.vocabulary,
+        config.visft, config.optimizer.params, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
     ).module.eval()
     with torch.no_grad():
         for name, value in read_adapter(world.adapter).tensors.items():
@@ -161,11 +148,9 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
             assert all(torch.equal(getattr(got, name), getattr(wanted, name)) for name in names)
 
 
-def test_merged_weights_do_what_the_adapter_does(
-    tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path
-) -> None:
-    merged = _finished(tool, tmp_path / "merged", "--run", world.run(2), "--backbone", world.merged)
-    base = _finished(tool, tmp_path / "base", "--run", world.run(2), "--adapter", "none")
+def test_merged_weights_do_what_the_adapter_does(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    merged = _finished(tmp_path / "merged", "--run", world.run(2), "--backbone", world.merged)
+    base = _finished(tmp_path / "base", "--run", world.run(2), "--adapter", "none")
     same, effect = compare_results(whole, merged), compare_results(whole, base)
     assert effect.score > 1e-2 and effect.box > 1 and same.results == IMAGES * QUERIES
     # W x + B A x against (W + B A) x in float32, through a random net that amplifies: far below what the adapter does
@@ -175,32 +160,32 @@ def test_merged_weights_do_what_the_adapter_does(
     assert _captions(merged) == _captions(whole) != _captions(base)
 
 
-def test_heads_go_with_what_training_made_of_their_base(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_heads_go_with_what_training_made_of_their_base(world: World, tmp_path: Path) -> None:
     """Merged weights say so themselves; those that an older release wrote are known by the run's base."""
     common = ["--data", world.shards, "--limit", 2, "--tasks", "detection"]
     apart = ["--heads", world.run(1) / "export", "--backbone"]
-    _finished(tool, tmp_path / "merged", *apart, world.merged, *common)
+    _finished(tmp_path / "merged", *apart, world.merged, *common)
     file = open_weights(world.merged)
     tensors, told = {name: file.get(name) for name in file}, dict(file.metadata)
     save_tensors(tmp_path / "old.safetensors", tensors, {k: v for k, v in told.items() if k != BASE_DRAWN_AS})
-    _finished(tool, tmp_path / "old", "--run", world.run(2), "--backbone", tmp_path / "old.safetensors", *common)
-    status, _, errors = _evaluate(tool, *apart, tmp_path / "old.safetensors", *common, "--out", tmp_path / "no")
+    _finished(tmp_path / "old", "--run", world.run(2), "--backbone", tmp_path / "old.safetensors", *common)
+    status, _, errors = _evaluate(*apart, tmp_path / "old.safetensors", *common, "--out", tmp_path / "no")
     assert status == 2 and "trained on the features of other base weights" in errors
 
 
-def test_another_base_can_be_allowed_and_is_said(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_another_base_can_be_allowed_and_is_said(world: World, tmp_path: Path) -> None:
     arguments = [*_heads_of_another_base(world, tmp_path), "--tasks", "detection", "--limit", 2]
-    found = _finished(tool, tmp_path / "out", *arguments, "--allow-other-base")
+    found = _finished(tmp_path / "out", *arguments, "--allow-other-base")
     assert "trained on the features of other base weights" in found.record["model"]["allowed"]
 
 
-def test_files_without_a_run(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+def test_files_without_a_run(world: World, whole: Evaluation, tmp_path: Path) -> None:
     """A COCO tree, or shards, and single files give what the run gives; nothing made on the way is left."""
     exported = [world.run(1) / "export" / BACKBONE_FILE, world.run(1) / "export"]
     files = ["--backbone", exported[0], "--heads", exported[1], "--adapter", world.adapter]
     images = ["--image-size", 56, "--batch-size", 1]
-    tree = _finished(tool, tmp_path / "tree", *files, "--coco", world.coco, *images)
-    shards = _finished(tool, tmp_path / "packed", *files, "--coco", world.shards, *images, "--tasks", "captioning")
+    tree = _finished(tmp_path / "tree", *files, "--coco", world.coco, *images)
+    shards = _finished(tmp_path / "packed", *files, "--coco", world.shards, *images, "--tasks", "captioning")
     for name in ("detection", "segmentation"):
         assert _found(tree, name) == _found(whole, name)
     assert {n: v for n, v in tree.metrics.items() if not n.startswith("caption/")} == {
@@ -212,12 +197,12 @@ def test_files_without_a_run(tool: ModuleType, world: World, whole: Evaluation, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "tree"]
 
 
-def test_two_ranks_find_what_one_finds(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_two_ranks_find_what_one_finds(world: World, tmp_path: Path) -> None:
     """All tasks from one pass over the images (mode shared), each image once, and the same pictures."""
     common = ["--run", str(world.run(1)), "--coco", str(world.coco), "--split", "val", "--images", "1"]
     outputs = run_ranks(["tools/evaluate.py", *common, "--out", str(tmp_path / "two")])
     assert "mask/AP50" in outputs[0] and outputs[1] == ""
-    assert _evaluate(tool, *common, "--out", tmp_path / "one")[0] == 0
+    assert _evaluate(*common, "--out", tmp_path / "one")[0] == 0
     two, one = (read_evaluation(name, tmp_path / name) for name in ("two", "one"))
     assert two.record["processes"] == 2 and two.metrics == pytest.approx(one.metrics, abs=1e-6)
     # Image by image the same, whatever else was in the batch: float32 rounding of other batch sizes.
@@ -235,26 +220,26 @@ def test_two_ranks_find_what_one_finds(tool: ModuleType, world: World, tmp_path:
         assert all(np.array_equal(pictures[0][image], pictures[1][image]) for image in pictures[0])
 
 
-def test_some_of_the_tasks(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
-    some = _finished(tool, tmp_path / "some", "--run", world.run(2), "--tasks", "captioning, detection")
+def test_some_of_the_tasks(world: World, whole: Evaluation, tmp_path: Path) -> None:
+    some = _finished(tmp_path / "some", "--run", world.run(2), "--tasks", "captioning, detection")
     wanted = {name: value for name, value in whole.metrics.items() if not name.startswith("mask/")}
     assert some.metrics == wanted
     assert not (tmp_path / "some/segmentation_results.json").exists()
-    boxes = _finished(tool, tmp_path / "boxes", "--run", world.run(1), "--tasks", "detection")
+    boxes = _finished(tmp_path / "boxes", "--run", world.run(1), "--tasks", "detection")
     assert {name.split("/")[0] for name in boxes.metrics} == {"box"}
     assert "caption_tokenizer" not in boxes.record
     # Heads that replace the run's may be of some of its tasks.
     (tmp_path / "heads").mkdir()
     name = "captioning.safetensors"
     (tmp_path / "heads" / name).write_bytes((world.run(1) / "export" / name).read_bytes())
-    captions = _finished(tool, tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
+    captions = _finished(tmp_path / "captions", "--run", world.run(2), "--heads", tmp_path / "heads")
     assert _captions(captions) == _captions(whole) and captions.metrics.keys() < whole.metrics.keys()
 
 
-def test_beams(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path) -> None:
+def test_beams(world: World, whole: Evaluation, tmp_path: Path) -> None:
     """The search of the command is the head's own; its captions are likelier than greedy ones."""
     arguments = ["--run", world.run(2), "--tasks", "captioning", "--beam-size", 2]
-    searched = _finished(tool, tmp_path / "out", *arguments)
+    searched = _finished(tmp_path / "out", *arguments)
     assert searched.record["decoding"]["captioning"] == {"beam_size": 2, "max_length": 6}
     model, stream = load_stage2(world), world.configs[2].visft.streams()["captioning"]
     head = model.module.heads["captioning"]
@@ -272,7 +257,7 @@ def test_beams(tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path
     assert _captions(searched) != _captions(whole) and totals[2] > totals[1]
 
 
-def test_published_heads_need_their_word_map(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_published_heads_need_their_word_map(world: World, tmp_path: Path) -> None:
     """Files without any description of themselves: words come from beside, the rest from the tensors."""
     (tmp_path / "heads").mkdir()
     words = ["red", "green", "blue", "one"]
@@ -291,18 +276,18 @@ def test_published_heads_need_their_word_map(tool: ModuleType, world: World, tmp
     common = [*files, "--data", world.shards, "--image-size", 56, "--limit", 3]
     word_map = {word: place for place, word in enumerate(["<pad>", *words, "<unk>", "<start>", "<end>"])}
     (tmp_path / "words.json").write_text(json.dumps(word_map))
-    evaluation = _finished(tool, tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
+    evaluation = _finished(tmp_path / "out", *common, "--vocabulary", tmp_path / "words.json")
     assert {name.split("/")[0] for name in evaluation.metrics} == {"box", "mask", "caption"}
     said = {word for caption in _captions(evaluation).values() for word in caption.split()}
     assert said and said <= set(words)
 
-    status, _, errors = _evaluate(tool, *common, "--out", tmp_path / "no")
+    status, _, errors = _evaluate(*common, "--out", tmp_path / "no")
     assert status == 2 and "give its word map" in errors and "--vocabulary FILE" in errors
-    boxes = _finished(tool, tmp_path / "boxes", *common, "--tasks", "detection")
+    boxes = _finished(tmp_path / "boxes", *common, "--tasks", "detection")
     assert boxes.metrics.keys() < evaluation.metrics.keys()
     word_map = {word: place for place, word in enumerate(["<pad>", *words, "two", "<unk>", "<start>", "<end>"])}
     (tmp_path / "more.json").write_text(json.dumps(word_map))
-    status, _, errors = _evaluate(tool, *common, "--vocabulary", tmp_path / "more.json", "--out", tmp_path / "no")
+    status, _, errors = _evaluate(*common, "--vocabulary", tmp_path / "more.json", "--out", tmp_path / "no")
     assert status == 2 and "head has 8 ids, the vocabulary 9" in errors
 
 
@@ -405,32 +390,32 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake: str, tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_mistakes_are_named(mistake: str, world: World, tmp_path: Path) -> None:
     make, message = MISTAKES[mistake]
     (tmp_path / "made").mkdir()
     arguments = make(world, tmp_path / "made")
-    status, printed, errors = _evaluate(tool, *arguments, "--out", tmp_path / "out", "--images", 0)
+    status, printed, errors = _evaluate(*arguments, "--out", tmp_path / "out", "--images", 0)
     assert status == 2 and printed.count("box/") == 0
     assert errors.startswith("evaluate: ")
     assert re.search(message, errors), errors
     assert not (tmp_path / "out").exists()
 
 
-def test_data_of_some_tasks_serves_those(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_data_of_some_tasks_serves_those(world: World, tmp_path: Path) -> None:
     """What the message for missing captions says to do works."""
     options = _no_captions(world, tmp_path, "--tasks", "detection,segmentation")
-    assert _finished(tool, tmp_path / "out", *options).metrics["mask/AP"] >= 0
+    assert _finished(tmp_path / "out", *options).metrics["mask/AP"] >= 0
 
 
-def test_nothing_is_overwritten(tool: ModuleType, world: World, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(world: World, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    status, _, errors = _evaluate(tool, "--run", world.run(1), "--out", tmp_path)
+    status, _, errors = _evaluate("--run", world.run(1), "--out", tmp_path)
     assert status == 2 and "nothing in it is overwritten" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
-    tool: ModuleType, world: World, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hours of predictions are written all the same, and so are the other tasks' numbers."""
 
@@ -438,7 +423,7 @@ def test_a_task_that_cannot_be_judged_takes_nothing_from_the_others(
         raise ValueError("the score of a result for image_id 7 is nan")
 
     monkeypatch.setitem(vars(TASKS["detection"].evaluator), "measure", judge)
-    status, printed, errors = _evaluate(tool, "--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
+    status, printed, errors = _evaluate("--run", world.run(2), "--out", tmp_path / "out", "--images", 1)
     assert status == 2
     assert errors == "evaluate: detection: the score of a result for image_id 7 is nan\n"
     assert "mask/AP50" in printed and "caption/CIDEr-D" in printed and "box/" not in printed

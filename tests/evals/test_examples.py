@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.coco_tree import make_split
 from tests.tiny import TINY
 from visft_ds.config import resolve
 from visft_ds.config.task_schema import Stream
+from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.examples import draw_examples, example_positions
@@ -48,18 +48,17 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    manifest = make_split(tmp_path_factory.mktemp("split"))
+def case(split: Manifest) -> Case:
     configs = {mode: resolve(stage=1, model="debug", settings=_settings(mode)) for mode in ("shared", "sampled")}
     config = configs["shared"]
-    vocabulary = vocabulary_of(config.visft, manifest)
+    vocabulary = vocabulary_of(config.visft, split)
     assert vocabulary is not None
     model = prepare_model(config.visft, config.optimizer.params, vocabulary=vocabulary).module.eval()
     with torch.no_grad():  # larger than at the start, so that predictions depend on the image
         for parameter in model.heads.parameters():
             parameter.mul_(2)
     streams = {mode: config.visft.streams() for mode, config in configs.items()}
-    return Case(ShardReader(manifest), model, vocabulary, streams)
+    return Case(ShardReader(split), model, vocabulary, streams)
 
 
 def _settings(mode: str) -> list[str]:

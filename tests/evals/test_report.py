@@ -113,26 +113,32 @@ def _run(folder: Path, stage: int, losses: list[float]) -> Path:
     return folder
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> Report:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    folder = tmp_path_factory.mktemp("report")
     after = {name: value + 0.125 for name, value in METRICS.items() if value >= 0} | {"box/APl": -1.0}
     return Report(
         title="A <b>bold</b> title",
         introduction=["What & why."],
-        runs={f"stage {n}": _run(tmp_path / f"stage{n}", n, [30.0 / n / (1 + s) for s in range(40)]) for n in (1, 2)},
+        runs={f"stage {n}": _run(folder / f"stage{n}", n, [30.0 / n / (1 + s) for s in range(40)]) for n in (1, 2)},
         evaluations=[
-            _evaluation(tmp_path / "before", "after stage 1", METRICS),
-            _evaluation(tmp_path / "after", "after stage 2", after, shift=0.5),
+            _evaluation(folder / "before", "after stage 1", METRICS),
+            _evaluation(folder / "after", "after stage 2", after, shift=0.5),
         ],
-        merged=_evaluation(tmp_path / "merged", "merged", after, shift=0.5000001),
+        merged=_evaluation(folder / "merged", "merged", after, shift=0.5000001),
         files={"adapter": Path("out/adapter")},
         commands={"Train on": "deepspeed --num_gpus 8 launchers/train.py --stage 2 > log"},
         seconds={"stage 1": 12.25},
     )
 
 
-def test_everything_is_on_the_page(report: Report, tmp_path: Path) -> None:
-    text = write_report(tmp_path / "new/report.html", report).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def text(report: Report, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page."""
+    return write_report(tmp_path_factory.mktemp("page") / "new/report.html", report).read_text(encoding="utf-8")
+
+
+def test_everything_is_on_the_page(text: str) -> None:
     page = _Page(text)
     assert page.open == []
     assert "A &lt;b&gt;bold&lt;/b&gt; title" in text and "<b>bold" not in text and "&lt;ring&gt;" in text
@@ -175,8 +181,7 @@ def test_names_and_captions_of_the_data_cannot_become_code(report: Report, tmp_p
     assert "<script" not in text and _Page(text).open == [] and text.count("a &lt;script&gt;alert(&#39;x") > 30
 
 
-def test_the_page_needs_no_network_and_no_other_file(report: Report, tmp_path: Path) -> None:
-    text = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
+def test_the_page_needs_no_network_and_no_other_file(report: Report, text: str) -> None:
     loads = _Page(text).loads
     assert len(loads) == 3 * 2 * 3 and all(load.startswith("data:image/jpeg;base64,") for load in loads)
     assert re.findall(r"https?://(?!www\.w3\.org/(?:2000/svg|1999/xlink))|url\((?!#)", text) == []

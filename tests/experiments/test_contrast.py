@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import open_clip
@@ -19,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.clip_case import make_clip, save_clip
-from tests.ranks import REPOSITORY, run_ranks
+from tests.ranks import run_ranks
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.experiments.contrastive.cli import main
 from visft_ds.experiments.contrastive.output import RECORD
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.backbones import load_backbone
@@ -51,19 +50,10 @@ TRAINED = {
 }
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("contrast_tool", REPOSITORY / "tools/contrast.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(tool: ModuleType, *arguments: Any) -> tuple[int, str, str]:
+def run(*arguments: Any) -> tuple[int, str, str]:
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = tool.main([str(word) for word in arguments])
+        status = main([str(word) for word in arguments])
     return status, out.getvalue(), errors.getvalue()
 
 
@@ -75,9 +65,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tool: ModuleType, tree: Path) -> Path:
+def pretrained(tree: Path) -> Path:
     out = tree.parent / "clip"
-    status, said, errors = run(tool, "pretrain", "--data", tree, "--out", out, *SMALL, "--steps", 90)
+    status, said, errors = run("pretrain", "--data", tree, "--out", out, *SMALL, "--steps", 90)
     assert (status, errors) == (0, ""), errors
     assert "image to text R@5" in said and str(out / FILE) in said
     return out
@@ -118,7 +108,7 @@ def test_the_file_is_base_weights_of_a_training(pretrained: Path) -> None:
     assert (backbone.blocks[0].attn.qkv.weight != random.blocks[0].attn.qkv.weight).float().mean() > 0.99
 
 
-def test_the_same_command_gives_the_same_bytes_from_shards_too(tool: ModuleType, tree: Path, tmp_path: Path) -> None:
+def test_the_same_command_gives_the_same_bytes_from_shards_too(tree: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     for split in ("train", "val"):
         annotations = tree / "annotations"
@@ -133,7 +123,7 @@ def test_the_same_command_gives_the_same_bytes_from_shards_too(tool: ModuleType,
         )
     words = [*SMALL, "--steps", 3, "--val-split", "none"]
     for name, data in (("one", tree), ("two", tree), ("three", shards)):
-        assert run(tool, "pretrain", "--data", data, "--out", tmp_path / name, *words)[0] == 0
+        assert run("pretrain", "--data", data, "--out", tmp_path / name, *words)[0] == 0
     one, two = ((tmp_path / name / FILE).read_bytes() for name in ("one", "two"))
     assert one == two
     # Shards are in another order, and their decoder rounds otherwise: the same pairs are learnt from, no more.
@@ -143,11 +133,11 @@ def test_the_same_command_gives_the_same_bytes_from_shards_too(tool: ModuleType,
 
 @pytest.mark.parametrize("train", sorted(TRAINED))
 def test_text_training_changes_what_it_says_and_nothing_else(
-    tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path, train: str
+    tree: Path, pretrained: Path, tmp_path: Path, train: str
 ) -> None:
     words = ["--data", tree, "--split", "val", "--val-split", "none", "--train", train, "--rank", 2, "--threads", 0]
     words += ["--steps", 8, "--batch-size", 32, "--lr", "1e-2", "--log-every", 1000]
-    status, _, errors = run(tool, "text", "--model", pretrained / FILE, *words, "--out", tmp_path / "out")
+    status, _, errors = run("text", "--model", pretrained / FILE, *words, "--out", tmp_path / "out")
     assert (status, errors) == (0, "")
     before, after = load_file(pretrained / FILE), load_file(tmp_path / "out" / FILE)
     assert before.keys() == after.keys()
@@ -161,12 +151,10 @@ def test_text_training_changes_what_it_says_and_nothing_else(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_micro_batches_give_the_gradient_of_the_whole(
-    tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path
-) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole(tree: Path, pretrained: Path, tmp_path: Path) -> None:
     words = ["--data", tree, "--val-split", "none", "--steps", 4, "--batch-size", 24, "--lr", "1e-3", "--threads", 0]
     for name, more in (("whole", []), ("parts", ["--micro-batch", 7])):
-        assert run(tool, "text", "--model", pretrained / FILE, *words, *more, "--out", tmp_path / name)[0] == 0
+        assert run("text", "--model", pretrained / FILE, *words, *more, "--out", tmp_path / name)[0] == 0
     assert_same_model(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -182,15 +170,15 @@ def assert_same_model(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(tree: Path, pretrained: Path, tmp_path: Path) -> None:
     words = ["--data", tree, "--val-split", "none", "--steps", 4, "--batch-size", 24, "--lr", "1e-3", "--threads", 0]
     words = [str(word) for word in ("text", "--model", pretrained / FILE, *words)]
-    assert run(tool, *words, "--out", tmp_path / "one")[0] == 0
+    assert run(*words, "--out", tmp_path / "one")[0] == 0
     run_ranks(["tools/contrast.py", *words, "--out", str(tmp_path / "two")])
     assert_same_model(tmp_path / "one", tmp_path / "two")
 
 
-def test_text_side_of_an_open_clip_model(tool: ModuleType, tree: Path, tmp_path: Path) -> None:
+def test_text_side_of_an_open_clip_model(tree: Path, tmp_path: Path) -> None:
     """CLIP's own architecture: text tower at the top of the model, vision tower of open_clip."""
     config = {
         "embed_dim": 16,
@@ -201,7 +189,7 @@ def test_text_side_of_an_open_clip_model(tool: ModuleType, tree: Path, tmp_path:
     model = f"open_clip:{tmp_path}/Tiny-contrast.json:random"
     words = ["--data", tree, "--split", "val", "--val-split", "none", "--steps", 3, "--batch-size", 16, "--threads", 0]
     torch.manual_seed(5)
-    status, _, errors = run(tool, "text", "--model", model, *words, "--train", "lora", "--out", tmp_path / "out")
+    status, _, errors = run("text", "--model", model, *words, "--train", "lora", "--out", tmp_path / "out")
     assert (status, errors) == (0, "")
     torch.manual_seed(5)
     before = open_clip.create_model("Tiny-contrast", load_weights=False).state_dict()
@@ -210,11 +198,11 @@ def test_text_side_of_an_open_clip_model(tool: ModuleType, tree: Path, tmp_path:
     assert changed == {"transformer.resblocks.0.attn.in_proj_weight", "logit_scale"}
     (tmp_path / "Tiny-sigmoid.json").write_text(json.dumps({**config, "init_logit_bias": -10.0}))
     model = f"open_clip:{tmp_path}/Tiny-sigmoid.json:random"
-    status, _, errors = run(tool, "text", "--model", model, *words, "--out", tmp_path / "sigmoid")
+    status, _, errors = run("text", "--model", model, *words, "--out", tmp_path / "sigmoid")
     assert status == 2 and "sigmoid loss of SigLIP" in errors
 
 
-def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tool: ModuleType, tree: Path, tmp_path: Path) -> None:
+def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tree: Path, tmp_path: Path) -> None:
     """A flat EVA-CLIP file in half precision: open_clip's names come out, and what did not train in its own dtype.
 
     The texts learn from what the adapter makes of the images, and the adapter stays out of the file.
@@ -231,7 +219,7 @@ def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tool: ModuleType,
     before, losses = load_file(base), []
     for number, model in enumerate((base, f"{base}+{tmp_path}/adapter")):
         out = tmp_path / f"out{number}"
-        status, _, errors = run(tool, "text", "--model", model, *words, "--out", out)
+        status, _, errors = run("text", "--model", model, *words, "--out", out)
         assert (status, errors) == (0, "")
         losses.append(record_of(out)["losses"])
         after = load_file(out / FILE)
@@ -251,21 +239,11 @@ def test_eva_clips_file_with_an_adapter_keeps_its_vision_tower(tool: ModuleType,
         check_base(open_weights(tuned), replace(adapter, base_sha256="other"), allow_other=False)
 
 
-def test_dry_run_writes_nothing(tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path) -> None:
-    status, said, _ = run(tool, "pretrain", "--data", tree, "--out", tmp_path / "out", *SMALL, "--dry-run")
+def test_dry_run_writes_nothing(tree: Path, pretrained: Path, tmp_path: Path) -> None:
+    status, said, _ = run("pretrain", "--data", tree, "--out", tmp_path / "out", *SMALL, "--dry-run")
     assert status == 0 and "width 32, depth 1" in said
     status, said, _ = run(
-        tool,
-        "text",
-        "--model",
-        pretrained / FILE,
-        "--data",
-        tree,
-        "--batch-size",
-        8,
-        "--out",
-        tmp_path / "out",
-        "--dry-run",
+        "text", "--model", pretrained / FILE, "--data", tree, "--batch-size", 8, "--out", tmp_path / "out", "--dry-run"
     )
     assert status == 0 and "the vision tower is frozen" in said
     assert list(tmp_path.iterdir()) == []
@@ -291,36 +269,34 @@ def test_dry_run_writes_nothing(tool: ModuleType, tree: Path, pretrained: Path, 
         (["text", "--data", "TREE", "--model", "CLIP", "--micro-batch", "0"], "micro batch of 0"),
     ],
 )
-def test_what_is_wrong_is_said(
-    tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path, words: list[str], said: str
-) -> None:
+def test_what_is_wrong_is_said(tree: Path, pretrained: Path, tmp_path: Path, words: list[str], said: str) -> None:
     places = {"TREE": str(tree), "CLIP": str(pretrained / FILE)}
-    status, _, errors = run(tool, *(places.get(word, word) for word in words), "--out", tmp_path / "out")
+    status, _, errors = run(*(places.get(word, word) for word in words), "--out", tmp_path / "out")
     assert status == 2 and said in errors, errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_data_and_files_are_named(tool: ModuleType, tree: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_bad_data_and_files_are_named(tree: Path, pretrained: Path, tmp_path: Path) -> None:
     own = tmp_path / "tree"
     shutil.copytree(tree, own)
     first = min((own / "val2017").iterdir())
     words = ["pretrain", "--data", own, "--split", "val", "--val-split", "none", *SMALL, "--out", tmp_path / "out"]
     first.write_bytes(first.read_bytes()[:300])
-    assert "cannot be read as an image" in run(tool, *words)[2]
+    assert "cannot be read as an image" in run(*words)[2]
     first.unlink()
-    assert first.name in run(tool, *words)[2]
+    assert first.name in run(*words)[2]
     backbone = tmp_path / "tower.safetensors"
     whole = load_file(pretrained / FILE)
     metadata = {"tower": json.dumps({"num_heads": 2, "post_norm": False})}
     save_file({k.removeprefix("visual.trunk."): v for k, v in whole.items() if "trunk" in k}, backbone, metadata)
     text = ["text", "--data", tree, "--batch-size", 8, "--out", tmp_path / "out"]
-    assert "without text side" in run(tool, *text, "--model", backbone)[2]
+    assert "without text side" in run(*text, "--model", backbone)[2]
     narrow = tmp_path / "narrow.safetensors"
     whole["text.token_embedding.weight"] = whole["text.token_embedding.weight"][:1000].clone()
     save_file(whole, narrow, metadata)
-    assert "trained with another tokenizer" in run(tool, *text, "--model", narrow)[2]
+    assert "trained with another tokenizer" in run(*text, "--model", narrow)[2]
     (tmp_path / "out").mkdir()
-    assert "exists and is not overwritten" in run(tool, *words)[2]
+    assert "exists and is not overwritten" in run(*words)[2]
 
 
 def test_toy_classes_are_what_benchmarks_read(tmp_path: Path) -> None:

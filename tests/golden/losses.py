@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from tests.ranks import run_ranks
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 
 FOLDER = Path(__file__).parent
-REPOSITORY = FOLDER.parents[1]
 STEPS = 6
 
 
@@ -37,8 +35,7 @@ def train_stages(folder: Path) -> dict[str, list[dict[str, float]]]:
         }
         command = ["launchers/train.py", "--stage", str(stage), "--model", "debug"]
         command += ["--data", str(shards), "--out", str(out), *(f"--set={k}={v}" for k, v in settings.items())]
-        done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_ranks(command, world=1)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[f"stage{stage}"] = [
             {name: value for name, value in record.items() if name.startswith("loss/")}

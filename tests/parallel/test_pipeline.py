@@ -143,7 +143,7 @@ def test_stages_that_judge_an_overflow_alone_part_and_are_stopped(tmp_path: Path
     """The agreement taken out: the next step finds that the stages have other scales."""
     name = "2:fp16:square:overflow-alone"
     codes, printed = finish(
-        start_ranks(["-m", "tests.parallel.pipeline_case", str(tmp_path / "out.pt"), "pipeline2", name]), 120
+        start_ranks(["-m", "tests.parallel.pipeline_case", str(tmp_path / "out.pt"), "pipeline2", name])
     )
     assert all(codes) and "assert scale == self.loss_scale.value" in printed[0], printed
 

@@ -47,7 +47,7 @@ def test_a_rank_holds_its_part_and_one_tensor(
         "visft.model.precision": "fp32",
     }
     out = tmp_path / "sizes.json"
-    run_ranks(["-m", "tests.parallel.start_case", str(out), engine, json.dumps(settings)], world)
+    run_ranks(["-m", "tests.parallel.start_case", str(out), engine, json.dumps(settings)], world, fresh=True)
     ranks = json.loads(out.read_text())
     assert len(ranks) == world
     for sizes in ranks:

@@ -17,7 +17,8 @@ from visft_ds.profiling.plan_validation import CASES, TOLERANCE, error_of
 def test_every_peak_is_predicted(processes: int, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     codes, outputs = finish(
-        start_ranks(["tools/profile.py", "plan", "--validate", "--json", str(file)], processes), timeout=1200
+        start_ranks(["tools/profile.py", "plan", "--validate", "--json", str(file)], processes, fresh=True),
+        timeout=1200,
     )
     assert codes[0] == 0, outputs[0]
     records = json.loads(file.read_text())["records"]

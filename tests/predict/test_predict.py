@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 import visft_ds
-from tests.predict_case import GOLDEN, copy_run, write_photos
+from tests.freeze.stored import FOLDER as GOLDEN
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
 from visft_ds.data.shards import ShardReader
@@ -31,18 +30,6 @@ from visft_ds.run.folder import recorded_config
 from visft_ds.tasks.pictures import palette
 
 TASKS = ["detection", "segmentation", "captioning"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder: runs/stage2, stage1, photos, dog.jpg."""
-    folder = tmp_path_factory.mktemp("predict")
-    copy_run(folder)
-    photos = write_photos(folder / "photos")
-    shutil.copy(photos[0], folder / "dog.jpg")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
 
 
 @pytest.fixture(scope="module")

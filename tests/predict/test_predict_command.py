@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 from faster_coco_eval import COCO
 from PIL import Image
 
-from tests.predict_case import copy_run, write_photos
 from visft_ds.predict import command
 from visft_ds.predict.cli import main
 from visft_ds.predict.images import OpenedImage
@@ -24,17 +23,6 @@ from visft_ds.predict.model import Model, load
 from visft_ds.predict.results import Prediction
 
 ALL = ("--threshold", "0", "--batch-size", "1")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder: runs/stage2, stage1, photos."""
-    folder = tmp_path_factory.mktemp("command")
-    copy_run(folder)
-    write_photos(folder / "photos")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
 
 
 def _run(out: Path, *arguments: Any) -> int:
@@ -133,11 +121,7 @@ def test_the_same_command_goes_on(
         seen = _counting(patch)
         assert _run(tmp_path / "parts", "photos", "--no-pictures", *ALL) == 0
         assert seen == []
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        command.RESULTS,
-        command.RECORD,
-        "run.lock",
-    ]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [command.RESULTS, command.RECORD, "run.lock"]
 
 
 def test_other_settings_are_refused_in_the_same_folder(

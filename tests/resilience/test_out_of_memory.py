@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import REPOSITORY, deepspeed, finish, start_command, start_ranks
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 pytestmark = pytest.mark.slow
 

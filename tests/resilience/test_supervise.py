@@ -14,9 +14,7 @@ import pytest
 
 from tests.ranks import REPOSITORY, below, deepspeed, free_port, start_command, wait_for
 from tests.resilience.test_signals import LONG
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 
 @pytest.mark.slow
@@ -35,7 +33,7 @@ def test_a_killed_rank_costs_a_restart_and_a_signal_ends_it(shards: Path, tmp_pa
         assert len(family) >= 4  # deepspeed, its child, two ranks
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=1)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             left.kill()
@@ -103,7 +101,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(launcher: str, shards: Path, t
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         output = process.communicate(timeout=600)[0]
-        assert psutil.wait_procs(family, timeout=30)[1] == []
+        assert psutil.wait_procs(family, timeout=600)[1] == []
     finally:
         for left in family:
             if left.is_running():

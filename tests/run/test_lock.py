@@ -23,7 +23,7 @@ from visft_ds.run.lock import locked
 with locked(Path(sys.argv[1])):
     subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
     print("kept", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

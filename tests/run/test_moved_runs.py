@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
-from tests.evals.evaluate_case import load_tool
 from tests.ranks import REPOSITORY
 from tests.tiny import TINY
 from tools.replay import main as replay
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.backbones import save_backbone
 from visft_ds.interop.cli import main as merge
 from visft_ds.models.eva_vit import build_backbone
@@ -89,7 +89,7 @@ def test_a_run_is_whole_without_the_folder_it_began_in(
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_tool().main(["--run", str(moved), "--out", "numbers", "--images", "0"]) == 0
+    assert evaluate(["--run", str(moved), "--out", "numbers", "--images", "0"]) == 0
     assert merge(["--adapter", str(moved / "export/adapter"), "--verify", "--out", "merged.safetensors"]) == 0
     assert str(base) in capsys.readouterr().out
     assert replay([str(moved), "--step", "3"]) == 0
@@ -104,6 +104,6 @@ def test_a_run_is_whole_without_the_folder_it_began_in(
     home.rename(lost)
     assert merge(["--adapter", str(moved / "export/adapter"), "--out", "again.safetensors"]) == 2
     assert f"{base}: no such file" in capsys.readouterr().err
-    assert load_tool().main(["--run", str(moved), "--backbone", str(lost / "weights/base.safetensors")]) == 2
+    assert evaluate(["--run", str(moved), "--backbone", str(lost / "weights/base.safetensors")]) == 2
     told = capsys.readouterr().err
     assert f"{home / 'shards'}: no shards of train" in told and "--data FOLDER" in told

@@ -34,14 +34,6 @@ def values(row: str) -> int:
     return int(row.split()[2].replace(",", ""))
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
-
-
 def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
     capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
 ) -> None:
@@ -130,4 +122,7 @@ def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[s
     arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path / "shards"), "--dry-run"]
     assert main(arguments) == 2
     assert "no sample with captions, which captioning needs" in capsys.readouterr().err
-    assert main([*arguments, "--set", "visft.tasks=detection,segmentation"]) == 0
+    boxes = [*arguments, "--set", "visft.tasks=detection,segmentation"]
+    assert main(boxes) == CANNOT_START  # 12 images
+    assert "fewer than one global batch of 24" in capsys.readouterr().out
+    assert main([*boxes, "--set", "visft.shared.batch_size=12"]) == 0

@@ -21,12 +21,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.coco_tree import write_tree
-from tests.evals.evaluate_case import load_tool
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import Batch
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.monitor.console import Progress
 from visft_ds.monitor.metrics import METRICS_FILE, MetricsWriter
@@ -186,7 +186,7 @@ def test_tensorboard_has_pictures_and_numbers(held: Held) -> None:
 
 def test_the_last_numbers_are_those_of_the_evaluation_tool(held: Held, tmp_path: Path) -> None:
     """What training exported, evaluated by the command: the same model, the same images, the same numbers."""
-    status = load_tool().main(["--run", str(held.out), "--out", str(tmp_path / "out"), "--images", "0"])
+    status = evaluate(["--run", str(held.out), "--out", str(tmp_path / "out"), "--images", "0"])
     assert status == 0
     found = read_evaluation("", tmp_path / "out")
     wanted = {name.removeprefix("val/"): value for name, value in _judged(held.out)[4].items()}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.coco_tree import make_split
 from tools.make_shards import main
+from visft_ds.data.manifest import Manifest
 from visft_ds.shards.info import describe
 
 
-def test_info_tells_what_a_split_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    split = make_split(tmp_path)
+def test_info_tells_what_a_split_holds(split: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     facts = describe(split, categories=True, shards=True)
     assert facts["trainable_per_image"] == {"mean": 1.25, "max": 3} and facts["captions_per_image"]["mean"] == 2
     assert facts["width"][0] == split.index["width"].min() and facts["width"][-1] == split.index["width"].max()

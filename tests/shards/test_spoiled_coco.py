@@ -381,3 +381,63 @@ def test_a_byte_order_mark_is_skipped(tree: Tree, tmp_path: Path) -> None:
     ids.write_bytes(b"\xef\xbb\xbf" + "\n".join(str(1000 + 7 * place) for place in range(12)).encode())
     assert build(_options(tree, tmp_path / "marked", ids=ids)).fingerprint == expected
     assert main(["verify", str(tmp_path / "marked")]) == 0
+
+
+def _keypoints(content: Content) -> None:
+    for entry in content["annotations"]:
+        entry.update(keypoints=[1, 2, 2], num_keypoints=1)
+
+
+def _namesakes(content: Content) -> None:
+    content["categories"][1]["name"] = content["categories"][0]["name"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "finding", "example"),
+    [
+        ("instances", _keypoints, "more fields", "keypoints, num_keypoints"),
+        ("instances", _namesakes, "category name twice", ": "),
+        (
+            "captions",
+            lambda c: c["annotations"][0].update(caption="一只狗在草地上奔跑"),
+            "caption in one piece",
+            "一只狗",
+        ),
+        (
+            "captions",
+            lambda c: c["annotations"][0].update(caption="a dog " * 26),
+            "caption over 50 words",
+            "a dog a dog",
+        ),
+    ],
+)
+def test_what_is_kept_and_not_learnt_from_is_said(
+    kind: str, change: Change, finding: str, example: str, toy: Tree, tmp_path: Path
+) -> None:
+    assert finding not in _found(build(_options(toy, tmp_path / "before")))
+    file = getattr(toy, kind)
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    report = build(_options(toy, tmp_path / "out"))
+    assert _found(report)[finding] >= 1
+    assert example in next(entry["examples"][0] for entry in report.findings if entry["kind"] == finding)
+
+
+def test_links_in_a_circle_are_missing_pictures(tree: Tree, tmp_path: Path) -> None:
+    first = sorted(tree.images.iterdir())[0]
+    first.unlink()
+    first.symlink_to(first.name)
+    report = build(_options(tree, tmp_path / "out"))
+    assert [bad["reason"] for bad in report.quarantine] == ["missing"]
+
+
+def test_a_build_without_a_usable_picture_leaves_nothing(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(tree.instances.read_text())
+    for entry in content["images"]:
+        entry["width"] += 1
+    tree.instances.write_text(json.dumps(content))
+    assert _build(tree, tmp_path / "out") == 2
+    assert "size differs" in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.coco_tree import make_split, write_tree
+from tests.coco_tree import write_tree
 from tools.make_shards import main
 from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
@@ -28,11 +28,6 @@ from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.shards.verify import VerifyProgress, verify
 
 KEY = "000000001035"  # of the first sample
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_split(tmp_path_factory.mktemp("split"))
 
 
 @pytest.fixture

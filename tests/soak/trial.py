@@ -19,7 +19,7 @@ from tests.ranks import REPOSITORY
 #: A variable of the environment by which every process of a trial is found, whoever its parent is by now.
 MARK = "VISFT_SOAK"
 #: Seconds for any process of a run to end by itself.
-GRACE = 45.0
+GRACE = 600.0
 _STEP, _FROM = re.compile(r"^step (\d+)/\d+ "), re.compile(r"^ +steps +\d+(?:, from step (\d+))?$")
 _RESTART = re.compile(r"^\[supervisor\] .*; restart \d+ of ")
 
@@ -86,7 +86,7 @@ class Trial:
                 self.lost.append(max(0, self.reached - start))
             self._attempts, self.reached = self._attempts + 1, start
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 240.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
         """Look until something holds.
 
         Raises:

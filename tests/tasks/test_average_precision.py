@@ -15,8 +15,8 @@ import pycocotools.cocoeval
 import pycocotools.mask
 import pytest
 
-from tests.coco_tree import make_split
 from visft_ds.data.dataset import coco_dataset
+from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.tasks.average_precision import IouType, coco_average_precision, pack_results, unpack_results
 
@@ -112,13 +112,12 @@ def test_numbers_are_those_of_pycocotools(iou_type: IouType, prefix: str, capfd:
     assert len(ours) == len(SUMMARY) + 4
 
 
-def test_shards_and_file_give_the_same(tmp_path: Path) -> None:
+def test_shards_and_file_give_the_same(split: Manifest) -> None:
     """The labels in the shards replace the annotation file, crowds included."""
-    manifest = make_split(tmp_path)
-    path = tmp_path / "tree/instances.json"
+    path = split.root.parent / "tree/instances.json"
     source = json.loads(path.read_text())
     results = _results(source)[:-150]
-    with ShardReader(manifest) as reader:
+    with ShardReader(split) as reader:
         from_shards = coco_average_precision(coco_dataset(reader), results, per_category=True)
     assert from_shards == coco_average_precision(path, results, per_category=True)
     assert any(annotation["iscrowd"] for annotation in source["annotations"])

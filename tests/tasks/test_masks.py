@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from typing import Any
 
@@ -153,18 +152,16 @@ def test_unreadable(segmentation: Any, message: str) -> None:
 
 
 def test_cost_follows_the_object() -> None:
-    """A small object in a picture of 6000 x 4000 pixels, and a polygon with a wild coordinate."""
+    """A small object in 6000 x 4000 pixels; and a filler that walks to a wild coordinate would not return."""
     size = (6000, 4000)
     grid = grid_size(size, 4)
     tracemalloc.start()
-    start = time.perf_counter()
     mask = rasterise([_box(1000, 1000, 1100, 1100)], size, STAY, size, grid)
     rasterise([[*_box(8, 12, 20, 18), 1e12, 3.0]], SIZE, STAY, SIZE, GRID)
-    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert mask.sum() == 25 * 25 * 255
     assert peak < 2 * grid[0] * grid[1]  # the mask itself and little else; the full size would be 16 times as much
-    assert seconds < 2  # a filler that walks to 1e12 would not return
 
 
 def test_grid_covers_the_image() -> None:

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from tests.ranks import finish, run_ranks, start_ranks
-from tests.train.test_train import command, shards, steps_recorded, trained
+from tests.tiny import command, steps_recorded, trained
 from tools.replay import main as replay
-
-__all__ = ["shards"]  # a fixture
 
 BAD, LEAP, STEPS = 3, 25, 30
 EXTRA = {

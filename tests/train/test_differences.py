@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import REPOSITORY, finish, free_port
-from tests.train.test_train import command, shards
-
-__all__ = ["shards"]  # a fixture
+from tests.tiny import command
 
 
 @pytest.mark.slow

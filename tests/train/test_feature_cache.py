@@ -8,19 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.coco_tree import write_tree
 from tests.ranks import run_ranks
-from tests.train.test_train import command, trained
-from visft_ds.shards.build import Options, build
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve small pictures: three steps to an epoch."""
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    build(Options(tree.images, tree.instances, tree.captions, folder / "shards", "train"))
-    return folder / "shards"
+from tests.tiny import command, trained
 
 
 def decoded(out: Path) -> list[int]:

@@ -17,11 +17,9 @@ import pytest
 import torch
 
 from tests.ranks import finish, free_port, run_ranks, wait_for
+from tests.tiny import STEPS, command, steps_recorded, trained
 from tests.train.hosts import Host, two_hosts, why_not
-from tests.train.test_train import STEPS, command, shards, steps_recorded, trained
 from visft_ds.resilience.heartbeat import FOLDER, read_beats
-
-__all__ = ["shards"]  # a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 Launch = Callable[[int, str, str, Path], list[str]]  #: (number of the host, address of the first, port, folder)
@@ -109,9 +107,9 @@ def test_the_same_run_as_on_one_host_and_a_signal_to_one_launcher_stops_both(
     (target,) = [one for one in pythons(processes[1]) if program in one.cmdline()]
     target.send_signal(signal.SIGTERM)
     said = "".join(lines + wait_for(processes[0], "stopped after step"))
-    _, alive = psutil.wait_procs(ranks, 60)
+    _, alive = psutil.wait_procs(ranks, 600)
     assert len(ranks) == 2 and not alive, said
-    (code,), outputs = finish([processes[1]], 60)
+    (code,), outputs = finish([processes[1]])
     assert code != 0, outputs  # a launcher that is told to end does not say that all is well
     finish([processes[0]], LONGEST)
     saved = len(steps_recorded(out))
@@ -129,7 +127,7 @@ def test_names_that_lead_nowhere_are_said_to(hosts: tuple[Host, Host], shards: P
         meeting = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": port}
         arguments = [sys.executable, "launchers/train.py", *command(shards, tmp_path / "run")]
         processes.append(host.start(["env", "-u", "GLOO_SOCKET_IFNAME", *arguments], **place, **meeting))
-    codes, outputs = finish(processes[:1], 240)
+    codes, outputs = finish(processes[:1])
     processes[1].kill()  # it hears that the meeting place is gone, or waits for its own time to run out
     processes[1].communicate()
     assert codes == [2], outputs
@@ -152,6 +150,6 @@ def test_a_rank_that_dies_on_another_host_is_named_with_its_host(
     wait_for(processes[0], "step 2/")
     (victim,) = pythons(processes[1])
     victim.kill()
-    codes, outputs = finish(processes, 120)
+    codes, outputs = finish(processes)
     assert codes[0] == 3 and codes[1] != 0, outputs
     assert "[rank 0] stopped: another rank ended first" in outputs[0] and "Traceback" not in outputs[0]

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import finish, run_ranks, start_ranks
-from tests.train.test_train import command, shards
+from tests.tiny import command
 from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.slow
-
-__all__ = ["shards"]  # a fixture
 
 STEPS, FACTOR = 24, 1e12
 CASE = "tests.train.overflow_case"
@@ -72,7 +70,7 @@ def test_a_collapse_stops_all_ranks_and_names_what_overflows(
 ) -> None:
     out = tmp_path / "run"
     ranks = start_ranks(["-m", CASE, "4", str(FACTOR), *ENGINES[engine], *arguments(shards, out, heads)])
-    codes, outputs = finish(ranks, 240)
+    codes, outputs = finish(ranks)
     assert codes == [4, 4], outputs
     said = outputs[0]
     assert "Traceback" not in "".join(outputs) and "error" not in outputs[1]

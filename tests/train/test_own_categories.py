@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.coco_tree import write_tree
-from tests.evals.evaluate_case import load_tool
 from tests.ranks import finish, start_ranks
 from tests.tiny import TINY
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import load_heads
 from visft_ds.shards.build import Options, build
@@ -72,7 +72,7 @@ def test_both_stages_and_evaluation(shards: Path, tmp_path: Path) -> None:
     _train(2, shards, tmp_path / "two", f"visft.heads.path={tmp_path / 'one/export'}")
     records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     assert any("val/mask/AP" in record for record in records)
-    assert load_tool().main(["--run", str(tmp_path / "two"), "--images", "2"]) == 0
+    assert evaluate(["--run", str(tmp_path / "two"), "--images", "2"]) == 0
     found = read_evaluation("two", tmp_path / "two/evaluation-val")
     assert {f"{kind}/AP/{name}" for kind in ("box", "mask") for name in OWN.values()} <= found.metrics.keys()
     assert found.metrics["mask/AP/paint"] == -1 < found.metrics["mask/AP/rust"]

@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import finish, run_ranks, start_ranks
-from tests.train.test_train import STEPS, command, shards, trained, wait_for
+from tests.ranks import finish, run_ranks, start_ranks, wait_for
+from tests.tiny import STEPS, command, trained
 from visft_ds.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["shards"]  # the fixture
 
 #: Without dropout, whose masks depend on the rank; one evaluation at the end, on the training pictures.
 SETTINGS: dict[str, object] = {

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from tests.ranks import REPOSITORY, below, run_ranks, start_command, wait_for
+from tests.tiny import STEPS, command, steps_recorded, trained
 from tests.train.fake_slurm import REQUEUED, install
-from tests.train.test_train import STEPS, command, shards, steps_recorded, trained
-
-__all__ = ["shards"]  # a fixture
 
 SCRIPT = "launchers/slurm.sbatch"
 #: In place of python: shows what a rank is told, waits for a signal if asked to, and ends with a code of its own.

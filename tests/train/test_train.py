@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.coco_tree import write_tree
 from tests.ranks import REPOSITORY, deepspeed, finish, run_ranks, start_ranks, wait_for
-from tests.tiny import TINY
+from tests.tiny import STEPS, command, steps_recorded, trained
 from tools.replay import main as replay
 from visft_ds.checkpoint.format import open_checkpoint, save_checkpoint
 from visft_ds.data.samples import Batch
@@ -27,44 +26,6 @@ from visft_ds.resilience import nan_debug
 from visft_ds.resilience.nan_debug import NonFinite
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS
-
-STEPS = 8
-SETTINGS = {
-    **TINY,
-    "scheduler.params.total_num_steps": STEPS,
-    "scheduler.params.warmup_num_steps": 2,
-    "visft.run.save_every": 4,
-    "visft.run.log_every": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of twelve small pictures."""
-    folder = tmp_path_factory.mktemp("coco")
-    tree = write_tree(folder)
-    out = folder / "shards"
-    build(Options(tree.images, tree.instances, tree.captions, out, "train"))
-    return out
-
-
-def command(shards: Path, out: Path, *, stage: int = 1, extra: dict[str, object] | None = None) -> list[str]:
-    """Arguments of launchers/train.py for the tiny model."""
-    settings = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **(extra or {})}.items()]
-    return ["--stage", str(stage), "--model", "debug", "--data", str(shards), "--out", str(out), *settings]
-
-
-def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str, torch.Tensor]:
-    """What a run had learnt at a step, moments included."""
-    folder = out / kept / f"step_{step:08d}"
-    return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
-
-
-def steps_recorded(out: Path) -> list[int]:
-    """Steps in metrics.jsonl, in order."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record["step"] for record in records if record["kind"] == "step"]
-
 
 #: launchers/train.py, and a look at what it leaves: a process in a group may die in a destructor (code -6, sometimes).
 TRAIN_AND_LOOK = """
@@ -80,7 +41,7 @@ sys.exit(code or ("still in the process group" if torch.distributed.is_initializ
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of stage 1 on two ranks."""
     out = tmp_path_factory.mktemp("runs") / "straight"
-    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)])
+    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)], fresh=True)
     return out
 
 
@@ -89,10 +50,8 @@ def test_killed_and_resumed_equals_the_undisturbed_run(shards: Path, straight: P
     processes = start_ranks(["launchers/train.py", *command(shards, out)])
     wait_for(processes[0], "step 5/")  # step 4 is saved, step 5 is lost
     processes[0].kill()
-    killed = time.monotonic()
     codes, outputs = finish(processes)
     assert codes == [-signal.SIGKILL, 3], outputs
-    assert time.monotonic() - killed < 30
     assert "[rank 1] stopped: another rank ended first" in outputs[1]
 
     run_ranks(["launchers/train.py", *command(shards, out)])
@@ -206,7 +165,7 @@ def test_weights_of_another_model(shards: Path, straight: Path, tmp_path: Path) 
     tensors["norm.weight"] = torch.ones(48)
     save_file(tensors, tmp_path / "wrong.safetensors")
     extra = {"visft.model.weights": str(tmp_path / "wrong.safetensors")}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]), 60)
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, tmp_path / "run", extra=extra)]))
     assert codes == [2, 2], outputs
     assert "norm.weight" in outputs[0]
     assert "Traceback" not in "".join(outputs)
@@ -232,7 +191,7 @@ def test_a_corrected_command_starts_anew_where_nothing_was_saved(shards: Path, t
     """The folder of a run that diverged before its first checkpoint; what it kept and recorded is set aside."""
     out = tmp_path / "run"
     large = {"optimizer.params.lr": 1e30}
-    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1), 180)
+    codes, outputs = finish(start_ranks(["launchers/train.py", *command(shards, out, extra=large)], world=1))
     assert codes == [4] and "nothing was saved yet" in outputs[0], outputs
     outputs = run_ranks(["launchers/train.py", *command(shards, out)])
     assert outputs[0].count("saved nothing") == 1 and "saved nothing" not in outputs[1]

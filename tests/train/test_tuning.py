@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.coco_tree import write_tree
-from tests.evals.evaluate_case import load_tool
 from tests.ranks import run_ranks
 from tests.tiny import TINY
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import load_timm
 from visft_ds.interop.merge import merge_timm, verify_merge
@@ -49,12 +48,7 @@ def _train(shards: Path, out: Path, stage: int, **more: object) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load_tool()
-
-
-def test_both_stages_evaluation_and_merge(shards: Path, tool: ModuleType, tmp_path: Path) -> None:
+def test_both_stages_evaluation_and_merge(shards: Path, tmp_path: Path) -> None:
     first = _train(shards, tmp_path / "one", 1)
     heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
     second = _train(shards, tmp_path / "two", 2, **heads)
@@ -66,7 +60,7 @@ def test_both_stages_evaluation_and_merge(shards: Path, tool: ModuleType, tmp_pa
     merge_timm(base, adapter, tmp_path / "merged.safetensors")
     proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
     assert proof.relative < 1e-5 < proof.effect
-    assert tool.main(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
+    assert evaluate(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
 
 
 def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def change_of_checkpoint(folder: Path) -> Change:
 
 
 def newest_checkpoint_folder(run: Path) -> Path:
-    """The newest whole checkpoint of a run. Raises ValueError where there is none."""
+    """The newest complete checkpoint of a run. Raises ValueError where there is none."""
     checkpoint, skipped = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{run} has no whole checkpoint and no export yet: {examples(skipped)}")

@@ -1,4 +1,4 @@
-"""A moving average of what trains, kept beside the fp32 values.
+"""Moving average of the trained parameters, in fp32.
 
 The moving average lives in the same layout as the optimiser's fp32 values, so each rank averages its own part and every
 ZeRO stage is served alike. To read it by name it changes places with the values for a moment.

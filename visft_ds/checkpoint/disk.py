@@ -20,7 +20,7 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class Written:
-    """A file that is on disk, whole."""
+    """A file that is completely on disk."""
 
     sha256: str  #: of what was meant to be written, not of what a faulty disk gives back
     bytes: int

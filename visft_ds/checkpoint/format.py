@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mappi
         _tidy(folder)
         os.mkdir(temporary)
         written = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
-        # Last: a folder with this file is whole.
+        # Last: a folder with this file is complete.
         write_file(temporary / _STATE, [_state_json(step, state, identity, written)])
         sync_folder(temporary)
         _publish(temporary, final)
@@ -130,12 +130,12 @@ def delete_checkpoints(folder: Path, steps: Iterable[int]) -> None:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint under its final name, whole or damaged, in order."""
+    """Steps that have a checkpoint under its final name, complete or damaged, in order."""
     return [step for step, final, _ in _folders(folder) if final]
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are whole, and one line for each newer one that was passed over."""
+    """The newest checkpoint whose files are complete, and a line for each newer one that was skipped."""
     skipped: list[str] = []
     for _, _, path in reversed(_folders(folder)):
         try:
@@ -221,7 +221,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name. Whatever happens on the way, one of this step can be loaded."""
+    """Rename a complete checkpoint to its final name. At every moment one of this step can be loaded."""
     replaced = final.with_name(f"{final.name}.old")
     if final.exists():  # saved again after a resume from an earlier step, because this one was damaged
         os.replace(final, replaced)

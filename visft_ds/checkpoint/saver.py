@@ -1,4 +1,4 @@
-"""Saving beside the training: a snapshot in host memory, a thread that writes it, and which checkpoints are kept.
+"""Asynchronous saving: a snapshot in host memory, a thread that writes it, and which checkpoints are kept.
 
 Training stands still only while the state is copied to the host. One save is on its way at a time: the next one waits
 for it. What goes wrong in the thread is raised in the training thread, at the next step or at the end.

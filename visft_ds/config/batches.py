@@ -106,8 +106,8 @@ def _uneven(stream: Stream, dp: int, stages: int) -> str:
     sizes = " or ".join(str(size) for size in (below, above) if size)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
     near = sorted(sorted(divisors, key=lambda n: abs(n - dp))[:4])
-    one = "process" if stages == 1 else "pipeline"
-    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {one} would not be whole"
+    unit = "process" if stages == 1 else "pipeline"
+    reason = f"more {parts.split()[0]} than images" if dp > total else f"the share of a {unit} would not be whole"
     return (
         f"{_key(stream)}.batch_size = {total} on {dp} {parts}: {reason} "
         f"(batch_size = {parts.split()[0]} x accumulation x micro, micro <= {stream.micro_batch}). "

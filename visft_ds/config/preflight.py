@@ -50,12 +50,16 @@ def _shards(config: ResolvedConfig) -> Iterator[Missing]:
     for split, purpose in splits.items():
         manifest = Path(data.root) / f"{split}.manifest.json"
         if not is_url(data.root) and not manifest.is_file():
+            what, tree, out = f"shards for {purpose} (or name their folder with --data)", "COCO", data.root
+            if (Path(data.root) / "annotations").is_dir():
+                tree, out = data.root.rstrip("/"), f"{data.root.rstrip('/')}-shards"
+                what = f"shards for {purpose}: {data.root} is a COCO tree; make shards of it, then give --data {out}"
             command = (
-                f"visft shards build --images COCO/{split}2017 "
-                f"--instances COCO/annotations/instances_{split}2017.json "
-                f"--captions COCO/annotations/captions_{split}2017.json --out {data.root} --split {split}"
+                f"visft shards build --images {tree}/{split}2017 "
+                f"--instances {tree}/annotations/instances_{split}2017.json "
+                f"--captions {tree}/annotations/captions_{split}2017.json --out {out} --split {split}"
             )
-            yield Missing(f"shards for {purpose} (or name their folder with --data)", str(manifest), command)
+            yield Missing(what, str(manifest), command)
     for dataset in data.sets:
         manifest = Path(dataset.root) / f"{dataset.split}.manifest.json"
         if not is_url(dataset.root) and not manifest.is_file():
@@ -143,7 +147,7 @@ def launcher() -> str:
 
 
 def heads_inside(run: Path) -> tuple[Path, Path]:
-    """Folders of a run in which heads can lie: those that it was given and copied, and those that it trained."""
+    """Folders of a run that can hold heads: those that it was given and copied, and those that it trained."""
     return run / INPUTS_FOLDER / "heads", run / "export"
 
 

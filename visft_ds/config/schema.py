@@ -170,7 +170,7 @@ class DataConfig(StrictModel):
 
 
 class FeaturesConfig(StrictModel):
-    """`visft.features`: images come again under the same geometry, so that a frozen backbone sees each only once."""
+    """`visft.features`: flips, crops and sizes repeat after some epochs, so that features can be cached."""
 
     views: Positive = 1  #: geometries of an image; epoch after epoch takes the next, and after the last the first
     storage: Literal["fp32", "bf16", "int8"] = "bf16"  #: format that features are rounded to, also where none are kept
@@ -224,7 +224,7 @@ class VisftConfig(StrictModel):
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
     data: DataConfig = DataConfig()
-    features: FeaturesConfig | None = None  #: null: a new geometry in every epoch, and no features are kept
+    features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
     run: RunConfig = RunConfig()
 

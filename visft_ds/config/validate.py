@@ -278,7 +278,8 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         return
     for name in model.backbone_options():
         if name != "image_size":
-            yield f"visft.model.overrides.{name}", f"{model.preset} has its own shape: only image_size may be set"
+            problem = f"{model.preset} has its own shape: only image_size may be set"
+            yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"
     if model.checkpoint_every > 1:
         yield "visft.model.checkpoint_every", "timm's models compute every block again (1) or none (0)"
     if model.recompute != "block":
@@ -292,7 +293,7 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
-    """The metric that says which checkpoint is best has to be one that this run's evaluations give."""
+    """Check that the metric of the best checkpoint is one that this run's evaluations give."""
     best, measured = visft.run.keep_best, [name for task in visft.tasks.enabled().values() for name in task.metrics]
     if best is None or best in measured:
         return

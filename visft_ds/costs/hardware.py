@@ -1,4 +1,4 @@
-"""Peak rates of devices: the maker's figure for a known GPU, else a measured rate that is called measured."""
+"""Peak rates of devices: the maker's figure for a known GPU, else a measured rate, which is marked as such."""
 
 from __future__ import annotations
 

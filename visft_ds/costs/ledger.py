@@ -1,4 +1,4 @@
-"""Live storages by kind, each counted once, whatever number of tensors look into it; on the meta device as well.
+"""Ledger of live storages by kind, each counted once, however many tensors view it; on the meta device as well.
 
 New ones are seen as operators make them, and leave when nothing holds them any more. What libraries take for themselves
 inside a call (cuBLAS, cuDNN, MKL workspaces) is not seen.

@@ -129,7 +129,7 @@ class FeatureCache:
         return lines
 
     def get(self, key: int, index: int) -> View | None:
-        """The view of sample `index` with this key; None where its features are not kept.
+        """The view of sample `index` with this key; None where its features are not in the cache.
 
         Raises:
             ValueError: a damaged entry, or one of another sample.
@@ -158,7 +158,7 @@ class FeatureCache:
         return View(frame, StoredFeatures(tensors["values"], tensors.get("scales")))
 
     def put(self, key: int, index: int, frame: tuple[int, int], features: StoredFeatures) -> None:
-        """Keep the features of a view; known ones are not written again.
+        """Store the features of a view; known ones are not written again.
 
         Raises:
             OSError: they cannot be written (the disk is full, say). The files stay whole.

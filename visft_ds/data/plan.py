@@ -111,7 +111,7 @@ class Plan:
         self._task_order = Interleaving({name: task.ratio for name, task in self.tasks.items()}, hash_ints(seed))
         self._set_order = {
             name: Interleaving(
-                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, hash_ints(seed, _number(name))
+                {dataset: task.sets[dataset].weight for dataset in sorted(task.sets)}, hash_ints(seed, _hash_of(name))
             )
             for name, task in self.tasks.items()
         }
@@ -162,12 +162,12 @@ class Plan:
         earlier = self._set_order[task].before(position, dataset)
         epoch, batch = divmod(earlier, self.steps_per_epoch(task, dataset))
         places = np.arange(batch * plan.batch_size, (batch + 1) * plan.batch_size)  # in the epoch's order
-        key = hash_ints(self.seed, _number(task), _number(dataset), epoch)
+        key = hash_ints(self.seed, _hash_of(task), _hash_of(dataset), epoch)
         indices = samples.positions(_SHUFFLES[self.shuffle](places, len(samples), key))
         if self.shuffle == "windowed":
             indices = np.sort(indices)  # each rank reads neighbours: which rank computes what changes no result
         if self.views is not None:
-            key = hash_ints(_number(task), _number(dataset), epoch % self.views)
+            key = hash_ints(_hash_of(task), _hash_of(dataset), epoch % self.views)
         return StepPlan(step, task, dataset, position, epoch, indices, _keys(indices, hash_ints(key, 1)))
 
     def substitute(self, part: StepPlan, key: int, attempt: int) -> int:
@@ -206,7 +206,7 @@ class Plan:
                 )
 
 
-def _number(name: str) -> int:
+def _hash_of(name: str) -> int:
     """Hash of a name that is the same in every process, unlike Python's own."""
     return zlib.crc32(name.encode())
 

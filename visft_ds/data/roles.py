@@ -35,7 +35,7 @@ def role_of_stage(stage: int, stages: int) -> Role | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Place of a rank: its stage, and its pipeline among those that train side by side."""
+    """Place of a rank: its stage, and its pipeline among the data-parallel ones."""
 
     stage: int
     stages: int

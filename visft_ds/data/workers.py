@@ -51,7 +51,7 @@ class Workers(Protocol):
     """Makes batches ahead of their use."""
 
     def made(self, parts: Iterable[StepPlan], ahead: int) -> Iterator[Made]:
-        """The batches of `parts`, in order; up to `ahead` more are in the making beside the one in use.
+        """The batches of `parts`, in order; up to `ahead` more are made ahead of the one in use.
 
         An error in making a batch appears when it is its turn. Leaving the loop in any way ends the workers.
         """
@@ -93,7 +93,7 @@ class Caller:
 
 
 class Threads:
-    """Threads that make samples in the order of their batches; whoever finishes the last one of a batch collates."""
+    """Threads that make samples in the order of their batches; the one that finishes the last of a batch collates."""
 
     def __init__(self, maker: BatchMaker, number: int) -> None:
         self._maker, self._number = maker, number
@@ -147,7 +147,7 @@ class _Job:
 
 
 class Processes:
-    """Processes that make whole micro-batches, by torch's DataLoader.
+    """Processes that make a micro-batch each, by torch's DataLoader.
 
     They are started by a fork server: a fork of a process that has threads or a GPU open may hang, and a fresh start of
     each would load torch again every time.

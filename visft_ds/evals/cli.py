@@ -10,6 +10,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.schema import PRESETS
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
@@ -64,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program("evaluate"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model: a run, and files that replace the run's")
     model.add_argument("--run", type=Path, metavar="RUN", help="folder of a finished stage-1 or stage-2 run")
     model.add_argument("--backbone", type=Path, metavar="FILE", help="base or merged weights, any known layout")

@@ -1,4 +1,4 @@
-"""Pictures of the same few images of a split for every task: ground truth beside what a model predicts."""
+"""Pictures of the same few images of a split for every task: ground truth next to a model's predictions."""
 
 from __future__ import annotations
 

@@ -316,8 +316,8 @@ def streams_without_run(tasks: Sequence[str], *, batch_size: int, side: int | No
     Raises:
         ValueError: numbers that the schema does not allow.
     """
-    one = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
-    settings = {name: config_class(name).model_validate(one) for name in tasks}
+    settings_of_each = {"updates": 1, "batch_size": batch_size, "micro_batch": batch_size}
+    settings = {name: config_class(name).model_validate(settings_of_each) for name in tasks}
     streams = {
         name: Stream(name, (name,), task.share, task.batch_size, task.micro_batch, task.image.model_dump())
         for name, task in settings.items()

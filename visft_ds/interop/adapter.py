@@ -51,8 +51,8 @@ def rows_of_qkv(slices: Sequence[str], width: int) -> AdaptedRows:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All of an adapter. `tensors` as the legend above says; `targets` as configured, those of a tower of our own in
-    the order q k v proj fc1 fc2.
+    """Settings and tensors of an adapter. `tensors` are those of the legend above; `targets` as configured, those of a
+    tower of our own in the order q k v proj fc1 fc2.
 
     `origin` says what it came from (model, peft, visft, checkpoint; average: several of these). `base_sha256` is the
     hash of the base weight file it was trained on, None where nobody recorded it. `base_storage` says how a run of an
@@ -160,7 +160,7 @@ class Adapter:
         return f"{kind} {self.rank}, scaling {self.scaling:g}, {where}"
 
     def fingerprint(self) -> str:
-        """sha256 of what it computes with: settings and values, whatever file they came from."""
+        """SHA-256 of settings and values, independent of the file they came from."""
         if self.model is None:
             settings: object = (self.rank, float(self.alpha), self.targets, *(("magnitude",) if self.magnitude else ()))
         else:

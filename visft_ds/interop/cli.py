@@ -9,6 +9,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config import tower_setting
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
@@ -41,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program("merge"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("from")
     source.add_argument(
         "--base", type=Path, metavar="FILE", help="weights the change comes on top of (a run knows its own)"

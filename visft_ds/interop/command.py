@@ -69,9 +69,9 @@ def merge(given: argparse.Namespace) -> int:
     names = [_name(path) for path in given.adapter]
     shares = f", averaged with {' '.join(f'{weight:g}' for weight in weights)}" if len(adapters) > 1 else ""
     factor = f", times {given.scale:g}" if given.scale != 1 else ""
-    for path, place, adapter in zip(given.adapter, places, adapters, strict=True):
+    for path, place, each in zip(given.adapter, places, adapters, strict=True):
         where = f" ({place})" if place != path else ""
-        print(f"adapter  {path}{where}: {adapter.describe()}")
+        print(f"adapter  {path}{where}: {each.describe()}")
     origin = Origin(
         None,
         tuple(CardSource(name, adapter.fingerprint()) for name, adapter in zip(names, adapters, strict=True)),

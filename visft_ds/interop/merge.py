@@ -217,7 +217,7 @@ def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str
 def _merged(
     file: WeightFile,
     prefix: str,
-    own: Iterable[str],
+    names: Iterable[str],
     change: Change | None,
     dtype: torch.dtype,
     total: Share,
@@ -253,7 +253,7 @@ def _merged(
         return result
 
     entries = {name: Entry.same(file, name) for name in file}
-    for inner in own:
+    for inner in names:
         name = prefix + inner
         entries[name] = Entry((name,), TensorInfo(file.shape(name), dtype), partial(make, inner))
     return view(file, entries)

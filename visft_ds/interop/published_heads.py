@@ -116,7 +116,7 @@ def published_name(task: str, name: str) -> str:
 
 
 def _our_name(task: str, inner: str) -> str | None:
-    """The other way round; None for a name that is none of this task's."""
+    """The inverse; None for a name of another task or of none."""
     ours = _translate(inner, _TO_OURS[task])
     # A name may fit a rule and still be none: "multihead_attn" is the only way to write our "cross_attn".
     return ours if ours is not None and published_name(task, ours) == PREFIX + inner else None

@@ -54,7 +54,7 @@ class TunedWeights:
         return fingerprint_of(("tuned", self.scale), ((name, self.file.get(name)) for name in sorted(self.file)))
 
     def fingerprint(self) -> str:
-        """sha256 of values and scale, whatever file they came from."""
+        """SHA-256 of values and scale, independent of the file they came from."""
         return self._sha256
 
     def scaled(self, scale: float) -> TunedWeights:

@@ -48,7 +48,7 @@ class CompiledBlocks:
         self._recording = False
 
     def begin(self, images: Tensor, *, training: bool, packed: bool) -> None:
-        """Before the first block of a forward: is its shape one that comes again?"""
+        """Prepare for the first block of a forward: count how often its shape has come, for CUDA graphs."""
         self._recording = False
         if self._recorded is None:
             return

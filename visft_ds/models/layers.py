@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens. Pixels right and below the last whole patch are dropped."""
+    """Non-overlapping patches to tokens. Pixels right and below the last complete patch are dropped."""
 
     def __init__(
         self,
@@ -167,9 +167,9 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), what the heads give; with a packing (1, T, D), the tokens of several images.
+        """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
 
-        `proj` is left to the block, which may compute it again.
+        The block applies `proj`, which it may recompute in the backward pass.
         """
         batch, length, width = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])

@@ -106,7 +106,7 @@ class TimmBackbone(nn.Module):
         return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
 
     def settings(self) -> str:
-        """By which a file of its weights says what they are of."""
+        """Facts for the metadata of a weight file: which model it is of."""
         return json.dumps({"name": self.name, "image_size": self.options.get("img_size")})
 
     def stored_buffers(self) -> dict[str, Tensor]:

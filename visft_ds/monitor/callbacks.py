@@ -22,4 +22,4 @@ class Callback(Protocol):
         """Follow the numbers of the evaluation after `step`; they are measured beside the training and come later."""
 
     def on_save(self, step: int, folder: Path) -> None:
-        """Follow a checkpoint that is whole on the disk now; later ones may replace it."""
+        """Called for a checkpoint that is completely on disk; later ones may replace it."""

@@ -87,7 +87,7 @@ def _plain_table(section: Section) -> list[str]:
 
 
 def wrapped(before: str, text: str) -> list[str]:
-    """Lines of `before` and a text that goes on below its own beginning; words, such as paths, are not cut."""
+    """Lines of `before` and a text with a hanging indent; words, such as paths, are not cut."""
     room = max(WIDTH - len(before), 30)
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if len(text) > room else [text]
     return [f"{' ' * len(before) if number else before}{line}".rstrip() for number, line in enumerate(lines)]
@@ -153,7 +153,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """The progress of a training; a context manager. On a terminal the newest numbers also stand beside a bar.
+    """The progress of a training; a context manager. On a terminal a bar shows the newest numbers.
 
     Args:
         total: optimiser steps of the whole run.

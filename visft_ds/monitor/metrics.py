@@ -43,7 +43,7 @@ class MetricsWriter:
         resume_step: optimiser steps already done. Later records of an interrupted run are removed from metrics.jsonl
             and hidden in TensorBoard, so that each step stands there once; 0 starts afresh.
         enabled: False on every process but the main one: nothing is written.
-        callbacks: told of each record after it was written.
+        callbacks: called with each record after it was written.
     """
 
     def __init__(

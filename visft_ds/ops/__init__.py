@@ -15,7 +15,7 @@ from visft_ds.ops.triton import why_not
 
 
 class StandIn(Protocol):
-    """A torch dispatch mode under which the meta device stands for another one, as fake tensors do for real ones.
+    """Torch dispatch mode under which meta tensors behave as tensors of another device, like fake tensors.
 
     Whoever computes shapes alone enters such a mode; ops find it on torch's stack of modes and choose as they would
     choose on that device.
@@ -28,7 +28,7 @@ class StandIn(Protocol):
 
 
 def _stand_in(device: torch.device) -> StandIn | None:
-    """The innermost mode that says what a meta device stands for; None on every other device."""
+    """The innermost mode that replaces a meta device by another one; None on every other device."""
     if device.type != "meta":  # torch.compile cannot look any further
         return None
     modes: list[Any] = _get_current_dispatch_mode_stack()
@@ -36,7 +36,7 @@ def _stand_in(device: torch.device) -> StandIn | None:
 
 
 def placed(device: torch.device) -> torch.device:
-    """The device itself, or what the meta device stands for."""
+    """The device itself, or the one that the meta device stands in for."""
     mode = _stand_in(device)
     return mode.stands_for if mode else device
 

@@ -205,7 +205,7 @@ def _backward_triton(dy: Tensor, du: Tensor, weight: Tensor, a: Tensor) -> Tenso
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right in one pass and with one rounding. With beta = 0 nobody reads the empty tensor."""
+    """scale * left @ right in one pass and with one rounding. With beta = 0 the empty tensor is not read."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 

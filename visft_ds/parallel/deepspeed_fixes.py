@@ -16,8 +16,8 @@ class LossScale:
 
     DeepSpeed keeps a scaler of torch's on each rank and lets it decide after each parameter group. So the scale may
     grow between two groups of one step, whose second one is then divided by twice of what it was multiplied with; it
-    grows after 2000 groups, not steps; and it never falls, for a step with an overflow is passed over before the scaler
-    is asked. Here the scaler only multiplies and divides. Whether the scale moves is decided once a step from the norm
+    grows after 2000 groups, not steps; and it never falls, for a step with an overflow is skipped before the scaler is
+    asked. Here the scaler only multiplies and divides. Whether the scale moves is decided once a step from the norm
     of the gradient, which DeepSpeed adds up over all ranks and pipeline stages: all of them move alike.
 
     Args:
@@ -75,10 +75,10 @@ def step_without_update(engine: Any, stage: int, step: Callable[[], None]) -> No
     """End an optimiser step as `step` does, without an update; gradients are dropped. Collective.
 
     Weights, moments, schedule and loss scale stay as they are; the step counts as a skipped one. It is DeepSpeed's way
-    of passing over a step, taken on every rank in every precision. By itself DeepSpeed passes over one where the norm
-    of the gradient is not finite, but not under ZeRO-0, where the weights become NaN, and never because of a loss; and
-    under fp16 autocast it then forgets to lower the loss scale (ZeRO 1-3), so that every later step overflows as well,
-    or moves the schedule on (ZeRO-0).
+    of skipping a step, taken on every rank in every precision. By itself DeepSpeed skips one where the norm of the
+    gradient is not finite, but not under ZeRO-0, where the weights become NaN, and never because of a loss; and under
+    fp16 autocast it then forgets to lower the loss scale (ZeRO 1-3), so that every later step overflows as well, or
+    advances the schedule (ZeRO-0).
 
     Args:
         engine: of DeepSpeed, after the backward pass of the last micro-batch.

@@ -1,6 +1,6 @@
 """Partition of a model into pipeline stages: places of ranks, cost of each layer, bounds between layers.
 
-Costs are operations (`profiling.flops`), not parameters: a frozen block has none that train and is most of the work.
+Costs are operations (`costs.flops`), not trained parameters: frozen blocks have none and are most of the work.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def divide(costs: Sequence[float], stages: int) -> tuple[int, ...]:
 
 
 def _stream_costs(module: MultiTaskModel, lora: LoraConfig | None, stream: Stream, images: int) -> list[float]:
-    """Operations of each layer for one micro-batch of a stream, of its typical images."""
+    """Operations of each layer for a micro-batch of a stream, with images of typical size."""
     backbone = require_eva_vit(module.backbone)
     together = 1 if module.packed else images
     side = stream.typical_side(together) // backbone.patch_size or 1
@@ -173,8 +173,8 @@ def _head_flops(
     """
     features = torch.empty(images, module.backbone.width, side, side, device="meta", requires_grad=flows)
     valid = torch.empty(images, side, side, dtype=torch.bool, device="meta")
-    size = (side * module.backbone.patch_size,) * 2
-    blank = TASKS[task].blank(images, size, Content(caption_ids=_CAPTION_IDS), options, features.device)
+    pixels = side * module.backbone.patch_size
+    blank = TASKS[task].blank(images, (pixels, pixels), Content(caption_ids=_CAPTION_IDS), options, features.device)
     inputs = {name: value.to("meta") for name, value in blank.head_inputs().items()}
     head: nn.Module = module.heads[task]
     with FlopCounterMode(display=False) as forward:
@@ -190,5 +190,5 @@ def _tensors(output: object) -> list[Tensor]:
     """Tensors of a head's output: a dataclass, its fields, and what those hold."""
     if isinstance(output, Tensor):
         return [output]
-    inner = output if isinstance(output, tuple) else vars(output).values() if hasattr(output, "__dict__") else ()
-    return [tensor for item in inner for tensor in _tensors(item)]
+    items = output if isinstance(output, tuple) else getattr(output, "__dict__", {}).values()
+    return [tensor for item in items for tensor in _tensors(item)]

@@ -96,7 +96,7 @@ class PipelineEngine:
         groups: optimiser groups: {"params", "lr", "weight_decay", "name"}.
         config: the plain DeepSpeed dict, batch keys included, without optimizer and scheduler.
         bounds: first layer of each stage, and the number of layers.
-        build_optimizer: groups -> optimiser (a callable, so that no optimiser is compiled at start).
+        build_optimizer: groups -> optimiser. (For one named in `config` DeepSpeed would compile an extension.)
         schedule: learning-rate factor of each step.
         seed: with the step and the rank it decides every random number (dropout) of a step.
 
@@ -176,7 +176,7 @@ class PipelineEngine:
 
         self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
         self._steps_here += 1
-        norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed passed over the step
+        norm = float(self.deepspeed.get_global_grad_norm())  # inf where DeepSpeed skipped the update
         refused: Literal["", "loss", "gradient"] = "loss"
         if self._accepted:
             refused = judge_gradient(norm, self.loss_scale)

@@ -1,8 +1,8 @@
 """Placements of a model's values for each engine (`visft_ds.prepare.materialize.Placement`).
 
 Every process reads the weight file itself, mapped into memory: the processes of a host share its pages, which the
-system may drop at any time, so that nobody holds them; and each comes upon a damaged value at the same tensor as all
-others. One reader for each host that hands tensors on would read no less, and leave the others waiting where it fails.
+system may drop at any time; and each finds a damaged value at the same tensor as all others. A reader for each host
+that sends tensors to the others would read no less, and leave them waiting where it fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def placement_for(config: dict[str, Any], partition: Partition | None) -> Placem
 
 
 class OnDevice(InHostMemory):
-    """All of the model on the device of this process (ZeRO 0-2); the host has one tensor of it at a time."""
+    """Placement of the whole model on this process's device (ZeRO 0-2); the host holds one tensor of it at a time."""
 
     def place(self, parameter: nn.Parameter) -> None:
         """Move it."""
@@ -38,7 +38,7 @@ class OnDevice(InHostMemory):
 
 
 class OwnLayers(OnDevice):
-    """The layers of this process's stage of a pipeline, on its device.
+    """Placement of the layers of this process's pipeline stage, on its device.
 
     Args:
         bounds: first layer of each stage, and the number of layers.
@@ -54,9 +54,9 @@ class OwnLayers(OnDevice):
 
 
 class Shards(InHostMemory):
-    """A share of every tensor in each process (ZeRO-3), on its device, or on the host where the engine offloads.
+    """Placement of a share of every tensor in each process (ZeRO-3), on its device, or on the host when offloading.
 
-    Each process has the whole tensor for the moment in which it is divided; the main process's is the one that counts.
+    Each process holds the undivided tensor while it is divided; the values are the main process's.
 
     Args:
         config: the plain DeepSpeed dict, batch keys included.

@@ -194,7 +194,7 @@ def ensure_moments(engine: Engine) -> None:
 
 
 def _create_moments(engine: Engine, updates: int) -> None:
-    """Adam makes its state in its first update; whoever reads or restores it needs it before."""
+    """Allocate Adam's moments, which it makes in its first update only, for reading or restoring them before."""
     base = base_optimizer(engine)
     for flat in flat_parameters(engine):
         base.state[flat].update(

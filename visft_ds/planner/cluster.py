@@ -231,10 +231,10 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
     # A ring sends every byte of an average, or of a division and a gathering, twice.
     exchanged = 2 * 4 * found.trained * (batches.dp - 1) / batches.dp / batches.stages / reached
     if batches.stages > 1:
-        busy, whole = _of_pipeline(run, micro)
+        busy, total = _of_pipeline(run, micro)
         # Tokens go forward and their gradients back; what the stages in between send lies beside computation.
         sent = 2 * (batches.stages - 1) * found.tokens / reached
-        return PlannedTime(busy, update, exchanged + sent, whole - busy)
+        return PlannedTime(busy, update, exchanged + sent, total - busy)
     compute = batches.accumulation * micro
     gathering = 0.0
     if zero.stage == 3:  # weights arrive ahead of what is computed with them: what takes longer decides
@@ -244,7 +244,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
 
 
 def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:
-    """Seconds in which a stage computes, and of the whole: the slowest stage decides, once the pipeline is full."""
+    """Seconds in which a stage computes, and in all: the slowest stage decides, once the pipeline is full."""
     assert run.partition is not None
     costs, accumulation = run.partition.stage_costs(), run.batches.accumulation
     slowest = max(costs) / sum(costs)

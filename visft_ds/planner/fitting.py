@@ -46,7 +46,8 @@ class Suggestion:
 
 def policy_settings(every: int, recompute: str) -> tuple[str, ...]:
     """Assignments that choose a policy of activation checkpointing."""
-    return (f"visft.model.checkpoint_every={every}", *((f"visft.model.recompute={recompute}",) * (every > 0)))
+    settings = (f"visft.model.checkpoint_every={every}",)
+    return (*settings, f"visft.model.recompute={recompute}") if every else settings
 
 
 def fitting_settings(now: PlannedRun, capacity: int) -> list[Suggestion]:

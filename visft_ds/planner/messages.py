@@ -32,7 +32,7 @@ class Message:
     collective: str  #: one of COLLECTIVES
     bytes: int  #: S
     calls: int  #: of a step
-    hidden: bool = False  #: beside computation, as far as that takes long enough
+    hidden: bool = False  #: overlaps with computation, as far as that takes long enough
 
 
 def messages_of(run: PlannedRun, stream: Stream) -> list[Message]:

@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class StreamForecast:
-    """Forecast for a kind of step."""
+    """Forecast for the steps of a stream."""
 
     images: int  #: of an optimiser step, over all GPUs
     micro: int  #: of one GPU at once
@@ -30,7 +30,7 @@ class StreamForecast:
 
     @property
     def images_per_second(self) -> float:
-        """Over all GPUs."""
+        """Images a second over all GPUs."""
         return self.images / self.time.total
 
 
@@ -49,27 +49,27 @@ class SearchArm:
 
     @property
     def fullest(self) -> MemoryPlan:
-        """Of the kind of step that needs most."""
+        """Memory of the stream that needs most."""
         return max((stream.memory for stream in self.streams.values()), key=lambda memory: memory.total)
 
     @property
     def fits(self) -> bool:
-        """Return True if every kind of step fits."""
+        """Return True if the steps of every stream fit."""
         return self.fullest.total <= self.capacity
 
     @property
     def step_seconds(self) -> float:
-        """Mean over the run."""
+        """Seconds of a step, mean over the run."""
         return sum(self.shares[name] * stream.time.total for name, stream in self.streams.items())
 
     @property
     def images_per_second(self) -> float:
-        """Of the mix, over all GPUs."""
+        """Images a second over all GPUs, of all streams in their shares."""
         return sum(self.shares[name] * stream.images for name, stream in self.streams.items()) / self.step_seconds
 
     @property
     def hours(self) -> float:
-        """Of the whole schedule, without evaluation, saving and waiting for data."""
+        """Duration of the schedule, without evaluation, saving and waiting for data."""
         return self.steps * self.step_seconds / 3600
 
     @property

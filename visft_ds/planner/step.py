@@ -224,11 +224,11 @@ def _until_first_backward(
     accumulation: int,
     before: Sequence[nn.Parameter],
 ) -> None:
-    """Run a pipeline stage until its first backward pass: as many forwards as there are stages behind it, and one.
+    """Run a pipeline stage up to its first backward pass: a forward for each later stage, and one more.
 
     Args:
-        tokens: shape (B, N, D) of what travels from block to block.
-        before: parameters of the stages in front.
+        tokens: shape (B, N, D) of the activations between two blocks.
+        before: parameters of the earlier stages.
     """
     under_way, outputs = min(behind, accumulation), list[Any]()
     trains_before = any(p.requires_grad for p in before)
@@ -262,9 +262,9 @@ class MemoryPlan:
     gradients: int
     optimizer: int  #: moments, and fp32 masters where the engine divides them
     buckets: int  #: in which ZeRO collects gradients
-    gathered: int  #: ZeRO-3: whole weights for as long as they are needed
+    gathered: int  #: ZeRO-3: gathered weights for as long as they are needed
     activations: int  #: kept for the backward pass
-    transient: int  #: on their way: results, criteria, the batch itself
+    transient: int  #: temporary results, criteria, the batch itself
 
     @property
     def total(self) -> int:
@@ -332,7 +332,7 @@ def run_of(
 
 
 def plan_stream(run: PlannedRun, stream: Stream) -> MemoryPlan:
-    """The fullest moment of one kind of step."""
+    """The fullest moment of a stream's step, on the fullest pipeline stage."""
     stages = range(run.batches.stages) if run.batches.stages > 1 else [None]
     plans = [
         MemoryPlan(

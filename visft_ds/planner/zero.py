@@ -1,4 +1,4 @@
-"""Memory of ZeRO 0-3 beside a model's activations: shares of weights, optimizer state, gradients, buckets.
+"""Memory of ZeRO 0-3 without a model's activations: shares of weights, optimizer state, gradients, buckets.
 
 Followed from deepspeed/runtime/zero/{stage_1_and_2,stage3,partitioned_param_coordinator}.py of the tested release.
 """
@@ -25,17 +25,17 @@ Groups = Sequence[Sequence[nn.Parameter]]  #: the trained parameters of each opt
 
 @dataclass(frozen=True)
 class Zero:
-    """The part of a DeepSpeed configuration that decides about memory, with DeepSpeed's defaults."""
+    """Keys of a DeepSpeed configuration that decide about memory, with DeepSpeed's defaults."""
 
     stage: int
-    ranks: int  #: that share what is divided
+    ranks: int  #: over which tensors are divided
     accumulation: int
     reduce_bucket: int  #: elements
-    bucket_count: int  #: two where reduction runs beside computation
-    persist_below: int  #: ZeRO-3: parameters of at most so many elements stay whole
+    bucket_count: int  #: two where reduction overlaps with computation
+    persist_below: int  #: ZeRO-3: parameters of at most so many elements stay undivided
     prefetch: int  #: ZeRO-3: elements gathered ahead whenever a module begins
-    max_live: int  #: ZeRO-3: elements that may be whole at a time
-    max_reuse: int  #: ZeRO-3: a parameter needed again within so many elements stays whole
+    max_live: int  #: ZeRO-3: elements that may be gathered at a time
+    max_reuse: int  #: ZeRO-3: a parameter needed again within so many elements stays gathered
     linear_keeps_input: bool  #: ZeRO-3: DeepSpeed's own linear layer
     optimizer_here: bool  #: on the device, not offloaded
     weights_here: bool
@@ -107,18 +107,18 @@ class Zero:
 
     def update(self, groups: Groups, device: torch.device) -> dict[str, int]:
         """Bytes by kind at the fullest moment of the optimiser's update."""
-        shares, whole = self.shares(groups), sum(p.numel() for group in groups for p in group)
+        shares, total = self.shares(groups), sum(p.numel() for group in groups for p in group)
         if not self.optimizer_here or not shares:
             return {}
         # AdamW goes tensor by tensor on a CPU, with two temporaries; on a GPU through all of a call, with one.
         temporary = 2 * max(shares) if device.type == "cpu" else max(shares)
         if self.stage == 0:
-            return {GRADIENTS: _FP32 * sum(shares), TRANSIENT: _FP32 * (temporary if device.type == "cpu" else whole)}
+            return {GRADIENTS: _FP32 * sum(shares), TRANSIENT: _FP32 * (temporary if device.type == "cpu" else total)}
         # The gradients of the group that is stepped are copied into one flat tensor first.
         return {GRADIENTS: _FP32 * (sum(shares) + max(shares)), TRANSIENT: _FP32 * temporary}
 
     def gathered(self, parameters: Sequence[nn.Parameter], used_again: Callable[[nn.Parameter], bool]) -> int:
-        """ZeRO-3: bytes of whole weights when the forward ends, where they are most.
+        """ZeRO-3: bytes of gathered weights when the forward ends, where they are most.
 
         A weight stays whole if its next use, in the backward pass, comes within `max_reuse` elements. This is
         DeepSpeed's plan once it has seen a step like this one.
@@ -137,7 +137,7 @@ class Zero:
         return max(kept, self.ahead(again))
 
     def ahead(self, parameters: Iterable[nn.Parameter]) -> int:
-        """ZeRO-3: bytes of whole weights on the way through these, at most.
+        """ZeRO-3: bytes of gathered weights during a forward through these, at most.
 
         Each module that begins, with parameters or without, has `prefetch` more elements gathered, however many of
         those before it are still unused. So they soon are as many as may be: gathering goes on below `max_live`.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.flags import Parser
 
 USAGE = """Boxes, masks and captions for your own pictures; no annotations needed.
 
@@ -35,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program("predict"), description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "images",
         nargs="+",

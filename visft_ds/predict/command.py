@@ -82,9 +82,9 @@ def _predict(given: argparse.Namespace, found: Found, model: Model) -> int:
         record.finish(model.categories, {found.name(Path(path)): why for path, why in skipped.items()})
         written = [RESULTS] if given.no_pictures else [RESULTS, f"{PICTURES}/"]
         rows = [("predicted", f"{len(record.done)} images")]
-        rows += [("skipped", f"{len(skipped)}: {', '.join(list(skipped)[:5])}{', ...' * (len(skipped) > 5)}")] * bool(
-            skipped
-        )
+        if skipped:
+            more = ", ..." if len(skipped) > 5 else ""
+            rows.append(("skipped", f"{len(skipped)}: {', '.join(list(skipped)[:5])}{more}"))
         print_plan("done", [Section("results", [*rows, ("written", f"{given.out}: {', '.join(written)}")])])
         if not record.done:
             return _complain(f"none of {len(skipped)} files could be predicted")

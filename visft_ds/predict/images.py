@@ -111,11 +111,11 @@ def opened(images: ImageInput | Iterable[ImageInput]) -> tuple[list[OpenedImage]
     if not isinstance(images, Iterable):
         raise ValueError(f"{type(images).__name__} is no image: {_ALLOWED}")
     every: list[OpenedImage] = []
-    for place, one in enumerate(images):
-        if isinstance(one, str | Path):
-            every += [open_image(file) for file in find_images([one]).files]
+    for place, image in enumerate(images):
+        if isinstance(image, str | Path):
+            every += [open_image(file) for file in find_images([image]).files]
         else:
-            every.append(_of_memory(one, f"image {place} of the list"))
+            every.append(_of_memory(image, f"image {place} of the list"))
     return every, False
 
 

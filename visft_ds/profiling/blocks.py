@@ -1,4 +1,4 @@
-"""Blocks of a backbone with adapters beside the same blocks without, and beside other implementations.
+"""Benchmark of blocks with adapters: against the same blocks without, and against other implementations.
 
 Two measurements for every image size and dtype, forward and backward: whole blocks, and the adapted projection alone.
 All variants share the frozen weights and take turns in every round, so ratios to the frozen layers are comparable where

@@ -166,10 +166,10 @@ def _measure_stream(data: MeasuredSet, reader: ShardReader, stream: StreamData, 
             before, clock, wall = loader.spent(), CpuClock.start(), time.perf_counter()
             samples = size = 0
             wait = 0.0
-            for whole, _ in loader.steps(start, start + count):
+            for step_plan, _ in loader.steps(start, start + count):
                 wait += loader.wait_seconds
-                samples += len(whole.indices)
-                size += int(sizes[whole.indices].sum())
+                samples += len(step_plan.indices)
+                size += int(sizes[step_plan.indices].sum())
                 if options.step_ms:
                     time.sleep(options.step_ms / 1000)
             wall, cpu = time.perf_counter() - wall, clock.seconds()
@@ -488,7 +488,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     for name, numbers in record["streams"].items():
         head = f"{name}, {numbers['steps']} steps of {numbers['batch']}"
         by_workers, by = numbers["by_workers"], numbers["parts_by"]
-        whole = {"cpu_seconds": by_workers[by]["cpu_seconds_per_sample"], "share": {"median": 1.0}}
+        total = {"cpu_seconds": by_workers[by]["cpu_seconds_per_sample"], "share": {"median": 1.0}}
         rows: list[tuple[str, ...]] = [
             (
                 part,
@@ -496,7 +496,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
                 quartiles(found["cpu_seconds"], 0, 1e6),
                 f"{100 * found['share']['median']:6.2f} %",
             )
-            for part, found in (*numbers["parts"].items(), ("whole", whole))
+            for part, found in (*numbers["parts"].items(), ("whole", total))
         ]
         columns: tuple[str, ...] = ("", "CPU us a sample", "quartiles", "share of CPU")
         sections.append(Section(f"{head}: where the time goes, {by}", rows, columns))

@@ -1,4 +1,4 @@
-"""This project's loader beside plain webdataset on the same shards: rounds in turn, CPU time of all processes.
+"""This project's loader against plain webdataset on the same shards: rounds in turn, CPU time of all processes.
 
 CPU time is that of this process and of all its worker processes; a pass counts from before its workers start until they
 have ended. Every ratio is formed inside one round, whose passes follow each other; the order of the

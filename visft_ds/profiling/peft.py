@@ -1,4 +1,4 @@
-"""The backbone's part of a stage-2 step beside the same tower in timm under PEFT's LoRA: time and peak memory.
+"""The backbone's part of a stage-2 step against the same tower in timm under PEFT's LoRA: time and peak memory.
 
 Both have the same weights, images, loss and optimiser, and their gradients are compared before anything is timed. All
 ways take turns in every round, so ratios to the baseline mean something where times do not. On a CPU it is CPU time

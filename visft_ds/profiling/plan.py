@@ -71,7 +71,7 @@ def make_title(record: Mapping[str, Any]) -> str:
     return f"plan: {cluster['count']}x{cluster['name']}, predicted"
 
 
-_ARM_HEAD = ("engine", "computed again", "accumulation", "fits", "fullest", "images/s", "hours", "of the peak")
+_ARM_HEAD = ("engine", "recomputed", "accumulation", "fits", "fullest", "images/s", "hours", "of the peak")
 _MEMORY_HEAD = ("step", "weights", "grads", "optimizer", "buckets", "gathered", "activations", "transient", "GiB")
 _TIME_HEAD = ("step", "images", "at once", "seconds", "communication", "waiting", "images/s", "of the peak")
 

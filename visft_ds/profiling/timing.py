@@ -146,7 +146,7 @@ def _wrapped(function: Callable[..., Any], meter: Meter, part: str) -> Callable[
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Duration of a measured step, whole and by part."""
+    """Duration of a measured step, in all and by part."""
 
     seconds: float  #: wall time, waiting for data included
     parts: Mapping[str, float]  #: seconds; PARTS sum to `seconds`, MATCHER lies inside CRITERION

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from visft_ds.data.store import StoreFailed
 from visft_ds.resilience.processes import state
-from visft_ds.resilience.signals import LostRank, RanksDiffer
+from visft_ds.resilience.signals import INTERRUPTED, LostRank, RanksDiffer
 
 FOLDER = "heartbeats"
 
@@ -59,7 +59,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, FloatingPointError):
         return 4
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
 
 
@@ -69,5 +69,5 @@ def asked_to_stop(folder: Path) -> bool:
 
 
 def process_state(beat: Beat) -> str:
-    """The state of a rank's process in words, "gone" where there is no such process, "" where nothing can be told."""
+    """The state of a rank's process in words, "gone" where there is no such process, "" where it is unknown."""
     return state(beat.pid, beat.born, beat.machine)

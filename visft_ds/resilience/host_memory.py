@@ -1,4 +1,4 @@
-"""Memory of this machine and process: what is free, what is taken, and a bound instead of a death without a word."""
+"""Memory of this machine and process: what is free and used, and a limit that raises an error instead of a kill."""
 
 from __future__ import annotations
 

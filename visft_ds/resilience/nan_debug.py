@@ -36,7 +36,7 @@ from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
 from visft_ds.run.folder import RECORD_FILE, REFUSED_FOLDER, recorded_config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Note = Callable[[str, Tensor], None]  #: is told what a tensor is, and the tensor
+Note = Callable[[str, Tensor], None]  #: called with the name of a tensor, and the tensor
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart as far as /proc tells, and the code of new ones. Imports nothing heavy."""
+"""Processes of this machine, identified through /proc where there is one. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command(pid: int) -> list[str]:
 
 
 def state(pid: int, born: str, home: str) -> str:
-    """The state of a process in words, "gone" where there is no such process, "" where nothing can be told.
+    """The state of a process in words, "gone" where there is no such process, "" where it is unknown.
 
     Args:
         born: when it was started, as `started` of its own machine told.

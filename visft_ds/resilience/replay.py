@@ -1,4 +1,4 @@
-"""Repeat a step that was refused, and say which module and which image make the first number that is none.
+"""Replay of a refused step, which names the module and the image of the first value that is not finite.
 
     visft replay runs/stage2-eva_e --step 123
 
@@ -7,18 +7,18 @@ Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable inpu
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Exit status: 0 nothing came up again, 1 something is not finite, 2 unusable input."""
-    parser = argparse.ArgumentParser(prog=program("replay"), description="Repeat a step of a run that was refused.")
+    parser = Parser(prog=program("replay"), description="Repeat a step of a run that was refused.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     parser.add_argument("--step", type=int, metavar="N", help="a step whose state before it was kept; none: names them")
     parser.add_argument("--limit", type=int, default=8, metavar="N", help="findings to print for a micro-batch (8)")

@@ -23,6 +23,7 @@ import psutil
 
 from visft_ds import program
 from visft_ds.config import resolve_arguments
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 from visft_ds.resilience.heartbeat import FOLDER, asked_to_stop
 from visft_ds.resilience.signals import SIGNALS, supervised
@@ -159,7 +160,7 @@ class Command:
                 rank.send_signal(number)
 
     def _wait_for_the_rest(self, session: int) -> None:
-        """Ranks end by themselves when their launcher is gone; whoever does not is ended."""
+        """End ranks that did not end by themselves when their launcher was gone."""
         until = time.monotonic() + _GRACE
         while left := _session(session):
             if time.monotonic() > until:
@@ -226,7 +227,7 @@ def _ranks(session: int) -> list[psutil.Process]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, 1 after giving up, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("supervise"),
         description="Run a training command and start it again after it was lost.",
         epilog=_EPILOG,

@@ -73,7 +73,7 @@ class Peers:
         return {rank: seen.beat for rank, seen in self._seen.items() if seen.beat is not None}
 
     def look(self, beats: Mapping[int, Beat], now: float, *, timed: bool) -> tuple[str, list[Beat]]:
-        """Problem ("" if there is none) and the ranks that are to blame as far as they ever said anything.
+        """Problem ("" if there is none) and the ranks that caused it, if they ever wrote a heartbeat.
 
         Args:
             beats: by rank, as found now.
@@ -166,7 +166,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begin(self, doing: str, *, timed: bool = True) -> None:
-        """Say what comes next; every rank says the same things in the same order.
+        """Record the phase that begins; every rank begins the same phases in the same order.
 
         Args:
             timed: False for what may take any time, such as an evaluation.

@@ -1,4 +1,4 @@
-"""Boxes that are not x y width height in pixels, told by their masks and areas.
+"""Boxes that are not x y width height in pixels, recognised by their masks and areas.
 
 A box that fits its image is never suspected. Of boxes with two corners, those of large objects and of objects in the
 lower right half are beyond the image if they are read as COCO's; of boxes normalised to 0..1, all are within the first

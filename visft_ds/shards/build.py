@@ -10,6 +10,7 @@ Beside the shards, the hidden folder `.NAME.build` keeps one record per finished
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +175,10 @@ def build(
             records = _Builder(options, plan, treatment, output, threads).run()
             quarantine = missing + [bad for record in records for bad in record["quarantine"]]
             _refuse_bad(options, quarantine)  # shards kept from an earlier build may have some
+            if not any(record["rows"] for record in records):  # an error, which leaves nothing behind
+                for record in records:
+                    output.remove(record["name"])
+                shutil.rmtree(output.scratch)
             return write_manifest(
                 output,
                 options.split,

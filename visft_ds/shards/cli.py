@@ -19,6 +19,7 @@ from importlib import import_module
 
 from visft_ds import program
 from visft_ds.config.removed import refuse_removed
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 #: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         options.rest = rest
         if rest and arguments[0] != "info":  # which takes the flags of visft train
-            parser.error(f"unrecognized arguments: {redacted(' '.join(rest))}")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
         from visft_ds.shards.drops import TooManyDropsError
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("shards"), description="COCO -> checked, reproducible shards")
+    parser = Parser(prog=program("shards"), description="COCO -> checked, reproducible shards")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, function, summary) in COMMANDS.items():
         if [name] == list(given):

@@ -45,9 +45,9 @@ class Drops:
     def refuse_too_many(self, note: str = "") -> None:
         """Raise TooManyDropsError if more than a tenth is lost, of the whole file or of what was asked for."""
         lost = sum(count for count, _ in self._causes.values())
-        chosen, whole = lost - self._strangers, lost + self.kept + self.spared
-        if lost * _SHARE > whole:
-            parts = f"{lost} of {whole} {self._word} of {self._place}"
+        chosen, total = lost - self._strangers, lost + self.kept + self.spared
+        if lost * _SHARE > total:
+            parts = f"{lost} of {total} {self._word} of {self._place}"
         elif chosen * _SHARE > chosen + self.kept:
             parts = f"{chosen} of {chosen + self.kept} {self._word} of {self._place} that were asked for"
         else:

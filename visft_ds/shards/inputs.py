@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 from visft_ds.redaction import redacted
 from visft_ds.shards.remote import is_url, local_path, open_url, readable_errors
 
-#: A folder that is a file, or a name that no file can have, is as good as none.
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+#: A folder that is a file, a name that no file can have, or links in a circle are as good as none.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 #: Requests that wait at the same time, where each file must be asked for its size.
 _REQUESTS = 32
 #: A server that is busy for a moment must not end a build of hours.

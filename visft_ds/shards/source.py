@@ -35,6 +35,10 @@ from visft_ds.shards.segmentations import stored_segmentation
 
 #: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
 _AT_ONCE = 1 << 30  # bytes
+#: Fields of an annotation that a label has, or that stand in the label of its image.
+_STORED = frozenset(("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "ignore"))
+#: More words than a caption is learnt with by default; characters beyond which a caption without spaces is no word.
+_MANY_WORDS, _LONG_WORD = 50, 8
 #: COCO's boxes pass the border by rounding; only more than this many pixels is a finding.
 _BORDER = 1.0
 #: What a JSON file has for numbers; the parser refuses those that are not finite.
@@ -105,6 +109,7 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
             table, shown = rules.categories, redacted(instances)
             drafts = _selected(_images(shown, lists["images"], findings), selection, files)
             drops = Drops(shown, "annotations")
+            findings.extend(_namesakes(table))
             _add_annotations(lists["annotations"], drafts, rules, selection.keep_crowd, findings, drops)
             del lists  # and with it the text
             if not selection.allow_drops:
@@ -408,6 +413,8 @@ def _checked(
         kinds.append("instance without mask")
     if entry.get("ignore"):
         kinds.append("ignore flag")
+    if not _STORED.issuperset(entry):
+        findings.add("more fields", f"{_where(entry)}: {', '.join(sorted(map(str, entry.keys() - _STORED)))}")
     for kind in kinds:
         shown = f": {bbox} in {draft.width} x {draft.height}" if kind.startswith("box") else ""
         findings.add(kind, f"{_where(entry)}{shown}")
@@ -415,6 +422,16 @@ def _checked(
     if segmentation is not None:
         stored["segmentation"] = segmentation
     return stored, misread
+
+
+def _namesakes(categories: Iterable[Category]) -> Iterator[tuple[str, str]]:
+    """Findings for names that more than one category has."""
+    ids: dict[str, list[int]] = {}
+    for category in categories:
+        ids.setdefault(category.name, []).append(category.coco_id)
+    for name, found in ids.items():
+        if len(found) > 1:
+            yield "category name twice", f"{name!r}: {', '.join(map(str, found))}"
 
 
 def _add_captions(
@@ -440,6 +457,10 @@ def _add_captions(
         else:
             draft.captions.append(caption)
             drops.kept += 1
+            words = len(caption.split())
+            if words > _MANY_WORDS or (words == 1 and len(caption) > _LONG_WORD):
+                kind = "caption in one piece" if words == 1 else f"caption over {_MANY_WORDS} words"
+                findings.add(kind, f"caption {entry.get('id')} of image {entry.get('image_id')}: {caption[:20]}...")
     if drops.kept:  # of a smaller set of images the captions of all may be given
         drops.spared += strangers
     elif strangers:

@@ -22,7 +22,7 @@ def are_of_coco(ids: Mapping[int, str]) -> bool:
 
 
 def classes_of(task: str, options: Mapping[str, Any], names: Mapping[int, str]) -> tuple[int, ...] | None:
-    """The raw id that each class of a head stands for; None: a class is what it is in the published heads.
+    """The raw id of each class of a head; None: as in the published heads.
 
     Args:
         task: one that learns from annotated objects; any but segmentation may have raw ids as classes.

@@ -1,4 +1,4 @@
-"""Pictures of what a head predicts, beside the ground truth.
+"""Pictures of a head's predictions next to the ground truth.
 
 Pictures are (H, W, 3) uint8 RGB arrays; boxes are (x, y, w, h) in pixels of the given image, as COCO stores them.
 """
@@ -145,7 +145,9 @@ def side_by_side(*panels: tuple[Picture, str]) -> Picture:
         panel[_TITLE_HEIGHT : _TITLE_HEIGHT + picture.shape[0], : picture.shape[1]] = picture
         canvas = Image.fromarray(panel)
         ImageDraw.Draw(canvas).text((2, _TITLE_HEIGHT / 2), title, fill=INK, font=font, anchor="lm")
-        parts += [paper(panel.shape[0], _GAP)] * bool(parts) + [np.asarray(canvas)]
+        if parts:
+            parts.append(paper(panel.shape[0], _GAP))
+        parts.append(np.asarray(canvas))
     return np.concatenate(parts, axis=1)
 
 

@@ -132,14 +132,14 @@ def describe(rng: np.random.Generator, scene: Scene) -> list[str]:
     plain = Counter(NAMES[shape.category] for shape in ordered)
     shares = [shape.whole / shape.visible.size for shape in scene.shapes]
     biggest = int(np.argmax(shares))
-    one = int(rng.integers(len(scene.shapes)))
+    number = int(rng.integers(len(scene.shapes)))
     total = len(scene.shapes)
     every = _join([_counted(name, count) for name, count in plain.items()])
     listed = _join([_counted(words, count) for words, count in coloured.items()] + ([crowd] if crowd else []))
     sentences = [
         f"{listed} on {ground}",
         f"{_counted('shape', total) if total > 1 else 'one shape'}: {every}",
-        f"{with_article(_details(scene.shapes[one], shares[one]))} {_where(scene.shapes[one])}",
+        f"{with_article(_details(scene.shapes[number], shares[number]))} {_where(scene.shapes[number])}",
         f"the largest shape is {with_article(_details(scene.shapes[biggest], shares[biggest]))}",
         _relation(rng, scene.shapes) if total > 1 else f"{listed} and no other shape",
     ]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visft_ds import program
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 from visft_ds.toy.annotations import write_toy_coco
 from visft_ds.toy.classes import KINDS, write_toy_classes
@@ -35,7 +36,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=program("toy"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=program("toy"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--train", type=int, default=2000, help="images in train2017 or train/ (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="images in val2017 or test/ (%(default)s)")

@@ -22,6 +22,7 @@ from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
 from visft_ds.evals.charts import Bar, interval_chart
+from visft_ds.flags import Parser
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Gauge, Section, print_plan
@@ -110,7 +111,7 @@ def _complain(error: Exception, rank: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     kinds = "\n".join(f"    {name:10} {kind.help} ({', '.join(kind.options)})" for name, kind in KINDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{program('evaluate')} benchmarks",
         description=f"{USAGE}\nkinds of benchmarks (and their keys):\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -100,15 +100,15 @@ class Objects:
             if features.texts is not None and "clip" in of_view:
                 similarity = of_view["clip"] @ class_embeddings(features.texts, len(PLAIN)).T
                 ranks = rank_of(similarity, torch.from_numpy(labels))
-                said = [classes[place] for place in similarity.argmax(dim=1).tolist()]
-                yield Score(f"{view}, text top1", hits(ranks, 1), self.test.owners, said, view)
+                answer_names = [classes[place] for place in similarity.argmax(dim=1).tolist()]
+                yield Score(f"{view}, text top1", hits(ranks, 1), self.test.owners, answer_names, view)
                 if len(classes) > 5:
                     yield Score(f"{view}, text top5", hits(ranks, 5), self.test.owners)
             if self.train is not None:
                 train = features.images[f"train {view}"]["pooled"].numpy()
                 right, answers, strength = linear_probe(train, self.train.labels, of_view["pooled"].numpy(), labels)
-                said = [classes[place] for place in answers]
-                yield Score(f"{view}, probe", right, self.test.owners, said, view, {"C": strength})
+                answer_names = [classes[place] for place in answers]
+                yield Score(f"{view}, probe", right, self.test.owners, answer_names, view, {"C": strength})
 
 
 def read_objects(instances: Path, images: Path) -> ObjectSet:

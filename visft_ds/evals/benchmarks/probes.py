@@ -60,8 +60,8 @@ class Probe:
     def scores(self, features: Features) -> Iterator[Score]:
         train, test = (features.images[name]["pooled"] for name in ("train", "test"))
         yield Score("knn", nearest_neighbours(train, self.train.labels, test, self.test.labels, len(self.test.classes)))
-        right, said, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
-        names = [self.test.classes[place] for place in said]
+        right, predicted, strength = linear_probe(train.numpy(), self.train.labels, test.numpy(), self.test.labels)
+        names = [self.test.classes[place] for place in predicted]
         yield Score("linear", right, said=names, shows="test", settings={"C": strength})
         fewest = int(np.bincount(self.train.labels, minlength=len(self.train.classes)).min())
         for shots in (shots for shots in SHOTS if shots <= fewest):
@@ -93,11 +93,11 @@ def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -
     if held.any():
         accuracy = []
         for candidate in gauged(STRENGTHS, "linear probe", len(STRENGTHS), "strengths"):
-            said = _said(train[~held], labels[~held], train[held], candidate)
-            accuracy.append(float((said == labels[held]).mean()))
+            predicted = _said(train[~held], labels[~held], train[held], candidate)
+            accuracy.append(float((predicted == labels[held]).mean()))
         strength = STRENGTHS[int(np.argmax(accuracy))]
-    said = _said(train, labels, test, strength)
-    return (said == truth).astype(np.float64), said, strength
+    predicted = _said(train, labels, test, strength)
+    return (predicted == truth).astype(np.float64), predicted, strength
 
 
 def _few(train: Array, labels: IntArray, test: Array, truth: IntArray, shots: int, draw: int) -> FloatArray:
@@ -117,5 +117,5 @@ def _said(train: Array, labels: IntArray, test: Array, strength: float) -> IntAr
     spread = math.sqrt(float(((train - middle) ** 2).mean())) or 1.0
     model = LogisticRegression(C=strength, max_iter=_STEPS)
     model.fit((train - middle) / spread, labels)
-    said: IntArray = model.predict((test - middle) / spread).astype(np.int64)
-    return said
+    predicted: IntArray = model.predict((test - middle) / spread).astype(np.int64)
+    return predicted

@@ -71,8 +71,8 @@ class Retrieval:
         images, texts = features.images["images"]["clip"], features.texts
         owners = torch.from_numpy(self.data.owners)
         ranks, best = image_to_text(images, texts, owners)
-        said = [self.data.captions[place] for place in best.tolist()]
-        yield Score("image to text R@1", hits(ranks, 1), said=said, shows="images")
+        captions = [self.data.captions[place] for place in best.tolist()]
+        yield Score("image to text R@1", hits(ranks, 1), said=captions, shows="images")
         for k in RECALLS[1:]:
             yield Score(f"image to text R@{k}", hits(ranks, k))
         ranks = text_to_image(images, texts, owners)

@@ -55,11 +55,11 @@ class Words:
         alphabet = sorted({character for word in self.train.words for character in word})
         train, test = (features.images[name]["columns"] for name in ("train", "test"))
         reader = fit(train, self.train.words, alphabet, self.updates)
-        said = read(reader, test, alphabet)
-        pairs = list(zip(said, self.test.words, strict=True))
+        words = read(reader, test, alphabet)
+        pairs = list(zip(words, self.test.words, strict=True))
         exact = np.array([float(one == other) for one, other in pairs])
         near = np.array([1 - edit_distance(one, other) / max(len(one), len(other)) for one, other in pairs])
-        yield Score("words", exact, said=said, shows="test")
+        yield Score("words", exact, said=words, shows="test")
         yield Score("1-NED", near)
 
 
@@ -123,11 +123,11 @@ def fit(columns: Tensor, words: Sequence[str], alphabet: Sequence[str], updates:
 @torch.no_grad()
 def read(reader: Reader, columns: Tensor, alphabet: Sequence[str]) -> list[str]:
     """The most likely path of each word: repeats are one character, blanks none."""
-    said = []
+    words = []
     for start in range(0, len(columns), _EVALUATED):
         for path in reader(columns[start : start + _EVALUATED]).argmax(dim=2).T.tolist():
-            said.append("".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)))
-    return said
+            words.append("".join(alphabet[step] for step, _ in groupby(path) if step < len(alphabet)))
+    return words
 
 
 def steps_needed(word: str) -> int:

@@ -51,7 +51,7 @@ class ZeroShot:
             similarity = embeddings[start : start + _ROWS] @ classes.T
             ranks.append(rank_of(similarity, labels[start : start + _ROWS]))
             best.append(similarity.argmax(dim=1))
-        said = [self.data.classes[place] for place in torch.cat(best).tolist()]
-        yield Score("top1", hits(torch.cat(ranks), 1), said=said, shows="test")
+        names = [self.data.classes[place] for place in torch.cat(best).tolist()]
+        yield Score("top1", hits(torch.cat(ranks), 1), said=names, shows="test")
         if len(self.data.classes) > 5:
             yield Score("top5", hits(torch.cat(ranks), 5))

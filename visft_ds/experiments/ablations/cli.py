@@ -12,6 +12,7 @@ from types import FrameType
 from visft_ds import program
 from visft_ds.experiments.ablations.questions import QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
@@ -54,7 +55,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, QUESTIONS))
     asked = "\n".join(f"    {name:{width}}  {question.asks}" for name, question in QUESTIONS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("ablate"),
         description=f"{USAGE}\nquestions:\n{asked}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from visft_ds import program
+from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 
 #: Command -> (module that has its `add_parser`, its line of help).
@@ -51,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(command: Sequence[str]) -> argparse.ArgumentParser:
     """Flags of the command that is given; of the others their names, as their modules take seconds to import."""
-    parser = argparse.ArgumentParser(
-        prog=program("contrast"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=program("contrast"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         parser_of = commands.add_parser(name, help=text)

@@ -33,7 +33,7 @@ _PROJECTION = re.compile(r"(text\.)?(text_projection|proj)(\.|$)")
 
 @dataclass(frozen=True)
 class TextSide:
-    """A text tower in a whole model."""
+    """A text tower and the model that it is part of."""
 
     tower: TextTower
     parameters: Mapping[str, nn.Parameter]  #: name in `weights` -> the tower's parameters, all of them

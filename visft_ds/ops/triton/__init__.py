@@ -38,7 +38,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Rows of adjacent numbers, in a dtype that whoever runs the kernel computes with."""
+    """Contiguous rows, in a dtype that the kernel or its interpreter computes with."""
     if tensor.stride(-1) != 1 or 0 in tensor.stride():
         tensor = tensor.contiguous()
     return tensor.float() if interpreted() and tensor.dtype == torch.bfloat16 else tensor

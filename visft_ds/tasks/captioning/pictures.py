@@ -1,4 +1,4 @@
-"""Pictures of generated captions, beside the true ones, with what the head looked at for each word.
+"""Pictures of generated captions next to the true ones, with the attention for each word.
 
 One small copy of the image per word shows the attention weights, as figure 2 of "Show, Attend and Tell"
 (arXiv 1502.03044) does. The weights lie on a grid over the whole image, whatever its shape.

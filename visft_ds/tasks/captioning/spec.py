@@ -37,12 +37,12 @@ def _blank(
     return CaptionTargets(tokens, torch.full((images,), content.caption_ids), ((),) * images)
 
 
-def _draw(one: Example) -> Picture:
-    caption = one.results[0]["caption"] if one.results else ""
+def _draw(example: Example) -> Picture:
+    caption = example.results[0]["caption"] if example.results else ""
     words = caption.split()
-    maps = one.output.attention[one.place, : len(words)].float().cpu().numpy()
+    maps = example.output.attention[example.place, : len(words)].float().cpu().numpy()
     grid = math.isqrt(maps.shape[1])
-    return draw_caption(one.pixels(), one.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
+    return draw_caption(example.pixels(), example.raw.captions, caption, words, maps.reshape(len(words), grid, grid))
 
 
 SPEC = TaskSpec(

@@ -32,17 +32,17 @@ def _blank(
     return DetectionTargets(torch.zeros(objects, 4), labels, torch.full((images,), content.objects))
 
 
-def _draw(one: Example) -> Picture:
-    true, found = one.objects(), one.known()
+def _draw(example: Example) -> Picture:
+    true, found = example.objects(), example.known()
     return draw_detections(
-        one.pixels(),
+        example.pixels(),
         [annotation["bbox"] for annotation in true],
-        [one.names[annotation["category_id"]] for annotation in true],
+        [example.names[annotation["category_id"]] for annotation in true],
         [result["bbox"] for result in found],
-        [one.names[result["category_id"]] for result in found],
+        [example.names[result["category_id"]] for result in found],
         [result["score"] for result in found],
-        threshold=one.threshold,
-        colours=palette(list(one.names.values())),
+        threshold=example.threshold,
+        colours=palette(list(example.names.values())),
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of predicted instance masks, beside the ground truth.
+"""Pictures of predicted instance masks next to the ground truth.
 
 Masks are (H, W) bool arrays of the size of the stored image. Each instance is a half-transparent area with an outline;
 areas, outlines and tags are laid over the scaled image, so that small photographs have smooth outlines too.
@@ -195,7 +195,7 @@ def _with_masks(
         (shape, name, tag, tone) for shape, name, tag, tone in zip(shapes, names, tags, tones, strict=True) if shape
     ]
     layer = np.zeros((base.height * _FINE, base.width * _FINE, 4), dtype=np.uint8)
-    upward = sorted(seen, key=lambda one: -_area(one[0]))
+    upward = sorted(seen, key=lambda item: -_area(item[0]))
     for shape, _, _, tone in upward:
         layer[shape.window][shape.inside] = (*tone, round(255 * _FILL))
     for shape, _, _, tone in upward:

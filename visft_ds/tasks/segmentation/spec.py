@@ -36,17 +36,17 @@ def _blank(
     return SegmentationTargets(masks, torch.zeros(objects, dtype=torch.int64), whole, whole, counts, keys)
 
 
-def _draw(one: Example) -> Picture:
-    true, found = [a for a in one.objects() if a.get("segmentation")], one.known()
+def _draw(example: Example) -> Picture:
+    true, found = [a for a in example.objects() if a.get("segmentation")], example.known()
     return draw_masks(
-        one.pixels(),
-        [decode_mask(annotation["segmentation"], *one.raw.size) for annotation in true],
-        [one.names[annotation["category_id"]] for annotation in true],
-        [decode_mask(result["segmentation"], *one.raw.size) for result in found],
-        [one.names[result["category_id"]] for result in found],
+        example.pixels(),
+        [decode_mask(annotation["segmentation"], *example.raw.size) for annotation in true],
+        [example.names[annotation["category_id"]] for annotation in true],
+        [decode_mask(result["segmentation"], *example.raw.size) for result in found],
+        [example.names[result["category_id"]] for result in found],
         [result["score"] for result in found],
-        threshold=one.threshold,
-        colours=palette(list(one.names.values())),
+        threshold=example.threshold,
+        colours=palette(list(example.names.values())),
     )
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
+import pytest
 import torch
 
 from tests.coco_tree import Tree, write_tree
-from tests.ranks import REPOSITORY
 from tests.tiny import TINY
 from visft_ds.config import ResolvedConfig, resolve
 from visft_ds.data.manifest import Category, Manifest
@@ -78,18 +75,10 @@ class World:
         return Tree(self.coco / "val2017", *(self.coco / name for name in names))
 
 
-def load_tool() -> ModuleType:
-    """tools/evaluate.py as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools/evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def make_world(folder: Path) -> World:
-    """Write everything below an empty folder."""
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Nobody may change it."""
+    folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     flags = {"--data": ("visft.data.root", str(folder / "shards"))}
     second = [*SETTINGS, f"visft.heads.path={folder}/stage1/export", "visft.lora.alpha=64.0"]
