@@ -326,7 +326,7 @@ def test_the_first_steps_are_hinted_before_their_window(served: Served, monkeypa
 
 
 def _loader(reader: ShardReader, **options: Any) -> StepLoader:
-    pipeline = SamplePipeline(DetectionTransform(True, fixed_size=32), collate_joint)
+    pipeline = SamplePipeline(alone("detection", True, fixed_size=32), collate_joint)
     plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
     return StepLoader({"toy": DataSet(reader)}, plan, {"detection": {"toy": pipeline}}, **options)
 

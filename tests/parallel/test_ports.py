@@ -6,7 +6,8 @@ import ipaddress
 import json
 
 import pytest
-from tests.integration.ranks import run_ranks
+
+from tests.ranks import run_ranks
 
 #: A rank that prints the addresses it listens on. With a name, on a machine that is called so.
 LISTENING = """

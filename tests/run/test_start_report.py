@@ -89,7 +89,8 @@ def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str],
 
 
 def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
-    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json", "--data"]
+    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json"]
+    arguments += ["--set", "visft.shared.batch_size=12", "--data"]
     assert main([*arguments, str(shards)]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
@@ -109,6 +110,7 @@ def test_a_dry_run_opens_the_files_that_a_start_opens(
     for path in (weights, heads / "detection.safetensors"):
         path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
     settings = {"visft.model.weights": weights, "visft.heads.path": heads, "visft.tasks": "detection"}
+    settings["visft.tasks.detection.batch_size"] = 8
     arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
     arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert main(arguments) == CANNOT_START
