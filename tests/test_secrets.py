@@ -9,10 +9,15 @@ import subprocess
 import sys
 from base64 import b64encode
 from pathlib import Path
+from traceback import format_exception
 
+import fsspec.config
 import pytest
 
+import visft_ds
 from tests.ranks import REPOSITORY
+from tests.shard_server import serve
+from visft_ds.data.store import open_store
 from visft_ds.redaction import redacted, redacted_values, redacted_words, refuse_secrets
 
 #: Kind -> text that may stand nowhere.
@@ -122,3 +127,16 @@ def test_the_url_of_a_folder_holds_no_secret() -> None:
         with pytest.raises(ValueError, match="FSSPEC_HTTP") as refused:
             refuse_secrets(url)
         assert "hidden" not in str(refused.value)
+
+
+def test_tracebacks_hold_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visft_ds._name_missing_package(RuntimeError, RuntimeError("no answer of https://me:hidden@host"), None)
+    assert capsys.readouterr().err == "RuntimeError: no answer of https://***@host\n"
+    options = {"headers": {"Authorization": "Bearer hidden1"}, "params": {"token": "hidden2"}}
+    monkeypatch.setitem(fsspec.config.conf, "http", options)
+    with serve(tmp_path) as served, pytest.raises(ValueError, match="access was denied") as refused:
+        open_store(served.url).load("x")  # the server wants neither header nor token
+    assert "ClientResponseError" in "".join(format_exception(refused.value))
+    assert "hidden" not in "".join(format_exception(refused.value)) + repr(refused.value.__cause__)
