@@ -10,6 +10,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.schema import PRESETS
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return tell(error, "evaluate")
     for problem in problems:
-        print(f"evaluate: {problem}", file=sys.stderr, flush=True)
+        print(f"evaluate: {redacted(problem)}", file=sys.stderr, flush=True)
     return 2 if problems else 0
 
 

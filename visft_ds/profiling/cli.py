@@ -28,6 +28,7 @@ from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.removed import refuse_removed
 from visft_ds.config.resolve import available
+from visft_ds.redaction import redacted_words
 from visft_ds.resilience.errors import tell
 
 TOOL = "tools/profile.py"
@@ -103,7 +104,9 @@ def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[
     if record is not None:
         print_plan(kind.make_title(record), kind.make_sections(record))
         if file is not None:
-            file.write_text(json.dumps({**record, "command": list(command)}, indent=2) + "\n", encoding="utf-8")
+            file.write_text(
+                json.dumps({**record, "command": redacted_words(command)}, indent=2) + "\n", encoding="utf-8"
+            )
             print(f"wrote {file}", flush=True)
     return 0
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Literal
 
+from visft_ds.redaction import redacted
+
 #: Exit code of a rank that stops because another one was killed or hangs.
 LOST_CODE = 3
 #: Exit code after a Ctrl-C that waits for no step.
@@ -117,5 +119,7 @@ def tell(error: Exception, name: str = "error") -> int:
         raise error
     tag = f"[rank {rank}] " if rank != "0" or isinstance(error, (FloatingPointError, LostRank)) else ""
     if scope_of(error) == "one rank" or rank == "0" or os.environ.get("LOCAL_RANK", rank) == "0":
-        print(f"{tag}{'stopped' if isinstance(error, LostRank) else name}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"{tag}{'stopped' if isinstance(error, LostRank) else name}: {redacted(error)}", file=sys.stderr, flush=True
+        )
     return code

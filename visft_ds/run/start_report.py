@@ -35,6 +35,7 @@ from visft_ds.prepare.model import (
     stage_of,
 )
 from visft_ds.prepare.streams import known_vocabulary, plan_of, shards_are_here
+from visft_ds.redaction import redacted_values
 from visft_ds.run.machine import Machine
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -164,7 +165,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
     if as_json:
-        print(json.dumps(config.to_dict(), indent=2))
+        print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return CANNOT_START if reasons else 0
     sections = [

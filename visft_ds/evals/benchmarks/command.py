@@ -29,6 +29,7 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
+from visft_ds.redaction import redacted, redacted_words
 from visft_ds.resilience.errors import met_by_one_rank, tell
 from visft_ds.tasks.pictures import save_png
 
@@ -167,12 +168,12 @@ def _write(
         },
         "rows": as_json(rows),
         "chosen": chosen,
-        "settings": {name: str(value) for name, value in vars(given).items()},
+        "settings": {name: redacted(value) for name, value in vars(given).items()},
         "processes": distributed.world_size(),
         "seconds": round(seconds, 3),
         "pictures": pictures,
         "versions": versions(),
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
