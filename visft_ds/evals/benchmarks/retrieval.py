@@ -204,8 +204,7 @@ def _coco(root: Path, split: str) -> Pairs:
             raise ValueError(f"{path}: a caption of image {annotation.image_id}, which is not among its images")
         texts[annotation.image_id].append(annotation.caption)
     folder = root / f"{split}2017"
-    names = (checked_name(image.file_name, path, folders=True) for image in content.images)
-    return [(folder / name, texts[image.id]) for name, image in zip(names, content.images, strict=True)]
+    return [(folder / checked_name(image.file_name, path, folders=True), texts[image.id]) for image in content.images]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
