@@ -227,11 +227,12 @@ def test_impossible_heads(options: dict[str, int], message: str) -> None:
 # ---- criterion ----
 
 
+@pytest.mark.parametrize("average", ["image", "batch"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
+def test_mean_over_micro_batches_is_the_global_loss(parts: int, average: str) -> None:
     """The reason for given normalisers: images with 0, few and more objects than queries, spread unevenly."""
     counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion = criterion_of("detection", num_queries=7, decoder_layers=3)
+    criterion = criterion_of("detection", num_queries=7, decoder_layers=3, average=average)
     targets, output = _targets(counts), _random_output(8)
     whole = criterion(output, targets, _normaliser([criterion.count(_batch(targets))], 1))
     size = len(counts) // parts

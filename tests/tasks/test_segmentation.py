@@ -297,11 +297,12 @@ def test_impossible_points(options: dict[str, float]) -> None:
 # ---- criterion ----
 
 
+@pytest.mark.parametrize("average", ["image", "batch"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_mean_over_micro_batches_is_the_global_loss(parts: int) -> None:
+def test_mean_over_micro_batches_is_the_global_loss(parts: int, average: str) -> None:
     """The reason for given normalisers and keyed points: images with 0, few and too many objects, spread unevenly."""
     counts = [0, 3, 12, 1, 0, 0, 5, 7]
-    criterion, targets, output = _criterion(), _targets(counts), _output(8)
+    criterion, targets, output = _criterion(average=average), _targets(counts), _output(8)
     whole = criterion(output, targets, _normaliser([_count(criterion, targets)], 1))
     size = len(counts) // parts
     pieces = [(_rows(output, slice(s, s + size)), _images(targets, s, s + size)) for s in range(0, 8, size)]
