@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.profile import main as profile
-from visft_ds.config import changed, removed, resolve
+from visft_ds.config import changed, going_on, identity_differences, removed, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
 from visft_ds.run.folder import recorded_config
@@ -115,6 +115,23 @@ def test_a_later_key_leaves_the_fingerprint_of_older_runs() -> None:
     state = json.loads((run / "checkpoints/step_00000002/state.json").read_text(encoding="utf-8"))
     assert recorded.fingerprint() == state["identity"]["configuration"]
     assert changed(recorded, [f"{AVERAGES[0]}=image"]).fingerprint() != recorded.fingerprint()
+
+
+@pytest.mark.parametrize("stated", [(), AVERAGES[:1]])
+def test_an_older_run_goes_on_as_it_began_unless_another_value_is_stated(stated: tuple[str, ...]) -> None:
+    settings = [f"{key}=image" for key in stated]
+    now = resolve(stage=2, model="debug", settings=settings)
+    older = now.to_dict()
+    for task in ("detection", "segmentation"):
+        del older["visft"]["tasks"][task]["loss"]["average"]
+    recorded = resolve_values(older, "run.json")
+    config = going_on(now, recorded)
+    differences = identity_differences(recorded.identity(), config.identity())
+    assert differences == [f'{key}: "batch" -> "image"' for key in stated]
+    kept = {entry.key: (entry.old, entry.new) for entry in config.replaced[len(now.replaced) :]}
+    assert kept == {key: ("image", "batch") for key in AVERAGES if key not in stated}
+    newer = resolve_values(now.to_dict(), "run.json")
+    assert going_on(now, newer) is now
 
 
 @pytest.mark.usefixtures("gone")

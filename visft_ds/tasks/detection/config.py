@@ -51,7 +51,7 @@ class DetectionLoss(StrictModel):
     l1: Rate = 5.0
     giou: Rate = 2.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
-    average: ClassAverage = "batch"  #: of the cross-entropy
+    average: ClassAverage = "image"  #: of the cross-entropy
 
 
 class DetectionTask(TaskConfig):
