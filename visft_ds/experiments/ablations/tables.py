@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome
-from visft_ds.experiments.ablations.statistics import LEVEL, Estimate
+from visft_ds.experiments.ablations.collect import LEVEL, ArmResult, Estimate, Metric, Outcome
 from visft_ds.monitor.console import Section
 
 BASE_ROW = "before stage 2"
@@ -77,19 +77,15 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "note": outcome.note,
         "seeds": list(outcome.seeds),
         "level": LEVEL,
-        "metrics": [{"name": metric.name, "in_domain": metric.in_domain} for metric in outcome.metrics],
+        "metrics": [asdict(metric) for metric in outcome.metrics],
         "arms": [_arm(arm, outcome.arms[0], outcome.metrics) for arm in outcome.arms],
     }
 
 
 def _arm(arm: ArmResult, first: ArmResult, metrics: Sequence[Metric]) -> dict[str, Any]:
-    numbers = {
-        metric: {str(seed): {"before": pair.before, "after": pair.after} for seed, pair in of.items()}
-        for metric, of in arm.numbers.items()
-    }
     return {
         "name": arm.name,
-        "numbers": numbers,
+        "numbers": {m: {str(seed): asdict(pair) for seed, pair in of.items()} for m, of in arm.numbers.items()},
         "change": {metric.name: _estimate(arm.change(metric.name)) for metric in metrics},
         "against_first": {metric.name: _estimate(arm.against(first, metric.name)) for metric in metrics},
         "failures": list(arm.failures),
