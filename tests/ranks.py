@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,6 +26,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str], *, alone: bool = False) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=alone, **pipes)
 
 
 @cache
@@ -105,19 +111,8 @@ def start_ranks(arguments: Sequence[str], world: int = 2, *, fresh: bool = False
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         }
-        if not fresh:
-            processes.append(Forked(rank, arguments, environment))
-            continue
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        started = _started([sys.executable, *arguments], environment) if fresh else Forked(rank, arguments, environment)
+        processes.append(started)
     return processes
 
 
@@ -139,15 +134,7 @@ def deepspeed(arguments: Sequence[str], world: int = 2) -> list[str]:
 
 def start_command(command: Sequence[str]) -> subprocess.Popen[str]:
     """Start a command in a session of its own; output and errors come through one pipe."""
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return _started(command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, alone=True)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:

@@ -29,7 +29,7 @@ class Served:
     ranges: bool = True
     url: str = ""
     slow_seconds: float = 0.5
-    delay: float = 0.0  #: seconds before each answer to a GET
+    delay: float = 0.0  #: seconds before each answer
     faults: deque[str] = field(default_factory=deque)
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)  #: (method, file, offset, bytes sent)
     authorization: str | None = None  #: the header without which everything is refused
@@ -53,6 +53,7 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
 
         def do_HEAD(self) -> None:
             path = folder / self.path.strip("/")
+            time.sleep(served.delay)
             served.requests.append(("HEAD", path.name, 0, 0))
             if served.authorization != self.headers.get("Authorization"):
                 self._begin(401, 0)
@@ -82,14 +83,16 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
                 served.requests.append(("GET", path.name, int(wanted[1]) if wanted else 0, 0))
                 self._begin(int(fault) if fault.isdigit() else 404, 0)
                 return
-            data = path.read_bytes()
-            first, last = (int(wanted[1]), min(int(wanted[2]), len(data) - 1)) if wanted else (0, len(data) - 1)
-            if first >= len(data):
+            size = path.stat().st_size
+            first, last = (int(wanted[1]), min(int(wanted[2]), size - 1)) if wanted else (0, size - 1)
+            if first >= size:
                 self._begin(416, 0)
                 return
             if fault == "shifted":
                 first, last = first + 1, last + 1
-            body = data[first : last + 1]
+            with path.open("rb") as file:
+                file.seek(first)
+                body = file.read(last + 1 - first)
             if fault == "flipped":
                 body = bytes([body[0] ^ 1]) + body[1:]
             if fault == "short":
@@ -100,7 +103,7 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
-            extra = {"Content-Range": f"bytes {first}-{last}/{len(data)}"} if wanted else {}
+            extra = {"Content-Range": f"bytes {first}-{last}/{size}"} if wanted else {}
             self._begin(206 if wanted else 200, len(body), extra)
             self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
             if fault == "cut":
@@ -122,8 +125,11 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
             except (ConnectionError, ValueError):  # the other side left, or this one did on purpose
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # of the usual 5, a burst of connections overflows; its client tries again after 1 s
+
+    server = Server(("127.0.0.1", 0), Handler)
     served.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as `exit_code`; 3 where another rank was killed or hangs, and after a dry run of what could not start."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     stop = StopFlag(launched="RANK" in os.environ)
+    stop.guard_start()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         options, config = resolve_arguments(words)

@@ -17,12 +17,7 @@ import pytest
 from tests.checkpoint.faulty_disk import SCENES, Died, FaultyDisk, check_after_crash, prepare, save, state, value_of
 from tests.ranks import REPOSITORY
 from visft_ds.checkpoint.disk import explained
-from visft_ds.checkpoint.format import (
-    CheckpointError,
-    newest_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from visft_ds.checkpoint.format import CheckpointError, newest_checkpoint, open_checkpoint, save_checkpoint
 
 FILES = ("parameters.safetensors", "moments.safetensors", "average.safetensors", "state.json")
 

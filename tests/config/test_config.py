@@ -364,10 +364,7 @@ def test_presets_and_overrides_match_the_backbone() -> None:
         (["--stage", "3"], "--stage 3: must be 1"),
         (["--stage", "1", "--modle", "debug"], "--modle: unknown flag; did you mean --model?"),
         (["--stage", "1", "--lr=3"], "Anything else: --set KEY=VALUE"),
-        (
-            ["--stage", "1", "--model", "eva-e"],
-            "did you mean eva_e? There are: clip_vit_b, debug, debug_convnext",
-        ),
+        (["--stage", "1", "--model", "eva-e"], "did you mean eva_e? There are: clip_vit_b, debug, debug_convnext"),
         (["--stage", "1", "--engine", "zero4"], "did you mean zero"),
         (["--stage", "1", "--resume", "yes"], "must be auto"),
         (["--stage", "1", "--set"], "expected one argument"),

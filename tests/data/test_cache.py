@@ -68,6 +68,22 @@ def _reader(served: Served, folder: Path, room: int = 1 << 20) -> ShardReader:
     return ShardReader(Manifest.load(served.url, "toy", cache=CacheOptions(folder, room)))
 
 
+def test_copies_begin_when_the_first_hint_is_read(served: Served, tmp_path: Path) -> None:
+    """A first batch must not share the line with whole shards."""
+    with _reader(served, tmp_path) as reader:
+        reader.prefetch([0, 1, 5])
+        reader.read(0)
+        reader.read(1)
+        time.sleep(0.1)
+        assert len(list(tmp_path.glob("*/*.whole"))) == 1, "the index"
+        assert "copies" not in {thread.name for thread in threading.enumerate()}
+        reader.read(5)
+        deadline = time.monotonic() + 600
+        while len(list(tmp_path.glob("*/*.whole"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def _copies(folder: Path) -> dict[str, int]:
     """Name and size of everything that counts towards the bound."""
     found = {}

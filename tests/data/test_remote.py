@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec.config
 import numpy as np
@@ -299,18 +300,35 @@ def test_reading_ahead_stays_within_its_bound_and_survives_abandoned_hints(
         assert len(served.gets()) == before + 3, "all of them had been read ahead at once"
 
 
-@pytest.mark.parametrize(("ranks", "requests"), [(1, 3), (2, 6)])
+@pytest.mark.parametrize(("ranks", "requests"), [(1, 5), (2, 8)])
 def test_the_loader_fetches_neighbours_of_many_steps_together(served: Served, ranks: int, requests: int) -> None:
     """A hint of one small batch after another would ask for nearly every sample by itself."""
-    pipeline = SamplePipeline(alone("detection", True, fixed_size=32), collate_joint)
     with _open(served) as reader:
-        plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
         for rank in range(ranks):
-            sets, pipelines = {"toy": DataSet(reader)}, {"detection": {"toy": pipeline}}
-            loader = StepLoader(sets, plan, pipelines, dp_rank=rank, dp_size=ranks)
-            assert len(list(loader.steps(0, 6))) == 6
-    # 12 samples in 3 shards; two ranks share every batch, so that neighbours may belong to the other one
+            assert len(list(_loader(reader, dp_rank=rank, dp_size=ranks, prefetch_steps=0).steps(0, 6))) == 6
+    # 12 samples in 3 shards, those of the first step by themselves; two ranks share every batch, so that neighbours may
+    # belong to the other one
     assert len(served.gets()) <= requests
+
+
+def test_the_first_steps_are_hinted_before_their_window(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    hints: list[int] = []
+    monkeypatch.setattr(ShardReader, "prefetch", lambda self, indices, role="both": hints.append(len(indices)))
+    with _open(served) as reader:
+        first = _loader(reader, num_workers=0).steps(0, 6)
+        next(first)
+        assert hints == [2], "the rest is hinted when the second step is asked for"
+        next(first)
+        assert hints == [2, 10]
+        hints.clear()
+        assert len(list(_loader(reader, num_workers=2, prefetch_steps=2).steps(0, 6))) == 6
+        assert hints == [6, 6], "three steps are made before the first is used"
+
+
+def _loader(reader: ShardReader, **options: Any) -> StepLoader:
+    pipeline = SamplePipeline(alone("detection", True, fixed_size=32), collate_joint)
+    plan = Plan({"detection": TaskPlan({"toy": SetPlan(reader.manifest.selection())}, 2)}, 0, "windowed")
+    return StepLoader({"toy": DataSet(reader)}, plan, {"detection": {"toy": pipeline}}, **options)
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

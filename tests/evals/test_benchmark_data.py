@@ -325,7 +325,7 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
 
     images = tmp_path / "val2017"
     for parts, message in (
-        ({"categories": None}, "has no list of categories"),
+        ({"categories": None}, "categories is None, must be a list"),
         ({"annotations": content["annotations"][1:3]}, "no box of at least 16 x 16"),
         ({"categories": [{"id": 5, "name": "cat"}, {"id": 9, "name": "cat"}]}, "the same name"),
         ({"images": []}, "annotation 1 has image 1"),

@@ -131,10 +131,7 @@ def test_the_model_is_the_one_that_trains(world: World) -> None:
     """Rebuilt from files and prepared for training, the same images give the same bits."""
     model, config = load_stage2(world), world.configs[2]
     prepared = prepare_model(
-        config.visft,
-        config.optimizer.params,
-        heads_from=world.run(1) / "export",
-        vocabulary=model.vocabulary,
+        config.visft, config.optimizer.params, heads_from=world.run(1) / "export", vocabulary=model.vocabulary
     ).module.eval()
     with torch.no_grad():
         for name, value in read_adapter(world.adapter).tensors.items():

@@ -185,10 +185,7 @@ def test_a_failing_step_takes_only_those_that_need_it(tmp_path: Path) -> None:
     }
     steps = steps_of(tmp_path, texts, {"broken": "first", "after": "broken", "beside": "first"})
     reasons, said = run_steps(steps, jobs=2)
-    assert reasons == {
-        "broken": "exit status 2: error: no such thing",
-        "after": "needs broken, which failed",
-    }
+    assert reasons == {"broken": "exit status 2: error: no such thing", "after": "needs broken, which failed"}
     assert any("FAILED: broken" in line for line in said)
     finished = {stem for stem, step in steps.items() if step.marker.is_file()}
     assert {stem.partition("-")[0] for stem in finished} == {"first", "beside"}

@@ -243,16 +243,7 @@ def test_dry_run_writes_nothing(tree: Path, pretrained: Path, tmp_path: Path) ->
     status, said, _ = run("pretrain", "--data", tree, "--out", tmp_path / "out", *SMALL, "--dry-run")
     assert status == 0 and "width 32, depth 1" in said
     status, said, _ = run(
-        "text",
-        "--model",
-        pretrained / FILE,
-        "--data",
-        tree,
-        "--batch-size",
-        8,
-        "--out",
-        tmp_path / "out",
-        "--dry-run",
+        "text", "--model", pretrained / FILE, "--data", tree, "--batch-size", 8, "--out", tmp_path / "out", "--dry-run"
     )
     assert status == 0 and "the vision tower is frozen" in said
     assert list(tmp_path.iterdir()) == []

@@ -149,11 +149,7 @@ def test_a_gauge_where_nothing_is_known_yet(capsys: pytest.CaptureFixture[str]) 
         gauge.phase("writing", 10, "files")
         gauge.show(0)
         gauge.show(2, ", now [b]")
-    assert told == [
-        "hashing ...",
-        "writing: 0/10 files",
-        "writing: 2/10 files, now [b], 0.154/s, left 0:00:52",
-    ]
+    assert told == ["hashing ...", "writing: 0/10 files", "writing: 2/10 files, now [b], 0.154/s, left 0:00:52"]
     assert capsys.readouterr().err == ""
 
 

@@ -13,15 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.engine_case import (
-    CLIP,
-    GLOBAL_BATCH,
-    REFUSING,
-    SAVED_AT,
-    SCALE,
-    STEPS,
-    train_plain,
-)
+from tests.parallel.engine_case import CLIP, GLOBAL_BATCH, REFUSING, SAVED_AT, SCALE, STEPS, train_plain
 from tests.parallel.test_refusal import check as check_refusal
 from tests.parallel.test_unchanged import check as check_unchanged
 from tests.ranks import run_ranks

@@ -121,11 +121,7 @@ def test_the_same_command_goes_on(
         seen = _counting(patch)
         assert _run(tmp_path / "parts", "photos", "--no-pictures", *ALL) == 0
         assert seen == []
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
-        command.RESULTS,
-        command.RECORD,
-        "run.lock",
-    ]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [command.RESULTS, command.RECORD, "run.lock"]
 
 
 def test_other_settings_are_refused_in_the_same_folder(

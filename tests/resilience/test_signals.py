@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -130,3 +131,51 @@ def test_only_deepspeeds_launcher_has_a_parent_to_be_missed(name: str) -> None:
     shell.stdin.close()
     assert shell.stdout.readline() == f"{name.startswith('deepspeed')}\n"
     shell.stdout.close()
+
+
+#: A rank in its start, which takes long.
+STARTING = """
+import time
+from visft_ds.resilience.signals import StopFlag
+StopFlag(launched=True).guard_start()
+print("starting", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it starts", "before it has looked"])
+def test_a_rank_that_starts_ends_with_the_command_above_it(late: bool) -> None:
+    """There is nothing to save before the first step, which a large model reaches after minutes."""
+    launcher = f"import time; time.sleep({2 * late}); {LAUNCHER}"
+    words = f"'-c', {launcher!r}, {STARTING!r}, 'deepspeed.launcher.launch'"
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, {words}])"
+    command = subprocess.Popen(
+        [sys.executable, "-c", f"{start}; import time; time.sleep(600)"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "CROSS_RANK": "0"},  # as DeepSpeed's launcher sets it
+    )
+    assert command.stdout is not None
+    if late:
+        time.sleep(1)
+    else:
+        assert command.stdout.readline() == "starting\n"
+    family = psutil.Process(command.pid).children(recursive=True)
+    command.kill()
+    command.wait()
+    said = command.stdout.read()  # to its end: nobody holds the pipe any more
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert alive == []
+    assert said.endswith("stopped before the first step: the launcher is gone\n")
+    command.stdout.close()
+
+
+def test_ctrl_c_ends_a_rank_that_starts_at_once() -> None:
+    command = [sys.executable, "-c", STARTING]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+    assert rank.stdout is not None and rank.stdout.readline() == "starting\n"
+    rank.send_signal(INT)
+    assert rank.communicate(timeout=15)[0] == "stopped before the first step: signal SIGINT\n"
+    assert rank.returncode == 130

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import visft_ds
 from visft_ds.data.shards import DamagedSample
 from visft_ds.resilience.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
 from visft_ds.resilience.processes import machine, started
@@ -158,3 +159,12 @@ def test_a_full_disk_does_not_hide_why_a_rank_ends(tmp_path: Path, monkeypatch: 
         ending()
     (beat,) = read_beats(tmp_path / FOLDER)
     assert (beat.doing, beat.ended) == ("saving", "OSError: [Errno 28] No space left on device")
+
+
+def test_no_time_out_is_told_by_a_clock_that_can_be_set() -> None:
+    """A clock that jumps, by hand or at the end of summer time, must not end a run or let one hang."""
+    package = Path(visft_ds.__file__).parent
+    files = [path for folder in ("resilience", "run", "parallel") for path in (package / folder).glob("*.py")]
+    assert files and not [
+        path for path in files if "time.time()" in path.read_text() or "datetime.now" in path.read_text()
+    ]

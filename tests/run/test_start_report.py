@@ -89,7 +89,8 @@ def test_a_dry_run_ends_with_what_is_missing(capsys: pytest.CaptureFixture[str],
 
 
 def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
-    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json", "--data"]
+    arguments = ["--stage", "1", "--model", "debug", "--dry-run", "--json"]
+    arguments += ["--set", "visft.shared.batch_size=12", "--data"]
     assert main([*arguments, str(shards)]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["visft"]["data"]["root"] == str(shards) and err == ""
@@ -109,6 +110,7 @@ def test_a_dry_run_opens_the_files_that_a_start_opens(
     for path in (weights, heads / "detection.safetensors"):
         path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
     settings = {"visft.model.weights": weights, "visft.heads.path": heads, "visft.tasks": "detection"}
+    settings["visft.tasks.detection.batch_size"] = 8
     arguments = ["--stage", "2", "--model", "debug", "--data", str(shards), "--dry-run"]
     arguments += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert main(arguments) == CANNOT_START
@@ -122,4 +124,7 @@ def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[s
     arguments = ["--stage", "1", "--model", "debug", "--data", str(tmp_path / "shards"), "--dry-run"]
     assert main(arguments) == 2
     assert "no sample with captions, which captioning needs" in capsys.readouterr().err
-    assert main([*arguments, "--set", "visft.tasks=detection,segmentation"]) == 0
+    boxes = [*arguments, "--set", "visft.tasks=detection,segmentation"]
+    assert main(boxes) == CANNOT_START  # 12 images
+    assert "fewer than one global batch of 24" in capsys.readouterr().out
+    assert main([*boxes, "--set", "visft.shared.batch_size=12"]) == 0

@@ -189,7 +189,7 @@ def _write_manifest(root: Path, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda m: m["shards"][0].update(name="../toy-000000.tar"), "is named '../toy-000000.tar'"),
         (lambda m: m["shards"][0].update(count=3), "its rows are not those of the shards"),
         (lambda m: m.update(split="other"), "it is the manifest of 'other'"),
-        (lambda m: m.pop("options"), "must have the fields"),
+        (lambda m: m.pop("options"), "options is missing"),
         (lambda m: m["categories"].pop(), "its content does not give the fingerprint"),
         (lambda m: m.update(fingerprint="0"), "its content does not give the fingerprint"),
     ],

@@ -55,15 +55,7 @@ def as_text(report: Report) -> str:
     """The report as a table of faults and a summary."""
     rows = [("at", "step", "fault", "restarted by", "steps lost", "back after", "")]
     rows += [
-        (
-            f"{one.at:.0f} s",
-            str(one.step),
-            one.kind,
-            one.restarted_by,
-            str(one.lost),
-            f"{one.seconds:.0f} s",
-            one.note,
-        )
+        (f"{one.at:.0f} s", str(one.step), one.kind, one.restarted_by, str(one.lost), f"{one.seconds:.0f} s", one.note)
         for one in report.faults
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(6)]

@@ -14,13 +14,7 @@ from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
 from visft_ds.interop.head_file import HeadInfo, build_empty
 from visft_ds.tasks.captioning.data import CaptionTargets
-from visft_ds.tasks.captioning.head import (
-    PUBLISHED_NAMES,
-    CaptioningHead,
-    CaptioningOutput,
-    pool_valid,
-    postprocess,
-)
+from visft_ds.tasks.captioning.head import PUBLISHED_NAMES, CaptioningHead, CaptioningOutput, pool_valid, postprocess
 from visft_ds.tasks.vocabulary import Vocabulary
 
 D, SIZE, GRID = 6, 9, 3  # ids: 1..5 words, 6 <unk>, 7 <start>, 8 <end>

@@ -266,10 +266,7 @@ def test_losses_and_their_gradient(same_draws: list[Tensor]) -> None:
         auxiliary,
     )
     assert not same_draws
-    loss_denominators = {
-        "masks": torch.tensor(9.0),
-        "class_weight": torch.tensor(9 + 0.1 * (3 * QUERIES - 9)),
-    }
+    loss_denominators = {"masks": torch.tensor(9.0), "class_weight": torch.tensor(9 + 0.1 * (3 * QUERIES - 9))}
     losses = criterion(out, targets, loss_denominators)
     names = {"ce": "loss_cross_entropy", "bce": "loss_mask", "dice": "loss_dice"}
     assert len(criterion.weights) == len(wanted) == 3 * (DECODER_LAYERS + 1)

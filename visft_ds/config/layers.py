@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import CHECKOUT
+from visft_ds.config.records import check_depth
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 
@@ -88,6 +89,9 @@ def load_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON: {error}") from error
+    check_depth(value, name)
     if not isinstance(value, dict):
         raise ValueError(f"{name}: must hold one JSON object, holds {shorten(value)}")
     return value
@@ -172,9 +176,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
             f'--set {text}: must be KEY=VALUE, for example --set optimizer.params.lr=1e-5 (lists: "[1, 2]")'
         )
     try:
-        return key.strip(), json.loads(value)
+        parsed = json.loads(value)
     except json.JSONDecodeError:
         return key.strip(), value
+    except RecursionError as error:
+        raise ValueError(f"--set {key.strip()}: not JSON: {error}") from error
+    check_depth(parsed, f"--set {key.strip()}")
+    return key.strip(), parsed
 
 
 def assign(tree: Tree, key: str, value: Any, source: str) -> None:

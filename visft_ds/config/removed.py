@@ -105,7 +105,11 @@ def _ratios_to_updates(values: dict[str, Any]) -> None:
     """Give tasks that state a `ratio` their `updates` in the same proportion, in place; a run records its length."""
     visft = values.get("visft")
     tasks = visft.get("tasks") if isinstance(visft, dict) else None
-    stated = [task for task in (tasks or {}).values() if isinstance(task, dict) and task.get("ratio") is not None]
+    stated = [
+        task
+        for task in (tasks if isinstance(tasks, dict) else {}).values()
+        if isinstance(task, dict) and task.get("ratio") is not None
+    ]
     shares = [Fraction(str(task["ratio"])) for task in stated]
     common = math.lcm(*(share.denominator for share in shares))
     for task, share in zip(stated, shares, strict=True):

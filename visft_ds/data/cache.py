@@ -54,6 +54,7 @@ class DiskCache:
         self._touched: set[str] = set()
         self._queue: deque[str] = deque()  #: of those touched, what is to be copied
         self._thread: threading.Thread | None = None
+        self._before: int | None = None  #: reads to come before the first copy; None: no hint has said it
         self._failed: StoreFailed | None = None
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -74,11 +75,20 @@ class DiskCache:
             if name not in self._touched:
                 self._touched.add(name)
                 self._queue.append(name)
-                if self._thread is None:
-                    # A daemon: the end of the program does not wait for it, and a copy that was cut off is none.
-                    self._thread = threading.Thread(target=self._copy_all, name="copies", daemon=True)
-                    self._thread.start()
+                self._begin()
         return False
+
+    def begin_after(self, reads: int) -> None:
+        """Begin copies in the background only after so many reads; the first call counts."""
+        if self._before is None:
+            self._before = reads
+
+    def count_read(self) -> None:
+        """Count a read; those that `begin_after` waits for begin the copies."""
+        if self._before:
+            with self._lock:
+                self._before -= 1
+                self._begin()
 
     def read(self, name: str, offset: int, size: int) -> bytes | None:
         """A part of a file; None if there is no copy."""
@@ -111,6 +121,13 @@ class DiskCache:
             thread = self._thread
         if thread is not None:
             thread.join()
+
+    def _begin(self) -> None:
+        """Begin to copy what was touched; the lock is held."""
+        if not self._before and self._queue and self._thread is None:
+            # A daemon: the end of the program does not wait for it, and a copy that was cut off is none.
+            self._thread = threading.Thread(target=self._copy_all, name="copies", daemon=True)
+            self._thread.start()
 
     def _open(self, name: str) -> BinaryIO | None:
         """A copy, which is marked as used; None if there is none of the right size."""

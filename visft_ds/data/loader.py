@@ -136,9 +136,9 @@ class StepLoader:
     def _parts(self, start: int, stop: int | None, step_plans: dict[int, StepPlan]) -> Iterator[StepPlan]:
         """This rank's micro-batches, in order. Remote stores are told of each some steps before it is yielded."""
         planned = deque[list[StepPlan]]()
-        step = start
+        step, least = start, 0
         while stop is None or step < stop:
-            if not planned or (self._hints and sum(map(_samples, planned)) < _HINTED_SAMPLES // 2):
+            if not planned or (self._hints and sum(map(_samples, planned)) < least):
                 hinted: dict[str, list[int]] = {}
                 while stop is None or step + len(planned) < stop:
                     step_plan = step_plans[step + len(planned)] = self.plan.step(step + len(planned))
@@ -146,8 +146,11 @@ class StepLoader:
                     planned.append(parts)
                     for part in parts:
                         hinted.setdefault(part.dataset, []).extend(part.indices.tolist())
-                    if not self._hints or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
+                    # The steps that are made before the first is used come by themselves, ahead of a whole window.
+                    first = step == start and len(planned) > self._prefetch
+                    if not self._hints or first or sum(map(_samples, planned)) >= _HINTED_SAMPLES:
                         break
+                least = 0 if step == start else _HINTED_SAMPLES // 2
                 if self._hints:
                     # all at once: only what is hinted together can be fetched together
                     for dataset, indices in hinted.items():

@@ -47,6 +47,8 @@ MEMORY_BYTES = 256 << 20
 REQUEST_BYTES = 16 << 20
 #: Unwanted bytes between two parts that are fetched along rather than paid for by a second request.
 MAX_GAP = 64 << 10
+#: Parts of the first hint, at most, that are read before copies begin: those would take the line of the first batch.
+FIRST_READS = 64
 #: Hints whose parts are kept: they may be read in another order than they came, but not by more.
 _HINTS = 3
 
@@ -138,12 +140,16 @@ class RemoteStore:
             data = here.ahead.take((name, offset, size))
             if data is None and here.cache is not None and here.cache.touch(name):
                 data = here.cache.read(name, offset, size)
-            return here.requests.fetch(name, offset, offset + size) if data is None else data
+            if data is None:
+                data = here.requests.fetch(name, offset, offset + size)
         except NoRanges:
             if here.cache is None:
                 raise
             with here.cache.open(name) as file:
-                return pread_all(file.fileno(), size, offset)
+                data = pread_all(file.fileno(), size, offset)
+        if here.cache is not None:
+            here.cache.count_read()
+        return data
 
     def load(self, name: str) -> bytes:
         """See `Store.load`."""
@@ -157,6 +163,7 @@ class RemoteStore:
         """See `Store.will_need`."""
         here = self._here()
         if here.cache is not None:
+            here.cache.begin_after(min(len(parts), FIRST_READS))
             copied = {name: here.cache.touch(name) for name in dict.fromkeys(part[0] for part in parts)}
             parts = [part for part in parts if not copied[part[0]]]
         here.ahead.will_need(parts)
@@ -491,7 +498,8 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
         if response.status != 416:  # an empty file
             response.raise_for_status()
         total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length")
-        response.close()
+        if response.status == 206:
+            await response.read()  # a byte: the connection stays open
         if not total or not str(total).isdigit():
             raise ConnectionError("the server does not say how large the file is")
         return int(total)

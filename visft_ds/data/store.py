@@ -239,7 +239,9 @@ class LocalStore:
 
 
 def pread_all(descriptor: int, size: int, offset: int) -> bytes:
-    """Like `os.pread`, which may return less than asked for before the end of the file."""
+    """Like `os.pread`, which may return less than asked for before the end of the file, and takes memory for all."""
+    if size > _CHUNK:
+        size = min(size, max(0, os.fstat(descriptor).st_size - offset))
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -7,7 +7,9 @@ ranks. `train` calls it once an optimiser step; remedies for silent faults of De
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
+import ipaddress
 import logging
 import math
 import os
@@ -23,6 +25,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistNetworkError
 
 from visft_ds import DEEPSPEED
@@ -35,6 +38,8 @@ from visft_ds.resilience.signals import LostRank
 
 #: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT is added.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+#: By which network interface gloo and NCCL talk.
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,13 @@ def start_process_group() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_device())
     try:
+        store = _store_at_home()  # kept until torch has taken it over
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
-    except DistNetworkError as error:
+        del store
+    except (DistNetworkError, OSError) as error:
         if "Connection was likely closed" in str(error):
             raise LostRank(f"another rank ended while the processes met at {os.environ['MASTER_ADDR']}") from error
-        if "EADDRINUSE" not in str(error):
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         port = os.environ["MASTER_PORT"]
         raise ValueError(
@@ -146,6 +153,29 @@ def start_process_group() -> None:
         ) from error
 
 
+def _store_at_home() -> TCPStore | None:
+    """Keep a run whose processes meet at a loopback address to it: torch and gloo would listen on all of the machine's.
+
+    Returns the store at which they meet; `init_process_group` of this process finds it by its port. None where it is
+    for another process to make.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        if address != "localhost" and not ipaddress.ip_address(address).is_loopback:
+            return None
+    except ValueError:  # a name
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == "127.0.0.1" for one in addresses):
+            for variable in _INTERFACES:
+                os.environ.setdefault(variable, name)
+    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family).detach()
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener)
+
+
 @contextlib.contextmanager
 def environment_as_found() -> Iterator[None]:
     """Remove at the end what `start_process_group` added to the environment: a program that is started later must not
@@ -154,7 +184,7 @@ def environment_as_found() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in {*_ALONE, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
+        for name in {*_ALONE, *_INTERFACES, "MASTER_PORT", "TORCH_FR_BUFFER_SIZE"} - found:
             os.environ.pop(name, None)
 
 

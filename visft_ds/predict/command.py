@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+from pydantic import ConfigDict
 
 from visft_ds.checkpoint.disk import explained
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Number, Whole, as_record, parse_json
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
@@ -124,6 +127,24 @@ def _batches(files: Sequence[Path], size: int, skipped: dict[str, str], gauge: G
         yield images
 
 
+class PredictedResult(StrictModel):
+    """Result of a task in an image, in COCO's format."""
+
+    model_config = ConfigDict(extra="allow")
+
+    category_id: Number = 0  #: where it has one
+
+
+class PredictedImage(StrictModel):
+    """Line of an image; `found` are its results by task, in COCO's format."""
+
+    id: Whole
+    file_name: str
+    width: Natural
+    height: Natural
+    found: dict[str, list[PredictedResult]]
+
+
 class Record:
     """The record of a folder of predictions, open for more lines; a context manager.
 
@@ -159,8 +180,10 @@ class Record:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line that was cut off is written again
         try:
-            lines = [orjson.loads(line) for line in whole.splitlines()]
-        except orjson.JSONDecodeError as error:
+            lines = [parse_json(line, "a line") for line in whole.splitlines()]
+            for line in whole.splitlines()[1:]:
+                as_record(line, PredictedImage, "a line")
+        except ValueError as error:
             raise ValueError(f"{self._path} is damaged ({error}): choose another --out, or remove it") from error
         if lines and lines[0] != header:
             there = lines[0] if isinstance(lines[0], dict) else {}

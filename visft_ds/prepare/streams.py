@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 
 from visft_ds.config.preflight import is_url
-from visft_ds.config.schema import VisftConfig
+from visft_ds.config.schema import DataConfig, VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import SamplePipeline
 from visft_ds.data.manifest import Manifest, manifest_path
@@ -119,10 +119,15 @@ def known_vocabulary(config: VisftConfig) -> Vocabulary | None:
     if task.vocabulary.file is not None:
         path = Path(task.vocabulary.file)
         return read_vocabulary(path) if path.is_file() else None
-    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
-    if any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places):
+    if not shards_are_here(data):
         return None
     return vocabulary_of(config, *captioned(open_training_data(config, check_shards=False)))
+
+
+def shards_are_here(data: DataConfig) -> bool:
+    """Return True if all training sets lie on this machine, so that they can be looked at before a run."""
+    places = [(data.root, data.train), *((one.root, one.split) for one in data.sets)]
+    return not any(is_url(root) or not manifest_path(Path(root), split).is_file() for root, split in places)
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

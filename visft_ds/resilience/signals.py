@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -21,6 +22,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHER = "deepspeed.launcher.launch"
 #: Where a supervisor says who it is, in the environment of its command.
 _SUPERVISOR = "VISFT_SUPERVISOR"
+_GONE = -2  # no process and no answer of `processes.parent`
+#: Seconds between looks at those above this process before the first step.
+_LOOK = 0.5
 #: What gloo and NCCL say to a rank whose peer is gone.
 LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
 
@@ -75,6 +79,8 @@ class RanksDiffer(RuntimeError):
 
 #: Exit code of a rank that stops because another one was killed or hangs.
 LOST_CODE = 3
+#: Exit code after a Ctrl-C that waits for no step.
+INTERRUPTED = 130
 
 
 class LostRank(RuntimeError):
@@ -93,6 +99,12 @@ def supervised() -> dict[str, str]:
     """Environment for a command that this process supervises: its ranks stop when this process is gone."""
     pid = os.getpid()
     return {**os.environ, _SUPERVISOR: f"{pid} {processes.started(pid)} {processes.machine()}"}
+
+
+def _takes_orphans_in(pid: int) -> bool:
+    """Return True for the first process of a machine or container, or of a user's session, unless it is a launcher."""
+    words = processes.command(pid)
+    return (pid == 1 or "".join(words[:1]).endswith("/systemd")) and "deepspeed" not in " ".join(words)
 
 
 class StopFlag:
@@ -119,13 +131,41 @@ class StopFlag:
         # Without a launcher (nohup, a shell that ends) there is nobody to miss.
         self._launcher = os.getppid() if launched else 0
         self._runner = processes.parent(self._launcher) if _LAUNCHER in processes.command(self._launcher) else 0
+        # Who was killed before this line is not there to be missed: orphans have been taken in by then.
+        if launched and "CROSS_RANK" in os.environ and _takes_orphans_in(self._launcher):
+            self._launcher = _GONE
+        if self._runner and _takes_orphans_in(self._runner):
+            self._runner = _GONE
         self._supervisor = os.environ.get(_SUPERVISOR, "")
+        self._listening = threading.Event()
+
+    def guard_start(self) -> None:
+        """Until `listen`, end this process when the launcher or supervisor is gone: there is nothing to save yet.
+
+        The start of a large model takes minutes, in which nobody looks at the flag. A Ctrl-C, too, ends a launched
+        process at once: as an exception it would wait for the other ranks on its way out.
+        """
+        if self._launcher and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt_at_start)
+        if self._launcher or self._supervisor:
+            threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
+
+    def _interrupt_at_start(self, number: int, frame: FrameType | None) -> None:
+        print("stopped before the first step: signal SIGINT", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    def _end_at_start(self) -> None:
+        while not self._listening.wait(_LOOK):
+            if self:
+                print(f"stopped before the first step: {self.reason}", file=sys.stderr, flush=True)
+                os._exit(LOST_CODE)
 
     def listen(self) -> None:
         """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet.
 
         Python hands signals to the main thread only: called in another one, it does nothing.
         """
+        self._listening.set()
         if threading.current_thread() is threading.main_thread():
             self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
 

@@ -87,7 +87,7 @@ class Peers:
                 for seen in self._seen.values():
                     seen.alive = now
         self._looked, self._timed = now, timed
-        for rank, beat in beats.items():
+        for rank, beat in ((rank, beat) for rank, beat in beats.items() if rank in self._seen):
             seen = self._seen[rank]
             if rank == self._own and (seen.beat is None or beat.position != seen.beat.position):
                 self._moved = now

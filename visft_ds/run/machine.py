@@ -102,10 +102,14 @@ def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path =
     needed, free = largest * ready * distributed.processes_here(), shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder} has {free / 1e6:.0f} MB free; {ready} batches for each training process of this machine may "
-            f"need {needed / 1e6:.0f} MB: give the container more (docker run --shm-size=8g), or use --set "
+            f"{folder} has {_megabytes(free)} free; {ready} batches for each training process of this machine may "
+            f"need {_megabytes(needed)}: give the container more (docker run --shm-size=8g), or use --set "
             "visft.data.workers=threads, or a smaller visft.data.prefetch_steps"
         )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.{0 if size >= 1e7 else 2}f} MB"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from visft_ds.ops.attention import attention_backend, packed_backend
 from visft_ds.parallel import distributed
 from visft_ds.planner import PlannedRun, memory_of, plan_largest, run_of
 from visft_ds.prepare.data import RunData
-from visft_ds.prepare.datasets import classes_of_run, known_classes, workers_of
+from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file
 from visft_ds.prepare.model import (
     PUBLISHED_VOCABULARY,
@@ -34,7 +34,7 @@ from visft_ds.prepare.model import (
     plan_model,
     stage_of,
 )
-from visft_ds.prepare.streams import known_vocabulary
+from visft_ds.prepare.streams import known_vocabulary, plan_of, shards_are_here
 from visft_ds.run.machine import Machine
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -185,6 +185,11 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
 
 def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabulary | None) -> Iterator[str]:
     """Reasons why files that are there could not be read at a start; only their names and shapes are looked at."""
+    if shards_are_here(config.data):
+        try:
+            plan_of(config, open_training_data(config, check_shards=False))
+        except ValueError as error:
+            yield f"this run cannot start: {error}"
     try:
         check_base_file(config.model, module.backbone)
     except (ValueError, OSError) as error:

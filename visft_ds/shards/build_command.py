@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.build import Options, build
@@ -73,6 +74,7 @@ def add_build_parser(commands: Any, summary: str) -> None:
     add = images.add_argument
     add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
     add("--bad", choices=("quarantine", "fail"), default="quarantine", help="unusable images: leave out, or stop")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"largest image (default {MAX_PIXELS:,})")
     add("--reencode", type=_reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
     running = parser.add_argument_group("how it runs")
     add = running.add_argument
@@ -106,6 +108,7 @@ def run_build(options: argparse.Namespace) -> int:
         licenses=options.license,
         check=options.check,
         reencode=options.reencode,
+        max_pixels=options.max_pixels,
         allow_drops=options.allow_drops,
     )
     began = time.perf_counter()

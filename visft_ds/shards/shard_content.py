@@ -11,7 +11,7 @@ from typing import Any
 
 from isal import isal_zlib
 
-from visft_ds.data.decode import decode_image, image_format, image_size
+from visft_ds.data.decode import MOST_PIXELS, decode_image, image_format, image_size
 from visft_ds.data.labels import parse_label, stored_size, trainable
 from visft_ds.shards.problem import Problem
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
@@ -173,7 +173,7 @@ class _Reading:
             raise ValueError(f"it is named .{extension}, but its content is {kind}")
         size = image_size(data)
         if self._decode:
-            pixels = decode_image(data)
+            pixels = decode_image(data, max_pixels=MOST_PIXELS)
             size = (pixels.shape[0], pixels.shape[1])
         return size
 

@@ -144,6 +144,8 @@ def _no_garbage_collection() -> Iterator[None]:
     gc.disable()
     try:
         yield
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"a value of the COCO files is nested too deep: {error}") from error
     finally:
         if enabled:
             gc.enable()

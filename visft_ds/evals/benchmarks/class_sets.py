@@ -14,7 +14,6 @@ Each has its images in a folder of the split (`test`, `val`, `validation`, `trai
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from visft_ds.config.records import read_record
 from visft_ds.evals.benchmarks import imagenet
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
@@ -167,12 +167,13 @@ def _of_folders(
 
 def _read_objectnet(root: Path) -> ClassSet:
     try:
-        labels = json.loads((root / "mappings/folder_to_objectnet_label.json").read_text(encoding="utf-8"))
-        shared = json.loads((root / "mappings/objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        labels = read_record(root / "mappings/folder_to_objectnet_label.json", dict[str, str])
+        shared = read_record(root / "mappings/objectnet_to_imagenet_1k.json", dict[str, str])
+    except ValueError as error:
         raise ValueError(f"{root}/mappings is not that of ObjectNet: {error}") from error
     own = root / "images" if (root / "images").is_dir() else root
-    folders = sorted(own / folder for folder, label in labels.items() if label in shared and (own / folder).is_dir())
+    inside = {path.name: path for path in own.iterdir() if path.is_dir()}
+    folders = sorted(inside[folder] for folder, label in labels.items() if label in shared and folder in inside)
     if not folders:
         raise ValueError(f"{own} has none of the {len(shared)} folders that ObjectNet shares with ImageNet")
     classes = [labels[folder.name] for folder in folders]

@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from visft_ds.config.fields import StrictModel
 from visft_ds.config.preflight import CANNOT_START, render_missing
+from visft_ds.config.records import read_record
 from visft_ds.experiments.ablations.collect import FEWEST, collect
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
@@ -84,6 +86,13 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
     return planner, [planner.plan(name, question, range(given.seeds)) for name, question in questions.items()]
 
 
+class AblationsFile(StrictModel):
+    """Mark of a folder of comparisons."""
+
+    format: Literal["visft_ds ablations"]
+    scale: dict[str, Any]
+
+
 def _check_folder(out: Path, scale: Scale) -> None:
     """Refuse a folder of other things, or of comparisons at another scale: tables of the two would stand side by side.
 
@@ -95,17 +104,14 @@ def _check_folder(out: Path, scale: Scale) -> None:
     if not out.exists() or not {path.name for path in out.iterdir()} - {LOCK_FILE}:
         return
     try:
-        record = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{out} is not empty and holds no ablations (no {MARKER}); choose another --out")
+        record = read_record(out / MARKER, AblationsFile)
+    except ValueError as error:
+        raise ValueError(f"{out} is not empty and holds no ablations (no {MARKER}); choose another --out") from error
     here = _record(scale)["scale"]
     other = [
-        f"{key}: {record['scale'].get(key)} there, {value} here"
+        f"{key}: {record.scale.get(key)} there, {value} here"
         for key, value in here.items()
-        if record["scale"].get(key) != value
+        if record.scale.get(key) != value
     ]
     if other:
         raise ValueError(f"{out} holds ablations of another plan ({'; '.join(other)}); choose another --out")

@@ -6,7 +6,12 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import ConfigDict, StringConstraints
+
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, Whole, read_record
 from visft_ds.evals.page import render
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair
 from visft_ds.experiments.ablations.draw import chart
@@ -15,6 +20,30 @@ from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import Section, print_plan
 
 TABLE, CHART, PAGE, MARKDOWN = "table", "chart.svg", "report.html", "report.md"
+
+
+class ArmEntry(StrictModel):
+    """Arm in the table of a question; what follows from its numbers stands beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    numbers: dict[
+        str, dict[Annotated[str, StringConstraints(pattern=r"^\d{1,18}$")], Pair]
+    ]  #: metric -> seed -> numbers
+    failures: list[str]
+
+
+class OutcomeFile(StrictModel):
+    """Content of the table of a question."""
+
+    question: str
+    asks: str
+    note: str
+    seeds: list[Whole]
+    level: Finite = 0.95
+    metrics: list[Metric]
+    arms: list[ArmEntry]
 
 
 def write_question(root: Path, outcome: Outcome) -> list[Path]:
@@ -52,21 +81,17 @@ def write_report(root: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """Read what `write_question` wrote into a folder."""
-    record = json.loads((folder / f"{TABLE}.json").read_text(encoding="utf-8"))
+    """Read what `write_question` wrote into a folder. Raises ValueError for another file."""
+    record = read_record(folder / f"{TABLE}.json", OutcomeFile)
     arms = [
         ArmResult(
-            arm["name"],
-            {
-                metric: {int(seed): Pair(pair["before"], pair["after"]) for seed, pair in of.items()}
-                for metric, of in arm["numbers"].items()
-            },
-            tuple(arm["failures"]),
+            arm.name,
+            {metric: {int(seed): pair for seed, pair in of.items()} for metric, of in arm.numbers.items()},
+            tuple(arm.failures),
         )
-        for arm in record["arms"]
+        for arm in record.arms
     ]
-    metrics = [Metric(metric["name"], metric["in_domain"]) for metric in record["metrics"]]
-    return Outcome(record["question"], record["asks"], record["note"], tuple(record["seeds"]), metrics, arms)
+    return Outcome(record.question, record.asks, record.note, tuple(record.seeds), record.metrics, arms)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
