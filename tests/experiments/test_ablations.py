@@ -24,8 +24,14 @@ from visft_ds.experiments.ablations.questions import QUESTIONS, TASKS, TOWERS, A
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.scales import Scale
 from visft_ds.experiments.ablations.steps import Step, StepList
-from visft_ds.experiments.ablations.tables import markdown, remarks, sections
-from visft_ds.experiments.ablations.write import read_outcome, write_question, write_report
+from visft_ds.experiments.ablations.write import (
+    markdown,
+    read_outcome,
+    remarks,
+    sections,
+    write_question,
+    write_report,
+)
 from visft_ds.run.folder import BACKBONE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
