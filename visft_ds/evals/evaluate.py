@@ -207,18 +207,14 @@ def answer(given: Request) -> EvaluationResult:
     job = replace(job, source=replace(job.source, streams=streams))
     with met_by_one_rank(ValueError, OSError, StoreFailed):
         if distributed.world_size() > 1:
-            _start_process_group()
+            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+            start_process_group()
         with _packed(manifest, job, given.coco) as ready:
             remedy = "Evaluate it on data of its own categories"
             check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
             _check_truth(job.source.tasks, ready, given.limit)
             return _evaluate(job, given, model, ready, f"{precision} ({why})")
-
-
-def _start_process_group() -> None:
-    from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-    start_process_group()
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
