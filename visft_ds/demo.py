@@ -103,17 +103,9 @@ class Demo:
         self.save()
         if makes is not None and makes.exists():
             _remove(makes)
+        command_line = list(command)
         if processes > 1:
-            command_line = [
-                *command[:1],
-                "--num_gpus",
-                str(processes),
-                "--master_port",
-                str(_free_port()),
-                *command[1:],
-            ]
-        else:
-            command_line = list(command)
+            command_line[1:1] = ["--num_gpus", str(processes), "--master_port", str(_free_port())]
         print(f"  $ {_shown(command_line)}", flush=True)
         log = self.out / "logs" / f"{self.number:02}-{name.replace(' ', '-')}.log"
         environment = {**same_code(), **self.environment, "OMP_NUM_THREADS": str(max(1, self.cores // processes))}

@@ -21,8 +21,7 @@ from tests.coco_tree import write_tree
 from tools.make_shards import main
 from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
-from visft_ds.shards.problem import Problem
-from visft_ds.shards.shard_content import read_shard
+from visft_ds.shards.shard_content import Problem, read_shard
 from visft_ds.shards.shard_writer import TarWriter
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.shards.verify import VerifyProgress, verify

@@ -209,19 +209,15 @@ def answer(given: Request) -> EvaluationResult:
     with ExitStack() as stack:
         with met_by_one_rank():
             if distributed.world_size() > 1:
-                _start_process_group()
+                from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+                start_process_group()
             ready = stack.enter_context(_packed(manifest, job, given.coco))
         remedy = "Evaluate it on data of its own categories"
         check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
         _check_truth(job.source.tasks, ready, given.limit)
         with met_by_one_rank():
             return _evaluate(job, given, model, ready, f"{precision} ({why})")
-
-
-def _start_process_group() -> None:
-    from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-    start_process_group()
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:

@@ -253,7 +253,7 @@ def _runs(report: Report) -> dict[str, Any]:
 def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
     visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]
     lora, model = visft["lora"], visft["model"]
-    facts = {
+    return {
         "backbone": f"{model['name']}, weights: {model['weights'] or 'random'}",
         "what trains": ", ".join(
             f"{group['name']} ({group['params']}, learning rate {group['lr'] or optimizer['params']['lr']:g})"
@@ -269,7 +269,6 @@ def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(visft["seed"]),
         "started": record.started,
     }
-    return facts
 
 
 def _step_fact(visft: Mapping[str, Any]) -> str:

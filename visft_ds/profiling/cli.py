@@ -94,7 +94,7 @@ def _check_folder(file: Path | None) -> None:
 
 
 def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[str], file: Path | None) -> int:
-    """Print the tables that a module makes of its record, and write it where a file is given. Returns exit status 0.
+    """Print the `tables` that a module makes of its record, and write it where a file is given. Returns exit status 0.
 
     Args:
         record: None on all ranks but the main one.
@@ -102,7 +102,7 @@ def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[
     from visft_ds.monitor.console import print_plan
 
     if record is not None:
-        print_plan(kind.make_title(record), kind.make_sections(record))
+        print_plan(*kind.tables(record))
         if file is not None:
             file.write_text(
                 json.dumps({**record, "command": redacted_words(command)}, indent=2) + "\n", encoding="utf-8"
@@ -190,9 +190,8 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
         return config
     from visft_ds.profiling import train
 
-    lengths = train.Lengths(options.steps, options.warmup)
     _check_folder(options.json)
-    record = train.measure_train(config, lengths, synthetic=options.synthetic)
+    record = train.measure_train(config, options.steps, options.warmup, synthetic=options.synthetic)
     return _show(record, train, command, options.json)
 
 

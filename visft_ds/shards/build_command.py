@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.build import Options, build
-from visft_ds.shards.finish import BuildReport, left_out, report_dict
+from visft_ds.shards.finish import BuildReport, left_out
 from visft_ds.shards.images import CHECK_LEVELS
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.workers import BuildProgress
@@ -121,7 +122,7 @@ def run_build(options: argparse.Namespace) -> int:
             on_progress=partial(show_progress, gauge),
         )
     if options.json:
-        print(orjson.dumps(report_dict(report), option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps(asdict(report), option=orjson.OPT_INDENT_2).decode())
     else:
         _print_report(report, time.perf_counter() - began)
     return 0

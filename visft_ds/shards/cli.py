@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
-        from visft_ds.shards.drops import TooManyDropsError
+        from visft_ds.shards.findings import TooManyDropsError
 
         print(f"make_shards: {redacted(error)}", file=sys.stderr)
         return 3 if isinstance(error, TooManyDropsError) else 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ class BuildReport:
     findings: Sequence[Mapping[str, Any]]
     quarantine: Sequence[Mapping[str, Any]]
     fingerprint: str | None
-
-
-def report_dict(report: BuildReport) -> dict[str, Any]:
-    """The report as plain data, for JSON."""
-    return asdict(report)
 
 
 def write_manifest(

@@ -24,14 +24,12 @@ import orjson
 
 from visft_ds.data.manifest import Category
 from visft_ds.redaction import redacted
-from visft_ds.shards.box_forms import FORMS, other_form
 from visft_ds.shards.categories import CategoryMap, map_categories
-from visft_ds.shards.drops import Drops, wrong_box, wrong_integer, wrong_kind
-from visft_ds.shards.findings import Findings
+from visft_ds.shards.findings import Drops, Findings, wrong_box, wrong_integer, wrong_kind
 from visft_ds.shards.inputs import read_file
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import short_name
-from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.segmentations import FORMS, other_form, stored_segmentation
 
 #: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
 _AT_ONCE = 1 << 30  # bytes

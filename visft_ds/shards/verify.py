@@ -30,9 +30,8 @@ from visft_ds.data.manifest import (
     shard_files,
 )
 from visft_ds.data.store import file_digest
-from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.shard_compare import compare_shard
-from visft_ds.shards.shard_content import Places, ShardContent, read_shard
+from visft_ds.shards.shard_content import Places, Problem, ShardContent, read_shard, some
 
 #: Option of manifests that version 0.1 made from tars alone: a list; WRITER where another program wrote them.
 UNKNOWN, WRITER = "unknown", "writer"

@@ -16,12 +16,11 @@ from typing import Any, Literal
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.preflight import CANNOT_START, render_missing
 from visft_ds.config.records import read_record
-from visft_ds.experiments.ablations.collect import collect
+from visft_ds.experiments.ablations.collect import FEWEST, collect
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure, Runner
 from visft_ds.experiments.ablations.scales import Scale, check_scale
-from visft_ds.experiments.ablations.statistics import FEWEST
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
 from visft_ds.interop.writing import write_text

@@ -22,7 +22,7 @@ from visft_ds.flags import Parser
 
 #: Command -> (module that has its `add_parser`, its line of help).
 COMMANDS = {
-    "pretrain": ("pretrain_command", "a small CLIP from random weights, as base weights of toy runs"),
+    "pretrain": ("pretrain", "a small CLIP from random weights, as base weights of toy runs"),
     "text": ("text_command", "the text tower of a CLIP on new captions; the vision tower is frozen"),
 }
 
