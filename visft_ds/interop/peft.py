@@ -493,9 +493,10 @@ def _read_timm(path: Path) -> Adapter:
     kinds = [kind for kind in KINDS if told.magnitude or kind != "lora_magnitude"]
     names = [f"{layer}.{kind}" for layer in told.places for kind in kinds]
     whole = bool(names) and set(names) == set(file)
-    for layer in told.places if whole else ():
+    for layer, place in told.places.items() if whole else ():
         a, b = file.shape(f"{layer}.lora_A"), file.shape(f"{layer}.lora_B")
-        if len(a) not in (2, 4) or len(b) != 2 or 0 in (*a, *b) or {a[0], b[1]} != {told.rank}:
+        parts = max(len(place.slices), 1)  # each has rows of lora_A of its own
+        if len(a) not in (2, 4) or len(b) != 2 or 0 in (*a, *b) or (a[0], b[1]) != (parts * told.rank, told.rank):
             raise ValueError(f"{file.path}: {layer} has lora_A {a} and lora_B {b}, its header says rank {told.rank}")
     adapter = Adapter(
         told.rank,

@@ -169,7 +169,7 @@ def _store_at_home() -> TCPStore | None:
         if any(one.address == "127.0.0.1" for one in addresses):
             for variable in _INTERFACES:
                 os.environ.setdefault(variable, name)
-    if os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if distributed.joined() or os.environ["RANK"] != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, port), family=family).detach()
