@@ -29,7 +29,7 @@ from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
 
 #: Source of the values that `missing_keys` fills in.
-_EARLIER = "the release it began with"
+EARLIER = "the release it began with"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
 #: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
 #: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
@@ -265,16 +265,16 @@ def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     the values that mean what the run did without them.
     """
     kept = without_removed(values, origin)
-    return _typed(merge([(origin, kept), (_EARLIER, missing_keys(kept))]), recorded=True)
+    return _typed(merge([(origin, kept), (EARLIER, missing_keys(kept))]), recorded=True)
 
 
 def going_on(config: ResolvedConfig, recorded: ResolvedConfig) -> ResolvedConfig:
     """The configuration with which a recorded run goes on: as it began where its record lacks a key, unless stated."""
     now = dict(flatten(config.to_dict()))
     kept = [
-        Replaced(key, now[key], value, "default", _EARLIER)
+        Replaced(key, now[key], value, "default", EARLIER)
         for key, value in registry.earlier_settings().items()
-        if recorded.sources.get(key) == _EARLIER and key not in config.sources and now.get(key, value) != value
+        if recorded.sources.get(key) == EARLIER and key not in config.sources and now.get(key, value) != value
     ]
     if not kept:
         return config
