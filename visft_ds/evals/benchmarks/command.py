@@ -15,12 +15,11 @@ import orjson
 
 from visft_ds import program
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
-from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
-from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
+from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, sheet
 from visft_ds.evals.charts import Bar, interval_chart
 from visft_ds.flags import Parser
 from visft_ds.interop.writing import write_atomically
