@@ -36,6 +36,7 @@ from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, read_record
 from visft_ds.config.task_schema import SHARED
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
 if TYPE_CHECKING:
@@ -154,10 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         show_demo(demo.out, demo.finished, photographs=given.coco, seconds=time.perf_counter() - began)
     except (ValueError, OSError) as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {redacted(error)}", file=sys.stderr)
         return 2
     except StepFailed as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {redacted(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from visft_ds import CHECKOUT, program
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 #: What the test suite runs with; other versions that setup.py allows may well work.
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         findings = list(examine(options.folder, options.model, options.port))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(error)}", file=sys.stderr)
         return 2
     order = (PROBLEM, WARNING, OK)
     rows = [finding.row() for status in order for finding in findings if finding.status == status]

@@ -17,6 +17,7 @@ from typing import Any
 
 from visft_ds import CHECKOUT
 from visft_ds.config.records import check_depth
+from visft_ds.redaction import redacted_values
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 
@@ -99,7 +100,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """JSON of a value, cut to fit into a message."""
-    text = json.dumps(value)
+    text = json.dumps(redacted_values(value))
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 

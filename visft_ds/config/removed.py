@@ -1,4 +1,7 @@
-"""Keys, commands and flags that are gone, each with what serves instead. Naming one is answered with that."""
+"""Keys, commands and flags that are gone, each with what serves instead. Naming one is answered with that.
+
+And keys that came later: a record without them means what its release did.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,22 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if isinstance(node, dict) and name in node and node.pop(name) != idle.get(key):
             print(f"{origin}: {key} was removed in 0.2 and is left out: {instead}", file=sys.stderr)
     return kept
+
+
+def missing_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, nested as their keys, that a recorded configuration stands for by lacking keys of later releases."""
+    missing: dict[str, Any] = {}
+    for key, value in registry.earlier_settings().items():
+        *parents, name = key.split(".")
+        node: Any = values
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name not in node:
+            target = missing
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[name] = value
+    return missing
 
 
 def _ratios_to_updates(values: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from visft_ds.config.layers import Tree, leaves, shorten
 from visft_ds.config.records import plain
 from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
+from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -221,6 +222,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for key, problem in task.contradictions():
             yield f"visft.tasks.{name}.{key}", problem
     data = visft.data
+    roots = {"visft.data.root": data.root, **{f"visft.data.sets.{n}.root": one.root for n, one in enumerate(data.sets)}}
+    for key, root in roots.items():
+        try:
+            refuse_secrets(root)
+        except ValueError as error:
+            yield key, str(error)
     sets = [data.train, *(other.name for other in data.sets)]
     for number, one in enumerate(data.sets):
         if one.name in sets[: number + 1]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import as_record, read_record
 from visft_ds.data.store import file_digest
+from visft_ds.names import checked_name
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Ending of the file that says which shard holds which tensor, as transformers writes it.
@@ -249,16 +250,10 @@ class ShardIndex(StrictModel):
 def read_index(path: Path) -> dict[str, Path]:
     """Tensor -> the shard that holds it, of an index file. Raises ValueError for anything else, and for lost shards."""
     shards = read_record(path, ShardIndex).weight_map
-    # A name with a folder in it would lead out of the model's own folder.
-    foreign = sorted({shard for shard in shards.values() if Path(shard).name != shard})
-    lost = sorted(
-        {shard for shard in shards.values() if shard not in foreign and not os.path.isfile(path.parent / shard)}
-    )
-    if foreign or lost:
-        raise ValueError(
-            f"{path}: "
-            + (f"{examples(foreign)} is not a plain file name" if foreign else f"{examples(lost)} is missing")
-        )
+    for shard in sorted(set(shards.values())):
+        checked_name(shard, path)
+    if lost := sorted({shard for shard in shards.values() if not os.path.isfile(path.parent / shard)}):
+        raise ValueError(f"{path}: {examples(lost)} is missing")
     return {name: path.parent / shard for name, shard in shards.items()}
 
 

@@ -28,6 +28,7 @@ from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Finite, Natural, Whole, as_record, read_record
 from visft_ds.config.removed import RUN_SCHEMA
 from visft_ds.monitor.callbacks import Callback
+from visft_ds.redaction import redacted_values, redacted_words
 
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
@@ -283,11 +284,11 @@ class RunRecord:
         record = {
             "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": list(self.command),
+            "command": redacted_words(self.command),
             "world_size": self.world_size,
             "versions": versions(),
             "git": git_revision(Path(__file__).resolve().parents[2]),
-            "config": dict(self.config),
+            "config": redacted_values(self.config),
             "inputs": dict(self.inputs),
             "earlier": [],
         }

@@ -27,6 +27,7 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction, category_name
+from visft_ds.redaction import redacted
 from visft_ds.run.lock import locked
 from visft_ds.tasks.pictures import save_png
 
@@ -61,7 +62,7 @@ def predict(given: argparse.Namespace) -> int:
 
 
 def _complain(text: str) -> int:
-    print(f"predict: {text}", file=sys.stderr, flush=True)
+    print(f"predict: {redacted(text)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -118,7 +119,7 @@ def _batches(files: Sequence[Path], size: int, skipped: dict[str, str], gauge: G
             images.append(open_image(file))
         except ValueError as error:
             skipped[str(file)] = str(error)
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+            print(f"skipped {redacted(error)}", file=sys.stderr, flush=True)
             gauge.add()
         if len(images) == size:
             yield images

@@ -45,8 +45,8 @@ from visft_ds.profiling.timing import (
     metered,
     typical_parts,
 )
+from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.signals import RankError
 from visft_ds.tasks import TASKS
 
 FORMAT, VERSION = "visft_ds profile", 1

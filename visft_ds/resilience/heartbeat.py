@@ -11,9 +11,7 @@ from pathlib import Path
 
 from visft_ds.config.fields import STRICT
 from visft_ds.config.records import Whole, read_record
-from visft_ds.data.store import StoreFailed
 from visft_ds.resilience.processes import state
-from visft_ds.resilience.signals import INTERRUPTED, LostRank, RanksDiffer
 
 FOLDER = "heartbeats"
 
@@ -51,21 +49,6 @@ def read_beats(folder: Path) -> Iterator[Beat]:
             continue
         if path.stem == f"rank_{beat.rank:05d}":
             yield beat
-
-
-def exit_code(error: BaseException) -> int:
-    """Exit code of a rank: 2 for what the user can mend (a server of the data that does not answer counts as such),
-    4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
-
-    Launchers report the first code that they find, in the order of ranks: who follows must not hide the reason.
-    """
-    if isinstance(error, LostRank):
-        return error.code
-    if isinstance(error, FloatingPointError):
-        return 4
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
 
 
 def asked_to_stop(folder: Path) -> bool:

@@ -112,6 +112,8 @@ def recorded_config(out: Path) -> ResolvedConfig:
 def read_run(out: Path) -> RunFile:
     """The record of the run in `out`. Raises ValueError as `recorded_config`."""
     record = out / RECORD_FILE
+    if not record.is_file():
+        raise ValueError(f"there is no run in {out}: {record} does not exist")
     try:
         data = record.read_bytes()
         found = parse_json(data, str(record))

@@ -22,6 +22,8 @@ import orjson
 
 from visft_ds.data.decode import MAX_PIXELS, MOST_PIXELS
 from visft_ds.data.manifest import VERSION, index_path, manifest_path, shard_name, shards_among
+from visft_ds.names import shown_name, wrong_name
+from visft_ds.redaction import redacted
 from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
 from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
 from visft_ds.shards.inputs import open_images
@@ -164,8 +166,8 @@ def build(
     samples = _locate(_ordered(source.images, options), options, treatment, missing)
     if not samples:
         raise ValueError(
-            f"no image of the data set is usable in {options.images}: {'; '.join(left_out(missing))}. File names are "
-            "relative to --images."
+            f"no image of the data set is usable in {redacted(options.images)}: {'; '.join(left_out(missing))}. "
+            "File names are relative to --images."
         )
     if dry_run:
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
@@ -259,6 +261,8 @@ def _locate(
         path = PurePath(image.file_name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
             quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
+        elif reason := wrong_name(image.file_name, folders=True):
+            quarantine.append(quarantined(image, "unsafe name", reason))
         else:
             safe.append(image)
     samples = []
@@ -273,7 +277,9 @@ def _locate(
 
 def _refuse_bad(options: Options, quarantine: Sequence[Mapping[str, Any]]) -> None:
     if quarantine and options.fail_on_bad:
-        shown = "; ".join(f"{bad['file_name']}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3])
+        shown = "; ".join(
+            f"{shown_name(bad['file_name'])}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3]
+        )
         raise ValueError(f"{len(quarantine)} unusable images: {shown}. Repair them, or use --bad quarantine.")
 
 

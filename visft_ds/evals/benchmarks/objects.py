@@ -38,6 +38,7 @@ from visft_ds.evals.benchmarks.protocol import (
     sentences,
 )
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
+from visft_ds.names import checked_name
 
 VIEWS = ("crop", "marked")
 MARGIN = 1.2
@@ -164,7 +165,7 @@ def read_objects(instances: Path, images: Path) -> ObjectSet:
         raise ValueError(f"{instances} has no box of at least {SMALLEST:g} x {SMALLEST:g} pixels that is no crowd")
     boxes.sort(key=lambda entry: entry[0])  # neighbours share their image
     used = sorted({number for number, _, _ in boxes})
-    files = [images / content.images[number].file_name for number in used]
+    files = [images / checked_name(content.images[number].file_name, instances, folders=True) for number in used]
     pictures = from_files(files, images)
     # Boxes of an image follow each other, also where threads share them: it is decoded once.
     pictures = replace(pictures, read=lru_cache(maxsize=_KEPT)(pictures.read))

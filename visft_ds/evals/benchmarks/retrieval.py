@@ -26,6 +26,7 @@ from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Number, read_record
 from visft_ds.evals.benchmarks.images import from_files
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits
+from visft_ds.names import checked_name
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
@@ -203,7 +204,7 @@ def _coco(root: Path, split: str) -> Pairs:
             raise ValueError(f"{path}: a caption of image {annotation.image_id}, which is not among its images")
         texts[annotation.image_id].append(annotation.caption)
     folder = root / f"{split}2017"
-    return [(folder / image.file_name, texts[image.id]) for image in content.images]
+    return [(folder / checked_name(image.file_name, path, folders=True), texts[image.id]) for image in content.images]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
@@ -228,4 +229,4 @@ def _token_file(path: Path, root: Path) -> Pairs:
         found.setdefault(name.rpartition("#")[0], []).append(caption)
     folders = (root / "flickr30k-images", root / "images")
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    return [(folder / name, captions) for name, captions in found.items()]
+    return [(folder / checked_name(name, path, folders=True), captions) for name, captions in found.items()]

@@ -25,6 +25,7 @@ from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
+from visft_ds.redaction import redacted_words
 from visft_ds.resilience.processes import same_code
 from visft_ds.run.folder import LOCK_FILE
 from visft_ds.run.lock import locked
@@ -173,4 +174,4 @@ def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> Non
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""
-        print(f"# {step.title}{mark}\n{shlex.join(step.command)}")
+        print(f"# {step.title}{mark}\n{shlex.join(redacted_words(step.command))}")
