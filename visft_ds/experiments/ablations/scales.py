@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.experiments.ablations.steps import Step, StepList
+from visft_ds.flags import check_least
 
 TOY_MODEL = "debug"
 #: Images of the toy sets and their side in pixels; `b` is drawn in other colours, textures and grounds.
@@ -87,8 +88,7 @@ def check_scale(scale: Scale) -> None:
     Raises:
         ValueError: another model than the toy one without data or benchmarks, or the toy one's things for toy images.
     """
-    if scale.processes < 1:
-        raise ValueError(f"--processes {scale.processes} is not allowed: give at least 1")
+    check_least(scale, processes=1)
     if scale.toy:
         if scale.model != TOY_MODEL:
             raise ValueError(
