@@ -46,7 +46,7 @@ RESERVED = {
     "triton": ("visft_ds.ops",),
     "flash_attn": ("visft_ds.ops",),
     "jinja2": ("visft_ds.evals.page",),
-    "matplotlib": ("visft_ds.evals.charts", "visft_ds.experiments.ablations.draw"),
+    "matplotlib": ("visft_ds.evals.charts", "visft_ds.experiments.ablations.write"),
 }
 #: Rooms and modules whose functions may take a run's whole configuration: where it is resolved, planned and turned into
 #: parts, and commands over a run. All others are handed what they need of it.

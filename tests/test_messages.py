@@ -11,7 +11,7 @@ from tests.test_layering import own_syntax
 MAY = {
     "visft_ds/config/removed.py": "the name under which a removed command is looked up",
     "visft_ds/experiments/ablations/plan.py": "commands of the plan, run from the checkout",
-    "visft_ds/experiments/ablations/toy.py": "the same",
+    "visft_ds/experiments/ablations/scales.py": "the same",
     "visft_ds/resilience/supervisor.py": "recognises the command that it supervises",
 }
 

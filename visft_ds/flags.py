@@ -1,4 +1,4 @@
-"""Command lines whose errors name the nearest flag."""
+"""Command lines: errors that name the nearest flag, and numbers that a flag does not take."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)
                 message += f"; did you mean {near[0]}?" if word.startswith("--") and near else ""
         super().error(redacted(message))
+
+
+def check_least(given: object, **least: int) -> None:
+    """Raise ValueError for a flag, an attribute of `given`, whose number is smaller than it may be; None: not given."""
+    for name, smallest in least.items():
+        value = getattr(given, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {smallest}")
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:

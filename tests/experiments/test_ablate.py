@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import TINY
-from visft_ds.experiments.ablations import cli, scales, toy
+from visft_ds.experiments.ablations import cli, scales
 
 
 @pytest.mark.slow
@@ -17,11 +17,11 @@ def test_a_question_from_images_to_tables(
 ) -> None:
     pytest.importorskip("open_clip")
     for name, value in {"TOY_TRAIN": 24, "TOY_VAL": 12, "TOY_SIDE": 56, "TOY_CLASS_TRAIN": 24}.items():
-        monkeypatch.setattr(toy, name, value)
-    monkeypatch.setattr(toy, "TOY_CLASS_TEST", 24)
-    monkeypatch.setattr(toy, "TOY_BUILT_IN", ())
+        monkeypatch.setattr(scales, name, value)
+    monkeypatch.setattr(scales, "TOY_CLASS_TEST", 24)
+    monkeypatch.setattr(scales, "TOY_BUILT_IN", ())
     tower = [part for name in ("width=32", "depth=2", "num_heads=2", "image_size=56") for part in ("--set", name)]
-    monkeypatch.setattr(toy, "TOY_PRETRAINING", (*tower, "--steps", "2", "--batch-size", "8"))
+    monkeypatch.setattr(scales, "TOY_PRETRAINING", (*tower, "--steps", "2", "--batch-size", "8"))
     monkeypatch.setattr(scales, "TOY_TEXT", ("--steps", "2", "--batch-size", "8"))
     lengths = ("scheduler.params.warmup_num_steps=0", "scheduler.params.total_num_steps=2")
     monkeypatch.setattr(scales, "TOY_STAGE1", lengths)

@@ -18,13 +18,13 @@ from scipy import stats
 from tests.experiments.ablation_steps import TELL, run_steps, steps_of
 from visft_ds.experiments.ablations import cli, command
 from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect, estimate
-from visft_ds.experiments.ablations.draw import chart
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner, Trial
 from visft_ds.experiments.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.scales import Scale
 from visft_ds.experiments.ablations.steps import Step, StepList
 from visft_ds.experiments.ablations.write import (
+    chart,
     markdown,
     read_outcome,
     remarks,

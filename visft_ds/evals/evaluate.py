@@ -33,6 +33,7 @@ from visft_ds.evals.model import (
     streams_without_run,
 )
 from visft_ds.evals.runner import TaskEvaluation, as_metrics, check_truth, collect, measure
+from visft_ds.flags import check_least
 from visft_ds.interop.heads import check_categories
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.monitor.metrics import versions
@@ -48,8 +49,6 @@ from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
 from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.pictures import Picture, grid, save_png
-
-_LEAST = {"limit": 1, "image_size": 14, "batch_size": 1, "beam_size": 1, "threads": 0, "images": 0}
 
 
 @dataclass(frozen=True)
@@ -236,10 +235,7 @@ def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) ->
 
 
 def _job(given: Request) -> Job:
-    for name, least in _LEAST.items():
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
+    check_least(given, limit=1, image_size=14, batch_size=1, beam_size=1, threads=0, images=0)
     if given.data and given.coco:
         raise ValueError("--data and --coco both say where the images are: give one of them")
     data, coco = given.data, given.coco

@@ -15,6 +15,7 @@ import orjson
 
 from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path
+from visft_ds.flags import check_least
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.finish import BuildReport, left_out
@@ -89,8 +90,7 @@ def add_build_parser(commands: Any, summary: str) -> None:
 
 def run_build(options: argparse.Namespace) -> int:
     """Build and print the report. Returns the exit status. Raises what `build` raises."""
-    if options.workers < 1:
-        raise ValueError(f"--workers {options.workers} is not allowed: give at least 1")
+    check_least(options, workers=1)
     settings = Options(
         images=options.images,
         instances=options.instances,

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from visft_ds.data.manifest import Manifest, splits_in
+from visft_ds.flags import check_least
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.info import describe, describe_step
 from visft_ds.shards.remote import is_url, local_path
@@ -82,9 +83,7 @@ def _folder(text: str) -> Path:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Verify splits; 1 if there are problems."""
-    for name in ("workers", "limit"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} is not allowed: give at least 1")
+    check_least(options, workers=1, limit=1)
     splits = options.split or traces_of_splits(options.folder)
     if not splits:
         raise ValueError(f"{options.folder} holds nothing of any split")

@@ -15,14 +15,13 @@ import orjson
 
 from visft_ds import program
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
-from visft_ds.evals.benchmarks.gallery import order, sheet
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
 from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
-from visft_ds.evals.benchmarks.table import Row, as_json, rows_of, section
+from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, sheet
 from visft_ds.evals.charts import Bar, interval_chart
-from visft_ds.flags import Parser
+from visft_ds.flags import Parser, check_least
 from visft_ds.interop.writing import write_atomically
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.monitor.console import Gauge, Section, print_plan
@@ -89,10 +88,7 @@ def _measure(
 def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
     if lacking := [name for name in _EXTRA if find_spec(name) is None]:
         raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
-    for name, least in {"batch_size": 1, "threads": 0, "images": 0, "image_size": 1}.items():
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
+    check_least(given, batch_size=1, threads=0, images=0, image_size=1)
     specs = [parse_model(text) for text in given.model]
     labels = [spec.label for spec in specs]
     if twice := [label for label in labels if labels.count(label) > 1]:

@@ -21,8 +21,8 @@ from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.compare import MAIN, METRICS
 from visft_ds.experiments.ablations.plan import AFTER, BEFORE, AblationPlan, Trial
 from visft_ds.experiments.ablations.run import Failure
+from visft_ds.experiments.ablations.scales import HOME
 from visft_ds.experiments.ablations.steps import Step
-from visft_ds.experiments.ablations.toy import HOME
 
 LEVEL = 0.95
 #: Differences below which there is no interval.

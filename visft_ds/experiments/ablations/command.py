@@ -23,6 +23,7 @@ from visft_ds.experiments.ablations.run import Failure, Runner
 from visft_ds.experiments.ablations.scales import Scale, check_scale
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
+from visft_ds.flags import check_least
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
 from visft_ds.redaction import redacted_words
@@ -60,8 +61,7 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
     """
     if given.seeds < FEWEST:
         raise ValueError(f"--seeds {given.seeds}: an interval over seeds needs at least {FEWEST}, better 3 or more")
-    if given.jobs < 1:
-        raise ValueError(f"--jobs {given.jobs} is not allowed: give at least 1")
+    check_least(given, jobs=1)
     names = list(QUESTIONS) if given.questions == ["all"] else list(dict.fromkeys(given.questions))
     questions = {name: find_question(name) for name in names}
     if given.arms is not None:

@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerProcess
 
 from visft_ds.experiments.ablations.child import run_command
 from visft_ds.experiments.ablations.steps import Step
+from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock
 from visft_ds.redaction import redacted_words
 
@@ -120,9 +121,7 @@ class _Running:
             "seconds": round(time.monotonic() - self.began, 1),
             "title": step.title,
         }
-        temporary = step.marker.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(step.marker)
+        write_text(step.marker, json.dumps(record, indent=1) + "\n", overwrite=True)
         return None
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe
 from visft_ds.experiments.contrastive.pairs import PairOrder, read_pairs
+from visft_ds.flags import check_least
 from visft_ds.interop.writing import refuse_existing
 from visft_ds.monitor.console import Section, print_plan
 
@@ -52,8 +53,7 @@ def check_common(given: argparse.Namespace) -> None:
     """Raise ValueError for packages that are missing, an `--out` that exists, nonsense in common flags."""
     if lacking := [name for name in _EXTRA if find_spec(name) is None]:
         raise ValueError(f"not installed: {', '.join(lacking)}. This needs the extra eval: pip install '.[eval]'")
-    if given.log_every < 1:
-        raise ValueError(f"--log-every {given.log_every} is not allowed: give at least 1")
+    check_least(given, log_every=1)
     refuse_existing(given.out)
 
 

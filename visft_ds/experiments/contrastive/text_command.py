@@ -31,6 +31,7 @@ from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
 from visft_ds.experiments.contrastive.text import DEFAULT_RECIPE, TextTuning, Trained, Tuned, check_ranks, tune_text
 from visft_ds.experiments.contrastive.text_sides import TextSide, text_side, write_side
+from visft_ds.flags import check_least
 from visft_ds.interop.files import base_identity, open_weights, sha256_file
 from visft_ds.interop.open_clip import FILE
 from visft_ds.models.eva_vit import PRESETS
@@ -99,10 +100,7 @@ def run_text(given: argparse.Namespace) -> None:
 
 def _prepare(given: argparse.Namespace) -> _TextJob:
     check_common(given)
-    for name, least in {"encode_batch": 1, "threads": 0, "image_size": 1}.items():
-        value = getattr(given, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least {least}")
+    check_least(given, encode_batch=1, threads=0, image_size=1)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)
     if precision == "fp16":
