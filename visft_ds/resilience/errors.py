@@ -80,7 +80,7 @@ def met_by_one_rank() -> Iterator[None]:
 
 
 def scope_of(error: BaseException) -> Scope:
-    """Which ranks meet an error: where nothing is known, a mistake is met by all, and anything else by one."""
+    """Ranks that meet an error: where nothing is known, a mistake is met by all, and anything else by one."""
     if isinstance(error, (RankError, Diverged, StoreFailed, RanksDiffer, LostRank)):
         return error.scope
     return "all ranks" if isinstance(error, ValueError) else "one rank"
