@@ -76,7 +76,7 @@ def match(
     check_labels(labels_host, range(num_classes), image_of_host, image_ids)
     if not np.isfinite(cost_host).all():
         _raise_not_finite(terms, targets, image_of_host, image_ids)
-    pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device)
+    pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device, non_blocking=True)
     return Matches(*pairs)
 
 

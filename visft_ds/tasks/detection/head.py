@@ -186,7 +186,7 @@ class DetectionCriterion:
     def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Sums (L,) over images and queries, each term with the weight of its target class (L, B, Q)."""
         weight = logits.new_ones(logits.shape[-1])
-        weight[-1] = self.no_object
+        weight[-1:] = self.no_object
         terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
         return terms.view(len(logits), -1).sum(dim=1)
 

@@ -223,7 +223,7 @@ class SegmentationCriterion:
     def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
         """Sums (L,) over images and queries, each term with the weight of its target class, `wanted` (L, B, Q)."""
         weight = logits.new_ones(logits.shape[-1])
-        weight[-1] = self.no_object
+        weight[-1:] = self.no_object
         terms = F.cross_entropy(logits.flatten(end_dim=2), wanted.flatten(), weight, reduction="none")
         return terms.view(len(logits), -1).sum(dim=1)
 
