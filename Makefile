@@ -4,13 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
 MINUTES ?= 30
+INPUTS ?= 50000
+SEED   ?= 0
 DEVICE ?= cuda
 OLD    ?= HEAD~1
 NEW    ?= HEAD
 TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: help install test test-parallel test-slow reach lint demo gpu golden freeze clean
+.PHONY: fuzz help install test test-parallel test-slow reach lint demo gpu golden freeze clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -19,6 +21,7 @@ help:
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
+	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
@@ -47,6 +50,9 @@ test-parallel: install
 
 test-slow: install
 	$(BIN)/python -m tests.slow --minutes $(MINUTES)
+
+fuzz: install
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
 
 reach: install
 	$(BIN)/python -m tests.house

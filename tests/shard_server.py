@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Served:
     faults: deque[str] = field(default_factory=deque)
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)  #: (method, file, offset, bytes sent)
     authorization: str | None = None  #: the header without which everything is refused
+    query: str = ""  #: likewise, behind the "?" of every address
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -52,10 +54,10 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
         disable_nagle_algorithm = True  # header and body are two packets, of which the second would wait 40 ms
 
         def do_HEAD(self) -> None:
-            path = folder / self.path.strip("/")
+            path = folder / urlsplit(self.path).path.strip("/")
             time.sleep(served.delay)
             served.requests.append(("HEAD", path.name, 0, 0))
-            if served.authorization != self.headers.get("Authorization"):
+            if not self._may():
                 self._begin(401, 0)
                 return
             self._begin(200 if path.is_file() else 404, path.stat().st_size if path.is_file() else 0)
@@ -65,13 +67,17 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Served]:
                 served.at_once += 1
                 served.most_at_once = max(served.most_at_once, served.at_once)
             try:
-                self._get(folder / self.path.strip("/"))
+                self._get(folder / urlsplit(self.path).path.strip("/"))
             finally:
                 with served.lock:
                     served.at_once -= 1
 
+        def _may(self) -> bool:
+            given = self.headers.get("Authorization"), urlsplit(self.path).query
+            return given == (served.authorization, served.query)
+
         def _get(self, path: Path) -> None:
-            if served.authorization != self.headers.get("Authorization"):
+            if not self._may():
                 self._begin(401, 0)
                 return
             asked_size = self.headers.get("Range") == "bytes=0-0"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from visft_ds import doctor
-from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, Purpose, main
+from visft_ds.doctor import OK, PROBLEM, WARNING, Finding, main
 from visft_ds.resilience import host_memory
 
 
@@ -26,30 +26,33 @@ def test_a_taken_port_is_named_with_the_way_around() -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (finding,) = doctor.check_port(Purpose(port=port))
+        (finding,) = doctor.check_port(port)
         assert finding.status == WARNING and f"--master_port {port + 1}" in finding.remedy
-    (finding,) = doctor.check_port(Purpose(port=port))
+    (finding,) = doctor.check_port(port)
     assert finding.status == OK
 
 
-def test_locks_of_killed_builds_are_found_wherever_torch_puts_them(tmp_path: Path) -> None:
-    (finding,) = doctor.check_locks([tmp_path])
+def test_locks_of_killed_builds_are_found_wherever_torch_puts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (finding,) = doctor.check_locks()
     assert finding.status == OK
     for name in ("py311_cpu/fused_adam", "cpu_adam"):  # the cache's own folder, and TORCH_EXTENSIONS_DIR
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "lock").touch()
     os.utime(tmp_path / "cpu_adam" / "lock", (time.time() - 7200, time.time() - 7200))
-    old, new = sorted(doctor.check_locks([tmp_path]), key=lambda finding: finding.found)
+    old, new = sorted(doctor.check_locks(), key=lambda finding: finding.found)
     assert old.status == new.status == WARNING
     assert "120 minutes old" in old.found and f"rm '{tmp_path}/cpu_adam/lock'" in old.remedy
 
 
 def test_a_model_that_does_not_fit_is_a_problem_only_if_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "host_memory_available", lambda: 4 * 2**30)  # between EVA-G and EVA-E
-    assert statuses(doctor.check_memory(Purpose())) == {"host memory": OK, "debug": OK, "eva_g": OK, "eva_e": WARNING}
-    assert statuses(doctor.check_memory(Purpose(model="eva_e")))["eva_e"] == PROBLEM
-    assert statuses(doctor.check_memory(Purpose(model="eva_g")))["eva_g"] == OK
+    assert statuses(doctor.check_memory()) == {"host memory": OK, "debug": OK, "eva_g": OK, "eva_e": WARNING}
+    assert statuses(doctor.check_memory("eva_e"))["eva_e"] == PROBLEM
+    assert statuses(doctor.check_memory("eva_g"))["eva_g"] == OK
 
 
 def test_wrong_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +90,9 @@ def test_adapters_without_effect_are_a_problem(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_check_that_fails_is_a_finding_and_the_others_go_on(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
-    (finding,) = doctor._guarded(doctor.check_write_speed, Purpose(folder=gone))
+    (finding,) = doctor._guarded(doctor.check_write_speed(gone))
     assert finding.status == PROBLEM and "FileNotFoundError" in finding.found
-    (finding,) = doctor._guarded(doctor.check_write_speed, Purpose(folder=tmp_path))
+    (finding,) = doctor._guarded(doctor.check_write_speed(tmp_path))
     assert finding.status in (OK, WARNING) and list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +114,7 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     findings = [Finding(OK, "a", "well"), Finding(WARNING, "b", "so so", "Do this")]
-    monkeypatch.setattr("visft_ds.doctor.examine", lambda plan: iter(findings))
+    monkeypatch.setattr("visft_ds.doctor.examine", lambda *_: iter(findings))
     assert main([]) == 0
     findings.append(Finding(PROBLEM, "c", "ill"))
     assert main([]) == 1

@@ -23,6 +23,7 @@ PACKAGE = "visft_ds"
 APART = (
     "parallel.distributed",
     "resilience.processes",
+    "resilience.errors",
     "resilience.signals",
     "run.folder",
     "tasks.registry",

@@ -6,7 +6,7 @@ The public names are those of `_PUBLIC`; each is imported when it is first asked
 import sys
 from importlib import import_module
 from pathlib import Path
-from traceback import walk_tb
+from traceback import format_exception, walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,9 @@ def _name_missing_package(kind: type[BaseException], error: BaseException, trace
         code.co_name in _IMPORTING or "importlib" in code.co_filename or "runpy" in code.co_filename for code in codes
     )
     if name is None or name.startswith(f"{__name__}.") or not importing:
-        sys.__excepthook__(kind, error, trace)
+        from visft_ds.redaction import redacted
+
+        print(redacted("".join(format_exception(kind, error, trace))), end="", file=sys.stderr)
         return
     remedy = "Enter the project's environment: `make install` once, then `. .venv/bin/activate`"
     if CHECKOUT is None:

@@ -28,12 +28,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from visft_ds import program
 from visft_ds.config import resolve
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, read_record
 from visft_ds.config.task_schema import SHARED
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 from visft_ds.resilience.processes import same_code
 
 if TYPE_CHECKING:
@@ -100,17 +103,9 @@ class Demo:
         self.save()
         if makes is not None and makes.exists():
             _remove(makes)
+        command_line = list(command)
         if processes > 1:
-            command_line = [
-                *command[:1],
-                "--num_gpus",
-                str(processes),
-                "--master_port",
-                str(_free_port()),
-                *command[1:],
-            ]
-        else:
-            command_line = list(command)
+            command_line[1:1] = ["--num_gpus", str(processes), "--master_port", str(_free_port())]
         print(f"  $ {_shown(command_line)}", flush=True)
         log = self.out / "logs" / f"{self.number:02}-{name.replace(' ', '-')}.log"
         environment = {**same_code(), **self.environment, "OMP_NUM_THREADS": str(max(1, self.cores // processes))}
@@ -137,6 +132,14 @@ class Demo:
         temporary.replace(self.out / MARKER)
 
 
+class DemoFile(StrictModel):
+    """Content of the marker file."""
+
+    format: Literal["visft_ds demo"]
+    arguments: dict[str, Any]
+    finished: dict[str, Finite]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     given = _parser().parse_args(arguments)
@@ -152,10 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         show_demo(demo.out, demo.finished, photographs=given.coco, seconds=time.perf_counter() - began)
     except (ValueError, OSError) as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {redacted(error)}", file=sys.stderr)
         return 2
     except StepFailed as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {redacted(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -224,19 +227,18 @@ def _earlier(out: Path, arguments: Mapping[str, Any], *, check: bool) -> dict[st
         ValueError: the folder was not made by a demo, or (with `check`) by one with other arguments.
     """
     try:
-        record = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{out} exists and was not made by this demo (it has no {MARKER}); choose another --out")
-    other = [name for name, value in arguments.items() if record["arguments"].get(name) != value]
+        record = read_record(out / MARKER, DemoFile)
+    except ValueError as error:
+        raise ValueError(
+            f"{out} exists and was not made by this demo (it has no {MARKER}); choose another --out"
+        ) from error
+    other = [name for name, value in arguments.items() if record.arguments.get(name) != value]
     if check and other:
-        there = ", ".join(f"{name} = {record['arguments'].get(name)}" for name in other)
+        there = ", ".join(f"{name} = {record.arguments.get(name)}" for name in other)
         raise ValueError(
             f"{out} holds a demo with other arguments (there: {there}); choose another --out, or --force to remove it"
         )
-    return dict(record["finished"])
+    return record.finished
 
 
 def _check_tree(coco: Path) -> None:

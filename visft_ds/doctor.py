@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds import CHECKOUT, program
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 #: What the test suite runs with; other versions that setup.py allows may well work.
@@ -47,26 +48,15 @@ class Finding:
         return self.status, self.subject, self.found + (f". {self.remedy}" if self.remedy else "")
 
 
-@dataclass(frozen=True)
-class Purpose:
-    """Intended use of the machine."""
-
-    folder: Path = Path(".")  #: where runs will be written
-    model: str | None = (
-        None  #: one of MODELS; None: nothing in particular, so that a model that does not fit is no problem
-    )
-    port: int = 29500  #: on which the processes of a run meet
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every check; returns the exit status."""
     from visft_ds.monitor.console import Section, print_plan
 
     options = _parser().parse_args(arguments)
     try:
-        findings = list(examine(Purpose(options.folder, options.model, options.port)))
+        findings = list(examine(options.folder, options.model, options.port))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(error)}", file=sys.stderr)
         return 2
     order = (PROBLEM, WARNING, OK)
     rows = [finding.row() for status in order for finding in findings if finding.status == status]
@@ -87,43 +77,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def examine(plan: Purpose) -> Iterator[Finding]:
+def examine(folder: Path, model: str | None, port: int) -> Iterator[Finding]:
     """Every check in the order in which a person reads it; the two processes of the last one start first.
+
+    Args:
+        folder: where runs will be written.
+        model: one of MODELS; None: nothing in particular, so that a model that does not fit is no problem.
+        port: on which the processes of a run meet.
 
     Raises:
         ValueError: an unknown model, a folder that does not exist, or a port out of range.
     """
-    if plan.model not in (None, *MODELS):
-        raise ValueError(f"--model {plan.model}: known models are {', '.join(MODELS)}")
-    if not plan.folder.is_dir():
-        raise ValueError(f"--folder {plan.folder} is no folder; make it, or name another one")
-    if not 1 <= plan.port < 1 << 16:
-        raise ValueError(f"--port {plan.port}: ports go from 1 to 65535")
+    if model not in (None, *MODELS):
+        raise ValueError(f"--model {model}: known models are {', '.join(MODELS)}")
+    if not folder.is_dir():
+        raise ValueError(f"--folder {folder} is no folder; make it, or name another one")
+    if not 1 <= port < 1 << 16:
+        raise ValueError(f"--port {port}: ports go from 1 to 65535")
     with _Pair() as pair:
-        checks: tuple[Callable[[Purpose], Iterator[Finding]], ...] = (
-            lambda _: check_python(),
-            lambda _: check_packages(),
-            lambda _: check_configurations(),
-            lambda _: check_optional(),
-            lambda _: check_numactl(),
-            lambda _: check_device(),
-            lambda _: check_lora(),
-            check_memory,
-            lambda _: check_shared_memory(),
-            check_disk,
-            check_write_speed,
-            check_port,
-            lambda _: check_locks(_extension_folders()),
-            lambda _: pair.check(),
-        )
-        for check in checks:
-            yield from _guarded(check, plan)
+        for check in (
+            check_python(),
+            check_packages(),
+            check_configurations(),
+            check_optional(),
+            check_numactl(),
+            check_device(),
+            check_lora(),
+            check_memory(model),
+            check_shared_memory(),
+            check_disk(folder),
+            check_write_speed(folder),
+            check_port(port),
+            check_locks(),
+            pair.check(),
+        ):
+            yield from _guarded(check)
 
 
-def _guarded(check: Callable[[Purpose], Iterator[Finding]], plan: Purpose) -> Iterator[Finding]:
+def _guarded(check: Iterator[Finding]) -> Iterator[Finding]:
     """A check that itself fails is a finding too; the others still run."""
     try:
-        yield from check(plan)
+        yield from check
     except ImportError as error:
         yield Finding(PROBLEM, "import", str(error), f"Install the project: {_install()}")
     except (OSError, RuntimeError) as error:
@@ -220,10 +214,10 @@ def check_device() -> Iterator[Finding]:
     """GPUs, the precision a run would choose on them, and its attention."""
     import torch
 
+    from visft_ds.costs.hardware import DTYPES
     from visft_ds.ops.attention import attention_backend
     from visft_ds.prepare.model import choose_precision
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         yield from _no_gpu(torch.__version__)
@@ -239,7 +233,7 @@ def check_device() -> Iterator[Finding]:
             yield Finding(PROBLEM, f"GPU {index}", text, remedy)
     device = torch.device("cuda", 0) if count else torch.device("cpu")
     precision, why = choose_precision("auto", device)
-    name, reason = attention_backend(device, dtypes[precision])
+    name, reason = attention_backend(device, DTYPES[precision])
     yield Finding(OK, "precision", f"{precision} ({why})")
     yield Finding(OK, "attention", f"{name} ({reason})")
 
@@ -280,7 +274,7 @@ def check_lora() -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------ resources
 
 
-def check_memory(plan: Purpose) -> Iterator[Finding]:
+def check_memory(wanted: str | None = None) -> Iterator[Finding]:
     """Weights of the models in 16 bit against the memory of the host and of the GPUs.
 
     With GPUs, the host has one tensor of the model at a time.
@@ -299,11 +293,11 @@ def check_memory(plan: Purpose) -> Iterator[Finding]:
         weights = 2 * sum(p.numel() for p in build_backbone(name, device="meta", seed=None).parameters())
         size = f"{weights / _GIB:.1f} GiB" if weights > _GIB else f"{weights / 2**20:.1f} MiB"
         text = f"weights of {size} in 16 bit"
-        wanted = PROBLEM if plan.model == name else WARNING
+        status = PROBLEM if wanted == name else WARNING
         if not gpus and weights > available:
-            yield Finding(wanted, name, f"{text}: more than the host has", "More memory, or more hosts")
+            yield Finding(status, name, f"{text}: more than the host has", "More memory, or more hosts")
         elif gpus and weights > smallest:
-            yield Finding(wanted, name, f"{text}: more than a GPU has", "--engine zero3 divides them over GPUs")
+            yield Finding(status, name, f"{text}: more than a GPU has", "--engine zero3 divides them over GPUs")
         else:
             yield Finding(OK, name, text)
 
@@ -326,10 +320,10 @@ def check_shared_memory() -> Iterator[Finding]:
         yield Finding(OK, "/dev/shm", text)
 
 
-def check_disk(plan: Purpose) -> Iterator[Finding]:
+def check_disk(folder: Path) -> Iterator[Finding]:
     """Room for weights, shards and checkpoints."""
-    free = shutil.disk_usage(plan.folder).free
-    text = f"{free / _GB:.0f} GB free in {plan.folder.resolve()}"
+    free = shutil.disk_usage(folder).free
+    text = f"{free / _GB:.0f} GB free in {folder.resolve()}"
     if free < 2 * _GB:
         yield Finding(PROBLEM, "disk", text, "A checkpoint may not fit: free some, or use another --folder")
     elif free < 60 * _GB:
@@ -339,45 +333,42 @@ def check_disk(plan: Purpose) -> Iterator[Finding]:
         yield Finding(OK, "disk", text)
 
 
-def check_write_speed(plan: Purpose) -> Iterator[Finding]:
+def check_write_speed(folder: Path) -> Iterator[Finding]:
     """Measure the write speed to the run folder, fsync included."""
     size = 32 * 2**20
     block = os.urandom(2**20)  # a file system that compresses would flatter zeros
-    with tempfile.NamedTemporaryFile(dir=plan.folder, prefix=".visft-doctor-") as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".visft-doctor-") as file:
         began = time.perf_counter()
         for _ in range(size // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
         rate = size / (time.perf_counter() - began)
-    text = f"{rate / 1e6:.0f} MB/s into {plan.folder.resolve()}"
+    text = f"{rate / 1e6:.0f} MB/s into {folder.resolve()}"
     if rate < 20e6:
         yield Finding(WARNING, "write speed", text, "Saving will hold up the run: raise visft.run.save_every")
     else:
         yield Finding(OK, "write speed", text)
 
 
-def check_port(plan: Purpose) -> Iterator[Finding]:
+def check_port(port: int) -> Iterator[Finding]:
     """The port on which DeepSpeed's launcher lets processes meet."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", plan.port))
+            probe.bind(("", port))
         except OSError as error:
-            remedy = f"Give the launcher another one: deepspeed --master_port {plan.port + 1} ..."
-            yield Finding(WARNING, f"port {plan.port}", f"taken ({error.strerror})", remedy)
+            remedy = f"Give the launcher another one: deepspeed --master_port {port + 1} ..."
+            yield Finding(WARNING, f"port {port}", f"taken ({error.strerror})", remedy)
             return
-    yield Finding(OK, f"port {plan.port}", "free")
+    yield Finding(OK, f"port {port}", "free")
 
 
-def _extension_folders() -> list[Path]:
-    stated = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return [Path(stated) if stated else Path.home() / ".cache" / "torch_extensions"]
-
-
-def check_locks(folders: list[Path]) -> Iterator[Finding]:
+def check_locks() -> Iterator[Finding]:
     """Lock files of builds that were killed: torch waits for them for ever, and says nothing."""
-    locks = [lock for folder in folders for pattern in ("*/lock", "*/*/lock") for lock in folder.glob(pattern)]
+    stated = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(stated) if stated else Path.home() / ".cache" / "torch_extensions"
+    locks = [lock for pattern in ("*/lock", "*/*/lock") for lock in folder.glob(pattern)]
     for lock in locks:
         minutes = (time.time() - lock.stat().st_mtime) / 60
         text = f"{lock}, {minutes:.0f} minutes old"

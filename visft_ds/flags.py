@@ -6,6 +6,8 @@ import argparse
 import difflib
 from typing import NoReturn
 
+from visft_ds.redaction import redacted
+
 _UNKNOWN = "unrecognized arguments: "
 
 
@@ -19,7 +21,7 @@ class Parser(argparse.ArgumentParser):
             for word in message.removeprefix(_UNKNOWN).split():
                 near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.7)
                 message += f"; did you mean {near[0]}?" if word.startswith("--") and near else ""
-        super().error(message)
+        super().error(redacted(message))
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:

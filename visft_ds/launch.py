@@ -12,9 +12,8 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config import missing_inputs, render_missing, resolve_arguments
-from visft_ds.data.store import StoreFailed
-from visft_ds.resilience.heartbeat import exit_code
-from visft_ds.resilience.signals import LOST_PEER, LostRank, RanksDiffer, StopFlag, is_told_here
+from visft_ds.resilience.errors import exit_code, tell
+from visft_ds.resilience.signals import StopFlag
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,30 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(render_missing(missing))
         from visft_ds.train import train
 
-        again = [*program("train").split(), *words]
-        ended = train(config, resume=options.resume, command=again, stop=stop)
+        ended = train(config, resume=options.resume, command=_again(words, world_size), stop=stop)
         return config.visft.run.requeue_code if ended.requeue else 0
     except KeyboardInterrupt as error:
         return exit_code(error)
-    except (ValueError, OSError, StoreFailed) as error:
-        if is_told_here(error):
-            print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return exit_code(error)
-    except FloatingPointError as error:
-        if is_told_here(error):
-            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
-        return exit_code(error)
-    except RanksDiffer as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return exit_code(error)
-    except RuntimeError as error:
-        if not isinstance(error, LostRank) and not LOST_PEER.search(str(error)):
-            raise
-        # The rank that failed reports why; the traceback of one that only waited for it would bury that.
-        lost = error if isinstance(error, LostRank) else LostRank("another rank ended first")
-        print(f"[rank {rank}] stopped: {lost}", file=sys.stderr, flush=True)
-        return exit_code(lost)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        return tell(error)
+
+
+def _again(words: Sequence[str], world_size: int) -> list[str]:
+    """The command that starts this run again; of several machines the launcher's own part is not known."""
+    words = [word for word in words if not word.startswith("--local_rank")]  # the deepspeed launcher puts it in front
+    command, here = program("train").split(), os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None or int(here) != world_size or world_size == 1:
+        return [*command, *words]
+    processes = ["--num_gpus", here]
+    return [*command, *processes, *words] if command[0] == "visft" else ["deepspeed", *processes, *command, *words]
 
 
 if __name__ == "__main__":

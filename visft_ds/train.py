@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.data.store import StoreFailed
 from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.parallel import distributed
@@ -18,14 +17,16 @@ from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Engine, Schedule, released, start_process_group
 from visft_ds.prepare.data import Loader, RunData, keep_features, open_data, open_loader
 from visft_ds.prepare.model import heads_identity, prepare_model
+from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
-from visft_ds.resilience.signals import StopFlag, met_by_one_rank
+from visft_ds.resilience.signals import StopFlag
 from visft_ds.resilience.watchdog import Watchdog, watch
 from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
+    by_main_process,
     check_machine,
     check_space,
     clear_run_folder,
@@ -36,6 +37,8 @@ from visft_ds.run.record import keep_random_base, write_record
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, validation_of
+
+_ANOTHER = "asked by another rank"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class FitResult:
     step: int  #: optimiser steps done, those of earlier starts included
     finished: bool  #: all steps are done and exported; else it was stopped, `step` is saved and the same call goes on
     requeue: bool  #: SIGUSR1 asked for the job to be queued again
-    metrics: Mapping[str, float]  #: newest number of each name in metrics.jsonl; empty but on the main process
+    metrics: Mapping[str, float]  #: newest number of each name of a step or evaluation; empty but on the main process
 
     @property
     def export(self) -> Path:
@@ -85,20 +88,21 @@ def train(
 
     Raises:
         ValueError: what a user can mend.
-        FloatingPointError: a loss that is not finite.
-        RuntimeError: ranks that differ.
+        OSError, StoreFailed: a disk or a server.
+        FloatingPointError: losses or gradients that are not finite, more often than `visft.run.skip_bad_steps` allows.
+        RanksDiffer, LostRank: ranks that are not alike; another one that ended first.
     """
-    # 1-3: data, machine, run folder. Each process alone; nothing is written yet.
+    # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
     config, data = open_data(config)
     config, machine = check_machine(config, data.vocabulary_size)
-    settings, batches, precision = config.visft, machine.run.batches, machine.run.precision
+    settings, batches, precision = config.visft, machine.planned.batches, machine.planned.precision
     loader = open_loader(settings, data, batches)
     out = Path(settings.run.out or "")
     open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
     start_process_group()
-    alike = machine.run.partition is None
+    alike = machine.planned.partition is None
     with (
         ExitStack() as at_the_end,
         locked_for_all_ranks(out),
@@ -107,8 +111,7 @@ def train(
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        recomputing = f"{settings.model.recompute}, every {settings.model.checkpoint_every}"
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), "recomputing": recomputing})
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity()})
 
         # 6: the model, with weights of files or drawn ones.
         prepared = prepare_model(
@@ -124,17 +127,18 @@ def train(
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
         identity |= {"base weights": prepared.base_weights, "heads": heads_identity(settings)}
         distributed.assert_same_on_all_ranks(identity)
-        check_space(out, sum(group.count for group in prepared.groups), settings.run)
+        trained = sum(group.count for group in prepared.groups)
+        by_main_process(lambda: check_space(out, trained, settings.run))
         base_sha256 = keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
         engine = build_engine(
             prepared,
-            machine.deepspeed,
+            machine.deepspeed_config,
             config.optimizer.params,
             Schedule.of(config.scheduler, config.total_steps),
             seed=settings.seed,
-            partition=machine.run.partition,
+            partition=machine.planned.partition,
             compile=settings.model.compile,
         )
         at_the_end.enter_context(released(engine))
@@ -155,9 +159,9 @@ def train(
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
         log_every = settings.run.log_every
         with open_log(out, start, config.total_steps, log_every=log_every, callbacks=callbacks) as log, state:
-            with met_by_one_rank(ValueError, OSError, StoreFailed):  # a damaged sample is seen by who reads it
+            with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
-                    step = _loop(run, start, log)
+                    step, complete = _loop(run, start, log)
                     watchdog.begin("writing the last checkpoint", timed=False)
                     state.report_saves(log, wait=True)
                 finally:
@@ -166,7 +170,7 @@ def train(
             if finished:
                 watchdog.begin("exporting", timed=False)
                 state.export(step, base_sha256, data)
-            requeue = not finished and distributed.any_rank(stop.requeue, engine.device)
+            requeue = not complete and distributed.any_rank(stop.requeue, engine.device)
             distributed.close()
             watchdog.leave("done" if finished else stop.why())
             # After closing: the other ranks need not wait for the last numbers.
@@ -178,12 +182,15 @@ def train(
             return FitResult(out, step, finished, requeue, log.writer.last)
 
 
-def _loop(run: Run, start: int, log: RunLog) -> int:
-    """The training loop. Returns the number of steps done: all of them, or fewer after a request to stop."""
+def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
+    """The training loop. Returns the number of steps done, and whether nothing is left to do.
+
+    After a request to stop, steps or the last evaluation are left; the same command makes up for them.
+    """
     engine, state, validation, stop, begin = run.engine, run.state, run.validation, run.stop, run.watchdog.begin
     settings, total_steps = run.config.visft.run, run.config.total_steps
-    micro_batches = run.machine.run.batches.micro_batches
-    saved = step = start
+    micro_batches = run.machine.planned.batches.micro_batches
+    saved, step, stopping = start, start, False
     stop.listen()
     guard = resumed_guard(settings, Path(settings.out or ""), run.data.plan, start)
     begin("evaluating", timed=False)
@@ -191,7 +198,11 @@ def _loop(run: Run, start: int, log: RunLog) -> int:
         validation.draw(engine.predict, start, log)
     missed = validation and start and validation.resume(start) and validation.is_due(start, total_steps)
     if validation and missed and not validation.evaluate(engine.predict, start, log, stop):
-        return start  # the run had ended between saving this step and evaluating it, and is asked to end again
+        # The run had ended between saving this step and evaluating it, and is asked to end again.
+        log.message(
+            f"stopped in the evaluation after step {start} ({stop.reason or _ANOTHER}); the same command makes it"
+        )
+        return start, False
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for step_plan, batches in run.loader.steps(start, total_steps):
@@ -220,7 +231,6 @@ def _loop(run: Run, start: int, log: RunLog) -> int:
         now = time.perf_counter()
         tasks = list(engine.module.heads)
         log.step(step_plan, report, run.loader, tasks=tasks, seconds=now - began, device=engine.device)
-        began = now
         if step == total_steps or agreement.stop or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)
@@ -236,12 +246,17 @@ def _loop(run: Run, start: int, log: RunLog) -> int:
                 stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
                 if stopping and saved < step:
                     state.save(step)
-        if stopping:
-            why = stop.reason or "asked by another rank"
-            log.message(f"stopped after step {step} ({why}); the same command goes on")
+        if stopping and step < total_steps:
+            log.message(f"stopped after step {step} ({stop.reason or _ANOTHER}); the same command goes on")
             break
+        began = time.perf_counter()
         begin(f"step {step + 1}: reading")
-    return step
+    missing = validation is not None and stopping and step == total_steps
+    if missing:
+        log.message(
+            f"asked to stop ({stop.reason or _ANOTHER}): the last evaluation is left out; the same command makes it"
+        )
+    return step, step == total_steps and not missing
 
 
 if __name__ == "__main__":

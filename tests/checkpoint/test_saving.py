@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +57,8 @@ def test_no_number_is_the_best() -> None:
 def test_scores_of_an_earlier_process(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert recorded_scores(path, "box/AP") == {}
-    path.write_text('{"step": 4, "loss/loss": 1.0}\n{"step": 4, "val/box/AP": 0.5}\n{"step": 8, "val/mask/AP": 0.1}\n')
+    records = [{"step": 4, "loss/loss": 1.0}, {"step": 4, "val/box/AP": 0.5}, {"step": 8, "val/mask/AP": 0.1}]
+    path.write_text("".join(json.dumps({"kind": "step", **record}) + "\n" for record in records))
     assert recorded_scores(path, "box/AP") == {4: 0.5, 8: None}
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from tools.profile import main as profile
-from visft_ds.config import changed, removed, resolve
+from visft_ds.config import changed, going_on, identity_differences, removed, resolve
 from visft_ds.config.resolve import resolve_values
 from visft_ds.config.validate import known_keys
+from visft_ds.run.folder import recorded_config
 from visft_ds.tasks import registry
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 TASKS = ("detection", "segmentation", "captioning")
 
 
@@ -45,6 +48,7 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
     for key in list(removed.IDLE):
         monkeypatch.delitem(removed.IDLE, key)
     monkeypatch.setattr(registry, "removed_settings", dict)
+    monkeypatch.setattr(registry, "earlier_settings", dict)
     for key, value in (("visft.model.sparkle", 0), ("visft.lora.sparkle", 1), ("visft.run.sparkle", 2)):
         monkeypatch.setitem(removed.IDLE, key, value)
     config = resolve(stage=1, model="debug")
@@ -89,6 +93,45 @@ def test_a_record_of_an_earlier_release_is_read(capsys: pytest.CaptureFixture[st
     older["visft"]["model"]["base"] = "int8"
     assert resolve_values(older, "run.json").to_dict() == config.to_dict()
     assert "run.json: visft.model.base was removed" in capsys.readouterr().err
+
+
+AVERAGES = ("visft.tasks.detection.loss.average", "visft.tasks.segmentation.loss.average")
+
+
+def test_a_record_without_a_later_key_means_what_its_release_did() -> None:
+    config = resolve(stage=2, model="debug", settings=[f"{key}=batch" for key in AVERAGES])
+    older = resolve(stage=2, model="debug", settings=[f"{key}=image" for key in AVERAGES]).to_dict()
+    for task in ("detection", "segmentation"):
+        del older["visft"]["tasks"][task]["loss"]["average"]
+    assert resolve_values(older, "run.json").to_dict() == config.to_dict()
+    older["visft"]["tasks"]["segmentation"] = None
+    assert resolve_values(older, "run.json").visft.tasks.enabled().keys() == {"detection", "captioning"}
+
+
+def test_a_later_key_leaves_the_fingerprint_of_older_runs() -> None:
+    """It stands in the checkpoints of release 0.1; another value than the one they trained with is another run."""
+    run = GOLDEN / "runs-0.1/stage1"
+    recorded = recorded_config(run)
+    state = json.loads((run / "checkpoints/step_00000002/state.json").read_text(encoding="utf-8"))
+    assert recorded.fingerprint() == state["identity"]["configuration"]
+    assert changed(recorded, [f"{AVERAGES[0]}=image"]).fingerprint() != recorded.fingerprint()
+
+
+@pytest.mark.parametrize("stated", [(), AVERAGES[:1]])
+def test_an_older_run_goes_on_as_it_began_unless_another_value_is_stated(stated: tuple[str, ...]) -> None:
+    settings = [f"{key}=image" for key in stated]
+    now = resolve(stage=2, model="debug", settings=settings)
+    older = now.to_dict()
+    for task in ("detection", "segmentation"):
+        del older["visft"]["tasks"][task]["loss"]["average"]
+    recorded = resolve_values(older, "run.json")
+    config = going_on(now, recorded)
+    differences = identity_differences(recorded.identity(), config.identity())
+    assert differences == [f'{key}: "batch" -> "image"' for key in stated]
+    kept = {entry.key: (entry.old, entry.new) for entry in config.replaced[len(now.replaced) :]}
+    assert kept == {key: ("image", "batch") for key in AVERAGES if key not in stated}
+    newer = resolve_values(now.to_dict(), "run.json")
+    assert going_on(now, newer) is now
 
 
 @pytest.mark.usefixtures("gone")

@@ -347,7 +347,7 @@ def test_hooks_see_every_part_in_order_and_leave_nothing_behind() -> None:
     criterion, before = module.criteria["detection"], dict(vars(engine.deepspeed))
     calls = Calls()
     with metered(engine, calls):
-        plain = module(batch, {"detection": {"boxes": one, "class_weight": one}})
+        plain = module(batch, {"detection": {"boxes": one, "images": one}})
         engine.deepspeed.backward(None)
         engine.deepspeed.step()
     parts = [BACKBONE, HEAD, CRITERION, MATCHER]
@@ -356,7 +356,7 @@ def test_hooks_see_every_part_in_order_and_leave_nothing_behind() -> None:
         *(f"+{CRITERION}", f"+{MATCHER}", f"-{MATCHER}", f"-{CRITERION}"),
         *("+backward", "-backward", "+optimizer", "-optimizer"),
     ]
-    again = module(batch, {"detection": {"boxes": one, "class_weight": one}})
+    again = module(batch, {"detection": {"boxes": one, "images": one}})
     assert len(calls.seen) == 12 and module.criteria["detection"] is criterion and vars(engine.deepspeed) == before
     assert torch.equal(plain["loss"], again["loss"])
 

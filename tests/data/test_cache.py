@@ -22,7 +22,8 @@ from tests.shard_server import Served, serve
 from visft_ds.data import cache, remote
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.store import CacheOptions, StoreFailed
+from visft_ds.data.store import CacheOptions
+from visft_ds.resilience.errors import StoreFailed
 
 SHARD = 20480  # bytes of each of the three shards
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import pickle
 import shutil
 import subprocess
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.coco_tree import make_split
 from visft_ds.data import open_webdataset as plain_webdataset
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.open_webdataset import check_secure, open_split
 from visft_ds.data.shards import ShardReader
 from visft_ds.shards.shard_writer import TarWriter
+from visft_ds.shards.verify import verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,3 +166,30 @@ def test_security_is_on_where_the_environment_says_nothing() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.stdout == "True 1\n", result.stderr
+
+
+@pytest.mark.parametrize("kind", ["name", "symbolic link", "hard link", "device"])
+def test_members_of_a_tar_stay_inside(tmp_path: Path, kind: str) -> None:
+    split = make_split(tmp_path / "split")
+    assert isinstance(split.root, Path)
+    path = split.root / split.shards[0].name
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        member = tarfile.TarInfo("../outside.jpg" if kind == "name" else "inside.jpg")
+        member.type = {
+            "name": tarfile.REGTYPE,
+            "symbolic link": tarfile.SYMTYPE,
+            "hard link": tarfile.LNKTYPE,
+            "device": tarfile.CHRTYPE,
+        }[kind]
+        member.linkname, member.size = "/etc/passwd" if "link" in kind else "", 3 if kind == "name" else 0
+        tar.addfile(member, io.BytesIO(b"abc"[: member.size]))
+    problems = [str(problem) for problem in verify(split.root, "toy")]
+    assert any(path.name in problem for problem in problems), "its bytes are not those of the manifest"
+    if kind != "name":
+        assert any(f"is a {kind.replace('device', 'character device')}" in problem for problem in problems), problems
+    samples = iter(open_split(Manifest.load(split.root, "toy", check_shards=False)))
+    if kind == "name":
+        with pytest.raises(ValueError, match=r"'\.\./outside.jpg' is not allowed: it leads out of its folder"):
+            next(samples)
+    else:
+        assert "root:" not in str(next(samples)), "what is no file is passed over"

@@ -37,7 +37,7 @@ def test_parts_of_a_step_are_disjoint_and_make_up_the_step(plan: Plan, ranks: in
     for step in range(40):
         whole = plan.step(step)
         parts = [
-            plan.micro_batch(step, rank, ranks, accumulation, micro)
+            plan.split(whole, rank, ranks, accumulation)[micro]
             for micro in range(accumulation)
             for rank in range(ranks)
         ]
@@ -157,9 +157,9 @@ def test_impossible_plans_are_refused(tasks: dict[str, TaskPlan], message: str) 
 
 def test_a_batch_that_cannot_be_split_is_refused(plan: Plan) -> None:
     with pytest.raises(ValueError, match=r"global batch of 12 cannot be split over 5 .* x 1"):
-        plan.micro_batch(0, 0, 5, 1, 0)
+        plan.split(plan.step(0), 0, 5, 1)
     with pytest.raises(ValueError, match="rank 4 is not allowed: ranks go from 0 to 3"):
-        plan.micro_batch(0, 4, 4, 1, 0)
+        plan.split(plan.step(0), 4, 4, 1)
 
 
 def test_a_shuffle_that_does_not_exist_is_refused() -> None:

@@ -17,7 +17,7 @@ import pytest
 from tests.coco_tree import make_split
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import DamagedSample, ShardReader
-from visft_ds.shards.problem import Problem
+from visft_ds.shards.shard_content import Problem
 from visft_ds.shards.verify import verify
 
 

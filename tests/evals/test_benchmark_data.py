@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS
-from visft_ds.evals.benchmarks import class_sets, imagenet, objects, retrieval, word_sets
+from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
 from visft_ds.evals.benchmarks.class_sets import read_classes
 from visft_ds.evals.benchmarks.kinds import averages, parse_benchmark, parse_benchmarks
 
@@ -34,8 +34,8 @@ def _folders(root: Path, names: list[str], each: int = 2) -> Path:
 
 def test_imagenet_and_its_relatives(tmp_path: Path) -> None:
     """Names by WordNet id; only classes with a folder may be chosen (-A, -R have 200); OpenAI's 80 templates."""
-    synsets = imagenet.synsets()
-    assert (synsets[0], imagenet.class_names()[0], len(synsets)) == ("n01440764", "tench", 1000)
+    synsets = class_sets.imagenet_synsets()
+    assert (synsets[0], class_sets.imagenet_names()[0], len(synsets)) == ("n01440764", "tench", 1000)
     root = _folders(tmp_path / "imagenet-r", [synsets[402], synsets[1], synsets[999]])
     (root / "README.txt").write_text("beside the folders")
     found = read_classes(str(root))
@@ -48,7 +48,7 @@ def test_imagenet_v2_is_in_the_order_of_numbers(tmp_path: Path) -> None:
     """As texts, "10" comes before "2": every class would get another's name."""
     _folders(tmp_path / "v2", [str(number) for number in range(1000)], each=1)
     found = read_classes(str(tmp_path / "v2"))
-    assert found.classes == imagenet.class_names()
+    assert found.classes == class_sets.imagenet_names()
     assert found.images.names[found.labels.tolist().index(2)] == "2/0.png"
 
 
@@ -325,7 +325,7 @@ def test_boxes_of_a_coco_tree(tmp_path: Path) -> None:
 
     images = tmp_path / "val2017"
     for parts, message in (
-        ({"categories": None}, "has no list of categories"),
+        ({"categories": None}, "categories is None, must be a list"),
         ({"annotations": content["annotations"][1:3]}, "no box of at least 16 x 16"),
         ({"categories": [{"id": 5, "name": "cat"}, {"id": 9, "name": "cat"}]}, "the same name"),
         ({"images": []}, "annotation 1 has image 1"),
@@ -393,7 +393,7 @@ def test_words_in_three_layouts(tmp_path: Path) -> None:
 
 
 def test_benchmarks_of_a_command_line(tmp_path: Path) -> None:
-    root = _folders(tmp_path / "imagenet-a", [imagenet.synsets()[0], imagenet.synsets()[1]])
+    root = _folders(tmp_path / "imagenet-a", [class_sets.imagenet_synsets()[0], class_sets.imagenet_synsets()[1]])
     given = [f"zero_shot={root}", f"zero_shot={root},name=again", f"probe={root}"]
     found = parse_benchmarks(given)
     assert [one.label for one in found] == ["zero_shot/imagenet-a", "zero_shot/again", "probe/imagenet-a"]

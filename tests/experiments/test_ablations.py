@@ -17,16 +17,21 @@ from scipy import stats
 
 from tests.experiments.ablation_steps import TELL, run_steps, steps_of
 from visft_ds.experiments.ablations import cli, command
-from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect
+from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome, Pair, collect, estimate
 from visft_ds.experiments.ablations.draw import chart
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner, Trial
 from visft_ds.experiments.ablations.questions import QUESTIONS, TASKS, TOWERS, Arm, Question, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure
 from visft_ds.experiments.ablations.scales import Scale
-from visft_ds.experiments.ablations.statistics import estimate
 from visft_ds.experiments.ablations.steps import Step, StepList
-from visft_ds.experiments.ablations.tables import markdown, remarks, sections
-from visft_ds.experiments.ablations.write import read_outcome, write_question, write_report
+from visft_ds.experiments.ablations.write import (
+    markdown,
+    read_outcome,
+    remarks,
+    sections,
+    write_question,
+    write_report,
+)
 from visft_ds.run.folder import BACKBONE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]

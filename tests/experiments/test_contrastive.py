@@ -11,10 +11,9 @@ from open_clip.loss import ClipLoss
 from torch import nn
 from torch.nn import functional as F
 
-from visft_ds.experiments.contrastive import text_lora
-from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe, fit
-from visft_ds.experiments.contrastive.loss import LARGEST_LOG_SCALE, clip_loss
+from visft_ds.experiments.contrastive.fitting import LARGEST_LOG_SCALE, ContrastiveRecipe, clip_loss, fit
 from visft_ds.experiments.contrastive.pairs import PairOrder
+from visft_ds.experiments.contrastive.text import TextTuning, inject_updates, merge_updates, update_parameters
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 33])
@@ -65,17 +64,17 @@ def test_lora_in_attention_starts_as_nothing_trains_q_and_v_and_merges_exactly()
     before = parameters["attn.in_proj_weight"].clone()
     x = torch.randn(2, 5, 12)
     plain = tower["attn"](x, x, x)[0]
-    changed = text_lora.inject(tower, parameters, rank=2, alpha=4.0, seed=0)
+    changed = inject_updates(tower, parameters, rank=2, alpha=4.0, seed=0)
     assert changed == ["attn.in_proj_weight"]
     torch.testing.assert_close(tower["attn"](x, x, x)[0], plain, rtol=1e-5, atol=1e-6)  # PyTorch's faster path before
-    trained = text_lora.updates(tower)
+    trained = update_parameters(tower)
     assert sum(value.numel() for value in trained.values()) == 2 * 2 * 12 + 2 * 12 * 2
     for value in trained.values():
         nn.init.normal_(value)
     adapted = tower["attn"](x, x, x)[0]
     adapted.sum().backward()
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in trained.values())
-    text_lora.merge(tower)
+    merge_updates(tower)
     torch.testing.assert_close(tower["attn"](x, x, x)[0], adapted, rtol=1e-5, atol=1e-6)
     after = dict(tower.named_parameters())["attn.in_proj_weight"]
     assert after is parameters["attn.in_proj_weight"]  # what is written is what was merged
@@ -89,9 +88,9 @@ def test_lora_in_attention_starts_as_nothing_trains_q_and_v_and_merges_exactly()
 def test_lora_says_where_it_has_no_place() -> None:
     tower = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="no attention with a fused weight"):
-        text_lora.inject(tower, dict(tower.named_parameters()), 2, 2.0, 0)
+        inject_updates(tower, dict(tower.named_parameters()), 2, 2.0, 0)
     with pytest.raises(ValueError, match="must be positive"):
-        text_lora.inject(tower, {}, 0, 2.0, 0)
+        TextTuning(rank=0)
 
 
 def test_recipe_and_loop() -> None:

@@ -1,7 +1,7 @@
 """A tiny model of all three tasks, its batches, and two ways to train it: the ZeRO engine and plain PyTorch.
 
 Run as a module it is one rank of the engine (see `test_engines.py`):
-    RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.engine_case OUT.pt ENGINE
+    RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.engine_case OUT.pt ENGINE [straight]
 In most steps one task learns and two are idle: a head without a gradient is where DeepSpeed goes wrong silently. In one
 step all three learn from the same images.
 """
@@ -339,6 +339,22 @@ def read_and_write(engine: Any, average: Any, stage: int) -> dict[str, Any]:
     return found
 
 
+def straight(out: str, name: str) -> None:
+    """One rank of any number: both stages in fp32."""
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.engine import start_process_group
+
+    torch.set_num_threads(1)
+    start_process_group()
+    results = {}
+    for stage in (1, 2):
+        engine = start_engine(stage, name, "fp32", GLOBAL_BATCH // distributed.world_size())
+        results[f"stage{stage}"] = run_steps(engine, 0, STEPS, None)
+    if distributed.is_main():
+        torch.save(results, out)
+    distributed.close()
+
+
 def main(out: str, name: str) -> None:
     """One rank: both stages in fp32 and bf16, a resume of each, and stage 1 without the remedy for stale gradients.
 
@@ -392,4 +408,4 @@ def main(out: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (straight if sys.argv[3:] else main)(*sys.argv[1:3])

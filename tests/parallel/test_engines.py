@@ -91,6 +91,18 @@ def test_equals_one_process(trained: tuple[str, dict[str, Any]], plain: dict[str
     assert found["values"] <= WEIGHTS
 
 
+@pytest.mark.parametrize("world", [1, 4])
+def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, plain: dict[str, dict[str, Any]]) -> None:
+    """One rank with four micro-batches, four with one; two with two are in all the other tests."""
+    run_ranks(["-m", "tests.parallel.engine_case", str(tmp_path / "results.pt"), "zero1", "straight"], world)
+    results = torch.load(tmp_path / "results.pt")
+    for stage in ("stage1", "stage2"):
+        found = differences(results[stage], plain[stage])
+        assert found["losses"] <= LOSS, stage
+        assert found["norms"] <= NORM, stage
+        assert found["values"] <= WEIGHTS, stage
+
+
 @pytest.mark.parametrize("stage", ["stage1-bf16", "stage2-bf16"])
 def test_equals_one_process_in_bf16(
     trained: tuple[str, dict[str, Any]], plain: dict[str, dict[str, Any]], stage: str

@@ -22,7 +22,7 @@ from visft_ds.interop.layouts import tower_metadata
 from visft_ds.model import MultiTaskModel
 from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
 from visft_ds.prepare.model import PreparedModel, prepare_model
-from visft_ds.resilience.signals import RankError
+from visft_ds.resilience.errors import RankError
 
 #: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
 DEEP = {"visft.model.overrides": {"width": 64, "depth": 6, "num_heads": 2, "image_size": 28}}

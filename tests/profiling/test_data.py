@@ -108,7 +108,9 @@ def test_labels_and_bytes_are_complete(data: MeasuredSet) -> None:
             zip(data.rows["image_id"].tolist(), data.rows["image_size"].tolist(), strict=True)
         )
     assert comparison.pread(data) == 12
-    batches = list(comparison.label_batches(data.urls, joint_pipeline(data.vocabulary), 5, buffer=12))
+    batches = list(
+        comparison.tuned(data.urls, joint_pipeline(data.vocabulary), 5, workers=0, buffer=12, labels_only=True)
+    )
     assert [len(batch.indices) for batch in batches] == [5, 5, 2] and batches[0].images.shape == (5, 3, 0, 0)
 
 
@@ -211,8 +213,8 @@ def test_parts_add_up(measured: dict[str, Any], data: MeasuredSet) -> None:
 
 
 def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert parts.make_title(measured) == "data path: joint on shards/toy"
-    titles = [section.title for section in parts.make_sections(measured)]
+    assert parts.tables(measured)[0] == "data path: joint on shards/toy"
+    titles = [section.title for section in parts.tables(measured)[1]]
     head = "joint, 2 steps of 4"
     assert titles == [
         "on",
@@ -220,7 +222,7 @@ def test_the_tables_show_the_numbers(measured: dict[str, Any], capsys: pytest.Ca
         f"{head}: workers",
         f"{head}: the interpreter lock",
     ]
-    rows = {row[0]: row for row in parts.make_sections(measured)[1].rows}
+    rows = {row[0]: row for row in parts.tables(measured)[1][1].rows}
     assert f"{1e6 * measured['streams']['joint']['parts']['decode']['cpu_seconds']['median']:.1f}" in rows["decode"][1]
     assert rows["whole"][3].strip() == "100.00 %"
 

@@ -14,7 +14,7 @@ from tests.tiny import TINY
 from tools.profile import main
 from visft_ds.costs.ledger import KINDS
 from visft_ds.profiling.timing import MATCHER, PARTS
-from visft_ds.profiling.train import FORMAT, VERSION, make_sections, make_title
+from visft_ds.profiling.train import FORMAT, VERSION, tables
 from visft_ds.shards.build import Options, build
 
 #: One task: of the three heads detection alone has a formula for its operations.
@@ -170,7 +170,7 @@ def test_one_process_prints_and_nothing_else_is_written(results: dict[str, Any])
 
 
 def test_a_record_can_be_printed_again(results: dict[str, Any]) -> None:
-    title, sections = make_title(results["one"]), make_sections(results["one"])
+    title, sections = tables(results["one"])
     assert title == "profile: stage 1 (heads), debug, ZeRO-1, 1 process"
     text = "\n".join("  ".join(row) for section in sections for row in section.rows)
     assert "images/s" in text and "1.0000" in text and "% of the measured rate" in text

@@ -14,9 +14,9 @@ import pytest
 
 import visft_ds
 from visft_ds.data.shards import DamagedSample
-from visft_ds.resilience.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
+from visft_ds.resilience.errors import LostRank, exit_code
+from visft_ds.resilience.heartbeat import FOLDER, Beat, process_state, read_beats
 from visft_ds.resilience.processes import machine, started
-from visft_ds.resilience.signals import LostRank
 from visft_ds.resilience.watchdog import Peers, Watchdog
 
 ELSEWHERE = "another machine"  # nothing is known of processes there

@@ -371,7 +371,10 @@ def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, mo
         if step != 6:  # killed while the results were being written
             (place / "evaluation.json").write_text(json.dumps({"step": step}))
     (tmp_path / "validation/notes.txt").write_text("mine")
-    records = [{"step": 2, "loss/loss": 1.0}, {"step": 2, "val/box/AP": 0.5}, {"step": 3, "loss/loss": 1.0}]
+    records = [
+        {"kind": "step", "step": step, name: 1.0}
+        for step, name in ((2, "loss/loss"), (2, "val/box/AP"), (3, "loss/loss"))
+    ]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     validation = parts.validation(tmp_path)
     assert validation.resume(10) is True

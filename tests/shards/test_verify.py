@@ -21,8 +21,7 @@ from tests.coco_tree import write_tree
 from tools.make_shards import main
 from visft_ds.data.manifest import Manifest, manifest_digest
 from visft_ds.data.shards import ShardReader
-from visft_ds.shards.problem import Problem
-from visft_ds.shards.shard_content import read_shard
+from visft_ds.shards.shard_content import Problem, read_shard
 from visft_ds.shards.shard_writer import TarWriter
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.shards.verify import VerifyProgress, verify
@@ -189,7 +188,7 @@ def _write_manifest(root: Path, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda m: m["shards"][0].update(name="../toy-000000.tar"), "is named '../toy-000000.tar'"),
         (lambda m: m["shards"][0].update(count=3), "its rows are not those of the shards"),
         (lambda m: m.update(split="other"), "it is the manifest of 'other'"),
-        (lambda m: m.pop("options"), "must have the fields"),
+        (lambda m: m.pop("options"), "options is missing"),
         (lambda m: m["categories"].pop(), "its content does not give the fingerprint"),
         (lambda m: m.update(fingerprint="0"), "its content does not give the fingerprint"),
     ],

@@ -65,7 +65,8 @@ def test_losses_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> None
         "boxes": torch.tensor(float(sum(COUNTS))),
         "class_weight": torch.tensor(matched + 0.1 * (len(COUNTS) * QUERIES - matched)),
     }
-    ours = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS)(output, targets, loss_denominators)
+    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=LAYERS, average="batch")
+    ours = criterion(output, targets, loss_denominators)
     oracle = ImageLoss(_their_matcher(), CLASSES, eos_coef=0.1, losses=["labels", "boxes", "cardinality"])
     for layer, suffix in enumerate(["_0", "_1", ""]):
         theirs = oracle({"logits": logits[layer], "pred_boxes": boxes[layer]}, _their_targets(targets))
@@ -79,7 +80,7 @@ def test_gradients_are_equal(case: tuple[Tensor, Tensor, DetectionTargets]) -> N
     logits, boxes, targets = (case[0][:1].clone(), case[1][:1].clone(), case[2])
     logits.requires_grad_()
     boxes.requires_grad_()
-    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1)
+    criterion = criterion_of("detection", num_queries=QUERIES, decoder_layers=1, average="batch")
     matched = sum(min(count, QUERIES) for count in COUNTS)
     loss_denominators = {
         "boxes": torch.tensor(float(sum(COUNTS))),

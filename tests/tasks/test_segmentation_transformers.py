@@ -226,9 +226,8 @@ def _case(counts: list[int]) -> tuple[SegmentationOutput, SegmentationTargets]:
 
 
 def _criterion() -> SegmentationCriterion:
-    return criterion_of(
-        "segmentation", num_classes=CLASSES, num_queries=QUERIES, decoder_layers=DECODER_LAYERS, num_points=NUM_POINTS
-    )
+    options = {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": DECODER_LAYERS}
+    return criterion_of("segmentation", **options, num_points=NUM_POINTS, average="batch")
 
 
 @pytest.fixture

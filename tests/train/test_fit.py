@@ -216,3 +216,19 @@ def test_an_error_of_the_main_process_ends_the_others(tmp_path: Path) -> None:
     codes, outputs = finish(start_ranks(["-c", SCRIPT, str(tmp_path), "zero1", "fails"]), timeout=600)
     assert codes == [1, 1], outputs
     assert outputs[0].rstrip().endswith("LookupError: mine") and "another rank ended first: rank 0" in outputs[1]
+
+
+def test_a_signal_before_the_last_evaluation_leaves_that_to_the_next_call(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are done and exported; a scheduler that sent the signal is asked to come again."""
+    told = Told(STEPS, lambda: signal.raise_signal(signal.SIGUSR1))
+    more = {"visft.run.eval_every": STEPS, "visft.data.val": "train"}
+    ended = stage1(tmp_path / "run", told, **more)
+    assert ended.finished and ended.step == STEPS and ended.requeue and ended.export.is_dir()
+    out = capfd.readouterr().out
+    assert "the last evaluation is left out; the same command makes it" in out and "stopped after step" not in out
+    assert told.evaluations == []
+    again = Told()
+    ended = stage1(tmp_path / "run", again, **more)
+    assert ended.finished and not ended.requeue and [step for step, _ in again.evaluations] == [STEPS]

@@ -35,7 +35,7 @@ def change_of_checkpoint(folder: Path) -> Change:
         raise ValueError(f"{folder}: the run trains nothing of its backbone (stage {config.visft.stage})")
     random_base = run / "export" / BACKBONE_FILE
     if config.visft.model.weights is not None:
-        base: str | None = checkpoint.record["identity"]["base weights"]
+        base: str | None = checkpoint.identity("base weights")
     else:
         base = sha256_file(random_base) if random_base.is_file() else None
     model = config.visft.model

@@ -24,13 +24,14 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from visft_ds.checkpoint.disk import Written, reason, remove_folder, sync_folder, write_file
-from visft_ds.interop.files import TensorInfo, sha256_file
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, Whole, as_record, parse_json
+from visft_ds.interop.files import TensorInfo, open_weights, sha256_file
 from visft_ds.interop.writing import safetensors_pieces
 from visft_ds.parallel.state import MOMENTS, EngineState
 
@@ -48,6 +49,25 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or does not belong to this run."""
 
 
+class SavedFile(StrictModel):
+    """File of a checkpoint."""
+
+    sha256: str
+    bytes: Whole
+
+
+class SavedState(StrictModel):
+    """Content of state.json, less its own hash."""
+
+    format: Literal["visft_ds.checkpoint"]
+    version: Literal[2]
+    step: Whole
+    updates: Whole
+    loss_scale: dict[str, Finite]
+    identity: dict[str, str]
+    files: dict[Literal["parameters.safetensors", "moments.safetensors", "average.safetensors"], SavedFile]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Checkpoint on disk that passed its checks."""
@@ -58,21 +78,27 @@ class Checkpoint:
 
     def load(self) -> EngineState:
         """The tensors. Every rank reads them; they are small (what trains, three or four times)."""
-        moments: dict[str, dict[str, Any]] = {key: {} for key in MOMENTS}
-        for name, tensor in load_file(self.path / _MOMENTS).items():
-            key, _, parameter = name.partition("/")
-            moments[key][parameter] = tensor
+        parameters, found = self.parameters(), _read_tensors(self.path / _MOMENTS)
+        if found.keys() != {f"{key}/{name}" for key in MOMENTS for name in parameters}:
+            raise CheckpointError(f"{self.path / _MOMENTS}: its moments are not those of {_PARAMETERS}")
         return EngineState(
-            parameters=self.parameters(),
-            moments=moments,
+            parameters=parameters,
+            moments={key: {name: found[f"{key}/{name}"] for name in parameters} for key in MOMENTS},
             updates=self.record["updates"],
             loss_scale=self.record["loss_scale"],
-            average=load_file(self.path / _AVERAGE) if _AVERAGE in self.record["files"] else {},
+            average=_read_tensors(self.path / _AVERAGE) if _AVERAGE in self.record["files"] else {},
         )
 
     def parameters(self) -> dict[str, Tensor]:
         """The fp32 values alone, by qualified name."""
-        return load_file(self.path / _PARAMETERS)
+        return _read_tensors(self.path / _PARAMETERS)
+
+    def identity(self, name: str) -> str:
+        """An entry of what it was made with. Raises CheckpointError where there is none."""
+        if name not in self.record["identity"]:
+            raise CheckpointError(f"{self.path / _STATE}: does not say with which {name} it was made")
+        found: str = self.record["identity"][name]
+        return found
 
 
 def save_checkpoint(folder: Path, step: int, state: EngineState, identity: Mapping[str, str]) -> Path:
@@ -152,7 +178,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing, cut or changed files, or another format.
     """
     try:
-        record = json.loads((path / _STATE).read_bytes())
+        record = parse_json((path / _STATE).read_bytes(), _STATE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_STATE} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
@@ -160,6 +186,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: format {found}; this release reads {FORMAT} {VERSION}")
     if record.pop("sha256", None) != _digest(record):
         raise CheckpointError(f"{path / _STATE}: content does not match its sha256; the file was changed or damaged")
+    try:
+        as_record(json.dumps(record), SavedState, str(path / _STATE))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     for name, expected in record["files"].items():
         file = path / name
         try:
@@ -196,6 +226,11 @@ def _contents(state: EngineState) -> dict[str, dict[str, Tensor]]:
     moments = {f"{key}/{name}": tensor for key, named in state.moments.items() for name, tensor in named.items()}
     files = {_PARAMETERS: dict(state.parameters), _MOMENTS: moments}
     return files | ({_AVERAGE: dict(state.average)} if state.average else {})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    file = open_weights(path)
+    return {name: file.get(name) for name in file}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:

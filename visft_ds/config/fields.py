@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
 
 class StrictModel(BaseModel):
-    """Part of a configuration: unknown keys are errors, "1e-5" is no number, true no integer, and nothing changes."""
+    """Part of a configuration or record: unknown keys are errors, "1e-5" is no number, true no integer, and nothing
+    changes."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
 
 def _whole(value: Any) -> Any:

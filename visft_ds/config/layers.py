@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds import CHECKOUT
+from visft_ds.config.records import check_depth
+from visft_ds.redaction import redacted_values
 
 AnyPath = str | os.PathLike[str]  #: a path as users give it
 
@@ -88,6 +90,9 @@ def load_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON: {error}") from error
+    check_depth(value, name)
     if not isinstance(value, dict):
         raise ValueError(f"{name}: must hold one JSON object, holds {shorten(value)}")
     return value
@@ -95,7 +100,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 def shorten(value: Any, limit: int = 60) -> str:
     """JSON of a value, cut to fit into a message."""
-    text = json.dumps(value)
+    text = json.dumps(redacted_values(value))
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
@@ -172,9 +177,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
             f'--set {text}: must be KEY=VALUE, for example --set optimizer.params.lr=1e-5 (lists: "[1, 2]")'
         )
     try:
-        return key.strip(), json.loads(value)
+        parsed = json.loads(value)
     except json.JSONDecodeError:
         return key.strip(), value
+    except RecursionError as error:
+        raise ValueError(f"--set {key.strip()}: not JSON: {error}") from error
+    check_depth(parsed, f"--set {key.strip()}")
+    return key.strip(), parsed
 
 
 def assign(tree: Tree, key: str, value: Any, source: str) -> None:

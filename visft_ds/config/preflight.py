@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.tasks import registry
 
@@ -129,7 +129,8 @@ def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
     """Return True if the manifest is there and counts nothing that stage 1 could train this head on."""
     data = config.visft.data
     try:
-        counts = json.loads((Path(data.root) / f"{data.train}.manifest.json").read_text(encoding="utf-8"))["counts"]
+        path = Path(data.root) / f"{data.train}.manifest.json"
+        counts = parse_json(path.read_bytes(), str(path))["counts"]
         return (
             not data.sets
             and counts["captions" if registry.config_class(task).labels == "captions" else "trainable"] == 0

@@ -1,4 +1,7 @@
-"""Keys, commands and flags that are gone, each with what serves instead. Naming one is answered with that."""
+"""Keys, commands and flags that are gone, each with what serves instead. Naming one is answered with that.
+
+And keys that came later: a record without them means what its release did.
+"""
 
 from __future__ import annotations
 
@@ -101,11 +104,31 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return kept
 
 
+def missing_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, nested as their keys, that a recorded configuration stands for by lacking keys of later releases."""
+    missing: dict[str, Any] = {}
+    for key, value in registry.earlier_settings().items():
+        *parents, name = key.split(".")
+        node: Any = values
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name not in node:
+            target = missing
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[name] = value
+    return missing
+
+
 def _ratios_to_updates(values: dict[str, Any]) -> None:
     """Give tasks that state a `ratio` their `updates` in the same proportion, in place; a run records its length."""
     visft = values.get("visft")
     tasks = visft.get("tasks") if isinstance(visft, dict) else None
-    stated = [task for task in (tasks or {}).values() if isinstance(task, dict) and task.get("ratio") is not None]
+    stated = [
+        task
+        for task in (tasks if isinstance(tasks, dict) else {}).values()
+        if isinstance(task, dict) and task.get("ratio") is not None
+    ]
     shares = [Fraction(str(task["ratio"])) for task in stated]
     common = math.lcm(*(share.denominator for share in shares))
     for task, share in zip(stated, shares, strict=True):

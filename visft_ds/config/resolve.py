@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, without_removed
+from visft_ds.config.removed import IDLE, missing_keys, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
 
+#: Source of the values that `missing_keys` fills in.
+_EARLIER = "the release it began with"
 #: What may differ between a run and its resumption, as globs over dotted keys: where files lie, what is logged and
 #: saved, and how the work is divided. Weights, heads and data are compared by their content, in the checkpoint.
 #: DeepSpeed's own keys are left out as well: a checkpoint does not depend on the ZeRO stage.
@@ -105,13 +107,17 @@ class ResolvedConfig:
     def fingerprint(self) -> str:
         """SHA-256 of `identity()`, hexadecimal.
 
-        Removed keys count with the values that changed nothing: the checkpoints of older runs hold them.
+        Removed keys count with the values that changed nothing, later keys only with values that older runs did not
+        have: the checkpoints of these hold it.
         """
         values = self.identity()
         for key, idle in [*IDLE.items(), *((key, value) for key, (_, value) in registry.removed_settings().items())]:
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle
+        for key, before in registry.earlier_settings().items():
+            if values.get(key) == before:
+                del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -255,9 +261,25 @@ def _with_random_heads(visft: VisftConfig) -> VisftConfig:
 def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     """The configuration that `to_dict()` gave, e.g. out of a run's record; `origin` names it in errors.
 
-    Keys that were removed since are left out; those that did something are named on stderr.
+    Keys that were removed since are left out; those that did something are named on stderr. Keys that came later get
+    the values that mean what the run did without them.
     """
-    return _typed(merge([(origin, without_removed(values, origin))]), recorded=True)
+    kept = without_removed(values, origin)
+    return _typed(merge([(origin, kept), (_EARLIER, missing_keys(kept))]), recorded=True)
+
+
+def going_on(config: ResolvedConfig, recorded: ResolvedConfig) -> ResolvedConfig:
+    """The configuration with which a recorded run goes on: as it began where its record lacks a key, unless stated."""
+    now = dict(flatten(config.to_dict()))
+    kept = [
+        Replaced(key, now[key], value, "default", _EARLIER)
+        for key, value in registry.earlier_settings().items()
+        if recorded.sources.get(key) == _EARLIER and key not in config.sources and now.get(key, value) != value
+    ]
+    if not kept:
+        return config
+    visft = changed(config, [f"{entry.key}={json.dumps(entry.new)}" for entry in kept]).visft
+    return replace(config, visft=visft, replaced=(*config.replaced, *kept))
 
 
 def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | None = None) -> ResolvedConfig:

@@ -18,6 +18,10 @@ from visft_ds.config.fields import Fraction, Positive, Sides, StrictModel, Text
 #: Selection of an image's caption to learn from: one drawn anew each time, always the first one, or always the one that
 #: shares most words with the others. The last two give a small set of images one answer each.
 CaptionChoice = Literal["random", "first", "consensus"]
+#: Mean of a loss over the classes of queries. "image": over the images of the global batch, of each image's own
+#: weighted mean, as in the published code at its one image a GPU. "batch": over the queries of all these images at
+#: once, by which an image weighs more the more objects it has.
+ClassAverage = Literal["image", "batch"]
 
 
 class VocabularyConfig(StrictModel):
@@ -59,6 +63,8 @@ class TaskConfig(StrictModel):
     published: ClassVar[str | None] = None  #: its word in the names of the published files of heads
     #: Key below `visft.tasks.<task>` that is gone -> what serves instead, and the value with which it did nothing.
     removed: ClassVar[Mapping[str, tuple[str, Any]]] = MappingProxyType({})
+    #: Key below `visft.tasks.<task>` that came after release 0.1 -> the value with which runs without it have trained.
+    before: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     #: Optimiser steps of this task, relative to the other tasks where the run's length is stated; else a run is their
     #: sum, in mode "shared" the most of them.

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ValidationError
 
 from visft_ds.config.deepspeed_keys import DEEPSPEED_VERSION, REFUSED, REFUSED_ZERO, DeepSpeedKeys
 from visft_ds.config.layers import Tree, leaves, shorten
+from visft_ds.config.records import plain
 from visft_ds.config.removed import removed_key
 from visft_ds.config.schema import ROLES, Recipe, VisftConfig, complete
+from visft_ds.redaction import refuse_secrets
 from visft_ds.tasks import registry
 
 _ONE_BY_ONE = (
@@ -162,20 +164,6 @@ def _has_inner(item: Any, errors: Sequence[Any]) -> bool:
     return any(other["loc"][:depth] == item["loc"] and len(other["loc"]) > depth for other in errors)
 
 
-#: Pydantic's words -> those of somebody who writes JSON.
-_WORDS = (
-    ("Input should be", "must be"),
-    (" a valid integer", " a whole number"),
-    (" a valid string", " a text"),
-    (" a valid boolean", " true or false"),
-    (" a valid ", " a "),
-    ("Tuple should", "the list should"),
-    (" a tuple", " a list"),
-    (" a array", " a list"),
-    (" after validation", ""),
-)
-
-
 def _explain(details: Any) -> tuple[str, str]:
     location = [str(part) for part in details["loc"]]
     key, kind, given = ".".join(location), details["type"], details["input"]
@@ -185,9 +173,7 @@ def _explain(details: Any) -> tuple[str, str]:
         return key, f"missing; state it in a file or with --set {key}=VALUE"
     if kind in ("model_type", "dict_type"):
         return key, f"must be an object {{...}} with keys; {suggest([*location, ''])}"
-    message = details["msg"]
-    for old, new in _WORDS:
-        message = message.replace(old, new)
+    message = plain(details["msg"])
     if kind in ("float_type", "int_type", "int_from_float") and isinstance(given, str) and _is_number(given):
         return key, f"{message}; it is a text: write {given} without quotes"
     if kind == "literal_error" and isinstance(given, str):
@@ -236,6 +222,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for key, problem in task.contradictions():
             yield f"visft.tasks.{name}.{key}", problem
     data = visft.data
+    roots = {"visft.data.root": data.root, **{f"visft.data.sets.{n}.root": one.root for n, one in enumerate(data.sets)}}
+    for key, root in roots.items():
+        try:
+            refuse_secrets(root)
+        except ValueError as error:
+            yield key, str(error)
     sets = [data.train, *(other.name for other in data.sets)]
     for number, one in enumerate(data.sets):
         if one.name in sets[: number + 1]:

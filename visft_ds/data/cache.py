@@ -22,7 +22,8 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from visft_ds.data.store import CacheOptions, Expected, Stopped, StoreFailed, file_digest, pread_all
+from visft_ds.data.store import CacheOptions, Expected, Stopped, file_digest, pread_all
+from visft_ds.resilience.errors import StoreFailed
 
 #: Seconds between looks at a lock: of readers that need a copy, and, not to be before them, of copies to come.
 _PAUSE, _LONG_PAUSE = 0.05, 0.5

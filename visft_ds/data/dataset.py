@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from visft_ds.data.decode import decode_image
+from visft_ds.data.labels import parse_label
 from visft_ds.data.samples import Batch, RawSample, Sample
 from visft_ds.data.shards import DamagedSample, Role, ShardReader
 from visft_ds.data.spans import span
@@ -75,7 +76,7 @@ def read_raw(
     if image_file is not None:
         try:
             with span("decode"):
-                image = decode_image(image_file)
+                image = decode_image(image_file, max_pixels=reader.manifest.max_pixels)
         except ValueError as error:
             raise DamagedSample(f"{_place(reader, index)} cannot be decoded: {error}") from error
         if not _fits(image, row, reencoded=reader.manifest.options.get("reencode") is not None):
@@ -86,7 +87,7 @@ def read_raw(
     label: Mapping[str, Any] = {}
     if label_file is not None:
         with span("labels"):
-            label = orjson.loads(label_file)
+            label = _checked(reader, index, label_file)
     annotations = label.get("annotations", ())
     return RawSample(
         index=index,
@@ -117,7 +118,12 @@ def _fits(image: npt.NDArray[np.uint8], row: Mapping[str, int], *, reencoded: bo
 def translated(
     annotations: Sequence[Mapping[str, Any]], categories: Mapping[int, int | None]
 ) -> list[Mapping[str, Any]]:
-    """Annotations with the ids that heads know; those without one are left out."""
+    """Annotations with the ids that heads know; those without one are left out.
+
+    Raises ValueError for a category that is not in `categories`.
+    """
+    if unknown := sorted({annotation["category_id"] for annotation in annotations} - categories.keys()):
+        raise ValueError(f"an object has category {unknown[0]}, which its manifest does not list")
     pairs = ((annotation, categories[annotation["category_id"]]) for annotation in annotations)
     return [{**one, "category_id": category} for one, category in pairs if category is not None]
 
@@ -145,4 +151,11 @@ def _labels(reader: ShardReader, indices: Sequence[int] | None) -> Iterator[Mapp
     for first in range(0, len(wanted), _AT_ONCE):
         part = wanted[first : first + _AT_ONCE]
         reader.prefetch(part, "labels")
-        yield from map(orjson.loads, reader.read_labels(part))
+        yield from map(partial(_checked, reader), part, reader.read_labels(part))
+
+
+def _checked(reader: ShardReader, index: int, label: bytes) -> dict[str, Any]:
+    try:
+        return parse_label(label)
+    except ValueError as error:
+        raise DamagedSample(f"{reader.describe(index)}: its label cannot be used: {error}") from error

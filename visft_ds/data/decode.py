@@ -13,7 +13,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-MAX_PIXELS = 25_000_000
+#: Limit of an image, unless its shards were built with --max-pixels; that of the flag is below what Pillow warns of.
+MAX_PIXELS, MOST_PIXELS = 25_000_000, 80_000_000
 
 JPEG = b"\xff\xd8\xff"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -25,6 +25,8 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
+from visft_ds.config.records import read_record
+
 Storage = Literal["fp32", "bf16", "int8"]
 
 _FILE_BYTES = 1 << 30
@@ -123,7 +125,7 @@ class FeatureCache:
         lines = []
         for path in sorted(self._root.glob("*/identity.json")):
             if path.parent != self.folder:
-                theirs = json.loads(path.read_text(encoding="utf-8"))
+                theirs = read_record(path, dict[str, str], f" Delete {path.parent}")
                 names = [name for name in self._identity if theirs.get(name) != self._identity[name]]
                 lines.append(f"{path.parent}: of other {', '.join(names)}")
         return lines
@@ -206,20 +208,21 @@ class FeatureCache:
             for path in sorted(self.folder.glob("*.tar")):
                 size, offset = path.stat().st_size, self._scanned.get(path, 0)
                 while offset + _BLOCK <= size:
-                    info = self._header(path, offset)
+                    info, key, crc = self._header(path, offset)
                     end = offset + _BLOCK + -(-info.size // _BLOCK) * _BLOCK
                     if end > size:  # still being written, or never finished
                         break
-                    key, crc = int(info.name.partition(".")[0], 16), int(info.uname.removeprefix(_CRC), 16)
                     self._places.setdefault(key, _Place(path, offset + _BLOCK, info.size, crc))
                     offset = end
                 self._scanned[path] = offset
 
-    def _header(self, path: Path, offset: int) -> tarfile.TarInfo:
+    def _header(self, path: Path, offset: int) -> tuple[tarfile.TarInfo, int, int]:
+        """(header, key, crc32) of the member at an offset."""
         data = os.pread(self._descriptor(path), _BLOCK, offset)
         try:
-            return tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
+            info = tarfile.TarInfo.frombuf(data, "utf-8", "surrogateescape")
+            return info, int(info.name.partition(".")[0], 16), int(info.uname.removeprefix(_CRC), 16)
+        except (tarfile.HeaderError, ValueError) as error:
             raise ValueError(
                 f"{path}: no entry begins at offset {offset} ({error}): delete that file, they are computed again"
             ) from error

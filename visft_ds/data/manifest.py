@@ -8,18 +8,22 @@ the tars nor any COCO JSON file.
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+from pydantic import ConfigDict, Field
 
+from visft_ds.config.fields import STRICT, StrictModel
+from visft_ds.config.records import Number, Whole, as_record, parse_json
+from visft_ds.data.decode import MAX_PIXELS, MOST_PIXELS
 from visft_ds.data.selection import Selection
 from visft_ds.data.store import CacheOptions, Expected, LocalStore, Store, file_digest, open_store
 
@@ -47,6 +51,7 @@ INDEX_DTYPE = np.dtype(
 #: What identifies the content of a sample; the rest of a row says where it lies.
 _CONTENT_COLUMNS = ("image_id", "image_size", "image_crc32", "label_size", "label_crc32", "width", "height")
 _MANIFEST = ".manifest.json"
+_HEADER = 1 << 12  #: bytes of an index that hold its header
 _SELECTIONS = {"any": None, "annotations": "num_annotations", "captions": "num_captions"}
 
 
@@ -54,8 +59,10 @@ _SELECTIONS = {"any": None, "annotations": "num_annotations", "captions": "num_c
 class Category:
     """Object class: `id` counts from 0 without gaps in the order of `coco_id`, the id in the source."""
 
-    id: int
-    coco_id: int
+    __pydantic_config__ = STRICT
+
+    id: Whole
+    coco_id: Number
     name: str
 
 
@@ -63,9 +70,66 @@ class Category:
 class ShardFile:
     """Tar of the split."""
 
+    __pydantic_config__ = STRICT
+
     name: str
-    count: int
-    bytes: int
+    count: Whole
+    bytes: Whole
+    sha256: str
+
+
+class DescribedFile(StrictModel):
+    """Index of a split, or a file that it was made of."""
+
+    name: str
+    bytes: Whole
+    sha256: str
+
+
+class LeftOut(StrictModel):
+    """Image that is not among the samples."""
+
+    image_id: Number
+    file_name: str
+    reason: str
+    detail: str
+
+
+class ReportedFinding(StrictModel):
+    """Irregularity of the COCO files."""
+
+    kind: str
+    count: Whole
+    examples: list[str]
+    action: str
+
+
+class SplitOptions(StrictModel):
+    """Settings of the build that readers depend on, and others."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer: str | None = None
+    unknown: list[str] = Field(default_factory=list)
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MOST_PIXELS)
+
+
+class ManifestFile(StrictModel):
+    """Content of NAME.manifest.json."""
+
+    format: str
+    version: int
+    split: str
+    categories: list[Category]
+    counts: dict[str, Whole]
+    shards: list[ShardFile]
+    index: DescribedFile
+    vocabulary: dict[str, Whole]
+    quarantine: list[LeftOut]
+    findings: list[ReportedFinding]
+    options: SplitOptions
+    sources: dict[str, DescribedFile]
+    fingerprint: str
     sha256: str
 
 
@@ -130,7 +194,7 @@ class Manifest:
                 _check_sizes(store, shards, split)
         finally:
             store.close()  # reading opens what it needs again
-        return cls(
+        manifest = cls(
             root=store.root if isinstance(store, LocalStore) else store.where,
             split=split,
             categories=tuple(Category(**category) for category in fields["categories"]),
@@ -146,6 +210,39 @@ class Manifest:
             store=store,
             cache=cache,
         )
+        manifest._check_rows(f"{store.where}/{name}")
+        return manifest
+
+    def _check_rows(self, where: str) -> None:
+        """Refuse an index whose rows name what its shards cannot hold, before anything is read by them."""
+        ends = np.array([shard.bytes for shard in self.shards] or [0], dtype=np.int64)
+        done = 0
+        for rows in self.parts():
+            shard, image, label = rows["shard"], rows["image_offset"], rows["label_offset"]
+            inside = (shard >= 0) & (shard < len(self.shards))
+            end = ends[np.where(inside, shard, 0)]
+            sound = (
+                inside & (image >= 0) & (image <= label) & (label <= end)
+            )  # what follows cannot overflow where it is
+            sound &= (rows["image_size"] >= 0) & (rows["image_size"] <= label - image)
+            sound &= (rows["label_size"] >= 0) & (rows["label_size"] <= end - label)
+            pixels = rows["width"].astype(np.int64) * rows["height"]
+            sound &= (rows["width"] > 0) & (pixels > 0) & (pixels <= MOST_PIXELS)
+            if not sound.all():
+                place = int(np.argmin(sound))
+                row = dict(zip(INDEX_DTYPE.names or (), rows[place].item(), strict=True))
+                raise ValueError(
+                    f"{where}: row {done + place} is {row}: "
+                    f"a sample lies in a shard, its image before its label, and has 1 to {MOST_PIXELS} pixels. "
+                    f"{rebuild_hint(self.split)}"
+                )
+            done += len(rows)
+
+    @property
+    def max_pixels(self) -> int:
+        """Limit of an image, as the split was built with."""
+        limit: int = self.options.get("max_pixels", MAX_PIXELS)
+        return limit
 
     def select(self, having: str = "any") -> npt.NDArray[np.int64]:
         """Positions of all samples ("any"), or of those with at least one of "annotations" or "captions"."""
@@ -245,10 +342,8 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
             f"{path} does not exist; finished splits in {store.where}: {_splits_told(store)}. Make it by "
             f"`visft shards build --images DIR --instances FILE --out {store.where} --split {split}`."
         )
-    try:
-        fields = orjson.loads(store.load(name))
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). {rebuild_hint(split)}") from error
+    data, hint = store.load(name), f" {rebuild_hint(split)}"
+    fields = parse_json(data, path, hint)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"{path} is no manifest of {FORMAT}.")
     if fields.get("version") != VERSION:
@@ -257,7 +352,19 @@ def read_manifest(root: Path | str, split: str, store: Store | None = None) -> d
             "again by the same `visft shards build` with --replace."
         )
     if fields.get("sha256") != manifest_digest(fields):
-        raise ValueError(f"{path} was changed after it was written (its digest differs). {rebuild_hint(split)}")
+        raise ValueError(f"{path} was changed after it was written (its digest differs).{hint}")
+    found = as_record(data, ManifestFile, path, hint)
+    wrong = [(place, one.name) for place, one in enumerate(found.shards) if one.name != shard_name(split, place)]
+    if wrong:
+        number, given = wrong[0]
+        raise ValueError(
+            f"{path}: its shard {number} is named {given!r} instead of {shard_name(split, number)!r}.{hint}"
+        )
+    if found.split != split or found.index.name != index_path(Path(), split).name:
+        raise ValueError(
+            f"{path}: it is the manifest of {found.split!r} with the index {found.index.name!r}, not of {split!r}."
+            f"{hint}"
+        )
     return fields
 
 
@@ -334,22 +441,29 @@ def _find_index(store: Store, name: str, described: Expected, split: str) -> npt
         data = store.load(name)
         if hashlib.sha256(data).hexdigest() != described.sha256:
             return None
-        start, shape = _index_header(io.BytesIO(data), where, split)
-        return np.frombuffer(data, INDEX_DTYPE, offset=start).reshape(shape)
+        start, rows = _index_header(data[:_HEADER], len(data), where, split)
+        return np.frombuffer(data, INDEX_DTYPE, rows, start)
     with file:
         if file_digest(file) != described.sha256:
             return None
-        start, shape = _index_header(file, where, split)
-        return np.memmap(file, INDEX_DTYPE, "r", start, shape)
+        size = os.fstat(file.fileno()).st_size
+        start, rows = _index_header(os.pread(file.fileno(), _HEADER, 0), size, where, split)
+        return np.memmap(file, INDEX_DTYPE, "r", start, (rows,))
 
 
-def _index_header(file: BinaryIO, where: str, split: str) -> tuple[int, tuple[int, ...]]:
-    """Byte offset of an index's rows, and its shape (rows,). Raises ValueError for other columns."""
-    assert np.lib.format.read_magic(file) == (1, 0), "written by the same program"
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != INDEX_DTYPE:
-        raise ValueError(f"{where} has columns of another version. {rebuild_hint(split)}")
-    return file.tell(), shape
+def _index_header(head: bytes, size: int, where: str, split: str) -> tuple[int, int]:
+    """Byte offset of an index's rows, and their number; `head` are the first bytes of a file of `size`.
+
+    Raises ValueError for other columns. The text is compared and not parsed, which would mean to evaluate Python.
+    """
+    # https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    start = 10 + int.from_bytes(head[8:10], "little")
+    columns = repr(np.lib.format.dtype_to_descr(INDEX_DTYPE))
+    text = rf"{{'descr': {re.escape(columns)}, 'fortran_order': False, 'shape': \((\d{{1,18}}),\), }} *\n"
+    found = re.fullmatch(text, head[10:start].decode("latin-1")) if head.startswith(b"\x93NUMPY\x01\x00") else None
+    if found is None or size - start != int(found[1]) * INDEX_DTYPE.itemsize:
+        raise ValueError(f"{where} has columns of another version, or was cut. {rebuild_hint(split)}")
+    return start, int(found[1])
 
 
 def _check_sizes(store: Store, shards: Iterable[ShardFile], split: str) -> None:

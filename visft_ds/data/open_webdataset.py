@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from visft_ds.data.manifest import Manifest
+from visft_ds.names import checked_name
 
 if "webdataset" not in sys.modules:
     os.environ["WDS_SECURE"] = "1"  # worker processes inherit it
@@ -71,4 +72,5 @@ def _refuse_others(name: str) -> bool:
     """Return True for members that are read; raise ValueError for all that are not allowed in a shard."""
     if name.rpartition(".")[2].lower() not in _ALLOWED:
         raise ValueError(f"member {name!r} is not allowed in a shard; allowed are {', '.join(_ALLOWED)}")
+    checked_name(name, "a shard", folders=True)  # whoever unpacks samples makes files of their keys
     return True

@@ -175,16 +175,12 @@ class Plan:
         samples = self.tasks[part.task].sets[part.dataset].samples
         return int(samples.positions(np.array([hash_ints(key, attempt) % len(samples)]))[0])
 
-    def micro_batch(self, step: int, dp_rank: int, dp_size: int, accumulation: int, micro: int) -> StepPlan:
-        """The part of a step that a rank computes in its `micro`-th micro-batch.
-
-        The parts of all ranks and micro-batches are disjoint and together are `step(step)`, for any `dp_size` and
-        `accumulation` whose product divides the global batch.
-        """
-        return self.split(self.step(step), dp_rank, dp_size, accumulation)[micro]
-
     def split(self, step_plan: StepPlan, dp_rank: int, dp_size: int, accumulation: int) -> list[StepPlan]:
-        """All micro-batches of a rank for a step planned by `step`, in order."""
+        """All micro-batches of a rank for a step planned by `step`, in order.
+
+        Those of all ranks are disjoint and together are the step, for any `dp_size` and `accumulation` whose product
+        divides the global batch.
+        """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} is not allowed: ranks go from 0 to {dp_size - 1}")
         self.check_split(dp_size, accumulation)

@@ -24,7 +24,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 import fsspec.asyn
@@ -32,7 +31,9 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.utils import merge_offset_ranges
 
 from visft_ds.data.cache import DiskCache
-from visft_ds.data.store import REMOTE_PROTOCOLS, CacheOptions, Expected, Part, Stopped, StoreFailed, pread_all
+from visft_ds.data.store import REMOTE_PROTOCOLS, CacheOptions, Expected, Part, Stopped, pread_all
+from visft_ds.redaction import redacted, refuse_secrets
+from visft_ds.resilience.errors import StoreFailed
 
 #: Attempts at a request in all, and the longest wait before the second of them in seconds; it doubles each time.
 ATTEMPTS = 5
@@ -106,13 +107,7 @@ class RemoteStore:
         package = REMOTE_PROTOCOLS[protocol]
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{protocol}:// needs the package {package}: pip install 'visft_ds[remote]'")
-        if "?" in url or "#" in url:
-            raise ValueError(f"{url}: give the URL of a folder, without '?' and '#'")
-        if protocol.startswith("http") and "@" in urlsplit(url).netloc:
-            raise ValueError(
-                "a URL with a password would be printed and stored with every run: give it without, and the header in "
-                'the environment variable FSSPEC_HTTP, as {"headers": {"Authorization": "..."}}'
-            )
+        refuse_secrets(url)
         self.where, self._protocol, self._cache = url.rstrip("/"), protocol, cache
         self._expected: dict[str, Expected] = {}
         #: By process: what a forked child finds here of its parent it must neither use nor drop.
@@ -477,7 +472,7 @@ async def _http_client(**options: Any) -> Any:
 
 async def _check_answer(response: Any) -> None:
     """Raise for an error, and for another range than the one that was asked for: fsspec would return its bytes."""
-    response.raise_for_status()
+    _refuse_status(response)
     wanted = response.request_info.headers.get("Range", "").removeprefix("bytes=")
     given = response.headers.get("Content-Range", "no Content-Range")
     if not wanted or (response.status == 206 and given.startswith(f"bytes {wanted}/")):
@@ -488,6 +483,19 @@ async def _check_answer(response: Any) -> None:
     raise ConnectionError(f"asked for {wanted}, the server answered with {given!r}")
 
 
+def _refuse_status(response: Any) -> None:
+    """Raise aiohttp's error for a status without its address and headers: a traceback would show what FSSPEC_HTTP
+    adds to every request."""
+    import aiohttp
+    from multidict import CIMultiDict, CIMultiDictProxy
+
+    if response.status >= 400:
+        response.release()
+        url, headers = response.request_info.url.with_query(None), CIMultiDictProxy(CIMultiDict[str]())
+        asked = aiohttp.RequestInfo(url, response.request_info.method, headers)
+        raise aiohttp.ClientResponseError(asked, (), status=response.status, message=response.reason or "")
+
+
 async def _http_size(filesystem: Any, address: str) -> int | None:
     """Bytes of a file, None if there is none: not every server answers HEAD, all say it beside a range."""
     session = await filesystem.set_session()
@@ -496,7 +504,7 @@ async def _http_size(filesystem: Any, address: str) -> int | None:
         if response.status in (404, 410):
             return None
         if response.status != 416:  # an empty file
-            response.raise_for_status()
+            _refuse_status(response)
         total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length")
         if response.status == 206:
             await response.read()  # a byte: the connection stays open
@@ -509,7 +517,7 @@ def _text(error: BaseException) -> str:
     """A failure in one line. Web servers' errors hold the address they redirected to, which may be a signed one."""
     if hasattr(error, "request_info"):
         return f"{type(error).__name__}: {_status(error)} {getattr(error, 'message', '')}".strip()
-    return f"{type(error).__name__}: {error}".strip(": ")
+    return redacted(f"{type(error).__name__}: {error}".strip(": "))
 
 
 def _status(error: BaseException) -> int | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
+from visft_ds.redaction import redacted
+
 #: Protocol of a URL -> the package that speaks it.
 REMOTE_PROTOCOLS = {
     "http": "aiohttp",
@@ -35,10 +37,6 @@ _AGAIN = "Make the split again by the same `visft shards build`, or copy the fil
 
 #: (name of a file, offset, size) in bytes.
 Part = tuple[str, int, int]
-
-
-class StoreFailed(RuntimeError):
-    """A server, a network or the disk of a cache that failed again and again."""
 
 
 class Stopped(RuntimeError):
@@ -140,7 +138,9 @@ def open_store(root: Path | str, cache: CacheOptions | None = None) -> Store:
         return LocalStore(Path(unquote(urlsplit(str(root)).path)))
     if found[1] not in REMOTE_PROTOCOLS:
         allowed = ", ".join(f"{name}://" for name in ("file", *REMOTE_PROTOCOLS) if name != "memory")
-        raise ValueError(f"{root}: {found[0]} is not allowed; give a folder or a URL that begins with {allowed}")
+        raise ValueError(
+            f"{redacted(root)}: {found[0]} is not allowed; give a folder or a URL that begins with {allowed}"
+        )
     # Imported here: fsspec and its event loop are not for those who read local disks.
     from visft_ds.data.remote import RemoteStore
 
@@ -239,7 +239,9 @@ class LocalStore:
 
 
 def pread_all(descriptor: int, size: int, offset: int) -> bytes:
-    """Like `os.pread`, which may return less than asked for before the end of the file."""
+    """Like `os.pread`, which may return less than asked for before the end of the file, and takes memory for all."""
+    if size > _CHUNK:
+        size = min(size, max(0, os.fstat(descriptor).st_size - offset))
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config.schema import PRESETS
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + heads (+ adapter), with pictures.
 
@@ -40,11 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given["tasks"] = [name.strip() for name in given["tasks"].split(",")]
     given["use_adapter"] = given["adapter"] != "none"
     given["adapter"] = Path(given["adapter"]) if given["adapter"] not in (None, "none") else None
-    from visft_ds.data.store import StoreFailed
-    from visft_ds.resilience.signals import is_told_here
+    from visft_ds.resilience.errors import tell
     from visft_ds.run.folder import recorded_config, refuse_filled
 
-    rank = int(os.environ.get("RANK", "0"))
     try:
         given["recorded"] = recorded_config(given["run"]).visft if given["run"] is not None else None
         if given["out"] is None and given["recorded"] is not None:
@@ -54,12 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.evals.evaluate import Request, answer
 
         problems = answer(Request(**given, command=True)).problems
-    except (ValueError, OSError, StoreFailed) as error:
-        if not is_told_here(error):
-            return 2
-        problems = [str(error)]
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error, "evaluate")
     for problem in problems:
-        print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+        print(f"evaluate: {redacted(problem)}", file=sys.stderr, flush=True)
     return 2 if problems else 0
 
 

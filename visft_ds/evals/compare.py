@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import orjson
-from PIL import Image
+from pydantic import ConfigDict, Field, StringConstraints
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, Number, Whole, parse_json, read_record
+from visft_ds.data.decode import MOST_PIXELS, decode_image
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.registry import config_class, entries
 from visft_ds.tasks.segmentation.pictures import decode_mask
@@ -27,6 +28,71 @@ MAIN = {name: str(config_class(name).main) for name in entries()}
 def results_name(task: str) -> str:
     """Name of the file with a task's results."""
     return f"{task}_results.json"
+
+
+class DrawnImage(StrictModel):
+    """Picture of an image with its predictions."""
+
+    image_id: Number
+    file: Annotated[str, StringConstraints(pattern=rf"^{PICTURES}/[^/\\\x00]+$")]  #: from the folder of the evaluation
+
+
+class MeasuredData(StrictModel):
+    """Data of an evaluation; further fields are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    where: str
+    images: Whole
+
+
+class EvaluationFile(StrictModel):
+    """Content of metrics.json; further fields are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Literal["visft_ds evaluation"]
+    version: Literal[1]
+    metrics: dict[str, Finite]
+    data: MeasuredData
+    pictures: dict[str, list[DrawnImage]] = Field(default_factory=dict)
+    caption_tokenizer: str | None = None
+
+
+class BoxResult(StrictModel):
+    """Predicted box in COCO's results format."""
+
+    model_config = ConfigDict(extra="allow")
+
+    image_id: Number
+    category_id: Number
+    score: Finite
+    bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
+
+
+class RunLengths(StrictModel):
+    """Run-length code of a mask."""
+
+    size: Annotated[list[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=2, max_length=2)]
+    counts: str | list[Whole]
+
+
+class MaskResult(BoxResult):
+    """The same with a mask."""
+
+    segmentation: RunLengths
+
+
+class CaptionResult(StrictModel):
+    """Predicted caption in COCO's results format."""
+
+    model_config = ConfigDict(extra="allow")
+
+    image_id: Number
+    caption: str
+
+
+_KINDS: Mapping[str, Any] = {"captioning": list[CaptionResult], "segmentation": list[MaskResult]}
 
 
 @dataclass(frozen=True)
@@ -57,12 +123,14 @@ class Evaluation:
 
     def pictures(self, task: str) -> dict[int, Picture]:
         """Image id -> ground truth beside prediction."""
-        files = self.record["pictures"].get(task, ())
-        return {entry["image_id"]: np.asarray(Image.open(self.folder / entry["file"])) for entry in files}
+        files = self.record.get("pictures", {}).get(task, ())
+        return {entry["image_id"]: read_picture(self.folder / entry["file"]) for entry in files}
 
     def results(self, task: str) -> list[dict[str, Any]]:
         """A task's predictions in COCO's results format."""
-        results: list[dict[str, Any]] = orjson.loads((self.folder / results_name(task)).read_bytes())
+        path = self.folder / results_name(task)
+        read_record(path, _KINDS.get(task, list[BoxResult]))
+        results: list[dict[str, Any]] = orjson.loads(path.read_bytes())
         return results
 
 
@@ -74,12 +142,21 @@ def read_evaluation(label: str, folder: Path) -> Evaluation:
     """
     path = folder / METRICS
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no finished evaluation: {error}; make it with visft evaluate") from error
-    if record.get("format") != FORMAT or record.get("version") != VERSION:
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path} is no evaluation of this release ({FORMAT} {VERSION})")
+    read_record(path, EvaluationFile)
     return Evaluation(label, folder, record)
+
+
+def read_picture(path: Path) -> Picture:
+    """A picture of an evaluation. Raises ValueError where it is missing or damaged."""
+    try:
+        return decode_image(path.read_bytes(), max_pixels=MOST_PIXELS)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  #: the same query of two models

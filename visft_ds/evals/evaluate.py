@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from visft_ds.config.layers import AnyPath
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.shards import ShardReader
-from visft_ds.data.store import CacheOptions, StoreFailed
+from visft_ds.data.store import CacheOptions
 from visft_ds.evals.compare import FORMAT, METRICS, PICTURES, VERSION, results_name
 from visft_ds.evals.examples import draw_examples
 from visft_ds.evals.model import (
@@ -41,7 +41,8 @@ from visft_ds.prepare.datasets import cache_of
 from visft_ds.prepare.model import choose_precision
 from visft_ds.prepare.places import data_of_run
 from visft_ds.prepare.streams import needs_vocabulary
-from visft_ds.resilience.signals import met_by_one_rank
+from visft_ds.redaction import redacted_words
+from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.folder import recorded_config, refuse_filled
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks import TASKS, Results
@@ -205,20 +206,18 @@ def answer(given: Request) -> EvaluationResult:
     manifest = Manifest.load(job.shards, job.split, cache=job.cache) if job.shards else None
     model, streams = job.source.build(precision, device, preset=given.model, allow_other_base=given.allow_other_base)
     job = replace(job, source=replace(job.source, streams=streams))
-    with met_by_one_rank(ValueError, OSError, StoreFailed):
-        if distributed.world_size() > 1:
-            _start_process_group()
-        with _packed(manifest, job, given.coco) as ready:
-            remedy = "Evaluate it on data of its own categories"
-            check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
-            _check_truth(job.source.tasks, ready, given.limit)
+    with ExitStack() as stack:
+        with met_by_one_rank():
+            if distributed.world_size() > 1:
+                from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+                start_process_group()
+            ready = stack.enter_context(_packed(manifest, job, given.coco))
+        remedy = "Evaluate it on data of its own categories"
+        check_categories(model.heads, ready.categories, str(given.coco or ready.root), remedy)
+        _check_truth(job.source.tasks, ready, given.limit)
+        with met_by_one_rank():
             return _evaluate(job, given, model, ready, f"{precision} ({why})")
-
-
-def _start_process_group() -> None:
-    from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-    start_process_group()
 
 
 def _check_truth(tasks: Sequence[str], manifest: Manifest, limit: int | None) -> None:
@@ -398,7 +397,7 @@ def _write(
         **record,
         "pictures": pictures,
         "versions": versions(),
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
     }
     # Last: a folder without it was not finished.
     (out / METRICS).write_bytes(orjson.dumps(whole, option=orjson.OPT_INDENT_2))

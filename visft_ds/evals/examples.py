@@ -14,6 +14,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import Predict
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
+from visft_ds.redaction import redacted
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.pictures import Picture
 from visft_ds.tasks.spec import Example
@@ -68,5 +69,5 @@ def draw_examples(
                     try:
                         pictures[task][raw.image_id] = TASKS[task].picture(example)
                     except ValueError as error:
-                        print(f"warning: no {task} picture of image {raw.image_id}: {error}", file=sys.stderr)
+                        print(f"warning: no {task} picture of image {raw.image_id}: {redacted(error)}", file=sys.stderr)
     return pictures

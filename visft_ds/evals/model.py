@@ -16,6 +16,7 @@ import torch
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream, WordsConfig
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
@@ -45,7 +46,6 @@ from visft_ds.tasks.registry import config_class
 from visft_ds.tasks.vocabulary import Vocabulary
 
 DEFAULT_BATCH = 8  # without a run that tells
-DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Reads only what runs (run.json, metrics.jsonl) and visft evaluate (metrics.json,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from PIL import Image, ImageDraw
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
 from visft_ds.evals.page import embed, render
-from visft_ds.monitor.metrics import read_metrics
+from visft_ds.monitor.metrics import RunFile, read_metrics
+from visft_ds.run.folder import read_run, recorded_config
 from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
 #: Name of a metric, without the part before the slash -> what it means.
@@ -238,31 +238,22 @@ def _bars(report: Report, prefix: str) -> dict[str, Any]:
 def _runs(report: Report) -> dict[str, Any]:
     if not report.runs:
         return {}
-    records = [_run_record(folder) for folder in report.runs.values()]
-    facts = [_run_facts(record) for record in records]
+    records = [read_run(folder) for folder in report.runs.values()]
+    configs = [recorded_config(folder).to_dict() for folder in report.runs.values()]
+    facts = [_run_facts(record, config) for record, config in zip(records, configs, strict=True)]
     names = dict.fromkeys(name for of_run in facts for name in of_run)
-    commit = (records[-1].get("git") or {}).get("commit")
-    versions = ", ".join(f"{name} {version}" for name, version in records[-1]["versions"].items())
+    commit = records[-1].git and records[-1].git.commit
+    versions = ", ".join(f"{name} {version}" for name, version in records[-1].versions.items())
     return {
         "facts": {name: [of_run.get(name, "–") for of_run in facts] for name in names},
         "versions": versions + (f", commit {commit[:12]}" if commit else ""),
     }
 
 
-def _run_record(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no readable run record: {error}") from error
-    return record
-
-
-def _run_facts(record: Mapping[str, Any]) -> dict[str, str]:
-    config = record["config"]
+def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
     visft, optimizer, schedule = config["visft"], config["optimizer"], config["scheduler"]
     lora, model = visft["lora"], visft["model"]
-    facts = {
+    return {
         "backbone": f"{model['name']}, weights: {model['weights'] or 'random'}",
         "what trains": ", ".join(
             f"{group['name']} ({group['params']}, learning rate {group['lr'] or optimizer['params']['lr']:g})"
@@ -272,13 +263,12 @@ def _run_facts(record: Mapping[str, Any]) -> dict[str, str]:
         "a step": _step_fact(visft),
         "steps": f"{schedule['params']['total_num_steps']}, {schedule['params']['warmup_num_steps']} of them warm-up",
         "optimiser": f"{optimizer['type']}, clipping {config['gradient_clipping']:g}",
-        "processes": f"{record['world_size']}, ZeRO-{config['zero_optimization']['stage']}",
+        "processes": f"{record.world_size}, ZeRO-{config['zero_optimization']['stage']}",
         "precision": model["precision"],
         "data": f"{visft['data']['root']}, split {visft['data']['train']}",
         "seed": str(visft["seed"]),
-        "started": record["started"],
+        "started": record.started,
     }
-    return facts
 
 
 def _step_fact(visft: Mapping[str, Any]) -> str:
@@ -286,8 +276,7 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    # Records of earlier releases may state a ratio.
-    shares = {name: float(task.get("ratio") or task["updates"] or 0) for name, task in tasks.items()}
+    shares = {name: float(task["updates"]) for name, task in tasks.items()}
     all_shares = sum(shares.values())
     return "one task: " + ", ".join(
         f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"

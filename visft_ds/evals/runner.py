@@ -17,9 +17,7 @@ from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 from visft_ds.prepare.streams import pipeline_of
 from visft_ds.tasks import TASKS, Results
-from visft_ds.tasks.average_precision import (
-    Scorer,
-)
+from visft_ds.tasks.average_precision import Scorer
 from visft_ds.tasks.vocabulary import Vocabulary
 
 Predict = Callable[[Batch], Mapping[str, Any]]  #: batch -> {task: output of its head}, e.g. `ZeroEngine.predict`

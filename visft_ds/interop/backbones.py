@@ -6,7 +6,6 @@ and shapes are all checked before the first copy.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural
 from visft_ds.interop.files import TensorInfo, WeightFile, all_finite, examples, open_weights, sha256_file
 from visft_ds.interop.layouts import (
     LAYOUTS,
@@ -298,12 +299,19 @@ def _check_finite(file: WeightFile, source: str, value: Tensor, result: Tensor) 
         raise ValueError(f"{file.path}: {source} holds {cause}")
 
 
+class TimmEntry(StrictModel):
+    """Entry of a header about the model of timm in a file."""
+
+    name: str
+    image_size: Natural | None
+
+
 def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
     """(name, image size where it is not the model's own) of the model that a file of ours says it is of, or None."""
     if TIMM_KEY not in file.metadata:
         return None
-    recorded = json.loads(file.metadata[TIMM_KEY])
-    return str(recorded["name"]), recorded["image_size"]
+    told = file.told(TIMM_KEY, TimmEntry)
+    return told.name, told.image_size
 
 
 def load_timm(path: str | Path, name: str, image_size: int | None, storage: torch.dtype) -> tuple[TimmBackbone, str]:

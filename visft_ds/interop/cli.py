@@ -10,6 +10,7 @@ from pathlib import Path
 from visft_ds import program
 from visft_ds.config import tower_setting
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 USAGE = """Merge LoRA adapters into base weights, take them out again, or write an adapter in another form.
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return merge(given)
     except (ValueError, OSError) as error:
-        print(f"merge_lora: {error}", file=sys.stderr)
+        print(f"merge_lora: {redacted(error)}", file=sys.stderr)
         return 2
 
 

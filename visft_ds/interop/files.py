@@ -7,19 +7,26 @@ hands out one tensor at a time, so a 10 GB file is never in memory twice.
 from __future__ import annotations
 
 import hashlib
-import json
+import mmap
+import os
 import pickle
+import pickletools
+import struct
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import as_record, read_record
 from visft_ds.data.store import file_digest
+from visft_ds.names import checked_name
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Ending of the file that says which shard holds which tensor, as transformers writes it.
@@ -36,6 +43,14 @@ BASE_SHA256, TRAINED_ON = "base_sha256", "trained_on"
 _ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+#: What torch and zipfile raise for files that are damaged, besides pickle.UnpicklingError.
+_DAMAGED = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(OverflowError, struct.error, zipfile.BadZipFile),
+)
+#: Opcodes of pickle that push a whole number.
+_WHOLE_NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1")
 
 #: Values that are looked at at once.
 _PIECE = 2**20
@@ -54,6 +69,9 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,10 @@ class WeightFile:
         self.metadata = dict(metadata)
         self.mapped = mapped
         self._read = read
+
+    def told(self, entry: str, kind: type[Told]) -> Told:
+        """An entry of the metadata that is JSON. Raises ValueError where it is of another form."""
+        return as_record(self.metadata[entry], kind, f"{self.path}: entry {entry!r} of its header")
 
     def get(self, name: str) -> Tensor:
         """Read one tensor. The result may share memory with the mapped file: copy before writing into it."""
@@ -218,21 +240,20 @@ def _open_safetensors(path: Path) -> WeightFile:
     return WeightFile(path, {new: infos[old] for new, old in renamed.items()}, _reader(handle, renamed), metadata)
 
 
+class ShardIndex(StrictModel):
+    """Index of weights in shards, as transformers writes it."""
+
+    metadata: dict[str, Any] | None = None
+    weight_map: dict[str, str]  #: tensor -> file
+
+
 def read_index(path: Path) -> dict[str, Path]:
     """Tensor -> the shard that holds it, of an index file. Raises ValueError for anything else, and for lost shards."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        shards = {str(name): str(shard) for name, shard in index["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no index of shards (weight_map: tensor -> file): {error}") from error
-    # A name with a folder in it would lead out of the model's own folder.
-    foreign = sorted({shard for shard in shards.values() if Path(shard).name != shard})
-    lost = sorted({shard for shard in shards.values() if shard not in foreign and not (path.parent / shard).is_file()})
-    if foreign or lost:
-        raise ValueError(
-            f"{path}: "
-            + (f"{examples(foreign)} is not a plain file name" if foreign else f"{examples(lost)} is missing")
-        )
+    shards = read_record(path, ShardIndex).weight_map
+    for shard in sorted(set(shards.values())):
+        checked_name(shard, path)
+    if lost := sorted({shard for shard in shards.values() if not os.path.isfile(path.parent / shard)}):
+        raise ValueError(f"{path}: {examples(lost)} is missing")
     return {name: path.parent / shard for name, shard in shards.items()}
 
 
@@ -264,10 +285,10 @@ def load_pickled(path: Path) -> Any:
         head = file.read(len(_LEGACY_MAGIC))
     if not head.startswith((_ZIP_MAGIC, _LEGACY_MAGIC)):
         raise ValueError(f"{path} was not written by torch.save. {_looks_like(path)}")
-    # torch reports a cut zip file as RuntimeError or as OSError (invalid argument), depending on where the cut is.
-    if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is damaged or only a part of the file (no directory). {_looks_like(path)}")
     try:
+        wanted = _size_of_zip(path) if head.startswith(_ZIP_MAGIC) else _size_of_legacy(path)
+        if wanted > path.stat().st_size:
+            raise ValueError(f"its tensors would take {wanted:,} bytes")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
@@ -275,9 +296,36 @@ def load_pickled(path: Path) -> Any:
             f"{path} holds pickled objects besides tensors and plain containers ({detail}). Such a file can run code "
             f"when it is loaded, so it is refused. Where you trust it, convert it once yourself to .safetensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except _DAMAGED as error:
         first_line = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or only a part of the file ({first_line}). {_looks_like(path)}") from error
+
+
+def _size_of_zip(path: Path) -> int:
+    """Bytes of all members of a zip when they are unpacked; torch.save compresses none."""
+    with zipfile.ZipFile(path) as file:
+        return sum(member.file_size for member in file.infolist())
+
+
+def _size_of_legacy(path: Path) -> int:
+    """Values of all storages that an older torch file names: torch takes memory for each before it reads it.
+
+    Raises ValueError for storages that are named in another way than torch.save does.
+    """
+    names: dict[object, int] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(5):  # magic number, protocol, system, the object, keys of its storages; then their bytes
+            recent: deque[tuple[str, Any]] = deque(maxlen=8)
+            for code, argument, _ in pickletools.genops(cast(BinaryIO, content)):  # it reads as a file does
+                if code.name == "BINPERSID":
+                    # ("storage", type, key, location, number of values, None)
+                    mark, *_, (count_kind, count), (none, _), (end, _) = recent
+                    if (mark[0], none, end) != ("MARK", "NONE", "TUPLE") or count_kind not in _WHOLE_NUMBERS:
+                        raise ValueError("a storage is not named as torch.save names it")
+                    names[recent[3]] = max(count, names.get(recent[3], 0))
+                if not code.name.endswith("PUT"):
+                    recent.append((code.name, argument))
+    return sum(names.values())
 
 
 def _is_zip(path: Path) -> bool:

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Number, as_record
 from visft_ds.config.validate import check
 from visft_ds.interop.backbones import copy_tensors, read_tensor
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks.spec import TaskSpec
+
+
+class NamedCategory(StrictModel):
+    """Category that a head was trained on; further fields are those of COCO."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: Number
+    coco_id: Number = 0  #: where it is absent, `id` is
+    name: str
+
+
+class TrainerNotes(StrictModel):
+    """Notes of a trainer about a head; further fields are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base_weights: str | None = None
+    format: str | None = None
+    base: str | None = None
+    mode: str | None = None
+    vocabulary: dict[str, Any] = Field(default_factory=dict)
+
+
+class HeadEntry(StrictModel):
+    """Entry of the header of a file about its head; see `HeadInfo`."""
+
+    task: str
+    in_channels: Natural
+    options: dict[str, Any] = Field(default_factory=dict)
+    categories: list[NamedCategory] = Field(default_factory=list)
+    extra: TrainerNotes = TrainerNotes()
 
 
 @dataclass(frozen=True)
@@ -82,7 +119,10 @@ def read_sizes(task: str, shapes: Mapping[str, Sequence[int]], num_heads: int | 
 
 def _count_layers(names: Iterable[str], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
+    found = {int(match[1]) for name in names if (match := pattern.match(name))}
+    if found and max(found) >= len(found):
+        raise ValueError(f"of the layers {prefix}0 to {prefix}{max(found)} there are only {len(found)}")
+    return len(found)
 
 
 def attention_heads(head: nn.Module) -> int | None:
@@ -112,6 +152,21 @@ def describe(head: nn.Module) -> HeadInfo:
     return HeadInfo(task, in_channels, options)
 
 
+def check_options(info: HeadInfo) -> None:
+    """Raise ValueError where an option is of another type than that of the task's configuration."""
+    spec = TASKS.get(info.task)
+    fields = _head_config(spec).model_fields if spec is not None else {}
+    kinds: dict[str, Any] = {"vocabulary_size": int, **{name: field.annotation for name, field in fields.items()}}
+    for name, value in info.options.items():
+        if name in kinds:
+            as_record(json.dumps(value), kinds[name], f"option {name} of the {info.task} head")
+
+
+def _head_config(spec: TaskSpec) -> type[BaseModel]:
+    config: BaseModel = spec.config.model_fields["head"].get_default(call_default_factory=True)
+    return type(config)
+
+
 def build_empty(info: HeadInfo) -> nn.Module:
     """The head that `info` describes, on the meta device. Raises ValueError for options that are not possible."""
     spec, options = get_task(info.task), dict(info.options)
@@ -120,7 +175,7 @@ def build_empty(info: HeadInfo) -> nn.Module:
     if unknown:
         raise ValueError(f"the {info.task} head has no option {', '.join(unknown)}: it was written by another version")
     options = spec.options("head", options)
-    checked, problems = check(type(spec.config.model_fields["head"].get_default(call_default_factory=True)), options)
+    checked, problems = check(_head_config(spec), options)
     if checked is not None:
         problems = list(checked.contradictions())
     if problems:
@@ -146,6 +201,11 @@ class HeadFile:
         try:
             # The description may leave to the tensors what depends on the data: the number of words.
             _, sizes = read_sizes(self.info.task, shapes, options.get("num_heads"))
+            most = {option: sizes[option] for option in TASKS[self.info.task].sizes.layers}
+            values = sum(info.numel for info in self.file.infos.values())
+            for name, value in {"in_channels": self.info.in_channels, **options}.items():
+                if isinstance(value, int) and value > most.get(name, values):
+                    raise ValueError(f"{name}={value} is more than its tensors have, {most.get(name, values)}")
             head = build_empty(replace(self.info, options={**sizes, **options}))
         except ValueError as error:
             raise ValueError(f"{self.file.path}: {error}") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import WeightFile, examples, open_weights
-from visft_ds.interop.head_file import HeadFile, HeadInfo, describe, task_of
+from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
     PREFIX,
@@ -227,11 +227,14 @@ def _open(path: str | Path, task: str, *, assume: bool) -> HeadFile:
 
 def _own_info(file: WeightFile) -> HeadInfo:
     try:
-        return HeadInfo(**json.loads(file.metadata[_KEY]))
-    except (ValueError, TypeError) as error:
+        file.told(_KEY, HeadEntry)
+        info = HeadInfo(**json.loads(file.metadata[_KEY]))
+        check_options(info)
+    except ValueError as error:
         raise ValueError(
             f"{file.path}: its description of the head cannot be read ({error}): damaged, or of another release"
         ) from error
+    return info
 
 
 def _sorted(file: WeightFile) -> PublishedFile:

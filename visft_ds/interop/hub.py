@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from visft_ds.redaction import redacted
+
 
 def files_to_upload(folder: Path) -> list[tuple[str, int]]:
     """(name, bytes) of what an upload takes along: the files of the folder itself, hidden ones apart."""
@@ -29,5 +31,5 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
             repo_id=repository, folder_path=folder, allow_patterns=names, commit_message="Weights by visft_ds"
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise ValueError(f"the hub refuses {repository}: {error}") from error
+        raise ValueError(f"the hub refuses {repository}: {redacted(error)}") from error
     return str(commit.commit_url)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural
 from visft_ds.interop.files import WeightFile, examples
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
@@ -78,6 +80,19 @@ LAYOUTS: dict[str, Layout] = {
         Layout("timm", "", {}),
     )
 }
+
+
+class TowerEntry(StrictModel):
+    """Entry of a header about the tower in a file; sizes are taken from the tensors."""
+
+    width: int | None = None
+    depth: int | None = None
+    hidden: int | None = None
+    patch_size: int | None = None
+    positions: int | None = None
+    class_token: bool | None = None
+    num_heads: Natural | None = None
+    post_norm: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -192,17 +207,22 @@ def tower_in(file: WeightFile, layout: Layout) -> Tower:
     missing = [name for name in ("blocks.0.mlp.fc1.weight", "pos_embed") if prefix + name not in file]
     if missing:
         raise ValueError(f"{file.path}: the tower under {prefix!r} lacks {', '.join(missing)}: not an EVA ViT")
-    width, _, patch_size, _ = file.shape(prefix + _ANCHOR)
-    recorded = json.loads(file.metadata.get("tower", "{}"))
+    axes = {_ANCHOR: 4, "blocks.0.mlp.fc1.weight": 2, "pos_embed": 3}
+    shapes = {name: file.shape(prefix + name) for name in axes}
+    depth = depth_of(name[len(prefix) :] for name in file if name.startswith(prefix))
+    if depth > len(file) or any(len(shape) != axes[name] or 0 in shape for name, shape in shapes.items()):
+        raise ValueError(f"{file.path}: the tower under {prefix!r} has {depth} blocks and {shapes}: not an EVA ViT")
+    width, _, patch_size, _ = shapes[_ANCHOR]
+    told = file.told("tower", TowerEntry) if "tower" in file.metadata else TowerEntry()
     return Tower(
         width=width,
-        depth=depth_of(name[len(prefix) :] for name in file if name.startswith(prefix)),
+        depth=depth,
         hidden=file.shape(prefix + "blocks.0.mlp.fc1.weight")[0],
         patch_size=patch_size,
         positions=file.shape(prefix + "pos_embed")[1],
         class_token=prefix + "cls_token" in file,
-        num_heads=recorded.get("num_heads"),
-        post_norm=recorded.get("post_norm"),
+        num_heads=told.num_heads,
+        post_norm=told.post_norm,
     )
 
 

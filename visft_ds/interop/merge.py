@@ -341,7 +341,7 @@ def check_base(file: WeightFile, adapter: Change, allow_other: bool, unmerge: bo
     if isinstance(adapter, Adapter) and adapter.base_storage != "full":
         notes.append(f"the adapter was trained over the base stored as {adapter.base_storage}; this is the full one")
     if unmerge:
-        merged_in = json.loads(file.metadata.get("lora", "{}")).get("sha256")
+        merged_in = file.told("lora", dict[str, Any]).get("sha256") if "lora" in file.metadata else None
         if merged_in is None:
             notes.append("the file does not record which adapter was merged in: not checked")
         elif merged_in != adapter.fingerprint():

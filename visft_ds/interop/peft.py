@@ -16,11 +16,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
@@ -46,6 +49,50 @@ _REFUSED = (
     *("use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
     *("trainable_token_indices", "alora_invocation_tokens", "target_parameters"),
 )
+
+
+class AdapterEntry(StrictModel):
+    """Entry of the header of PEFT's file about an adapter on a tower of our own."""
+
+    rank: Natural
+    alpha: float
+    targets: list[Literal["q", "k", "v", "proj", "fc1", "fc2"]]
+    base_sha256: str | None
+    base_storage: str = "full"
+
+
+class AdaptedPlace(StrictModel):
+    """Rows of a layer that an adapter changes."""
+
+    slices: list[list[Whole]]
+    groups: Natural
+
+
+class TimmAdapterEntry(StrictModel):
+    """Entry of the header of our own file about an adapter on a model of timm."""
+
+    name: str
+    rank: Natural
+    alpha: float
+    targets: list[str]
+    magnitude: bool
+    places: dict[str, AdaptedPlace]
+    base_sha256: str | None
+    options: dict[str, Natural]
+
+
+class PeftConfig(StrictModel):
+    """Settings out of PEFT's adapter_config.json that decide what its tensors mean."""
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: str
+    lora_alpha: float
+    alpha_pattern: dict[str, float] | None = None
+    bias: str = "none"
+    use_dora: bool = False
+    use_rslora: bool = False
+
 
 _FUSED = """\
 The fused `qkv` is adapted as one matrix (rank {groups} x {rank}; slices that are not adapted are zero rows of
@@ -389,8 +436,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
         return _read_timm(folder / TIMM_FILE)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are needed")
-    config = read_config(folder / CONFIG)
-    _check_config(config, folder)
+    config = _read_config(folder)
     file = open_weights(folder / WEIGHTS)
     foreign = [name for name in file if not _NAME.fullmatch(name)]
     if foreign or not len(file):
@@ -398,12 +444,20 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
             f"{file.path}: not an adapter for the blocks of timm's EVA: {examples(foreign)}. Expected are names like "
             f"base_model.model.blocks.0.attn.qkv.lora_A.weight (qkv or q_proj, k_proj, v_proj; proj, fc1, fc2)"
         )
-    recorded = json.loads(file.metadata[_KEY]) if _KEY in file.metadata else None
+    for name in file:
+        for partner in {name.replace(".lora_A.", ".lora_B."), name.replace(".lora_B.", ".lora_A.")} - set(file):
+            file.get(partner)  # raises
+        shape, axes = file.shape(name), 1 if name.endswith("_vector") else 2
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(
+                f"{file.path}: {name} has the shape {shape}: it is no matrix of an adapter, or an empty one"
+            )
+    told = file.told(_KEY, AdapterEntry) if _KEY in file.metadata else None
     modules = {_NAME.fullmatch(name)[2] for name in file}  # type: ignore[index]
     split = tuple(part for part in SLICES if f"attn.{part}_proj" in modules)
     if split and "attn.qkv" in modules:
         raise ValueError(f"{file.path}: adapts the fused qkv and separate projections at once; no model has both")
-    magnitude = bool(config.get("use_dora"))
+    magnitude = config.use_dora
     if magnitude and "attn.qkv" in modules:
         raise ValueError(
             f"{file.path}: DoRA on the fused qkv gives all its rows a length, which DoRA on slices does not express; "
@@ -411,7 +465,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
         )
     if absent := [name for name in file if name.endswith(".lora_B.weight") and magnitude != (_beside(name) in file)]:
         raise ValueError(f"{file.path}: use_dora={magnitude} and the tensors beside {examples(absent)} do not agree")
-    slices = _slices(file, recorded) if "attn.qkv" in modules else split
+    slices = _slices(file, told) if "attn.qkv" in modules else split
     targets = canonical_targets((*slices, *(target for target in ("proj", "fc1", "fc2") if MODULES[target] in modules)))
     rank, scaling = _rank_and_scaling(file, config, len(slices))
     tensors = _stacked(file, split) if split else {}
@@ -426,7 +480,7 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
                 raise ValueError(_not_sparse(name, slices, rank, file))
             value = gathered
         tensors[our_name] = value
-    base, storage = (recorded["base_sha256"], recorded.get("base_storage", "full")) if recorded else (None, "full")
+    base, storage = (told.base_sha256, told.base_storage) if told else (None, "full")
     return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
 
 
@@ -435,13 +489,28 @@ def _read_timm(path: Path) -> Adapter:
     file = open_weights(path)
     if _TIMM_KEY not in file.metadata:
         raise ValueError(f"{file.path} is no adapter that this project wrote for a model of timm")
-    recorded = json.loads(file.metadata[_TIMM_KEY])
-    name, targets, places = recorded.pop("name"), tuple(recorded.pop("targets")), recorded.pop("places")
-    names = [f"{layer}.{kind}" for layer in places for kind in KINDS]
-    tensors = {name: file.get(name) for name in names if name in file}
-    groups = {layer: place["groups"] for layer, place in places.items() if place["groups"] > 1}
-    adapter = Adapter(targets=targets, tensors=tensors, origin="model", model=name, groups=groups, **recorded)
-    if len(adapter.tensors) != len(file) or _places(adapter) != places:
+    told = file.told(_TIMM_KEY, TimmAdapterEntry)
+    kinds = [kind for kind in KINDS if told.magnitude or kind != "lora_magnitude"]
+    names = [f"{layer}.{kind}" for layer in told.places for kind in kinds]
+    whole = bool(names) and set(names) == set(file)
+    for layer in told.places if whole else ():
+        a, b = file.shape(f"{layer}.lora_A"), file.shape(f"{layer}.lora_B")
+        if len(a) not in (2, 4) or len(b) != 2 or 0 in (*a, *b) or {a[0], b[1]} != {told.rank}:
+            raise ValueError(f"{file.path}: {layer} has lora_A {a} and lora_B {b}, its header says rank {told.rank}")
+    adapter = Adapter(
+        told.rank,
+        told.alpha,
+        tuple(told.targets),
+        {name: file.get(name) for name in names} if whole else {},
+        "model",
+        told.base_sha256,
+        told.magnitude,
+        model=told.name,
+        options=told.options,
+        groups={layer: place.groups for layer, place in told.places.items() if place.groups > 1},
+    )
+    places = {layer: place.model_dump() for layer, place in told.places.items()}
+    if not whole or _places(adapter) != places:
         raise ValueError(f"{file.path}: its tensors are not those of the layers that its header names")
     return adapter
 
@@ -464,7 +533,8 @@ def _stacked(file: WeightFile, slices: tuple[str, ...]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+def _read_config(folder: Path) -> PeftConfig:
+    config = read_config(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: adapters of type {config.get('peft_type')!r} are not LoRA; allowed: LORA")
     given = [f"{name}={config[name]!r}" for name in _REFUSED if config.get(name)]
@@ -472,23 +542,20 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         given.append(f"bias={config['bias']!r}")
     if given:
         raise ValueError(f"{folder}: plain LoRA cannot express {', '.join(given)}; merge this adapter with PEFT itself")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{folder / CONFIG}: alpha_pattern is {patterns!r}; expected are names of modules and numbers")
-    if unsafe := [repr(name) for name in patterns if not _PLAIN.fullmatch(name)]:
+    found = read_record(folder / CONFIG, PeftConfig)
+    if unsafe := [repr(name) for name in found.alpha_pattern or {} if not _PLAIN.fullmatch(name)]:
         raise ValueError(
             f"{folder / CONFIG}: alpha_pattern has regular expressions, which a file could make run for ever: "
             f"{examples(unsafe)}. Allowed are names of modules or ends of them (attn.qkv, blocks.0.mlp.fc1): name each "
             f"module"
         )
+    return found
 
 
-def _slices(file: WeightFile, recorded: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _slices(file: WeightFile, told: AdapterEntry | None) -> tuple[str, ...]:
     """The adapted slices: as our metadata says, else those where some block has a value in lora_B."""
-    if recorded is not None:
-        return tuple(name for name in SLICES if name in recorded["targets"])
-    used: set[str] = set()
-    for name in file:
+    used: set[str] = {name for name in SLICES if told is not None and name in told.targets}
+    for name in file if told is None else ():
         if name.endswith("attn.qkv.lora_B.weight"):
             parts = file.get(name).chunk(3)
             used.update(SLICES[index] for index, part in enumerate(parts) if part.any())
@@ -497,7 +564,7 @@ def _slices(file: WeightFile, recorded: Mapping[str, Any] | None) -> tuple[str, 
     return tuple(name for name in SLICES if name in used)
 
 
-def _rank_and_scaling(file: WeightFile, config: Mapping[str, Any], groups: int) -> tuple[int, float]:
+def _rank_and_scaling(file: WeightFile, config: PeftConfig, groups: int) -> tuple[int, float]:
     """Our one rank and one factor, where all modules of a PEFT adapter agree on them."""
     found: dict[tuple[int, float], str] = {}
     for name in file:
@@ -510,8 +577,8 @@ def _rank_and_scaling(file: WeightFile, config: Mapping[str, Any], groups: int) 
         count = groups if match[2] == "attn.qkv" else 1
         if rows % count:
             raise ValueError(_not_sparse(name, None, rows, file))
-        alpha = _pattern(config.get("alpha_pattern") or {}, match[1], config["lora_alpha"])
-        divisor = rows**0.5 if config.get("use_rslora") else rows
+        alpha = _pattern(config.alpha_pattern or {}, match[1], config.lora_alpha)
+        divisor = rows**0.5 if config.use_rslora else rows
         found.setdefault((rows // count, alpha / divisor), match[1])
     if len(found) > 1:
         shown = ", ".join(f"{name}: rank {rank}, scaling {scaling:g}" for (rank, scaling), name in found.items())

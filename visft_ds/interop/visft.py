@@ -30,7 +30,9 @@ def read_visft_lora(path: str | Path) -> Adapter:
     named = [name for name in file if is_lora(name)]
     if not named:
         raise ValueError(f"{path}: no LoRA tensors (…attn.qkv.lora_A) in this file; it has {examples(file.infos)}")
-    layout = next(layout for layout in LAYOUTS.values() if named[0].startswith(layout.prefix + "blocks."))
+    layouts = (layout for layout in LAYOUTS.values() if named[0].startswith(layout.prefix + "blocks."))
+    if (layout := next(layouts, None)) is None:
+        raise ValueError(f"{path}: {named[0]!r} belongs to no vision tower that is known: not a ViSFT LoRA file")
     foreign = [name for name in named if not name.startswith(layout.prefix + "blocks.")]
     foreign += [name for name in named if not name.endswith((".attn.qkv.lora_A", ".attn.qkv.lora_B"))]
     foreign += [name for name in file if not is_lora(name) and layout.reason_to_ignore(name) is None]
@@ -40,8 +42,10 @@ def read_visft_lora(path: str | Path) -> Adapter:
     first = "blocks.0.attn.qkv."
     if first + "lora_A" not in tensors or first + "lora_B" not in tensors:
         raise ValueError(f"{path}: {layout.prefix}{first}lora_A or .lora_B is missing")
+    if any(value.ndim != 2 for value in tensors.values()):
+        raise ValueError(f"{path}: not all of its tensors are matrices: not a ViSFT LoRA file")
     rows, rank = tensors[first + "lora_A"].shape[0], tensors[first + "lora_B"].shape[1]
-    if rows != 2 * rank:
+    if rows != 2 * rank or not rank:
         raise ValueError(
             f"{path}: lora_A has {rows} rows and lora_B {rank} columns; ViSFT adapts q and v, so 2 x {rank} rows are "
             f"expected: not a ViSFT LoRA file"

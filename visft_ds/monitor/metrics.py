@@ -18,13 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, Natural, Whole, as_record, read_record
 from visft_ds.config.removed import RUN_SCHEMA
 from visft_ds.monitor.callbacks import Callback
+from visft_ds.redaction import redacted_values, redacted_words
 
 #: Packages whose version decides results.
 RECORDED_PACKAGES = ("visft_ds", "torch", "deepspeed", "numpy", "torchvision", "safetensors")
@@ -172,16 +176,38 @@ def _encode(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
     }
 
 
+class NumbersLine(StrictModel):
+    """Line of metrics.jsonl with numbers by their names; JSON has none that are not finite."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Finite | Literal["nan", "inf", "-inf"]]
+
+    kind: Literal["step", "save"]
+    step: Whole
+
+
+class EventLine(StrictModel):
+    """Line of metrics.jsonl about something that happened; `details` are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["event"]
+    step: Whole
+    event: str
+
+
+_LINE: Any = NumbersLine | EventLine
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a metrics.jsonl in order; a line torn by a crash or a full disk is left out."""
     with path.open("rb") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                as_record(line, _LINE, str(path))
             except ValueError:
                 continue
-            if isinstance(record, dict) and "step" in record:
-                yield record
+            yield json.loads(line)
 
 
 def truncate_metrics(path: Path, step: int) -> dict[str, float]:
@@ -205,6 +231,44 @@ def truncate_metrics(path: Path, step: int) -> dict[str, float]:
     return last
 
 
+class Revision(StrictModel):
+    """Commit of the checkout that a run was started from."""
+
+    commit: str
+    modified: bool
+
+
+class FileInput(StrictModel):
+    """File that a run was given."""
+
+    path: str
+    beside: str
+    sha256: str
+
+
+class SplitInput(StrictModel):
+    """Shards that a run was given."""
+
+    path: str
+    beside: str
+    split: str
+    fingerprint: str
+
+
+class RunFile(StrictModel):
+    """Content of OUT/run.json; its number is that of its schema. Records of 0.1 have neither that nor inputs."""
+
+    number: Whole = Field(1, alias="schema")
+    config: dict[str, Any]
+    world_size: Natural = 1
+    started: str = ""
+    command: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    git: Revision | None = None
+    inputs: dict[str, FileInput | SplitInput] = Field(default_factory=dict)
+    earlier: list[dict[str, Any]] = Field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Record of a run, its settings and its environment: OUT/run.json."""
@@ -220,17 +284,17 @@ class RunRecord:
         record = {
             "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": list(self.command),
+            "command": redacted_words(self.command),
             "world_size": self.world_size,
             "versions": versions(),
             "git": git_revision(Path(__file__).resolve().parents[2]),
-            "config": dict(self.config),
+            "config": redacted_values(self.config),
             "inputs": dict(self.inputs),
             "earlier": [],
         }
         if path.is_file():
-            previous = json.loads(path.read_text(encoding="utf-8"))
-            record["earlier"] = [*previous.pop("earlier"), previous]
+            previous = read_record(path, RunFile).model_dump(mode="json", by_alias=True, exclude_unset=True)
+            record["earlier"] = [*previous.pop("earlier", []), previous]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

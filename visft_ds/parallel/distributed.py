@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from visft_ds.resilience.signals import RanksDiffer
+from visft_ds.resilience.errors import RanksDiffer
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
 _COUNT_SLOTS = 12

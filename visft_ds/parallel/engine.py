@@ -34,7 +34,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
-from visft_ds.resilience.signals import LostRank
+from visft_ds.resilience.errors import LostRank
 
 #: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT is added.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

@@ -6,15 +6,17 @@ Peaks in arithmetic are those of `costs.hardware`. What an ordinary program reac
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import read_record
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES, find_peak
@@ -130,38 +132,48 @@ def _find(name: str, text: str) -> Gpu:
     )
 
 
-_FILE_KEYS = ("count", "name", "memory_gib", "bandwidth_gb_s", "link_gb_s", "tflops")
+#: Number of a device above 0, in thousands of millions a second, GiB or the like.
+Rate = Annotated[float, Field(gt=0, le=1e9)]
+
+
+class Tflops(StrictModel):
+    """Operations of matrix products, in millions of millions a second."""
+
+    fp32: Rate
+    bf16: Rate | None = None
+    fp16: Rate | None = None
+
+    def items(self) -> Iterator[tuple[Precision, float]]:
+        """Those that are told, by precision."""
+        told: dict[Precision, float | None] = {"fp32": self.fp32, "bf16": self.bf16, "fp16": self.fp16}
+        yield from ((name, rate) for name, rate in told.items() if rate is not None)
+
+
+class ClusterFile(StrictModel):
+    """Description of a cluster; network and machines where there are several."""
+
+    count: Annotated[int, Field(ge=1, le=10**6)]
+    name: str
+    memory_gib: Rate
+    bandwidth_gb_s: Rate
+    link_gb_s: Rate
+    tflops: Tflops
+    network_gb_s: Rate = _NETWORK / 1e9
+    per_node: Annotated[int, Field(ge=1, le=10**6)] = _PER_NODE
 
 
 def _from_file(path: Path) -> Cluster:
-    """A cluster out of a file: keys `_FILE_KEYS`, and network_gb_s and per_node where there are several machines."""
+    """A cluster out of a file. Raises ValueError for other content than that of `ClusterFile`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--cluster {path}: cannot be read as JSON: {error}") from error
-    optional = ("network_gb_s", "per_node")
-    if not isinstance(values, dict) or set(values) - {*optional} != set(_FILE_KEYS):
+        found = read_record(path, ClusterFile)
+    except ValueError as error:
         raise ValueError(
-            f"--cluster {path}: needs exactly the keys {', '.join(_FILE_KEYS)} (and, where wanted, "
-            f"{', '.join(optional)})"
-        )
-    tflops = values["tflops"]
-    numbers = [values[key] for key in (*_FILE_KEYS, *optional) if key in values and key not in ("name", "tflops")]
-    wrong = not isinstance(tflops, dict) or "fp32" not in tflops or set(tflops) - {"fp32", "bf16", "fp16"}
-    if wrong or not all(isinstance(number, (int, float)) and number > 0 for number in (*numbers, *tflops.values())):
-        raise ValueError(
-            f"--cluster {path}: all numbers must be above 0, and tflops an object such as "
+            f"--cluster {error} All numbers must be above 0, and tflops an object such as "
             '{"fp32": 19.5, "fp16": 312, "bf16": 312}'
-        )
-    gpu = Gpu(
-        str(values["name"]),
-        int(values["memory_gib"] * 2**30),
-        values["bandwidth_gb_s"] * 1e9,
-        values["link_gb_s"] * 1e9,
-        tflops,
-    )
-    network = values.get("network_gb_s", _NETWORK / 1e9) * 1e9
-    return Cluster(int(values["count"]), gpu, network, int(values.get("per_node", _PER_NODE)))
+        ) from error
+    tflops: dict[Precision, float] = {name: rate for name, rate in found.tflops.items()}
+    gpu = Gpu(found.name, int(found.memory_gib * 2**30), found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, tflops)
+    return Cluster(found.count, gpu, found.network_gb_s * 1e9, found.per_node)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+from pydantic import ConfigDict
 
 from visft_ds.checkpoint.disk import explained
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Natural, Number, Whole, as_record, parse_json
 from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.predict.images import Found, OpenedImage, find_images, open_image
 from visft_ds.predict.model import Model, check_options, load
 from visft_ds.predict.results import Prediction, category_name
+from visft_ds.redaction import redacted
 from visft_ds.run.lock import locked
 from visft_ds.tasks.pictures import save_png
 
@@ -58,7 +62,7 @@ def predict(given: argparse.Namespace) -> int:
 
 
 def _complain(text: str) -> int:
-    print(f"predict: {text}", file=sys.stderr, flush=True)
+    print(f"predict: {redacted(text)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -115,13 +119,31 @@ def _batches(files: Sequence[Path], size: int, skipped: dict[str, str], gauge: G
             images.append(open_image(file))
         except ValueError as error:
             skipped[str(file)] = str(error)
-            print(f"skipped {error}", file=sys.stderr, flush=True)
+            print(f"skipped {redacted(error)}", file=sys.stderr, flush=True)
             gauge.add()
         if len(images) == size:
             yield images
             images = []
     if images:
         yield images
+
+
+class PredictedResult(StrictModel):
+    """Result of a task in an image, in COCO's format."""
+
+    model_config = ConfigDict(extra="allow")
+
+    category_id: Number = 0  #: where it has one
+
+
+class PredictedImage(StrictModel):
+    """Line of an image; `found` are its results by task, in COCO's format."""
+
+    id: Whole
+    file_name: str
+    width: Natural
+    height: Natural
+    found: dict[str, list[PredictedResult]]
 
 
 class Record:
@@ -159,8 +181,10 @@ class Record:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line that was cut off is written again
         try:
-            lines = [orjson.loads(line) for line in whole.splitlines()]
-        except orjson.JSONDecodeError as error:
+            lines = [parse_json(line, "a line") for line in whole.splitlines()]
+            for line in whole.splitlines()[1:]:
+                as_record(line, PredictedImage, "a line")
+        except ValueError as error:
             raise ValueError(f"{self._path} is damaged ({error}): choose another --out, or remove it") from error
         if lines and lines[0] != header:
             there = lines[0] if isinstance(lines[0], dict) else {}

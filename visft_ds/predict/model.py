@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files
 from visft_ds.config.task_schema import Stream
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.plan import generator
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.evals.model import (
     DEFAULT_BATCH,
-    DTYPES,
     EvaluationModel,
     ModelFiles,
     ModelSource,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 
-from visft_ds.config import Batches, ResolvedConfig
+from visft_ds.config import Batches, ResolvedConfig, going_on
 from visft_ds.config.schema import Precision, VisftConfig
 from visft_ds.config.task_schema import Stream
 from visft_ds.data.dataset import DataSet, SamplePipeline
@@ -78,8 +78,10 @@ def open_data(config: ResolvedConfig) -> tuple[ResolvedConfig, RunData]:
     Raises:
         ValueError: a split that is missing or damaged, lacks what a task needs, or does not fit the others.
     """
-    given = paths_of(config.visft)
-    config, why_shuffled = settle_shuffle(located(config, Path(config.visft.run.out or "")))
+    given, out = paths_of(config.visft), Path(config.visft.run.out or "")
+    if saved_something(out):
+        config = going_on(config, recorded_config(out))
+    config, why_shuffled = settle_shuffle(located(config, out))
     sets = open_training_data(config.visft)
     config = settle_classes(config, first_of(sets))
     settings = config.visft

@@ -26,7 +26,7 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
-from visft_ds.resilience.signals import RankError
+from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
 

@@ -268,11 +268,6 @@ def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tenso
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: blocks, width, rank and adapted projections."""
-    return f"operations: {blocks_text(record['options'])} on {', '.join(record['options']['targets'])}"
-
-
 def blocks_text(options: Mapping[str, Any]) -> str:
     """Number, width and rank of the blocks."""
     width = "debug width" if options["small"] else "width of EVA-ViT-E"
@@ -285,9 +280,10 @@ def rounds_row(options: Mapping[str, Any]) -> tuple[str, str]:
     return "rounds", f"{options['repeats']} after 1 to warm up; all ways in turn; {kind}"
 
 
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables: blocks, projection and memory of every image size and dtype."""
-    sections = [Section("measured on", [*measured_on(record), rounds_row(record["options"])])]
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record: blocks, projection and memory of every image size and dtype."""
+    options = record["options"]
+    sections = [Section("measured on", [*measured_on(record), rounds_row(options)])]
     names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"
@@ -304,4 +300,4 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         if KEPT in result:
             kept = [(policy, f"{size:.3f}") for policy, size in result[KEPT].items()]
             sections.append(Section(f"kept for the backward pass: {what}", kept, ("recomputed", "D a token and block")))
-    return sections
+    return f"operations: {blocks_text(options)} on {', '.join(options['targets'])}", sections

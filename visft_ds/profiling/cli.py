@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from visft_ds import program
 from visft_ds.config import ResolvedConfig, build_parser, missing_inputs, render_missing, resolve_arguments
 from visft_ds.config.removed import refuse_removed
 from visft_ds.config.resolve import available
-from visft_ds.resilience.signals import LOST_PEER, is_told_here
+from visft_ds.redaction import redacted_words
+from visft_ds.resilience.errors import tell
 
 TOOL = "tools/profile.py"
 _PARTS = ("blocks", "projection", "kept")
@@ -47,7 +47,6 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def _run(given: Sequence[str], name: str) -> int:
-    rank = int(os.environ.get("RANK", "0"))
     try:
         refuse_removed(TOOL, given)
         parser = argparse.ArgumentParser(
@@ -59,15 +58,10 @@ def _run(given: Sequence[str], name: str) -> int:
             add_flags(commands)
         options, rest = parser.parse_known_args(given)
         return int(options.run(options, rest, [*name.split(), *given]))
-    except (ValueError, argparse.ArgumentError) as error:
-        if is_told_here(error):
-            print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError as error:
-        if not LOST_PEER.search(str(error)):
-            raise
-        print(f"[rank {rank}] stopped: another rank ended first", file=sys.stderr, flush=True)
-        return 3
+    except argparse.ArgumentError as error:
+        return tell(ValueError(str(error)))
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error)
 
 
 def _command(commands: Any, name: str, run: Any, *, help: str, description: str, epilog: str) -> Any:
@@ -100,7 +94,7 @@ def _check_folder(file: Path | None) -> None:
 
 
 def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[str], file: Path | None) -> int:
-    """Print the tables that a module makes of its record, and write it where a file is given. Returns exit status 0.
+    """Print the `tables` that a module makes of its record, and write it where a file is given. Returns exit status 0.
 
     Args:
         record: None on all ranks but the main one.
@@ -108,9 +102,11 @@ def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[
     from visft_ds.monitor.console import print_plan
 
     if record is not None:
-        print_plan(kind.make_title(record), kind.make_sections(record))
+        print_plan(*kind.tables(record))
         if file is not None:
-            file.write_text(json.dumps({**record, "command": list(command)}, indent=2) + "\n", encoding="utf-8")
+            file.write_text(
+                json.dumps({**record, "command": redacted_words(command)}, indent=2) + "\n", encoding="utf-8"
+            )
             print(f"wrote {file}", flush=True)
     return 0
 
@@ -194,9 +190,8 @@ def profile_train(options: argparse.Namespace, rest: Sequence[str], command: Seq
         return config
     from visft_ds.profiling import train
 
-    lengths = train.Lengths(options.steps, options.warmup)
     _check_folder(options.json)
-    record = train.measure_train(config, lengths, synthetic=options.synthetic)
+    record = train.measure_train(config, options.steps, options.warmup, synthetic=options.synthetic)
     return _show(record, train, command, options.json)
 
 

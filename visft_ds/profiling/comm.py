@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -231,16 +232,10 @@ def seconds_of(size: int, known: Mapping[int, float]) -> float:
 
     Linear between two sizes; above the largest by its bandwidth; below the smallest the seconds of the smallest.
     """
-    if size in known:
-        return known[size]
-    below, above = [s for s in known if s < size], [s for s in known if s > size]
-    if not below:
-        return known[min(above)]
-    low = max(below)
-    if not above:
-        return known[low] * size / low
-    high = min(above)
-    return known[low] + (known[high] - known[low]) * (size - low) / (high - low)
+    sizes, largest = sorted(known), max(known)
+    if size > largest:
+        return known[largest] * size / largest
+    return float(np.interp(size, sizes, [known[measured] for measured in sizes]))
 
 
 # ------------------------------------------------------------------------------------------------------- engine
@@ -370,17 +365,13 @@ _MESSAGE_HEAD = ("message", "call", "bytes", "calls", "µs a call", "busbw GB/s"
 _SHARE_HEAD = ("step", "computed s", "sent s", "of it not hidden", "share of the step", "if nothing were hidden")
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: stage, model, engine, backend and number of processes."""
-    return (
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record."""
+    hardware = record["hardware"]
+    title = (
         f"communication: stage {record['stage']}, {record['model']}, {record['engine']}; {record['backend']}, "
         f"{record['ranks']} processes"
     )
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables."""
-    hardware = record["hardware"]
     sections = [
         Section(
             "measured on",
@@ -449,8 +440,6 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         )
         for name, share in record["share"].items()
     ]
-    title = f"predicted share of communication ({record['rates']})"
-    return [
-        *sections,
-        Section(title, shares, _SHARE_HEAD) if shares else Section(title, [("unknown", record["rates"])]),
-    ]
+    share = f"predicted share of communication ({record['rates']})"
+    sections.append(Section(share, shares, _SHARE_HEAD) if shares else Section(share, [("unknown", record["rates"])]))
+    return title, sections

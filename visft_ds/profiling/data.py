@@ -49,7 +49,7 @@ from visft_ds.toy.annotations import write_toy_coco
 FORMAT, VERSION = "visft_ds data", 1
 #: Pixels of a side of the plain three-task sample, and the name of its only task.
 SIDE, TASK = 224, "joint"
-#: Height and width of generated images: COCO's most frequent size.
+#: Height and width of generated images: COCO's most frequent size. The transforms make of them what they are told.
 GENERATED_SIZE = (480, 640)
 #: Most shapes of a generated image: 7.3 on average, as many as COCO's have objects.
 GENERATED_SHAPES = 18
@@ -469,15 +469,11 @@ def configured(
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: streams, data set and role."""
-    role = {"both": "", "images": ", pictures only", "labels": ", labels only"}[record["options"]["role"]]
-    return f"data path: {', '.join(record['streams'])} on {record['set']['name']}{role}"
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables: what was read; of each stream the parts, the workers and the interpreter lock."""
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record: what was read; of each stream the parts, the workers and the interpreter lock."""
     options = record["options"]
+    role = {"both": "", "images": ", pictures only", "labels": ", labels only"}[options["role"]]
+    title = f"data path: {', '.join(record['streams'])} on {record['set']['name']}{role}"
     facts = [
         *facts_rows(record["set"]),
         load_row(record, f"before, {record['cores']} cores"),
@@ -525,4 +521,4 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
             ("so", f"more than {1 / held:.1f} threads cannot be busy at once; beyond that, worker processes help"),
         ]
         sections.append(Section(f"{head}: the interpreter lock", rows))
-    return sections
+    return title, sections

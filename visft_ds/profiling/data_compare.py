@@ -162,7 +162,7 @@ def passes(data: MeasuredSet, reader: ShardReader, batch: int) -> dict[str, Pass
     ours = partial(our_loader, data, reader, pipeline, batch)
     as_written = partial(naive, urls, data.vocabulary, batch)
     as_ours = partial(tuned, urls, pipeline, batch, buffer=whole)
-    selected = partial(label_batches, urls, pipeline, batch, buffer=whole)
+    selected = partial(as_ours, workers=0, labels_only=True)
 
     def of_pairs(start: Callable[[], Iterator[Any]]) -> int:
         return sum(len(images) for images, _ in start())
@@ -273,15 +273,17 @@ def tuned(
     workers: int,
     buffer: int,
     key_of: Callable[[int], int] = int,
+    labels_only: bool = False,
 ) -> Iterator[Any]:
     """This project's decoder, transforms and collate in a webdataset pipeline: one pass over the shards.
 
     Args:
         buffer: samples of the shuffle buffer; as many as the set has for a global order.
         key_of: image id -> key of the sample's random numbers.
+        labels_only: batches of targets without pixels.
     """
     dataset = (
-        _shards(urls, buffer)
+        _shards(urls, buffer, **({"select_files": _is_label} if labels_only else {}))
         .map(partial(_tuned_sample, pipeline=pipeline, key_of=key_of))
         .batched(batch, collation_fn=pipeline.collate)
     )
@@ -292,16 +294,6 @@ def labels(urls: Sequence[str], *, parse: bool) -> Iterator[Any]:
     """The labels alone, as bytes or parsed, in the order of the shards; the images lie between them in the stream."""
     dataset = _shards(urls, 0, select_files=_is_label)
     return iter(dataset.map(_parse) if parse else dataset)
-
-
-def label_batches(urls: Sequence[str], pipeline: SamplePipeline, batch: int, *, buffer: int) -> Iterator[Any]:
-    """Batches of targets without pixels, shuffled."""
-    dataset = (
-        _shards(urls, buffer, select_files=_is_label)
-        .map(partial(_tuned_sample, pipeline=pipeline, key_of=int))
-        .batched(batch, collation_fn=pipeline.collate)
-    )
-    return iter(dataset)
 
 
 def raw(urls: Sequence[str], buffer: int) -> Iterator[WdsSample]:
@@ -426,13 +418,8 @@ def _naive_collate(samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Te
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: webdataset's version and the data set."""
-    return f"the loader against plain webdataset {record['webdataset']} on {record['set']['name']}"
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables: what was read, every group, the ratios."""
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record: what was read, every group, the ratios."""
     options = record["options"]
     facts = [
         *facts_rows(record["set"]),
@@ -459,4 +446,5 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         for pair in record["ratios"]
     ]
     title = f"ratios, pairwise, n {options['rounds']}"
-    return [*sections, Section(title, ratios, ("CPU time a sample", "ratio", "quartiles"))]
+    sections.append(Section(title, ratios, ("CPU time a sample", "ratio", "quartiles")))
+    return f"the loader against plain webdataset {record['webdataset']} on {record['set']['name']}", sections

@@ -7,10 +7,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from visft_ds.costs.hardware import describe
@@ -95,7 +97,7 @@ class CpuClock:
 
     @classmethod
     def start(cls) -> CpuClock:
-        """Raises RuntimeError where there is no /proc."""
+        """Start to count."""
         living = _living_seconds()
         return cls(living, _own_seconds())
 
@@ -113,23 +115,12 @@ def _own_seconds() -> float:
 
 def _living_seconds() -> float:
     """CPU time of living descendants, and of their children that have ended; a fork server's are grandchildren."""
-    if not Path("/proc/self/stat").is_file():
-        raise RuntimeError("this system has no /proc: the CPU time of worker processes cannot be measured here")
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, ProcessLookupError):  # it ended just now: its parent has its time
-            continue
-        fields = text.rpartition(")")[2].split()  # behind the name, which may contain blanks
-        process = int(path.parent.name)
-        parents[process] = int(fields[1])
-        ticks[process] = sum(map(int, fields[11:15]))  # user, system, and both of children that were waited for
-    descend = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in descend} - descend:
-        descend |= more
-    return sum(ticks[process] for process in descend - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
+    found = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended just now: its parent has its time
+            times = process.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- records

@@ -182,13 +182,8 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: blocks, width and rank."""
-    return f"stage-2 step of the backbone against timm + PEFT: {blocks_text(record['options'])}"
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables, one for each image size and dtype."""
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record, one for each image size and dtype."""
     options = record["options"]
     facts = [
         *measured_on(record),
@@ -211,7 +206,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         ]
         sections.append(Section(what, rows, ("recomputed", "ms", "times as fast (quartiles)", "peak MiB", "")))
         sections.append(Section("gradients of all adapters", [("differ by", f"{result['gradients_differ_by']:.1e}")]))
-    return sections
+    return f"stage-2 step of the backbone against timm + PEFT: {blocks_text(options)}", sections
 
 
 def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
@@ -242,7 +237,8 @@ def peft_on_timm(backbone: EvaViT, dtype: torch.dtype | None) -> nn.Module:
     config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=settings["target_modules"])
     adapted = get_peft_model(model.requires_grad_(False), config)
     tensors = peft_tensors(adapter, split=True)
-    outcome = set_peft_model_state_dict(adapted, {key: value.to(_device(backbone)) for key, value in tensors.items()})
+    device = backbone.pos_embed.device
+    outcome = set_peft_model_state_dict(adapted, {key: value.to(device) for key, value in tensors.items()})
     assert not outcome.unexpected_keys, outcome.unexpected_keys
     assert not any(p.is_meta for p in adapted.parameters())
     return adapted.train()
@@ -265,10 +261,6 @@ def adapter_gradients(adapted: nn.Module, backbone: EvaViT) -> tuple[Tensor, Ten
     return torch.cat([one.flatten() for one in flat if one is not None]), torch.cat(
         [v.flatten() for v in ours.values()]
     )
-
-
-def _device(backbone: EvaViT) -> torch.device:
-    return backbone.pos_embed.device
 
 
 def _split(backbone: EvaViT, dtype: torch.dtype | None) -> dict[str, Tensor]:

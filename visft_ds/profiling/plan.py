@@ -65,20 +65,14 @@ def _arm_record(arm: SearchArm) -> dict[str, Any]:
     }
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: number and name of the GPUs."""
-    cluster = record["cluster"]
-    return f"plan: {cluster['count']}x{cluster['name']}, predicted"
-
-
 _ARM_HEAD = ("engine", "recomputed", "accumulation", "fits", "fullest", "images/s", "hours", "of the peak")
 _MEMORY_HEAD = ("step", "weights", "grads", "optimizer", "buckets", "gathered", "activations", "transient", "GiB")
 _TIME_HEAD = ("step", "images", "at once", "seconds", "communication", "waiting", "images/s", "of the peak")
 
 
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """For each model and stage: the arms, and of the best one memory by part and time of each kind of step."""
-    sections = []
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, for each model and stage: the arms, and of the best one memory by part and time of each kind of step)."""
+    sections, cluster = [], record["cluster"]
     for plan in record["plans"]:
         name = f"{plan['model']}, stage {plan['stage']}"
         if not plan["arms"]:
@@ -121,4 +115,4 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         rows.append(("mix", "", "", f"{best['step_seconds']:.3f}", "", "", f"{best['images_per_second']:.4g}", ""))
         sections.append(Section(f"{name}, {best['engine']}: time", rows, _TIME_HEAD))
         sections.append(Section(f"{name}, {best['engine']}: flags", [("visft train", " ".join(best["flags"]))]))
-    return sections
+    return f"plan: {cluster['count']}x{cluster['name']}, predicted", sections

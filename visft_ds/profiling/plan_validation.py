@@ -358,17 +358,12 @@ def time_ratios(records: Sequence[Mapping[str, Any]]) -> list[float]:
     return [ratio / middle for ratio in ratios]
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: number of steps and of processes."""
-    first = record["records"][0]
-    return f"plan: predicted against measured, {len(record['records'])} steps on {first['processes']} process(es)"
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """Every step, and the largest error."""
-    ratios = iter(record["time_ratios"])
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record: every step, and the largest error."""
+    cases, ratios = record["records"], iter(record["time_ratios"])
+    title = f"plan: predicted against measured, {len(cases)} steps on {cases[0]['processes']} process(es)"
     rows = []
-    for case in record["records"]:
+    for case in cases:
         timed = case["predicted_seconds"] is not None
         rows.append(
             (
@@ -386,4 +381,4 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
     if record["time_ratios"]:
         off = max(max(ratio, 1 / ratio) for ratio in record["time_ratios"])
         summary.append(("largest time ratio", f"{off:.2f} (predicted over measured, over its mean)"))
-    return [Section("peak memory of a step, and its time", rows, head), Section("summary", summary)]
+    return title, [Section("peak memory of a step, and its time", rows, head), Section("summary", summary)]

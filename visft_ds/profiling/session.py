@@ -32,15 +32,12 @@ from visft_ds.parallel.placement import placement_for
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
-from visft_ds.profiling.data import every_word
+from visft_ds.profiling.data import GENERATED_SIZE, every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
 
-#: Height and width of the images of `--synthetic`: COCO's most frequent size. The transforms make of them what the
-#: configuration says.
-SYNTHETIC_SIZE = (480, 640)
 SYNTHETIC_SPLIT = "profile-synthetic"
 SYNTHETIC_COUNT = 8  #: drawing one takes longer than training on it; a larger batch repeats them
 #: Part of the memory that weights and optimizer may fill. The rest of a CPU's has to do for all activations, and where
@@ -148,7 +145,7 @@ def without_missing_weights(config: ResolvedConfig) -> tuple[ResolvedConfig, tup
     """Random values where files are missing, and what was replaced: speed does not depend on values."""
     # Generated captions are few: words need not be frequent.
     settings = every_word(config.visft)
-    notes = [f"data: generated pictures of {SYNTHETIC_SIZE[1]} x {SYNTHETIC_SIZE[0]} pixels"]
+    notes = [f"data: generated pictures of {GENERATED_SIZE[1]} x {GENERATED_SIZE[0]} pixels"]
     weights, heads = settings.model.weights, settings.heads.path
     if weights is not None and not Path(weights).is_file():
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"weights": None})})
@@ -213,16 +210,9 @@ def _data(config: ResolvedConfig, synthetic: bool) -> Iterator[Manifest]:
         yield Manifest.load(config.visft.data.root, config.visft.data.train)
         return
     with tempfile.TemporaryDirectory(prefix="visft-profile-") as name:
-        folder, (height, width) = Path(name), SYNTHETIC_SIZE
+        folder, (height, width) = Path(name), GENERATED_SIZE
         write_toy_coco(folder / "coco", train=SYNTHETIC_COUNT, val=0, height=height, width=width)
-        annotations = folder / "coco" / "annotations"
-        build(
-            Options(
-                images=folder / "coco" / "train2017",
-                instances=annotations / "instances_train2017.json",
-                captions=annotations / "captions_train2017.json",
-                out=folder / "shards",
-                split=SYNTHETIC_SPLIT,
-            )
-        )
+        labels = folder / "coco" / "annotations"
+        instances, captions = (labels / f"{kind}_train2017.json" for kind in ("instances", "captions"))
+        build(Options(folder / "coco" / "train2017", instances, captions, folder / "shards", SYNTHETIC_SPLIT))
         yield Manifest.load(folder / "shards", SYNTHETIC_SPLIT)

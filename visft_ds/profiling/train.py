@@ -45,40 +45,37 @@ from visft_ds.profiling.timing import (
     metered,
     typical_parts,
 )
+from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.resilience.signals import RankError
 from visft_ds.tasks import TASKS
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Numbers of measured and of warm-up steps, in optimiser steps of each task. Raises ValueError below 1."""
+def measure_train(config: ResolvedConfig, steps: int, warmup: int, *, synthetic: bool) -> dict[str, Any] | None:
+    """Every stream of a configuration on every rank; the record on the main process, None on the others.
 
-    steps: int = 10
-    warmup: int = 3
+    Args:
+        steps, warmup: numbers of timed optimiser steps of each stream, and of those before.
 
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.warmup < 1:
-            raise ValueError(
-                f"--steps {self.steps} and --warmup {self.warmup}: both must be at least 1 (the first step is never a "
-                "typical one: memory is allocated, the optimizer makes its state)"
-            )
-
-
-def measure_train(config: ResolvedConfig, lengths: Lengths, *, synthetic: bool) -> dict[str, Any] | None:
-    """Every stream of a configuration on every rank; the record on the main process, None on the others."""
+    Raises:
+        ValueError: one of them is below 1; as `open_session` and `measure_stream`.
+    """
+    if steps < 1 or warmup < 1:
+        raise ValueError(
+            f"--steps {steps} and --warmup {warmup}: both must be at least 1 (the first step is never a typical one: "
+            "memory is allocated, the optimizer makes its state)"
+        )
     with open_session(config, synthetic=synthetic) as session:
-        measured = {name: measure_stream(session, name, lengths) for name in session.config.visft.streams()}
+        measured = {name: measure_stream(session, name, steps, warmup) for name in session.config.visft.streams()}
         ranks = distributed.gather_objects(measured)
         record = make_record(session, ranks) if ranks is not None else None
     distributed.close()
     return record
 
 
-def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str, Any]:
+def measure_stream(session: Session, stream: str, count: int, warmup: int) -> dict[str, Any]:
     """Everything about one stream on this rank, as JSON values. Collective: every rank measures the same steps.
 
     Raises:
@@ -88,7 +85,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
     device, loader = engine.device, session.loader_of(stream)
     reference = reference_rate(device, session.precision)
     # Behind the counted step as much is read ahead as in training.
-    steps = loader.steps(0, lengths.warmup + 2 * lengths.steps + 2 + session.config.visft.data.prefetch_steps)
+    steps = loader.steps(0, warmup + 2 * count + 2 + session.config.visft.data.prefetch_steps)
     reports: list[StepReport] = []
     images = 0
 
@@ -105,13 +102,13 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         return step, formula_of(session, batches).total
 
     with out_of_memory_explained(stream, micro):
-        for _ in range(lengths.warmup):
+        for _ in range(warmup):
             timed()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         plain, hooked, flops = list[MeasuredStep](), list[MeasuredStep](), list[Flops | None]()
         watch = Stopwatch(device)
-        for _ in range(lengths.steps):
+        for _ in range(count):
             step, operations = timed()
             plain.append(step)
             flops.append(operations)
@@ -150,7 +147,7 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
         model = statistics.median((f.forward + f.backward) / s for f, s in zip(known, seconds, strict=True))
         hardware = statistics.median(f.all / s for f, s in zip(known, seconds, strict=True))
     rate = reference.flops_per_second
-    first = [*made[: lengths.warmup], *made[lengths.warmup :: 2]]  # those without hooks
+    first = [*made[:warmup], *made[warmup::2]]  # those without hooks
     return {
         "batch": {
             "images": images,
@@ -160,9 +157,9 @@ def measure_stream(session: Session, stream: str, lengths: Lengths) -> dict[str,
             "content": content,
         },
         "steps": {
-            "measured": lengths.steps,
-            "warmup": lengths.warmup,
-            "skipped": sum(report.skipped for report in made[lengths.warmup :]),
+            "measured": count,
+            "warmup": warmup,
+            "skipped": sum(report.skipped for report in made[warmup:]),
         },
         "losses": [dict(report.losses)["loss"] for report in first[:2]],
         "images_per_second": spread(images / step_seconds for step_seconds in seconds),
@@ -332,16 +329,11 @@ def _slowest(task: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def make_title(record: Mapping[str, Any]) -> str:
-    """Title of the tables: stage, what trains, model, engine and number of processes."""
-    stage, processes = record["stage"], record["world_size"]
+def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
+    """(title, tables) of a record. Of several ranks the slowest one's times and the fullest one's memory are shown."""
+    tasks, processes = record["tasks"], record["world_size"]
     count = f"{processes} process{'es' if processes > 1 else ''}"
-    return f"profile: stage {stage} ({record['trains']}), {record['model']}, {record['engine']}, {count}"
-
-
-def make_sections(record: Mapping[str, Any]) -> list[Section]:
-    """The record as tables. Of several ranks the slowest one's times and the fullest one's memory are shown."""
-    tasks = record["tasks"]
+    title = f"profile: stage {record['stage']} ({record['trains']}), {record['model']}, {record['engine']}, {count}"
     first = _slowest(next(iter(tasks.values())))
     rows = [
         *measured_on(record),
@@ -356,7 +348,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         numbers = _slowest(task)
         ranks = f" (rank {task['slowest_rank']}, the slowest)" if len(task["ranks"]) > 1 else ""
         sections += [
-            Section(f"{name}: speed{ranks}", _speed_rows(numbers, record["world_size"])),
+            Section(f"{name}: speed{ranks}", _speed_rows(numbers, processes)),
             Section(f"{name}: time of a step{ranks}", _time_rows(numbers), ("part", "ms", "share", "")),
             Section(f"{name}: memory of a process", _memory_rows(fullest), ("kind", "MiB at the peak", "most at once")),
             Section(f"{name}: operations of a process", _flop_rows(numbers), ("part", "counted", "formula", "ratio")),
@@ -365,7 +357,7 @@ def make_sections(record: Mapping[str, Any]) -> list[Section]:
         mix = record["mix"]
         text = f"{mix['images_per_second']:.4g} images/s, {1000 * mix['step_seconds']:.4g} ms a step on average"
         sections.append(Section("all tasks in their ratios", [("speed", text)]))
-    return sections
+    return title, sections
 
 
 def _speed_rows(numbers: Mapping[str, Any], processes: int) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ from visft_ds.model import LossDenominators
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
+from visft_ds.resilience.errors import Diverged
 from visft_ds.resilience.nan_debug import not_finite, watched
-from visft_ds.resilience.signals import Diverged
 
 #: Losses of a task that have to be known before one can be a spike.
 FEWEST = 20

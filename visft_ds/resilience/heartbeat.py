@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from visft_ds.data.store import StoreFailed
+from visft_ds.config.fields import STRICT
+from visft_ds.config.records import Whole, read_record
 from visft_ds.resilience.processes import state
-from visft_ds.resilience.signals import INTERRUPTED, LostRank, RanksDiffer
 
 FOLDER = "heartbeats"
 
@@ -21,17 +20,19 @@ FOLDER = "heartbeats"
 class Beat:
     """State that a rank reports of itself."""
 
+    __pydantic_config__ = STRICT
+
     start: str  #: which start of the run it belongs to; files of earlier starts stay behind
-    rank: int
+    rank: Whole
     host: str
-    pid: int
+    pid: Whole
     born: str  #: when the process started, by its kernel: process ids come again
-    count: int = 0  #: grows while the process lives
-    position: int = 0  #: grows with every part of a step, equally on all ranks
+    count: Whole = 0  #: grows while the process lives
+    position: Whole = 0  #: grows with every part of a step, equally on all ranks
     doing: str = "starting"
-    collectives: int = 0  #: how many it has begun, as far as torch's flight recorder tells
+    collectives: Whole = 0  #: how many it has begun, as far as torch's flight recorder tells
     ended: str = ""  #: why it left in good order
-    code: int = 0  #: its exit code, where that was an error
+    code: Whole = 0  #: its exit code, where that was an error
     machine: str = ""  #: where its process id means this process, see `machine`; "" where that is not known
 
     def where(self) -> str:
@@ -43,24 +44,11 @@ def read_beats(folder: Path) -> Iterator[Beat]:
     """All heartbeats in a folder, also those of earlier starts; files that cannot be read now are left out."""
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            yield Beat(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            beat = read_record(path, Beat)
+        except ValueError:
             continue
-
-
-def exit_code(error: BaseException) -> int:
-    """Exit code of a rank: 2 for what the user can mend (a server of the data that does not answer counts as such),
-    4 when training diverged, 130 for a second Ctrl-C, the code of the rank that it followed, 1 for a bug.
-
-    Launchers report the first code that they find, in the order of ranks: who follows must not hide the reason.
-    """
-    if isinstance(error, LostRank):
-        return error.code
-    if isinstance(error, FloatingPointError):
-        return 4
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    return 2 if isinstance(error, (ValueError, OSError, StoreFailed, RanksDiffer)) else 1
+        if path.stem == f"rank_{beat.rank:05d}":
+            yield beat
 
 
 def asked_to_stop(folder: Path) -> bool:

@@ -9,7 +9,6 @@ Shape letters: B images of a micro-batch.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_t
 from visft_ds.prepare.model import heads_identity, prepare_model
 from visft_ds.prepare.places import DATA, HEADS, WEIGHTS, located, with_paths
 from visft_ds.prepare.streams import pipelines_of, plan_of, vocabulary_of
-from visft_ds.run.folder import RECORD_FILE, REFUSED_FOLDER, recorded_config
+from visft_ds.run.folder import REFUSED_FOLDER, read_run, recorded_config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Note = Callable[[str, Tensor], None]  #: called with the name of a tensor, and the tensor
@@ -179,15 +178,15 @@ def replay(run: Path, step: int | None, settings: Sequence[str], limit: int) -> 
     config = _with_settings(recorded_config(run), run, settings)
     checkpoint = open_state(run, step, config.total_steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world_size = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))["world_size"]  # when it was started last
+    world_size = read_run(run).world_size  # when it was started last
     parts, module, denominators = _build(config, checkpoint, world_size, device)
     events = [
-        record["details"]
+        record.get("details", "")
         for record in (read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else ())
         if record.get("event") in ("bad step", "loss scale") and record["step"] == checkpoint.step + 1
     ]
     print("\n".join(f"in the run: {text}" for text in events) or "in the run: nothing is recorded against it")
-    precision = checkpoint.record["identity"]["precision"]
+    precision = checkpoint.identity("precision")
     scale = checkpoint.record["loss_scale"].get("scale", 1.0)
     module.train()
     bad = False

@@ -16,8 +16,8 @@ from visft_ds.data.samples import Batch
 from visft_ds.monitor.console import Section
 from visft_ds.parallel import distributed
 from visft_ds.planner import MemoryPlan, PlannedRun, fitting_settings, plan_largest
+from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import host_memory_available, memory_in_use, peak_memory
-from visft_ds.resilience.signals import RankError
 
 #: What allocators say that have no exception of their own: torch's for the CPU, C++, cuBLAS.
 _SAID = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")

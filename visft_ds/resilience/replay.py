@@ -13,6 +13,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,5 +35,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return replay(options.run, options.step, options.set, options.limit)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(error)}", file=sys.stderr, flush=True)
         return 2

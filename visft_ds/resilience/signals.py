@@ -5,17 +5,15 @@ Imports nothing heavy, so that what it offers is there before torch is.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from visft_ds.resilience import processes
+from visft_ds.resilience.errors import INTERRUPTED, LOST_CODE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 #: The program between the `deepspeed` command and the ranks of a machine.
@@ -25,74 +23,6 @@ _SUPERVISOR = "VISFT_SUPERVISOR"
 _GONE = -2  # no process and no answer of `processes.parent`
 #: Seconds between looks at those above this process before the first step.
 _LOOK = 0.5
-#: What gloo and NCCL say to a rank whose peer is gone.
-LOST_PEER = re.compile(r"Connection (closed|reset) by|remote process exited|Broken pipe|recvValue failed")
-
-
-#: Which ranks meet an error: all of them, or one alone, for which the others wait without knowing why.
-Scope = Literal["all ranks", "one rank"]
-
-
-class RankError(ValueError):
-    """Mistake that a user can mend, with the ranks that meet it; a plain ValueError is met by all."""
-
-    def __init__(self, message: str, scope: Scope = "one rank") -> None:
-        super().__init__(message)
-        self.scope = scope
-
-
-class Diverged(FloatingPointError):
-    """The end of a training whose numbers are not finite, met by all ranks; a plain FloatingPointError by one."""
-
-    scope: Scope = "all ranks"
-
-
-@contextlib.contextmanager
-def met_by_one_rank(*kinds: type[Exception]) -> Iterator[None]:
-    """Give errors of these kinds their scope, where there are other ranks.
-
-    Raises:
-        RankError: instead of them.
-    """
-    try:
-        yield
-    except RankError:
-        raise
-    except kinds as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        raise RankError(str(error)) from error
-
-
-def is_told_here(error: Exception) -> bool:
-    """Return True on the ranks that print an error: one of each machine where all meet it, so that it is read once."""
-    scope: Scope = "one rank" if isinstance(error, FloatingPointError) else "all ranks"
-    if isinstance(error, (RankError, Diverged)):
-        scope = error.scope
-    rank = os.environ.get("RANK", "0")
-    return scope == "one rank" or rank == "0" or os.environ.get("LOCAL_RANK", rank) == "0"
-
-
-class RanksDiffer(RuntimeError):
-    """Ranks that ought to have or do the same do not; every rank knows and stops."""
-
-
-#: Exit code of a rank that stops because another one was killed or hangs.
-LOST_CODE = 3
-#: Exit code after a Ctrl-C that waits for no step.
-INTERRUPTED = 130
-
-
-class LostRank(RuntimeError):
-    """Another rank died or ended with an error; this one cannot go on.
-
-    Args:
-        code: exit code of the other one, where it left one.
-    """
-
-    def __init__(self, message: str, code: int = LOST_CODE) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def supervised() -> dict[str, str]:

@@ -24,6 +24,7 @@ import psutil
 from visft_ds import program
 from visft_ds.config import resolve_arguments
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 from visft_ds.resilience.heartbeat import FOLDER, asked_to_stop
 from visft_ds.resilience.signals import SIGNALS, supervised
 from visft_ds.run.folder import newest_step
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--max-restarts and --backoff must not be negative")
         supervised = Command(command)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(error)}", file=sys.stderr, flush=True)
         return 2
     supervised.listen()
     return supervise(

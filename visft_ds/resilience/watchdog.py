@@ -29,9 +29,9 @@ from torch._C import _distributed_c10d
 
 from visft_ds.checkpoint.disk import explained
 from visft_ds.parallel import distributed
-from visft_ds.resilience.heartbeat import FOLDER, Beat, exit_code, process_state, read_beats
+from visft_ds.resilience.errors import LOST_CODE, LOST_PEER, LostRank, exit_code
+from visft_ds.resilience.heartbeat import FOLDER, Beat, process_state, read_beats
 from visft_ds.resilience.processes import machine, started
-from visft_ds.resilience.signals import LOST_CODE, LOST_PEER, LostRank
 
 #: A rank prints the stacks of its threads on this signal; peers on its machine send it when they find that it hangs.
 STACKS = signal.SIGUSR2
@@ -87,7 +87,7 @@ class Peers:
                 for seen in self._seen.values():
                     seen.alive = now
         self._looked, self._timed = now, timed
-        for rank, beat in beats.items():
+        for rank, beat in ((rank, beat) for rank, beat in beats.items() if rank in self._seen):
             seen = self._seen[rank]
             if rank == self._own and (seen.beat is None or beat.position != seen.beat.position):
                 self._moved = now
@@ -200,7 +200,7 @@ class Watchdog:
                 message += "\n  stack:\n" + "".join(traceback.format_tb(trace))
             raise LostRank(message, code) from error
         lines = str(error).splitlines()
-        self._end(f"{type(error).__name__}: {lines[0] if lines else ''}", exit_code(error) if error else 0)
+        self._end(f"{type(error).__name__}: {lines[0] if lines else ''}", exit_code(error))
 
     def leave(self, why: str) -> None:
         """Stop watching: from here on this process needs no other."""

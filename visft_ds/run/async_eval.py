@@ -21,6 +21,8 @@ from typing import IO, Any
 
 import orjson
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Finite, Whole, read_record
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.runner import as_metrics, measure
@@ -37,6 +39,14 @@ class EvalResult:
     step: int
     metrics: Mapping[str, float]
     problems: Sequence[str] = ()  #: why numbers are missing
+
+
+class Measured(StrictModel):
+    """Content of metrics.json of a step."""
+
+    step: Whole
+    metrics: dict[str, Finite]
+    problems: list[str]
 
 
 class AsyncEvaluation:
@@ -130,13 +140,13 @@ class AsyncEvaluation:
             if code:
                 said = (place / _LOG).read_text(errors="replace").strip().splitlines()
                 return EvalResult(step, {}, (said[-1] if said else f"exit status {code}",))
-            found = orjson.loads((place / _METRICS).read_bytes())
+            found = read_record(place / _METRICS, Measured)
         except (OSError, ValueError) as error:
             return EvalResult(step, {}, (f"its outcome cannot be read: {error}",))
         for earlier, folder in self._places():
             if earlier < step:
                 shutil.rmtree(folder, ignore_errors=True)
-        return EvalResult(step, found["metrics"], tuple(found["problems"]))
+        return EvalResult(step, found.metrics, tuple(found.problems))
 
 
 def _spawn(place: Path, shards: Path | str, log: IO[bytes]) -> subprocess.Popen[bytes]:

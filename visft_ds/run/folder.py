@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 from visft_ds.config import ResolvedConfig, identity_differences, resolve_values
 from visft_ds.config.preflight import INPUTS_FOLDER
+from visft_ds.config.records import as_record, parse_json
 from visft_ds.config.removed import RUN_SCHEMA
+from visft_ds.monitor.metrics import RunFile
 
 #: What a run leaves in <run>/export: its base (where it was random), a backbone that was trained itself, the adapter.
 BACKBONE_FILE, TRAINED_BACKBONE_FILE = "backbone.safetensors", "trained_backbone.safetensors"
@@ -105,15 +106,23 @@ def recorded_config(out: Path) -> ResolvedConfig:
     Raises:
         ValueError: no run there, or one written by a release with another schema.
     """
+    return resolve_values(read_run(out).config, str(out / RECORD_FILE))
+
+
+def read_run(out: Path) -> RunFile:
+    """The record of the run in `out`. Raises ValueError as `recorded_config`."""
     record = out / RECORD_FILE
+    if not record.is_file():
+        raise ValueError(f"there is no run in {out}: {record} does not exist")
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        values, schema = found["config"], found.get("schema", 1)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{out} holds no readable run record: {record}: {error}") from error
-    if schema not in range(1, RUN_SCHEMA + 1):
-        raise ValueError(f"{record}: schema {schema}; this release reads 1 to {RUN_SCHEMA}: use the one that wrote it")
-    return resolve_values(values, str(record))
+        data = record.read_bytes()
+        found = parse_json(data, str(record))
+        schema = found.get("schema", 1) if isinstance(found, dict) else 1
+        if schema in range(1, RUN_SCHEMA + 1):
+            return as_record(data, RunFile, str(record))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out} holds no readable run record: {error}") from error
+    raise ValueError(f"{record}: schema {schema}; this release reads 1 to {RUN_SCHEMA}: use the one that wrote it")
 
 
 def refuse_filled(out: Path) -> None:
@@ -130,10 +139,9 @@ def recorded_inputs(out: Path) -> dict[str, dict[str, Any]]:
     An unreadable record counts as empty: `recorded_config` says what is wrong with it.
     """
     try:
-        found: dict[str, dict[str, Any]] = json.loads((out / RECORD_FILE).read_text(encoding="utf-8")).get("inputs", {})
-    except (OSError, ValueError):
+        return {key: one.model_dump() for key, one in read_run(out).inputs.items()}
+    except ValueError:
         return {}
-    return found
 
 
 def newest_step(out: Path) -> int:

@@ -35,7 +35,7 @@ def locked(out: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, descriptor)
             _lock(descriptor, out, patience)
             os.ftruncate(descriptor, 0)

@@ -24,7 +24,7 @@ from visft_ds.resilience.host_memory import peak_memory
 
 @dataclass
 class RunLog:
-    """Both parts of a log; on other ranks than the main one they are silent."""
+    """Both parts of a log, written by the main process; another rank only prints which samples it replaced."""
 
     writer: MetricsWriter
     progress: Progress

@@ -38,10 +38,10 @@ _PIXEL = 3  #: bytes; images travel as uint8
 class Machine:
     """Hardware of this process, and what becomes of a run on it."""
 
-    run: PlannedRun  #: device, precision, batches and, in a pipeline, who has which layers
+    planned: PlannedRun  #: device, precision, batches and, in a pipeline, who has which layers
     why_precision: str
     why_recompute: str
-    deepspeed: dict[str, Any]  #: the configuration for `deepspeed.initialize`
+    deepspeed_config: dict[str, Any]  #: the configuration for `deepspeed.initialize`
     placement: Placement  #: who holds which parameters
     memory: MemoryWatch  #: explains a step that does not fit
 
@@ -96,8 +96,7 @@ def check_shared_memory(config: ResolvedConfig, batches: Batches, folder: Path =
         return
     largest = 0
     for name, stream in config.visft.streams().items():
-        side = stream.image.get("fixed_size") or stream.image.get("size") or stream.image["max_long"]
-        largest = max(largest, batches.micro[name] * _PIXEL * side**2)
+        largest = max(largest, batches.micro[name] * _PIXEL * stream.largest_side() ** 2)
     ready = config.visft.data.prefetch_steps * batches.accumulation + 1 + number
     needed, free = largest * ready * distributed.processes_here(), shutil.disk_usage(folder).free
     if free < needed:

@@ -35,6 +35,7 @@ from visft_ds.prepare.model import (
     stage_of,
 )
 from visft_ds.prepare.streams import known_vocabulary, plan_of, shards_are_here
+from visft_ds.redaction import redacted_values
 from visft_ds.run.machine import Machine
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -50,7 +51,7 @@ def print_start(
     start: int,
 ) -> None:
     """The plan of a run that is about to train, after `start` steps. Main process only."""
-    module, run = prepared.module, machine.run
+    module, run = prepared.module, machine.planned
     total = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())  # ZeRO-3 empties its tensors
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
@@ -164,7 +165,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
     if as_json:
-        print(json.dumps(config.to_dict(), indent=2))
+        print(json.dumps(redacted_values(config.to_dict()), indent=2))
         print("\n".join(reasons), end="\n" if reasons else "", file=sys.stderr)
         return CANNOT_START if reasons else 0
     sections = [

@@ -21,6 +21,7 @@ from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine
 from visft_ds.parallel.state import EngineState, ToHost, restore_state
 from visft_ds.prepare.data import RunData
+from visft_ds.resilience.errors import met_by_one_rank
 from visft_ds.run.log import RunLog
 from visft_ds.run.validation import evaluation_is_due
 
@@ -77,7 +78,8 @@ class RunState:
             return 0
         checkpoint = open_checkpoint(Path(found))
         check_identity(checkpoint, self.identity)
-        state = checkpoint.load()
+        with met_by_one_rank():
+            state = checkpoint.load()
         restore_state(self._engine, state, checkpoint.step)
         if self._average:
             self._average.restore(state.average)

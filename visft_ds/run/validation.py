@@ -19,6 +19,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.parallel import distributed
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import evaluation_threads
+from visft_ds.redaction import redacted
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.run.async_eval import AsyncEvaluation, EvalResult
 from visft_ds.run.log import RunLog
@@ -153,7 +154,8 @@ def _unless_asked(predict: Predict, stop: StopFlag) -> Predict:
 
 def _record(verdict: EvalResult, log: RunLog, *, best: bool) -> None:
     for problem in verdict.problems:
-        print(f"warning: the evaluation of step {verdict.step} failed: {problem}", file=sys.stderr, flush=True)
+        text = f"warning: the evaluation of step {verdict.step} failed: {redacted(problem)}"
+        print(text, file=sys.stderr, flush=True)
     if verdict.metrics:
         shown = [f"{name} {verdict.metrics[name]:.3f}" for name in shown_metrics() if name in verdict.metrics]
         log.message(f"step {verdict.step} validation: {'  '.join(shown)}{'  (best so far)' if best else ''}")

@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import orjson
 
+from visft_ds.data.decode import MAX_PIXELS, MOST_PIXELS
 from visft_ds.data.manifest import VERSION, index_path, manifest_path, shard_name, shards_among
+from visft_ds.names import shown_name, wrong_name
+from visft_ds.redaction import redacted
 from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
 from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
 from visft_ds.shards.inputs import open_images
@@ -72,6 +75,7 @@ class Options:
     licenses: tuple[int, ...] | None = None
     check: CheckLevel = "decode"
     reencode: Reencoding | None = None
+    max_pixels: int = MAX_PIXELS
     allow_drops: bool = (
         False  #: go on where more than a tenth of the annotations is lost; the shards do not depend on it
     )
@@ -82,6 +86,8 @@ class Options:
         for name, value in (("max size", self.max_size), ("max count", self.max_count), ("limit", self.limit)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not allowed: give at least 1")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise ValueError(f"--max-pixels {self.max_pixels} is not allowed: give 1 to {MOST_PIXELS}")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed} is not allowed: give an integer from 0 to 2**63 - 1, or none")
         if self.instances is None and self.captions is None:
@@ -123,6 +129,8 @@ class Options:
             "reencode": None if self.reencode is None else self.reencode.described(),
             "drop_duplicates": False,  # splits that version 0.1 built so hold other images
             "tokenizer": TOKENIZER,
+            # only where it is another: splits of earlier releases stay the same
+            **({} if self.max_pixels == MAX_PIXELS else {"max_pixels": self.max_pixels}),
         }
 
 
@@ -153,13 +161,13 @@ def build(
     on_progress(BuildProgress())
     images, output = open_images(options.images), Output(options.out, options.split)
     source = read_source(options.instances, options.captions, options.selection())
-    treatment = Treatment(images, options.check, options.reencode)
+    treatment = Treatment(images, options.check, options.reencode, options.max_pixels)
     missing: list[dict[str, Any]] = []
     samples = _locate(_ordered(source.images, options), options, treatment, missing)
     if not samples:
         raise ValueError(
-            f"no image of the data set is usable in {options.images}: {'; '.join(left_out(missing))}. File names are "
-            "relative to --images."
+            f"no image of the data set is usable in {redacted(options.images)}: {'; '.join(left_out(missing))}. "
+            "File names are relative to --images."
         )
     if dry_run:
         return dry_report(options.split, str(options.out), source, _cut(samples, options), missing)
@@ -253,6 +261,8 @@ def _locate(
         path = PurePath(image.file_name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in image.file_name:
             quarantine.append(quarantined(image, "unsafe name", "it points outside of the images folder"))
+        elif reason := wrong_name(image.file_name, folders=True):
+            quarantine.append(quarantined(image, "unsafe name", reason))
         else:
             safe.append(image)
     samples = []
@@ -267,7 +277,9 @@ def _locate(
 
 def _refuse_bad(options: Options, quarantine: Sequence[Mapping[str, Any]]) -> None:
     if quarantine and options.fail_on_bad:
-        shown = "; ".join(f"{bad['file_name']}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3])
+        shown = "; ".join(
+            f"{shown_name(bad['file_name'])}: {bad['reason']} ({bad['detail']})" for bad in quarantine[:3]
+        )
         raise ValueError(f"{len(quarantine)} unusable images: {shown}. Repair them, or use --bad quarantine.")
 
 

@@ -6,16 +6,18 @@ import argparse
 import os
 import re
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.build import Options, build
-from visft_ds.shards.finish import BuildReport, left_out, report_dict
+from visft_ds.shards.finish import BuildReport, left_out
 from visft_ds.shards.images import CHECK_LEVELS
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.workers import BuildProgress
@@ -73,6 +75,7 @@ def add_build_parser(commands: Any, summary: str) -> None:
     add = images.add_argument
     add("--check", choices=CHECK_LEVELS, default="decode", help="how far to look into each file (default decode)")
     add("--bad", choices=("quarantine", "fail"), default="quarantine", help="unusable images: leave out, or stop")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"largest image (default {MAX_PIXELS:,})")
     add("--reencode", type=_reencoding, metavar="qQ[:SIDE]", help="as JPEG of this quality, short side at most SIDE")
     running = parser.add_argument_group("how it runs")
     add = running.add_argument
@@ -106,6 +109,7 @@ def run_build(options: argparse.Namespace) -> int:
         licenses=options.license,
         check=options.check,
         reencode=options.reencode,
+        max_pixels=options.max_pixels,
         allow_drops=options.allow_drops,
     )
     began = time.perf_counter()
@@ -118,7 +122,7 @@ def run_build(options: argparse.Namespace) -> int:
             on_progress=partial(show_progress, gauge),
         )
     if options.json:
-        print(orjson.dumps(report_dict(report), option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps(asdict(report), option=orjson.OPT_INDENT_2).decode())
     else:
         _print_report(report, time.perf_counter() - began)
     return 0

@@ -20,6 +20,7 @@ from importlib import import_module
 from visft_ds import program
 from visft_ds.config.removed import refuse_removed
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 #: Command -> its module, the function there that adds its flags, its line of help. Modules take seconds to import.
 COMMANDS = {
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(options.run(options))
     except (ValueError, OSError, RuntimeError) as error:
-        from visft_ds.shards.drops import TooManyDropsError
+        from visft_ds.shards.findings import TooManyDropsError
 
-        print(f"make_shards: {error}", file=sys.stderr)
+        print(f"make_shards: {redacted(error)}", file=sys.stderr)
         return 3 if isinstance(error, TooManyDropsError) else 2
     except KeyboardInterrupt:
         print("\nmake_shards: interrupted; run the same command again to go on", file=sys.stderr)

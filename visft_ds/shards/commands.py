@@ -18,8 +18,8 @@ import orjson
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.monitor.console import Gauge
 from visft_ds.shards.info import describe, describe_step
-from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.remote import is_url, local_path
+from visft_ds.shards.shard_content import Problem, some
 from visft_ds.shards.verify import VerifyProgress, traces_of_splits, verify
 
 _SHOWN = 20
@@ -82,7 +82,9 @@ def _folder(text: str) -> Path:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Verify splits; 1 if there are problems."""
-    _check_positive(workers=options.workers, limit=options.limit)
+    for name in ("workers", "limit"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} is not allowed: give at least 1")
     splits = options.split or traces_of_splits(options.folder)
     if not splits:
         raise ValueError(f"{options.folder} holds nothing of any split")
@@ -189,12 +191,6 @@ def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"  {title}:")
     for row in cells:
         print("    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"--{name} {number} is not allowed: give at least 1")
 
 
 def _print_json(content: Any) -> None:

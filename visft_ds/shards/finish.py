@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from visft_ds.data.manifest import INDEX_DTYPE, ShardFile, index_path, manifest_bytes, manifest_path
+from visft_ds.names import shown_name
 from visft_ds.shards.outputs import Output
 from visft_ds.shards.shard_writer import Planned
 from visft_ds.shards.source import CocoSource, SourceImage
@@ -35,11 +36,6 @@ class BuildReport:
     findings: Sequence[Mapping[str, Any]]
     quarantine: Sequence[Mapping[str, Any]]
     fingerprint: str | None
-
-
-def report_dict(report: BuildReport) -> dict[str, Any]:
-    """The report as plain data, for JSON."""
-    return asdict(report)
 
 
 def write_manifest(
@@ -134,14 +130,14 @@ def dry_report(
 
 def _quarantined(quarantine: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for bad in quarantine:
-        yield "quarantined", f"{bad['file_name']}: {bad['reason']} ({bad['detail']})"
+        yield "quarantined", f"{shown_name(bad['file_name'])}: {bad['reason']} ({bad['detail']})"
 
 
 def left_out(quarantine: Sequence[Mapping[str, Any]]) -> list[str]:
     """Reasons why images were left out, a line for each of the most frequent details with an example."""
     first = {(bad["reason"], bad["detail"]): bad["file_name"] for bad in reversed(quarantine)}
     counts = Counter((bad["reason"], bad["detail"]) for bad in quarantine).most_common(_DETAILS)
-    lines = [f"{count} x {why[0]} ({why[1]}), for instance {first[why]}" for why, count in counts]
+    lines = [f"{count} x {why[0]} ({why[1]}), for instance {shown_name(first[why])}" for why, count in counts]
     rest = len(quarantine) - sum(count for _, count in counts)
     return [*lines, f"{rest} for other reasons"] if rest else lines
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from isal import isal_zlib
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from visft_ds.data.decode import MAX_PIXELS, decode_image, image_format, image_size
 from visft_ds.shards.reencode import decode_webp, is_webp
@@ -47,7 +47,14 @@ class Checked:
     dhash: int = 0  #: see `difference_hash`; 0 where nothing was decoded
 
 
-def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *, convert: bool = False) -> Checked:
+def check_image(
+    data: bytes,
+    image: SourceImage,
+    level: CheckLevel = "decode",
+    *,
+    convert: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Checked:
     """Check an image file.
 
     Args:
@@ -55,14 +62,17 @@ def check_image(data: bytes, image: SourceImage, level: CheckLevel = "decode", *
         image: what the JSON says about it.
         level: depth of the check, see `CHECK_LEVELS`.
         convert: it is going to be re-encoded, so that WebP is allowed as well; `level` is "decode" then.
+        max_pixels: larger images are refused, as by whoever reads the shards.
     """
     assert level == "decode" or not convert
     crc32 = isal_zlib.crc32(data)
     try:
         extension = "webp" if convert and is_webp(data) else image_format(data)
         if level == "none":
+            _check_pixels(image.height, image.width, max_pixels)
             return Checked(extension, crc32, findings=tuple(_named_otherwise(extension, image, convert)))
-        (height, width), dhash = _decoded(data, extension) if level == "decode" else (_header_size(data), 0)
+        decoded = _decoded(data, extension, max_pixels) if level == "decode" else (_header_size(data, max_pixels), 0)
+        (height, width), dhash = decoded
         mode, orientation = _header(data)
     except ValueError as error:
         return Checked(crc32=crc32, reason="unreadable", detail=str(error))
@@ -88,16 +98,16 @@ def _named_otherwise(extension: str, image: SourceImage, convert: bool) -> Itera
         yield "PNG named otherwise"
 
 
-def _decoded(data: bytes, extension: str) -> tuple[tuple[int, int], int]:
+def _decoded(data: bytes, extension: str, max_pixels: int) -> tuple[tuple[int, int], int]:
     """((H, W), hash) of a file that decodes without a complaint. Raises ValueError for any other."""
     if extension == "webp":
-        return _hashed(decode_webp(data))
+        return _hashed(decode_webp(data, max_pixels))
     if extension == "png":
-        return _hashed(decode_image(data))
+        return _hashed(decode_image(data, max_pixels=max_pixels))
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in _WITH_BRIGHTNESS:
-        return _hashed(decode_image(data))
-    _check_pixels(height, width)
+        return _hashed(decode_image(data, max_pixels=max_pixels))
+    _check_pixels(height, width, max_pixels)
     # All of the compressed data is read, as in training, so that any damage shows. But the inverse transform is that of
     # the smallest image that can be hashed, an eighth as large for most, and there is no colour.
     grey = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE)
@@ -110,15 +120,15 @@ def _hashed(rgb: npt.NDArray[np.uint8]) -> tuple[tuple[int, int], int]:
     return rgb.shape[:2], difference_hash(np.asarray(smaller))
 
 
-def _header_size(data: bytes) -> tuple[int, int]:
+def _header_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     height, width = image_size(data)
-    _check_pixels(height, width)
+    _check_pixels(height, width, max_pixels)
     return height, width
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {MAX_PIXELS} in all")
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if not 0 < height * width <= max_pixels:
+        raise ValueError(f"{width} x {height} pixels; allowed are 1 to {max_pixels} in all")
 
 
 def difference_hash(grey: npt.NDArray[np.uint8]) -> int:
@@ -148,7 +158,7 @@ def _header(data: bytes) -> tuple[str, int]:
     """(Pillow's mode, EXIF orientation or 1). Raises ValueError for a file that Pillow does not know."""
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except UnidentifiedImageError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("its header is damaged: Pillow cannot read it") from error
     with image:
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from visft_ds.redaction import redacted
 from visft_ds.shards.remote import is_url, local_path, open_url, readable_errors
 
 #: A folder that is a file, a name that no file can have, or links in a circle are as good as none.
@@ -39,7 +40,7 @@ def read_file(place: str | Path) -> bytes:
             return data
         return local_path(place).read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {place}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read {redacted(place)}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class _RemoteImages:
         entry = _patiently(place, lambda: self._info(place))
         found = None if entry is None else _found(entry)
         if entry is not None and found is None:
-            raise ValueError(f"{place}: the server does not state its size, without which no shard can be planned")
+            raise ValueError(
+                f"{redacted(place)}: the server does not state its size, without which no shard can be planned"
+            )
         return found
 
     def _info(self, place: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from visft_ds.redaction import redacted
 from visft_ds.shards.remote import is_url, local_path
 from visft_ds.shards.verify import file_sha256
 
@@ -23,7 +24,7 @@ class Output:
     def __init__(self, place: Path | str, split: str) -> None:
         if is_url(place):
             raise ValueError(
-                f"--out {place}: writing to URLs was removed in 0.2: build into a folder, then copy it with "
+                f"--out {redacted(place)}: writing to URLs was removed in 0.2: build into a folder, then copy it with "
                 "`aws s3 sync`, `rclone copy` or the like; training reads it there"
             )
         self._folder = local_path(place)

@@ -19,7 +19,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from visft_ds.data.decode import MAX_PIXELS, decode_image
+from visft_ds.data.decode import MOST_PIXELS, decode_image
 
 _FORM = re.compile(r"q(\d{1,3})(?::(\d+))?")
 _WEBP = (b"RIFF", b"WEBP")
@@ -63,7 +63,7 @@ class Reencoding:
 
     def encode(self, data: bytes) -> bytes:
         """A checked JPEG, PNG or WebP file -> JPEG; metadata, EXIF orientation included, is discarded."""
-        pixels = decode_webp(data) if is_webp(data) else decode_image(data)
+        pixels = decode_webp(data, MOST_PIXELS) if is_webp(data) else decode_image(data, max_pixels=MOST_PIXELS)
         height, width = self.size(*pixels.shape[:2])
         if (height, width) != pixels.shape[:2]:
             smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
@@ -77,12 +77,12 @@ def is_webp(data: bytes) -> bool:
     return (data[:4], data[8:12]) == _WEBP
 
 
-def decode_webp(data: bytes) -> npt.NDArray[np.uint8]:
+def decode_webp(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
     """Decode a WebP file -> (H, W, 3) uint8. Raises ValueError: damaged, animated or too large."""
     try:
         with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {MAX_PIXELS} in all")
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels; allowed are 1 to {max_pixels} in all")
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError("a moving WebP picture")
             return np.asarray(image.convert("RGB"))

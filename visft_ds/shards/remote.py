@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from visft_ds.redaction import redacted
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 #: Exceptions of protocol packages that are no OSError; a package that is not loaded cannot raise them.
@@ -31,7 +34,8 @@ def local_path(text: str | Path) -> Path:
 
 def short_name(text: str | Path) -> str:
     """The last part of a path or URL: what is stored, since folders differ from machine to machine."""
-    return str(text).partition("?")[0].rstrip("/").rpartition("/")[2]
+    place = urlsplit(str(text)).path if is_url(text) else str(text).partition("?")[0]
+    return place.rstrip("/").rpartition("/")[2]
 
 
 def open_url(url: str) -> tuple[Any, str]:
@@ -47,11 +51,11 @@ def open_url(url: str) -> tuple[Any, str]:
             filesystem, path = url_to_fs(url)
     except ImportError as error:
         raise ValueError(
-            f"{url} needs a package that is not installed ({error}); pip install 'visft_ds[remote]' brings those for "
-            "http, s3, gs and hf"
+            f"{redacted(url)} needs a package that is not installed ({error}); pip install 'visft_ds[remote]' brings "
+            "those for http, s3, gs and hf"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{url}: {error}") from error
+        raise ValueError(f"{redacted(url)}: {redacted(error)}") from error
     return filesystem, str(path)
 
 
@@ -62,6 +66,7 @@ def readable_errors(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where} does not exist") from error
+        raise FileNotFoundError(f"{redacted(where)} does not exist") from error
     except (OSError, TimeoutError, *foreign) as error:
-        raise OSError(f"{where} cannot be reached: {str(error) or type(error).__name__}") from error
+        why = redacted(error) or type(error).__name__
+        raise OSError(f"{redacted(where)} cannot be reached: {why}") from error

@@ -8,8 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from visft_ds.data.manifest import ShardFile
-from visft_ds.shards.problem import Problem, some
-from visft_ds.shards.shard_content import ShardContent
+from visft_ds.shards.shard_content import Problem, ShardContent, some
 
 _LABEL_COLUMNS = ("width", "height", "num_annotations", "num_captions")
 

@@ -1,28 +1,45 @@
-"""Content of a shard, read from the tar alone."""
+"""Content of a shard, read from the tar alone, and its problems."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isal import isal_zlib
 
-from visft_ds.data.decode import decode_image, image_format, image_size
+from visft_ds.data.decode import MOST_PIXELS, decode_image, image_format, image_size
 from visft_ds.data.labels import parse_label, stored_size, trainable
-from visft_ds.shards.problem import Problem
 from visft_ds.shards.tar_scan import BLOCK, Damage, Member, TarScan
 from visft_ds.tasks.vocabulary import caption_words
 
 #: Extensions of members that are read; any other is a problem.
 ALLOWED = ("jpg", "jpeg", "png", "json")
 _MAX_NAME = 255
+_SHOWN = 5  # names in a message
 _NAME = re.compile(r"([^./\\\0][^./\\\0]*)\.([^./\\\0]+)")
 #: Payload offset -> the index's entry for it: (part, key).
 Places = dict[int, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of a file of a split."""
+
+    file: str
+    message: str
+    keys: tuple[str, ...] = ()  #: of the samples concerned, where it is known
+    offset: int | None = None  #: in the file, in bytes
+    fix: str = ""  #: what to do about it
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of a list of names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass
@@ -173,7 +190,7 @@ class _Reading:
             raise ValueError(f"it is named .{extension}, but its content is {kind}")
         size = image_size(data)
         if self._decode:
-            pixels = decode_image(data)
+            pixels = decode_image(data, max_pixels=MOST_PIXELS)
             size = (pixels.shape[0], pixels.shape[1])
         return size
 

@@ -12,12 +12,16 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from isal import isal_zlib
+from pydantic import Field
 
-from visft_ds.data.manifest import INDEX_DTYPE, VERSION
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Whole, as_record
+from visft_ds.data.decode import MAX_PIXELS
+from visft_ds.data.manifest import INDEX_DTYPE, VERSION, LeftOut
 from visft_ds.shards.images import Checked, CheckLevel, check_image
 from visft_ds.shards.inputs import ImageFolder
 from visft_ds.shards.outputs import Output
@@ -28,6 +32,23 @@ _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar archives are padded to a multiple of this
 Refusal = Callable[[dict[str, Any]], None]
 _COLUMNS = [name for name in INDEX_DTYPE.names or () if name != "shard"]
+
+
+class ShardRecord(StrictModel):
+    """Record of a finished shard."""
+
+    key: str
+    name: str
+    count: Whole
+    bytes: Whole
+    sha256: str
+    rows: list[
+        Annotated[
+            list[Annotated[int, Field(ge=0, lt=1 << 64)]], Field(min_length=len(_COLUMNS), max_length=len(_COLUMNS))
+        ]
+    ]
+    quarantine: list[LeftOut]
+    findings: list[tuple[str, str]]  #: kind, example
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,7 @@ class Treatment:
     images: ImageFolder
     level: CheckLevel = "decode"
     reencoding: Reencoding | None = None
+    max_pixels: int = MAX_PIXELS
 
     def prepare(self, sample: Planned) -> Prepared:
         """Read, check and, if it is asked for, re-encode an image.
@@ -55,7 +77,8 @@ class Treatment:
         data = self.images.read(sample.image.file_name)
         if len(data) != sample.size:
             raise RuntimeError(f"{sample.image.file_name} changed while the shards were built; run the build again")
-        checked = check_image(data, sample.image, self.level, convert=self.reencoding is not None)
+        convert = self.reencoding is not None
+        checked = check_image(data, sample.image, self.level, convert=convert, max_pixels=self.max_pixels)
         if checked.reason is not None:
             return Prepared(sample, len(data), checked, b"")
         if self.reencoding is None:
@@ -129,15 +152,11 @@ def finished_shard(name: str, output: Output, samples: Sequence[Planned]) -> dic
     if data is None:
         return None
     try:
-        record: dict[str, Any] = orjson.loads(data)
-        fits = record["key"] == _shard_key(samples)
-        return record if fits and output.holds(name, record["bytes"], record["sha256"]) else None
-    except (
-        orjson.JSONDecodeError,
-        KeyError,
-        TypeError,
-    ):  # damaged: it proves nothing
+        record = as_record(data, ShardRecord, name)
+    except ValueError:  # damaged: it proves nothing
         return None
+    fits = record.key == _shard_key(samples) and output.holds(name, record.bytes, record.sha256)
+    return record.model_dump() if fits else None
 
 
 def sample_bytes(image_size: int, label_size: int) -> int:

@@ -23,14 +23,13 @@ from typing import Any
 import orjson
 
 from visft_ds.data.manifest import Category
-from visft_ds.shards.box_forms import FORMS, other_form
+from visft_ds.redaction import redacted
 from visft_ds.shards.categories import CategoryMap, map_categories
-from visft_ds.shards.drops import Drops, wrong_box, wrong_integer, wrong_kind
-from visft_ds.shards.findings import Findings
+from visft_ds.shards.findings import Drops, Findings, wrong_box, wrong_integer, wrong_kind
 from visft_ds.shards.inputs import read_file
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import short_name
-from visft_ds.shards.segmentations import stored_segmentation
+from visft_ds.shards.segmentations import FORMS, other_form, stored_segmentation
 
 #: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
 _AT_ONCE = 1 << 30  # bytes
@@ -105,9 +104,9 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
         if instances is not None:
             lists = _load(instances, "instances", ("images", "annotations", "categories"), files)
             rules = _category_map(list(lists["categories"]), selection.categories, instances, files)
-            table = rules.categories
-            drafts = _selected(_images(instances, lists["images"], findings), selection, files)
-            drops = Drops(instances, "annotations")
+            table, shown = rules.categories, redacted(instances)
+            drafts = _selected(_images(shown, lists["images"], findings), selection, files)
+            drops = Drops(shown, "annotations")
             findings.extend(_namesakes(table))
             _add_annotations(lists["annotations"], drafts, rules, selection.keep_crowd, findings, drops)
             del lists  # and with it the text
@@ -117,8 +116,8 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
             needed = ("annotations",) if instances is not None else ("images", "annotations")
             lists = _load(captions, "captions", needed, files)
             if instances is None:
-                drafts = _selected(_images(captions, lists["images"], findings), selection, files)
-            drops = Drops(captions, "captions")
+                drafts = _selected(_images(redacted(captions), lists["images"], findings), selection, files)
+            drops = Drops(redacted(captions), "captions")
             _add_captions(lists["annotations"], drafts, findings, drops)
             del lists
             if not selection.allow_drops:
@@ -144,6 +143,8 @@ def _no_garbage_collection() -> Iterator[None]:
     gc.disable()
     try:
         yield
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"a value of the COCO files is nested too deep: {error}") from error
     finally:
         if enabled:
             gc.enable()
@@ -206,7 +207,7 @@ def _load(
     """The needed lists of a COCO file; errors in their entries are raised as they are read. Raises ValueError."""
     data = read_file(place)
     files[role] = _described(place, data)
-    data = data.removeprefix(codecs.BOM_UTF8)
+    place, data = redacted(place), data.removeprefix(codecs.BOM_UTF8)
     if len(data) > _AT_ONCE:
         return {name: _objects(place, name, _one_by_one(place, name, data)) for name in needed}
     try:
@@ -256,7 +257,7 @@ def _category_map(
     if rule not in CATEGORY_RULES:
         file = read_file(rule)
         files["categories"] = _described(rule, file)
-    return map_categories(entries, rule, file, str(instances))
+    return map_categories(entries, redacted(rule), file, redacted(instances))
 
 
 def _images(place: str | Path, entries: Iterable[dict[str, Any]], findings: Findings) -> dict[int, _Draft]:
@@ -474,7 +475,7 @@ def _selected(
     if selection.ids is not None:
         data = read_file(selection.ids)
         files["ids"] = _described(selection.ids, data)
-        chosen = _listed(chosen, data, str(selection.ids))
+        chosen = _listed(chosen, data, redacted(selection.ids))
     if selection.licenses is not None:
         chosen = [draft for draft in chosen if draft.license in selection.licenses]
     return {**dict.fromkeys(drafts), **{draft.image_id: draft for draft in chosen}}

@@ -28,31 +28,13 @@ from visft_ds.data.manifest import (
     read_manifest,
     rebuild_hint,
     shard_files,
-    shard_name,
 )
 from visft_ds.data.store import file_digest
-from visft_ds.shards.problem import Problem, some
 from visft_ds.shards.shard_compare import compare_shard
-from visft_ds.shards.shard_content import Places, ShardContent, read_shard
+from visft_ds.shards.shard_content import Places, Problem, ShardContent, read_shard, some
 
 #: Option of manifests that version 0.1 made from tars alone: a list; WRITER where another program wrote them.
 UNKNOWN, WRITER = "unknown", "writer"
-#: Fields of a manifest beside those that `read_manifest` checks, with their types.
-_SHAPE: Mapping[str, type] = {
-    "split": str,
-    "categories": list,
-    "counts": dict,
-    "shards": list,
-    "index": dict,
-    "vocabulary": dict,
-    "quarantine": list,
-    "findings": list,
-    "options": dict,
-    "sources": dict,
-    "fingerprint": str,
-}
-_SHARD: Mapping[str, type] = {"name": str, "count": int, "bytes": int, "sha256": str}
-_CATEGORY: Mapping[str, type] = {"id": int, "coco_id": int, "name": str}
 
 
 @dataclass
@@ -106,7 +88,6 @@ def verify(
     problems = left_overs(root, split)
     try:
         fields = read_manifest(root, split)
-        check_fields(fields, split)
     except ValueError as error:
         problems.append(Problem(manifest_path(root, split).name, str(error), fix=rebuild_hint(split)))
         return problems + _without_manifest(root, split, decode, workers, on_progress)
@@ -162,30 +143,6 @@ class _Checked:
         self.name, self.problems = content.name, problems
         self.image_ids = np.array([row["image_id"] for row in content.rows], dtype=np.int64)
         self.counts, self.words, self.categories = content.counts, content.words, content.categories
-
-
-def check_fields(fields: Mapping[str, Any], split: str) -> None:
-    """Raise ValueError where a manifest lacks something or has it in another form, whatever its digest says."""
-    _check_shape(fields, _SHAPE, "it")
-    _check_shape(fields["index"], {"name": str, "bytes": int, "sha256": str}, "its index entry")
-    for place, shard in enumerate(fields["shards"]):
-        _check_shape(shard, _SHARD, f"entry {place} of its shards", exact=True)
-        if shard["name"] != shard_name(split, place):
-            raise ValueError(f"its shard {place} is named {shard['name']!r} instead of {shard_name(split, place)!r}")
-    for place, category in enumerate(fields["categories"]):
-        _check_shape(category, _CATEGORY, f"entry {place} of its categories", exact=True)
-    if not isinstance(fields["options"].get(UNKNOWN, []), list):
-        raise ValueError(f"its option {UNKNOWN!r} is no list")
-    if fields["split"] != split or fields["index"]["name"] != index_path(Path(), split).name:
-        raise ValueError(
-            f"it is the manifest of {fields['split']!r} with the index {fields['index']['name']!r}, not of {split!r}"
-        )
-
-
-def _check_shape(value: Any, shape: Mapping[str, type], what: str, *, exact: bool = False) -> None:
-    wrong = not isinstance(value, dict) or [name for name, kind in shape.items() if type(value.get(name)) is not kind]
-    if wrong or (exact and value.keys() != shape.keys()):
-        raise ValueError(f"{what} must have the fields {', '.join(shape)}; these lack or are of another type: {wrong}")
 
 
 def left_overs(root: Path, split: str) -> list[Problem]:

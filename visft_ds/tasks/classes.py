@@ -64,10 +64,10 @@ def check_unnamed(task: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it has too few of them.
     """
-    enough = options.get("labelling") == "published" or options["num_classes"] >= len(COCO_CATEGORY_IDS)
+    enough = options.get("labelling") == "published" or options.get("num_classes", 0) >= len(COCO_CATEGORY_IDS)
     if task == "segmentation" and not enough:
         raise ValueError(
-            f"the segmentation head has {options['num_classes']} classes, and its file does not name their "
+            f"the segmentation head has {options.get('num_classes')} classes, and its file does not name their "
             "categories: give the file that a training exported"
         )
 

@@ -1,4 +1,4 @@
-"""Hungarian matching of queries to objects, for all decoder layers and all images of a batch at once.
+"""Hungarian matching of queries to objects, for all layers and images of a batch at once; the loss of their classes.
 
 Letters: L decoder layers, B images, Q queries, C classes without "no object", N objects of all images concatenated,
 M matched pairs of all layers.
@@ -10,15 +10,18 @@ host together, scipy solves the small problems there, and the indices of all pai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from visft_ds.config.task_schema import ClassAverage
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.detection.data import DetectionTargets
 
@@ -43,6 +46,38 @@ class Matches:
     images: Tensor  #: (M,)
     queries: Tensor  #: (M,)
     objects: Tensor  #: (M,) rows of the packed targets
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """Weighted cross-entropy of the queries' classes against those of their objects.
+
+    A term has the weight of its target class: 1, or `no_object` for the last one, as nearly all queries see none.
+    `average` says which terms share a weighted mean: those of an image, whose means are then averaged over images, or
+    those of the global batch. An image without objects, or with crowds alone, has the mean over its queries.
+    """
+
+    no_object: float
+    average: ClassAverage
+
+    def count(self, images: int, queries: int, matched: int) -> dict[str, float]:
+        """Denominator of the loss by its name, to be summed over ranks and micro-batches.
+
+        `matched` of the `images * queries` terms have the weight 1, the others `no_object`.
+        """
+        if self.average == "image":
+            return {"images": float(images)}
+        return {"class_weight": matched + self.no_object * (images * queries - matched)}
+
+    def __call__(self, logits: Tensor, classes: Tensor, loss_denominators: Mapping[str, Tensor]) -> Tensor:
+        """Loss (L,) of logits (L, B, Q, C + 1) with target classes (L, B, Q) int64."""
+        weight = logits.new_ones(logits.shape[-1])
+        weight[-1:] = self.no_object
+        terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
+        if self.average == "batch":
+            return terms.view(len(logits), -1).sum(dim=1) / loss_denominators["class_weight"]
+        means = terms.view_as(classes).sum(dim=2) / weight[classes].sum(dim=2)  # (L, B)
+        return means.sum(dim=1) / loss_denominators["images"]
 
 
 @torch.no_grad()

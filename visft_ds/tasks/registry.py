@@ -95,6 +95,13 @@ def removed_settings() -> dict[str, tuple[str, Any]]:
     return {f"visft.tasks.{name}.{key}": found for name, keys in gone.items() for key, found in keys.items()}
 
 
+@cache
+def earlier_settings() -> dict[str, Any]:
+    """Dotted key of a task of this package that came after release 0.1 -> the value that runs without it had."""
+    before = {name: config_class(name).before for name in BUILT_IN}
+    return {f"visft.tasks.{name}.{key}": value for name, keys in before.items() for key, value in keys.items()}
+
+
 def shown_metrics() -> tuple[str, ...]:
     """Metrics of all tasks that a short line has."""
     kinds = [config_class(name) for name in entries()]

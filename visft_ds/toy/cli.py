@@ -20,6 +20,7 @@ from pathlib import Path
 
 from visft_ds import program
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 from visft_ds.toy.annotations import write_toy_coco
 from visft_ds.toy.classes import KINDS, write_toy_classes
 from visft_ds.toy.scenes import MAX_SHAPES, STYLES
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(_write_classes(given) if given.classification else _write_scenes(given))
     except (ValueError, OSError) as error:
-        print(f"make_toy_coco: {error}", file=sys.stderr)
+        print(f"make_toy_coco: {redacted(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,18 +14,18 @@ Each has its images in a folder of the split (`test`, `val`, `validation`, `trai
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from visft_ds.evals.benchmarks import imagenet
+from visft_ds.config.records import read_record
 from visft_ds.evals.benchmarks.images import changed, chosen, from_arrays, from_files, from_tars, image_files
 from visft_ds.evals.benchmarks.protocol import ImageSet, IntArray
 
@@ -130,14 +130,14 @@ def _read_folders(root: Path, own: Path) -> ClassSet:
         )
     names = [folder.name for folder in folders]
     wordnet = all(_SYNSET.fullmatch(name) for name in names)
-    known = {synset: place for place, synset in enumerate(imagenet.synsets())} if wordnet else {}
+    known = {synset: place for place, synset in enumerate(imagenet_synsets())} if wordnet else {}
     family, templates = "", PLAIN
     if all(name in known for name in names):
-        classes = [imagenet.class_names()[known[name]] for name in names]
-        family, templates = "imagenet", imagenet.templates()
+        classes = [imagenet_names()[known[name]] for name in names]
+        family, templates = "imagenet", imagenet_templates()
     elif sorted(names) == sorted(map(str, range(1000))):
         folders.sort(key=lambda folder: int(folder.name))  # "10" comes before "2" otherwise
-        classes, family, templates = list(imagenet.class_names()), "imagenet", imagenet.templates()
+        classes, family, templates = list(imagenet_names()), "imagenet", imagenet_templates()
     else:
         classes = _lines(root, own, _NAMES) or [name.replace("_", " ") for name in names]
     if len(classes) != len(folders):
@@ -165,18 +165,43 @@ def _of_folders(
     return ClassSet(images, labels.astype(np.int64), tuple(classes), templates, family)
 
 
+@cache
+def imagenet_synsets() -> tuple[str, ...]:
+    """WordNet ids of the 1,000 classes of ImageNet, in their order."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo().label_names())
+
+
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    """Names of these classes as open_clip gives them to text towers."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return tuple(IMAGENET_CLASSNAMES)
+
+
+@cache
+def imagenet_templates() -> tuple[str, ...]:
+    """OpenAI's 80 sentences about an image of a class, `{}` for its name."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
 def _read_objectnet(root: Path) -> ClassSet:
     try:
-        labels = json.loads((root / "mappings/folder_to_objectnet_label.json").read_text(encoding="utf-8"))
-        shared = json.loads((root / "mappings/objectnet_to_imagenet_1k.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        labels = read_record(root / "mappings/folder_to_objectnet_label.json", dict[str, str])
+        shared = read_record(root / "mappings/objectnet_to_imagenet_1k.json", dict[str, str])
+    except ValueError as error:
         raise ValueError(f"{root}/mappings is not that of ObjectNet: {error}") from error
     own = root / "images" if (root / "images").is_dir() else root
-    folders = sorted(own / folder for folder, label in labels.items() if label in shared and (own / folder).is_dir())
+    inside = {path.name: path for path in own.iterdir() if path.is_dir()}
+    folders = sorted(inside[folder] for folder, label in labels.items() if label in shared and folder in inside)
     if not folders:
         raise ValueError(f"{own} has none of the {len(shared)} folders that ObjectNet shares with ImageNet")
     classes = [labels[folder.name] for folder in folders]
-    labelled = _of_folders(folders, classes, imagenet.templates(), "imagenet", own)
+    labelled = _of_folders(folders, classes, imagenet_templates(), "imagenet", own)
 
     def cut(place: int, image: Image.Image) -> Image.Image:
         return image.crop((_BORDER, _BORDER, image.width - _BORDER, image.height - _BORDER))
@@ -203,7 +228,7 @@ def _read_shards(root: Path, folder: Path, tars: Sequence[Path]) -> ClassSet:
         raise ValueError(f"{folder}: a .cls that is no number: {error}") from error
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(f"{folder}: a .cls says class {labels.max()}, but {_NAMES[0]} names {len(classes)} (from 0)")
-    family = "imagenet" if tuple(classes) == imagenet.class_names() else ""
+    family = "imagenet" if tuple(classes) == imagenet_names() else ""
     templates = tuple(text.replace("{c}", "{}") for text in _lines(root, folder, _TEMPLATES) or PLAIN)
     _check_templates(templates, root)
     return ClassSet(images, labels, tuple(classes), templates, family)

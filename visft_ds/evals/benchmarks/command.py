@@ -29,6 +29,8 @@ from visft_ds.monitor.console import Gauge, Section, print_plan
 from visft_ds.monitor.metrics import versions
 from visft_ds.parallel import distributed
 from visft_ds.prepare.model import choose_precision
+from visft_ds.redaction import redacted, redacted_words
+from visft_ds.resilience.errors import met_by_one_rank, tell
 from visft_ds.tasks.pictures import save_png
 
 _EXTRA = ("open_clip", "sklearn")  # as they are imported
@@ -49,34 +51,39 @@ data: the same command goes on where it was stopped, and another benchmark or mo
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0 fine, 2 wrong usage or unusable input."""
     given = _parser().parse_args(arguments)
-    rank = distributed.rank()
     try:
         specs, benchmarks, settings = _prepare(given)
-    except ValueError as error:  # every rank runs into the same
-        return _complain(error, 0) if rank == 0 else 2
-    began = time.perf_counter()
-    try:
-        if distributed.world_size() > 1:
-            from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
-
-            start_process_group()
-            check_same_everywhere(benchmarks)
-        facts: dict[str, Mapping[str, str]] = {}
-        encoded = encode_all(specs, benchmarks, settings, facts.__setitem__)
-        distributed.close()  # before scoring, which the main process does alone
-        if rank:
-            return 0
-        results: dict[str, dict[str, Score]] = {label: {} for label in encoded}
-        with Gauge("scoring", len(encoded) * len(benchmarks), "benchmarks") as gauge:
-            for label, of_model in encoded.items():
-                for benchmark, features in zip(benchmarks, of_model, strict=True):
-                    gauge.show(gauge.done, f", now {benchmark.label} of {label}")
-                    results[label] |= score(benchmark, features, settings.cache)
-                    gauge.add()
-        _write(given, facts, benchmarks, results, time.perf_counter() - began)
-    except (ValueError, OSError) as error:  # may have happened on this rank alone
-        return _complain(error, rank)
+        with met_by_one_rank():
+            _measure(given, specs, benchmarks, settings)
+    except (ValueError, OSError, RuntimeError) as error:
+        return tell(error, "evaluate")
     return 0
+
+
+def _measure(
+    given: argparse.Namespace, specs: Sequence[ModelSpec], benchmarks: Sequence[Benchmark], settings: Settings
+) -> None:
+    """Encode on all ranks, score and write on the main one."""
+    began = time.perf_counter()
+    if distributed.world_size() > 1:
+        from visft_ds.parallel.engine import start_process_group  # imports deepspeed, which costs seconds
+
+        start_process_group()
+        check_same_everywhere(benchmarks)
+    main = distributed.is_main()
+    facts: dict[str, Mapping[str, str]] = {}
+    encoded = encode_all(specs, benchmarks, settings, facts.__setitem__)
+    distributed.close()  # before scoring, which the main process does alone
+    if not main:
+        return
+    results: dict[str, dict[str, Score]] = {label: {} for label in encoded}
+    with Gauge("scoring", len(encoded) * len(benchmarks), "benchmarks") as gauge:
+        for label, of_model in encoded.items():
+            for benchmark, features in zip(benchmarks, of_model, strict=True):
+                gauge.show(gauge.done, f", now {benchmark.label} of {label}")
+                results[label] |= score(benchmark, features, settings.cache)
+                gauge.add()
+    _write(given, facts, benchmarks, results, time.perf_counter() - began)
 
 
 def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
@@ -101,11 +108,6 @@ def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark
     load = LoadOptions(precision, given.preset, given.text, given.image_size, given.normalisation, given.pool)
     settings = Settings(device, precision, given.cache or out / CACHE, given.batch_size, given.threads, load)
     return specs, benchmarks, settings
-
-
-def _complain(error: Exception, rank: int) -> int:
-    print(f"evaluate: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,12 +168,12 @@ def _write(
         },
         "rows": as_json(rows),
         "chosen": chosen,
-        "settings": {name: str(value) for name, value in vars(given).items()},
+        "settings": {name: redacted(value) for name, value in vars(given).items()},
         "processes": distributed.world_size(),
         "seconds": round(seconds, 3),
         "pictures": pictures,
         "versions": versions(),
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
     }
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from visft_ds.config.schema import Precision
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.cache import Chunk, Stored
 from visft_ds.evals.benchmarks.encoders import Encoder
 from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
-from visft_ds.evals.model import DTYPES
 from visft_ds.monitor.console import Gauge
 from visft_ds.parallel import distributed
 

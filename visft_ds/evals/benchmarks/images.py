@@ -60,7 +60,7 @@ def from_files(paths: Sequence[Path], root: Path) -> ImageSet:
     Raises:
         ValueError: one that is not there.
     """
-    missing = [str(path) for path in paths if not path.is_file()]
+    missing = [str(path) for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"images that are named but not there: {', '.join(missing[:3])}{more}")
@@ -88,7 +88,7 @@ def from_tars(paths: Sequence[Path], label_suffix: str) -> tuple[ImageSet, list[
                         file = tar.extractfile(member)
                         assert file is not None
                         labels[number, stem] = file.read()
-        except tarfile.TarError as error:
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise ValueError(f"{path} is no whole tar: {error}; fetch it again") from error
     if alone := sorted(members.keys() ^ labels.keys()):
         number, stem = alone[0]

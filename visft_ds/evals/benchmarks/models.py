@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from visft_ds.config.schema import Precision
+from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.encoders import (
     Encoder,
     EvaEncoder,
@@ -31,7 +32,7 @@ from visft_ds.evals.benchmarks.encoders import (
     timm_encoder,
 )
 from visft_ds.evals.benchmarks.text_towers import TextTower, projection_of, text_tower_in
-from visft_ds.evals.model import DTYPES, adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.evals.model import adapter_for, empty_backbone, files_of_run, refuse_merged
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in

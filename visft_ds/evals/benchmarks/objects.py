@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from pydantic import Field
 
+from visft_ds.config.records import Finite, Number, read_record
 from visft_ds.evals.benchmarks.class_sets import PLAIN
 from visft_ds.evals.benchmarks.images import changed, chosen, from_files
 from visft_ds.evals.benchmarks.probes import linear_probe
@@ -35,7 +37,8 @@ from visft_ds.evals.benchmarks.protocol import (
     rank_of,
     sentences,
 )
-from visft_ds.evals.benchmarks.retrieval import load_json
+from visft_ds.evals.benchmarks.retrieval import ForeignRecord, ListedImage
+from visft_ds.names import checked_name
 
 VIEWS = ("crop", "marked")
 MARGIN = 1.2
@@ -110,37 +113,59 @@ class Objects:
                 yield Score(f"{view}, probe", right, self.test.owners, answer_names, view, {"C": strength})
 
 
+class ListedCategory(ForeignRecord):
+    """Category of a COCO file."""
+
+    id: Number
+    name: str
+
+
+class ListedBox(ForeignRecord):
+    """Annotation of a COCO file."""
+
+    id: Number
+    image_id: Number
+    category_id: Number
+    bbox: Annotated[list[Finite], Field(min_length=4, max_length=4)]
+    iscrowd: bool | Literal[0, 1] = 0
+
+
+class InstancesFile(ForeignRecord):
+    """COCO's instances_*.json."""
+
+    images: list[ListedImage]
+    annotations: list[ListedBox]
+    categories: list[ListedCategory]
+
+
 def read_objects(instances: Path, images: Path) -> ObjectSet:
     """Every box of a COCO-format file that is no crowd and at least SMALLEST pixels wide and high.
 
     Raises:
         ValueError: a file that is not COCO's, names what is not there, or has no such box.
     """
-    content = load_json(instances)
-    lacking = [name for name in ("images", "annotations", "categories") if not isinstance(content.get(name), list)]
-    if lacking:
-        raise ValueError(f"{instances} has no list of {', '.join(lacking)}: it is not in COCO's instances format")
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    place = {image["id"]: number for number, image in enumerate(content["images"])}
+    content = read_record(instances, InstancesFile, " It is not in COCO's instances format")
+    names = {category.id: category.name for category in content.categories}
+    place = {image.id: number for number, image in enumerate(content.images)}
     classes = tuple(names.values())
     if len(set(classes)) < len(classes):
         raise ValueError(f"{instances}: two categories have the same name: no text can tell them apart")
     numbers = {category: number for number, category in enumerate(names)}
     boxes: list[tuple[int, Box, int]] = []
-    for annotation in content["annotations"]:
-        image, category = annotation["image_id"], annotation["category_id"]
+    for annotation in content.annotations:
+        image, category = annotation.image_id, annotation.category_id
         if image not in place or category not in names:
             raise ValueError(
-                f"{instances}: annotation {annotation['id']} has image {image} or category {category} of no list"
+                f"{instances}: annotation {annotation.id} has image {image} or category {category} of no list"
             )
-        x, y, width, height = annotation["bbox"]
-        if not annotation.get("iscrowd") and min(width, height) >= SMALLEST:
+        x, y, width, height = annotation.bbox
+        if not annotation.iscrowd and min(width, height) >= SMALLEST:
             boxes.append((place[image], (x, y, width, height), numbers[category]))
     if not boxes:
         raise ValueError(f"{instances} has no box of at least {SMALLEST:g} x {SMALLEST:g} pixels that is no crowd")
     boxes.sort(key=lambda entry: entry[0])  # neighbours share their image
     used = sorted({number for number, _, _ in boxes})
-    files = [images / content["images"][number]["file_name"] for number in used]
+    files = [images / checked_name(content.images[number].file_name, instances, folders=True) for number in used]
     pictures = from_files(files, images)
     # Boxes of an image follow each other, also where threads share them: it is decoded once.
     pictures = replace(pictures, read=lru_cache(maxsize=_KEPT)(pictures.read))

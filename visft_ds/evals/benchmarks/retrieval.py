@@ -18,16 +18,66 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import Number, read_record
 from visft_ds.evals.benchmarks.images import from_files
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, IntArray, Score, hits
+from visft_ds.names import checked_name
 
 CAPTIONS = 5
 RECALLS = (1, 5, 10)
 _ROWS = 1024
+
+
+class ForeignRecord(StrictModel):
+    """Part of a file of others, with the fields that are read here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ListedImage(ForeignRecord):
+    """Image of a COCO file."""
+
+    id: Number
+    file_name: str
+
+
+class ListedCaption(ForeignRecord):
+    """Caption of a COCO file."""
+
+    image_id: Number
+    caption: str
+
+
+class CaptionFile(ForeignRecord):
+    """COCO's captions_*.json."""
+
+    images: list[ListedImage]
+    annotations: list[ListedCaption]
+
+
+class Sentence(ForeignRecord):
+    """Caption in Karpathy's splits."""
+
+    raw: str
+
+
+class KarpathyImage(ForeignRecord):
+    """Image in Karpathy's splits."""
+
+    split: str
+    filename: str
+    sentences: list[Sentence]
+
+
+class KarpathyFile(ForeignRecord):
+    """Karpathy's dataset_*.json."""
+
+    images: list[KarpathyImage]
 
 
 @dataclass(frozen=True)
@@ -147,25 +197,25 @@ def _coco(root: Path, split: str) -> Pairs:
         raise ValueError(
             f"{root} has neither {path.relative_to(root)}, nor Karpathy's dataset_*.json, nor Flickr30k's *.token"
         )
-    content = load_json(path)
-    texts: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in texts:
-            raise ValueError(f"{path}: a caption of image {annotation['image_id']}, which is not among its images")
-        texts[annotation["image_id"]].append(annotation["caption"])
+    content = read_record(path, CaptionFile)
+    texts: dict[int, list[str]] = {image.id: [] for image in content.images}
+    for annotation in content.annotations:
+        if annotation.image_id not in texts:
+            raise ValueError(f"{path}: a caption of image {annotation.image_id}, which is not among its images")
+        texts[annotation.image_id].append(annotation.caption)
     folder = root / f"{split}2017"
-    return [(folder / image["file_name"], texts[image["id"]]) for image in content["images"]]
+    return [(folder / checked_name(image.file_name, path, folders=True), texts[image.id]) for image in content.images]
 
 
 def _karpathy(path: Path, root: Path, split: str) -> Pairs:
-    images = [image for image in load_json(path)["images"] if image["split"] == split]
+    images = [image for image in read_record(path, KarpathyFile).images if image.split == split]
     if not images:
         raise ValueError(f"{path} has no image of the split {split}")
     places = {file.name: file for file in root.rglob("*.jpg")}
-    missing = [image["filename"] for image in images if image["filename"] not in places]
+    missing = [image.filename for image in images if image.filename not in places]
     if missing:
         raise ValueError(f"{root}: {len(missing)} of {len(images)} images are not there, first {missing[0]}")
-    return [(places[image["filename"]], [text["raw"] for text in image["sentences"]]) for image in images]
+    return [(places[image.filename], [text.raw for text in image.sentences]) for image in images]
 
 
 def _token_file(path: Path, root: Path) -> Pairs:
@@ -179,12 +229,4 @@ def _token_file(path: Path, root: Path) -> Pairs:
         found.setdefault(name.rpartition("#")[0], []).append(caption)
     folders = (root / "flickr30k-images", root / "images")
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    return [(folder / name, captions) for name, captions in found.items()]
-
-
-def load_json(path: Path) -> Any:
-    """A JSON file. Raises ValueError that names it."""
-    try:
-        return orjson.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    return [(folder / checked_name(name, path, folders=True), captions) for name, captions in found.items()]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visft_ds.config.fields import StrictModel
+from visft_ds.config.records import as_record
 from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Stored, key_of, load_record
 from visft_ds.evals.benchmarks.encoding import Worker, encode_images, encode_texts, start_worker
@@ -19,6 +21,17 @@ from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encode
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score
 from visft_ds.interop.writing import save_tensors
 from visft_ds.parallel import distributed
+
+_AGAIN = " Remove that file: it is made again."
+
+
+class ScoreEntry(StrictModel):
+    """Score in a file of the cache; its numbers are tensors beside."""
+
+    name: str
+    said: list[str]
+    shows: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,11 +140,14 @@ def _save(path: Path, scores: Sequence[Score]) -> None:
 
 
 def _restored(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> list[Score]:
+    told = as_record(texts.get("scores", ""), list[ScoreEntry], "scores of the cache", _AGAIN)
+    if not {f"{number}.values" for number in range(len(told))} <= tensors.keys():
+        raise ValueError(f"scores of the cache lack their values.{_AGAIN}")
     scores = []
-    for number, rest in enumerate(json.loads(texts["scores"])):
-        groups = tensors.get(f"{number}.groups")
-        values = tensors[f"{number}.values"].numpy()
-        scores.append(Score(values=values, groups=None if groups is None else groups.numpy(), **rest))
+    for number, rest in enumerate(told):
+        values, groups = tensors[f"{number}.values"].numpy(), tensors.get(f"{number}.groups")
+        of = None if groups is None else groups.numpy()
+        scores.append(Score(rest.name, values, of, rest.said, rest.shows, rest.settings))
     return scores
 
 

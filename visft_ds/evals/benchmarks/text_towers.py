@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from visft_ds.interop.backbones import copy_tensors
 from visft_ds.interop.files import WeightFile, open_weights
-from visft_ds.interop.layouts import PROJECTION, Layout
+from visft_ds.interop.layouts import PROJECTION
 from visft_ds.interop.towers import open_tower
 
 PREFIX = "text."
@@ -82,12 +82,13 @@ def text_tower_in(path: str | Path) -> TextTower | None:
     return TextTower(module.requires_grad_(False).eval(), tokenizer, f"{file.path.name}: {settings}")
 
 
-def projection_in(file: WeightFile, layout: Layout) -> tuple[Tensor, Tensor] | None:
+def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
     """(weight (E, D), bias (E)) of a tower's CLIP projection; None where the file has none.
 
     Raises:
         ValueError: one of the two is missing.
     """
+    file, layout = open_tower(path)
     names = [layout.prefix + name for name in next(iter(PROJECTION.values()))]
     found = [name for name in names if name in file]
     if not found:
@@ -95,11 +96,6 @@ def projection_in(file: WeightFile, layout: Layout) -> tuple[Tensor, Tensor] | N
     if len(found) < len(names):
         raise ValueError(f"{file.path}: the CLIP projection is half there: {found[0]} without the other of {names}")
     return file.get(names[0]).float().clone(), file.get(names[1]).float().clone()
-
-
-def projection_of(path: str | Path) -> tuple[Tensor, Tensor] | None:
-    """`projection_in` of a file whose layout is found."""
-    return projection_in(*open_tower(path))
 
 
 def tower_of_model(model: Any, tokenizer: Any, source: str) -> TextTower:

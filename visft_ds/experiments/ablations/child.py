@@ -23,7 +23,7 @@ def run_command(command: Sequence[str], log: Path, forks: bool) -> None:
     os.setsid()
     if sys.platform == "linux":  # a comparison that is killed must not leave a training behind
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)

@@ -13,6 +13,7 @@ from visft_ds import program
 from visft_ds.experiments.ablations.questions import QUESTIONS
 from visft_ds.experiments.ablations.scales import SECOND, TOY_MODEL
 from visft_ds.flags import Parser
+from visft_ds.redaction import redacted
 
 USAGE = """Questions about the recipe, each answered by one command: runs its arms with several seeds, prints what
 stage 2 changed in and out of domain with intervals over seeds, and draws it.
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return ask(given)
     except (ValueError, OSError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
+        print(f"ablate: {redacted(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nablate: interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -1,24 +1,66 @@
-"""From the results of steps to the numbers of a question: one before and one after of each arm, metric and seed."""
+"""From the results of steps to the numbers of a question: one before and one after of each arm, metric and seed.
+
+Every seed gives one difference, both sides of which share all that seed decided. Their mean has Student's t interval:
+it assumes that differences are about normal, and with three seeds it is wide (4.3 standard errors either way), as it
+should be. Resampling three numbers would pretend to know more.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from visft_ds.evals.benchmarks.command import RECORD
 from visft_ds.evals.compare import MAIN, METRICS
 from visft_ds.experiments.ablations.plan import AFTER, BEFORE, AblationPlan, Trial
 from visft_ds.experiments.ablations.run import Failure
-from visft_ds.experiments.ablations.statistics import Estimate, estimate
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.toy import HOME
 
+LEVEL = 0.95
+#: Differences below which there is no interval.
+FEWEST = 2
+_NO_WIDTH = 1e-9
 #: Of the numbers of a benchmark, those that tables and charts show; the others are in the record.
 _SHOWN = re.compile(r" (top1|knn|linear|image to text R@1|text to image R@1|words|.*, (text top1|probe))$")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of some numbers, and where the mean of all seeds would lie."""
+
+    values: tuple[float, ...]  #: one of each seed
+    mean: float
+    low: float | None  #: None: too few seeds for an interval
+    high: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Return True if there is an interval with a width, and it excludes zero.
+
+        Shares of a few hundred items change in steps: seeds that happen to agree on one predict nothing about others.
+        """
+        if self.low is None or self.high is None or self.high - self.low < _NO_WIDTH:
+            return False
+        return self.low > 0 or self.high < 0
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and t interval (LEVEL) of at least one finite number."""
+    assert values and all(map(math.isfinite, values)), values
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < FEWEST:
+        return Estimate(tuple(values), mean, None, None)
+    margin = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * stats.sem(values))
+    return Estimate(tuple(values), mean, mean - margin, mean + margin)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from visft_ds.config.fields import StrictModel
 from visft_ds.config.preflight import CANNOT_START, render_missing
-from visft_ds.experiments.ablations.collect import collect
+from visft_ds.config.records import read_record
+from visft_ds.experiments.ablations.collect import FEWEST, collect
 from visft_ds.experiments.ablations.plan import AblationPlan, Planner
 from visft_ds.experiments.ablations.questions import QUESTIONS, choose_arms, find_question
 from visft_ds.experiments.ablations.run import Failure, Runner
 from visft_ds.experiments.ablations.scales import Scale, check_scale
-from visft_ds.experiments.ablations.statistics import FEWEST
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.experiments.ablations.write import shown, write_question, write_report
 from visft_ds.interop.writing import write_text
 from visft_ds.monitor.console import clock, print_plan
+from visft_ds.redaction import redacted_words
 from visft_ds.resilience.processes import same_code
 from visft_ds.run.folder import LOCK_FILE
 from visft_ds.run.lock import locked
@@ -85,6 +87,13 @@ def _plan(given: argparse.Namespace) -> tuple[Planner, list[AblationPlan]]:
     return planner, [planner.plan(name, question, range(given.seeds)) for name, question in questions.items()]
 
 
+class AblationsFile(StrictModel):
+    """Mark of a folder of comparisons."""
+
+    format: Literal["visft_ds ablations"]
+    scale: dict[str, Any]
+
+
 def _check_folder(out: Path, scale: Scale) -> None:
     """Refuse a folder of other things, or of comparisons at another scale: tables of the two would stand side by side.
 
@@ -96,17 +105,14 @@ def _check_folder(out: Path, scale: Scale) -> None:
     if not out.exists() or not {path.name for path in out.iterdir()} - {LOCK_FILE}:
         return
     try:
-        record = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{out} is not empty and holds no ablations (no {MARKER}); choose another --out")
+        record = read_record(out / MARKER, AblationsFile)
+    except ValueError as error:
+        raise ValueError(f"{out} is not empty and holds no ablations (no {MARKER}); choose another --out") from error
     here = _record(scale)["scale"]
     other = [
-        f"{key}: {record['scale'].get(key)} there, {value} here"
+        f"{key}: {record.scale.get(key)} there, {value} here"
         for key, value in here.items()
-        if record["scale"].get(key) != value
+        if record.scale.get(key) != value
     ]
     if other:
         raise ValueError(f"{out} holds ablations of another plan ({'; '.join(other)}); choose another --out")
@@ -168,4 +174,4 @@ def _print_plan(plans: Sequence[AblationPlan], steps: Mapping[str, Step]) -> Non
     print(f"# {len(plans)} question(s), {trials} trials, {len(steps)} commands, of which {done} have finished")
     for step in steps.values():
         mark = " (finished)" if step.marker.is_file() else ""
-        print(f"# {step.title}{mark}\n{shlex.join(step.command)}")
+        print(f"# {step.title}{mark}\n{shlex.join(redacted_words(step.command))}")

@@ -8,8 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from visft_ds.evals.charts import DOWN, INK, PALE, UP, svg
-from visft_ds.experiments.ablations.collect import ArmResult, Metric, Outcome
-from visft_ds.experiments.ablations.statistics import LEVEL
+from visft_ds.experiments.ablations.collect import LEVEL, ArmResult, Metric, Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

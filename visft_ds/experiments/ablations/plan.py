@@ -21,7 +21,7 @@ from visft_ds.config import Missing, ResolvedConfig, missing_inputs, resolve_arg
 from visft_ds.experiments.ablations.questions import RECIPE, TOWERS, Arm, Question
 from visft_ds.experiments.ablations.scales import TOY_SIDE, Scale
 from visft_ds.experiments.ablations.steps import STEPS, Step, StepList
-from visft_ds.experiments.ablations.toy import Toy, clip_file
+from visft_ds.experiments.ablations.toy import SECOND, Toy, clip_file
 from visft_ds.interop.layouts import depth_of, is_lora
 from visft_ds.models.eva_vit import PRESETS
 from visft_ds.models.timm_backbone import build_timm
@@ -119,7 +119,7 @@ class Planner:
         if arm.joint:
             steps += self._recipe(1).total_steps
         settings = [f"scheduler.params.total_num_steps={steps}"] if steps != recipe.total_steps else []
-        second = self._toy.second() if self.scale.toy and "$second" in "".join(arm.stage2) else None
+        second = self._toy.shards("a", SECOND) if self.scale.toy and "$second" in "".join(arm.stage2) else None
         needs: list[Step] = [second] if second else []
         values = {**self._values(recipe), "second": str(second.out) if second else self.scale.second}
         settings += [*self._tower(arm), *(_filled(text, values) for text in arm.stage2)]

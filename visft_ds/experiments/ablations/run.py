@@ -21,6 +21,7 @@ from multiprocessing.context import ForkServerProcess
 from visft_ds.experiments.ablations.child import run_command
 from visft_ds.experiments.ablations.steps import Step
 from visft_ds.monitor.console import clock
+from visft_ds.redaction import redacted_words
 
 #: Imported once, before the steps are forked.
 _PRELOADED = [
@@ -114,7 +115,11 @@ class _Running:
             return step, Failure(f"exit status {code}: {reason[:300]}", end)
         if step.proof is not None and not step.proof.exists():
             return step, Failure(f"ended before it had made {step.proof}; the same command goes on with it")
-        record = {"command": step.command, "seconds": round(time.monotonic() - self.began, 1), "title": step.title}
+        record = {
+            "command": redacted_words(step.command),
+            "seconds": round(time.monotonic() - self.began, 1),
+            "title": step.title,
+        }
         temporary = step.marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.replace(step.marker)

@@ -15,8 +15,8 @@ from visft_ds.experiments.ablations.scales import (
 )
 from visft_ds.experiments.ablations.steps import Step, StepList
 
-#: Seed of the images of the second data set; those of the first are of seed 0.
-_SECOND = 1
+#: Seed of the images of the second data set, of the same categories; those of the first are of seed 0.
+SECOND = 1
 #: Names of benchmarks by the style of their images.
 HOME, _AWAY = "style-a", "style-b"
 
@@ -45,19 +45,14 @@ class Toy:
         words += ["--instances", str(notes / f"instances_{split}2017.json"), "--quiet"]
         words += ["--captions", str(notes / f"captions_{split}2017.json")]
         title = f"shards of {tree.title.removeprefix('toy ')}: {split}"
-        command = [*words]
         return self.steps.add(
             "shards",
             title,
-            lambda out: [*command, "--out", str(out)],
+            lambda out: [*words, "--out", str(out)],
             needs=[tree],
             inside=inside,
             resumes=True,
         )
-
-    def second(self) -> Step:
-        """Shards of a second data set of the same categories: other images of style a."""
-        return self.shards("a", _SECOND)
 
     def base(self, seed: int) -> Step:
         """A small CLIP that has learnt from images and captions of style a; `clip_file` are its weights."""

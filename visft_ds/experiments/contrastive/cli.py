@@ -22,7 +22,7 @@ from visft_ds.flags import Parser
 
 #: Command -> (module that has its `add_parser`, its line of help).
 COMMANDS = {
-    "pretrain": ("pretrain_command", "a small CLIP from random weights, as base weights of toy runs"),
+    "pretrain": ("pretrain", "a small CLIP from random weights, as base weights of toy runs"),
     "text": ("text_command", "the text tower of a CLIP on new captions; the vision tower is frozen"),
 }
 
@@ -33,16 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0].startswith("--local_rank="):  # the deepspeed launcher puts it in front
         words = words[1:]
     given = _parser(words[:1]).parse_args(words)
-    from visft_ds.data.store import StoreFailed
     from visft_ds.parallel import distributed
+    from visft_ds.resilience.errors import RankError, tell
 
-    rank = distributed.rank()
     try:
         given.run(given)
-    except (ValueError, OSError, StoreFailed) as error:
-        if not rank or distributed.joined():  # before that, every rank runs into the same
-            print(f"contrast: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        alone = isinstance(error, ValueError) and distributed.joined()  # before that, every rank runs into the same
+        return tell(RankError(str(error)) if alone else error, "contrast")
     except KeyboardInterrupt:
         print("\ncontrast: interrupted; nothing was written", file=sys.stderr)
         return 130

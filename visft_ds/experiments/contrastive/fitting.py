@@ -1,4 +1,9 @@
-"""The loop of both kinds of training: AdamW, warm-up and cosine, a bounded temperature, one progress line."""
+"""Loss and loop of both kinds of training: AdamW, warm-up and cosine, a bounded temperature, one progress line.
+
+The loss is that of CLIP (https://arxiv.org/abs/2103.00020, section 2.3 and figure 3), InfoNCE in both directions.
+
+Letters: B pairs, E width of the embedding.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from visft_ds.experiments.contrastive.loss import LARGEST_LOG_SCALE
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.parallel import distributed
+
+#: What the logarithm of the temperature's inverse starts from, and the most it may reach (section 2.4 and 2.5): beyond
+#: a factor of 100 training was unstable.
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+LARGEST_LOG_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,22 @@ class Curve:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]  #: of the gradient of all pairs, before it was clipped
+
+
+def clip_loss(images: Tensor, texts: Tensor, log_scale: Tensor) -> Tensor:
+    """Mean of the two cross-entropies of finding an image's text among all texts, and a text's image.
+
+    Args:
+        images: (B, E), each of length 1.
+        texts: (B, E), each of length 1; row i belongs to image i, and every other row counts as wrong, equal texts too.
+        log_scale: 0-d or (1,), logarithm of what similarities are multiplied by.
+
+    Returns:
+        0-d; log(B) where nothing tells the pairs apart.
+    """
+    logits = log_scale.exp() * images @ texts.T
+    targets = torch.arange(len(images), device=images.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def optimizer_for(parameters: Mapping[str, nn.Parameter], recipe: ContrastiveRecipe) -> torch.optim.AdamW:

@@ -10,7 +10,6 @@ from pathlib import Path
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
 from visft_ds.experiments.contrastive.fitting import ContrastiveRecipe
 from visft_ds.experiments.contrastive.pairs import PairOrder, read_pairs
-from visft_ds.experiments.contrastive.recall import table
 from visft_ds.interop.writing import refuse_existing
 from visft_ds.monitor.console import Section, print_plan
 
@@ -85,7 +84,10 @@ def data_section(
 
 def finished(recalls: Mapping[str, Mapping[str, float]], seconds: float, weights: Path) -> None:
     """Print what came of it."""
-    columns, *rows = table(recalls)
-    sections = [Section("recall on images that were not learnt from", rows, columns)] if rows else []
+    rows = [
+        (name, *(f"{100 * numbers[name]:.1f} %" for numbers in recalls.values()))
+        for name in next(iter(recalls.values()), {})
+    ]
+    sections = [Section("recall on images that were not learnt from", rows, ("", *recalls))] if rows else []
     rest = [("seconds", f"{seconds:.1f}"), ("weights", str(weights))]
     print_plan("visft_ds contrastive training: done", [*sections, Section("run", rest)])

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 from PIL import Image
 
 from visft_ds.data.decode import decode_image
+from visft_ds.data.labels import parse_label
 from visft_ds.data.manifest import Manifest, splits_in
 from visft_ds.data.permutation import hash_ints, hash_words, shuffled
 from visft_ds.data.shards import DamagedSample, ShardReader
@@ -44,7 +44,7 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
     if not chosen:
         raise ValueError(f"{where} has no captions: build it with make_shards.py build --captions FILE, or give others")
     reader = ShardReader(manifest)
-    found = [orjson.loads(label)["captions"] for label in reader.read_labels(chosen)]
+    found = [parse_label(label)["captions"] for label in reader.read_labels(chosen)]
     captions = [[text.strip() for text in texts if text.strip()] for texts in found]
     if empty := [number for number, texts in zip(chosen, captions, strict=True) if not texts]:
         raise ValueError(f"{where}: {reader.describe(empty[0])} has nothing but empty captions")
@@ -53,7 +53,7 @@ def _in_shards(manifest: Manifest) -> CaptionSet:
         data, _ = reader.read(chosen[place], "images")
         assert data is not None
         try:
-            return Image.fromarray(decode_image(data))
+            return Image.fromarray(decode_image(data, max_pixels=manifest.max_pixels))
         except ValueError as error:
             raise DamagedSample(f"{reader.describe(chosen[place])} cannot be decoded: {error}") from error
 

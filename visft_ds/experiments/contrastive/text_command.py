@@ -17,6 +17,7 @@ from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, Encoder
 from visft_ds.evals.benchmarks.encoding import Worker, encode_images, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
 from visft_ds.evals.benchmarks.retrieval import CaptionSet
+from visft_ds.experiments.contrastive.captions import Tokens, encode_captions, recall, tokens_of
 from visft_ds.experiments.contrastive.flags import (
     add_data,
     add_recipe,
@@ -28,10 +29,8 @@ from visft_ds.experiments.contrastive.flags import (
 )
 from visft_ds.experiments.contrastive.output import Result, staged, write_result
 from visft_ds.experiments.contrastive.pairs import PairOrder
-from visft_ds.experiments.contrastive.recall import encode_captions, recall
 from visft_ds.experiments.contrastive.text import DEFAULT_RECIPE, TextTuning, Trained, Tuned, check_ranks, tune_text
 from visft_ds.experiments.contrastive.text_sides import TextSide, text_side, write_side
-from visft_ds.experiments.contrastive.tokens import Tokens, tokens_of
 from visft_ds.interop.files import base_identity, open_weights, sha256_file
 from visft_ds.interop.open_clip import FILE
 from visft_ds.models.eva_vit import PRESETS

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 
 from visft_ds.config.fields import Above, Fraction, Positive, Probability, Rate, Sides, StrictModel
-from visft_ds.config.task_schema import HeadConfig, TaskConfig
+from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
 
 
 class DetectionImage(StrictModel):
@@ -50,6 +51,7 @@ class DetectionLoss(StrictModel):
     l1: Rate = 5.0
     giou: Rate = 2.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    average: ClassAverage = "image"  #: of the cross-entropy
 
 
 class DetectionTask(TaskConfig):
@@ -59,6 +61,7 @@ class DetectionTask(TaskConfig):
     shown = ("box/AP", "box/AP50")
     main = "box/AP50"
     published = "detection"
+    before = MappingProxyType({"loss.average": "batch"})
 
     image: DetectionImage = DetectionImage()
     head: DetectionHeadConfig = DetectionHeadConfig()

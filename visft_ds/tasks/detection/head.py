@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.detection.data import DetectionTargets
-from visft_ds.tasks.matching import Matches, MatchingCosts, at_least_float32, match
+from visft_ds.tasks.matching import ClassLoss, Matches, MatchingCosts, at_least_float32, match
 from visft_ds.tasks.transformer import Decoder, FeedForward, TransformerEncoder, sine_positions
 
 # Rows of the task embedding. Only row 0 is used; the published files have them all (UniT had a row for each task).
@@ -104,8 +105,8 @@ class DetectionCriterion:
     """Set-prediction loss of every decoder layer: class cross-entropy, L1 and generalized IoU of the matched boxes.
 
     `ce`, `l1` and `giou` weigh the losses and the costs of the matching alike (DETR's, appendix A.4), `no_object` is
-    the weight of that class within the cross-entropy, as nearly all queries see none. `num_queries` and
-    `decoder_layers` are the head's.
+    the weight of that class within the cross-entropy and `average` the kind of its mean, see `matching.ClassLoss`.
+    `num_queries` and `decoder_layers` are the head's.
 
     Calling it gives *unweighted* losses by name: `ce`, `l1`, `giou` of the last layer, `ce_0` .. `giou_{L-2}` of the
     earlier ones; `weights` holds the factor of each. Two more entries are for the log only and not in `weights`:
@@ -125,10 +126,11 @@ class DetectionCriterion:
         l1: float,
         giou: float,
         no_object: float,
+        average: ClassAverage,
     ) -> None:
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
-        self.no_object = no_object
+        self.class_loss = ClassLoss(no_object, average)
         self.costs = MatchingCosts(ce, l1, giou)
         suffixes = ["", *(f"_{layer}" for layer in range(decoder_layers - 1))]
         by_name = {"ce": ce, "l1": l1, "giou": giou}
@@ -137,13 +139,12 @@ class DetectionCriterion:
     def count(self, batch: Batch) -> dict[str, float]:
         """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
-        `boxes` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
-        an image with n objects has min(n, Q) matched queries of weight 1; the others weigh `no_object`.
+        `boxes` is the number of objects; `ClassLoss.count` has the denominator of the cross-entropy, for which an image
+        with n objects has min(n, Q) matched queries.
         """
         counts = batch.targets["detection"].counts
         matched = int(counts.clamp(max=self.num_queries).sum())
-        unmatched = len(counts) * self.num_queries - matched
-        return {"boxes": float(counts.sum()), "class_weight": matched + self.no_object * unmatched}
+        return {"boxes": float(counts.sum()), **self.class_loss.count(len(counts), self.num_queries, matched)}
 
     def __call__(
         self,
@@ -152,7 +153,7 @@ class DetectionCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has `boxes` and `class_weight`; `image_ids` (B,) are for errors only.
+        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
 
         Raises ValueError where the head has other numbers of queries or layers, and what `matching.match` raises.
         """
@@ -165,7 +166,7 @@ class DetectionCriterion:
         classes = torch.full(logits.shape[:3], logits.shape[3] - 1, dtype=torch.int64, device=logits.device)
         classes[matches.layers, matches.images, matches.queries] = targets.labels[matches.objects]
         by_name = {
-            "ce": self._cross_entropy(logits, classes) / loss_denominators["class_weight"],
+            "ce": self.class_loss(logits, classes, loss_denominators),
             **{name: sums / loss_denominators["boxes"] for name, sums in _box_sums(boxes, targets, matches).items()},
         }
         suffixes = [*(f"_{layer}" for layer in range(self.decoder_layers - 1)), ""]
@@ -182,13 +183,6 @@ class DetectionCriterion:
                     f"the detection head has {name} {value}, its criterion was built with {getattr(self, name)}: "
                     f"give both the same {name}"
                 )
-
-    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Sums (L,) over images and queries, each term with the weight of its target class (L, B, Q)."""
-        weight = logits.new_ones(logits.shape[-1])
-        weight[-1:] = self.no_object
-        terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
-        return terms.view(len(logits), -1).sum(dim=1)
 
 
 def _box_sums(boxes: Tensor, targets: DetectionTargets, matches: Matches) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from visft_ds.config.fields import Above, Count, Fraction, Positive, Probability, Rate, StrictModel
-from visft_ds.config.task_schema import HeadConfig, TaskConfig
+from visft_ds.config.task_schema import ClassAverage, HeadConfig, TaskConfig
 
 #: Pixels that sides of content alone are multiples of: a patch of the published towers.
 CONTENT_MULTIPLE = 14
@@ -65,6 +65,7 @@ class SegmentationLoss(StrictModel):
     bce: Rate = 5.0
     dice: Rate = 5.0
     no_object: Above = 0.1  #: class weight of "no object" in the cross-entropy
+    average: ClassAverage = "image"  #: of the cross-entropy
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance: Fraction = 0.75
@@ -78,6 +79,7 @@ class SegmentationTask(TaskConfig):
     main = "mask/AP50"
     published = "segment"
     removed = MappingProxyType({"image.content_multiple": (_MULTIPLE, CONTENT_MULTIPLE)})
+    before = MappingProxyType({"loss.average": "batch"})
 
     image: SegmentationImage = SegmentationImage()
     head: SegmentationHeadConfig = SegmentationHeadConfig()

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from faster_coco_eval import mask as coco_mask  # pycocotools' decode() warns under NumPy 2
 from torch import Tensor, nn
 
+from visft_ds.config.task_schema import ClassAverage
 from visft_ds.data.samples import Batch
-from visft_ds.tasks.matching import Matches, at_least_float32
+from visft_ds.tasks.matching import ClassLoss, Matches, at_least_float32
 from visft_ds.tasks.segmentation.config import Labelling
 from visft_ds.tasks.segmentation.data import COCO_CATEGORY_IDS, SegmentationTargets
 from visft_ds.tasks.segmentation.head import MaskedDecoder
@@ -110,9 +111,10 @@ class SegmentationCriterion:
     """Set-prediction loss of every prediction set: class cross-entropy, mask cross-entropy and dice at points.
 
     `ce`, `bce` and `dice` weigh the losses and the costs of the matching alike, `no_object` is the weight of that class
-    within the cross-entropy. The masks of a matched pair are compared at `num_points` points (112 x 112): the share
-    `importance` are those of `num_points * oversample` random ones where the prediction is least certain, the others
-    uniform (see `mask_points`). `num_classes`, `num_queries`, `decoder_layers` and `labelling` are the head's.
+    within the cross-entropy and `average` the kind of its mean (`matching.ClassLoss`). The masks of a matched pair are
+    compared at `num_points` points (112 x 112): the share `importance` are those of `num_points * oversample` random
+    ones where the prediction is least certain, the others uniform (see `mask_points`). `num_classes`, `num_queries`,
+    `decoder_layers` and `labelling` are the head's.
 
     Calling it gives *unweighted* losses by name: `ce`, `bce`, `dice` of the last layer, and with suffixes `_0` (before
     the first layer), `_1` .. `_{layers - 1}` those of `SegmentationOutput.aux`; `weights` holds the factor of each.
@@ -134,6 +136,7 @@ class SegmentationCriterion:
         bce: float,
         dice: float,
         no_object: float,
+        average: ClassAverage,
         num_points: int,
         oversample: float,
         importance: float,
@@ -142,7 +145,7 @@ class SegmentationCriterion:
         self.num_queries = num_queries
         self.decoder_layers = decoder_layers
         self.labelling: Labelling = labelling
-        self.no_object = no_object
+        self.class_loss = ClassLoss(no_object, average)
         self.points = PointCounts.of(num_points, oversample, importance)
         self.costs = MaskCosts(ce, bce, dice)
         self._suffixes = [*(f"_{layer}" for layer in range(decoder_layers)), ""]
@@ -152,20 +155,19 @@ class SegmentationCriterion:
     def count(self, batch: Batch) -> dict[str, float]:
         """Loss denominators from the labels alone, to be summed over ranks and micro-batches.
 
-        `masks` is the number of objects, `class_weight` the denominator of the weighted mean of the cross-entropy:
-        an image with n objects has min(n, Q) matched queries of weight 1; the others weigh `no_object`. In the
-        published labelling, the last category has the index and therefore the weight of "no object".
+        `masks` is the number of objects; `ClassLoss.count` has the denominator of the cross-entropy, for which an image
+        with n objects has min(n, Q) matched queries. In the published labelling, the last category has the index and
+        therefore the weight of "no object".
         """
         targets: SegmentationTargets = batch.targets["segmentation"]
         counts = targets.counts
         matched = int(counts.clamp(max=self.num_queries).sum())
-        light = len(counts) * self.num_queries - matched
         if self.labelling == "published":
             last = (targets.labels == self.num_classes - 1).cpu()
             image_of = torch.repeat_interleave(torch.arange(len(counts)), counts)
             per_image = torch.bincount(image_of[last], minlength=len(counts)).clamp(max=self.num_queries)
-            matched, light = matched - int(per_image.sum()), light + int(per_image.sum())
-        return {"masks": float(counts.sum()), "class_weight": matched + self.no_object * light}
+            matched -= int(per_image.sum())
+        return {"masks": float(counts.sum()), **self.class_loss.count(len(counts), self.num_queries, matched)}
 
     def __call__(
         self,
@@ -174,7 +176,7 @@ class SegmentationCriterion:
         loss_denominators: Mapping[str, Tensor],
         image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses by name. `loss_denominators` has `masks` and `class_weight`; `image_ids` (B,) are for errors only.
+        """Losses by name. `loss_denominators` has the names of `count`; `image_ids` (B,) are for errors only.
 
         Raises ValueError where the head has other options, and what `mask_matching.match_masks` raises.
         """
@@ -194,7 +196,7 @@ class SegmentationCriterion:
         wanted[matches.layers, matches.images, matches.queries] = labels[matches.objects]
         bce, dice = self._mask_sums(masks, targets, matches, points)
         by_name = {
-            "ce": self._cross_entropy(logits, wanted) / loss_denominators["class_weight"],
+            "ce": self.class_loss(logits, wanted, loss_denominators),
             "bce": bce / loss_denominators["masks"],
             "dice": dice / loss_denominators["masks"],
         }
@@ -219,13 +221,6 @@ class SegmentationCriterion:
                     f"the segmentation head has {name} {value}, its criterion was built with {getattr(self, name)}: "
                     f"give both the same {name}"
                 )
-
-    def _cross_entropy(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Sums (L,) over images and queries, each term with the weight of its target class, `wanted` (L, B, Q)."""
-        weight = logits.new_ones(logits.shape[-1])
-        weight[-1:] = self.no_object
-        terms = F.cross_entropy(logits.flatten(end_dim=2), wanted.flatten(), weight, reduction="none")
-        return terms.view(len(logits), -1).sum(dim=1)
 
     def _mask_sums(
         self, masks: Tensor, targets: SegmentationTargets, matches: Matches, points: Points

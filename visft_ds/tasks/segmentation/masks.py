@@ -156,20 +156,23 @@ def _checked(polygon: Any) -> Sequence[float]:
 
 def _draw_code(mask: Mask, code: Mapping[str, Any], stored: Size, fine: MaskPlacement, subsamples: int) -> None:
     """Fill a run-length code of the stored image into a mask."""
-    if not {"size", "counts"} <= code.keys() or tuple(code["size"]) != stored:
+    if not {"size", "counts"} <= code.keys() or code["size"] not in (list(stored), stored):
         raise ValueError(
             f"run-length code with size {code.get('size')}: it must have counts, and the image's size {list(stored)}"
         )
-    if isinstance(code["counts"], list):
-        code = coco_mask.frPyObjects(dict(code), *stored)
-    x, y, width, height = (float(number) for number in coco_mask.toBbox(code))
+    try:
+        if isinstance(code["counts"], list):
+            code = coco_mask.frPyObjects(dict(code), *stored)
+        x, y, width, height = (float(number) for number in coco_mask.toBbox(code))
+        full = coco_mask.decode(code)
+    except (RuntimeError, TypeError) as error:  # of the library, which is C++
+        raise ValueError(f"run-length code that cannot be read: {str(error)[:80]}") from error
     corners = fine.points(np.array([[x, y], [x + width, y + height]])) / subsamples
     left, top = (max(0, math.floor(value)) for value in corners.min(axis=0))
     right, bottom = (math.ceil(value) for value in corners.max(axis=0))
     bottom, right = min(bottom, mask.shape[0]), min(right, mask.shape[1])
     if bottom <= top or right <= left or width == 0 or height == 0:
         return
-    full = coco_mask.decode(code)
     rows = np.arange(top * subsamples, bottom * subsamples) + 0.5
     columns = np.arange(left * subsamples, right * subsamples) + 0.5
     # the stored pixel under the centre of each subsample

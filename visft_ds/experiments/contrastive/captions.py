@@ -1,6 +1,6 @@
-"""Captions as tokens, made once; and whether they are tokens of this tower at all.
+"""Captions: made into tokens, which is done once, and compared with their images by the benchmarks' own rules.
 
-Letters: T text length in tokens.
+Letters: n images, E width of the embedding, T text length in tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visft_ds.evals.benchmarks.protocol import IntArray, hits
+from visft_ds.evals.benchmarks.retrieval import image_to_text, text_to_image
 from visft_ds.evals.benchmarks.text_towers import TextTower
 
-_AT_ONCE = 4096
+RECALLS = (1, 5)
+_AT_ONCE = 4096  # captions made into tokens
+_ROWS = 256  # texts encoded at once
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,25 @@ def _vocabulary(tower: TextTower) -> int | None:
     """Rows of the largest embedding of tokens; None where there is none."""
     found = [module.num_embeddings for module in tower.module.modules() if isinstance(module, torch.nn.Embedding)]
     return max(found, default=None)
+
+
+def recall(images: Tensor, texts: Tensor, owners: IntArray) -> dict[str, float]:
+    """R@k from image to text and from text to image, as shares.
+
+    Args:
+        images: (n, E) of length 1.
+        texts: (captions, E) of length 1.
+        owners: (captions,) place of the image of each, ascending.
+    """
+    places = torch.from_numpy(owners)
+    ranks = {
+        "image to text": image_to_text(images, texts, places)[0],
+        "text to image": text_to_image(images, texts, places),
+    }
+    return {f"{way} R@{k}": float(hits(found, k).mean()) for way, found in ranks.items() for k in RECALLS}
+
+
+def encode_captions(tower: TextTower, captions: Sequence[str]) -> Tensor:
+    """(captions, E) of length 1 on the CPU."""
+    parts = [captions[start : start + _ROWS] for start in range(0, len(captions), _ROWS)]
+    return torch.cat([tower.encode(part).cpu() for part in parts])

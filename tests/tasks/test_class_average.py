@@ -1,0 +1,184 @@
+"""The class loss of set predictions averages images as the published code does with one image on each GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.options import criterion_of
+from tests.parallel.engine_case import build, global_batch, loss_denominators, part, samples
+from visft_ds.data.samples import Batch
+from visft_ds.model import MultiTaskModel
+from visft_ds.tasks.detection.data import DetectionTargets
+from visft_ds.tasks.detection.head import DetectionOutput
+from visft_ds.tasks.matching import ClassLoss, MatchingCosts, match
+from visft_ds.tasks.segmentation.data import SegmentationTargets
+from visft_ds.tasks.segmentation.loss import SegmentationOutput
+from visft_ds.tasks.segmentation.mask_matching import MaskCosts, match_masks
+from visft_ds.tasks.segmentation.mask_points import draw_points
+from visft_ds.tasks.transform import collate_joint
+
+LAYERS, QUERIES, CLASSES = 2, 7, 6
+#: Objects of the images: none (crowds alone give none either), fewer and more than there are queries.
+COUNTS = [0, 3, 12, 1, 0, 7]
+SHARED = {"num_queries": QUERIES, "decoder_layers": LAYERS}
+TASKS = ("detection", "segmentation")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Predictions for images, their targets, and the class of each query's object."""
+
+    task: str
+    criterion: Any
+    output: Any
+    targets: Any
+    logits: Tensor  #: (L, B, Q, C + 1), leaf
+    wanted: Tensor  #: (L, B, Q)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Losses with the denominators that a training loop makes of the counts."""
+        batch = Batch(*[torch.arange(len(COUNTS))] * 7, targets={self.task: self.targets})
+        counts = {name: torch.tensor(value).double() for name, value in self.criterion.count(batch).items()}
+        found: dict[str, Tensor] = self.criterion(self.output, self.targets, counts)
+        return found
+
+
+def detection(average: str) -> Case:
+    logits = torch.randn(LAYERS, len(COUNTS), QUERIES, CLASSES + 1, dtype=torch.float64, requires_grad=True)
+    boxes = torch.rand(LAYERS, len(COUNTS), QUERIES, 4, dtype=torch.float64) * 0.5 + 0.2
+    total = sum(COUNTS)
+    targets = DetectionTargets(torch.rand(total, 4) * 0.5 + 0.2, torch.randint(CLASSES, (total,)), torch.tensor(COUNTS))
+    wanted = torch.full((LAYERS, len(COUNTS), QUERIES), CLASSES)
+    each = zip(targets.boxes.split(COUNTS), targets.labels.split(COUNTS), strict=True)
+    for image, (own_boxes, own_labels) in enumerate(each):
+        own = DetectionTargets(own_boxes, own_labels, torch.tensor([len(own_labels)]))
+        here = slice(image, image + 1)
+        pairs = match(logits[:, here], boxes[:, here], own, MatchingCosts())
+        wanted[pairs.layers, image, pairs.queries] = own_labels[pairs.objects]
+    first, last = (DetectionOutput(*pair) for pair in zip(logits, boxes, strict=True))
+    criterion = criterion_of("detection", **SHARED, average=average)
+    return Case("detection", criterion, replace(last, aux=(first,)), targets, logits, wanted)
+
+
+def segmentation(average: str, labelling: str = "contiguous") -> Case:
+    sets, total, first = LAYERS + 1, sum(COUNTS), int(labelling == "published")
+    logits = torch.randn(sets, len(COUNTS), QUERIES, CLASSES + 1, dtype=torch.float64, requires_grad=True)
+    masks = torch.randn(sets, len(COUNTS), QUERIES, 5, 6, dtype=torch.float64)
+    keys, ones = torch.arange(len(COUNTS)) + 100, torch.ones(len(COUNTS), 2)
+    blobs = torch.randint(0, 256, (total, 8, 8), dtype=torch.uint8)
+    targets = SegmentationTargets(blobs, torch.randint(CLASSES, (total,)), ones, ones, torch.tensor(COUNTS), keys)
+    options = {**SHARED, "num_classes": CLASSES, "num_points": 64, "labelling": labelling}
+    criterion = criterion_of("segmentation", **options, average=average)
+    wanted = torch.full((sets, len(COUNTS), QUERIES), CLASSES)
+    for image, (own_masks, labels) in enumerate(
+        zip(targets.masks.split(COUNTS), targets.labels.split(COUNTS), strict=True)
+    ):
+        if not len(labels):
+            continue
+        count, here = torch.tensor([len(labels)]), slice(image, image + 1)
+        own = SegmentationTargets(own_masks, labels, ones[here], ones[here], count, keys[here])
+        drawn = draw_points(keys[here].tolist(), sets, criterion.points, torch.device("cpu")).matching
+        classes = range(first, CLASSES + first)
+        pairs = match_masks(logits[:, here], masks[:, here], own, labels + first, classes, drawn, MaskCosts())
+        wanted[pairs.layers, image, pairs.queries] = (labels + first)[pairs.objects]
+    each: list[Any] = [SegmentationOutput(*pair) for pair in zip(logits, masks, strict=True)]
+    each = [replace(one, labelling=labelling) for one in each]
+    return Case("segmentation", criterion, replace(each[-1], aux=tuple(each[:-1])), targets, logits, wanted)
+
+
+def published(average: str) -> Case:
+    """Segmentation as the published heads count classes, where the last one weighs as little as "no object"."""
+    return segmentation(average, "published")
+
+
+@pytest.mark.parametrize("make", [detection, segmentation, published])
+def test_each_image_weighs_as_on_a_gpu_of_its_own(make: Any) -> None:
+    """Against torch's weighted mean, image by image: what each GPU of the published code computes, and their mean."""
+    case = make("image")
+    losses = case.losses()
+    weight = torch.ones(CLASSES + 1, dtype=torch.float64)
+    weight[-1] = 0.1
+    names = [*(f"ce_{layer}" for layer in range(len(case.logits) - 1)), "ce"]
+    per_gpu = [
+        [F.cross_entropy(case.logits[layer, image], case.wanted[layer, image], weight) for image in range(len(COUNTS))]
+        for layer in range(len(case.logits))
+    ]
+    expected = [torch.stack(terms).mean() for terms in per_gpu]
+    for name, value in zip(names, expected, strict=True):
+        torch.testing.assert_close(losses[name], value, rtol=1e-12, atol=0)
+    ours, theirs = (
+        torch.autograd.grad(torch.stack(terms).sum(), case.logits)[0]
+        for terms in ([losses[name] for name in names], expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-15)
+    pooled = F.cross_entropy(case.logits[-1].flatten(0, 1), case.wanted[-1].flatten(), weight)
+    assert abs((pooled / losses["ce"]).item() - 1) > 1e-3
+
+
+@pytest.mark.parametrize("make", [detection, segmentation])
+def test_only_the_classes_are_averaged_by_image(make: Any) -> None:
+    """Boxes and masks are divided by the objects of the global batch either way."""
+    case = make("image")
+    by_batch = replace(case, criterion=make("batch").criterion).losses()
+    by_image = case.losses()
+    same = {name for name, value in by_image.items() if torch.equal(value, by_batch[name])}
+    assert same == {name for name in by_image if not name.startswith("ce")}
+
+
+@pytest.mark.parametrize("step", [0, 1, 3], ids=["detection", "segmentation", "all"])
+def test_a_step_is_the_published_one_on_as_many_gpus_as_images(step: int) -> None:
+    """Losses and gradients of the whole model: each image alone with its own class weights, all objects in common."""
+    module, whole = _build("image"), global_batch(step)
+    images = len(whole.images)
+    ours = _gradients(module, [(whole, loss_denominators(module, whole, 1))])
+    module, gpus = _build("batch"), []
+    for image in range(images):
+        alone, common = part(step, image, image + 1), loss_denominators(module, whole, images)
+        own = {
+            task: {name: torch.tensor(value) for name, value in module.criteria[task].count(alone).items()}
+            for task in alone.tasks
+        }
+        for task in set(TASKS) & set(alone.tasks):
+            common = {**common, task: {**common[task], "class_weight": own[task]["class_weight"]}}
+        gpus.append((alone, common))
+    theirs = _gradients(module, gpus)
+    # fp32 sums in another order
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    for name, value in theirs.items():
+        if name != "loss":
+            assert (ours[name] - value).norm() <= 2e-6 * value.norm() + 1e-9, name
+
+
+def _build(average: Literal["image", "batch"]) -> MultiTaskModel:
+    module, _ = build(2)
+    for task in TASKS:
+        criterion: Any = module.criteria[task]
+        criterion.class_loss = ClassLoss(criterion.class_loss.no_object, average)
+    return module
+
+
+def _gradients(module: MultiTaskModel, parts: list[tuple[Batch, Any]]) -> dict[str, Any]:
+    """Mean loss of the parts, and its gradients by name."""
+    module.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch, denominators in parts:
+        loss = module.train()(batch, denominators)["loss"] / len(parts)
+        loss.backward()
+        total += loss.item()
+    return {"loss": total, **{n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}}
+
+
+def test_images_without_objects_alone_give_a_loss_and_its_gradient() -> None:
+    """Crowds only, or nothing: "no object" is learnt from every query, by the same weight as from any other image."""
+    module = _build("image")
+    empty = collate_joint([one for one in samples(0) if not len(one.targets["detection"]["labels"])] * 2)
+    losses = module.train()(empty, loss_denominators(module, empty, 1))
+    assert losses["detection/l1"].item() == 0 and losses["detection/ce"].item() > 0
+    losses["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
