@@ -82,6 +82,12 @@ DATA_DEPENDENT = {
     *("bincount", "histc", "equal", "is_nonzero", "repeat_interleave"),
 }
 FACTORIES = {"empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "linspace", "scalar_tensor", "eye"}
+#: Operators whose floating-point tensors have to be of one dtype; fake tensors do not look at it.
+ONE_DTYPE = {
+    *("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "mv", "dot", "linear", "convolution"),
+    *("convolution_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "native_layer_norm", "_varlen_attn"),
+    *("index_put", "index_put_", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+}
 #: Kinds of what a watch finds.
 TO_GPU, TO_HOST, VALUE = "blocking copy to the GPU", "blocking copy to the host", "value read on the host"
 SIZE, BOOLEAN, HOST_INDEX = "data-dependent operator", "boolean index", "index on the host"
@@ -96,7 +102,7 @@ class Found:
     kind: str
     file: str  #: from the root of the repository, or "deepspeed/..."
     line: int
-    code: str  #: that line
+    code: str  #: that line; empty in a backward pass that torch runs
     what: str  #: operator, shape and dtype
 
 
@@ -216,8 +222,10 @@ class Watch(TorchDispatchMode):
         self.on = False
 
     def _note(self, kind: str, what: str) -> None:
-        frame = _where() if self.on else None
-        if frame is None:
+        if not self.on:
+            return
+        if (frame := _where()) is None:
+            self.found.append(Found(kind, "the backward pass", 0, "", what))
             return
         path, line = frame.f_code.co_filename, frame.f_lineno
         if (file := _place(path)).startswith("visft_ds") or kind not in (MIXED, DOUBLE, MADE):
@@ -287,6 +295,9 @@ class Watch(TorchDispatchMode):
             return values.to(kwargs.get("dtype") or source.dtype, copy=True)
 
     def _examine(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], devices: set[str], what: str) -> None:
+        dtypes = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
+        if name in ONE_DTYPE and len(dtypes) > 1:
+            raise TypeError(f"{name} of {' and '.join(sorted(map(str, dtypes)))}: kernels of CUDA take one dtype")
         if name in DATA_DEPENDENT and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
             self._note(SIZE, what)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
