@@ -48,7 +48,8 @@ def normalise_pixels(
     Returns:
         (B, 3, H, W) float32.
     """
-    scaled_mean, scaled_std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255.0 for v in (mean, std))
+    on_device = (torch.tensor(values).to(images.device, non_blocking=True) for values in (mean, std))
+    scaled_mean, scaled_std = (values.view(3, 1, 1) * 255.0 for values in on_device)
     pixels = (images.float() - scaled_mean) / scaled_std
     return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
 
@@ -284,5 +285,5 @@ def loss_denominators_of(counts: Mapping[str, float], parts: int, device: torch.
     for name, total in counts.items():
         task, _, count = name.partition("/")
         total = max(total, 1.0)  # a step may have no object at all
-        result.setdefault(task, {})[count] = torch.tensor(total / parts, device=device)
+        result.setdefault(task, {})[count] = torch.full((), total / parts, device=device)
     return result

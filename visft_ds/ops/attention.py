@@ -146,7 +146,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths {list(lengths)}: give at least one image of at least one token")
         ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-        return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32, device=device))
+        return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True))
 
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew

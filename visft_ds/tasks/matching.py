@@ -72,7 +72,7 @@ class ClassLoss:
     def __call__(self, logits: Tensor, classes: Tensor, loss_denominators: Mapping[str, Tensor]) -> Tensor:
         """Loss (L,) of logits (L, B, Q, C + 1) with target classes (L, B, Q) int64."""
         weight = logits.new_ones(logits.shape[-1])
-        weight[-1] = self.no_object
+        weight[-1:] = self.no_object
         terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
         if self.average == "batch":
             return terms.view(len(logits), -1).sum(dim=1) / loss_denominators["class_weight"]
@@ -111,7 +111,7 @@ def match(
     check_labels(labels_host, range(num_classes), image_of_host, image_ids)
     if not np.isfinite(cost_host).all():
         _raise_not_finite(terms, targets, image_of_host, image_ids)
-    pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device)
+    pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device, non_blocking=True)
     return Matches(*pairs)
 
 

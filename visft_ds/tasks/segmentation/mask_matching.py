@@ -64,7 +64,7 @@ def match_masks(
     cost_host = host[len(labels) :].reshape(cost.shape)
     if not np.isfinite(cost_host).all():
         raise_not_finite(terms, image_of, image_ids)
-    return Matches(*torch.from_numpy(assign(cost_host, counts)).to(logits.device))
+    return Matches(*torch.from_numpy(assign(cost_host, counts)).to(logits.device, non_blocking=True))
 
 
 def _cost_terms(

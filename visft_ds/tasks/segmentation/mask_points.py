@@ -61,11 +61,11 @@ def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: t
     stream 1 + l of the key; stream 0 belongs to the transforms.
     """
     sizes = [counts.matching, counts.candidates, counts.uniform]
-    numbers = np.empty((len(keys), layers, sum(sizes), 2), dtype=np.float32)
+    numbers = torch.empty(len(keys), layers, sum(sizes), 2, pin_memory=device.type == "cuda")
     for image, key in enumerate(keys):
         for layer in range(layers):
-            generator(key, stream=1 + layer).random(out=numbers[image, layer], dtype=np.float32)
-    matching, candidates, uniform = torch.from_numpy(numbers).to(device).split(sizes, dim=2)
+            generator(key, stream=1 + layer).random(out=numbers[image, layer].numpy(), dtype=np.float32)
+    matching, candidates, uniform = numbers.to(device, non_blocking=True).split(sizes, dim=2)
     return Points(matching, candidates, uniform)
 
 

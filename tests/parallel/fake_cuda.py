@@ -1,0 +1,332 @@
+"""CUDA without a GPU: tensors on "cuda:0" that have a shape and no values, and a watch over what runs on them.
+
+`FakeTensorMode` of torch computes shapes, dtypes and devices alone and raises where they do not fit. For a backward
+pass and DeepSpeed's CUDA accelerator to run on such tensors, `start` gives a torch without CUDA a device guard that
+does nothing (`SOURCE`, compiled in a second or two) and stand-ins of `torch.cuda`; a process that called it is good for
+nothing else. What lives on the host stays real.
+
+`Watch` notes what a GPU would have to wait for, or should never see. A number that is asked of a device is that of the
+host tensor from which the device's was copied, else 1 (no, 0, where it is none of floats); other tensors come as zeros.
+
+Not seen are kernels (a torch without CUDA takes plain attention), streams, NCCL and Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).parents[2]
+WORLD = 8
+DEVICE = torch.device("cuda", 0)
+SOURCE = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace at {
+struct CUDAHooks : public CUDAHooksInterface {
+  CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex deviceCount() const override { return 1; }
+  int getNumGPUs() const override { return 1; }
+  bool isPinnedPtr(const void*) const override { return false; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+namespace {
+const c10::Device cuda(c10::DeviceType::CUDA, 0);
+struct Guard : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Device getDevice() const override { return cuda; }
+  c10::Device exchangeDevice(c10::Device) const override { return cuda; }
+  c10::Stream getStream(c10::Device where) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, where);
+  }
+};
+c10::impl::DeviceGuardImplRegistrar registered(c10::DeviceType::CUDA, new Guard());
+}
+"""
+#: Operators whose result has a size that only the values tell, or that are a value on the host.
+DATA_DEPENDENT = {
+    *(
+        "nonzero",
+        "nonzero_numpy",
+        "argwhere",
+        "masked_select",
+        "unique_dim",
+        "unique_consecutive",
+        "_unique",
+        "_unique2",
+    ),
+    *("bincount", "histc", "equal", "is_nonzero", "repeat_interleave"),
+}
+FACTORIES = {"empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "linspace", "scalar_tensor", "eye"}
+#: Operators whose floating-point tensors have to be of one dtype; fake tensors do not look at it.
+ONE_DTYPE = {
+    *("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "mv", "dot", "linear", "convolution"),
+    *("convolution_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "native_layer_norm", "_varlen_attn"),
+    *("index_put", "index_put_", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+}
+#: Kinds of what a watch finds.
+TO_GPU, TO_HOST, VALUE = "blocking copy to the GPU", "blocking copy to the host", "value read on the host"
+SIZE, BOOLEAN, HOST_INDEX = "data-dependent operator", "boolean index", "index on the host"
+WAIT = "torch.cuda.synchronize"
+MIXED, DOUBLE, MADE = "tensors of two devices", "float64 on the GPU", "tensor made on the host"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something that a GPU has to wait for or should not see, and the line that does it."""
+
+    kind: str
+    file: str  #: from the root of the repository, or "deepspeed/..."
+    line: int
+    code: str  #: that line; empty in a backward pass that torch runs
+    what: str  #: operator, shape and dtype
+
+
+def why_not() -> str | None:
+    """The reason why CUDA cannot be faked here, or None."""
+    if torch.version.cuda or torch.version.hip:
+        return f"torch {torch.__version__} has devices of its own: CUDA is faked in a build for CPUs only"
+    if not sys.platform.startswith("linux"):
+        return f"{sys.platform}: CUDA is faked on Linux only"
+    return None if shutil.which("g++") else "no g++ on this machine, which compiles the device guard of fake CUDA"
+
+
+def build(folder: Path) -> Path:
+    """Compile the device guard into a folder: the library."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None
+    torch_folder, library = Path(found.origin).parent, folder / "fake_cuda.so"
+    libraries = [
+        f"-L{torch_folder}/lib",
+        f"-Wl,-rpath,{torch_folder}/lib",
+        "-Wl,--no-as-needed",
+        "-lc10",
+        "-ltorch_cpu",
+    ]
+    command = ["g++", "-w", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", "-x", "c++", "-"]
+    command += ["-o", str(library), *libraries]
+    done = subprocess.run(command, input=SOURCE, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"the device guard does not compile against torch {torch.__version__}:\n{done.stderr[:4000]}"
+        )
+    return library
+
+
+class _Event:
+    """Stand-in of `torch.cuda.Event` and `Stream`."""
+
+    device = DEVICE
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: True
+
+    def __enter__(self) -> _Event:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def environment(library: Path) -> dict[str, str]:
+    """What a process is started with that calls `start`: rank 0 of WORLD. Torch looks for a device guard once."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLD), "LOCAL_SIZE": str(WORLD)}
+    return {"LD_PRELOAD": str(library), "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1", **ranks}
+
+
+def start() -> None:
+    """Give this process, which `environment` has prepared, a `torch.cuda` as of a machine with GPUs."""
+    os.environ.pop("LD_PRELOAD")  # programs that DeepSpeed starts need none of it
+    facts = SimpleNamespace(major=9, minor=0, total_memory=80 << 30, name="fake H100", multi_processor_count=132)
+    always: dict[str, Any] = {
+        **dict.fromkeys(("is_available", "is_bf16_supported"), True),
+        **dict.fromkeys(("is_initialized", "is_current_stream_capturing"), False),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
+        **dict.fromkeys(("set_device", "empty_cache", "reset_peak_memory_stats", "current_device"), 0),
+        **{"device_count": WORLD, "memory_stats": {}, "get_device_name": facts.name, "get_device_properties": facts},
+        **{"get_device_capability": (9, 0), "current_stream": _Event(), "default_stream": _Event()},
+        "stream": nullcontext(),
+    }
+    for name, value in always.items():
+        setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    torch.cuda.Event = torch.cuda.Stream = _Event
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, lambda *_, **__: 0)
+    torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.Tensor.record_stream = lambda *_: None
+    torch.Tensor.pin_memory = lambda self, *_: self
+    FakeTensorMode.avoid_device_init = property(lambda self: True)
+
+
+def on_gpu(module: nn.Module) -> None:
+    """Replace parameters and buffers by fake ones on the GPU; within `watched` only."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+            part.register_parameter(name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE))
+
+
+def _where() -> FrameType | None:
+    """The innermost frame of this project or of DeepSpeed."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not _place(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _place(path: str) -> str:
+    """A file from the root of the repository or that of DeepSpeed; empty for all others."""
+    if path.startswith(f"{ROOT}/visft_ds/"):
+        return path.removeprefix(f"{ROOT}/")
+    return "deepspeed/" + path.rpartition("/deepspeed/")[2] if "/deepspeed/" in path else ""
+
+
+class Watch(TorchDispatchMode):
+    """Notes in `found`, while `on`, what happens; answers what a GPU without values cannot.
+
+    Of DeepSpeed's own lines only what waits is noted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Found] = []
+        self.on = False
+
+    def _note(self, kind: str, what: str) -> None:
+        if not self.on:
+            return
+        if (frame := _where()) is None:
+            self.found.append(Found(kind, "the backward pass", 0, "", what))
+            return
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        if (file := _place(path)).startswith("visft_ds") or kind not in (MIXED, DOUBLE, MADE):
+            self.found.append(Found(kind, file, line, linecache.getline(path, line).strip(), what))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        what = f"{name} {' '.join(f'{tuple(t.shape)} {str(t.dtype)[6:]}' for t in tensors[-1:])}"
+        if name in ("_to_copy", "copy_"):
+            if (answer := self._copied(name, args, kwargs, what)) is not None:
+                return answer
+        elif "cuda" in devices:
+            if name == "_local_scalar_dense":
+                self._note(VALUE, what)
+                with unset_fake_temporarily():
+                    held = _held(args[0])
+                    return (1.0 if args[0].dtype.is_floating_point else 0) if held is None else held.item()
+            self._examine(name, args, kwargs, tensors, devices, what)
+            if name == "equal":
+                return True
+        if name == "allreduce_":
+            for tensor in tensors:  # all ranks give the same
+                if (held := _held(tensor)) is not None:
+                    with unset_fake_temporarily():
+                        held.mul_(WORLD)
+        elif func._schema.is_mutable and tensors and _held(tensors[0]) is not None:
+            del tensors[0].held
+        out = self._run(func, args, kwargs, tensors)
+        if name == "_to_copy" and out.device.type == "cuda" and not isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():
+                out.held = args[0].detach().clone()
+        elif func.is_view and (held := _held(args[0])) is not None:
+            with unset_fake_temporarily():
+                for view, values in zip(tree_leaves(out), tree_leaves(func(held, *args[1:], **kwargs)), strict=True):
+                    view.held = values
+        self._examine_results(name, out, what)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        device = torch.device(kwargs.get("device") or "cpu")
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}  # there is no allocator for it
+        if device.type == "cpu" and not any(isinstance(t, FakeTensor) or t.device.type != "cpu" for t in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _copied(self, name: str, args: Any, kwargs: Any, what: str) -> Any:
+        """Note a copy between host and GPU; what arrives on the host is the answer."""
+        source = args[1] if name == "copy_" else args[0]
+        target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
+        if source.device.type == target.type:
+            return None
+        waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+        if target.type == "cuda":
+            if waits:
+                self._note(TO_GPU, what)
+            return None
+        if waits:
+            self._note(TO_HOST, what)
+        with unset_fake_temporarily():
+            held = _held(source)
+            values = torch.zeros(source.shape, dtype=source.dtype) if held is None else held
+            if name == "copy_":
+                return args[0].copy_(values) if not isinstance(args[0], FakeTensor) else args[0]
+            return values.to(kwargs.get("dtype") or source.dtype, copy=True)
+
+    def _examine(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], devices: set[str], what: str) -> None:
+        dtypes = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
+        if name in ONE_DTYPE and len(dtypes) > 1:
+            raise TypeError(f"{name} of {' and '.join(sorted(map(str, dtypes)))}: kernels of CUDA take one dtype")
+        if name in DATA_DEPENDENT and not (name == "repeat_interleave" and kwargs.get("output_size") is not None):
+            self._note(SIZE, what)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            for index in args[1]:
+                if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                    self._note(BOOLEAN, what)
+                elif isinstance(index, Tensor) and index.device.type == "cpu":
+                    self._note(HOST_INDEX, what)
+        elif "cpu" in devices and any(tensor.ndim for tensor in tensors if tensor.device.type == "cpu"):
+            self._note(MIXED, what)
+
+    def _examine_results(self, name: str, out: Any, what: str) -> None:
+        for result in tree_leaves(out) if self.on else ():
+            if not isinstance(result, Tensor):
+                continue
+            if result.device.type == "cuda" and result.dtype == torch.float64:
+                self._note(DOUBLE, what)
+            elif result.device.type == "cpu" and name in (*FACTORIES, "lift_fresh"):
+                self._note(MADE, what)
+
+
+def _held(tensor: Tensor) -> Tensor | None:
+    """The host's values of a tensor on the GPU that is a copy of them."""
+    return getattr(tensor, "held", None)
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Fake tensors and a watch that does not look yet."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), Watch() as watch:
+        torch.cuda.synchronize = lambda *_: watch._note(WAIT, "")
+        yield watch
