@@ -61,5 +61,5 @@ def test_the_remedy_without_a_checkout_asks_for_none(module: str, tmp_path: Path
     shutil.copytree(ROOT / "visft_ds", tmp_path / "visft_ds", ignore=shutil.ignore_patterns("__pycache__"))
     result = _run(*words, cwd=tmp_path)
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 1 and "no package 'pydantic'" in line
+    assert result.returncode == 1 and "no package 'orjson'" in line
     assert "-m pip check" in line and "make install" not in line

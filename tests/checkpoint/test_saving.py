@@ -108,9 +108,9 @@ def test_training_goes_on_while_the_snapshot_is_written(tmp_path: Path, gate: Ga
         assert saver.finished() == [] and saver.saved == 0
         threading.Timer(0.1, gate.open.set).start()
         saver.save(4, gather(4.0))  # waits for the one before: two at a time would tear its memory
-        (first,) = saver.finished()
-        assert first.step == 2 and saver.saved >= 2
-        (second,) = saver.finished(wait=True)
+        early = saver.finished()  # perhaps both: the second may be on disk already
+        assert early[0].step == 2 and saver.saved >= 2
+        _, second = [*early, *saver.finished(wait=True)]
         assert second.step == 4 and second.waited_seconds > 0.01 and second.stall_seconds >= second.waited_seconds
     assert gate.most == 1
     assert saved_steps(tmp_path) == [2, 4]

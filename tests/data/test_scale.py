@@ -50,6 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index["shard"] = np.arange(SAMPLES) * SHARDS // SAMPLES
     index["image_id"] = np.random.default_rng(0).permutation(SAMPLES)
     index["num_captions"] = 5
+    index["width"], index["height"] = 640, 480
     buffer = io.BytesIO()
     np.save(buffer, index)
     index_path(folder, "big").write_bytes(buffer.getvalue())

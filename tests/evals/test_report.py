@@ -275,7 +275,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="no evaluation of this release"):
         read_evaluation("x", tmp_path)
-    with pytest.raises(ValueError, match="holds no readable run record"):
+    with pytest.raises(ValueError, match="there is no run in"):
         write_report(tmp_path / "report.html", Report("t", [], {"run": tmp_path}, []))
     assert not (tmp_path / "report.html").exists()
 

@@ -71,7 +71,9 @@ CHANGES: dict[str, Callable[[Path], None]] = {
         out, [{**one, "loss/loss": 2.0} if one["step"] == 1 else one for one in records(out)]
     ),
     "evaluations of []": lambda out: write(out, records(out)[:-1]),
-    "evaluations with other numbers: [4]": lambda out: write(out, [*records(out)[:-1], {"step": 4, "val/box/AP": 0.6}]),
+    "evaluations with other numbers: [4]": lambda out: write(
+        out, [*records(out)[:-1], {**records(out)[-1], "val/box/AP": 0.6}]
+    ),
     "left behind: rank_0.tmp": lambda out: (out / "rank_0.tmp").touch(),
 }
 
