@@ -139,8 +139,8 @@ def parse_cluster(text: str, network: str | None = None) -> Cluster:
     if Path(text).suffix == ".json":
         cluster = _from_file(Path(text))
         return cluster if speed is None else replace(cluster, network=speed)
-    found = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,5})x(.+)", text)
-    if found is None:
+    found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
+    if found is None or not int(found[1] or 1) * int(found[2]):
         raise ValueError(
             f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or MACHINESxGPUSxNAME such as 8x8xH100 (each at "
             "least 1), or give a JSON file"

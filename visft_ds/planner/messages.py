@@ -43,7 +43,7 @@ class Message:
 
 
 def bus_factor(collective: str, ranks: int) -> float:
-    """How often S crosses each link of a ring over `ranks` processes: nccl-tests' ratio of busbw to algbw."""
+    """Times that S crosses each link of a ring over `ranks` processes: the ratio of busbw to algbw of nccl-tests."""
     if collective == ALL_REDUCE:
         return 2 * (ranks - 1) / ranks
     return (ranks - 1) / ranks if collective in (ALL_GATHER, REDUCE_SCATTER) else 1.0

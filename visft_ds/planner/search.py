@@ -10,6 +10,7 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
+from visft_ds.models.eva_vit import PRESETS
 from visft_ds.planner.cluster import Cluster, PlannedTime, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, POLICIES, policy_settings
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, trace_step
@@ -17,8 +18,8 @@ from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 
 CUDA = torch.device("cuda")
-#: Images of a micro-batch that are tried at most where batches may be of any size; more make it hardly faster.
-_MOST_AT_ONCE = 8
+#: Images of a micro-batch that are tried at most where batches may be of any size.
+_MOST_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -226,8 +227,10 @@ def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[s
     yield ("--engine zero1",), changed(config, engine="zero1")
     if cluster.count > 1:
         yield ("--engine zero3",), changed(config, engine="zero3")
-    for stages in (2, 4, 8):
-        if cluster.count % stages == 0 and cluster.gpu.precision() != "fp16":
+    model = config.visft.model
+    depth = 0 if model.timm else model.backbone_options().get("depth", PRESETS[model.preset].depth)
+    for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
+        if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth) and cluster.gpu.precision() != "fp16":
             settings = (f"pipeline.stages={stages}",)
             yield ("--engine pipeline", f"--set {settings[0]}"), changed(config, settings, engine="pipeline")
 
