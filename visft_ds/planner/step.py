@@ -115,6 +115,7 @@ class TracedStep:
     trained: int  #: values that train in this step, of the layers on this rank
     parameters: int  #: bytes of the undivided weights of the layers on this rank
     backbone_trains: bool
+    blocks: int  #: of the backbone that are recomputed one by one, where any are
 
 
 def tokens_shape(module: MultiTaskModel, images: Tensor) -> tuple[int, int, int]:
@@ -229,6 +230,8 @@ def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tupl
         trained=sum(p.numel() for group in taught for p in group),
         parameters=sum(p.numel() * p.element_size() for p in parameters),
         backbone_trains=module.train_backbone,
+        # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
+        blocks=len(list(getattr(module.backbone, "blocks", getattr(module.backbone, "stages", ())))),
     )
 
 
