@@ -19,7 +19,7 @@ from visft_ds.tasks.spec import Content
 
 CUDA = torch.device("cuda")
 #: Images of a micro-batch that are tried at most where batches may be of any size.
-_MOST_AT_ONCE = 32
+_MOST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
