@@ -87,7 +87,7 @@ def messages_of(run: PlannedRun, stream: Stream, stage: int | None = None) -> li
             found.append(Message("what was updated", ALL_GATHER, _FP32 * updated, 1))
     if batches.dp > 1 and zero.stage == 3:
         # Whole weights, gathered for the forward pass, and again for the backward pass unless that comes soon.
-        backbone_trains, gathered = trace_step(run, stream).backbone_trains, Counter[int]()
+        backbone_trains, gathered = trace_step(run.alone(), stream).backbone_trains, Counter[int]()
         left = zero.max_reuse / 2  # elements, there and back again, over which a weight stays whole
         for name, parameter in reversed(list(_model(run).named_parameters())):
             if parameter.numel() > zero.persist_below and not idle(name):

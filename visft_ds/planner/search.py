@@ -211,12 +211,15 @@ def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
 
 
 def fewer_are_faster(config: ResolvedConfig, cluster: Cluster, best: SearchArm | None) -> SearchArm | None:
-    """The most GPUs, fewer than all, that make more images a second under ZeRO-1 than the best arm of all does."""
-    rate = best.images_per_second if best is not None and best.fits else 0.0
+    """The most GPUs, fewer than all, on which ZeRO makes more images a second than the best arm on all of them."""
+    if best is not None and not best.fits:
+        return None  # fewer hold less
+    rate = 0.0 if best is None else best.images_per_second
     for count in (n for n in range(cluster.count // 2, 0, -1) if cluster.count % n == 0):
         smaller = replace(cluster, count=count)
-        if best is not None and best.fits and best.config.pipeline_stages == 1:
-            arm: SearchArm | None = forecast(best.config, smaller, like=best)  # the same micro-batches, more of them
+        if best is not None and best.config.pipeline_stages == 1:  # the same micro-batches, more of them
+            divided = best.config.deepspeed["zero_optimization"]["stage"] == 3
+            arm: SearchArm | None = forecast(best.config, smaller, best.flags, like=None if divided else best)
         else:
             arm = _fastest(changed(config, engine="zero1"), smaller, ("--engine zero1",))
         if arm is not None:

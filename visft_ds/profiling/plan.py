@@ -102,7 +102,17 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
             sections.append(_scaling_table(name, plan["scaling"]))
             continue
         if not plan["arms"]:
-            sections.append(Section(name, [("nothing", "no engine divides these batches over so many GPUs")]))
+            sections.append(
+                Section(
+                    name,
+                    [
+                        (
+                            "nothing",
+                            "no engine divides these batches over so many GPUs, or what it makes of them does not fit",
+                        )
+                    ],
+                )
+            )
             sections += _fewer_section(name, cluster, plan)
             continue
         best = plan["arms"][0]
