@@ -102,17 +102,8 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
             sections.append(_scaling_table(name, plan["scaling"]))
             continue
         if not plan["arms"]:
-            sections.append(
-                Section(
-                    name,
-                    [
-                        (
-                            "nothing",
-                            "no engine divides these batches over so many GPUs, or what it makes of them does not fit",
-                        )
-                    ],
-                )
-            )
+            why = "no engine divides these batches over so many GPUs and fits"
+            sections.append(Section(name, [("nothing", why)]))
             sections += _fewer_section(name, cluster, plan)
             continue
         best = plan["arms"][0]
