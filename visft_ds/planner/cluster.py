@@ -163,8 +163,8 @@ def _parse_network(text: str) -> float:
     if not 0 < speed <= 1e15:
         names = ", ".join(f"{name} ({known / 1e9:g})" for name, known in NETWORKS.items())
         raise ValueError(
-            f"--network {text}: give the GB/s of a machine in one direction, above 0, such as 25 (200 Gbit/s); or one "
-            f"of {names}"
+            f"--network {text}: give the GB/s of a machine in one direction, above 0 and at most 1000000, such as 25 "
+            f"(200 Gbit/s); or one of {names}"
         )
     return speed
 
