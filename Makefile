@@ -12,7 +12,7 @@ NEW    ?= HEAD
 TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: fuzz help install test test-parallel test-slow reach lint demo gpu golden freeze clean
+.PHONY: fuzz full-size help install test test-parallel test-slow reach lint demo gpu golden freeze clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
+	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 15 GiB free, from random weights to a merged tower"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
@@ -53,6 +54,9 @@ test-slow: install
 
 fuzz: install
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
+
+full-size: install
+	$(BIN)/python -m tests.full_size
 
 reach: install
 	$(BIN)/python -m tests.house
