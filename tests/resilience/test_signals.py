@@ -179,3 +179,42 @@ def test_ctrl_c_ends_a_rank_that_starts_at_once() -> None:
     rank.send_signal(INT)
     assert rank.communicate(timeout=15)[0] == "stopped before the first step: signal SIGINT\n"
     assert rank.returncode == 130
+
+
+#: A rank in a call that no handler of Python's interrupts: it waits for the other one.
+MEETING = """
+from datetime import timedelta
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+stop.requeue_code = 77
+from torch.distributed import TCPStore
+print("starting", flush=True)
+TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=600))
+"""
+
+
+def test_sigusr1_ends_a_rank_that_starts_with_the_code_that_queues_the_job_again() -> None:
+    command = [sys.executable, "-c", MEETING]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+    wait_for(rank, "starting")
+    rank.send_signal(USR1)
+    assert rank.communicate(timeout=600)[0] == "stopped before the first step: signal SIGUSR1\n"
+    assert rank.returncode == 77
+
+
+#: A rank that gets its signal before it knows its configuration, whose requeue_code is 0.
+EARLY = """
+import os, signal
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+os.kill(os.getpid(), signal.SIGUSR1)
+stop.listen()
+print(stop.reason, stop.requeue)
+"""
+
+
+def test_sigusr1_during_the_start_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (0, "signal SIGUSR1 True\n"), done.stderr
