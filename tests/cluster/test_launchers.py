@@ -18,10 +18,13 @@ from tests.tiny import equal, steps_recorded
 pytestmark = pytest.mark.slow
 
 
-def deepspeed(hosts: Cluster, folder: Path, words: list[str], names: tuple[str, ...] = HOSTS) -> subprocess.Popen[str]:
+def deepspeed(
+    hosts: Cluster, folder: Path, words: list[str], names: tuple[str, ...] = HOSTS, **variables: str
+) -> subprocess.Popen[str]:
     """Start the command on the first host. pdsh passes no OMP_NUM_THREADS on, by which sums would differ."""
+    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in names))
-    (folder / "environment").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nDEEPSPEED_TIMEOUT=1\n")
+    (folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(folder / "hostfile")]
     return hosts.start([*start, *words], HOSTS[0], DS_ENV_FILE=str(folder / "environment"))
 
@@ -49,7 +52,8 @@ def test_deepspeed_over_pdsh_is_the_run_of_one_host_and_saves_when_told_to_end(
 
 def test_a_host_that_is_not_there_is_said_in_one_line(hosts: Cluster, shards: Path, tmp_path: Path) -> None:
     """DeepSpeed looks for the first one only."""
-    process = deepspeed(hosts, tmp_path, training(shards, tmp_path / "run"), (HOSTS[0], "host-9"))
+    words = training(shards, tmp_path / "run")
+    process = deepspeed(hosts, tmp_path, words, (HOSTS[0], "host-9"), DEEPSPEED_TIMEOUT="1")
     said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode != 0
     assert "error: 1 of 2 processes came to 10.88.0.11:29500 within 1 min: look in the log of every machine" in said

@@ -86,11 +86,7 @@ def test_sigusr1_during_the_start_queues_the_job_again(
     job = job_of(hosts, shards, tmp_path, PYTHON=str(program(tmp_path / "late", LATE)))
     port = 10000 + int(job.name) % 20000
 
-    def waits() -> bool:
-        open_ports = [one for rank in hosts.pythons("host-1") for one in rank.net_connections("tcp")]
-        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in open_ports)
-
-    until(waits, job.said)
+    until(lambda: f":{port} " in hosts.run("ss", "-lnt", place="host-1"), job.said)
     hosts.run("scancel", "--signal=USR1", job.name)
     facts = job.until("COMPLETED", "CANCELLED", "FAILED")
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.said()
