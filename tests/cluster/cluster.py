@@ -53,7 +53,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=600
 SlurmctldTimeout=600
-KillWait=600
+KillWait=KILL_WAIT
 NodeName=host-1 NodeAddr=10.88.0.11 CPUs=4 RealMemory=4000
 NodeName=host-2 NodeAddr=10.88.0.12 CPUs=4 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP
@@ -145,8 +145,12 @@ def until(found: Callable[[], bool], what: Callable[[], str]) -> None:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster whose hosts are ready."""
+def cluster(folder: Path, kill_wait: int = 600) -> Iterator[Cluster]:
+    """A cluster whose hosts are ready.
+
+    Args:
+        kill_wait: seconds that a job has to end in when it is told to; SLURM's default is 30.
+    """
     for name in ("state", "spool", "log"):
         (folder / name).mkdir()
     (folder / "hosts").write_text(NAMES)
@@ -154,7 +158,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "munge.key").chmod(0o400)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     for name, text in (("slurm.conf", SLURM_CONF), ("sshd_config", SSHD_CONFIG), ("ssh_config", SSH_CONFIG)):
-        (folder / name).write_text(text.replace("DIR", str(folder)))
+        (folder / name).write_text(text.replace("DIR", str(folder)).replace("KILL_WAIT", str(kill_wait)))
     for name in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     with (folder / "log" / "namespaces").open("w") as log:

@@ -35,9 +35,8 @@ def test_deepspeed_over_pdsh_is_the_run_of_one_host_and_saves_when_told_to_end(
     out = tmp_path / "run"
     process = deepspeed(hosts, tmp_path, training(shards, out))
     said = "".join(wait_for(process, "step 2/"))
-    family = psutil.Process(hosts.places["controller"]).children(recursive=True)
     (rank,) = hosts.pythons("host-2")
-    (command,) = [one for one in family if "deepspeed.launcher.runner" in one.cmdline()]
+    (command,) = psutil.Process(process.pid).children()
     with held(rank, signal.SIGTERM):
         command.send_signal(signal.SIGTERM)
     said += process.communicate(timeout=PATIENCE)[0]

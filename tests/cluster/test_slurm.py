@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.cluster import HOSTS, PATIENCE, Cluster, until
+from tests.cluster.cluster import HOSTS, PATIENCE, Cluster, cluster, until
 from tests.cluster.runs import LAST, Job, held, submit, training
 from tests.tiny import equal, steps_recorded
 from visft_ds.resilience.heartbeat import FOLDER, read_beats
@@ -150,16 +150,15 @@ def test_a_rank_killed_on_another_host_is_named(hosts: Cluster, shards: Path, tm
 
 def test_a_job_whose_task_is_never_heard_of_again_ends(hosts: Cluster, shards: Path, tmp_path: Path) -> None:
     """SLURM's daemon beside the task was killed. The ranks miss it and save; srun alone would wait for ever."""
-    job = job_of(hosts, shards, tmp_path, SLURM_WAIT="5")
-    job.until_said("step 2/")
-    (daemon,) = [
-        process
-        for process in psutil.Process(hosts.places["host-2"]).children(recursive=True)
-        if process.name() == "slurmstepd"
-    ]
-    daemon.kill()
-    facts = job.until("COMPLETED", "FAILED")
-    assert facts["ExitCode"] == f"{128 + KILL}:0", job.said()
-    assert "stopped after step" in job.said()
-    _, alive = psutil.wait_procs(hosts.pythons("host-1") + hosts.pythons("host-2"), PATIENCE)
-    assert not alive
+    (tmp_path / "cluster").mkdir()
+    with cluster(tmp_path / "cluster", kill_wait=5) as damaged:
+        job = job_of(damaged, shards, tmp_path, SLURM_WAIT="5")
+        job.until_said("step 2/")
+        family = psutil.Process(damaged.places["host-2"]).children(recursive=True)
+        (daemon,) = [process for process in family if process.name() == "slurmstepd"]
+        daemon.kill()
+        facts = job.until("COMPLETED", "FAILED")
+        assert facts["ExitCode"] == f"{128 + KILL}:0", job.said()
+        assert "stopped after step" in job.said()
+        _, alive = psutil.wait_procs(damaged.pythons("host-1") + damaged.pythons("host-2"), PATIENCE)
+        assert not alive
