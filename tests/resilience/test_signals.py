@@ -218,3 +218,38 @@ print(stop.reason, stop.requeue)
 def test_sigusr1_during_the_start_is_not_lost() -> None:
     done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stdout) == (0, "signal SIGUSR1 True\n"), done.stderr
+
+
+#: A rank that prints on after a line has come in, and then says into a file what it thinks of it.
+PRINTING = """
+import sys
+from pathlib import Path
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+stop.listen()
+print("é", flush=True)
+input()
+print("lost", flush=True)
+print("lost", file=sys.stderr)
+Path(sys.argv[1]).write_text(f"{bool(stop)} {stop.reason}")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_rank_whose_output_nobody_reads_is_asked_to_stop(options: list[str], tmp_path: Path) -> None:
+    """It would end with an error at the next line of its progress, without saving."""
+    rank = subprocess.Popen(
+        [sys.executable, *options, "-c", PRINTING, str(tmp_path / "said")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert rank.stdin is not None and rank.stdout is not None and rank.stdout.readline() == "é\n"
+    rank.stdout.close()
+    rank.stdin.write("\n")
+    rank.stdin.close()
+    assert rank.wait(timeout=600) == 0
+    assert (tmp_path / "said").read_text() == "True nobody reads the output any more"

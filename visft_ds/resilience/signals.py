@@ -5,12 +5,13 @@ Imports nothing heavy, so that what it offers is there before torch is.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from visft_ds.resilience import processes
 from visft_ds.resilience.errors import INTERRUPTED, LOST_CODE
@@ -80,9 +81,24 @@ class StopFlag:
         """
         if self._launcher and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._interrupt_at_start)
+        if self._launcher:
+            sys.stdout, sys.stderr = self._outliving(sys.stdout), self._outliving(sys.stderr)
         if self._launcher or self._supervisor:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
+
+    def _outliving(self, stream: TextIO) -> TextIO:
+        """The stream, which asks for a stop where its reader is gone: pdsh ends before the ranks are told to, and the
+        next line of the progress would be an error instead of a saved step."""
+        raw = _Output(stream.fileno(), self)
+        unbuffered = isinstance(stream, io.TextIOWrapper) and stream.write_through
+        return io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=bool(stream.line_buffering),
+            write_through=unbuffered,
+        )
 
     def _interrupt_at_start(self, number: int, frame: FrameType | None) -> None:
         print("stopped before the first step: signal SIGINT", file=sys.stderr, flush=True)
@@ -138,3 +154,18 @@ class StopFlag:
     def _is_unsupervised(self) -> bool:
         pid, born, home = self._supervisor.split(" ", 2)
         return processes.state(int(pid), born, home) == "gone"
+
+
+class _Output(io.FileIO):
+    """Output of a process, whose reader may go."""
+
+    def __init__(self, descriptor: int, stop: StopFlag) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._stop = stop
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._stop.reason = self._stop.reason or "nobody reads the output any more"
+            return len(text)
