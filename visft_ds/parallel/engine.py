@@ -158,7 +158,7 @@ def start_process_group() -> None:
 
 
 def _who_never_came(told: str) -> str:
-    """What a time-out of the meeting means; "" for another error.
+    """Meaning of a time-out while the processes meet; "" for another error.
 
     Args:
         told: what torch says.
