@@ -387,6 +387,7 @@ def _peft_flags(commands: Any) -> None:
     _block_flags(add, rank="of the adapters on q and v")
     add("--batch", type=int, default=1, metavar="N", help="images (%(default)s)")
     add("--stream", default="16bit", metavar="TYPE", help="timm's in 16 bit: (%(default)s), or fp32")
+    add("--compile", action="store_true", help="timm + PEFT by torch.compile, too")
 
 
 def _block_flags(add: Any, *, rank: str) -> None:
