@@ -117,8 +117,8 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         if settings.model.recompute == "auto":
             words = None if vocabulary is None else vocabulary.size
             run = run_of(config, distributed.world_size(), precision, words, device)
-            config, chosen = choose_recompute(config, run, None)
-            settings, notes = config.visft, (*notes, f"recompute: {config.visft.model.recompute}, {chosen}")
+            config, _ = choose_recompute(config, run, None)
+            settings = config.visft
         for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
         prepared = prepare_model(
             settings,

@@ -339,6 +339,7 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
         *measured_on(record),
         ("precision", record["precision"]),
         ("attention", record["attention"]),
+        ("recompute", record["config"]["visft"]["model"]["recompute"]),
         ("compared with", f"{first['reference']['flops_per_second'] / 1e12:.4g} TFLOP/s: {first['reference']['text']}"),
         *(("not as in training", note) for note in record["differs_from_training"]),
     ]
