@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 from visft_ds.ops import placed
+from visft_ds.ops.copies import to_device
 
 #: What PyTorch tries first, and then in this order, should the first not take these tensors.
 _ORDER = {
@@ -146,7 +147,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths {list(lengths)}: give at least one image of at least one token")
         ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-        return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True))
+        return cls(tuple(lengths), to_device(torch.tensor(ends, dtype=torch.int32), device))
 
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew

@@ -78,6 +78,7 @@ class Session:
             workers=kind,
             num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
+            device=self.engine.device,
         )
 
 
