@@ -53,6 +53,7 @@ NOT_IDENTITY = (
     "visft.model.fit_memory",
     "visft.model.memory_limit",
     "visft.model.kernels",
+    "visft.model.tf32",
     "visft.model.compile",
     "visft.tasks.*.micro_batch",
     "visft.tasks.*.decoding.*",
