@@ -88,9 +88,9 @@ def _check_all_known(rest: Sequence[str], options: argparse.Namespace) -> None:
         raise ValueError(f"{rest[0]}: unknown argument; {hint}")
 
 
-def _check_folder(file: Path | None) -> None:
+def _check_folder(file: Path | None, option: str = "--json") -> None:
     if file is not None and not file.resolve().parent.is_dir():
-        raise ValueError(f"--json {file}: there is no folder {file.resolve().parent}; make it first")
+        raise ValueError(f"{option} {file}: there is no folder {file.resolve().parent}; make it first")
 
 
 def _show(record: Mapping[str, Any] | None, kind: ModuleType, command: Sequence[str], file: Path | None) -> int:
@@ -455,7 +455,7 @@ def profile_comm(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     if isinstance(config, int):
         return config
     _check_folder(options.json)
-    _check_folder(options.csv)
+    _check_folder(options.csv, "--csv")
     from visft_ds.profiling import comm
 
     record = comm.measure_comm(config, comm.CommOptions(options.sizes, options.max_bytes, options.repeats))
