@@ -149,6 +149,19 @@ def test_batches_for_a_gpu_are_the_same_and_are_sent_one_step_ahead(
     assert all((name != here) == (ahead and place > 0) for place, (_, name) in enumerate(_Upload.last.sent))
 
 
+@pytest.mark.gpu
+def test_what_a_gpu_computes_with_is_what_was_read(
+    reader: ShardReader, plan: Plan, reference: dict[tuple[int, int], list[Any]]
+) -> None:
+    gpu, got = torch.device("cuda", 0), []
+    for step_plan, (batch,) in loader_of(reader, plan, device=gpu).steps(0, 6):
+        torch.cuda._sleep(10_000_000)  # the stream that computes is behind
+        there = batch.to(gpu)
+        assert there.images.device == gpu and there.indices.device.type == "cpu"
+        got.append((step_plan, replace(batch, images=there.images.cpu(), sizes=there.sizes.cpu(), sent=None)))
+    assert _by_sample(got) == reference
+
+
 def test_on_a_cpu_nothing_is_sent(reader: ShardReader, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "Upload", None)
     for _, batch in _collect(reader, plan, 0, 3, device=torch.device("cpu")):
