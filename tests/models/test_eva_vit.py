@@ -129,17 +129,16 @@ def _gradients(backbone: EvaViT, images: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor, every: int) -> None:
+def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor) -> None:
     backbone = build_backbone("debug", **TINY).train()
     backbone.patch_embed.requires_grad_(False)
     plain = _gradients(backbone, images)
     calls = [0] * 3
     for index, block in enumerate(backbone.blocks):
         block.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    backbone.checkpoint_every = every
+    backbone.recompute = "block"
     found = _gradients(backbone, images)
-    assert calls == ([2, 2, 2] if every == 1 else [2, 1, 2])
+    assert calls == [2, 2, 2]
     assert found.keys() == plain.keys()
     for name, value in plain.items():
         assert torch.equal(found[name], value), name
@@ -162,7 +161,7 @@ def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recom
             block.get_submodule(name).register_forward_pre_hook(
                 lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
             )
-    backbone.checkpoint_every, backbone.recompute = 1, recompute
+    backbone.recompute = recompute
     with kernels:
         found = _gradients(backbone, images)
     depth = len(backbone.blocks)
@@ -175,7 +174,7 @@ def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recom
 def test_hidden_activations_in_8_bits_change_gradients_by_their_rounding_only(images: Tensor, post_norm: bool) -> None:
     backbone = build_backbone("debug", **TINY, post_norm=post_norm).train()
     output, plain = backbone(images), _gradients(backbone, images)
-    backbone.checkpoint_every, backbone.recompute = 1, "gelu_8bit"
+    backbone.recompute = "gelu_8bit"
     assert torch.equal(backbone(images), output)
     found = _gradients(backbone, images)
     differences = {name: float((found[name] - value).norm() / value.norm()) for name, value in plain.items()}
@@ -202,8 +201,8 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
     def alone() -> list[Tensor]:
         return [backbone(one[None, :, :h, :w])[0] for one, (h, w) in zip(batch, frames, strict=True)]
 
-    for every, recompute in ((0, "block"), *((1, what) for what in RECOMPUTE)):
-        backbone.checkpoint_every, backbone.recompute = every, recompute
+    for recompute in ("none", *RECOMPUTE):
+        backbone.recompute = recompute
         results = []
         for run in (packed, alone):
             backbone.zero_grad()

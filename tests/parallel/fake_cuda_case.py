@@ -79,7 +79,7 @@ def step(
     tasks: str,
     stage: int = 2,
     precision: str = "bf16",
-    recompute: str | None = None,
+    recompute: str = "none",
     packed: bool = False,
     timm: str | None = None,
 ) -> None:
@@ -89,8 +89,7 @@ def step(
     module, _ = model(stage, precision)
     batch = batch_of(tasks, packed=packed)
     module.packed = packed
-    if recompute is not None:
-        module.backbone.checkpoint_every, module.backbone.recompute = 1, recompute
+    module.backbone.recompute = recompute
     module.train()
     watch.on = True
     denominators = loss_denominators_of(counts_of(module, [batch]), 1, DEVICE)
@@ -119,7 +118,7 @@ def pipeline(watch: Watch, task: str, packed: bool = False) -> None:
     module, _ = model(2, "bf16")
     batch = batch_of(task, packed=packed)
     module.packed = packed
-    module.backbone.checkpoint_every = 1
+    module.backbone.recompute = "block"
     module.train()
     denominators = loss_denominators_of(counts_of(module, [batch]), 1, DEVICE)
     travelling: Any = tuple(t.to(DEVICE) for t in (batch.images, batch.sizes, travelling_label(module, batch)))
@@ -142,7 +141,7 @@ def engine(watch: Watch, name: str, tasks: str = "detection", stage: int = 2, pr
 
     case.forget_autocast()
     module, groups = model(stage, precision)
-    module.backbone.checkpoint_every = 1
+    module.backbone.recompute = "block"
     given = [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups]
     config = case.engine_config(name, precision, accumulation=1)
     made = ZeroEngine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from visft_ds.config import ResolvedConfig, changed, derive_batches, resolve
+from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
-from visft_ds.monitor.metrics import RunRecord
-from visft_ds.planner import Content, fitting_settings, plan_largest, plan_memory, run_of, settle_recompute
+from visft_ds.planner import Content, fitting_settings, plan_largest, run_of
 from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of, step_time
 from visft_ds.planner.meta_step import Work, chosen_kernels
 from visft_ds.planner.search import forecast
@@ -25,7 +24,7 @@ from visft_ds.profiling.plan_validation import FIRST_IDS, OBJECTS, VOCABULARY, m
 from visft_ds.tasks.vocabulary import Vocabulary
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BLOCK_AGAIN = ("visft.model.checkpoint_every=1", "visft.model.recompute=block")
+BLOCK_AGAIN = ("visft.model.recompute=block",)
 
 
 def debug(stage: int, *settings: str, model: str = "debug") -> ResolvedConfig:
@@ -70,7 +69,7 @@ def real_peak(config: ResolvedConfig, task: str) -> dict[str, int]:
         (1, "detection", (), "fp32"),
         (2, "segmentation", (), "fp32"),
         (2, "captioning", BLOCK_AGAIN, "fp32"),
-        (2, "detection", ("visft.model.checkpoint_every=1", "visft.model.recompute=all_but_attention"), "fp32"),
+        (2, "detection", ("visft.model.recompute=all_but_attention",), "fp32"),
     ],
 )
 def test_a_traced_step_keeps_what_a_real_one_keeps(
@@ -109,7 +108,7 @@ def test_saved_activations_of_a_block_are_those_of_arithmetic() -> None:
     """15.6 D values a token and block in 16 bit: inputs of norms and LoRA, q, k, v, the mixture, the GELU's input."""
     peaks = []
     for depth in (2, 4):
-        sets = ("visft.model.checkpoint_every=0", f'visft.model.overrides={{"depth": {depth}}}')
+        sets = ("visft.model.recompute=none", f'visft.model.overrides={{"depth": {depth}}}')
         config = resolve(stage=2, model="eva_e", settings=(*sets, "visft.tasks.captioning.image.size=224"))
         run = PlannedRun(config, derive_batches(config, 8), "bf16", 100, CUDA, Content(caption_ids=4))
         peaks.append(trace_step(run, config.visft.streams()["captioning"]).moments[0][ACTIVATIONS])
@@ -215,31 +214,10 @@ def test_settings_that_fit_are_of_different_kinds_and_fit() -> None:
     room = int(0.8 * plan_largest(run).total)
     found = fitting_settings(run, room)
     assert len(found) == 2 and all(one.memory.total <= room for one in found)
-    assert any("checkpoint_every" in one.settings[0] for one in found)
+    assert any("recompute" in one.settings[0] for one in found)
     assert any("micro_batch" in one.settings[0] for one in found)
     assert [one.relative_time for one in found] == sorted(one.relative_time for one in found)
     assert fitting_settings(run, 1000) == []
-
-
-def test_recomputing_is_chosen_to_just_fit_and_kept_by_a_run_that_goes_on(tmp_path: Path) -> None:
-    config = debug(2, "visft.model.fit_memory=true", "visft.tasks=detection")
-    least = plan_memory(changed(config, BLOCK_AGAIN), 1, precision="fp32", device=CPU).total
-    most = plan_memory(config, 1, precision="fp32", device=CPU).total
-    assert least < most
-
-    def settle(limit: int) -> ResolvedConfig:
-        limited = changed(config, [f"visft.model.memory_limit={limit}"])
-        return settle_recompute(limited, tmp_path)[0]
-
-    assert settle(most).visft.model.checkpoint_every == 0
-    chosen = settle(least)
-    assert chosen.visft.model.checkpoint_every > 0
-    with pytest.raises(ValueError, match="even with every block computed again"):
-        settle(least // 2)
-    RunRecord(chosen.to_dict(), 1, ["train"]).write(tmp_path)
-    assert settle(most).visft.model.checkpoint_every == 0  # that run has saved nothing to go on with
-    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
-    assert settle(most).visft.model.checkpoint_every == chosen.visft.model.checkpoint_every  # though more would fit
 
 
 def test_a_forecast_of_a_cluster() -> None:

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,12 @@ from typing import Any, Literal, Protocol
 import deepspeed
 import psutil
 import torch
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from torch.distributed import DistNetworkError, TCPStore  # type: ignore[attr-defined]  # public, and not marked so
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]  # public, not marked so
 
 from visft_ds import DEEPSPEED
 from visft_ds.config.schema import SchedulerConfig
@@ -110,7 +112,7 @@ def start_process_group() -> None:
 
     Raises:
         RuntimeError: an untested DeepSpeed release, unless VISFT_ALLOW_UNTESTED_DEEPSPEED=1.
-        ValueError: the port on which the processes meet is in use, or they cannot reach each other.
+        ValueError: the port on which the processes meet is in use, some never came, or they cannot reach each other.
         LostRank: another rank has found such a thing and ended.
     """
     known = SpecifierSet(DEEPSPEED).contains(deepspeed.__version__, prereleases=True)
@@ -134,9 +136,11 @@ def start_process_group() -> None:
         store = _store_at_home()  # kept until torch has taken it over
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
         del store
-    except (DistNetworkError, OSError) as error:
+    except (DistNetworkError, DistStoreError, OSError) as error:
         if "Connection was likely closed" in str(error):
             raise LostRank(f"another rank ended while the processes met at {os.environ['MASTER_ADDR']}") from error
+        if absent := _who_never_came(str(error)):
+            raise ValueError(absent) from error
         if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         port = os.environ["MASTER_PORT"]
@@ -152,6 +156,25 @@ def start_process_group() -> None:
             "each machine's own name has to mean an address that the others can reach; or set GLOO_SOCKET_IFNAME to "
             "the network interface between them (docs/multi-node.md)"
         ) from error
+
+
+def _who_never_came(told: str) -> str:
+    """Meaning of a time-out while the processes meet; "" for another error.
+
+    Args:
+        told: what torch says.
+    """
+    came = re.search(r"(\d+)/(\d+) clients joined", told)
+    if came is None and "trying to connect" not in told:
+        return ""
+    who = f"{came[1]} of {came[2]} processes" if came else "not even rank 0, which listens there,"
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    minutes = int(default_pg_timeout.total_seconds()) // 60
+    return (
+        f"{who} came to {where} within {minutes} min: look in the log of every machine for one that was not reached or "
+        "ended, another MASTER_ADDR, MASTER_PORT or number of processes; else a firewall is between them. "
+        "DEEPSPEED_TIMEOUT is the time in minutes (docs/multi-node.md)"
+    )
 
 
 def _store_at_home() -> TCPStore | None:

@@ -6,6 +6,7 @@ Peaks in arithmetic are those of `costs.hardware`. What an ordinary program reac
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,12 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.80, 0.42
 BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
 #: Of a link's bandwidth in one direction, large collectives reach this much.
 LINK_SHARE = 0.75
-#: Seconds from one kernel to the next, however small: the host's Python and the launch.
+#: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6
+#: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
+#: computed again; measured (docs/LOG.md). Where the attention's result is kept, torch looks at each operator in Python.
+HOST_SECONDS = 19e-6
+CHECKPOINT_SECONDS = {"block": 1.0e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 _UPDATE_BYTES = 32
 
@@ -183,12 +188,19 @@ class Rates:
     product: Mapping[Precision, float]  #: operations of matrix products
     attention: Mapping[Precision, float]  #: operations of fused attention
     bandwidth: Mapping[Literal["curve", "sampling", "plain"], float]  #: bytes that an operator reads and writes
-    call: float  #: seconds from one operator to the next, at least
-    host: float = 0.0  #: seconds of Python and autograd for an operator that nothing runs beside, on a CPU
+    call: float  #: seconds of an operator, at least
+    host: float = 0.0  #: seconds of Python and autograd for an operator
+    beside: bool = False  #: the host works beside the device, as with a GPU, so that the slower of them decides
 
-    def seconds(self, work: Total) -> float:
-        """Every operator takes as long as its arithmetic, its bytes or its call, whichever is most."""
-        return sum(count * (self.host + self._of(*what)) for what, count in work.items())
+    def seconds(self, work: Total, checkpoints: float = 0.0) -> float:
+        """Sum over operators, each as long as its arithmetic, its bytes or its call; with or beside the host's time.
+
+        Args:
+            checkpoints: seconds of the host for blocks that are computed again.
+        """
+        device = sum(count * self._of(*what) for what, count in work.items())
+        host = self.host * sum(work.values()) + checkpoints
+        return max(device, host) if self.beside else device + host
 
     def _of(self, kind: Kind, dtype: torch.dtype, operations: int, size: int) -> float:
         precision = _PRECISION.get(dtype, "fp32")
@@ -207,7 +219,21 @@ def rates_of(gpu: Gpu) -> Rates:
         attention={precision: ATTENTION_SHARE * peak for precision, peak in rate.items()},
         bandwidth={"plain": plain, "curve": plain, "sampling": SAMPLING_SHARE * gpu.bandwidth},
         call=CALL_SECONDS,
+        host=HOST_SECONDS,
+        beside=True,
     )
+
+
+def rates_here(device: torch.device) -> Rates:
+    """Rates of this process's device, by which policies are compared: of a GPU that is known, else operations alone."""
+    peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is not None:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        alike = [gpu for gpu in GPUS.values() if (gpu.tflops.get("bf16"), gpu.tflops["fp32"]) == (peak.bf16, peak.fp32)]
+        if alike:
+            return rates_of(min(alike, key=lambda gpu: abs(gpu.memory - memory)))
+    equal, free = dict.fromkeys(DTYPES, 1.0), math.inf
+    return Rates(equal, equal, {"curve": free, "sampling": free, "plain": free}, call=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- a step
@@ -237,7 +263,7 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
     run = run.typical(stream)
     found, reached = trace_step(run, stream), LINK_SHARE * link
     batches, zero = run.batches, run.zero()
-    micro = rates.seconds(found.work)
+    micro = micro_batch_seconds(run, stream, rates)
     shared = batches.dp if zero.stage else 1
     update = _UPDATE_BYTES * found.trained / shared / batches.stages / rates.bandwidth["plain"]
     # A ring sends every byte of an average, or of a division and a gathering, twice.
@@ -253,6 +279,13 @@ def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> Pla
         passes = batches.accumulation * (1 + found.backbone_trains)
         gathering = passes * found.parameters * (batches.dp - 1) / batches.dp / reached
     return PlannedTime(compute, update, exchanged + max(0.0, gathering - compute), 0.0)
+
+
+def micro_batch_seconds(run: PlannedRun, stream: Stream, rates: Rates) -> float:
+    """Of forward and backward pass of a micro-batch, on one process with the whole model."""
+    found = trace_step(run, stream)
+    again = CHECKPOINT_SECONDS.get(run.config.visft.model.recompute, 0.0) * found.backbone_trains
+    return rates.seconds(found.work, again * found.blocks)
 
 
 def _of_pipeline(run: PlannedRun, micro: float) -> tuple[float, float]:

@@ -9,9 +9,9 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.planner.cluster import Cluster, PlannedTime, rates_of, step_time
-from visft_ds.planner.fitting import MEMORY_SHARE, POLICIES, policy_settings
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, trace_step
+from visft_ds.planner.cluster import Cluster, PlannedTime, Rates, micro_batch_seconds, rates_of, step_time
+from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 
@@ -90,12 +90,12 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     if precision not in gpu.tflops:
         raise ValueError(f"visft.model.precision: {gpu.name} has no {precision}; it has {', '.join(gpu.tflops)}")
     batches = derive_batches(config, cluster.count)
+    rates, capacity, streams = rates_of(gpu), int(MEMORY_SHARE * gpu.memory), {}
     # Typical batches for the time, full ones for the memory.
     full = PlannedRun(config, batches, precision, PUBLISHED_VOCABULARY, CUDA, Content())
-    plain = PlannedRun(
-        changed(config, policy_settings(0, "block")), batches, precision, PUBLISHED_VOCABULARY, CUDA, Content()
-    )
-    rates, streams = rates_of(gpu), {}
+    plain = full.changed(changed(config, (recompute_setting("none"),)))
+    if config.visft.model.recompute == "auto":
+        full = full.changed(changed(config, (recompute_setting(choose_recompute(full, capacity, rates).policy),)))
     for name, stream in config.visft.streams().items():
         work = trace_step(plain.typical(stream), stream).work
         peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
@@ -109,38 +109,88 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine = f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}"
     all_shares = sum(stream.share for stream in config.visft.streams().values())
-    model = config.visft.model
-    recomputes = model.checkpoint_every and config.visft.stage == 2
-    policy = f"{model.recompute}, every {model.checkpoint_every}" if recomputes else "nothing"
     return SearchArm(
         flags=tuple(flags),
         engine=engine,
-        policy=policy,
+        policy=full.config.visft.model.recompute if config.visft.stage == 2 else "none",
         accumulation=batches.accumulation,
         streams=streams,
         shares={name: stream.share / all_shares for name, stream in config.visft.streams().items()},
         steps=config.total_steps,
-        capacity=int(MEMORY_SHARE * gpu.memory),
+        capacity=capacity,
     )
+
+
+@dataclass(frozen=True)
+class RecomputeChoice:
+    """Policy of recomputing that was chosen for a run."""
+
+    policy: str  #: value of visft.model.recompute
+    needed: int  #: bytes of the largest step
+    capacity: int  #: bytes that a step may fill
+    speedup: float  #: over computing every block again
+
+    @property
+    def fits(self) -> bool:
+        """Return True if the largest step fits."""
+        return self.needed <= self.capacity
+
+    @property
+    def why(self) -> str:
+        """Reason for the console."""
+        needs = f"chosen: needs {self.needed / 2**30:.1f} of {self.capacity / 2**30:.1f} GiB"
+        return needs if self.policy == "block" else f"{needs}; {self.speedup:.1f}x as fast as block"
+
+
+def choose_recompute(run: PlannedRun, capacity: int, rates: Rates) -> RecomputeChoice:
+    """The policy with which a mean step is fastest among those that fit, or the smallest where none does.
+
+    Compiled blocks and CUDA graphs are no part of the choice: they have not been measured on a GPU.
+
+    Args:
+        capacity: bytes that a step may fill.
+        rates: of the device.
+    """
+    streams = run.config.visft.streams().values()
+
+    def seconds(policy: str) -> float:
+        candidate = run.changed(changed(run.config, (recompute_setting(policy),)))
+        return sum(stream.share * micro_batch_seconds(candidate.typical(stream), stream, rates) for stream in streams)
+
+    needed, fitting = dict[str, int](), dict[str, float]()
+    for policy in policies_of(run.config):
+        needed[policy] = plan_largest(run.changed(changed(run.config, (recompute_setting(policy),)))).total
+        if needed[policy] <= capacity:
+            fitting[policy] = seconds(policy)
+            if policy == "none":
+                break  # nothing computes less
+    policy = min(fitting, key=fitting.__getitem__) if fitting else min(needed, key=needed.__getitem__)
+    slow = seconds("block")
+    return RecomputeChoice(policy, needed[policy], capacity, slow / fitting.get(policy, slow))
 
 
 def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
     """Arms, one for each engine that the cluster allows, with its fastest settings that fit; the fastest first.
 
-    Where nothing fits, an engine's arm is the one that needs least. Policies are tried from the fastest to the
-    smallest, and the smallest number of micro-batches first.
+    Where nothing fits, an engine's arm is the one that needs least. Each policy is tried with the fewest micro-batches
+    that fit; a stated one is the only one.
     """
     arms: list[SearchArm] = []
+    stated = config.visft.model.recompute
+    policies = policies_of(config) if stated == "auto" else (stated,)
     for flags, of_engine in _engines(config, cluster):
         if of_engine.pipeline_stages > 1 and any(arm.fits for arm in arms):
             break  # a pipeline divides what does not fit; it waits while it fills
-        tried = []
-        for settings, candidate in _variants(of_engine, cluster):
-            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
-            if tried[-1].fits:
-                break
+        tried: list[SearchArm] = []
+        for policy in policies:
+            for settings, candidate in _variants(of_engine, cluster, policy):
+                tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
+                if tried[-1].fits:
+                    break
+            if len(tried) == 1 and tried[0].fits:
+                break  # nothing recomputed, in one micro-batch: nothing takes less
         if tried:
-            arms.append(tried[-1] if tried[-1].fits else min(tried, key=lambda arm: arm.fullest.total))
+            arms.append(min(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.fullest.total)))
     return sorted(arms, key=lambda arm: (not arm.fits, arm.step_seconds))
 
 
@@ -154,22 +204,22 @@ def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[s
             yield ("--engine pipeline", f"--set {settings[0]}"), changed(config, settings, engine="pipeline")
 
 
-def _variants(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
-    """Settings from the fastest to the smallest, where batches can be divided."""
+def _variants(
+    config: ResolvedConfig, cluster: Cluster, policy: str
+) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
+    """Settings from the largest micro-batches to the smallest, where batches can be divided."""
     dp = cluster.count // config.pipeline_stages
     streams = config.visft.streams()
     if any(stream.batch_size % dp for stream in streams.values()):
         return
     shares = {name: stream.batch_size // dp for name, stream in streams.items()}
-    policies = POLICIES if config.visft.stage == 2 else POLICIES[:1]
     # A pipeline is the faster the more micro-batches there are; elsewhere fewer and larger ones are.
     counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
     counts = counts[::-1][:1] if config.pipeline_stages > 1 else counts
-    for every, recompute in policies:
-        for accumulation in counts:
-            settings = [
-                f"{'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.micro_batch={share // accumulation}"
-                for name, share in shares.items()
-            ]
-            settings += policy_settings(every, recompute) if config.visft.stage == 2 else ()
-            yield tuple(settings), changed(config, settings)
+    for accumulation in counts:
+        settings = [
+            f"{'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.micro_batch={share // accumulation}"
+            for name, share in shares.items()
+        ]
+        settings += [recompute_setting(policy)] if config.visft.stage == 2 else []
+        yield tuple(settings), changed(config, settings)

@@ -100,6 +100,7 @@ class TracedStep:
     parameters: int  #: bytes of the undivided weights of the layers on this rank
     tokens: int  #: bytes of the activations between two blocks
     backbone_trains: bool
+    blocks: int  #: of the backbone that are recomputed one by one, where any are
 
 
 _KNOWN: dict[tuple[Any, ...], TracedStep] = {}
@@ -212,6 +213,8 @@ def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tupl
         parameters=sum(p.numel() * p.element_size() for p in parameters),
         tokens=4 * math.prod(tokens),
         backbone_trains=module.train_backbone,
+        # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
+        blocks=len(list(getattr(module.backbone, "blocks", getattr(module.backbone, "stages", ())))),
     )
 
 

@@ -215,7 +215,8 @@ def plan_model(
     # What runs with a graph and with dropout, and what is recomputed in the backward pass.
     module.train_backbone = any(name.startswith("backbone.") for group in groups for name in group.names)
     module.heads_active = config.heads.active_dropout or any(p.requires_grad for p in module.heads.parameters())
-    module.backbone.checkpoint_every, module.backbone.recompute = config.model.checkpoint_every, config.model.recompute
+    # A training has settled "auto" before (run.machine); elsewhere there is no backward pass.
+    module.backbone.recompute = "none" if config.model.recompute == "auto" else config.model.recompute
     module.packed = config.model.packed
     return module, groups
 

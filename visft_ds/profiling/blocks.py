@@ -142,7 +142,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
             found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
             found["attention"] = attention_backend(device, DTYPES[name], heads, tokens)
             if KEPT in options.parts:
-                found[KEPT] = {policy: _kept(backbone, ours, policy, x) for policy in ("nothing", *RECOMPUTE)}
+                found[KEPT] = {policy: _kept(backbone, ours, policy, x) for policy in ("none", *RECOMPUTE)}
             if PROJECTION in options.parts:
                 found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats, trained)
             if BLOCKS in options.parts:
@@ -180,7 +180,7 @@ def _block_cases(backbone: EvaViT, plain: Sequence[nn.Module], ours: Sequence[nn
         for name, projection in ((DENSE, dense_update), (AFTERWARDS, added_afterwards))
     }
     layers: dict[str, Sequence[nn.Module]] = {FROZEN_LAYERS: plain, OURS: ours, **others}
-    cases = {name: _blocks(backbone, chosen, "nothing") for name, chosen in layers.items()}
+    cases = {name: _blocks(backbone, chosen, "none") for name, chosen in layers.items()}
     return cases | {f"{OURS}, {policy}": _blocks(backbone, ours, policy) for policy in RECOMPUTE}
 
 
@@ -190,11 +190,10 @@ def _projections(backbone: EvaViT) -> list[nn.Module]:
 
 def _blocks(backbone: EvaViT, projections: Sequence[nn.Module], policy: str) -> Case:
     def run(x: Tensor) -> Tensor:
-        backbone.checkpoint_every = 0 if policy == "nothing" else 1
-        backbone.recompute = "block" if policy == "nothing" else policy
-        for index, (block, projection) in enumerate(zip(backbone.blocks, projections, strict=True)):
+        backbone.recompute = policy
+        for block, projection in zip(backbone.blocks, projections, strict=True):
             block.get_submodule("attn").register_module("qkv", projection)
-            x = backbone.run_block(index, block, x)
+            x = backbone.run_block(block, x)
         return x
 
     return run

@@ -299,7 +299,7 @@ def _plan_flags(commands: Any) -> None:
 examples:
   visft plan --cluster 8xV100-32GB
   visft plan --cluster 8x4090 --model eva_g --stage 2
-  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.checkpoint_every=1
+  visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
   visft plan --validate
   deepspeed --num_gpus 2 --module visft_ds plan --validate
 """,

@@ -120,13 +120,12 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
 
     def ours(policy: str) -> None:
         backbone.train()
-        backbone.checkpoint_every = int(policy != "nothing")
-        backbone.recompute = "block" if policy == "nothing" else policy
+        backbone.recompute = policy
         with cast():
             taught(backbone.tokens(images))
 
     steps: dict[str, Callable[[], None]] = {BASELINE: partial(theirs, True), PLAIN: partial(theirs, False)}
-    steps |= {f"ours, {policy}": partial(ours, policy) for policy in ("nothing", *RECOMPUTE)}
+    steps |= {f"ours, {policy}": partial(ours, policy) for policy in ("none", *RECOMPUTE)}
     module_of = {case: adapted if case in (BASELINE, PLAIN) else backbone for case in steps}
 
     # The relative difference of all gradients, |ours - theirs| / |theirs|.

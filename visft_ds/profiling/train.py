@@ -213,7 +213,7 @@ def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
         raise RankError(
             f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
             f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
-            "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
+            "visft.model.recompute=block; divided weights: --engine zero3 on more GPUs"
         ) from error
 
 
