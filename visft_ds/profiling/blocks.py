@@ -25,7 +25,7 @@ from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
 from visft_ds.models.lora import LoRALinear, inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import attention_backend, use_fixed_lengths
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
 from visft_ds.ops.triton import why_not
 from visft_ds.profiling.harness import (
@@ -136,6 +136,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         ours, trained = _projections(backbone), list(lora_parameters(backbone).values())
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
+            use_fixed_lengths([tokens])
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
             heads = backbone.width // backbone.num_heads
             found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
