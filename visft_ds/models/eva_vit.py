@@ -23,9 +23,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings, stack_padded
-from visft_ds.ops import autocast_as, autocast_dtype, movable
+from visft_ds.models.layers import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    resize_position_embeddings,
+    stack_padded,
+)
+from visft_ds.ops import FrozenCasts, autocast_as, autocast_dtype, kernels, matmul_dtype, movable
 from visft_ds.ops.attention import Packing, attention_kernels
+from visft_ds.ops.frozen import Rest, replaced_linear, rest_of_block
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -111,6 +120,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, device=device, dtype=dtype)
         self.norm2 = LayerNorm(width, device=device, dtype=dtype)
         self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
+        self._cast = FrozenCasts()
 
     def forward(
         self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False, coded_gelu: bool = False
@@ -123,6 +133,8 @@ class Block(nn.Module):
                 keeping the hidden activations of the MLP.
             coded_gelu: keep 8 bits of each hidden activation.
         """
+        if not (recompute_mlp or coded_gelu) and (rest := self._frozen_rest(x)) is not None:
+            return rest_of_block(x, self._attended(x, packing), rest)
         # The result of the first branch gets no name here, which would keep it in memory until the block ends.
         if recompute_mlp:
             # Activations between the attention kernel and the GELU are as wide as the residual stream, and the product
@@ -143,6 +155,39 @@ class Block(nn.Module):
         last = self.mlp.fc2.weight
         fixed = not (torch.compiler.is_compiling() or movable(last))
         return fixed and (self.post_norm or len(_trained(self.mlp.fc2)) > 0)
+
+    def _frozen_rest(self, x: Tensor) -> Rest | None:
+        """Return the parameters behind the attention, None where something asks for each module to be called.
+
+        Those are weights that train or that ZeRO-3 divides, adapters, hooks, a compiler, kernels of our own; and norms
+        in front of the branches, with which a second forward leaves out the last product.
+        """
+        if not self.post_norm or torch.compiler.is_compiling() or replaced_linear() or kernels(x.device) == "triton":
+            return None
+        mlp, norms = self.mlp, (self.norm1, self.norm2)
+        layers = self.attn.proj, mlp.fc1, mlp.fc2
+        for module in (mlp, *layers, *norms):
+            if type(module) not in (Mlp, Linear, LayerNorm) or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        weights = [layer.weight for layer in layers]
+        vectors = [layer.bias for layer in layers if layer.bias is not None]
+        for norm in norms:
+            vectors += (norm.weight, norm.bias)
+        dtype = matmul_dtype(weights[0])
+        if movable(weights[0]) or any(weight.dtype != dtype for weight in weights):
+            return None
+        if any(parameter.requires_grad for parameter in (*weights, *vectors)):
+            return None
+        proj, fc1, fc2, *norm_vectors = self._cast(dtype, *vectors)
+        first, second = norm_vectors[:2], norm_vectors[2:]
+        return Rest(
+            (weights[0], proj),
+            (first[0], first[1]),
+            (weights[1], fc1),
+            (weights[2], fc2),
+            (second[0], second[1]),
+            (self.norm1.eps, self.norm2.eps),
+        )
 
     def _attended(self, x: Tensor, packing: Packing | None) -> Tensor:
         out: Tensor = self.attn(x if self.post_norm else self.norm1(x), packing)

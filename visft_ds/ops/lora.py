@@ -68,20 +68,19 @@ def lora_linear(
         (..., F) in the dtype computed in.
     """
     dtype = matmul_dtype(weight)
-    if wide is None or not wide.holds(weight):
-        _check_shapes(weight, lora_a, lora_b, slices)
     if backend == "auto":
         backend, _ = choose_backend(placed(weight.device), dtype)
     elif backend not in BACKENDS:
         raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
-    if backend == "triton":
-        _check_triton(weight.device, dtype)
     out: Tensor
     if backend == "augmented" and wide is not None and wide.takes(weight, dtype, slices, lora_b):
         out = _KeptAugmented.apply(x, bias, lora_a, lora_b, wide, scale)
-    else:
-        # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
-        out = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend)
+        return out
+    _check_shapes(weight, lora_a, lora_b, slices)
+    if backend == "triton":
+        _check_triton(weight.device, dtype)
+    # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
+    out = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend)
     return out
 
 
