@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.ranks import REPOSITORY
-from tools import gpu_speed
 from tools.gpu import COLUMNS, FAILED, PARTS, PASSED, SKIPPED, main, run_part
+from visft_ds.profiling import gpu_speed
 
 
 def run(repository: Path, out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:

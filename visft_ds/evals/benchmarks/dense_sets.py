@@ -101,7 +101,7 @@ class OutlinesFile(ForeignRecord):
 
 @dataclass(frozen=True)
 class _Listed:
-    """One image before its labels are read."""
+    """Files of an image and of its labels."""
 
     image: Path
     truth: Path

@@ -44,7 +44,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Dose:
-    """How far features moved: a gain without any, or any with features of noise, says nothing."""
+    """Distance that features moved: without any, a gain says nothing."""
 
     kind: str  #: of the features, see `encoders`
     change: float  #: |f - f0| / |f0 - mean of f0|, the mean of each channel
@@ -138,7 +138,7 @@ def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Scor
 
 
 def dose(base: Encoded, other: Encoded) -> Dose | None:
-    """How far the features of a benchmark's test images are from the first model's. For one process.
+    """Distance of the features of a benchmark's test images from the first model's. For one process.
 
     None where the two have features of other shapes.
     """

@@ -1,4 +1,4 @@
-"""Is a GPU fast? What `make gpu` measures behind its proofs, most important first; see docs/profiling.md.
+"""Speed of a GPU: what `make gpu` measures behind its proofs, most important first; see docs/profiling.md.
 
 Each part is a process of its own with a time limit and prints a row as soon as it has it, so a part that is cut off has
 still told something. On a CPU the same parts run with the debug model: they show that the parts work, no speed.
@@ -20,8 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent  # leaves the path: its profile.py would hide the standard library's
-sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
+_CODE = Path(__file__).resolve().parents[2]  # where this package is imported from
 
 Row = dict[str, Any]  #: case, value, unit, goal ("at least 0.45", "at most 1.05" or ""), verdict
 COLUMNS = ("part", "case", "value", "unit", "goal", "verdict")
@@ -44,7 +43,7 @@ def command(device: str, folder: Path, name: str, *words: str, gpus: int = 1) ->
     start = [sys.executable, "-m", "visft_ds"]
     if gpus > 1:
         start = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={gpus}", "--module", "visft_ds"]
-    environment = os.environ | hidden | {"PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | hidden | {"PYTHONPATH": str(_CODE)}
     done = subprocess.run([*start, *name.split(), *words, "--json", str(out)], env=environment, stdout=sys.stderr)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
@@ -170,7 +169,7 @@ def known_gpu() -> str:
 
 
 def trace(device: str, folder: Path, gpus: int) -> Iterator[Row]:
-    """One step of each task under torch.profiler: how long the host and the GPU work; the trace is kept."""
+    """Host and GPU time of one step of each task, by torch.profiler, whose trace is kept."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -258,9 +257,9 @@ PARTS: dict[str, tuple[Callable[[str, Path, int], Iterator[Row]], float]] = {
 def run_part(part: str, device: str, folder: Path, gpus: int, limit: float) -> list[Row]:
     """The rows of a part, as far as it came within its limit, and one that says why no more came."""
     log = folder / f"speed-{part}.log"
-    words = [sys.executable, __file__, part, device, str(folder), str(gpus)]
+    words = [sys.executable, "-m", "visft_ds.profiling.gpu_speed", part, device, str(folder), str(gpus)]
     with log.open("w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(words, cwd=_CODE, stdout=out, stderr=out, start_new_session=True)
     ended: int | None = None
     try:
         with suppress(subprocess.TimeoutExpired):
