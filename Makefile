@@ -7,12 +7,13 @@ MINUTES ?= 30
 INPUTS ?= 50000
 SEED   ?= 0
 DEVICE ?= cuda
+GPUS   ?= 1
 OLD    ?= HEAD~1
 NEW    ?= HEAD
 TIER   ?= 1
 OUT    ?= $(if $(COCO),demo-coco,demo)
 
-.PHONY: fuzz help install test test-parallel test-slow reach lint demo gpu golden freeze clean
+.PHONY: fuzz full-size help install test test-parallel test-slow test-cluster reach lint demo gpu golden freeze clean
 
 help:
 	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
@@ -21,9 +22,11 @@ help:
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
+	@echo "make test-cluster       a real SLURM, pdsh over ssh and torchrun on two hosts in namespaces; says what is missing for it"
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
+	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 15 GiB free, from random weights to a merged tower"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
-	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
+	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"
@@ -51,8 +54,15 @@ test-parallel: install
 test-slow: install
 	$(BIN)/python -m tests.slow --minutes $(MINUTES)
 
+# With BIN=FOLDER that folder's python runs it as it is.
+test-cluster: $(if $(filter file,$(origin BIN)),install)
+	$(BIN)/python -m pytest -n 0 -m slow tests/cluster
+
 fuzz: install
 	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
+
+full-size: install
+	$(BIN)/python -m tests.full_size
 
 reach: install
 	$(BIN)/python -m tests.house
@@ -62,7 +72,7 @@ demo: install
 
 # With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
 gpu: $(if $(filter file,$(origin BIN)),install)
-	$(BIN)/python tools/gpu.py --device $(DEVICE) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
+	$(BIN)/python tools/gpu.py --device $(DEVICE) --gpus $(GPUS) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
 
 golden: install
 	$(BIN)/python -m tests.golden.losses

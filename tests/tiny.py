@@ -52,6 +52,19 @@ def trained(out: Path, step: int = STEPS, kept: str = "checkpoints") -> dict[str
     return {**load_file(folder / "parameters.safetensors"), **load_file(folder / "moments.safetensors")}
 
 
+def losses(out: Path) -> list[dict[str, float]]:
+    """Of each step, by name."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if line["kind"] == "step"]
+
+
+def equal(ours: Path, theirs: Path, step: int = STEPS) -> bool:
+    """Two runs learnt the same bit for bit. (Two ranks add the same two numbers wherever they are.)"""
+    first, second = trained(ours, step), trained(theirs, step)
+    same = first.keys() == second.keys() and all(torch.equal(first[name], value) for name, value in second.items())
+    return same and losses(ours) == losses(theirs)
+
+
 def steps_recorded(out: Path) -> list[int]:
     """Steps in metrics.jsonl, in order."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

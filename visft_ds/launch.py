@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         options, config = resolve_arguments(words)
+        stop.requeue_code = config.visft.run.requeue_code
         from visft_ds.prepare.places import located
 
         missing = missing_inputs(located(config, Path(config.visft.run.out or "")))

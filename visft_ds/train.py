@@ -32,6 +32,7 @@ from visft_ds.run.machine import (
     clear_run_folder,
     locked_for_all_ranks,
     rank_facts,
+    settle_recompute,
 )
 from visft_ds.run.record import keep_random_base, write_record
 from visft_ds.run.start_report import print_start
@@ -94,10 +95,9 @@ def train(
     """
     # 1-3: data, machine, run folder. Each process alone; nothing is written into the run folder yet.
     config, data = open_data(config)
-    config, machine = check_machine(config, data.vocabulary_size)
-    settings, batches, precision = config.visft, machine.planned.batches, machine.planned.precision
-    loader = open_loader(settings, data, batches)
-    out = Path(settings.run.out or "")
+    machine = check_machine(config, data.vocabulary_size)
+    batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
+    loader = open_loader(config.visft, data, batches)
     open_run_folder(out, config, resume)
 
     # 4: from here on all ranks act together.
@@ -106,29 +106,29 @@ def train(
     with (
         ExitStack() as at_the_end,
         locked_for_all_ranks(out),
-        watch(out, settings.run.heartbeat_timeout, settings.run.step_timeout, alike=alike) as watchdog,
+        watch(out, config.visft.run.heartbeat_timeout, config.visft.run.step_timeout, alike=alike) as watchdog,
     ):
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
         distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity()})
+        config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
         prepared = prepare_model(
-            settings,
+            config.visft,
             config.optimizer.params,
             precision=precision,
-            heads_from=Path(settings.heads.path) if settings.heads.path else None,
+            heads_from=Path(config.visft.heads.path) if config.visft.heads.path else None,
             categories=data.categories,
             vocabulary=data.vocabulary,
             placement=machine.placement,
         )
-        features = keep_features(settings, data.sets, loader, prepared, precision)
+        features = keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
-        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(settings)}
+        identity |= {"base weights": prepared.base_weights, "heads": heads_identity(config.visft)}
         distributed.assert_same_on_all_ranks(identity)
-        trained = sum(group.count for group in prepared.groups)
-        by_main_process(lambda: check_space(out, trained, settings.run))
+        by_main_process(lambda: check_space(out, sum(group.count for group in prepared.groups), config.visft.run))
         base_sha256 = keep_random_base(config, prepared)
 
         # 7: the engine takes the model over.
@@ -137,28 +137,28 @@ def train(
             machine.deepspeed_config,
             config.optimizer.params,
             Schedule.of(config.scheduler, config.total_steps),
-            seed=settings.seed,
+            seed=config.visft.seed,
             partition=machine.planned.partition,
-            compile=settings.model.compile,
+            compile=config.visft.model.compile,
         )
         at_the_end.enter_context(released(engine))
 
         # 8: go on where an earlier start of this run was left.
         state = RunState(config, engine, identity)
         start = state.resume(resume)
-        validation = validation_of(settings, data, state.judged)
+        validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
             write_record(config, data, base_sha256, command)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.
-        if settings.run.rehearsal and start < config.total_steps:
-            probe_memory(settings.model, engine, data, batches, watchdog=watchdog, memory=machine.memory)
+        if config.visft.run.rehearsal and start < config.total_steps:
+            probe_memory(config.visft.model, engine, data, batches, watchdog=watchdog, memory=machine.memory)
 
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
-        log_every = settings.run.log_every
-        with open_log(out, start, config.total_steps, log_every=log_every, callbacks=callbacks) as log, state:
+        every = config.visft.run.log_every
+        with open_log(out, start, config.total_steps, log_every=every, callbacks=callbacks) as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
                     step, complete = _loop(run, start, log)

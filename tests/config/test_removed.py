@@ -67,6 +67,9 @@ GONE = {
     "visft.tasks.segmentation.ratio=1": "updates",
     "visft.tasks.captioning.ratio=1": "updates",
     "visft.model.base=int8": "torchao",
+    "visft.model.checkpoint_every=1": "visft.model.recompute alone decides",
+    "visft.model.fit_memory=true": "visft.model.recompute=auto",
+    "visft.model.memory_limit=1": "state visft.model.recompute",
 }
 
 

@@ -70,7 +70,7 @@ def test_the_formula_reproduces_the_known_figures_of_eva_e() -> None:
     assert (forward - attention - patches) / (64 * 257) / 1e6 == pytest.approx(135.8, abs=0.05)
     assert forward / 1e12 == pytest.approx(2.264, abs=0.001)
     step = tower_flops(
-        TowerShape(**EVA_E, rank=64, targets=("q", "v"), trainable=LORA_E, checkpoint_every=1), 1, 257, 256
+        TowerShape(**EVA_E, rank=64, targets=("q", "v"), trainable=LORA_E, recompute="block"), 1, 257, 256
     )
     assert step.forward / 1e12 == pytest.approx(2.28, abs=0.005)
     assert step.backward / 1e12 == pytest.approx(2.34, abs=0.01)
@@ -91,7 +91,6 @@ def tower_of(backbone: EvaViT, **options: Any) -> TowerShape:
         hidden=hidden,
         patch_size=backbone.patch_size,
         post_norm=backbone.post_norm,
-        checkpoint_every=backbone.checkpoint_every,
         recompute=backbone.recompute,
         trainable=frozenset(name for name, p in backbone.named_parameters() if p.requires_grad),
         **options,
@@ -99,28 +98,28 @@ def tower_of(backbone: EvaViT, **options: Any) -> TowerShape:
 
 
 @pytest.mark.parametrize(
-    ("targets", "trained", "post_norm", "every", "recompute"),
+    ("targets", "trained", "post_norm", "recompute"),
     [
-        (("q", "v"), "", False, 0, "block"),
-        (("q", "v"), "", True, 1, "block"),
-        (("q", "v"), "", False, 1, "block"),  # recomputation ends before the last layer
-        (("fc2",), "", False, 1, "block"),  # and here it does not
-        (("k", "proj", "fc1"), "", False, 2, "block"),
-        (("fc1",), "", True, 0, "block"),  # the first block's attention needs no gradient
-        ((), "blocks.1.mlp.fc1.weight", False, 0, "block"),
-        ((), "norm2", False, 0, "block"),
-        ((), "norm1", True, 0, "block"),
-        ((), "", False, 0, "block"),  # all of it trains
-        (("q", "v"), "", False, 1, "mlp"),
-        (("q", "v"), "", True, 2, "mlp"),  # the norm behind the MLP has kept its result
-        (("fc2",), "", False, 1, "mlp"),
-        (("q", "v"), "", True, 1, "all_but_attention"),
-        (("fc1",), "", False, 1, "all_but_attention"),
-        (("q", "v"), "", True, 1, "gelu_8bit"),
+        (("q", "v"), "", False, "none"),
+        (("q", "v"), "", True, "block"),
+        (("q", "v"), "", False, "block"),  # recomputation ends before the last layer
+        (("fc2",), "", False, "block"),  # and here it does not
+        (("k", "proj", "fc1"), "", False, "block"),
+        (("fc1",), "", True, "none"),  # the first block's attention needs no gradient
+        ((), "blocks.1.mlp.fc1.weight", False, "none"),
+        ((), "norm2", False, "none"),
+        ((), "norm1", True, "none"),
+        ((), "", False, "none"),  # all of it trains
+        (("q", "v"), "", False, "mlp"),
+        (("q", "v"), "", True, "mlp"),  # the norm behind the MLP has kept its result
+        (("fc2",), "", False, "mlp"),
+        (("q", "v"), "", True, "all_but_attention"),
+        (("fc1",), "", False, "all_but_attention"),
+        (("q", "v"), "", True, "gelu_8bit"),
     ],
 )
 def test_a_backbone_step_costs_what_the_formula_says(
-    targets: tuple[str, ...], trained: str, post_norm: bool, every: int, recompute: str
+    targets: tuple[str, ...], trained: str, post_norm: bool, recompute: str
 ) -> None:
     """To the last operation: both count the same products."""
     backbone = build_backbone("debug", width=16, depth=2, num_heads=2, image_size=56, post_norm=post_norm)
@@ -130,7 +129,7 @@ def test_a_backbone_step_costs_what_the_formula_says(
     for name, parameter in backbone.named_parameters():
         if trained and trained in name:
             parameter.requires_grad_(True)
-    backbone.checkpoint_every, backbone.recompute = every, recompute
+    backbone.recompute = recompute
     meter = FlopMeter()
     with meter.counting():
         meter.start("forward")
@@ -141,7 +140,7 @@ def test_a_backbone_step_costs_what_the_formula_says(
     formula = tower_flops(tower, images=2, tokens=20, patches=20)
     assert meter.parts["forward"] == formula.forward
     assert meter.total == formula.all
-    assert bool(every and recompute != "gelu_8bit") == bool(formula.recompute)
+    assert (recompute not in ("none", "gelu_8bit")) == bool(formula.recompute)
 
 
 def test_packed_images_cost_what_the_formula_says() -> None:
@@ -149,7 +148,7 @@ def test_packed_images_cost_what_the_formula_says() -> None:
     backbone = build_backbone("debug", width=16, depth=2, num_heads=2, image_size=56)
     backbone.requires_grad_(False)
     inject_lora(backbone, rank=3)
-    backbone.checkpoint_every = 1
+    backbone.recompute = "block"
     meter = FlopMeter()
     with meter.counting():
         backbone.train()(torch.randn(2, 3, 56, 70), ((56, 28), (30, 70))).square().sum().backward()

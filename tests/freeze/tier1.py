@@ -20,6 +20,8 @@ _QUICK: Settings = {
 }
 #: As all releases can train; those before the key came refuse it and are asked without. The goldens have its default.
 _POOLED: Settings = {f"visft.tasks.{task}.loss.average": "batch" for task in ("detection", "segmentation")}
+#: With which releases that have this key recompute; later ones refuse it and recompute without.
+_EVERY_BLOCK: Settings = {"visft.model.checkpoint_every": 1}
 LESS: Settings = {
     "visft.shared.batch_size": 8,
     **{f"visft.tasks.{task}.batch_size": 8 for task in ("detection", "segmentation", "captioning")},
@@ -69,10 +71,7 @@ _STAGE2: Mapping[str, Settings] = {
     "stage2-lora-and-norms": {**LESS, "visft.param_groups": "backbone.*.lora_*,backbone.*norm*"},
     "stage2-joint": {**LESS, "visft.heads.start": "random", "visft.heads.path": None},
     "stage2-ema": {**LESS, "visft.run.ema": 0.9},
-    **{
-        f"stage2-recompute-{kind}": {**LESS, "visft.model.checkpoint_every": 1, "visft.model.recompute": kind}
-        for kind in _RECOMPUTED
-    },
+    **{f"stage2-recompute-{kind}": {**LESS, "visft.model.recompute": kind} for kind in _RECOMPUTED},
 }
 
 
@@ -92,6 +91,7 @@ def train(
     given = {**_QUICK, **({"visft.heads.path": f"train/{heads}/export"} if heads else {}), **settings}
     words = ("launchers/train.py", "--stage", str(stage), "--model", model, "--data", data, "--out", out)
     words += ("--engine", engine) if engine else ()
+    every_block = (_POOLED | _EVERY_BLOCK, _EVERY_BLOCK) if "recompute" in name else ()
 
     def read(outcomes: Sequence[Outcome]) -> Entries:
         found = entries.metrics(Path(out, "metrics.jsonl"))
@@ -104,7 +104,7 @@ def train(
 
     return Case(
         out,
-        ((words + flags(_POOLED | given), words + flags(given)),),
+        (tuple(words + flags(older | given) for older in (*every_block, _POOLED, {})),),
         read,
         (*needs, f"train/{heads}") if heads else needs,
     )

@@ -25,7 +25,7 @@ CLUSTERS: dict[str, Words] = {
     "4xA100-40GB": ("--model", "eva_e", "--stage", "1", "--engine", "zero3"),
     "8x4090": ("--model", "clip_vit_b", "--stage", "2", "--engine", "zero2"),
     "2xL40S-48GB": ("--model", "debug_convnext", "--stage", "1", "--engine", "zero0"),
-    "3x3090-24GB": ("--model", "debug", "--stage", "2", "--set", "visft.model.checkpoint_every=1"),
+    "3x3090-24GB": ("--model", "debug", "--stage", "2", "--set", "visft.model.recompute=block"),
 }
 _COMMANDS = {
     "launchers/train.py": (),

@@ -130,17 +130,16 @@ def _gradients(backbone: EvaViT, images: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor, every: int) -> None:
+def test_checkpointing_recomputes_and_gives_the_same_gradients(images: Tensor) -> None:
     backbone = build_backbone("debug", **TINY).train()
     backbone.patch_embed.requires_grad_(False)
     plain = _gradients(backbone, images)
     calls = [0] * 3
     for index, block in enumerate(backbone.blocks):
         block.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    backbone.checkpoint_every = every
+    backbone.recompute = "block"
     found = _gradients(backbone, images)
-    assert calls == ([2, 2, 2] if every == 1 else [2, 1, 2])
+    assert calls == [2, 2, 2]
     assert found.keys() == plain.keys()
     for name, value in plain.items():
         assert torch.equal(found[name], value), name
@@ -163,7 +162,7 @@ def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recom
             block.get_submodule(name).register_forward_pre_hook(
                 lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
             )
-    backbone.checkpoint_every, backbone.recompute = 1, recompute
+    backbone.recompute = recompute
     with kernels:
         found = _gradients(backbone, images)
     depth = len(backbone.blocks)
@@ -176,7 +175,7 @@ def test_whatever_is_recomputed_the_gradients_are_the_same(images: Tensor, recom
 def test_hidden_activations_in_8_bits_change_gradients_by_their_rounding_only(images: Tensor, post_norm: bool) -> None:
     backbone = build_backbone("debug", **TINY, post_norm=post_norm).train()
     output, plain = backbone(images), _gradients(backbone, images)
-    backbone.checkpoint_every, backbone.recompute = 1, "gelu_8bit"
+    backbone.recompute = "gelu_8bit"
     assert torch.equal(backbone(images), output)
     found = _gradients(backbone, images)
     differences = {name: float((found[name] - value).norm() / value.norm()) for name, value in plain.items()}
@@ -203,8 +202,8 @@ def test_packed_images_are_processed_as_if_alone(post_norm: bool, class_token: b
     def alone() -> list[Tensor]:
         return [backbone(one[None, :, :h, :w])[0] for one, (h, w) in zip(batch, frames, strict=True)]
 
-    for every, recompute in ((0, "block"), *((1, what) for what in RECOMPUTE)):
-        backbone.checkpoint_every, backbone.recompute = every, recompute
+    for recompute in ("none", *RECOMPUTE):
+        backbone.recompute = recompute
         results = []
         for run in (packed, alone):
             backbone.zero_grad()
@@ -251,9 +250,9 @@ def test_16_bit_matrices_keep_an_fp32_residual_stream(images: Tensor, post_norm:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", [None, "block"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
 def test_the_frozen_rest_of_a_block_is_its_modules_bit_for_bit(
-    images: Tensor, dtype: torch.dtype, recompute: str | None
+    images: Tensor, dtype: torch.dtype, recompute: str
 ) -> None:
     """What one function computes behind the attention, against the modules, called one by one where they have hooks."""
     backbone = build_backbone("debug", **TINY, post_norm=True, dtype=dtype)
@@ -264,8 +263,7 @@ def test_the_frozen_rest_of_a_block_is_its_modules_bit_for_bit(
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         if parameter.ndim < 2:
             parameter.data = parameter.data.float()
-    if recompute is not None:
-        backbone.checkpoint_every, backbone.recompute = 1, recompute
+    backbone.recompute = recompute
     called: list[nn.Module] = []
     found = []
     for hooked in (False, True):

@@ -46,7 +46,7 @@ def scaled(config: ResolvedConfig, defaults: bool) -> ResolvedConfig:
 def _settings() -> dict[str, Any]:
     # Vectors stay whole, as EVA-ViT-E's do: they are no part of what is gathered.
     small = {"zero_optimization.stage3_param_persistence_threshold": 300}
-    model = {"visft.model.overrides": OVERRIDES, "visft.model.precision": "fp32", "visft.model.checkpoint_every": 1}
+    model = {"visft.model.overrides": OVERRIDES, "visft.model.precision": "fp32", "visft.model.recompute": "block"}
     return {**small, **model, "visft.tasks": "detection", "visft.mode": "sampled"}
 
 

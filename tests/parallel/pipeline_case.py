@@ -67,7 +67,7 @@ def build_engine(stage: int, precision: str, stages: int, option: str = "") -> A
     case.forget_autocast()
     visft_ds.ops.lora.choose_backend = case.like_a_gpu
     module, groups = case.build(stage, storage=case.STORAGE[precision])
-    module.backbone.checkpoint_every = 1 if option == "recompute" else 0
+    module.backbone.recompute = "block" if option == "recompute" else "none"
     return PipelineEngine(
         module,
         [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay, "name": g.name} for g in groups],

@@ -55,10 +55,10 @@ def test_frozen_blocks_count_as_the_work_they_are() -> None:
 
 def test_what_trains_costs_its_backward_pass() -> None:
     images = {"visft.mode": "shared", "visft.shared.batch_size": 4, "visft.shared.micro_batch": 1}
-    plain = {**images, "visft.model.checkpoint_every": 0}
+    plain = {**images, "visft.model.recompute": "none"}
     heads, adapters = planned(stage=1, **plain), planned(stage=2, **plain)
     assert 2.2 * heads.costs[2] < adapters.costs[2] < 3.2 * heads.costs[2]  # the gradient of its input, and adapters
-    recomputed = planned(stage=2, **images, **{"visft.model.checkpoint_every": 1})
+    recomputed = planned(stage=2, **images, **{"visft.model.recompute": "block"})
     # Once more forward, up to the last product, whose result nobody needs.
     assert 0.6 * heads.costs[2] < recomputed.costs[2] - adapters.costs[2] < heads.costs[2]
 

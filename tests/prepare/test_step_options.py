@@ -18,6 +18,7 @@ from visft_ds.planner import run_of
 from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import PlannedRun
 from visft_ds.prepare.model import plan_groups
+from visft_ds.prepare.streams import fixed_sizes
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.
@@ -41,7 +42,7 @@ def configured(*settings: str, **layers: Any) -> ResolvedConfig:
         (
             (BLOCKS, PACKED, "visft.model.recompute=all_but_attention"),
             {},
-            "recompute .*must be block, mlp or gelu_8bit",
+            "recompute .*must be auto, none, block, mlp or gelu_8bit",
         ),
         ((BLOCKS, "visft.model.kernels=triton"), {}, "must be none with visft.model.kernels = triton"),
         ((BLOCKS, "visft.run.rehearsal=false"), {}, "must be none without visft.run.rehearsal"),
@@ -159,13 +160,13 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
-def check_alike(how: str, backend: str, recompute: str | None, bound: float, *, autocast: bool, packed: bool) -> None:
+def check_alike(how: str, backend: str, recompute: str, bound: float, *, autocast: bool, packed: bool) -> None:
     """Images of many shapes: what is compiled gives what eager code gives, and no shape is compiled for itself."""
     torch._dynamo.reset()
     eager, compiled = adapted(), adapted()
     compile_blocks(compiled, how, backend=backend)
     for backbone in (eager, compiled):
-        backbone.checkpoint_every, backbone.recompute = int(recompute is not None), recompute or "block"
+        backbone.recompute = recompute
     made = [compilations()]
     for height, width in ((56, 84), (42, 98), (70, 56), (84, 112)):
         images = torch.randn(2, 3, height, width)
@@ -192,9 +193,9 @@ def test_compiled_blocks_learn_what_eager_ones_do_at_any_size() -> None:
 @pytest.mark.slow
 @TORCH_WARNS
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recompute", [None, "block", "mlp", "all_but_attention", "gelu_8bit"])
+@pytest.mark.parametrize("recompute", ["none", "block", "mlp", "all_but_attention", "gelu_8bit"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_every_policy_is_compiled(backend: str, recompute: str | None, packed: bool) -> None:
+def test_every_policy_is_compiled(backend: str, recompute: str, packed: bool) -> None:
     """Kernels of inductor add and round in another order: a few units of the last place, through three blocks.
 
     Under autocast eager code rounds to 16 bit after each operator, fused kernels once at their end: neither may be
@@ -210,15 +211,28 @@ def test_every_policy_is_compiled(backend: str, recompute: str | None, packed: b
 @pytest.mark.gpu
 @TORCH_WARNS
 @pytest.mark.parametrize("how", ["blocks", "cuda_graphs"])
-@pytest.mark.parametrize("recompute", [None, "block", "mlp", "all_but_attention", "gelu_8bit"])
-def test_on_a_gpu(how: str, recompute: str | None) -> None:
+@pytest.mark.parametrize("recompute", ["none", "block", "mlp", "all_but_attention", "gelu_8bit"])
+def test_on_a_gpu(how: str, recompute: str) -> None:
     """Recorded from the third forward on, and played back from then."""
     torch._dynamo.reset()
     eager, compiled = adapted("cuda"), adapted("cuda")
     compile_blocks(compiled, how)
     for backbone in (eager, compiled):
-        backbone.checkpoint_every, backbone.recompute = int(recompute is not None), recompute or "block"
+        backbone.recompute = recompute
     for _ in range(6):
         images = torch.randn(2, 3, 56, 84, device="cuda")
         for ours, theirs in zip(*(learnt(one, images, None, True) for one in (compiled, eager)), strict=True):
             assert float((ours - theirs).norm()) <= 3e-2 * float(theirs.norm())
+
+
+@pytest.mark.parametrize(
+    ("setting", "sizes"),
+    [
+        ("visft.seed=1", [(1024, 1024), (256, 256)]),
+        ("visft.tasks.segmentation.image.content_only=true", [(256, 256)]),
+        ("visft.tasks.detection.image.fixed_size=448", [(448, 448), (1024, 1024), (256, 256)]),
+        ("visft.mode=shared", []),
+    ],
+)
+def test_sizes_of_images_are_fixed_where_all_pictures_get_one(setting: str, sizes: list[tuple[int, int]]) -> None:
+    assert fixed_sizes(resolve(stage=2, model="eva_e", settings=[setting]).visft) == sizes

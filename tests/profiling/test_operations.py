@@ -41,7 +41,7 @@ def test_record_and_what_blocks_keep(tmp_path: Path, capsys: pytest.CaptureFixtu
     kept = record["results"][0]["kept"]
     # In D of a token: input, q k v, attention and two inputs of norms; the GELU's input is 4 D, u 2 x 2 of 64 numbers.
     # Each norm keeps two numbers of a row, attention one for each of 4 heads.
-    assert kept["nothing"] == pytest.approx(7 + 4 + (4 + 4 + 4) / 64)
+    assert kept["none"] == pytest.approx(7 + 4 + (4 + 4 + 4) / 64)
     assert kept["mlp"] == pytest.approx(6 + (4 + 4 + 2) / 64)  # projection and first norm are computed again too
     assert kept["gelu_8bit"] == pytest.approx(7 + 4 / 4 + (4 + 4 + 4) / 64)
     assert kept["block"] == 1
@@ -53,7 +53,7 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
     sizes = ["--pixels", "28", "56", "--dtypes", "fp32", "--parts", "blocks", "kept", "--repeats", "2"]
     assert main([*SMALL, *sizes, "--json", str(file)]) == 0
     first, second = json.loads(file.read_text())["results"]
-    assert first["kept"]["nothing"] == second["kept"]["nothing"]
+    assert first["kept"]["none"] == second["kept"]["none"]
 
 
 def test_host_time_beside_another_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_record_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*SMALL, "--json", str(tmp_path / "peft.json")]) == 0
     (result,) = json.loads((tmp_path / "peft.json").read_text(encoding="utf-8"))["results"]
     cases = result["cases"]
-    assert set(cases) == {BASELINE, PLAIN, "ours, nothing", *(f"ours, {policy}" for policy in RECOMPUTE)}
+    assert set(cases) == {BASELINE, PLAIN, "ours, none", *(f"ours, {policy}" for policy in RECOMPUTE)}
     assert cases[BASELINE]["speed"]["median"] == cases[BASELINE]["memory_ratio"] == 1
     assert result["gradients_differ_by"] < 1e-4
     assert "28 px (4 tokens), 1 image(s), fp32" in capsys.readouterr().out

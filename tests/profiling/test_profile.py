@@ -47,7 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             [
                 *("tools/profile.py", "--local_rank=0", *measured[1:], "--stage", "2", "--engine", "zero3"),
                 *("--synthetic", "--json", str(folder / "two.json"), "--model", "debug", *SETTINGS),
-                "--set=visft.model.checkpoint_every=1",
+                "--set=visft.model.recompute=block",
             ],
             2,
         ),

@@ -127,14 +127,14 @@ def test_packed_batches() -> None:
     assert compared(kinds, TURNS)["content alone, packed"] > 1.2
 
 
-@pytest.mark.parametrize("recompute", [None, "block"])
-def test_compiled_blocks(recompute: str | None) -> None:
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_blocks(recompute: str) -> None:
     """Images of many sizes; the first step of the compiled kind pays for compiling."""
     torch._dynamo.reset()
     eager, compiled = model(), model()
     compile_blocks(compiled.backbone, "blocks")
     for module in (eager, compiled):
-        module.backbone.checkpoint_every, module.backbone.recompute = int(recompute is not None), recompute or "block"
+        module.backbone.recompute = recompute
     transform = alone("segmentation", True, size=448, content_only=True)
     batches = [collate_joint([transform(picture(k), generator(k))]) for k in range(2 * TURNS + 1)]
     seconds(eager, batches[-1])

@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def fitting(run: PlannedRun, room: int) -> list[Suggestion]:
         rooms.append(room)
-        return [Suggestion(("--set visft.model.checkpoint_every=1", "--set a.b=c"), LESS, 1.33)][: room // (6 * GIB)]
+        return [Suggestion(("--set visft.model.recompute=block", "--set a.b=c"), LESS, 1.33)][: room // (6 * GIB)]
 
     monkeypatch.setattr(out_of_memory, "plan_largest", lambda run, stream: PLAN)
     monkeypatch.setattr(out_of_memory, "fitting_settings", fitting)
@@ -90,7 +90,7 @@ def test_the_message_has_parts_and_flags_to_paste(asked: list[int], monkeypatch:
     watched = watch()
     said = message(watched, MemoryError())
     assert "activations" in said and "6,144.0 MiB" in said
-    assert "    --set visft.model.checkpoint_every=1 --set a.b=c   (6.00 GiB, 1.33 x the time)" in said
+    assert "    --set visft.model.recompute=block --set a.b=c   (6.00 GiB, 1.33 x the time)" in said
     # 10 GiB are planned and did not fit, however much seems to be free
     assert asked == [int(0.7 * 10 * GIB)]
     assert "did not foresee" not in said

@@ -179,3 +179,77 @@ def test_ctrl_c_ends_a_rank_that_starts_at_once() -> None:
     rank.send_signal(INT)
     assert rank.communicate(timeout=15)[0] == "stopped before the first step: signal SIGINT\n"
     assert rank.returncode == 130
+
+
+#: A rank in a call that no handler of Python's interrupts: it waits for the other one.
+MEETING = """
+from datetime import timedelta
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+stop.requeue_code = 77
+from torch.distributed import TCPStore
+print("starting", flush=True)
+TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=600))
+"""
+
+
+def test_sigusr1_ends_a_rank_that_starts_with_the_code_that_queues_the_job_again() -> None:
+    command = [sys.executable, "-c", MEETING]
+    rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+    wait_for(rank, "starting")
+    rank.send_signal(USR1)
+    assert rank.communicate(timeout=600)[0] == "stopped before the first step: signal SIGUSR1\n"
+    assert rank.returncode == 77
+
+
+#: A rank that gets its signal before it knows its configuration, whose requeue_code is 0.
+EARLY = """
+import os, signal
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+os.kill(os.getpid(), signal.SIGUSR1)
+stop.listen()
+print(stop.reason, stop.requeue)
+"""
+
+
+def test_sigusr1_during_the_start_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (0, "signal SIGUSR1 True\n"), done.stderr
+
+
+#: A rank that prints on after a line has come in, and then says into a file what it thinks of it.
+PRINTING = """
+import sys
+from pathlib import Path
+from visft_ds.resilience.signals import StopFlag
+stop = StopFlag(launched=True)
+stop.guard_start()
+stop.listen()
+print("é", flush=True)
+input()
+print("lost", flush=True)
+print("lost", file=sys.stderr)
+Path(sys.argv[1]).write_text(f"{bool(stop)} {stop.reason}")
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_rank_whose_output_nobody_reads_is_asked_to_stop(options: list[str], tmp_path: Path) -> None:
+    """It would end with an error at the next line of its progress, without saving."""
+    rank = subprocess.Popen(
+        [sys.executable, *options, "-c", PRINTING, str(tmp_path / "said")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert rank.stdin is not None and rank.stdout is not None and rank.stdout.readline() == "é\n"
+    rank.stdout.close()
+    rank.stdin.write("\n")
+    rank.stdin.close()
+    assert rank.wait(timeout=600) == 0
+    assert (tmp_path / "said").read_text() == "True nobody reads the output any more"

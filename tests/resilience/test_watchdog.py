@@ -125,6 +125,24 @@ def test_who_follows_ends_with_the_code_of_who_ended_first(first: Exception | No
     assert [one["code"] for one in beats] == [code] * (1 + (first is not None))
 
 
+def test_a_rank_killed_on_another_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is not to be seen from here; its heartbeat stands still while those of the others go on."""
+    own: list[int] = []
+
+    def read(self: Watchdog) -> dict[int, Beat]:
+        own.extend(one.count for one in read_beats(tmp_path / FOLDER))
+        return {1: beat(1, 7, 12), 2: beat(2, len(own), 12), 3: beat(3, 7, 12, ended="another rank ended first")}
+
+    monkeypatch.setattr(Watchdog, "_read", read)
+    with pytest.raises(LostRank) as caught:
+        with Watchdog(tmp_path, rank=0, world=4, start="s", heartbeat_timeout=10.0, step_timeout=0.0):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+    told = str(caught.value).splitlines()[0]
+    where = "rank 1 (process 101 on another machine, last seen: step 12)"
+    assert told == f"another rank ended first: no sign of life since then from {where}"
+    assert max(own) > min(own)  # by which the others know that it is not this rank
+
+
 def test_a_heartbeat_that_a_kill_cut_off_is_not_left_for_good(tmp_path: Path) -> None:
     (tmp_path / "heartbeats").mkdir()
     (tmp_path / "heartbeats" / "rank_00000.tmp").write_text("{")

@@ -7,14 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.coco_tree import write_tree
 from visft_ds.config import going_on, resolve, resolve_values
 from visft_ds.config.preflight import CANNOT_START
 from visft_ds.launch import main
+from visft_ds.models.backbone import build_empty
 from visft_ds.models.eva_vit import PRESETS
+from visft_ds.ops import attention
 from visft_ds.prepare.model import PUBLISHED_VOCABULARY
-from visft_ds.run.start_report import print_dry_run
+from visft_ds.run import machine, start_report
+from visft_ds.run.start_report import _attention, print_dry_run
 from visft_ds.shards.build import Options, build
 
 #: Values of the debug model's caption head for each id: a row of the embedding and one of the output, with its bias.
@@ -45,12 +49,18 @@ def test_the_vocabulary_is_that_of_the_data_or_is_said_to_be_assumed(
     assert assumed - values(rows[2]) == (PUBLISHED_VOCABULARY - 9) * BY_ID
 
 
-def test_the_dry_run_says_whether_a_process_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for limit, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
-        settings = (f"visft.model.memory_limit={limit}", f"visft.data.root={tmp_path}", "visft.tasks=detection")
-        print_dry_run(resolve(stage=2, model="debug", settings=settings), 1, "")
+def test_the_dry_run_says_whether_a_process_fits_and_what_is_recomputed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("visft.model.recompute=auto", f"visft.data.root={tmp_path}", f"visft.run.out={tmp_path}/run")
+    config = resolve(stage=2, model="debug", settings=(*settings, "visft.tasks=detection"))
+    for room, verdict in ((10**12, "fits into"), (10**6, "DOES NOT FIT into")):
+        for module in (start_report, machine):
+            monkeypatch.setattr(module, "memory_of", lambda device, room=room: room)
+        print_dry_run(config, 1, "")
         text = capsys.readouterr().out
         assert "-- memory of a process at its fullest, predicted" in text and verdict in text
+        assert re.search(rf"recompute +{'none' if room > 10**6 else 'block'}, chosen: needs 0.. of \S+ GiB", text), text
 
 
 def test_what_a_run_of_an_earlier_release_keeps_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -136,3 +146,13 @@ def test_shards_that_cannot_serve_stop_a_dry_run(capsys: pytest.CaptureFixture[s
     assert main(boxes) == CANNOT_START  # 12 images
     assert "fewer than one global batch of 24" in capsys.readouterr().out
     assert main([*boxes, "--set", "visft.shared.batch_size=12"]) == 0
+
+
+def test_both_kernels_of_attention_are_said_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_fixed", frozenset({324, 5329}))
+    backbone = build_empty("eva_e", torch.bfloat16, {})
+    text = _attention(backbone, torch.device("cuda", 0), torch.bfloat16)
+    assert text.startswith("flash: for varying numbers of tokens; cuDNN would build a plan for each")
+    assert "; at 5329 tokens cudnn: Hopper, 5329 tokens" in text and "324" not in text
+    assert "; at" not in _attention(backbone, torch.device("cpu"), torch.float32)

@@ -388,6 +388,27 @@ def test_what_is_taken_up_after_an_interruption(parts: Parts, tmp_path: Path, mo
     assert parts.validation(tmp_path).resume(2) is True
 
 
+def test_a_killed_judge_is_started_again(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that ends a rank kills the judge, while the rank still saves; a later one keeps what is to be done."""
+    codes = {2: iter((-signal.SIGTERM, -signal.SIGTERM, 0)), 4: iter((0,)), 6: iter((-signal.SIGKILL,) * 3)}
+    started: list[int] = []
+
+    def spawn(place: Path, *_: Any) -> Ended:
+        step = int(place.name.removeprefix("step_"))
+        started.append(step)
+        (place / "metrics.json").write_text(json.dumps({"step": step, "metrics": {"box/AP": 0.5}, "problems": []}))
+        return Ended(next(codes[step]))
+
+    monkeypatch.setattr(judging, "_spawn", spawn)
+    judge = AsyncEvaluation(tmp_path, parts.manifest, None)
+    for step in codes:
+        judge.start(step, {"captioning": []})
+    verdicts = judge.verdicts(wait=True)
+    assert started == [2, 4, 6, 2, 6, 2, 6]
+    assert {one.step: dict(one.metrics) for one in verdicts} == {4: {"box/AP": 0.5}, 2: {"box/AP": 0.5}, 6: {}}
+    assert [list(one.problems) for one in verdicts if one.step == 6] == [["killed 3 times, by signal 9"]]
+
+
 @pytest.mark.slow
 def test_a_judge_ends_with_its_training_process(parts: Parts, tmp_path: Path) -> None:
     """However that ends: the run that goes on measures the same step, and writes into the same folder."""

@@ -1,4 +1,7 @@
-"""launchers/slurm.sbatch on stand-ins for `srun` and `scontrol`: places of ranks, exit codes, signals, another turn."""
+"""launchers/slurm.sbatch on stand-ins for SLURM's commands: places of ranks, exit codes, signals, another turn.
+
+`tests/cluster` has a real SLURM, where its programs are installed.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ import torch
 
 from tests.ranks import REPOSITORY, below, run_ranks, start_command, wait_for
 from tests.tiny import STEPS, command, steps_recorded, trained
-from tests.train.fake_slurm import REQUEUED, install
+from tests.train.fake_slurm import REQUEUED, install, job_of
 
 SCRIPT = "launchers/slurm.sbatch"
-#: In place of python: shows what a rank is told, waits for a signal if asked to, and ends with a code of its own.
+#: In place of python: shows what a rank is told, waits for a signal if it is one of those that are asked to, and ends
+#: with a code of its own.
 STAND_IN = """#!/bin/bash
-echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $OMP_NUM_THREADS $*"
-if [ -n "$WAITS" ]; then
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS $*"
+if [[ "$WAITS" == *$RANK* ]]; then
     trap 'exit 85' USR1
     trap 'exit 0' TERM
     echo ready
@@ -48,39 +52,58 @@ def submit(job: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(["bash", SCRIPT, *arguments], env=job, cwd=REPOSITORY, capture_output=True, text=True)
 
 
-def test_every_rank_is_told_its_place(job: dict[str, str]) -> None:
-    done = submit(job, "--stage", "2", "--set=visft.data.root=a folder")
-    assert (done.returncode, done.stderr) == (0, "")
-    rest = "4 2 127.0.0.1 1 launchers/train.py --stage 2 --set=visft.data.root=a folder"
-    assert sorted(done.stdout.splitlines()) == [f"{rank} {rank % 2} {rest}" for rank in range(4)]
-
-
-@pytest.mark.parametrize("code", [2, 3, 85])
-def test_only_the_code_of_a_stop_by_sigusr1_queues_the_job_again(code: int, job: dict[str, str]) -> None:
-    assert submit({**job, "CODE": str(code)}).returncode == code
-    assert requeued(job) == ([f"requeue {job['SLURM_JOB_ID']}"] if code == 85 else [])
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 0)])
-def test_a_signal_to_the_script_reaches_every_rank(number: signal.Signals, code: int, job: dict[str, str]) -> None:
+def start(job: dict[str, str]) -> subprocess.Popen[str]:
+    """A job whose waiting ranks are ready."""
     process = subprocess.Popen(
-        ["bash", SCRIPT],
-        env={**job, "WAITS": "1"},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        ["bash", SCRIPT], env=job, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    for _ in job["WAITS"]:
+        wait_for(process, "ready")
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """Exit code of a job."""
     try:
-        for _ in range(4):
-            wait_for(process, "ready")
-        process.send_signal(number)
         process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # tasks that wait for a signal would do so for ever
         raise
-    assert process.returncode == code
+    return process.returncode
+
+
+@pytest.mark.parametrize("export", ["ALL", "NONE", "ALL,NAME=value", "NAME=value"])
+def test_every_rank_is_told_its_place(export: str, job: dict[str, str]) -> None:
+    """Whatever `sbatch --export` says, and on a port that Linux gives to no client."""
+    done = submit({**job, "SLURM_EXPORT_ENV": export, "SLURM_JOB_ID": "39999"}, "--stage", "2", "--set=root=a folder")
+    assert (done.returncode, done.stderr) == (0, "")
+    rest = "4 2 127.0.0.1 29999 1 launchers/train.py --stage 2 --set=root=a folder"
+    assert sorted(done.stdout.splitlines()) == [f"{rank} {rank % 2} {rest}" for rank in range(4)]
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["job", "array"])
+@pytest.mark.parametrize("code", [2, 3, 85, 138])
+def test_only_the_code_of_a_stop_by_sigusr1_queues_the_job_again(code: int, array: bool, job: dict[str, str]) -> None:
+    """138: of a rank that SIGUSR1 met before its Python ran. Of an array one element alone has another turn."""
+    if array:
+        job = {**job, "SLURM_ARRAY_JOB_ID": job["SLURM_JOB_ID"], "SLURM_ARRAY_TASK_ID": "3"}
+    assert submit({**job, "CODE": str(code)}).returncode == code
+    assert requeued(job) == ([f"requeue {job_of(job)}"] if code in (85, 138) else [])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGTERM, 0)])
+def test_a_signal_to_the_script_reaches_every_rank(number: signal.Signals, code: int, job: dict[str, str]) -> None:
+    """Of SIGTERM srun would kill them."""
+    process = start({**job, "WAITS": "0123"})
+    process.send_signal(number)
+    assert ended(process) == code
     assert len(requeued(job)) == (code == 85)
+
+
+def test_a_job_whose_ranks_do_not_end_together_ends(job: dict[str, str]) -> None:
+    """SLURM may never hear of the end of one; the job would be there until its time is over."""
+    assert ended(start({**job, "WAITS": "13", "SLURM_WAIT": "1"})) == 128 + signal.SIGKILL
+    assert requeued(job) == []
 
 
 def test_what_is_missing_is_said_in_one_line(job: dict[str, str], tmp_path: Path) -> None:
@@ -89,6 +112,7 @@ def test_what_is_missing_is_said_in_one_line(job: dict[str, str], tmp_path: Path
         ({}, tmp_path, "submit from the folder of the repository"),
         ({"PYTHON": "no-such-python"}, REPOSITORY, "make install"),
         ({"SLURM_NTASKS_PER_NODE": ""}, REPOSITORY, "state --ntasks-per-node"),
+        ({"SLURM_NTASKS": "2"}, REPOSITORY, "leave out --ntasks"),
     ):
         done = subprocess.run(["bash", script], env={**job, **changes}, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1

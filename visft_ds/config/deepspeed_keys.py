@@ -38,8 +38,7 @@ REFUSED: dict[str, str] = {
     "torch_autocast": _PRECISION,
     "data_types": _PRECISION,
     "amp": f"{_REMOVED}; {_PRECISION}",
-    "activation_checkpointing": "state visft.model.checkpoint_every: every k-th block is recomputed, 0 for none; and "
-    "visft.model.recompute: what of it",
+    "activation_checkpointing": "state visft.model.recompute: what is computed again of each block",
     "checkpoint": _CHECKPOINT,
     "datastates_ckpt": _CHECKPOINT,
     "nebula": f"{_REMOVED}; {_CHECKPOINT}",

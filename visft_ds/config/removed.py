@@ -26,6 +26,10 @@ KEYS: dict[str, str] = {
     "visft.run.min_loss_scale": "an overflow at a loss scale of 1 stops the run; use visft.model.precision=bf16",
     "visft.run.skip_spikes": "leaps of the loss are reported (visft.run.spike_threshold), never refused",
     "visft.data.cache_mode": "visft.data.cache keeps whole shards (docs/remote.md)",
+    "visft.model.checkpoint_every": "visft.model.recompute alone decides, for all blocks: none where this was 0, "
+    "block or another policy where it was 1; every k-th block is offered no more, auto takes the fastest that fits",
+    "visft.model.fit_memory": "visft.model.recompute=auto, the default, takes the fastest that fits",
+    "visft.model.memory_limit": "state visft.model.recompute; auto fills what the device or its control group has",
     "visft.model.base": "frozen matrices have visft.model.precision; for fewer bits use torchao on your own model",
 }
 #: Keys that a record written before may hold with a value that changed nothing: key -> that value.
@@ -93,6 +97,7 @@ def without_removed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values of a recorded configuration without removed keys; those that did something are named on stderr."""
     kept = copy.deepcopy(dict(values))
     _ratios_to_updates(kept)
+    _to_one_policy(kept)
     idle = IDLE | {key: value for key, (_, value) in registry.removed_settings().items()}
     for key, instead in removed_keys().items():
         *parents, name = key.split(".")
@@ -118,6 +123,20 @@ def missing_keys(values: Mapping[str, Any]) -> dict[str, Any]:
                 target = target.setdefault(parent, {})
             target[name] = value
     return missing
+
+
+def _to_one_policy(values: dict[str, Any]) -> None:
+    """Give a model that states `checkpoint_every` the policy that it stood for, in place."""
+    visft = values.get("visft")
+    model = visft.get("model") if isinstance(visft, dict) else None
+    if not isinstance(model, dict) or "checkpoint_every" not in model:
+        return
+    if model["checkpoint_every"] == 0:
+        model["recompute"] = "none"
+    if model["checkpoint_every"] in (0, 1):  # of every other number the answer to a removed key tells
+        del model["checkpoint_every"]
+    model.setdefault("recompute", "block")
+    model.pop("fit_memory", None)  # the record has what it chose
 
 
 def _ratios_to_updates(values: dict[str, Any]) -> None:

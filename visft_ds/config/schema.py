@@ -106,12 +106,11 @@ class ModelConfig(StrictModel):
     weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
-    checkpoint_every: Count = 0  #: activation checkpointing of every k-th block; 0: none
-    recompute: Literal["block", "mlp", "all_but_attention", "gelu_8bit"] = "block"  #: recomputed part of them
-    fit_memory: bool = False  #: replace these two at start by the fastest that fit, as predicted
-    memory_limit: Positive | None = None  #: bytes of a process that this may fill; null: what its device has
+    #: what the backward pass computes again of each block instead of keeping it; auto: the fastest that fits, at start
+    recompute: Literal["auto", "none", "block", "mlp", "all_but_attention", "gelu_8bit"] = "auto"
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
     packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
+    tf32: bool = False  #: float32 products and convolutions of GPUs in TF32, see docs/kernels.md; false: in full
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
 
     @property
@@ -203,6 +202,7 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look

@@ -265,16 +265,12 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
         if name != "image_size":
             problem = f"{model.preset} has its own shape: only image_size may be set"
             yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"
-    if model.checkpoint_every > 1:
-        yield "visft.model.checkpoint_every", "timm's models compute every block again (1) or none (0)"
-    if model.recompute != "block":
-        yield "visft.model.recompute", 'timm\'s models know "block" only'
+    if model.recompute not in ("auto", "none", "block"):
+        yield "visft.model.recompute", f"must be auto, none or block with {model.preset}"
     if model.packed:
         yield "visft.model.packed", f"must be false with {model.preset}, whose images are padded"
     if model.compile != "none":
         yield "visft.model.compile", f"must be none with {model.preset}"
-    if model.fit_memory:
-        yield "visft.model.fit_memory", "chooses among policies that timm's models do not have: must be false"
 
 
 def _unknown_metric(visft: VisftConfig) -> Iterator[tuple[str, str]]:
@@ -348,11 +344,11 @@ def _compile_contradictions(visft: VisftConfig, keys: DeepSpeedKeys) -> Iterator
         yield key, "must be blocks or none with a pipeline, which keeps several micro-batches under way at once"
     if model.compile == "cuda_graphs" and model.packed:
         yield key, "must be blocks or none with visft.model.packed: packed images hardly ever have one shape twice"
-    if model.packed and model.checkpoint_every and model.recompute == "all_but_attention":
+    if model.packed and model.recompute == "all_but_attention":
         yield (
             "visft.model.recompute",
-            "must be block, mlp or gelu_8bit with visft.model.compile and visft.model.packed: attention over packed "
-            "images is not compiled, so that nothing tells the compiler to keep its result",
+            "must be auto, none, block, mlp or gelu_8bit with visft.model.compile and visft.model.packed: attention "
+            "over packed images is not compiled, so that nothing tells the compiler to keep its result",
         )
     if model.kernels == "triton":
         yield key, "must be none with visft.model.kernels = triton: the compiler makes kernels of its own"

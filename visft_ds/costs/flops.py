@@ -76,8 +76,7 @@ class TowerShape:
     post_norm: bool
     rank: int = 0  #: of the adapters; 0: none
     targets: tuple[str, ...] = ()  #: names of models.lora.TARGETS
-    checkpoint_every: int = 0
-    recompute: str = "block"  #: one of models.eva_vit.RECOMPUTE
+    recompute: str = "none"  #: or one of models.eva_vit.RECOMPUTE
     plain_attention_below: int = 0  #: tokens of an image, see `visft_ds.ops.attention.plain_below`
     linear_keeps_late: bool = False  #: DeepSpeed's linear layer (ZeRO-3) notes what it keeps after its product
     trainable: frozenset[str] = frozenset()  #: qualified names within the backbone; empty: only a forward
@@ -106,7 +105,6 @@ def tower_from(
         post_norm=backbone.post_norm,
         rank=lora.rank if lora else 0,
         targets=tuple(lora.targets) if lora else (),
-        checkpoint_every=backbone.checkpoint_every,
         recompute=backbone.recompute,
         plain_attention_below=plain_attention_below,
         linear_keeps_late=linear_keeps_late,
@@ -157,8 +155,7 @@ def _block(tower: TowerShape, index: int, images: int, tokens: int, flows: bool)
             costs[layer] = cost
             total += cost
         flows = flows or inside or _any(tower, (f"{start}norm{branch}.",))
-    chosen = tower.checkpoint_every and index % tower.checkpoint_every == 0 and tower.recompute != "gelu_8bit"
-    if tower.trainable and chosen:
+    if tower.trainable and tower.recompute not in ("none", "gelu_8bit"):
         again = _again(tower, start, costs, attention_kept=products == FUSED_ATTENTION)
         total += Flops(recompute=again if (inside if tower.recompute == "mlp" else flows) else 0)
     return total, flows

@@ -62,13 +62,13 @@ class CompiledBlocks:
         self._seen[key] = known + 1
         self._recording = known + 1 >= _REPEATS
 
-    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
+    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor:
         """Run a block; see `eva_vit.run_block`."""
         if self._recording and self._recorded is not None:
             return self._recorded(block, x, packing, policy)
         if packing is not None and policy == "block":
             # Attention over packed images is not compiled, and what is recomputed has to be compiled whole.
-            out: Tensor = recomputed(self._any_shape)(block, x, packing, None)
+            out: Tensor = recomputed(self._any_shape)(block, x, packing, "none")
             return out
         assert packing is None or policy != "all_but_attention"  # the configuration refuses it
         return self._any_shape(block, x, packing, policy)

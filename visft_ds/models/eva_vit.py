@@ -207,8 +207,8 @@ class Block(nn.Module):
         return x, self._mlp(x, coded_gelu)
 
 
-def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor:
-    """Run a block, (B, N, D) -> (B, N, D); `policy`: what of it is recomputed, one of RECOMPUTE, or None: nothing."""
+def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor:
+    """Run a block, (B, N, D) -> (B, N, D); `policy`: what of it is recomputed, "none" or one of RECOMPUTE."""
     run: Callable[..., Tensor] = block
     if policy == "mlp":
         run = partial(block, recompute_mlp=True)
@@ -216,7 +216,7 @@ def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str 
         run = partial(block, coded_gelu=True)
     elif policy == "all_but_attention":
         run = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
-    elif policy is not None:
+    elif policy == "block":
         if isinstance(block, Block) and block.recomputes_all():
             whole = block if packing is None else partial(block, packing=packing)
             out: Tensor = _Recomputed.apply(whole, x, *_trained(block))
@@ -241,7 +241,7 @@ class BlockRunner(Protocol):
 
     def begin(self, images: Tensor, *, training: bool, packed: bool) -> None: ...
 
-    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str | None) -> Tensor: ...
+    def __call__(self, block: nn.Module, x: Tensor, packing: Packing | None, policy: str) -> Tensor: ...
 
 
 class EvaViT(nn.Module):
@@ -252,8 +252,7 @@ class EvaViT(nn.Module):
     parameters are gathered for a module's own forward only.
 
     Attributes:
-        checkpoint_every: recompute every k-th block in the backward pass instead of keeping its activations; 0: none.
-        recompute: what of these blocks, see RECOMPUTE.
+        recompute: what of each block is recomputed in the backward pass: "none", or one of RECOMPUTE.
         pixel_mean, pixel_std: of the RGB channels in [0, 1], with which images are normalised.
         compiled: runs the blocks in the place of `run_block`, if given.
     """
@@ -283,8 +282,7 @@ class EvaViT(nn.Module):
         self.patch_size = patch_size
         self.image_size = image_size
         self.post_norm = post_norm
-        self.checkpoint_every = 0
-        self.recompute = "block"
+        self.recompute = "none"
         self.compiled: BlockRunner | None = None
         side = image_size // patch_size
         self.cls_token: nn.Parameter | None = None
@@ -319,16 +317,16 @@ class EvaViT(nn.Module):
         grids = self.grids(frames)
         x = self.embed(images, grids)
         packing = self.packing(grids, x.device)
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(index, block, x, packing)
+        for block in self.blocks:
+            x = self.run_block(block, x, packing)
         return self.feature_maps(self.norm(x), grids)
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, [1 +] h*w, D), normed; the class token, if there is one, first."""
         self._begin(images, packed=False)
         x = self.embed(images)
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(index, block, x)
+        for block in self.blocks:
+            x = self.run_block(block, x)
         out: Tensor = self.norm(x)
         return out
 
@@ -353,10 +351,9 @@ class EvaViT(nn.Module):
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def run_block(self, index: int, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """Run a block, recomputed in the backward pass if `checkpoint_every` selects it."""
-        chosen = self.checkpoint_every > 0 and index % self.checkpoint_every == 0
-        policy = self.recompute if chosen and self.training and torch.is_grad_enabled() else None
+    def run_block(self, block: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Run a block, recomputed in the backward pass as `recompute` says."""
+        policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
         run = self.compiled or run_block
         return run(block, x, packing, policy)
 

@@ -57,8 +57,7 @@ class TimmBackbone(nn.Module):
         self.image_size = options.get("img_size", int(config["input_size"][-1]))
         self.pixel_mean, self.pixel_std = tuple(config["mean"]), tuple(config["std"])
         self.classifier_names: str | tuple[str, ...] = config.get("classifier") or ()
-        self._every = 0
-        self.recompute = "block"
+        self._recompute = "none"
         probe = self if next(self.parameters()).is_meta else _on_meta(self)
         self.left_out = self._cut(probe)
         self.width, self.patch_size = self._measure(probe)
@@ -88,18 +87,18 @@ class TimmBackbone(nn.Module):
         return self
 
     @property
-    def checkpoint_every(self) -> int:
-        """1: every block, or stage, is recomputed in the backward pass; 0: none. timm knows no other numbers."""
-        return self._every
+    def recompute(self) -> str:
+        """ "block": every block, or stage, is recomputed in the backward pass; "none". timm knows no other policies."""
+        return self._recompute
 
-    @checkpoint_every.setter
-    def checkpoint_every(self, every: int) -> None:
+    @recompute.setter
+    def recompute(self, policy: str) -> None:
         from timm.layers import set_reentrant_ckpt
 
         set_reentrant_ckpt(False)  # a reentrant one gives no gradient to adapters behind a frozen stem
-        self._every = every
-        if every or self._timm[0].__dict__.get("grad_checkpointing"):
-            self._timm[0].set_grad_checkpointing(bool(every))
+        self._recompute = policy
+        if policy != "none" or self._timm[0].__dict__.get("grad_checkpointing"):
+            self._timm[0].set_grad_checkpointing(policy != "none")
 
     def describe(self) -> str:
         """A few words for the console."""

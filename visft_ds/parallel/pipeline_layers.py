@@ -68,7 +68,6 @@ class BlockLayer(nn.Module):
         super().__init__()
         self._model = (model,)
         self._packings = packings
-        self._index = index
         self.block = require_eva_vit(model.backbone).blocks[index]
 
     def forward(self, travelling: Travelling) -> Travelling:
@@ -76,7 +75,7 @@ class BlockLayer(nn.Module):
         tokens, label = travelling
         model = self._model[0]
         _, packing = self._packings.of(model, label)
-        return require_eva_vit(model.backbone).run_block(self._index, self.block, tokens, packing), label
+        return require_eva_vit(model.backbone).run_block(self.block, tokens, packing), label
 
 
 class HeadsLayer(nn.Module):

@@ -5,7 +5,7 @@ step, bytes by part. messages: what ranks send. fitting: changes that fit. clust
 the fastest settings on a cluster.
 """
 
-from visft_ds.planner.fitting import Suggestion, fitting_settings, memory_of, settle_recompute
+from visft_ds.planner.fitting import Suggestion, fitting_settings
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_memory, run_of
 from visft_ds.tasks.spec import Content
 
@@ -15,9 +15,7 @@ __all__ = [
     "PlannedRun",
     "Suggestion",
     "fitting_settings",
-    "memory_of",
     "plan_largest",
     "plan_memory",
     "run_of",
-    "settle_recompute",
 ]

@@ -1,36 +1,21 @@
-"""Settings with which a configuration fits: suggestions, and recomputing that just fits, chosen before a start.
+"""Suggestions of settings with which a configuration fits.
 
 Every change is predicted to fit; the one that costs least time comes first.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.parallel import distributed
-from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, run_of, trace_step
-from visft_ds.prepare.model import choose_precision
-from visft_ds.prepare.streams import known_vocabulary
-from visft_ds.run.folder import recorded_config, saved_something
+from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_stream, trace_step
 
 #: Of a GPU's memory, what a plan may fill: the CUDA context, libraries' workspaces and fragmentation take the rest.
 MEMORY_SHARE = 0.92
-#: (checkpoint_every, recompute), from the one that costs least time to the one that keeps least.
-POLICIES = (
-    (0, "block"),
-    (4, "mlp"),
-    (2, "mlp"),
-    (1, "mlp"),
-    (1, "all_but_attention"),
-    (1, "block"),
-)
+#: From the one that computes least to the one that keeps least. gelu_8bit rounds gradients, so that a user states it.
+_POLICIES = ("none", "mlp", "all_but_attention", "block")
 #: A step that gathers or sends weights and tokens, over one that does not: assumed, it depends on the links.
 _DIVIDED = 1.1
 
@@ -39,15 +24,25 @@ _DIVIDED = 1.1
 class Suggestion:
     """Settings that fit."""
 
-    settings: tuple[str, ...]  #: flags of visft train, e.g. "--set visft.model.checkpoint_every=1"
+    settings: tuple[str, ...]  #: flags of visft train, e.g. "--set visft.model.recompute=block"
     memory: MemoryPlan
     relative_time: float  #: of a step, by its operations; 1.0: as now
 
 
-def policy_settings(every: int, recompute: str) -> tuple[str, ...]:
-    """Assignments that choose a policy of activation checkpointing."""
-    settings = (f"visft.model.checkpoint_every={every}",)
-    return (*settings, f"visft.model.recompute={recompute}") if every else settings
+def policies_of(config: ResolvedConfig) -> tuple[str, ...]:
+    """Values of visft.model.recompute that change what a step keeps and none of its results, of `_POLICIES`."""
+    model = config.visft.model
+    if config.visft.stage == 1:
+        return _POLICIES[:1]  # a frozen backbone keeps nothing
+    if model.timm is not None:
+        return "none", "block"
+    alone = model.packed and model.compile != "none"  # attention over packed images is not compiled
+    return tuple(policy for policy in _POLICIES if not (alone and policy == "all_but_attention"))
+
+
+def recompute_setting(policy: str) -> str:
+    """Assignment that states a policy."""
+    return f"visft.model.recompute={policy}"
 
 
 def fitting_settings(now: PlannedRun, capacity: int) -> list[Suggestion]:
@@ -97,10 +92,9 @@ def _flags(settings: Sequence[str]) -> tuple[str, ...]:
 
 
 def _recomputing(config: ResolvedConfig) -> Candidates:
-    model = config.visft.model
-    for every, recompute in POLICIES:
-        if every and (every, recompute) != (model.checkpoint_every, model.recompute):
-            settings = policy_settings(every, recompute)
+    for policy in policies_of(config):
+        if policy not in ("none", config.visft.model.recompute):
+            settings = (recompute_setting(policy),)
             yield _flags(settings), changed(config, settings), 1.0
 
 
@@ -127,52 +121,3 @@ def _engines(config: ResolvedConfig, world_size: int) -> Candidates:
             settings = (f"pipeline.stages={stages}",)
             flags = ("--engine pipeline", *_flags(settings))
             yield flags, changed(config, settings, engine="pipeline"), _DIVIDED
-
-
-# ---------------------------------------------------------------------------------- recomputing that just fits
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's memory."""
-    if device.type == "cuda":
-        return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(0.8 * host) // distributed.processes_here()
-
-
-def settle_recompute(config: ResolvedConfig, out: Path) -> tuple[ResolvedConfig, str]:
-    """The configuration with its policy decided, and why; nothing to decide without `visft.model.fit_memory`.
-
-    A run that goes on keeps the policy it began with: memory changes, and so would results in their last bits.
-
-    Raises:
-        ValueError: no policy fits; says what else helps.
-    """
-    model = config.visft.model
-    if not model.fit_memory:
-        return config, "as configured"
-    if saved_something(out):
-        before = recorded_config(out).visft.model
-        if before.fit_memory:
-            return changed(config, policy_settings(before.checkpoint_every, before.recompute)), "as the run began"
-    device, processes = distributed.local_device(), distributed.world_size()
-    precision, _ = choose_precision(model.precision, device)
-    vocabulary = known_vocabulary(config.visft)
-    size = vocabulary.size if vocabulary else None
-    capacity = model.memory_limit or memory_of(device)
-    for every, recompute in POLICIES:
-        candidate = changed(config, policy_settings(every, recompute))
-        run = run_of(candidate, processes, precision, size, device)
-        plan = plan_largest(run)
-        if plan.total <= capacity:
-            return candidate, f"the fastest that fits: {_mib(plan.total)} of {_mib(capacity)}, as predicted"
-    others = fitting_settings(run, capacity)
-    help_ = "; ".join(" ".join(suggestion.settings) for suggestion in others) or "a smaller --model, or more memory"
-    raise ValueError(
-        f"visft.model.fit_memory: even with every block computed again a step needs {_mib(plan.total)} of "
-        f"{_mib(capacity)}, as predicted. What helps: {help_}"
-    )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

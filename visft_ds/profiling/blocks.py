@@ -26,7 +26,7 @@ from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
 from visft_ds.models.lora import LoRALinear, inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import attention_backend, use_fixed_lengths
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
 from visft_ds.ops.triton import why_not
 from visft_ds.profiling.harness import (
@@ -145,12 +145,13 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         ours, trained = _projections(backbone), list(lora_parameters(backbone).values())
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
+            use_fixed_lengths([tokens])
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
             heads = backbone.width // backbone.num_heads
             found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
             found["attention"] = attention_backend(device, DTYPES[name], heads, tokens)
             if KEPT in options.parts:
-                found[KEPT] = {policy: _kept(backbone, ours, policy, x) for policy in ("nothing", *RECOMPUTE)}
+                found[KEPT] = {policy: _kept(backbone, ours, policy, x) for policy in ("none", *RECOMPUTE)}
             if PROJECTION in options.parts:
                 found[PROJECTION] = _measure(_projection_cases(backbone, plain[0]), x, options.repeats, trained)
             if BLOCKS in options.parts:
@@ -189,7 +190,7 @@ def _block_cases(backbone: EvaViT, plain: Sequence[nn.Module], ours: Sequence[nn
         for name, projection in ((DENSE, dense_update), (AFTERWARDS, added_afterwards))
     }
     layers: dict[str, Sequence[nn.Module]] = {FROZEN_LAYERS: plain, OURS: ours, **others}
-    cases = {name: _blocks(backbone, chosen, "nothing") for name, chosen in layers.items()}
+    cases = {name: _blocks(backbone, chosen, "none") for name, chosen in layers.items()}
     return cases | {f"{OURS}, {policy}": _blocks(backbone, ours, policy) for policy in RECOMPUTE}
 
 
@@ -199,11 +200,10 @@ def _projections(backbone: EvaViT) -> list[nn.Module]:
 
 def _blocks(backbone: EvaViT, projections: Sequence[nn.Module], policy: str) -> Case:
     def run(x: Tensor) -> Tensor:
-        backbone.checkpoint_every = 0 if policy == "nothing" else 1
-        backbone.recompute = "block" if policy == "nothing" else policy
-        for index, (block, projection) in enumerate(zip(backbone.blocks, projections, strict=True)):
+        backbone.recompute = policy
+        for block, projection in zip(backbone.blocks, projections, strict=True):
             block.get_submodule("attn").register_module("qkv", projection)
-            x = backbone.run_block(index, block, x)
+            x = backbone.run_block(block, x)
         return x
 
     return run

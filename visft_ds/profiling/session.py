@@ -25,15 +25,18 @@ from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler
 from visft_ds.ops import use_kernels
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
 from visft_ds.parallel.placement import placement_for
+from visft_ds.planner import run_of
 from visft_ds.prepare.datasets import settle_classes, workers_of
 from visft_ds.prepare.model import choose_precision, plan_groups, prepare_model
 from visft_ds.prepare.streams import pipeline_of, streams_of, vocabulary_of
 from visft_ds.profiling.data import GENERATED_SIZE, every_word
 from visft_ds.resilience.host_memory import host_memory_available, memory_bounded
+from visft_ds.run.machine import choose_recompute
 from visft_ds.shards.build import Options, build
 from visft_ds.tasks.vocabulary import Vocabulary
 from visft_ds.toy.annotations import write_toy_coco
@@ -78,6 +81,7 @@ class Session:
             workers=kind,
             num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
+            device=self.engine.device,
         )
 
 
@@ -103,6 +107,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     use_kernels(config.visft.model.kernels, device)
+    use_numerics(device, tf32=config.visft.model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(config.visft.model.compile, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):
@@ -112,6 +117,11 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
         distributed.assert_same_on_all_ranks({"configuration": config.fingerprint(), "data set": manifest.fingerprint})
         heads = Path(settings.heads.path) if settings.heads.path else None
         vocabulary = vocabulary_of(settings, manifest)
+        if settings.model.recompute == "auto":
+            words = None if vocabulary is None else vocabulary.size
+            run = run_of(config, distributed.world_size(), precision, words, device)
+            config, _ = choose_recompute(config, run, None)
+            settings = config.visft
         for_deepspeed = deepspeed_dict(config, distributed.world_size(), precision)
         prepared = prepare_model(
             settings,

@@ -213,7 +213,7 @@ def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
         raise RankError(
             f"a step of {stream} does not fit into memory with {micro} images at once ({first}). Less "
             f"at once: --set {key}.micro_batch={max(1, micro // 2)}; fewer activations: --set "
-            "visft.model.checkpoint_every=1; divided weights: --engine zero3 on more GPUs"
+            "visft.model.recompute=block; divided weights: --engine zero3 on more GPUs"
         ) from error
 
 
@@ -339,6 +339,7 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
         *measured_on(record),
         ("precision", record["precision"]),
         ("attention", record["attention"]),
+        ("recompute", record["config"]["visft"]["model"]["recompute"]),
         ("compared with", f"{first['reference']['flops_per_second'] / 1e12:.4g} TFLOP/s: {first['reference']['text']}"),
         *(("not as in training", note) for note in record["differs_from_training"]),
     ]

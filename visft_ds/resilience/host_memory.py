@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import torch
 
-#: Control groups of version 2 and 1: folder, limit, use, and the entry of memory.stat for cached files.
+#: Control groups of version 2 and 1: folder, controllers in the process's list of groups, limit, use, and the entry of
+#: memory.stat for cached files.
 _CONTROL_GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("/sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+_OWN_GROUPS = Path("/proc/self/cgroup")
 _STATUS = Path("/proc/self/status")
 #: Limits of a process, and the line of its status that counts towards each.
 _LIMITS = {resource.RLIMIT_AS: "VmSize", resource.RLIMIT_DATA: "VmData"}
@@ -39,15 +41,33 @@ def memory_in_use() -> dict[int, int]:
 def host_memory_available() -> int:
     """Bytes that are free: what the kernel calls available, or less where a control group says so."""
     available = int(psutil.virtual_memory().available)
-    for folder, limit, used, cache in _CONTROL_GROUPS:
-        files = [Path(folder) / name for name in (limit, used, "memory.stat")]
-        if all(file.is_file() for file in files):
-            most, now, statistics = (file.read_text(encoding="utf-8") for file in files)
-            if most.strip().isdecimal():  # else "max": no limit
-                # Files that were read once count as used until somebody needs the room.
-                idle = re.findall(rf"^{cache} (\d+)", statistics, re.M)
-                available = min(available, int(most) - int(now) + int(idle[0] if idle else 0))
+    for limit, used in _control_group_limits():
+        available = min(available, limit - used)
     return max(available, 0)
+
+
+def host_memory() -> int:
+    """Bytes that this process's machine has, or fewer where a control group says so."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _control_group_limits())])
+
+
+def _control_group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, use) in bytes of this process's control group and of those around it that have a limit.
+
+    In a container the own one is the root; a scheduler such as SLURM limits one in the middle of the path.
+    """
+    listed = _OWN_GROUPS.read_text(encoding="utf-8").splitlines() if _OWN_GROUPS.is_file() else []
+    own = {names: path for _, names, path in (line.split(":", 2) for line in listed)}
+    for root, controller, limit, used, cache in _CONTROL_GROUPS:
+        path = next((path for names, path in own.items() if controller in names.split(",")), "/")
+        for group in (Path(path.lstrip("/")), *Path(path.lstrip("/")).parents):
+            files = [Path(root) / group / name for name in (limit, used, "memory.stat")]
+            if all(file.is_file() for file in files):
+                most, now, statistics = (file.read_text(encoding="utf-8") for file in files)
+                if most.strip().isdecimal():  # else "max": no limit
+                    # Files that were read once count as used until somebody needs the room.
+                    idle = re.findall(rf"^{cache} (\d+)", statistics, re.M)
+                    yield int(most), int(now) - int(idle[0] if idle else 0)
 
 
 @contextmanager

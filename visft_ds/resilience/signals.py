@@ -5,12 +5,13 @@ Imports nothing heavy, so that what it offers is there before torch is.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from visft_ds.resilience import processes
 from visft_ds.resilience.errors import INTERRUPTED, LOST_CODE
@@ -57,6 +58,7 @@ class StopFlag:
     def __init__(self, *, launched: bool) -> None:
         self.reason = ""
         self.requeue = False  #: the job is to be queued again
+        self.requeue_code = 0  #: exit code of a start that is asked for it; until it is set, the request waits
         self._replaced: dict[int, Any] = {}  # number of a signal -> the handler that was there before
         # Without a launcher (nohup, a shell that ends) there is nobody to miss.
         self._launcher = os.getppid() if launched else 0
@@ -73,12 +75,30 @@ class StopFlag:
         """Until `listen`, end this process when the launcher or supervisor is gone: there is nothing to save yet.
 
         The start of a large model takes minutes, in which nobody looks at the flag. A Ctrl-C, too, ends a launched
-        process at once: as an exception it would wait for the other ranks on its way out.
+        process at once: as an exception it would wait for the other ranks on its way out. SIGUSR1 ends it with
+        `requeue_code`; it is kept back for the thread, because a handler would wait for the main thread, which may be
+        within a call for minutes: the one that meets the other ranks.
         """
         if self._launcher and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._interrupt_at_start)
+        if self._launcher:
+            sys.stdout, sys.stderr = self._outliving(sys.stdout), self._outliving(sys.stderr)
         if self._launcher or self._supervisor:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
             threading.Thread(target=self._end_at_start, name="launcher", daemon=True).start()
+
+    def _outliving(self, stream: TextIO) -> TextIO:
+        """The stream, which asks for a stop where its reader is gone: pdsh ends before the ranks are told to, and the
+        next line of the progress would be an error instead of a saved step."""
+        raw = _Output(stream.fileno(), self)
+        unbuffered = isinstance(stream, io.TextIOWrapper) and stream.write_through
+        return io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=bool(stream.line_buffering),
+            write_through=unbuffered,
+        )
 
     def _interrupt_at_start(self, number: int, frame: FrameType | None) -> None:
         print("stopped before the first step: signal SIGINT", file=sys.stderr, flush=True)
@@ -86,9 +106,11 @@ class StopFlag:
 
     def _end_at_start(self) -> None:
         while not self._listening.wait(_LOOK):
-            if self:
-                print(f"stopped before the first step: {self.reason}", file=sys.stderr, flush=True)
-                os._exit(LOST_CODE)
+            asked = self.requeue_code != 0 and signal.SIGUSR1 in signal.sigpending()
+            if asked or self:
+                reason = "signal SIGUSR1" if asked else self.reason
+                print(f"stopped before the first step: {reason}", file=sys.stderr, flush=True)
+                os._exit(self.requeue_code if asked else LOST_CODE)
 
     def listen(self) -> None:
         """From now on signals set the flag; before, they end the process as usual: there is nothing to save yet.
@@ -98,6 +120,7 @@ class StopFlag:
         self._listening.set()
         if threading.current_thread() is threading.main_thread():
             self._replaced = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
     def why(self) -> str:
         """Why this rank stopped, for its last heartbeat; `reason` is empty where another rank was asked."""
@@ -131,3 +154,18 @@ class StopFlag:
     def _is_unsupervised(self) -> bool:
         pid, born, home = self._supervisor.split(" ", 2)
         return processes.state(int(pid), born, home) == "gone"
+
+
+class _Output(io.FileIO):
+    """Output of a process, whose reader may go."""
+
+    def __init__(self, descriptor: int, stop: StopFlag) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._stop = stop
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._stop.reason = self._stop.reason or "nobody reads the output any more"
+            return len(text)

@@ -37,6 +37,7 @@ from visft_ds.resilience.processes import machine, started
 STACKS = signal.SIGUSR2
 #: What a rank says that ends because of another one.
 _FOLLOWED = "another rank ended first"
+_SHOWN = 8  #: ranks in a message
 _LONGEST_BEAT = 5.0  #: seconds between two heartbeats, at most
 
 
@@ -256,18 +257,36 @@ class Watchdog:
         return beat.machine == self._beat.machine and self._beat.rank == min(others, default=-1)
 
     def _who_is_gone(self) -> tuple[str, int]:
-        """Rank that ended, after an error of the backend that does not say, and its exit code if it left one."""
-        deadline = time.monotonic() + 2 * self._interval
-        while time.monotonic() < deadline:
+        """Rank that ended, after an error of the backend that does not say, and its exit code if it left one.
+
+        A process of another machine is not to be seen from here: what tells is that its heartbeat stands still while
+        those of the others, this rank's too, go on.
+        """
+        now = time.monotonic()
+        deadline, beaten = now + 2 * self._interval, now
+        first: dict[int, int] = {}  # rank -> its count at the first look
+        while now < deadline:
             found = [beat for rank, beat in self._read().items() if rank != self._beat.rank]
             for beat in found:
                 if beat.ended not in ("", _FOLLOWED):
-                    return f"another rank ended first: {beat.where()}: {beat.ended}", beat.code or LOST_CODE
+                    return f"{_FOLLOWED}: {beat.where()}: {beat.ended}", beat.code or LOST_CODE
             gone = [beat.where() for beat in found if process_state(beat) == "gone" and not beat.ended]
             if gone:
-                return f"another rank ended first: {', '.join(gone)} was killed, or out of memory", LOST_CODE
+                return f"{_FOLLOWED}: {', '.join(gone)} was killed, or out of memory", LOST_CODE
+            if now - beaten >= self._interval / 2:
+                with contextlib.suppress(OSError):  # of a full disk
+                    self._write()
+                beaten = now
+            silent = [
+                beat for beat in found if beat.count == first.setdefault(beat.rank, beat.count) and not beat.ended
+            ]
             time.sleep(0.02)
-        return "another rank ended first", LOST_CODE
+            now = time.monotonic()
+        if not silent:
+            return _FOLLOWED, LOST_CODE
+        names = ", ".join(beat.where() for beat in silent[:_SHOWN])
+        more = f" and {len(silent) - _SHOWN} others" if len(silent) > _SHOWN else ""
+        return f"{_FOLLOWED}: no sign of life since then from {names}{more}", LOST_CODE
 
     def _write(self) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from visft_ds.evals.runner import as_metrics, measure
 from visft_ds.tasks import Results
 
 _ORDER, _METRICS, _LOG = "evaluation.json", "metrics.json", "judge.log"
+_TRIES = 3  #: of a process that is killed
 _CODE = Path(__file__).resolve().parents[2]  #: where this package is imported from
 
 
@@ -53,8 +54,8 @@ class AsyncEvaluation:
     """Compares results with a split, one evaluation after the other, without ever making the caller wait for one.
 
     Each has a folder `folder`/step_<step> with <task>_results.json (COCO results format), metrics.json and judge.log.
-    Those of the newest measured evaluation stay, earlier ones are removed. An evaluation whose process fails, or that
-    cannot be written, gives a verdict with a problem: it never raises.
+    Those of the newest measured evaluation stay, earlier ones are removed. An evaluation whose process fails, is killed
+    again and again, or that cannot be written, gives a verdict with a problem: it never raises.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, limit: int | None) -> None:
@@ -64,6 +65,7 @@ class AsyncEvaluation:
         self._waiting: deque[int] = deque()
         self._working: tuple[int, subprocess.Popen[bytes]] | None = None
         self._failed: list[EvalResult] = []
+        self._killed: Counter[int] = Counter()
 
     def start(self, step: int, collected: Mapping[str, Results]) -> None:
         """Hand in the results of a step, {task: results}; they are measured as soon as earlier ones are."""
@@ -97,8 +99,15 @@ class AsyncEvaluation:
             step, process = self._working
             if not wait and process.poll() is None:
                 break
-            done.append(self._outcome(step, process.wait()))
+            code = process.wait()
             self._working = None
+            if code < 0:
+                self._killed[step] += 1
+            if code < 0 and self._killed[step] < _TRIES:
+                # Launchers that end a rank kill its children first, while it still saves: no verdict on the results.
+                self._waiting.append(step)
+            else:
+                done.append(self._outcome(step, code))
             self._next()
         done, self._failed = done + self._failed, []
         return done
@@ -139,12 +148,13 @@ class AsyncEvaluation:
         try:
             if code:
                 said = (place / _LOG).read_text(errors="replace").strip().splitlines()
-                return EvalResult(step, {}, (said[-1] if said else f"exit status {code}",))
+                why = f"killed {_TRIES} times, by signal {-code}" if code < 0 else f"exit status {code}"
+                return EvalResult(step, {}, (said[-1] if said and code > 0 else why,))
             found = read_record(place / _METRICS, Measured)
         except (OSError, ValueError) as error:
             return EvalResult(step, {}, (f"its outcome cannot be read: {error}",))
         for earlier, folder in self._places():
-            if earlier < step:
+            if earlier < step and earlier not in self._waiting:
                 shutil.rmtree(folder, ignore_errors=True)
         return EvalResult(step, found.metrics, tuple(found.problems))
 

@@ -7,25 +7,30 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from visft_ds.config import Batches, ResolvedConfig, deepspeed_dict
+import torch
+
+from visft_ds.config import Batches, ResolvedConfig, changed, deepspeed_dict
 from visft_ds.config.resolve import flatten
 from visft_ds.config.schema import RunConfig
 from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.placement import placement_for
-from visft_ds.planner import PlannedRun, run_of, settle_recompute
+from visft_ds.planner import PlannedRun, fitting_settings, run_of
+from visft_ds.planner.fitting import MEMORY_SHARE
 from visft_ds.prepare.datasets import workers_of
 from visft_ds.prepare.materialize import Placement
 from visft_ds.prepare.model import choose_precision
+from visft_ds.resilience.host_memory import host_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch
-from visft_ds.run.folder import open_run_folder, set_aside
+from visft_ds.run.folder import open_run_folder, recorded_config, saved_something, set_aside
 from visft_ds.run.lock import locked
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -46,10 +51,10 @@ class Machine:
     memory: MemoryWatch  #: explains a step that does not fit
 
 
-def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> tuple[ResolvedConfig, Machine]:
-    """Choose precision, kernels, recomputation, batches and layers for the processes that there are.
+def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machine:
+    """Choose precision, kernels, batches and layers for the processes that there are.
 
-    Nothing is allocated. Returns the configuration with what was chosen.
+    Nothing is allocated. What is recomputed is chosen later, by all ranks together.
 
     Args:
         vocabulary_size: of the captions; None where no task works with words.
@@ -58,15 +63,80 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> tuple[
         ValueError: hardware that cannot do what is asked, batches that cannot be divided, or no shared memory.
     """
     model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
-    config, why_recompute = settle_recompute(config, Path(config.visft.run.out or ""))
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
+    use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(model.compile, device)
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)
     check_shared_memory(config, run.batches)
-    return config, Machine(run, why_precision, why_recompute, for_deepspeed, placement, MemoryWatch(run))
+    return Machine(run, why_precision, "as configured", for_deepspeed, placement, MemoryWatch(run))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a plan may fill on this process's device: most of a GPU, or a process's part of the host's memory."""
+    if device.type == "cuda":
+        return int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return int(0.8 * host_memory()) // distributed.processes_here()
+
+
+def settle_recompute(config: ResolvedConfig, machine: Machine) -> tuple[ResolvedConfig, Machine]:
+    """Decide what visft.model.recompute = "auto" means, the same on all ranks; a stated policy stays. Collective.
+
+    Raises:
+        ValueError: on every rank, as `choose_recompute`.
+    """
+    if config.visft.model.recompute != "auto":
+        return config, machine
+    config, why = choose_recompute(config, machine.planned, Path(config.visft.run.out or ""))
+    run = machine.planned.changed(config)
+    placement = placement_for(machine.deepspeed_config, run.partition)  # a pipeline divides by cost
+    return config, replace(machine, planned=run, why_recompute=why, placement=placement, memory=MemoryWatch(run))
+
+
+def choose_recompute(
+    config: ResolvedConfig, run: PlannedRun, out: Path | None, *, must_fit: bool = True
+) -> tuple[ResolvedConfig, str]:
+    """The configuration with the fastest policy that fits every rank, and why. Collective; the main process decides.
+
+    A run that goes on keeps the policy it began with: memory changes, and so would results in their last bits.
+
+    Args:
+        out: folder of a run that may go on; None: of none.
+        must_fit: False: where none fits, that which needs least.
+
+    Raises:
+        ValueError: on every rank: no policy fits; says what helps.
+    """
+    found = list[tuple[str, str]]()
+    rooms = distributed.gather_objects(memory_of(run.device))
+
+    def choose() -> None:
+        if out is not None and saved_something(out):
+            found.append((recorded_config(out).visft.model.recompute, "as the run began"))
+        elif config.visft.stage == 1:
+            found.append(("none", "a frozen backbone keeps nothing"))
+        else:
+            from visft_ds.planner import cluster, search  # a start with a stated policy needs neither
+
+            assert rooms is not None  # this is the main process
+            choice = search.choose_recompute(run, min(rooms), cluster.rates_here(run.device))
+            if must_fit and not choice.fits:
+                least = run.changed(changed(config, [f"visft.model.recompute={choice.policy}"]))
+                others = fitting_settings(least, choice.capacity)
+                helps = "; ".join(" ".join(suggestion.settings) for suggestion in others)
+                raise ValueError(
+                    f"visft.model.recompute = auto: even with {choice.policy} a step needs {choice.needed / 2**30:.2f} "
+                    f"of {choice.capacity / 2**30:.2f} GiB, as predicted. What helps: "
+                    f"{helps or 'a smaller --model, or more memory'}. A stated policy is tried whatever is predicted"
+                )
+            found.append((choice.policy, choice.why))
+
+    by_main_process(choose)
+    policy, why = distributed.broadcast_object(found)[0]
+    visft = changed(config, [f"visft.model.recompute={policy}"]).visft
+    return replace(config, visft=visft), why
 
 
 def rank_facts(config: ResolvedConfig) -> dict[str, str]:

@@ -21,9 +21,10 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops.attention import attention_backend, packed_backend
+from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
+from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
-from visft_ds.planner import PlannedRun, memory_of, plan_largest, run_of
+from visft_ds.planner import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run, known_classes, open_training_data, workers_of
 from visft_ds.prepare.materialize import check_base_file
@@ -37,7 +38,7 @@ from visft_ds.prepare.model import (
 )
 from visft_ds.prepare.streams import known_vocabulary, plan_of, shards_are_here
 from visft_ds.redaction import redacted_values
-from visft_ds.run.machine import Machine
+from visft_ds.run.machine import Machine, choose_recompute, memory_of
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -57,12 +58,6 @@ def print_start(
     trained = sum(group.count for group in prepared.groups)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.precision]
     model = config.visft.model
-    what = {"block": "", "mlp": "the MLP of ", "all_but_attention": "all but the attention of "}
-    again = "nothing"
-    if model.checkpoint_every and model.recompute == "gelu_8bit":
-        again = f"nothing; hidden activations of every {model.checkpoint_every}. block are kept in 8 bits"
-    elif model.checkpoint_every:
-        again = f"{what[model.recompute]}every {model.checkpoint_every}. block"
     sections = [
         Section(
             "model",
@@ -70,7 +65,11 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("attention", ": ".join(_attention(module.backbone, run.device, dtype))),
+                ("attention", _attention(module.backbone, run.device, dtype)),
+                (
+                    "numerics",
+                    describe_numerics(run.device, tf32=model.tf32, deterministic=config.visft.run.deterministic),
+                ),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
                 (
@@ -79,7 +78,7 @@ def print_start(
                     if model.packed
                     else "up to the largest image",
                 ),
-                ("recompute", f"{again} ({machine.why_recompute})"),
+                ("recompute", f"{model.recompute}, {machine.why_recompute}"),
             ],
         ),
         _groups_section(prepared.groups),
@@ -92,12 +91,15 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """For an image of the size that the position embeddings belong to."""
+def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    """For an image of the size that the position embeddings belong to, and for sizes that have another kernel."""
     if not isinstance(backbone, EvaViT):
-        return "timm's own", "its models choose for themselves"
+        return "timm's own: its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2
-    return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+    asked = {n: attention_backend(device, dtype, backbone.width // backbone.num_heads, n) for n in fixed_lengths()}
+    name, why = attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+    others = [f"; at {n} tokens {other}: {reason}" for n, (other, reason) in asked.items() if other != name]
+    return f"{name}: {why}{''.join(others)}"
 
 
 def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
@@ -162,6 +164,10 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
     processes, device = max(world_size, config.pipeline_stages), distributed.local_device()
     precision, _ = choose_precision(config.visft.model.precision, device)
     run = run_of(config, processes, precision, vocabulary.size if vocabulary else None, device)
+    why = "as configured"
+    if config.visft.model.recompute == "auto" and not as_json:
+        config, why = choose_recompute(config, run, Path(config.visft.run.out or ""), must_fit=False)
+        run = run.changed(config)
     pipeline = _pipeline_sections(run)
     module, groups = plan_model(config.visft, config.optimizer.params, run.vocabulary_size)
     reasons = [*([missing] if missing else []), *_unusable(config.visft, module, vocabulary)]
@@ -177,7 +183,7 @@ def print_dry_run(config: ResolvedConfig, world_size: int, missing: str, *, as_j
         _planned_groups(config, groups, vocabulary),
         _batch_section(config, run.batches),
         *pipeline,
-        _memory_section(run),
+        _memory_section(run, why),
         _run_section(config, 0),
     ]
     print_plan(_title(config) + " (dry run: nothing is started)", [section for section in sections if section.rows])
@@ -207,14 +213,12 @@ def _unusable(config: VisftConfig, module: MultiTaskModel, vocabulary: Vocabular
             yield f"this run cannot start: {error}"
 
 
-def _memory_section(run: PlannedRun) -> Section:
+def _memory_section(run: PlannedRun, why_recompute: str) -> Section:
     """Table of a process's predicted peak memory on this machine, by part, and whether it fits."""
-    model, plan = run.config.visft.model, plan_largest(run)
-    capacity = model.memory_limit or memory_of(run.device)
+    plan, capacity = plan_largest(run), memory_of(run.device)
     verdict = "fits into" if plan.total <= capacity else "DOES NOT FIT into"
     rows = [*plan.rows(), ("verdict", f"{verdict} {capacity / 2**20:,.0f} MiB ({run.device.type}, {run.precision})")]
-    if model.fit_memory:
-        rows.append(("recompute", "a start chooses the fastest policy that fits (visft.model.fit_memory)"))
+    rows.append(("recompute", f"{run.config.visft.model.recompute}, {why_recompute}"))
     return Section("memory of a process at its fullest, predicted", rows)
 
 

@@ -1,0 +1,56 @@
+"""Runs whose policy of recomputing is chosen, and two ranks that choose one together.
+
+One rank: RANK=0 WORLD_SIZE=2 ... python -m tests.run.recompute_case OUT, which writes OUT.RANK
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from visft_ds.config import ResolvedConfig, changed, resolve
+from visft_ds.planner import PlannedRun, plan_largest, run_of
+
+
+def configured(model: str = "debug") -> ResolvedConfig:
+    """Detection alone, with the policy left to the start; activations are most of what a step holds."""
+    settings = [
+        *("visft.mode=sampled", "visft.tasks=detection", "visft.model.recompute=auto", "visft.data.prefetch_steps=0"),
+        *("visft.tasks.detection.micro_batch=4", "visft.tasks.detection.batch_size=4"),
+        "zero_optimization.reduce_bucket_size=100000",
+    ]
+    if model == "debug":
+        settings.append('visft.model.overrides={"width": 64, "depth": 6, "num_heads": 4}')
+    return resolve(stage=2, model=model, settings=settings)
+
+
+def planned(config: ResolvedConfig) -> PlannedRun:
+    """The run on one process."""
+    return run_of(config, 1, "fp32", None, torch.device("cpu"))
+
+
+def needs(policy: str, model: str = "debug") -> int:
+    """Bytes of the largest step."""
+    return plan_largest(planned(changed(configured(model), [f"visft.model.recompute={policy}"]))).total
+
+
+def main(out: str) -> None:
+    from visft_ds.parallel import distributed
+    from visft_ds.parallel.engine import start_process_group
+    from visft_ds.run import machine
+
+    start_process_group()
+    rank = distributed.rank()
+    room = {0: needs("none"), 1: needs("block")}[rank]
+    machine.memory_of = lambda device: room
+    config = configured()
+    chosen, why = machine.choose_recompute(config, planned(config), None)
+    Path(f"{out}.{rank}").write_text(json.dumps([chosen.visft.model.recompute, why]), encoding="utf-8")
+    distributed.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,151 @@
+"""What `visft.model.recompute` = "auto" becomes, where, for how long, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.run.recompute_case import configured, needs, planned
+from visft_ds.config import ResolvedConfig, changed, resolve, resolve_values
+from visft_ds.monitor.metrics import RunRecord
+from visft_ds.planner.cluster import GPUS, Cluster, Rates, rates_here, rates_of
+from visft_ds.planner.fitting import MEMORY_SHARE
+from visft_ds.planner.meta_step import Work
+from visft_ds.planner.search import choose_recompute, forecast, search
+from visft_ds.resilience import host_memory
+from visft_ds.run import machine
+
+CPU = torch.device("cpu")
+BY_OPERATIONS = rates_here(CPU)
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, room: int, config: ResolvedConfig, out: Path | None) -> tuple[str, str]:
+    """(policy, reason) of a start on a machine that has room for so many bytes."""
+    monkeypatch.setattr(machine, "memory_of", lambda device: room)
+    chosen, why = machine.choose_recompute(config, planned(config), out)
+    return chosen.visft.model.recompute, why
+
+
+def test_the_fastest_that_fits_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = {policy: needs(policy) for policy in ("none", "mlp", "all_but_attention", "block")}
+    assert need["none"] > need["mlp"] > need["all_but_attention"] > need["block"]
+    for policy, room in need.items():
+        chosen, why = settled(monkeypatch, room, configured(), None)
+        assert chosen == policy and why.startswith("chosen: needs 0.0 of 0.0 GiB")
+        assert why.endswith("x as fast as block") == (policy != "block")
+    with pytest.raises(
+        ValueError, match=r"even with block a step needs .*What helps: --set .*A stated policy is tried"
+    ):
+        settled(monkeypatch, need["block"] - 1, configured(), None)
+
+
+def test_a_stated_policy_stays_and_nothing_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fits: the debug model states one, so that planning takes no part of the way to the first loss."""
+    monkeypatch.setattr(machine, "memory_of", lambda device: pytest.fail("nobody has to know"))
+    config = resolve(stage=2, model="debug")
+    there = machine.check_machine(config, 12)
+    assert config.visft.model.recompute == "none"
+    found = machine.settle_recompute(config, there)
+    assert found[0] is config and found[1] is there and there.why_recompute == "as configured"
+
+
+def test_a_run_keeps_its_policy_though_memory_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config, room = configured(), needs("block")
+    assert settled(monkeypatch, room, config, tmp_path)[0] == "block"
+    RunRecord(changed(config, ["visft.model.recompute=block"]).to_dict(), 1, ["train"]).write(tmp_path)
+    assert settled(monkeypatch, 10**12, config, tmp_path)[0] == "none"  # that run has saved nothing to go on with
+    (tmp_path / "checkpoints/step_00000001").mkdir(parents=True)
+    assert settled(monkeypatch, 10**12, config, tmp_path) == ("block", "as the run began")
+    stated = changed(config, ["visft.model.recompute=mlp"])  # on purpose
+    assert machine.settle_recompute(stated, machine.check_machine(stated, 12))[0].visft.model.recompute == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("keys", "policy", "said"),
+    [
+        ({"checkpoint_every": 0, "recompute": "block", "fit_memory": False, "memory_limit": None}, "none", ""),
+        ({"checkpoint_every": 1, "recompute": "mlp", "fit_memory": True}, "mlp", ""),
+        ({"checkpoint_every": 1}, "block", ""),
+        ({"checkpoint_every": 4, "recompute": "mlp"}, "mlp", "checkpoint_every was removed in 0.2"),
+        ({"checkpoint_every": 0, "memory_limit": 10**9}, "none", "memory_limit was removed in 0.2"),
+    ],
+)
+def test_runs_of_earlier_releases_keep_theirs(
+    keys: dict[str, object], policy: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = resolve(stage=2, model="debug").to_dict()
+    del older["visft"]["model"]["recompute"]
+    older["visft"]["model"] |= keys
+    assert resolve_values(older, "run.json").visft.model.recompute == policy
+    printed = capsys.readouterr().err
+    assert said in printed and bool(printed) == bool(said)
+
+
+def test_the_rank_with_the_least_room_decides_for_all(tmp_path: Path) -> None:
+    """Each rank alone would choose another policy."""
+    out = tmp_path / "chosen"
+    run_ranks(["-m", "tests.run.recompute_case", str(out)], world=2)
+    found = [json.loads(Path(f"{out}.{rank}").read_text(encoding="utf-8")) for rank in range(2)]
+    assert found[0] == found[1] and found[0][0] == "block", found
+
+
+def test_models_of_timm_know_two_policies() -> None:
+    pytest.importorskip("timm")
+    config = configured("debug_convnext")
+    most, least = needs("none", "debug_convnext"), needs("block", "debug_convnext")
+    assert choose_recompute(planned(config), most, BY_OPERATIONS).policy == "none"
+    choice = choose_recompute(planned(config), most - 1, BY_OPERATIONS)
+    assert choice.policy == "block" and choice.needed == least and choice.fits
+
+
+def test_a_limit_of_the_control_group_is_all_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A scheduler limits a group in the middle of the path: the process's own has no limit."""
+    group = tmp_path / "groups/slurm/job_7/step_0"
+    group.mkdir(parents=True)
+    limits = ((group, "max"), (group.parent, str(8 * 2**30)), (group.parent.parent, str(64 * 2**30)))
+    for folder, limit in limits:
+        (folder / "memory.max").write_text(limit + "\n", encoding="utf-8")
+        (folder / "memory.current").write_text(str(3 * 2**30), encoding="utf-8")
+        (folder / "memory.stat").write_text(f"inactive_file {2**30}\n", encoding="utf-8")
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job_7/step_0\n", encoding="utf-8")
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", own)
+    names = host_memory._CONTROL_GROUPS[0][1:]
+    monkeypatch.setattr(host_memory, "_CONTROL_GROUPS", ((str(tmp_path / "groups"), *names),))
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Memory())
+    assert host_memory.host_memory() == 8 * 2**30 and host_memory.host_memory_available() == 6 * 2**30
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert machine.memory_of(CPU) == int(0.8 * 8 * 2**30) // 2
+
+
+class Memory:
+    total = available = 256 * 2**30
+
+
+def test_host_and_device_work_side_by_side_and_the_slower_decides() -> None:
+    """Keeping the attention's result saves operations and costs the host more than computing it again."""
+    run, room = planned(configured()), needs("all_but_attention")
+    assert choose_recompute(run, room, BY_OPERATIONS).policy == "all_but_attention"
+    quick = replace(rates_of(GPUS["H100-80GB"]), host=1e-5)  # tiny tensors: the host is all there is
+    assert choose_recompute(run, room, quick).policy == "block"
+    assert choose_recompute(run, needs("none"), quick).speedup > 1.2
+    rates = Rates({"fp32": 1.0}, {"fp32": 1.0}, {"plain": 1.0, "curve": 1.0, "sampling": 1.0}, call=1.0, host=2.0)
+    work = {Work("plain", torch.float32, 0, 5): 2}
+    assert rates.seconds(work, 3.0) == 10 + 4 + 3  # type: ignore[arg-type]
+    assert replace(rates, beside=True).seconds(work, 3.0) == 10  # type: ignore[arg-type]
+    assert replace(rates, beside=True).seconds(work, 8.0) == 4 + 8  # type: ignore[arg-type]
+
+
+def test_a_cluster_is_planned_with_what_a_start_there_would_choose() -> None:
+    config, cluster = configured(), Cluster(1, GPUS["H100-80GB"])
+    assert forecast(config, cluster).policy == "none"
+    stated = changed(config, ["visft.model.recompute=block"])
+    assert forecast(stated, cluster).policy == "block" and {arm.policy for arm in search(stated, cluster)} == {"block"}
+    some = forecast(changed(config, ["visft.model.recompute=mlp"]), cluster).fullest.total
+    small = Cluster(1, replace(GPUS["H100-80GB"], memory=int(some / MEMORY_SHARE) + 1))
+    assert forecast(config, small).policy == "mlp"
