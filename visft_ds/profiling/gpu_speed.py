@@ -171,7 +171,6 @@ def known_gpu() -> str:
 def trace(device: str, folder: Path, gpus: int) -> Iterator[Row]:
     """Host and GPU time of one step of each task, by torch.profiler, whose trace is kept."""
     import torch
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from visft_ds.config import resolve
@@ -197,12 +196,12 @@ def trace(device: str, folder: Path, gpus: int) -> Iterator[Row]:
             made.close()  # type: ignore[attr-defined]
             profiler.export_chrome_trace(str(folder / f"trace-{task}.json"))
             events = profiler.events() or []
-            whole = next(e for e in events if e.name == "the step" and e.device_type == DeviceType.CPU)
+            whole = next(e for e in events if e.name == "the step" and e.device_type.name == "CPU")
             waited = sum(
-                e.time_range.elapsed_us() for e in events if e.device_type == DeviceType.CPU and waits.search(e.name)
+                e.time_range.elapsed_us() for e in events if e.device_type.name == "CPU" and waits.search(e.name)
             )
             busy = sum(
-                e.time_range.elapsed_us() for e in events if e.device_type == DeviceType.CUDA and e.name != "the step"
+                e.time_range.elapsed_us() for e in events if e.device_type.name == "CUDA" and e.name != "the step"
             )
             yield row(f"{task}, host works", (whole.time_range.elapsed_us() - waited) / 1e3, "ms a step")
             if device == "cuda":
