@@ -7,6 +7,7 @@ MINUTES ?= 30
 INPUTS ?= 50000
 SEED   ?= 0
 DEVICE ?= cuda
+GPUS   ?= 1
 OLD    ?= HEAD~1
 NEW    ?= HEAD
 TIER   ?= 1
@@ -25,7 +26,7 @@ help:
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
 	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 15 GiB free, from random weights to a merged tower"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
-	@echo "make gpu                does a GPU compute what a CPU computes? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
+	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
 	@echo "make freeze OLD=COMMIT  what that commit and HEAD compute and write differently (TIER=2: and print, plan, evaluate)"
 	@echo "make clean              remove the environment and the demo folder"
@@ -71,7 +72,7 @@ demo: install
 
 # With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
 gpu: $(if $(filter file,$(origin BIN)),install)
-	$(BIN)/python tools/gpu.py --device $(DEVICE) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
+	$(BIN)/python tools/gpu.py --device $(DEVICE) --gpus $(GPUS) $(if $(filter file,$(origin OUT)),,--out "$(OUT)") $(ARGS)
 
 golden: install
 	$(BIN)/python -m tests.golden.losses

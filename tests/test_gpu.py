@@ -14,6 +14,7 @@ import pytest
 
 from tests.ranks import REPOSITORY
 from tools.gpu import COLUMNS, FAILED, PARTS, PASSED, SKIPPED, main, run_part
+from visft_ds.profiling import gpu_speed
 
 
 def run(repository: Path, out: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
@@ -65,6 +66,11 @@ def test_what_takes_too_long_is_ended_and_said(tmp_path: Path) -> None:
     assert row["verdict"] == FAILED and row["case"] == "detection, fp32" and "Timeout" in row["reason"]
 
 
+def test_a_measurement_that_takes_too_long_is_said(tmp_path: Path) -> None:
+    (row,) = gpu_speed.run_part("speed", "cpu", tmp_path, 1, 0.2)  # what it had measured would stand before it
+    assert (row["verdict"], row["case"]) == (FAILED, "cut off after 0 s")
+
+
 def test_without_a_gpu_its_absence_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +94,21 @@ def test_a_folder_named_gpu_skips_no_tests(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_cpu_agrees_with_itself(tmp_path: Path) -> None:
-    code, rows = run(REPOSITORY, tmp_path / "rows.json")
+    code, rows = run(REPOSITORY, tmp_path / "rows.json", "--parts", *PARTS)
     assert code == 0, [row for row in rows if row["verdict"] == FAILED]
-    assert {row["part"] for row in rows if row["verdict"] == PASSED} == set(PARTS)
+    assert {row["part"] for row in rows if row["verdict"] == PASSED} == set(PARTS) - {"ranks"}
+
+
+@pytest.mark.slow
+def test_speed_is_measured_and_two_processes_agree(tmp_path: Path) -> None:
+    """On a CPU, where goals mean nothing: every measurement is made, and the traces are kept."""
+    out = tmp_path / "rows.json"
+    code, rows = run(REPOSITORY, out, "--gpus", "2", "--parts", "ranks", *gpu_speed.PARTS)
+    speeds = json.loads(out.read_text())["speed"]
+    assert code == 0, [row for row in (*rows, *speeds) if row["verdict"] == FAILED]
+    assert [row["case"] for row in rows] == [f"{name} on 2" for name in ("zero1", "zero2", "zero3", "pipeline")]
+    assert {row["part"] for row in speeds} == set(gpu_speed.PARTS)
+    assert all(row["value"] > 0 for row in speeds)
+    assert {path.name for path in tmp_path.glob("rows-trace-*.json")} == {
+        f"rows-trace-{task}.json" for task in ("captioning", "detection", "segmentation")
+    }

@@ -1,4 +1,7 @@
-"""Does a GPU compute what a CPU computes? Errors are relative. Exit status: 0 fine, 1 a case failed, 2 wrong usage."""
+"""Does a GPU compute what a CPU computes, and is it fast? Errors are relative.
+
+Exit status: 0 fine, 1 a case or a measurement failed, 2 wrong usage. A goal of speed that is missed is no failure.
+"""
 
 import sys
 from pathlib import Path
@@ -32,6 +35,7 @@ from visft_ds.models import compiled, eva_vit
 from visft_ds.models.lora import inject_lora, lora_parameters
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.ops import KERNELS, attention, gelu, lora, use_kernels
+from visft_ds.profiling import gpu_speed
 from visft_ds.profiling.harness import circumstances
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
@@ -53,6 +57,8 @@ MASKED = 5  #: times as much with masks in 16 bit: rounding moves their borders;
 #: Losses and norms of six steps, of which Adam makes some of full size out of the rounding of gradients next to zero. A
 #: CPU makes 2e-3, 4e-2 in bf16 and 6e-4, 3e-3 in fp16. Without one of the updates the loss is off by 1.5 to 7 %.
 RUN = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (5e-3, 3e-2)}
+#: Starts the same on several.
+RUNNER = "-m deepspeed.launcher.runner --num_gpus={}"
 ENGINE = (1e-3, 1e-3)  #: two engines on one device, where only atomic sums differ; between CPUs it is 1e-7
 WIDE = (2e-2, 3e-2)  #: features and gradients of four wide blocks in bf16; a CPU makes 6e-3 and 1e-2
 FUSED = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("flash", "cudnn", "efficient")}
@@ -70,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts and print their table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="tools/gpu.py", description="Compare what a GPU computes with a CPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what is examined (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there as JSON")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows there as JSON, traces beside it")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="also: are N of them equal, and how fast (1)")
+    names = [*PARTS, *gpu_speed.PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; use --device cpu, or see tools/doctor.py")
@@ -80,21 +88,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_toy_coco(coco := Path(name, "coco"), train=24, val=0, height=96, width=128)
         labels = (coco / "annotations" / f"{kind}_train2017.json" for kind in ("instances", "captions"))
         build(Options(coco / "train2017", *labels, Path(name, "shards"), "train"))
-        rows = [row for part in options.parts for row in run_part(part, options.device, Path(name), limit)]
-    if options.out:
-        record = circumstances(load, torch.device(options.device)) | {"rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        proofs = [part for part in PARTS if part in options.parts and (part != "ranks" or options.gpus > 1)]
+        rows = [r for part in proofs for r in run_part(part, options.device, Path(name), limit, options.gpus)]
+        speeds = []
+        for part, (_, seconds) in gpu_speed.PARTS.items():
+            if part in options.parts and (part != "link" or options.gpus > 1):
+                patience = seconds if options.device == "cuda" else limit
+                speeds += gpu_speed.run_part(part, options.device, Path(name), options.gpus, patience)
+        if options.out:
+            record = circumstances(load, torch.device(options.device)) | {"rows": rows, "speed": speeds}
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            for file in Path(name).glob("trace-*.json"):
+                shutil.copy(file, options.out.with_name(f"{options.out.stem}-{file.name}"))
     verdicts = [row["verdict"] for row in rows]
-    cells = [["" if v is None else f"{v:.2g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (FAILED, PASSED, SKIPPED))
-    print_plan(counts, [Section("cases", cells, COLUMNS)])
-    return int(FAILED in verdicts)
+    reached = [row["verdict"] for row in speeds]
+    goals = ", ".join(f"{reached.count(one)} {one}" for one in (gpu_speed.REACHED, gpu_speed.MISSED, FAILED))
+    sections = [Section(f"is it right? {counts}", _cells(rows, 2), COLUMNS)] if rows else []
+    sections += [Section(f"is it fast? goals: {goals}", _cells(speeds, 3), gpu_speed.COLUMNS)] if speeds else []
+    print_plan(f"{options.device}: {counts}", sections)
+    return int(FAILED in verdicts or FAILED in reached)
 
 
-def run_part(part: str, device: str, folder: Path, limit: float) -> list[dict[str, Any]]:
+def _cells(rows: Sequence[dict[str, Any]], digits: int) -> list[list[str]]:
+    """Values of rows for a table."""
+    return [
+        ["" if v is None else f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in row.values()]
+        for row in rows
+    ]
+
+
+def run_part(part: str, device: str, folder: Path, limit: float, gpus: int = 1) -> list[dict[str, Any]]:
     """The rows of a part. A case that ends its process has failed, and another process goes on behind it."""
+    environment = os.environ | {"VISFT_GPUS": str(gpus)}
+    os.environ.update(environment)  # the cases of a part are named here, and made there
     names = [name for name, *_ in PARTS[part](torch.device(device), folder)]
-    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" and part in ("ops", "lora") else {})
+    environment |= {"TRITON_INTERPRET": "1"} if device == "cpu" and part in ("ops", "lora") else {}
     rows, log, end = [], folder / f"{part}.log", time.monotonic() + limit
     while len(rows) < len(names) and (left := end - time.monotonic()) > 0:
         state = map(str, (folder, len(rows), left))
@@ -218,11 +247,12 @@ def adapt(device: torch.device, folder: Path) -> Cases:
 def train(folder: Path, kind: str, engine: str = "zero1", precision: str = "fp32", out: str = "", **more: Any) -> Path:
     """The folder of six steps of launchers/train.py in one process; a run that has ended is not made again."""
     place = folder / (out or f"{kind}-{engine}-{precision}")
-    if out:  # goes on behind a checkpoint of another run
+    if "source" in more:  # goes on behind a checkpoint of another run
         later = (f"step_{step:08d}" for step in range(more["saved"] + 1, 7))
         shutil.copytree(folder / more["source"], place, ignore=shutil.ignore_patterns("export", "*.lock", *later))
     if not (place / "export" / "adapter").exists():
-        command = [sys.executable, str(HERE.parent / "launchers" / "train.py"), "--engine", engine]
+        command = [sys.executable, *(RUNNER.format(more["ranks"]).split() if "ranks" in more else ())]
+        command += [str(HERE.parent / "launchers" / "train.py"), "--engine", engine]
         command += ["--stage=2", "--model=debug", f"--data={folder / 'shards'}", f"--out={place}"]
         command += [f"--set={setting}" for setting in (*SETTINGS, f"visft.model.precision={precision}")]
         hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if kind == "cpu" else {}  # from DeepSpeed
@@ -256,6 +286,15 @@ def steps(device: torch.device, folder: Path) -> Cases:
         yield f"six steps, {precision}", *both, RUN[precision]
     for engine in ("zero0", "zero2", "zero3", "zero3_offload"):
         yield engine, *(partial(told, folder, device.type, one) for one in (engine, "zero1")), ENGINE
+
+
+def ranks(device: torch.device, folder: Path) -> Cases:
+    """Six steps under each engine on several GPUs, against ZeRO 1 on one."""
+    count = int(os.environ["VISFT_GPUS"])
+    engines = ("zero1", "zero2", "zero3", *(["pipeline"] if count == 2 else []))  # the debug model has two blocks
+    for engine in engines:
+        several = partial(told, folder, device.type, engine, out=f"{engine}-{count}", ranks=count)
+        yield f"{engine} on {count}", several, partial(told, folder, device.type), RUN["fp32"]
 
 
 def checkpoint(device: torch.device, folder: Path) -> Cases:
@@ -294,7 +333,7 @@ def blocks(device: torch.device, folder: Path) -> Cases:
     yield "EVA-ViT-E's width", *both, WIDE
 
 
-PARTS = dict(ops=ops, attention=attend, lora=adapt, steps=steps, checkpoint=checkpoint, blocks=blocks)
+PARTS = dict(ops=ops, attention=attend, lora=adapt, steps=steps, checkpoint=checkpoint, blocks=blocks, ranks=ranks)
 
 if __name__ == "__main__":
     sys.exit(run_cases(*sys.argv[2:]) if "--child" in sys.argv[1:2] else main())

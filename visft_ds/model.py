@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import PIXEL_MEAN, PIXEL_STD, Grids
 from visft_ds.models.layers import stack_padded
 from visft_ds.ops import no_autocast
+from visft_ds.ops.copies import to_device
 from visft_ds.tasks.matching import at_least_float32
 from visft_ds.tasks.spec import Criterion
 
@@ -35,22 +36,32 @@ class TaskModule:
     decoding: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the head in evaluation (beams)
 
 
-def normalise_pixels(
-    images: Tensor, sizes: Tensor, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
-) -> Tensor:
+class PixelScale(NamedTuple):
+    """Mean and standard deviation of each channel of uint8 images, (3, 1, 1) float32 on a device."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(
+        cls, device: torch.device, mean: Sequence[float] = PIXEL_MEAN, std: Sequence[float] = PIXEL_STD
+    ) -> PixelScale:
+        """Args: mean, std: of the R, G and B channels in [0, 1]."""
+        return cls(*(to_device(torch.tensor(values), device).view(3, 1, 1) * 255.0 for values in (mean, std)))
+
+
+def normalise_pixels(images: Tensor, sizes: Tensor, scale: PixelScale) -> Tensor:
     """Normalise uint8 images by channel, as a backbone wants them; padding becomes 0, the mean colour.
 
     Args:
         images: (B, 3, H, W) uint8, padded right and bottom.
         sizes: (B, 2) int64, height and width of the valid part.
-        mean, std: of the R, G and B channels in [0, 1].
+        scale: on the same device.
 
     Returns:
         (B, 3, H, W) float32.
     """
-    on_device = (torch.tensor(values).to(images.device, non_blocking=True) for values in (mean, std))
-    scaled_mean, scaled_std = (values.view(3, 1, 1) * 255.0 for values in on_device)
-    pixels = (images.float() - scaled_mean) / scaled_std
+    pixels = (images.float() - scale.mean) / scale.std
     return pixels * valid_region(sizes, images.shape[-2:], images.shape[-2:]).unsqueeze(1)
 
 
@@ -103,8 +114,7 @@ class Frames:
     def extents(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, 2) height and width of each image's valid part as a share of the largest grid."""
         grids, pixels = (torch.tensor(sizes_of_all, dtype=dtype) for sizes_of_all in (self.grids, self.pixels))
-        shares = (grids / grids.amax(dim=0) / pixels).to(sizes.device, non_blocking=True)
-        return shares * sizes
+        return to_device(grids / grids.amax(dim=0) / pixels, sizes.device) * sizes
 
 
 class MultiTaskModel(nn.Module):
@@ -139,6 +149,9 @@ class MultiTaskModel(nn.Module):
         self.faults: list[str] | None = None
         self.feature_cache: FeatureCache | None = None
         self.packed = False
+        # By device, copied there once. Buffers of the model would not reach a stage of a pipeline, which has its layers
+        # alone, nor the GPU of a model that ZeRO-3 divided as it came in.
+        self._scales: dict[torch.device, PixelScale] = {}
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """Training mode for what trains only: frozen parts stay in evaluation mode."""
@@ -191,7 +204,10 @@ class MultiTaskModel(nn.Module):
 
         A panorama of 2000 x 20 pixels is resized to a height of 7: padding makes it one patch.
         """
-        pixels = normalise_pixels(images, sizes, self.backbone.pixel_mean, self.backbone.pixel_std)
+        if images.device not in self._scales:
+            scale = PixelScale.of(images.device, self.backbone.pixel_mean, self.backbone.pixel_std)
+            self._scales[images.device] = scale
+        pixels = normalise_pixels(images, sizes, self._scales[images.device])
         short = [max(0, self.backbone.patch_size - side) for side in pixels.shape[-2:]]
         return F.pad(pixels, (0, short[1], 0, short[0]))
 

@@ -22,6 +22,7 @@ import torch
 
 from tests.coco_tree import NO_PHOTOS, PHOTOS, make_split
 from tests.options import alone
+from visft_ds.data import loader as loader_module
 from visft_ds.data.dataset import DataSet, SamplePipeline, coco_dataset, read_raw
 from visft_ds.data.loader import StepLoader, evaluation_batches
 from visft_ds.data.manifest import Manifest
@@ -107,6 +108,66 @@ def test_any_split_gives_the_same_samples(
     assert got == reference
 
 
+class _Upload:
+    """Stand-in of `Upload`: notes which samples are sent, and by which thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cuda"
+        self.sent: list[tuple[list[int], str]] = []
+        _Upload.last = self
+
+    last: _Upload
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.sent.append((batch.random_keys.tolist(), threading.current_thread().name))
+        return batch
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(2, 2), (2, 0), (0, 2)])
+def test_batches_for_a_gpu_are_the_same_and_are_sent_one_step_ahead(
+    reader: ShardReader,
+    plan: Plan,
+    reference: dict[tuple[int, int], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    prefetch: int,
+) -> None:
+    monkeypatch.setattr(loader_module, "Upload", _Upload)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    loader = loader_of(reader, plan, num_workers=threads, prefetch_steps=prefetch, device=torch.device("cuda", 0))
+    got, ahead = [], bool(threads and prefetch)
+    for step_plan, (batch,) in loader.steps(0, 6):
+        got.append((step_plan, batch))
+        wanted = len(got) + (ahead and len(got) < 6)
+        deadline = time.monotonic() + 20
+        while len(_Upload.last.sent) < wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(_Upload.last.sent) == wanted
+    assert _by_sample(got) == reference and not _threads()
+    assert [keys for keys, _ in _Upload.last.sent] == [batch.random_keys.tolist() for _, batch in got]
+    here = threading.current_thread().name
+    assert all((name != here) == (ahead and place > 0) for place, (_, name) in enumerate(_Upload.last.sent))
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_computes_with_is_what_was_read(
+    reader: ShardReader, plan: Plan, reference: dict[tuple[int, int], list[Any]]
+) -> None:
+    gpu, got = torch.device("cuda", 0), []
+    for step_plan, (batch,) in loader_of(reader, plan, device=gpu).steps(0, 6):
+        torch.cuda._sleep(10_000_000)  # the stream that computes is behind
+        there = batch.to(gpu)
+        assert there.images.device == gpu and there.indices.device.type == "cpu"
+        got.append((step_plan, replace(batch, images=there.images.cpu(), sizes=there.sizes.cpu(), sent=None)))
+    assert _by_sample(got) == reference
+
+
+def test_on_a_cpu_nothing_is_sent(reader: ShardReader, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "Upload", None)
+    for _, batch in _collect(reader, plan, 0, 3, device=torch.device("cpu")):
+        assert batch.sent is None and batch.to(torch.device("cpu")).images is batch.images
+
+
 def test_resuming_gives_the_rest(reader: ShardReader, plan: Plan, reference: dict[tuple[int, int], list[Any]]) -> None:
     rest = _by_sample(_collect(reader, plan, 4, 6))
     assert rest == {key: value for key, value in reference.items() if key[0] >= 4}
@@ -146,14 +207,19 @@ def _damage(reader: ShardReader, folder: Path, indices: Sequence[int]) -> Manife
     return manifest
 
 
-def test_damage_surfaces_at_its_step_and_ends_the_threads(reader: ShardReader, plan: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_damage_surfaces_at_its_step_and_ends_the_threads(
+    reader: ShardReader, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(loader_module, "Upload", _Upload)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     hurt = int(plan.step(3).indices[1])
     good = next(step for step in range(9) if hurt in plan.step(step).indices)
     manifest = _damage(reader, tmp_path, [hurt])
     row = manifest.index[hurt]
     path = Path(manifest.root) / manifest.shards[row["shard"]].name
     with ShardReader(manifest) as damaged:
-        loop = loader_of(damaged, plan).steps(0, 9)
+        loop = loader_of(damaged, plan, device=torch.device(device)).steps(0, 9)
         assert [next(loop)[0].step for _ in range(good)] == list(range(good)), "earlier steps are unharmed"
         with pytest.raises(ValueError, match=rf"{path.name}, key {row['image_id']:012d}.*damaged"):
             next(loop)

@@ -32,6 +32,7 @@ from visft_ds.data.manifest import Manifest, read_manifest
 from visft_ds.data.shards import ShardReader
 from visft_ds.evals.benchmarks.cache import load_record
 from visft_ds.evals.benchmarks.class_sets import read_classes
+from visft_ds.evals.benchmarks.dense_sets import read_train_and_test
 from visft_ds.evals.benchmarks.images import from_tars
 from visft_ds.evals.benchmarks.retrieval import read_captions
 from visft_ds.evals.benchmarks.run import _restored
@@ -509,6 +510,25 @@ def make_sets(folder: Path) -> None:
         axes = (1, 3, 3) if "3" in kind else (1,)
         head = bytes((0, 0, 8, len(axes))) + b"".join(axis.to_bytes(4, "big") for axis in axes)
         (folder / f"t10k-{kind}-ubyte").write_bytes(head + data)
+    for part in ("train", "val"):
+        for kind in ("images", "labels"):
+            (folder / f"maps/{kind}/{part}").mkdir(parents=True)
+            (folder / f"maps/{kind}/{part}/a.png").write_bytes(photo("PNG"))
+        (folder / f"outlines/{part}2017").mkdir(parents=True)
+        (folder / f"outlines/{part}2017/a.jpg").write_bytes(photo("JPEG"))
+    with Image.open(folder / "maps/labels/train/a.png") as image:
+        for part in ("train", "val"):
+            image.convert("L").point(lambda level: level // 64).save(folder / f"maps/labels/{part}/a.png")
+    box = {"image_id": 1, "category_id": 1, "iscrowd": 0, "area": 9.0, "bbox": [0, 0, 8, 8]}
+    shapes = ([[0, 0, 8, 0, 8, 8]], {"size": [32, 32], "counts": [0, 500, 524]}, None)
+    outlines = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 32, "width": 32}],
+        "categories": [{"id": 1, "name": "star"}],
+        "annotations": [{**box, "id": number, "segmentation": shape} for number, shape in enumerate(shapes)],
+    }
+    (folder / "outlines/annotations").mkdir()
+    for part in ("train", "val"):
+        (folder / f"outlines/annotations/instances_{part}2017.json").write_text(json.dumps(outlines))
 
 
 _SETS = (
@@ -519,6 +539,8 @@ _SETS = (
     "x.tar",
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
+    "maps/labels/train/a.png",
+    "outlines/annotations/instances_train2017.json",
 )
 
 
@@ -530,6 +552,8 @@ def read_sets(folder: Path) -> None:
         lambda: read_captions(str(folder / "coco"), "val").images.read(0),
         lambda: from_tars([folder / "x.tar"], ".cls")[0].read(0),
         lambda: read_classes(str(folder), "test").images.read(0),
+        lambda: read_train_and_test(str(folder / "maps"), None, None),
+        lambda: read_train_and_test(str(folder / "outlines"), None, None),
     ):
         try:
             read()

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from visft_ds.ops import attention as attention_module
 from visft_ds.ops.attention import (
     Packing,
     attention,
@@ -19,7 +21,9 @@ from visft_ds.ops.attention import (
     attention_reference,
     choose_for_gpu,
     choose_packed_for_gpu,
+    fixed_lengths,
     packed_backend,
+    use_fixed_lengths,
 )
 
 
@@ -81,7 +85,7 @@ V100, A100, H100, B200, RTX = (7, 0), (8, 0), (9, 0), (10, 0), (12, 0)
         (V100, FP16, 112, 257, None, "efficient"),
         (A100, BF16, 112, 257, None, "flash"),
         (A100, BF16, 88, 5329, None, "flash"),
-        (A100, BF16, 112, 5329, "FA3", "cudnn"),
+        (A100, BF16, 112, 5329, "FA3", "cudnn"),  # where flash attention is none, and for fixed numbers of tokens
         (H100, BF16, 112, 257, None, "flash"),
         (H100, BF16, 112, 1025, None, "cudnn"),
         (H100, BF16, 88, 5329, "FA3", "flash"),
@@ -97,8 +101,25 @@ V100, A100, H100, B200, RTX = (7, 0), (8, 0), (9, 0), (10, 0), (12, 0)
 def test_the_table_of_gpus(
     gpu: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, flash: str | None, name: str
 ) -> None:
-    found, reason = choose_for_gpu(gpu, dtype, head_dim, length, flash)
+    found, reason = choose_for_gpu(gpu, dtype, head_dim, length, flash, fixed=True)
     assert found == name and reason
+    varying, why = choose_for_gpu(gpu, dtype, head_dim, length, flash)
+    if name == "cudnn":  # a plan for each number of tokens
+        assert varying == ("flash" if flash is None else "efficient") and "a plan for each" in why
+    else:
+        assert varying == name
+    assert SDPBackend.CUDNN_ATTENTION not in attention_module._ORDER[varying]
+
+
+def test_numbers_of_tokens_are_fixed_for_those_that_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "_fixed", frozenset())
+    monkeypatch.setattr(attention_module, "_capability", lambda device: H100)
+    gpu = torch.device("cuda", 0)
+    assert attention_backend(gpu, BF16, 112, 5329)[0] == "flash"
+    use_fixed_lengths([324, 5329])
+    assert fixed_lengths() == (324, 5329)
+    names = {length: attention_backend(gpu, BF16, 112, length)[0] for length in (324, 1637, 5328, 5329)}
+    assert names == {324: "flash", 1637: "flash", 5328: "flash", 5329: "cudnn"}
 
 
 @pytest.mark.parametrize(

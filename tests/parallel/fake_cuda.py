@@ -5,8 +5,9 @@ pass and DeepSpeed's CUDA accelerator to run on such tensors, `start` gives a to
 does nothing (`SOURCE`, compiled in a second or two) and stand-ins of `torch.cuda`; a process that called it is good for
 nothing else. What lives on the host stays real.
 
-`Watch` notes what a GPU would have to wait for, or should never see. A number that is asked of a device is that of the
-host tensor from which the device's was copied, else 1 (no, 0, where it is none of floats); other tensors come as zeros.
+`Watch` notes what a GPU would have to wait for, or should never see. A copy to the GPU waits unless it comes from
+pinned memory and does not block. A number that is asked of a device is that of the host tensor from which the device's
+was copied, else 1 (no, 0, where it is none of floats); other tensors come as zeros.
 
 Not seen are kernels (a torch without CUDA takes plain attention), streams, NCCL and Triton.
 """
@@ -88,11 +89,15 @@ ONE_DTYPE = {
     *("convolution_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "native_layer_norm", "_varlen_attn"),
     *("index_put", "index_put_", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
 }
+#: Memory of the host that was pinned in this case, by its address.
+_PINNED: dict[int, torch.UntypedStorage] = {}
 #: Kinds of what a watch finds.
 TO_GPU, TO_HOST, VALUE = "blocking copy to the GPU", "blocking copy to the host", "value read on the host"
 SIZE, BOOLEAN, HOST_INDEX = "data-dependent operator", "boolean index", "index on the host"
 WAIT = "torch.cuda.synchronize"
 MIXED, DOUBLE, MADE = "tensors of two devices", "float64 on the GPU", "tensor made on the host"
+#: Kinds for which the host waits until the GPU has done all that it was given.
+BLOCKING = (TO_GPU, TO_HOST, VALUE, SIZE, BOOLEAN, HOST_INDEX, WAIT)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Found:
     line: int
     code: str  #: that line; empty in a backward pass that torch runs
     what: str  #: operator, shape and dtype
+    times: int = 1  #: in the case
 
 
 def why_not() -> str | None:
@@ -181,8 +187,15 @@ def start() -> None:
         setattr(torch.cuda.nvtx, name, lambda *_, **__: 0)
     torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Tensor.record_stream = lambda *_: None
-    torch.Tensor.pin_memory = lambda self, *_: self
+    torch.Tensor.pin_memory = lambda self, *_: _pin(self.clone())
     FakeTensorMode.avoid_device_init = property(lambda self: True)
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    """The tensor, whose memory counts as pinned."""
+    storage = tensor.untyped_storage()
+    _PINNED[storage._cdata] = storage
+    return tensor
 
 
 def on_gpu(module: nn.Module) -> None:
@@ -267,11 +280,12 @@ class Watch(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        device = torch.device(kwargs.get("device") or "cpu")
+        device, pin = torch.device(kwargs.get("device") or "cpu"), kwargs.get("pin_memory")
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}  # there is no allocator for it
         if device.type == "cpu" and not any(isinstance(t, FakeTensor) or t.device.type != "cpu" for t in tensors):
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                made = func(*args, **kwargs)
+                return _pin(made) if pin else made
         return func(*args, **kwargs)
 
     def _copied(self, name: str, args: Any, kwargs: Any, what: str) -> Any:
@@ -282,7 +296,7 @@ class Watch(TorchDispatchMode):
             return None
         waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         if target.type == "cuda":
-            if waits:
+            if waits or source.untyped_storage()._cdata not in _PINNED:
                 self._note(TO_GPU, what)
             return None
         if waits:
@@ -327,6 +341,7 @@ def _held(tensor: Tensor) -> Tensor | None:
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Fake tensors and a watch that does not look yet."""
+    _PINNED.clear()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), Watch() as watch:
         torch.cuda.synchronize = lambda *_: watch._note(WAIT, "")
         yield watch

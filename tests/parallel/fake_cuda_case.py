@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ if __name__ == "__main__":
 
 from tests.parallel import engine_case as case
 from tests.parallel import packed_case, timm_case
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Upload
 from visft_ds.model import MultiTaskModel, counts_of, loss_denominators_of
 from visft_ds.prepare.model import TrainedGroup
 from visft_ds.tasks import TASKS, matching
@@ -145,14 +146,31 @@ def engine(watch: Watch, name: str, tasks: str = "detection", stage: int = 2, pr
     config = case.engine_config(name, precision, accumulation=1)
     made = ZeroEngine(module, given, config, build_optimizer=torch.optim.AdamW, schedule=case.factor, seed=0)
     assert made.device.type == "cuda" and made.stage == int(name[4]), (made.device, made.stage)
-    batch = batch_of(tasks)
+    upload, on_host = Upload(made.device), batch_of(tasks)
     for number in range(2):
         watch.on = number == 1
+        batch = upload(on_host)
         agreed = distributed.agree_on_step(f"step {number}", counts_of(module, [batch]), False, made.device)
         report = made.train_step(number, [batch], loss_denominators_of(agreed.counts, WORLD, made.device))
         assert not report.refused and not report.skipped, report
     watch.on = False
     made.deepspeed.destroy()
+
+
+def upload(watch: Watch) -> None:
+    """A batch that another stream copies, and the stream that computes with it; the host's part of it stays there."""
+    recorded = []
+    record, torch.Tensor.record_stream = torch.Tensor.record_stream, lambda tensor, _: recorded.append(tensor)
+    on_host = batch_of("joint")
+    watch.on = True
+    there = Upload(DEVICE)(on_host).to(DEVICE)
+    torch.Tensor.record_stream = record
+    here = (there.original_sizes, there.indices, there.image_ids, there.random_keys, there.real, there.frames)
+    assert all(tensor is not None and tensor.device.type == "cpu" for tensor in here)
+    parts = (there, *there.targets.values())
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
+    assert {id(tensor) for tensor in recorded} == {id(tensor) for tensor in tensors if tensor.device == DEVICE}
+    assert len(recorded) == len({id(tensor) for tensor in recorded}) > 5
 
 
 def join() -> None:
@@ -171,9 +189,10 @@ def join() -> None:
     torch.nn.Module.to = lambda self, *_, **__: self
 
 
-def with_true_counts(copied: Callable[..., Any], targets: Any, cost: Tensor) -> tuple[Any, ...]:
-    """`matching._to_host` of fake costs: counts and labels are those of the host, the costs are 0."""
-    return (targets.counts.held.numpy(), targets.labels.held.numpy(), copied(targets, cost)[2])
+def with_true_counts(copied: Callable[..., Any], *tensors: Tensor) -> list[Any]:
+    """`matching.to_host` of fake costs: counts and labels are those of the host, if known, the costs are 0."""
+    values = zip(tensors, copied(*tensors), strict=True)
+    return [tensor.held.numpy() if hasattr(tensor, "held") else found for tensor, found in values]
 
 
 TRIO = ("detection", "segmentation", "captioning")
@@ -187,6 +206,7 @@ CASES: dict[str, Callable[[Watch], None]] = {
     **{f"recompute-{policy}": partial(step, tasks="detection", recompute=policy) for policy in POLICIES},
     **{f"packed-{task}": partial(step, tasks=task, packed=True) for task in TRIO},
     **{f"joint-stage{stage}": partial(step, tasks="joint", stage=stage) for stage in (1, 2)},
+    "upload": upload,
     **{f"predict-{task}": partial(predict, task=task) for task in TRIO},
     **{f"timm-{run}": partial(step, tasks="joint", timm=run) for run in ("vit-lora", "convnext-lora", "convnext-all")},
     **{f"pipeline-{task}": partial(pipeline, task=task) for task in TRIO},
@@ -197,7 +217,7 @@ CASES: dict[str, Callable[[Watch], None]] = {
         for precision in PRECISIONS
     },
     **{f"{name}-stage1": partial(engine, name=name, stage=1, tasks="segmentation") for name in ENGINES},
-    "zero1-captioning": partial(engine, name="zero1", tasks="captioning"),
+    **{f"zero1-{task}": partial(engine, name="zero1", tasks=task) for task in TRIO},
     "zero1-joint": partial(engine, name="zero1", tasks="joint"),
 }
 
@@ -206,7 +226,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # DeepSpeed's, and those of what is not there
     torch.set_num_threads(1)
     join()
-    matching._to_host = partial(with_true_counts, matching._to_host)
+    matching.to_host = partial(with_true_counts, matching.to_host)
     build, config = case.build, case.engine_config
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed's messages are no answers
@@ -216,7 +236,8 @@ def main() -> None:
         torch.manual_seed(0)
         with watched() as watch:
             CASES[line.strip()](watch)
-        print(json.dumps([asdict(found) for found in dict.fromkeys(watch.found)]), file=answers, flush=True)
+        found = [asdict(replace(one, times=times)) for one, times in Counter(watch.found).items()]
+        print(json.dumps(found), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import visft_ds.ops.lora
 from tests.parallel import engine_case as case
 from tests.parallel.start_case import started
 from visft_ds.config.layers import CONFIG_ROOT
@@ -64,6 +65,7 @@ def build_engine(stage: int, precision: str, stages: int, option: str = "") -> A
     from visft_ds.parallel.pipeline import PipelineEngine
 
     case.forget_autocast()
+    visft_ds.ops.lora.choose_backend = case.like_a_gpu
     module, groups = case.build(stage, storage=case.STORAGE[precision])
     module.backbone.recompute = "block" if option == "recompute" else "none"
     return PipelineEngine(

@@ -13,9 +13,20 @@ import torch
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
 from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRANSIENT, Ledger
 from visft_ds.planner import Content, fitting_settings, plan_largest, run_of
-from visft_ds.planner.cluster import GPUS, PRODUCT_SHARE, Cluster, Rates, parse_cluster, rates_of, step_time
+from visft_ds.planner.cluster import (
+    GPUS,
+    LINK_SHARE,
+    NETWORK_SHARE,
+    PRODUCT_SHARE,
+    Cluster,
+    Rates,
+    parse_cluster,
+    rates_of,
+    step_time,
+)
+from visft_ds.planner.messages import ALL_GATHER, ALL_REDUCE
 from visft_ds.planner.meta_step import Work, chosen_kernels
-from visft_ds.planner.search import forecast
+from visft_ds.planner.search import fewer_are_faster, forecast, scaling, search, with_batches
 from visft_ds.planner.step import PlannedRun, trace_step
 from visft_ds.planner.zero import Zero
 from visft_ds.prepare.model import prepare_model
@@ -152,19 +163,80 @@ def test_gathered_weights_stay_within_the_limits() -> None:
 
 
 def test_clusters_are_read() -> None:
-    assert parse_cluster("8xA100-80GB") == Cluster(8, GPUS["A100-80GB"])
+    assert parse_cluster("8xA100-80GB") == Cluster(8, GPUS["A100-80GB"], 200e9, 8)
     assert parse_cluster("1xH100").gpu.name == "H100-80GB" and parse_cluster("8x4090").gpu.memory == 24 * 2**30
-    assert parse_cluster("16xH100").link < parse_cluster("8xH100").link
+    assert parse_cluster("8x8xH100-80GB") == parse_cluster("64xH100-80GB") == Cluster(64, GPUS["H100-80GB"], 400e9, 8)
+    assert parse_cluster("3x4x4090") == Cluster(12, GPUS["4090-24GB"], 25e9, 4)
+    assert parse_cluster("16xH100", "12.5") == parse_cluster("16xH100", "100gbit")
+    assert parse_cluster("16xH100").machines == 2 and parse_cluster("8xH100").machines == 1
     assert parse_cluster("8xV100-32GB").gpu.precision() == "fp16"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("8xA100", "which one"), ("8xH10", "did you mean H100-80GB"), ("A100-80GB", "COUNTxNAME"), ("0xH100", "COUNT")],
+    [
+        *(("8xA100", "which one"), ("8xH10", "did you mean H100-80GB")),
+        *(
+            (text, "COUNTxNAME .*MACHINESxGPUSxNAME")
+            for text in ("A100-80GB", "0xH100", "0x8xH100", "8x0xH100", "x8xH100")
+        ),
+    ],
 )
 def test_clusters_that_are_not_known_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_cluster(text)
+
+
+@pytest.mark.parametrize("text", ["fast", "0", "-25", "nan", "inf", "1e9", ""])
+def test_networks_that_are_not_known_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--network .*GB/s .*dgx-h100 \(400\), .*100gbit \(12.5\)"):
+        parse_cluster("16xH100", text)
+
+
+def test_a_ring_crosses_each_network_once() -> None:
+    one, two, slow = parse_cluster("8xH100"), parse_cluster("16xH100"), parse_cluster("16xH100", "25")
+    inside, between = LINK_SHARE * 450e9, NETWORK_SHARE * 25e9
+    assert one.ring_seconds(ALL_GATHER, 8000, 8) == pytest.approx(7000 / inside)
+    assert one.ring_seconds(ALL_REDUCE, 8000, 8) == pytest.approx(14000 / inside)
+    assert two.ring_seconds(ALL_REDUCE, 8000, 16) == pytest.approx(15000 / min(inside, NETWORK_SHARE * 400e9))
+    assert slow.ring_seconds(ALL_REDUCE, 8000, 16) == pytest.approx(15000 / between)
+    assert slow.ring_seconds(ALL_REDUCE, 8000, 4) == pytest.approx(12000 / inside)  # groups within a machine
+    assert one.ring_seconds(ALL_REDUCE, 8000, 1) == 0
+    # Two stages on two machines: eight ranks send at once. Eight stages: the last two of a machine do.
+    assert slow.send_seconds(8000, 8) == pytest.approx(8000 * 8 / between)
+    assert slow.send_seconds(8000, 2) == pytest.approx(8000 * 2 / between)
+    assert one.send_seconds(8000, 4) == pytest.approx(8000 / inside)
+
+
+def test_where_fewer_gpus_are_faster_it_is_said_with_the_batches_that_use_all() -> None:
+    config, cluster = debug(2, "visft.tasks=detection"), parse_cluster("4xH100")
+    (pipeline,) = search(config, cluster)
+    assert pipeline.engine == "pipeline of 2"  # two images are no share for each of four
+    fewer = fewer_are_faster(config, cluster, pipeline)
+    assert fewer is not None and (fewer.count, fewer.engine) == (2, "ZeRO-1")
+    assert fewer.images_per_second > pipeline.images_per_second
+    larger = with_batches(fewer, cluster, 2)
+    assert larger.count == 4 and larger.streams["detection"].images == 4
+    assert larger.images_per_second == pytest.approx(2 * fewer.images_per_second, rel=0.05)
+    assert "--set visft.tasks.detection.batch_size=4" in larger.flags
+    assert fewer_are_faster(config, parse_cluster("2xH100"), search(config, parse_cluster("2xH100"))[0]) is None
+    assert fewer_are_faster(config, parse_cluster("6xH100"), None) is not None  # nothing divides two images by six
+
+
+def test_models_without_so_many_layers_are_planned() -> None:
+    """timm's models cannot be divided into stages, the debug model not into eight."""
+    for model, count in (("debug_convnext", 2), ("debug", 8)):
+        assert search(debug(2, "visft.tasks=captioning", model=model), Cluster(count, GPUS["L40S-48GB"], 25e9))
+
+
+def test_more_gpus_are_worth_what_the_images_of_a_step_allow() -> None:
+    config = debug(2, "visft.tasks=detection")
+    found = {(arm.engine, arm.count, factor): arm for factor, arm in scaling(config, parse_cluster("4xH100"), (1, 4))}
+    zero = {key[1:]: arm.images_per_second for key, arm in found.items() if key[0] == "ZeRO-1"}
+    assert zero.keys() == {(1, 1), (2, 1), (1, 4), (2, 4), (4, 4)}  # two images do not divide over four
+    assert zero[4, 4] == pytest.approx(4 * zero[1, 1], rel=0.05)  # two images each
+    assert ("pipeline of 2", 4, 1) in found and ("pipeline of 4", 4, 1) in found
+    assert all(arm.streams["detection"].images == 2 * factor for (_, _, factor), arm in found.items())
 
 
 def test_a_cluster_out_of_a_file(tmp_path: Path) -> None:
@@ -196,14 +268,14 @@ def test_the_roofline_takes_the_slowest_of_three() -> None:
 
 
 def test_time_grows_with_recomputing_and_falls_with_ranks() -> None:
-    rates, link = rates_of(GPUS["A100-80GB"]), 300e9
+    rates, cluster = rates_of(GPUS["A100-80GB"]), parse_cluster("1xA100-80GB")
     seconds = {}
     for name, sets in (("nothing", ()), ("again", BLOCK_AGAIN)):
         config = debug(2, 'visft.model.overrides={"width": 512, "depth": 2, "num_heads": 4}', *sets)
         run = PlannedRun(config, derive_batches(config, 1), "bf16", VOCABULARY, CUDA, Content())
         work = trace_step(run, config.visft.streams()["detection"]).work
         seconds[name] = sum(what.operations * count for what, count in work.items())
-        assert step_time(run, config.visft.streams()["detection"], rates, link).communication == 0
+        assert step_time(run, config.visft.streams()["detection"], rates, cluster).communication == 0
     assert 1.1 < seconds["again"] / seconds["nothing"] < 1.5
 
 

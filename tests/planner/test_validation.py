@@ -37,9 +37,22 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert plan["arms"][0]["fits"] and plan["arms"][0]["streams"]["detection"]["memory"]["total"] > 0
 
 
+def test_what_more_gpus_are_worth_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "debug", "--stage", "2", "--set", "visft.tasks=captioning"]
+    assert main(["plan", "--cluster", "2x4xH100", "--network", "25", "--scaling", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "== plan: 8xH100-80GB in machines of 4 with a network of 25 GB/s, predicted" in text
+    rows = [line.split() for line in text.splitlines() if "ZeRO-1" in line or "pipeline" in line]
+    engines = {"1": ["ZeRO-1"], **{gpus: ["ZeRO-1", "pipeline"] for gpus in ("2", "4", "8")}}
+    assert [row[:2] for row in rows] == [[gpus, engine] for gpus, found in engines.items() for engine in found]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--cluster", "16xH100", "--network", "fast"], "--network fast: give the GB/s of a machine"),
+        (["--validate", "--network", "25"], "--network and --scaling go with --cluster"),
+        (["--cluster", "2xH100", "--scaling", "--engine", "zero1"], "leave out --engine"),
         ([], "give --cluster SPEC, or --validate"),
         (["--cluster", "8xA10O-80GB"], "did you mean A100-80GB"),
         (["--cluster", "8xH100", "--stages", "2"], "did you mean --stage"),

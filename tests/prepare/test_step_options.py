@@ -18,6 +18,7 @@ from visft_ds.planner import run_of
 from visft_ds.planner.meta_step import Content
 from visft_ds.planner.step import PlannedRun
 from visft_ds.prepare.model import plan_groups
+from visft_ds.prepare.streams import fixed_sizes
 
 CPU = torch.device("cpu")
 #: Torch's own modules for compiling use what torch has deprecated.
@@ -222,3 +223,16 @@ def test_on_a_gpu(how: str, recompute: str) -> None:
         images = torch.randn(2, 3, 56, 84, device="cuda")
         for ours, theirs in zip(*(learnt(one, images, None, True) for one in (compiled, eager)), strict=True):
             assert float((ours - theirs).norm()) <= 3e-2 * float(theirs.norm())
+
+
+@pytest.mark.parametrize(
+    ("setting", "sizes"),
+    [
+        ("visft.seed=1", [(1024, 1024), (256, 256)]),
+        ("visft.tasks.segmentation.image.content_only=true", [(256, 256)]),
+        ("visft.tasks.detection.image.fixed_size=448", [(448, 448), (1024, 1024), (256, 256)]),
+        ("visft.mode=shared", []),
+    ],
+)
+def test_sizes_of_images_are_fixed_where_all_pictures_get_one(setting: str, sizes: list[tuple[int, int]]) -> None:
+    assert fixed_sizes(resolve(stage=2, model="eva_e", settings=[setting]).visft) == sizes

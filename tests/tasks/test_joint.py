@@ -304,7 +304,7 @@ def _samples(*, pixels: bool = True, labels: bool = True, tasks: Any = tuple(TAS
 def _assert_equal_batches(one: Batch, other: Batch, *, images: bool = True) -> None:
     assert one.tasks == other.tasks
     for name, values in vars(one).items():
-        if name not in ("targets", "images", "views") or (name == "images" and images):
+        if name not in ("targets", "images", "views", "sent") or (name == "images" and images):
             assert torch.equal(values, getattr(other, name)), name
     for task in one.tasks:
         for name, values in vars(one.targets[task]).items():

@@ -50,6 +50,7 @@ NOT_IDENTITY = (
     "visft.model.weights",
     "visft.model.recompute",
     "visft.model.kernels",
+    "visft.model.tf32",
     "visft.model.compile",
     "visft.tasks.*.micro_batch",
     "visft.tasks.*.decoding.*",

@@ -110,6 +110,7 @@ class ModelConfig(StrictModel):
     recompute: Literal["auto", "none", "block", "mlp", "all_but_attention", "gelu_8bit"] = "auto"
     kernels: Literal["library", "triton"] = "library"  #: triton: our own where there are any, see docs/kernels.md
     packed: bool = False  #: images of different sizes pass through the backbone without padding, see docs/step.md
+    tf32: bool = False  #: float32 products and convolutions of GPUs in TF32, see docs/kernels.md; false: in full
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"  #: by torch.compile; cuda_graphs: and recorded, replayed
 
     @property
@@ -201,6 +202,7 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
     spike_threshold: Above | None = 10.0  #: robust standard deviations above a task's last losses; null: do not look

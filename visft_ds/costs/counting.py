@@ -36,12 +36,28 @@ NOT_COUNTED_BY_TORCH = {
 }
 
 
+class _NoModules:
+    """Module tracker of a counter that is asked for totals alone.
+
+    Torch's own hangs hooks on modules that fail inside `torch.autograd.grad`, which computes blocks again.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Track nothing."""
+
+
 class FlopMeter:
     """Operations by part of a step; a meter for `timing.metered`."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
         self._counter = FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH)
+        self._counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         self._began: dict[str, int] = {}
 
     def start(self, part: str) -> None:

@@ -26,6 +26,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from visft_ds.config.records import read_record
+from visft_ds.ops.copies import to_device
 
 Storage = Literal["fp32", "bf16", "int8"]
 
@@ -58,8 +59,8 @@ class StoredFeatures:
 
     def to(self, device: torch.device) -> StoredFeatures:
         """The same on `device`."""
-        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
-        return StoredFeatures(self.values.to(device, non_blocking=True), scales)
+        scales = None if self.scales is None else to_device(self.scales, device)
+        return StoredFeatures(to_device(self.values, device), scales)
 
 
 @dataclass(frozen=True)

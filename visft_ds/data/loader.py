@@ -5,9 +5,11 @@ Shape letters: B images.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -18,10 +20,10 @@ from visft_ds.data.dataset import DataSet, SamplePipeline
 from visft_ds.data.features import FeatureCache
 from visft_ds.data.permutation import BLOCK, WINDOW
 from visft_ds.data.plan import Plan, StepPlan
-from visft_ds.data.samples import Batch
+from visft_ds.data.samples import Batch, Upload
 from visft_ds.data.shards import Role, ShardReader
 from visft_ds.data.spans import Spent, spent
-from visft_ds.data.workers import Caller, Processes, Threads, WorkerKind, Workers
+from visft_ds.data.workers import Caller, Made, Processes, Threads, WorkerKind, Workers
 
 #: Samples that a remote store hears of before they are read: a window of the windowed order, whose samples are
 #: neighbours in the shards, so that the store can fetch them in few requests.
@@ -42,6 +44,8 @@ class StepLoader:
         prefetch_steps: how many steps may be ready beyond the one in use.
         skip_damaged: how many damaged samples this process may replace before damage is an error. Only with role
             "both": processes that read images and labels apart would not agree on what is damaged.
+        device: a GPU that batches are sent to (`Batch.sent`), one step ahead of the one in use. On any other device
+            they stay on the host.
 
     `wait_seconds` is the time the last step made its consumer wait; `skipped` has every sample that was replaced.
 
@@ -64,6 +68,7 @@ class StepLoader:
         num_workers: int = 2,
         prefetch_steps: int = 2,
         skip_damaged: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         _check_complete(sets, plan, pipelines)
         if min(num_workers, prefetch_steps, skip_damaged) < 0:
@@ -88,6 +93,7 @@ class StepLoader:
         self._hints = reads_here and any(isinstance(dataset.reader.manifest.root, str) for dataset in sets.values())
         self._kind, self._number = workers, num_workers
         self._spent_by_processes: dict[str, Spent] = {}
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self.wait_seconds = 0.0
         self.skipped: list[Skipped] = []
 
@@ -108,20 +114,30 @@ class StepLoader:
         if self._number:
             workers = (Threads if self._kind == "threads" else Processes)(self._maker, self._number)
         made = workers.made(self._parts(start, stop, step_plans), self._prefetch * self._accumulation)
+        upload, sender = None, None
+        if self._gpu is not None:
+            upload = Upload(self._gpu)
+            if self._prefetch:
+                # The host may wait for a batch there, and pins it, while it waits for the GPU here.
+                sender = ThreadPoolExecutor(1, "upload", torch.cuda.set_device, (self._gpu,))
+        coming: Future[list[Made]] | None = None
         step = start
         try:
             while stop is None or step < stop:
                 began = time.perf_counter()
                 batches = []
-                for _ in range(self._accumulation):
-                    micro = next(made)
+                for micro in self._next(made, upload) if coming is None else coming.result():
                     self._note(micro.skipped, micro.spent_by_process)
                     batches.append(micro.batch)
                 self.wait_seconds = time.perf_counter() - began
+                if sender is not None and step + 1 != stop:
+                    coming = sender.submit(list, self._next(made, upload))
                 step_plan = step_plans.pop(step)
                 yield step_plan, batches
                 step += 1
         finally:
+            if sender is not None:
+                sender.shutdown(wait=True, cancel_futures=True)
             made.close()  # type: ignore[attr-defined]  # a generator
 
     def close(self) -> None:
@@ -157,6 +173,11 @@ class StepLoader:
                         self._sets[dataset].reader.prefetch(indices, self._role)
             yield from planned.popleft()
             step += 1
+
+    def _next(self, made: Iterator[Made], upload: Upload | None) -> Iterator[Made]:
+        """The micro-batches of the next step, sent where there is an upload."""
+        for micro in itertools.islice(made, self._accumulation):
+            yield micro if upload is None else replace(micro, batch=upload(micro.batch))
 
     def _note(self, skipped: list[Skipped], spent_by_process: Mapping[str, Spent]) -> None:
         """Record what a micro-batch skipped and cost. Raises ValueError once more is damaged than may be skipped."""

@@ -5,8 +5,8 @@ Shape letters: B images, H W pixels, N objects of all images, concatenated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from visft_ds.data.features import View
+from visft_ds.ops.copies import to_device
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Micro-batch. `targets` has an entry for every task that learns from these images."""
+    """Micro-batch. `targets` has an entry for every task that learns from these images.
+
+    A model needs images, sizes, targets and views; all else stays on the host, whatever device the batch is on.
+    """
 
     images: Tensor  #: (B, 3, H, W) uint8, padded right and bottom; (B, 3, 0, 0) where no pixels are read
     sizes: Tensor  #: (B, 2) int64, height and width of the valid part of each image
@@ -74,6 +78,7 @@ class Batch:
     #: (B, 2) int64, height and width of each image with the padding of its transform, but not the batch's; stays on the
     #: host. None: all are as large as the batch.
     frames: Tensor | None = None
+    sent: Sent | None = None  #: the same batch on its way to a GPU
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -81,12 +86,64 @@ class Batch:
         return tuple(self.targets)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device` (asynchronously from pinned memory)."""
-        names = [f.name for f in fields(self) if f.name not in ("targets", "views", "frames")]
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        """The batch with all that a model needs on `device`; the host does not wait (`ops.copies.to_device`)."""
+        if self.sent is not None:
+            assert device.type == "cuda", device
+            return self.sent.arrived()
+        images, sizes = to_device(self.images, device), to_device(self.sizes, device)
         targets = {task: target.to(device) for task, target in self.targets.items()}
         views = None if self.views is None else tuple(view.to(device) for view in self.views)
-        return replace(self, **tensors, targets=targets, views=views)
+        return replace(self, images=images, sizes=sizes, targets=targets, views=views)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Batch that a stream of its own copies to a GPU, while another one computes."""
+
+    batch: Batch
+    copied: torch.cuda.Event
+
+    def arrived(self) -> Batch:
+        """The batch. What the current stream does from now on waits for the copies; the host does not."""
+        stream = torch.cuda.current_stream(self.batch.images.device)
+        stream.wait_event(self.copied)
+        for tensor in _on_gpu(self.batch):
+            tensor.record_stream(stream)  # else its memory could be used again, by the other stream, too early
+        return self.batch
+
+
+class Upload:
+    """Sends batches to a GPU by a stream of its own.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the host, already `sent`."""
+        with torch.cuda.stream(self._stream):
+            there = batch.to(self._device)
+        return replace(batch, sent=Sent(there, self._stream.record_event()))
+
+
+def _on_gpu(value: Any) -> Iterator[Tensor]:
+    """The tensors on a GPU in a batch or in parts of one."""
+    if isinstance(value, Tensor):
+        yield from [value] if value.device.type == "cuda" else []
+        return
+    parts: Iterable[Any] = ()
+    if is_dataclass(value):
+        parts = (getattr(value, entry.name) for entry in fields(value))
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, tuple):
+        parts = value
+    for part in parts:
+        yield from _on_gpu(part)
 
 
 def stack_samples(samples: Sequence[Sample]) -> Batch:

@@ -37,6 +37,7 @@ from visft_ds.interop.vocabularies import check_vocabulary, vocabulary_in
 from visft_ds.model import MultiTaskModel, TaskModule
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import PRESETS, EvaViT
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.prepare.model import trains_backbone
 from visft_ds.prepare.places import HEADS, WEIGHTS, WORDS, find, paths_of
 from visft_ds.prepare.streams import needs_vocabulary, read_vocabulary
@@ -253,6 +254,7 @@ def load_model(
         ValueError: a missing or damaged file, an adapter or heads of another base, an adapter on top of merged weights,
             heads for another width.
     """
+    use_numerics(device)
     backbone, described = _load_backbone(files, DTYPES[precision], preset)
     infos = {task: _head_info(files.heads, task, backbone) for task in tasks}
     problems = _of_other_base(infos, files)

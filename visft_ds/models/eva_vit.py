@@ -20,11 +20,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from visft_ds.models.layers import Attention, LayerNorm, Mlp, PatchEmbed, resize_position_embeddings, stack_padded
-from visft_ds.ops import autocast_dtype
+from visft_ds.models.layers import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    resize_position_embeddings,
+    stack_padded,
+)
+from visft_ds.ops import FrozenCasts, autocast_as, autocast_dtype, kernels, matmul_dtype, movable
 from visft_ds.ops.attention import Packing, attention_kernels
+from visft_ds.ops.frozen import Rest, replaced_linear, rest_of_block
 
 Grids = Sequence[tuple[int, int]]  #: (height, width) of each image of a batch, in patches or pixels
 
@@ -65,6 +75,32 @@ def recomputed(function: Callable[..., Any], **options: Any) -> Callable[..., An
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
 
+class _Recomputed(torch.autograd.Function):
+    """Activation checkpointing of a function of one tensor, without a hook for each tensor that it would have kept.
+
+    In host time `torch.utils.checkpoint` costs more than the second forward itself. What trains comes as an argument,
+    so that its gradients leave the graph where they would without recomputation, and engines see them there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *trained: nn.Parameter) -> Tensor:
+        ctx.run, ctx.trained, ctx.autocast = run, trained, autocast_dtype(x.device)
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        need_x = ctx.needs_input_grad[1]
+        x = kept.detach().requires_grad_(need_x)
+        with torch.enable_grad(), autocast_as(x.device, ctx.autocast):
+            out = ctx.run(x)
+        wanted = [*([x] if need_x else []), *ctx.trained]
+        found = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+        return None, *(found if need_x else (None, *found))
+
+
 class Block(nn.Module):
     """Transformer block, with the norms on the branches' results (`post_norm`) or on their inputs."""
 
@@ -84,6 +120,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, device=device, dtype=dtype)
         self.norm2 = LayerNorm(width, device=device, dtype=dtype)
         self.mlp = Mlp(width, hidden, device=device, dtype=dtype)
+        self._cast = FrozenCasts()
 
     def forward(
         self, x: Tensor, *, packing: Packing | None = None, recompute_mlp: bool = False, coded_gelu: bool = False
@@ -96,6 +133,8 @@ class Block(nn.Module):
                 keeping the hidden activations of the MLP.
             coded_gelu: keep 8 bits of each hidden activation.
         """
+        if not (recompute_mlp or coded_gelu) and (rest := self._frozen_rest(x)) is not None:
+            return rest_of_block(x, self._attended(x, packing), rest)
         # The result of the first branch gets no name here, which would keep it in memory until the block ends.
         if recompute_mlp:
             # Activations between the attention kernel and the GELU are as wide as the residual stream, and the product
@@ -106,6 +145,49 @@ class Block(nn.Module):
             branch = self._mlp(x, coded_gelu)
         out: Tensor = self.norm2(branch, added_to=x) if self.post_norm else x + branch
         return out
+
+    def recomputes_all(self) -> bool:
+        """Return True if the second forward of this block has nothing to leave out, and no storage moves under it.
+
+        `torch.utils.checkpoint` stops behind the last tensor that the backward pass needs: without a norm or an adapter
+        behind it the last product, a third of the block, is not computed again.
+        """
+        last = self.mlp.fc2.weight
+        fixed = not (torch.compiler.is_compiling() or movable(last))
+        return fixed and (self.post_norm or len(_trained(self.mlp.fc2)) > 0)
+
+    def _frozen_rest(self, x: Tensor) -> Rest | None:
+        """Return the parameters behind the attention, None where something asks for each module to be called.
+
+        Those are weights that train or that ZeRO-3 divides, adapters, hooks, a compiler, kernels of our own; and norms
+        in front of the branches, with which a second forward leaves out the last product.
+        """
+        if not self.post_norm or torch.compiler.is_compiling() or replaced_linear() or kernels(x.device) == "triton":
+            return None
+        mlp, norms = self.mlp, (self.norm1, self.norm2)
+        layers = self.attn.proj, mlp.fc1, mlp.fc2
+        for module in (mlp, *layers, *norms):
+            if type(module) not in (Mlp, Linear, LayerNorm) or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        weights = [layer.weight for layer in layers]
+        vectors = [layer.bias for layer in layers if layer.bias is not None]
+        for norm in norms:
+            vectors += (norm.weight, norm.bias)
+        dtype = matmul_dtype(weights[0])
+        if movable(weights[0]) or any(weight.dtype != dtype for weight in weights):
+            return None
+        if any(parameter.requires_grad for parameter in (*weights, *vectors)):
+            return None
+        proj, fc1, fc2, *norm_vectors = self._cast(dtype, *vectors)
+        first, second = norm_vectors[:2], norm_vectors[2:]
+        return Rest(
+            (weights[0], proj),
+            (first[0], first[1]),
+            (weights[1], fc1),
+            (weights[2], fc2),
+            (second[0], second[1]),
+            (self.norm1.eps, self.norm2.eps),
+        )
 
     def _attended(self, x: Tensor, packing: Packing | None) -> Tensor:
         out: Tensor = self.attn(x if self.post_norm else self.norm1(x), packing)
@@ -135,8 +217,23 @@ def run_block(block: nn.Module, x: Tensor, packing: Packing | None, policy: str)
     elif policy == "all_but_attention":
         run = recomputed(block, context_fn=partial(create_selective_checkpoint_contexts, attention_kernels()))
     elif policy == "block":
+        if isinstance(block, Block) and block.recomputes_all():
+            whole = block if packing is None else partial(block, packing=packing)
+            out: Tensor = _Recomputed.apply(whole, x, *_trained(block))
+            return out
         run = recomputed(block)
     return run(x) if packing is None else run(x, packing=packing)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return `module.parameters()` that require a gradient, at a fraction of its time."""
+    found = [
+        parameter for parameter in module._parameters.values() if parameter is not None and parameter.requires_grad
+    ]
+    for child in module._modules.values():
+        if child is not None:
+            found += _trained(child)
+    return found
 
 
 class BlockRunner(Protocol):

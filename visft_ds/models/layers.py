@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visft_ds.ops import matmul_dtype
+from visft_ds.ops import FrozenCasts, matmul_dtype
 from visft_ds.ops.attention import Packing, attention, attention_packed
 from visft_ds.ops.gelu import gelu, layer_norm
 
@@ -45,12 +45,15 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = _empty(out_features, in_features, device=device, dtype=dtype)
         self.register_parameter("bias", _empty(out_features, device=device, dtype=dtype) if bias else None)
+        self._cast = FrozenCasts()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own."""
-        bias = self.bias if bias is None else bias
-        dtype = matmul_dtype(self.weight)
-        return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
+        weight, bias = self.weight, self.bias if bias is None else bias
+        dtype = matmul_dtype(weight)
+        if bias is not None and bias.dtype != dtype:
+            (bias,) = self._cast(dtype, bias)
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -74,10 +77,11 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = _empty(width, device=device, dtype=dtype)
         self.bias = _empty(width, device=device, dtype=dtype)
+        self._cast = FrozenCasts()
 
     def forward(self, x: Tensor, added_to: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., D); with a residual stream to add the result to, the sum, in the stream's dtype."""
-        return layer_norm(x, self.weight, self.bias, self.eps, added_to)
+        return layer_norm(x, self.weight, self.bias, self.eps, added_to, self._cast)
 
 
 class PatchEmbed(nn.Module):
@@ -165,6 +169,7 @@ class Attention(nn.Module):
         self.q_bias = _empty(width, device=device, dtype=dtype)
         self.v_bias = _empty(width, device=device, dtype=dtype)
         self.proj = Linear(width, width, device=device, dtype=dtype)
+        self._bias = FrozenCasts()
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """Attend, (B, N, D) -> (B, N, D), without `proj`; with a packing (1, T, D), the tokens of several images.
@@ -172,7 +177,7 @@ class Attention(nn.Module):
         The block applies `proj`, which it may recompute in the backward pass.
         """
         batch, length, width = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        (bias,) = self._bias(self.q_bias.dtype, self.q_bias, self.v_bias, make=_qkv_bias)
         qkv: Tensor = self.qkv(x, bias)
         q, k, v = qkv.view(batch, length, 3, self.num_heads, -1).unbind(2)  # (B, N, heads, d)
         if packing is None:
@@ -180,6 +185,11 @@ class Attention(nn.Module):
         else:
             mixed = attention_packed(q[0], k[0], v[0], packing)
         return mixed.reshape(batch, length, width)
+
+
+def _qkv_bias(dtype: torch.dtype, q_bias: Tensor, v_bias: Tensor) -> tuple[Tensor]:
+    """Bias of the fused projection, (3D,): there is none on k."""
+    return (torch.cat([q_bias, torch.zeros_like(q_bias), v_bias]).to(dtype),)
 
 
 def resize_position_embeddings(grid: Tensor, size: tuple[int, int]) -> Tensor:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from visft_ds.models.eva_vit import generator_for
 from visft_ds.models.layers import Linear
-from visft_ds.ops import matmul_dtype, no_autocast
-from visft_ds.ops.lora import Slices, dora_linear, lora_linear, row_lengths
+from visft_ds.ops import FrozenCasts, matmul_dtype, no_autocast
+from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, row_lengths
 
 #: Parameters that an adapted layer may add to those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
@@ -223,7 +223,14 @@ class LoRALinear(AdaptedLayer):
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.slices = slices
+        self._cast, self._wide = FrozenCasts(), WideWeight()
         self.start(generator)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRALinear:
+        """Move or cast the parameters (`.to()`, `.half()`), and give back the memory that the weight looked into."""
+        super()._apply(fn, recurse)
+        self._wide = WideWeight()
+        return self
 
     def first_magnitude(self, weight: Tensor) -> Tensor:
         """See `AdaptedLayer`; weight (out, in)."""
@@ -232,14 +239,16 @@ class LoRALinear(AdaptedLayer):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). A bias given here replaces the module's own (EVA's qkv: see `Attention`)."""
-        bias = self.bias if bias is None else bias
+        weight, bias = self.weight, self.bias if bias is None else bias
+        dtype = matmul_dtype(weight)
+        if bias is not None and bias.dtype != dtype:
+            (bias,) = self._cast(dtype, bias)
         if self.merged:
-            dtype = matmul_dtype(self.weight)
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype))
-        factors = (self.weight, bias, self.lora_A, self.lora_B)
+            return F.linear(x.to(dtype), weight.to(dtype), bias)
+        factors = (weight, bias, self.lora_A, self.lora_B)
         if self.lora_magnitude is not None:
-            return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices)
-        return lora_linear(x, *factors, self.scale, self.slices)
+            return dora_linear(x, *factors, self.lora_magnitude, self.scale, self.slices, wide=self._wide)
+        return lora_linear(x, *factors, self.scale, self.slices, wide=self._wide)
 
     def extra_repr(self) -> str:
         return (

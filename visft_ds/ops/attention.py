@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,18 +21,37 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
 from visft_ds.ops import placed
+from visft_ds.ops.copies import to_device
 
 #: What PyTorch tries first, and then in this order, should the first not take these tensors.
 _ORDER = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 #: Tokens from which cuDNN is taken on Hopper: at 576 to 1,024 it is level with flash attention or behind it.
 _LONG = 1025
+_VARYING = "for varying numbers of tokens; cuDNN would build a plan for each, about a second every time"
+#: Numbers of tokens that come with all images of a stream, see `use_fixed_lengths`.
+_fixed: frozenset[int] = frozenset()
 #: Tokens from which torch's fused kernel is taken for bf16 on a CPU with matrix instructions (AMX); it uses them.
 _LONG_ON_AMX = 512
 _AMX: bool = torch.cpu._is_amx_tile_supported()
+
+
+def use_fixed_lengths(lengths: Iterable[int]) -> None:
+    """Name, for the whole process, the numbers of tokens that come again and again: for them alone cuDNN is taken.
+
+    It builds a plan of execution for each number (and batch) that it meets, forward and backward. Torch can avoid that
+    (TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1) only where q, k and v lie apart, token by token; ours are parts of one product.
+    """
+    global _fixed
+    _fixed = frozenset(lengths)
+
+
+def fixed_lengths() -> tuple[int, ...]:
+    """The numbers of tokens that `use_fixed_lengths` was told, in order."""
+    return tuple(sorted(_fixed))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,8 +96,10 @@ def attention_backend(
         return "reference", "bf16 on a CPU without AMX: plain matrix products are faster than torch's fused kernel"
     if device.type != "cuda":
         return "sdpa", f"torch.nn.functional.scaled_dot_product_attention on {device.type}"
+    # One by one: where the number is a symbol of torch.compile, it may be compared and not looked up.
+    fixed = any(length == known for known in _fixed)
     capability = _capability(device)
-    return choose_for_gpu(capability, dtype, head_dim, length, current_flash_attention_impl())
+    return choose_for_gpu(capability, dtype, head_dim, length, current_flash_attention_impl(), fixed=fixed)
 
 
 def plain_below(device: torch.device, dtype: torch.dtype) -> int:
@@ -93,7 +114,13 @@ def plain_below(device: torch.device, dtype: torch.dtype) -> int:
 
 @cache
 def choose_for_gpu(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, length: int, flash: str | None = None
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    flash: str | None = None,
+    *,
+    fixed: bool = False,
 ) -> tuple[str, str]:
     """Name and reason for a GPU.
 
@@ -101,6 +128,7 @@ def choose_for_gpu(
         capability: (9, 0) for an H100.
         flash: "FA3" or "FA4" where `torch.nn.attention.activate_flash_attention_impl` has put it into the place of
             torch's own flash attention.
+        fixed: this number of tokens comes again and again (`use_fixed_lengths`).
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return "efficient", f"{dtype}: cuDNN and flash attention compute in 16 bit only"
@@ -112,7 +140,11 @@ def choose_for_gpu(
         unfit = _unfit(flash, capability, head_dim)
         if unfit is None:
             return "flash", f"{flash} was activated"
-        return "cudnn", f"{flash} was activated, but {unfit}"
+        if fixed:
+            return "cudnn", f"{flash} was activated, but {unfit}"
+        return "efficient", f"{flash} was activated, but {unfit}; {_VARYING}"
+    if capability[0] in (9, 10) and not fixed:
+        return "flash", _VARYING
     if capability[0] == 9:
         if length >= _LONG:
             return "cudnn", f"Hopper, {length} tokens: cuDNN's kernel is the faster one for long images"
@@ -146,7 +178,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths {list(lengths)}: give at least one image of at least one token")
         ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-        return cls(tuple(lengths), torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True))
+        return cls(tuple(lengths), to_device(torch.tensor(ends, dtype=torch.int32), device))
 
 
 @torch.compiler.disable  # lengths are numbers of Python, and every other one would be compiled anew

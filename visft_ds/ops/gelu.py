@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels, no_autocast, placed
+from visft_ds.ops import FrozenCasts, kernels, no_autocast, placed
 from visft_ds.ops.triton import DTYPES
 
 #: Codes for one unit of slope, and the code of slope 0; so codes run from 1 to 254.
@@ -140,11 +140,19 @@ def _triton_backward(dy: Tensor, code: Tensor) -> Tensor:
     return gelu_coded_backward(dy, code, STEPS, ZERO)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, added_to: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    added_to: Tensor | None = None,
+    cast: FrozenCasts | None = None,
+) -> Tensor:
     """Layer norm over the last axis, (..., D) -> (..., D), in the dtype of x; or the sum of it and `added_to`.
 
-    Gradients of weight and bias are computed only where they train. The Triton kernel for the sum has none, so it is
-    taken for frozen norms only; it adds before it rounds.
+    `cast` keeps the parameters in the dtype of x, where that is another one. Gradients of weight and bias are computed
+    only where they train. The Triton kernel for the sum has none, so it is taken for frozen norms only; it adds before
+    it rounds.
     """
     frozen = not (torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad))
     if added_to is not None and frozen and kernels(x.device) == "triton" and {x.dtype, added_to.dtype} <= set(DTYPES):
@@ -152,6 +160,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, added_to: Te
 
         return add_normed(added_to, x, weight.detach(), bias.detach(), eps)
     # Autocast on CUDA would keep an fp32 copy of a 16-bit input for the backward pass; the kernel sums in fp32.
+    if weight.dtype != x.dtype:
+        weight, bias = (cast or FrozenCasts())(x.dtype, weight, bias)
     with no_autocast(x.device):
-        normed = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+        normed = F.layer_norm(x, weight.shape, weight, bias, eps)
     return normed if added_to is None else added_to + normed

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visft_ds.ops import kernels, matmul_dtype, no_autocast, placed
+from visft_ds.ops import kernels, matmul_dtype, movable, no_autocast, placed
 from visft_ds.ops.triton import DTYPES, why_not
 
 Slices = tuple[tuple[int, int], ...]  #: (lo, hi) ranges of output features, ascending and disjoint
@@ -46,6 +46,7 @@ def lora_linear(
     slices: Sequence[tuple[int, int]],
     *,
     backend: str = "auto",
+    wide: WideWeight | None = None,
 ) -> Tensor:
     """Linear layer plus low-rank updates of some output slices.
 
@@ -61,23 +62,26 @@ def lora_linear(
         scale: factor of the update, alpha / r.
         slices: ascending, disjoint (lo, hi) output ranges. `slices` and shapes that disagree raise ValueError.
         backend: "auto" or one of BACKENDS. One that is unknown or cannot run here raises ValueError.
+        wide: kept beside this weight, for the augmented product; None: [W | B] is made in every pass.
 
     Returns:
         (..., F) in the dtype computed in.
     """
-    _check_shapes(weight, lora_a, lora_b, slices)
     dtype = matmul_dtype(weight)
     if backend == "auto":
         backend, _ = choose_backend(placed(weight.device), dtype)
     elif backend not in BACKENDS:
         raise ValueError(f"lora_linear: backend {backend!r} is unknown; use auto, {' or '.join(BACKENDS)}")
+    out: Tensor
+    if backend == "augmented" and wide is not None and wide.takes(weight, dtype, slices, lora_b):
+        out = _KeptAugmented.apply(x, bias, lora_a, lora_b, wide, scale)
+        return out
+    _check_shapes(weight, lora_a, lora_b, slices)
     if backend == "triton":
         _check_triton(weight.device, dtype)
     # x is cast outside of the function: it keeps x for the backward pass, and a 16-bit copy is smaller than fp32.
-    out: tuple[Tensor, Tensor] = _LoraLinear.apply(
-        x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend
-    )
-    return out[0]
+    out = _LoraLinear.apply(x.to(dtype), weight, bias, lora_a, lora_b, scale, tuple(slices), backend)
+    return out
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -97,10 +101,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Arguments of `lora_linear` -> (output, u); u is an output so that `setup_context` can keep it."""
+    """Arguments of `lora_linear` -> output."""
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -109,29 +114,23 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         slices: Slices,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         u = _product(rows, _cast(lora_a, x).t(), scale)
         run = _FORWARD[backend]
         y = run(rows, u, _cast(weight, x), None if bias is None else _cast(bias, x), _cast(lora_b, x), slices)
-        return y.view(*x.shape[:-1], len(weight)), u
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, lora_a, lora_b, ctx.scale, ctx.slices, ctx.backend = inputs
+        ctx.scale, ctx.slices, ctx.backend = scale, slices, backend
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         # ZeRO-3 swaps the storage behind a parameter: keep the parameters themselves, never a view or a cast of them.
-        ctx.save_for_backward(
-            x if need_weight or need_a else None, output[1] if need_b else None, weight, lora_a, lora_b
-        )
+        ctx.save_for_backward(x if need_weight or need_a else None, u if need_b else None, weight, lora_a, lora_b)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape = x.shape
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 8
         x, u, weight, lora_a, lora_b = ctx.saved_tensors
@@ -163,6 +162,108 @@ class _LoraLinear(torch.autograd.Function):
             if need_bias:
                 db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, da, dlb, None, None, None
+
+
+class WideWeight:
+    """[W | B] of a layer in the dtype of computation, kept from pass to pass, with the frozen W as a view into it.
+
+    So there is no second W: `takes` moves the values of the parameter and lets it look at them there; its name, shape
+    and values stay. Each forward writes B, and A in this dtype: whoever changed them (an optimiser, a checkpoint, an
+    average), and however, no stale value is ever multiplied. Not for a W that trains or that ZeRO-3 divides: their
+    storage belongs to the engine. Nor without a graph: before DeepSpeed starts, it broadcasts weights, which have to be
+    contiguous for that, and only checks run until then.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def __deepcopy__(self, memo: object) -> WideWeight:
+        return WideWeight()
+
+    def __reduce__(self) -> tuple[type[WideWeight], tuple[()]]:
+        return WideWeight, ()
+
+    def holds(self, weight: Tensor) -> bool:
+        """Return True if a weight is still a view into the buffer: `.to()`, a merge and the like replace it."""
+        buffer = self._buffer
+        return buffer is not None and weight.untyped_storage()._cdata == buffer.untyped_storage()._cdata
+
+    def takes(self, weight: Tensor, dtype: torch.dtype, slices: Sequence[tuple[int, int]], lora_b: Tensor) -> bool:
+        """Return True if the buffer holds this weight, which it takes in where it may."""
+        if weight.dtype != dtype or weight.requires_grad or torch.compiler.is_compiling():
+            return False
+        if self.holds(weight):
+            return True
+        if movable(weight) or weight.is_meta or not torch.is_grad_enabled():
+            return False
+        rows, fan_in = weight.shape
+        width = fan_in + len(slices) * lora_b.shape[1]
+        with torch.no_grad():
+            # Rows of a multiple of 16 bytes, which matrix units read fastest.
+            buffer = weight.new_zeros(rows, -(-width // _ALIGNED) * _ALIGNED)
+            buffer[:, :fan_in] = weight
+            self._buffer, self.all, self.weight = buffer, buffer[:, :width], buffer[:, :fan_in]
+            self.a = weight.new_empty(width - fan_in, fan_in)
+            self.b = buffer[:, fan_in:width]
+            self.places = [(lo, hi, cols, self.b[lo:hi, cols]) for lo, hi, cols, _ in _groups(slices, lora_b.shape[1])]
+            self.heights = [hi - lo for lo, hi in slices]
+            weight.data = self.weight
+        return True
+
+    def write(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Write the adapters as they are now."""
+        self.a.copy_(lora_a)
+        for (_, _, _, place), part in zip(self.places, lora_b.split(self.heights), strict=True):
+            place.copy_(part)
+
+
+#: Elements of 16 bit in 16 bytes.
+_ALIGNED = 8
+
+
+class _KeptAugmented(torch.autograd.Function):
+    """`lora_linear` by the augmented product, whose [W | B] is kept; [x | u] is made in one piece, and kept as such."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, wide: WideWeight, scale: float
+    ) -> Tensor:
+        wide.write(lora_a, lora_b)
+        fan_in = x.shape[-1]
+        rows = wide.a.new_empty(x.numel() // fan_in, wide.all.shape[1])
+        inputs, u = rows.tensor_split((fan_in,), dim=1)
+        inputs.copy_(x.reshape(-1, fan_in))
+        u.addmm_(inputs, wide.a.t(), beta=0, alpha=scale)  # with beta = 0 what was there is not read
+        y = rows @ wide.all.t() if bias is None else torch.addmm(_cast(bias, rows), rows, wide.all.t())
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            ctx.save_for_backward(rows)
+        ctx.wide, ctx.scale, ctx.x_shape, ctx.x_dtype = wide, scale, x.shape, x.dtype
+        ctx.dtypes = None if bias is None else bias.dtype, lora_a.dtype, lora_b.dtype
+        return y.view(*x.shape[:-1], len(wide.all))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide, scale = ctx.wide, ctx.scale
+        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
+        bias_dtype, a_dtype, b_dtype = ctx.dtypes
+        dx = db = da = dlb = None
+        with no_autocast(grad.device):  # the backward pass may run under another state of autocast than the forward did
+            dy = grad.reshape(-1, grad.shape[-1])
+            if need_a or need_b:
+                inputs, u = ctx.saved_tensors[0].tensor_split((wide.a.shape[1],), dim=1)
+            if need_x or need_a:
+                du = _product(dy, wide.b, scale)  # rows of no slice are 0 in B
+            if need_x:
+                # In place: the sum needs no second tensor of the size of x. The small product first.
+                dx = (du @ wide.a).addmm_(dy, wide.weight).view(ctx.x_shape).to(ctx.x_dtype)
+            if need_a:
+                da = (du.t() @ inputs).to(a_dtype)
+            if need_b:
+                dlb = torch.cat([dy[:, lo:hi].t() @ u[:, cols] for lo, hi, cols, _ in wide.places]).to(b_dtype)
+            if need_bias:
+                db = dy.sum(0).to(bias_dtype)
+        return dx, db, da, dlb, None, None
 
 
 def _forward_eager(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, slices: Slices) -> Tensor:
@@ -249,6 +350,8 @@ def dora_linear(
     magnitude: Tensor,
     scale: float,
     slices: Sequence[tuple[int, int]],
+    *,
+    wide: WideWeight | None = None,
 ) -> Tensor:
     """Linear layer plus low-rank updates of some output slices, whose rows then have the lengths `magnitude`.
 
@@ -262,7 +365,7 @@ def dora_linear(
     Returns:
         (..., F) in the dtype computed in.
     """
-    y = lora_linear(x, weight, bias, lora_a, lora_b, scale, slices)
+    y = lora_linear(x, weight, bias, lora_a, lora_b, scale, slices, wide=wide)
     lengths = row_lengths(weight, lora_a, lora_b, scale, slices)
     with no_autocast(y.device):
         excess = magnitude.to(lengths.dtype) / lengths - 1  # 0 at the start of training: y stays as it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from visft_ds.ops.copies import to_device
 from visft_ds.resilience.errors import RanksDiffer
 
 #: Room for the counts in the all-reduce of a step; fixed, so that ranks which disagree still exchange equal sizes.
@@ -82,10 +85,10 @@ def agree_on_step(what: str, counts: Mapping[str, float], stop: bool, device: to
     token = float(zlib.crc32(what.encode()) % (1 << 20))  # small enough that sums of squares are exact in float64
     keys = sorted(counts)
     values = [counts[key] for key in keys] + [0.0] * (_COUNT_SLOTS - len(keys))
-    vector = torch.tensor([float(stop), token, token**2, *values], dtype=torch.float64, device=device)
+    vector = to_device(torch.tensor([float(stop), token, token**2, *values], dtype=torch.float64), device)
     if dist.is_initialized():
         dist.all_reduce(vector)
-    stops, tokens, squares, *sums = vector.tolist()
+    stops, tokens, squares, *sums = vector.cpu().tolist()
     if tokens != token * world_size() or squares != token**2 * world_size():
         assert_same_on_all_ranks({"what the next step is": what})
         raise RanksDiffer(f"the ranks are not about to do the same step; rank {rank()} was about to do {what}")
@@ -100,17 +103,25 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(vector.item())
 
 
-def mean_over_ranks(values: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Mean of a dict of 0-d tensors over all ranks (of a group) in one all-reduce and one copy to the host."""
-    if not values:
-        return {}
-    keys = sorted(values)
-    vector = torch.stack([values[key].detach().float() for key in keys])
+def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Means of the losses of a step, 0-d tensors, over all ranks (of a group): one all-reduce, one copy to the host.
+
+    A rank with a fault has "loss", which is NaN then, and not all the others: where the mean of "loss" is not finite,
+    it is the only one.
+
+    Args:
+        slots: room for losses in the all-reduce, equal on all ranks.
+    """
+    if len(losses) > slots:
+        raise RuntimeError(f"{len(losses)} losses do not fit the {slots} slots of the step's all-reduce")
+    keys = ["loss", *sorted(losses.keys() - {"loss"})]
+    vector = F.pad(torch.stack([losses[key].detach().float() for key in keys]), (0, slots - len(keys)))
     count = 1
     if dist.is_initialized():
         dist.all_reduce(vector, group=group)
         count = dist.get_world_size(group)
-    return dict(zip(keys, (vector / count).tolist(), strict=True))
+    means = dict(zip(keys, (vector / count).cpu().tolist(), strict=False))
+    return means if math.isfinite(means["loss"]) else {"loss": means["loss"]}
 
 
 def gather_rows(rows: Tensor) -> Tensor:

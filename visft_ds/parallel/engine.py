@@ -27,8 +27,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import DistNetworkError, DistStoreError, TCPStore  # type: ignore[attr-defined]  # public, not marked so
 
 from visft_ds import DEEPSPEED
 from visft_ds.config.schema import SchedulerConfig
@@ -40,6 +39,8 @@ from visft_ds.resilience.errors import LostRank
 
 #: Environment of a process that was started without a launcher and talks to itself only; MASTER_PORT is added.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+#: Most losses of a task that are for the log only.
+_LOGGED = 8
 #: By which network interface gloo and NCCL talk.
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -264,6 +265,18 @@ def faults_of_all(module: MultiTaskModel, sums: Mapping[str, Tensor]) -> dict[in
     return {rank: found for rank, found in enumerate(everywhere) if found}
 
 
+def add_losses(sums: dict[str, Tensor], losses: Mapping[str, Tensor], parts: int) -> None:
+    """Add the losses of a micro-batch, one of `parts` in a step, to their means."""
+    for name, value in losses.items():
+        share = value.detach() / parts
+        sums[name] = sums[name] + share if name in sums else share
+
+
+def loss_slots(module: MultiTaskModel) -> int:
+    """Room for the losses of a step: that of all tasks, of each its weighted and unweighted ones, those for the log."""
+    return 1 + sum(1 + len(criterion.weights) + _LOGGED for criterion in module.criteria.values())
+
+
 class ZeroEngine:
     """ZeRO stages 0-3, with or without offload, over a plain module.
 
@@ -318,20 +331,18 @@ class ZeroEngine:
         sums: dict[str, Tensor] = {}
         self.module.faults = []
         for number, batch in enumerate(batches, 1):
-            losses = self.deepspeed(batch.to(self.device), loss_denominators)
-            self.deepspeed.backward(losses["loss"])
-            for name, value in losses.items():
-                sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
+            of_batch = self.deepspeed(batch.to(self.device), loss_denominators)
+            self.deepspeed.backward(of_batch["loss"])
+            add_losses(sums, of_batch, self.accumulation)
             if number < len(batches):
                 self.deepspeed.step()  # only counts the micro-batch
-        loss = distributed.mean_over_ranks({"loss": sums["loss"]})["loss"]
-        refused, norm = self._update(loss)
+        means = distributed.mean_losses(sums, loss_slots(self.module))
+        refused, norm = self._update(means["loss"])
         skipped = not refused and not math.isfinite(norm)
         faults = faults_of_all(self.module, sums) if refused else {}
-        # Ranks with a fault do not have all the losses.
-        means = {"loss": loss} if refused else {**distributed.mean_over_ranks(sums), "loss": loss}
+        losses = {"loss": means["loss"]} if refused else means
         used_scale = scale if self.loss_scale.dynamic else None
-        return StepReport(means, norm / scale, rates, skipped, refused, faults, used_scale)
+        return StepReport(losses, norm / scale, rates, skipped, refused, faults, used_scale)
 
     def _update(self, loss: float) -> tuple[Literal["", "loss", "gradient"], float]:
         """Make the update unless loss or gradient are refused, alike on every rank.

@@ -28,7 +28,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.model import LossDenominators, MultiTaskModel
 from visft_ds.parallel import distributed
 from visft_ds.parallel.deepspeed_fixes import LossScale, clear_stale_gradients, step_without_update
-from visft_ds.parallel.engine import StepReport, faults_of_all, judge_gradient, step_seed
+from visft_ds.parallel.engine import StepReport, add_losses, faults_of_all, judge_gradient, loss_slots, step_seed
 from visft_ds.parallel.pipeline_layers import HeadsLayer, owners, pipeline_layers, release, travelling_label
 
 #: Values of an anchor (see `stage_groups`): at least one for each data-parallel rank that ZeRO-1 divides it over.
@@ -171,8 +171,7 @@ class PipelineEngine:
 
         def add(losses: Mapping[str, Tensor], received: Tensor, batch: Batch) -> None:
             check_same_samples(step, received[:1], batch, every)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, value.new_zeros(())) + value.detach() / self.accumulation
+            add_losses(sums, losses, self.accumulation)
 
         self._run(self.deepspeed.train_batch, batches, loss_denominators, add)
         self._steps_here += 1
@@ -240,7 +239,7 @@ class PipelineEngine:
                 return _loss_of(outputs, batch)
 
             self.deepspeed.module.loss_fn = loss
-        start(_inputs(self.module, batches, first=self.place.stage == 0))
+        start(_inputs(self.module, batches, self.device, first=self.place.stage == 0))
 
     def _share_losses(self) -> tuple[dict[str, float], float]:
         """Broadcast the losses, means over the pipelines, and the loss scale from the last stages to all ranks.
@@ -250,9 +249,7 @@ class PipelineEngine:
         losses: dict[str, float] = {}
         if self._stages.heads is not None:
             group = self.deepspeed.grid.get_data_parallel_group()
-            losses = distributed.mean_over_ranks({"loss": self._sums["loss"]}, group)
-            if math.isfinite(losses["loss"]):  # ranks with a fault do not have all the losses
-                losses = {**distributed.mean_over_ranks(self._sums, group), **losses}
+            losses = distributed.mean_losses(self._sums, loss_slots(self.module), group)
         known = losses, self.loss_scale.value
         shared: tuple[dict[str, float], float] = distributed.broadcast_object(
             known, source=(self.place.stages - 1) * self.place.dp_size
@@ -327,10 +324,14 @@ def instructions(stage: int, first_trained: int, update: Callable[[Any], None]) 
     }
 
 
-def _inputs(model: MultiTaskModel, batches: Sequence[Batch], *, first: bool) -> Iterator[Any]:
+def _inputs(model: MultiTaskModel, batches: Sequence[Batch], device: torch.device, *, first: bool) -> Iterator[Any]:
     """(inputs, labels) of each micro-batch, as DeepSpeed wants them: inputs on the first stage, labels on the last."""
     for batch in batches:
-        yield ((batch.images, batch.sizes, travelling_label(model, batch)), None) if first else ((), batch)
+        if first:
+            there = batch.to(device)
+            yield (there.images, there.sizes, travelling_label(model, batch)), None
+        else:
+            yield (), batch
 
 
 def _exchange(batch: Batch, ranks: Sequence[int], group: Any) -> list[Batch]:

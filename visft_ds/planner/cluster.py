@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +21,7 @@ from visft_ds.config.records import read_record
 from visft_ds.config.schema import Precision
 from visft_ds.config.task_schema import Stream
 from visft_ds.costs.hardware import DTYPES, find_peak
+from visft_ds.planner.messages import SEND, bus_factor, messages_of
 from visft_ds.planner.meta_step import Kind, Total
 from visft_ds.planner.step import PlannedRun, trace_step
 
@@ -29,8 +30,9 @@ from visft_ds.planner.step import PlannedRun, trace_step
 PRODUCT_SHARE, ATTENTION_SHARE = 0.80, 0.42
 #: Of the memory's bandwidth, kernels that only move bytes reach this much; sampling at scattered places a quarter.
 BANDWIDTH_SHARE, SAMPLING_SHARE = 0.85, 0.25
-#: Of a link's bandwidth in one direction, large collectives reach this much.
-LINK_SHARE = 0.75
+#: Of the bandwidth in one direction, large collectives reach this much of a link and of a machine's network: nccl-tests
+#: as published, see docs/planner.md.
+LINK_SHARE, NETWORK_SHARE = 0.8, 0.9
 #: Seconds of a kernel, however small.
 CALL_SECONDS = 5e-6
 #: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
@@ -49,6 +51,7 @@ class Gpu:
     memory: int
     bandwidth: float  #: of its memory
     link: float  #: to a GPU of the same machine, one direction
+    network: float  #: of a machine with 8 of them as they are sold, in one direction
     tflops: Mapping[Precision, float]  #: dense peaks in TFLOP/s; a precision that is not there is not in hardware
 
     def tflops_of(self, dtype: torch.dtype) -> float:
@@ -65,9 +68,13 @@ def _gpu(name: str, driver: str, gigabytes: int, bandwidth: float, link: float) 
     assert peak is not None, driver
     rates: dict[Precision, float | None] = {"bf16": peak.bf16, "fp16": peak.fp16, "fp32": peak.fp32}
     found = {precision: rate for precision, rate in rates.items() if rate is not None}
-    return Gpu(name, gigabytes * 2**30, bandwidth * 1e9, link * 1e9, found)
+    network = next((speed for kind, speed in _SOLD_WITH.items() if name.startswith(kind)), "200gbit")
+    return Gpu(name, gigabytes * 2**30, bandwidth * 1e9, link * 1e9, NETWORKS[network], found)
 
 
+#: Bytes a second of a machine's network in one direction; a DGX has an adapter of 400 or 200 Gbit/s for each GPU.
+NETWORKS = {"dgx-h100": 400e9, "dgx-a100": 200e9, "200gbit": 25e9, "100gbit": 12.5e9}
+_SOLD_WITH = {"H100": "dgx-h100", "H200": "dgx-h100", "A100": "dgx-a100"}
 #: Memory in GiB and bandwidths in GB/s from the makers' data sheets (see `costs.hardware.PEAKS`). Links: NVLink 2,
 #: 3 and 4 with 150, 300 and 450 GB/s in each direction; PCIe 4 x16 with 32.
 GPUS = {
@@ -86,41 +93,80 @@ GPUS = {
 }
 _PRECISION: Mapping[torch.dtype, Precision] = {dtype: precision for precision, dtype in DTYPES.items()}
 _PER_NODE = 8
-_NETWORK = 25e9  #: bytes a second of a machine's network (200 Gbit/s), shared by its GPUs
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind."""
+    """GPUs of one kind; ranks next to each other share a machine."""
 
     count: int
     gpu: Gpu
-    network: float = _NETWORK  #: bytes a second into and out of a machine of `per_node` GPUs
+    network: float  #: bytes a second into a machine of `per_node` GPUs, and as many out of it
     per_node: int = _PER_NODE
 
     @property
-    def link(self) -> float:
-        """Bytes a second that a GPU exchanges with its neighbours: over the network where there are more machines."""
-        if self.count <= self.per_node:
-            return self.gpu.link
-        return min(self.gpu.link, self.network / self.per_node)
+    def machines(self) -> int:
+        """Machines that are needed."""
+        return -(-self.count // self.per_node)
 
-    def __str__(self) -> str:
-        return f"{self.count}x{self.gpu.name}"
+    def ring_seconds(self, collective: str, size: int, ranks: int) -> float:
+        """Seconds of a collective of `size` bytes over groups of `ranks` neighbours.
+
+        A ring enters and leaves each machine once, with all that its links carry. What a call costs before its first
+        byte is not in it.
+        """
+        rate = LINK_SHARE * self.gpu.link
+        if self.machines > 1 and self.per_node % ranks:  # else each group is within a machine
+            rate = min(rate, NETWORK_SHARE * self.network)
+        return bus_factor(collective, ranks) * size / rate
+
+    def send_seconds(self, size: int, distance: int) -> float:
+        """Seconds in which every rank sends `size` bytes to the one `distance` further on.
+
+        Of a machine's ranks the last `distance` send over its network at the same time.
+        """
+        rate = LINK_SHARE * self.gpu.link
+        if self.machines > 1:
+            rate = min(rate, NETWORK_SHARE * self.network / min(distance, self.per_node))
+        return size / rate
 
 
-def parse_cluster(text: str) -> Cluster:
-    """`8xA100-80GB`, `1xH100` (where there is one size of memory), or a JSON file.
+def parse_cluster(text: str, network: str | None = None) -> Cluster:
+    """`8xA100-80GB`, `2x8xH100` (machines x GPUs; the memory where there are several), or a JSON file.
+
+    Args:
+        network: of a machine, a name of `NETWORKS` or GB/s; None: as the file says, or as such machines are sold.
 
     Raises:
         ValueError: another form, an unknown name (with the nearest one), a file that lacks something.
     """
+    speed = None if network is None else _parse_network(network)
     if Path(text).suffix == ".json":
-        return _from_file(Path(text))
-    found = re.fullmatch(r"(\d+)x(.+)", text)
-    if found is None or int(found[1]) < 1:
-        raise ValueError(f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or give a JSON file")
-    return Cluster(int(found[1]), _find(found[2], text))
+        cluster = _from_file(Path(text))
+        return cluster if speed is None else replace(cluster, network=speed)
+    found = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(.+)", text)
+    if found is None or not int(found[1] or 1) * int(found[2]):
+        raise ValueError(
+            f"--cluster {text}: write COUNTxNAME such as 8xA100-80GB, or MACHINESxGPUSxNAME such as 8x8xH100 (each at "
+            "least 1), or give a JSON file"
+        )
+    gpu, per_node = _find(found[3], text), int(found[2]) if found[1] else _PER_NODE
+    return Cluster(int(found[1] or 1) * int(found[2]), gpu, speed or gpu.network, per_node)
+
+
+def _parse_network(text: str) -> float:
+    """Bytes a second. Raises ValueError for anything but a name or GB/s above 0."""
+    try:
+        speed = NETWORKS.get(text.lower()) or float(text) * 1e9
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed <= 1e15:
+        names = ", ".join(f"{name} ({known / 1e9:g})" for name, known in NETWORKS.items())
+        raise ValueError(
+            f"--network {text}: give the GB/s of a machine in one direction, above 0 and at most 1000000, such as 25 "
+            f"(200 Gbit/s); or one of {names}"
+        )
+    return speed
 
 
 def _find(name: str, text: str) -> Gpu:
@@ -163,7 +209,7 @@ class ClusterFile(StrictModel):
     bandwidth_gb_s: Rate
     link_gb_s: Rate
     tflops: Tflops
-    network_gb_s: Rate = _NETWORK / 1e9
+    network_gb_s: Rate = NETWORKS["200gbit"] / 1e9
     per_node: Annotated[int, Field(ge=1, le=10**6)] = _PER_NODE
 
 
@@ -177,8 +223,9 @@ def _from_file(path: Path) -> Cluster:
             '{"fp32": 19.5, "fp16": 312, "bf16": 312}'
         ) from error
     tflops: dict[Precision, float] = {name: rate for name, rate in found.tflops.items()}
-    gpu = Gpu(found.name, int(found.memory_gib * 2**30), found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, tflops)
-    return Cluster(found.count, gpu, found.network_gb_s * 1e9, found.per_node)
+    network, memory = found.network_gb_s * 1e9, int(found.memory_gib * 2**30)
+    gpu = Gpu(found.name, memory, found.bandwidth_gb_s * 1e9, found.link_gb_s * 1e9, network, tflops)
+    return Cluster(found.count, gpu, network, found.per_node)
 
 
 @dataclass(frozen=True)
@@ -254,31 +301,36 @@ class PlannedTime:
         return self.compute + self.update + self.communication + self.waiting
 
 
-def step_time(run: PlannedRun, stream: Stream, rates: Rates, link: float) -> PlannedTime:
+def step_time(run: PlannedRun, stream: Stream, rates: Rates, cluster: Cluster | None = None) -> PlannedTime:
     """Of one kind of step.
 
     Args:
-        link: bytes a second that a rank exchanges with another in one direction, at its peak.
+        cluster: over whose links ranks send their messages; None: sending takes no time.
     """
     run = run.typical(stream)
-    found, reached = trace_step(run, stream), LINK_SHARE * link
-    batches, zero = run.batches, run.zero()
-    micro = micro_batch_seconds(run, stream, rates)
+    found, batches, zero = trace_step(run.alone(), stream), run.batches, run.zero()
+    micro = micro_batch_seconds(run.alone(), stream, rates)
     shared = batches.dp if zero.stage else 1
     update = _UPDATE_BYTES * found.trained / shared / batches.stages / rates.bandwidth["plain"]
-    # A ring sends every byte of an average, or of a division and a gathering, twice.
-    exchanged = 2 * 4 * found.trained * (batches.dp - 1) / batches.dp / batches.stages / reached
+    compute, waiting = batches.accumulation * micro, 0.0
     if batches.stages > 1:
-        busy, total = _of_pipeline(run, micro)
-        # Tokens go forward and their gradients back; what the stages in between send lies beside computation.
-        sent = 2 * (batches.stages - 1) * found.tokens / reached
-        return PlannedTime(busy, update, exchanged + sent, total - busy)
-    compute = batches.accumulation * micro
-    gathering = 0.0
-    if zero.stage == 3:  # weights arrive ahead of what is computed with them: what takes longer decides
-        passes = batches.accumulation * (1 + found.backbone_trains)
-        gathering = passes * found.parameters * (batches.dp - 1) / batches.dp / reached
-    return PlannedTime(compute, update, exchanged + max(0.0, gathering - compute), 0.0)
+        compute, total = _of_pipeline(run, micro)
+        waiting = total - compute
+    seen, hidden = (0.0, 0.0) if cluster is None else _sending_seconds(run, stream, cluster)
+    return PlannedTime(compute, update, seen + max(0.0, hidden - compute), waiting)
+
+
+def _sending_seconds(run: PlannedRun, stream: Stream, cluster: Cluster) -> tuple[float, float]:
+    """(seconds that computation waits for messages, seconds of messages that travel beside it)."""
+    seconds, batches = {False: 0.0, True: 0.0}, run.batches
+    for message in messages_of(run, stream):
+        if message.collective == SEND:  # stages wait for what they receive, also while the pipeline fills and drains
+            turns = message.calls + batches.stages - 2
+            seconds[message.hidden] += turns * cluster.send_seconds(message.bytes, batches.dp)
+        else:
+            one = cluster.ring_seconds(message.collective, message.bytes, batches.dp)
+            seconds[message.hidden] += message.calls * one
+    return seconds[False], seconds[True]
 
 
 def micro_batch_seconds(run: PlannedRun, stream: Stream, rates: Rates) -> float:

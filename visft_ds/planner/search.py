@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
+from visft_ds.models.eva_vit import PRESETS
 from visft_ds.planner.cluster import Cluster, PlannedTime, Rates, micro_batch_seconds, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
@@ -16,6 +18,8 @@ from visft_ds.prepare.model import PUBLISHED_VOCABULARY
 from visft_ds.tasks.spec import Content
 
 CUDA = torch.device("cuda")
+#: Images of a micro-batch that are tried at most where batches may be of any size.
+_MOST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class StreamForecast:
 class SearchArm:
     """A configuration on a cluster."""
 
+    config: ResolvedConfig
+    count: int  #: GPUs
     flags: tuple[str, ...]  #: of visft train that lead to it
     engine: str
     policy: str  #: what is recomputed
@@ -78,8 +84,13 @@ class SearchArm:
         return sum(self.shares[name] * stream.limit for name, stream in self.streams.items()) / self.step_seconds
 
 
-def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm:
+def forecast(
+    config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = (), like: SearchArm | None = None
+) -> SearchArm:
     """Memory and time of a configuration on a cluster.
+
+    Args:
+        like: whose memory this one has, as micro-batches and policy are the same; None: it is planned.
 
     Raises:
         ValueError: batches that cannot be divided over its GPUs.
@@ -97,19 +108,21 @@ def forecast(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()
     if config.visft.model.recompute == "auto":
         full = full.changed(changed(config, (recompute_setting(choose_recompute(full, capacity, rates).policy),)))
     for name, stream in config.visft.streams().items():
-        work = trace_step(plain.typical(stream), stream).work
+        work = trace_step(plain.typical(stream).alone(), stream).work
         peak = sum(n * what.operations / gpu.tflops_of(what.dtype) for what, n in work.items()) / 1e12
         streams[name] = StreamForecast(
             images=stream.batch_size,
             micro=batches.micro[name],
-            memory=plan_stream(full, stream),
-            time=step_time(full, stream, rates, cluster.link),
+            memory=plan_stream(full, stream) if like is None else like.streams[name].memory,
+            time=step_time(full, stream, rates, cluster),
             limit=peak * batches.accumulation / batches.stages,
         )
     zero = config.deepspeed["zero_optimization"]["stage"]
     engine = f"pipeline of {batches.stages}" if batches.stages > 1 else f"ZeRO-{zero}"
     all_shares = sum(stream.share for stream in config.visft.streams().values())
     return SearchArm(
+        config=full.config,
+        count=cluster.count,
         flags=tuple(flags),
         engine=engine,
         policy=full.config.visft.model.recompute if config.visft.stage == 2 else "none",
@@ -176,30 +189,99 @@ def search(config: ResolvedConfig, cluster: Cluster) -> list[SearchArm]:
     that fit; a stated one is the only one.
     """
     arms: list[SearchArm] = []
-    stated = config.visft.model.recompute
-    policies = policies_of(config) if stated == "auto" else (stated,)
     for flags, of_engine in _engines(config, cluster):
         if of_engine.pipeline_stages > 1 and any(arm.fits for arm in arms):
             break  # a pipeline divides what does not fit; it waits while it fills
-        tried: list[SearchArm] = []
-        for policy in policies:
-            for settings, candidate in _variants(of_engine, cluster, policy):
-                tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
-                if tried[-1].fits:
-                    break
-            if len(tried) == 1 and tried[0].fits:
-                break  # nothing recomputed, in one micro-batch: nothing takes less
-        if tried:
-            arms.append(min(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.fullest.total)))
+        if (arm := _fastest(of_engine, cluster, flags)) is not None:
+            arms.append(arm)
     return sorted(arms, key=lambda arm: (not arm.fits, arm.step_seconds))
+
+
+def _fastest(config: ResolvedConfig, cluster: Cluster, flags: Sequence[str] = ()) -> SearchArm | None:
+    """The fastest settings of an engine that fit, else those that need least; None: batches cannot be divided."""
+    stated, tried = config.visft.model.recompute, list[SearchArm]()
+    for policy in policies_of(config) if stated == "auto" else (stated,):
+        for settings, candidate in _variants(config, cluster, policy):
+            tried.append(forecast(candidate, cluster, (*flags, *(f"--set {setting}" for setting in settings))))
+            if tried[-1].fits:
+                break
+        if len(tried) == 1 and tried[0].fits:
+            break  # nothing recomputed, in one micro-batch: nothing takes less
+    return min(tried, key=lambda arm: (not arm.fits, arm.step_seconds if arm.fits else arm.fullest.total), default=None)
+
+
+def fewer_are_faster(config: ResolvedConfig, cluster: Cluster, best: SearchArm | None) -> SearchArm | None:
+    """The most GPUs, fewer than all, on which ZeRO makes more images a second than the best arm on all of them."""
+    if best is not None and not best.fits:
+        return None  # fewer hold less
+    rate = 0.0 if best is None else best.images_per_second
+    for count in (n for n in range(cluster.count // 2, 0, -1) if cluster.count % n == 0):
+        smaller = replace(cluster, count=count)
+        if best is not None and best.config.pipeline_stages == 1:  # the same micro-batches, more of them
+            divided = best.config.deepspeed["zero_optimization"]["stage"] == 3
+            arm: SearchArm | None = forecast(best.config, smaller, best.flags, like=None if divided else best)
+        else:
+            arm = _fastest(changed(config, engine="zero1"), smaller, ("--engine zero1",))
+        if arm is not None:
+            return arm if arm.fits and arm.images_per_second > rate else None
+    return None
+
+
+def with_batches(arm: SearchArm, cluster: Cluster, times: int) -> SearchArm:
+    """An arm with so many times the images a step, in micro-batches of the same size, on another number of GPUs."""
+    settings = [
+        f"{_key(name)}.batch_size={times * stream.batch_size}" for name, stream in arm.config.visft.streams().items()
+    ]
+    flags = (*arm.flags, *(f"--set {setting}" for setting in settings))
+    return forecast(changed(arm.config, settings), cluster, flags, like=arm)
+
+
+def scaling(config: ResolvedConfig, cluster: Cluster, factors: Sequence[int]) -> Iterator[tuple[int, SearchArm]]:
+    """(factor, arm): ZeRO-1 and the fastest pipeline on 1, 2, 4, ... GPUs, with so many times the images a step.
+
+    Memory is planned once for each engine, with the largest micro-batches that fit on as few GPUs as it runs on.
+    """
+    streams = config.visft.streams()
+    unit = math.gcd(*(stream.batch_size for stream in streams.values()))
+
+    def sizes(images: int, micro: int) -> list[str]:
+        return [
+            f"{_key(name)}.{key}={stream.batch_size * size // unit}"
+            for name, stream in streams.items()
+            for key, size in (("batch_size", images), ("micro_batch", micro))
+        ]
+
+    for flags, engine in _engines(config, cluster):
+        stages = engine.pipeline_stages
+        if engine.deepspeed["zero_optimization"]["stage"] == 3:
+            continue
+        images = 2 * stages if stages > 1 else _MOST_AT_ONCE
+        group = _fastest(changed(engine, sizes(images, images)), replace(cluster, count=stages), flags)
+        if group is None or not group.fits:
+            continue
+        for count in (1 << power for power in range(cluster.count.bit_length())):
+            for factor in factors:
+                each, rest = divmod(unit * factor * stages, count)
+                if rest or count % stages:
+                    continue
+                most = min(each, images // group.accumulation)
+                micro = next(size for size in range(most, 0, -1) if each % size == 0)
+                divided = changed(group.config, sizes(unit * factor, micro))
+                yield factor, forecast(divided, replace(cluster, count=count), group.flags, like=group)
+
+
+def _key(stream: str) -> str:
+    return "visft.shared" if stream == SHARED else f"visft.tasks.{stream}"
 
 
 def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[str, ...], ResolvedConfig]]:
     yield ("--engine zero1",), changed(config, engine="zero1")
     if cluster.count > 1:
         yield ("--engine zero3",), changed(config, engine="zero3")
-    for stages in (2, 4, 8):
-        if cluster.count % stages == 0 and cluster.gpu.precision() != "fp16":
+    model = config.visft.model
+    depth = 0 if model.timm else model.backbone_options().get("depth", PRESETS[model.preset].depth)
+    for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
+        if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth) and cluster.gpu.precision() != "fp16":
             settings = (f"pipeline.stages={stages}",)
             yield ("--engine pipeline", f"--set {settings[0]}"), changed(config, settings, engine="pipeline")
 
@@ -217,9 +299,6 @@ def _variants(
     counts = [n for n in range(1, max(shares.values()) + 1) if all(share % n == 0 for share in shares.values())]
     counts = counts[::-1][:1] if config.pipeline_stages > 1 else counts
     for accumulation in counts:
-        settings = [
-            f"{'visft.shared' if name == SHARED else f'visft.tasks.{name}'}.micro_batch={share // accumulation}"
-            for name, share in shares.items()
-        ]
+        settings = [f"{_key(name)}.micro_batch={share // accumulation}" for name, share in shares.items()]
         settings += [recompute_setting(policy)] if config.visft.stage == 2 else []
         yield tuple(settings), changed(config, settings)

@@ -8,7 +8,6 @@ Letters: B images, N tokens, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from visft_ds.costs.ledger import (
     saved_tensors_counted,
 )
 from visft_ds.data.samples import Batch
+from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import require_eva_vit
 from visft_ds.parallel import distributed
 from visft_ds.parallel.partition import Partition, plan_partition
@@ -68,6 +68,10 @@ class PlannedRun:
         batches = self.batches
         return Zero.of(self.config.deepspeed, batches.dp, batches.accumulation, self.device)
 
+    def alone(self) -> PlannedRun:
+        """The same micro-batch of one process: its operations do not depend on the others."""
+        return replace(self, batches=replace(self.batches, dp=1, accumulation=1, stages=1))
+
     def typical(self, stream: Stream) -> PlannedRun:
         """The same with images of average size, where the largest say too little of the time."""
         together = 1 if self.config.visft.model.packed else self.batches.micro[stream.name]
@@ -76,15 +80,27 @@ class PlannedRun:
             return self
         return replace(self, content=replace(self.content, size=(side, side)))
 
+    def model_key(self, stream: Stream) -> str:
+        """Text that two runs share if a stream is the same work of the same model in both."""
+        visft = self.config.visft
+        decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
+        tasks = [task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()]
+        return "".join([decides, *tasks, repr(stream.image), repr(stream.tasks), str(self.vocabulary_size)])
+
     @cached_property
     def partition(self) -> Partition | None:
         """Who holds which layers of a pipeline; None without one."""
         visft, batches = self.config.visft, self.batches
         if batches.stages == 1:
             return None
-        module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
-        lora = visft.lora if visft.stage == 2 else None
-        return plan_partition(module, batches.stages, visft.streams(), batches.micro, lora=lora, name=visft.model.name)
+        streams = visft.streams()
+        parts = [(self.model_key(stream), stream.share, batches.micro[name]) for name, stream in streams.items()]
+        key = repr((batches.stages, parts))
+        if key not in _PARTITIONS:
+            module, _ = plan_model(visft, self.config.optimizer.params, self.vocabulary_size)
+            lora, name = visft.lora if visft.stage == 2 else None, visft.model.name
+            _PARTITIONS[key] = plan_partition(module, batches.stages, streams, batches.micro, lora=lora, name=name)
+        return _PARTITIONS[key]
 
 
 @dataclass(frozen=True)
@@ -98,12 +114,19 @@ class TracedStep:
     work: Total  #: of one micro-batch, forward and backward; the whole model's
     trained: int  #: values that train in this step, of the layers on this rank
     parameters: int  #: bytes of the undivided weights of the layers on this rank
-    tokens: int  #: bytes of the activations between two blocks
     backbone_trains: bool
     blocks: int  #: of the backbone that are recomputed one by one, where any are
 
 
+def tokens_shape(module: MultiTaskModel, images: Tensor) -> tuple[int, int, int]:
+    """Shape (B, N, D) of the activations between two blocks."""
+    backbone = require_eva_vit(module.backbone)
+    height, width = backbone.grid(images)
+    return len(images), height * width + (backbone.cls_token is not None), backbone.width
+
+
 _KNOWN: dict[tuple[Any, ...], TracedStep] = {}
+_PARTITIONS: dict[str, Partition | None] = {}
 
 
 def trace_step(run: PlannedRun, stream: Stream, stage: int | None = None) -> TracedStep:
@@ -112,12 +135,9 @@ def trace_step(run: PlannedRun, stream: Stream, stage: int | None = None) -> Tra
     Args:
         stage: of the pipeline; None: the whole model.
     """
-    visft, bounds = run.config.visft, None if run.partition is None else run.partition.bounds
-    decides = visft.model_dump_json(include={"stage", "model", "lora", "heads", "param_groups"})
-    tasks = [task.model_dump_json(include={"head", "loss"}) for task in visft.tasks.enabled().values()]
-    model = "".join([decides, *tasks, repr(stream.image), repr(stream.tasks)])
+    bounds = None if run.partition is None else run.partition.bounds
     images, device = run.batches.micro[stream.name], run.device.type
-    key = (model, images, run.precision, run.vocabulary_size, device, run.content, run.zero(), stage, bounds)
+    key = (run.model_key(stream), images, run.precision, device, run.content, run.zero(), stage, bounds)
     if key not in _KNOWN:
         _KNOWN[key] = _trace_step(run, stream, stage, bounds)
     return _KNOWN[key]
@@ -148,9 +168,7 @@ def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tupl
     inputs = [value for value in values if isinstance(value, Tensor) and value.is_meta]
     tokens = (0, 0, 0)  # shape (B, N, D) of the activations between two blocks
     if bounds:
-        backbone = require_eva_vit(module.backbone)
-        height, width = backbone.grid(batch.images)
-        tokens = (len(batch.images), height * width + (backbone.cls_token is not None), backbone.width)
+        tokens = tokens_shape(module, batch.images)
 
     # Forward and backward pass. Below ZeRO-2 the gradients of earlier micro-batches of the step are there, undivided.
     ledger = Ledger(META.type)
@@ -211,7 +229,6 @@ def _trace_step(run: PlannedRun, stream: Stream, stage: int | None, bounds: tupl
         work=tracer.work,
         trained=sum(p.numel() for group in taught for p in group),
         parameters=sum(p.numel() * p.element_size() for p in parameters),
-        tokens=4 * math.prod(tokens),
         backbone_trains=module.train_backbone,
         # Our towers and timm's plain ones have blocks; of others timm recomputes stages.
         blocks=len(list(getattr(module.backbone, "blocks", getattr(module.backbone, "stages", ())))),

@@ -34,7 +34,7 @@ from visft_ds.evals.model import (
 )
 from visft_ds.interop.files import INDEX, PICKLE_SUFFIXES
 from visft_ds.interop.heads import categories_of
-from visft_ds.model import normalise_pixels
+from visft_ds.model import PixelScale, normalise_pixels
 from visft_ds.parallel import distributed
 from visft_ds.predict.images import ImageInput, OpenedImage, opened
 from visft_ds.predict.results import Boxes, Masks, Prediction
@@ -173,7 +173,8 @@ class ImageFeatures(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(f"images of {images.dtype}: give uint8 from 0 to 255, or float from 0 to 1")
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-        pixels = normalise_pixels(images, sizes, self.backbone.pixel_mean, self.backbone.pixel_std)
+        scale = PixelScale.of(images.device, self.backbone.pixel_mean, self.backbone.pixel_std)
+        pixels = normalise_pixels(images, sizes, scale)
         with torch.autocast(pixels.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return at_least_float32(self.backbone(pixels))
 

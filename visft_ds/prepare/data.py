@@ -154,6 +154,7 @@ def open_loader(config: VisftConfig, data: RunData, batches: Batches) -> Loader:
         num_workers=number,
         prefetch_steps=config.data.prefetch_steps,
         skip_damaged=config.data.skip_damaged,
+        device=distributed.local_device(),
     )
 
 

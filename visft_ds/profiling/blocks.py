@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, TRAINED, TRANSIENT, Ledger
+from visft_ds.costs.ledger import ACTIVATIONS, FROZEN, OTHER, TRAINED, TRANSIENT, Ledger
 from visft_ds.models.eva_vit import RECOMPUTE, EvaViT, build_backbone
 from visft_ds.models.layers import Linear
 from visft_ds.models.lora import LoRALinear, inject_lora, lora_parameters
 from visft_ds.monitor.console import Section
-from visft_ds.ops.attention import attention_backend
+from visft_ds.ops.attention import attention_backend, use_fixed_lengths
 from visft_ds.ops.lora import BACKENDS, Slices, lora_linear
 from visft_ds.ops.triton import why_not
 from visft_ds.profiling.harness import (
@@ -37,12 +38,14 @@ from visft_ds.profiling.harness import (
     spread,
     with_quartiles,
 )
-from visft_ds.profiling.memory import step_watched
+from visft_ds.profiling.host import DEPTH, host_rows, measure_host
+from visft_ds.profiling.memory import live_tensors, step_watched
 
 FORMAT, VERSION = "visft_ds ops", 1
 FROZEN_LAYERS, OURS, DENSE, AFTERWARDS = "frozen", "adapted", "dense update, as loralib", "added afterwards, as PEFT"
 FORWARD, BACKWARD = "forward", "backward"
 PARTS = BLOCKS, PROJECTION, KEPT = "blocks", "projection", "kept"
+HOST = "host"  #: part for which neither sizes nor dtypes matter
 #: Debug width instead of EVA-ViT-E's.
 SMALL = {"width": 64, "num_heads": 4, "mlp_ratio": 4.0, "image_size": 56}
 
@@ -63,9 +66,12 @@ class OperationOptions:
     repeats: int = 5  #: rounds after one to warm up
     device: str = "cpu"
     small: bool = False  #: debug width instead of EVA-ViT-E's
+    against: Path | None = None  #: checkout whose host time is measured in turn with this one's
 
     def __post_init__(self) -> None:
         check_blocks(self)
+        if self.against is not None and HOST not in self.parts:
+            raise ValueError(f"--against {self.against} compares the host time: add --parts {HOST}")
 
 
 def check_blocks(options: Any, *, counts: Sequence[str] = ("depth", "rank", "repeats"), whole: bool = False) -> None:
@@ -128,7 +134,10 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
     device, load = torch.device(options.device), os.getloadavg()
     sizes: dict[str, Any] = SMALL if options.small else {}
     results = []
-    for name in options.dtypes:
+    host = None
+    if HOST in options.parts:
+        host = measure_host(options.against, options.repeats, options.depth if options.small else DEPTH)
+    for name in options.dtypes if set(options.parts) & set(PARTS) else ():
         backbone = build_backbone("eva_e", depth=options.depth, dtype=DTYPES[name], device=device, **sizes)
         backbone.requires_grad_(False).train()
         plain = _projections(backbone)
@@ -136,6 +145,7 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         ours, trained = _projections(backbone), list(lora_parameters(backbone).values())
         for side in options.pixels:
             tokens = (side // backbone.patch_size) ** 2
+            use_fixed_lengths([tokens])
             x = torch.randn(1, tokens, backbone.width, device=device).to(DTYPES[name])
             heads = backbone.width // backbone.num_heads
             found: dict[str, Any] = {"pixels": side, "dtype": name, "tokens": tokens}
@@ -151,8 +161,9 @@ def measure_operations(options: OperationOptions) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         **circumstances(load, device),
-        "options": asdict(options),
+        "options": {**asdict(options), "against": None if options.against is None else str(options.against)},
         "results": results,
+        **({} if host is None else {HOST: host}),
     }
 
 
@@ -254,10 +265,12 @@ def _kept(backbone: EvaViT, ours: Sequence[nn.Module], policy: str, given: Tenso
     not.
     """
     case, x = _blocks(backbone, ours, policy), given.clone().requires_grad_()
+    case(given)  # which makes the casts of frozen parameters that layers keep
     ledger = Ledger(x.device.type)
     for parameter in backbone.parameters():
         ledger.add(parameter, TRAINED if parameter.requires_grad else FROZEN)
     ledger.add(x, ACTIVATIONS)
+    ledger.add_all(live_tensors(), OTHER)
     with step_watched(ledger, backbone):
         out = case(x)
         size = ledger.now[ACTIVATIONS] + ledger.now[TRANSIENT] - out.untyped_storage().nbytes()
@@ -283,6 +296,9 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
     """(title, tables) of a record: blocks, projection and memory of every image size and dtype."""
     options = record["options"]
     sections = [Section("measured on", [*measured_on(record), rounds_row(options)])]
+    if HOST in record:
+        rows, head = host_rows(record[HOST])
+        sections.append(Section(f"host time: {record[HOST]['depth']} tiny blocks, forward and backward", rows, head))
     names = ("", "forward ms", "backward ms", "time over frozen (quartiles)")
     for result in record["results"]:
         what = f"{result['pixels']} px ({result['tokens']} tokens), {result['dtype']}"

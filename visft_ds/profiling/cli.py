@@ -294,17 +294,22 @@ def _plan_flags(commands: Any) -> None:
         profile_plan,
         help="memory and time on a cluster one does not have: what fits, with which settings, how long it takes",
         description="Predict memory by part and time of both stages, and find the fastest settings that fit.",
-        epilog="""--cluster takes COUNTxNAME[-MEMORY] of the GPUs that are known, or a JSON file (docs/planner.md).
+        epilog="""--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY] of the GPUs that
+are known, or a JSON file; --network GB/s one way, or dgx-h100, dgx-a100, 200gbit, 100gbit (docs/planner.md).
 
 examples:
   visft plan --cluster 8xV100-32GB
   visft plan --cluster 8x4090 --model eva_g --stage 2
   visft plan --cluster 8xA100-80GB --stage 2 --engine zero1 --set visft.model.recompute=block
+  visft plan --cluster 8x8xH100 --network 25
+  visft plan --cluster 256xH100 --model eva_e --stage 2 --scaling
   visft plan --validate
   deepspeed --num_gpus 2 --module visft_ds plan --validate
 """,
     )
-    add("--cluster", metavar="SPEC", help="such as 8xA100-80GB, 1xH100, 8x4090, or FILE.json")
+    add("--cluster", metavar="SPEC", help="such as 8xA100-80GB, 8x8xH100 (machines x GPUs), 8x4090, or FILE.json")
+    add("--network", metavar="SPEED", help="of a machine: GB/s or a name (as machines with such GPUs are sold)")
+    add("--scaling", action="store_true", help="table: 1, 2, 4, ... GPUs by up to 256 times the images a step")
     add("--model", choices=available("models"), help="(eva_e and eva_g)")
     add("--stage", type=int, choices=(1, 2), help="(both)")
     add("--engine", choices=available("engines"), help="plan this one as configured, search nothing")
@@ -323,6 +328,10 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
     _check_folder(options.json)
     if options.validate == bool(options.cluster):
         raise ValueError("plan: give --cluster SPEC, or --validate")
+    if options.validate and (options.network is not None or options.scaling):
+        raise ValueError("plan: --network and --scaling go with --cluster")
+    if options.scaling and options.engine:
+        raise ValueError("plan: --scaling plans ZeRO-1 and pipelines; leave out --engine")
     if options.validate:
         from visft_ds.parallel import distributed
         from visft_ds.profiling import plan_validation
@@ -335,7 +344,9 @@ def profile_plan(options: argparse.Namespace, rest: Sequence[str], command: Sequ
 
     models = [options.model] if options.model else ["eva_e", "eva_g"]
     stages = [options.stage] if options.stage else [1, 2]
-    record = plan.make_plans(options.cluster, models, stages, options.engine, options.set)
+    record = plan.make_plans(
+        options.cluster, models, stages, options.engine, options.set, options.network, scales=options.scaling
+    )
     return _show(record, plan, command, options.json)
 
 
@@ -353,11 +364,13 @@ def _ops_flags(commands: Any) -> None:
   visft profile ops
   visft profile ops --pixels 224 --dtypes fp32 --repeats 3
   visft profile ops --device cuda --dtypes bf16 --pixels 224 448 1022 --repeats 30
+  visft profile ops --parts host --repeats 25 --against ../before
 """,
     )
     _block_flags(add, rank="of the adapters")
     add("--targets", nargs="+", default=("q", "v"), metavar="T", help="of the projection (q v), or k")
-    add("--parts", nargs="+", choices=_PARTS, default=_PARTS, help="what to measure (all)")
+    add("--parts", nargs="+", choices=(*_PARTS, "host"), default=_PARTS, help="what to measure (all but host)")
+    add("--against", type=Path, metavar="CHECKOUT", help="compare the host time with that of another checkout")
 
 
 def _peft_flags(commands: Any) -> None:
@@ -376,6 +389,7 @@ def _peft_flags(commands: Any) -> None:
     _block_flags(add, rank="of the adapters on q and v")
     add("--batch", type=int, default=1, metavar="N", help="images (%(default)s)")
     add("--stream", default="16bit", metavar="TYPE", help="timm's in 16 bit: (%(default)s), or fp32")
+    add("--compile", action="store_true", help="timm + PEFT by torch.compile, too")
 
 
 def _block_flags(add: Any, *, rank: str) -> None:

@@ -40,6 +40,7 @@ from visft_ds.planner.messages import (
     SEND,
     Message,
     broadcasts_of,
+    bus_factor,
     messages_of,
 )
 from visft_ds.planner.step import PlannedRun, run_of
@@ -201,13 +202,6 @@ def _seconds(call: Callable[[], object], key: Key, device: torch.device) -> floa
     return (time.perf_counter() - began) / count / (2 if name == SEND else 1)
 
 
-def bus_factor(name: str, ranks: int) -> float:
-    """Ratio of busbw to algbw over `ranks` processes."""
-    if name == ALL_REDUCE:
-        return 2 * (ranks - 1) / ranks
-    return (ranks - 1) / ranks if name in (ALL_GATHER, REDUCE_SCATTER) else 1.0
-
-
 def _costs(messages: Sequence[Message], times: Mapping[Key, Spread], ranks: int) -> list[dict[str, Any]]:
     """Messages with the seconds that one call of each takes."""
     found = []
@@ -320,7 +314,7 @@ def _rates(device: torch.device) -> tuple[Rates | None, str]:
 
 def _share(run: PlannedRun, name: str, costs: Sequence[Mapping[str, Any]], rates: Rates) -> dict[str, Any]:
     """Share of communication in a step: computed seconds as planned, sent as measured, less those that overlap."""
-    planned = step_time(run, run.config.visft.streams()[name], rates, 1e30)  # without anything sent
+    planned = step_time(run, run.config.visft.streams()[name], rates)  # without anything sent
     computed = planned.compute + planned.update + planned.waiting
     sent = {hidden: sum(cost["of_step"] for cost in costs if cost["hidden"] is hidden) for hidden in (False, True)}
     seen = sent[False] + max(0.0, sent[True] - planned.compute)

@@ -46,6 +46,7 @@ from visft_ds.profiling.memory import step_watched
 
 FORMAT, VERSION = "visft_ds peft profile", 1
 BASELINE, PLAIN = "timm + PEFT, every block again", "timm + PEFT, nothing again"
+COMPILED = "timm + PEFT, compiled, nothing again"
 #: Relative difference of all gradients of adapters that passes as rounding.
 AGREE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
 #: What timm's residual stream is in, in 16 bit: that (`model.to(bfloat16)`), or fp32 as ours is.
@@ -65,6 +66,7 @@ class PeftOptions:
     repeats: int = 5  #: rounds after one to warm up
     device: str = "cpu"
     small: bool = False  #: debug width instead of EVA-ViT-E's
+    compile: bool = False  #: timm + PEFT by torch.compile, too
 
     def __post_init__(self) -> None:
         check_blocks(self, counts=("depth", "rank", "batch", "repeats"), whole=True)
@@ -113,10 +115,10 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
     def taught(tokens: Tensor) -> None:
         F.mse_loss(tokens.float(), target).backward()
 
-    def theirs(again: bool) -> None:
+    def theirs(again: bool, forward: Callable[[Tensor], Tensor] = eva.forward_features) -> None:
         eva.set_grad_checkpointing(again)
         with cast():
-            taught(eva.forward_features(images))
+            taught(forward(images))
 
     def ours(policy: str) -> None:
         backbone.train()
@@ -126,7 +128,9 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
 
     steps: dict[str, Callable[[], None]] = {BASELINE: partial(theirs, True), PLAIN: partial(theirs, False)}
     steps |= {f"ours, {policy}": partial(ours, policy) for policy in ("none", *RECOMPUTE)}
-    module_of = {case: adapted if case in (BASELINE, PLAIN) else backbone for case in steps}
+    if options.compile:
+        steps[COMPILED] = partial(theirs, False, torch.compile(eva.forward_features, dynamic=False))
+    module_of = {case: backbone if case.startswith("ours") else adapted for case in steps}
 
     # The relative difference of all gradients, |ours - theirs| / |theirs|.
     for case in (BASELINE, "ours, block"):
@@ -140,6 +144,8 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
     # Bytes of live tensors at the fullest moment of forward and backward pass, without weights and inputs.
     peaks = {}
     for case, step in steps.items():
+        if case == COMPILED:
+            continue  # its kernels do not say what they keep
         module_of[case].zero_grad()
         ledger = Ledger(images.device.type)
         for parameter in module_of[case].parameters():
@@ -170,8 +176,8 @@ def _measure(options: PeftOptions, name: Precision, side: int, device: torch.dev
         case: {
             "seconds": spread(seconds[case]),
             "speed": ratio(seconds[BASELINE], seconds[case]),
-            "peak_bytes": peaks[case],
-            "memory_ratio": peaks[case] / peaks[BASELINE],
+            "peak_bytes": peaks.get(case),
+            "memory_ratio": peaks[case] / peaks[BASELINE] if case in peaks else None,
         }
         for case in steps
     }
@@ -198,8 +204,11 @@ def tables(record: Mapping[str, Any]) -> tuple[str, list[Section]]:
                 name,
                 f"{1e3 * case['seconds']['median']:.0f}",
                 with_quartiles(case["speed"], 3),
-                f"{case['peak_bytes'] / 2**20:.1f}",
-                f"x {case['memory_ratio']:.3f}",
+                *(
+                    ("not seen", "")
+                    if case["peak_bytes"] is None
+                    else (f"{case['peak_bytes'] / 2**20:.1f}", f"x {case['memory_ratio']:.3f}")
+                ),
             )
             for name, case in result["cases"].items()
         ]

@@ -226,7 +226,7 @@ def _measure(case: Case, rates: Rates | None) -> Iterator[dict[str, Any]]:
             "measured": {**ledger.at_peak, OTHER: ledger.at_peak[OTHER] - stale},
             "predicted": {**asdict(plan), "total": plan.total},
             "cpu_seconds": seconds,
-            "predicted_seconds": step_time(run, stream, rates, 1e9).total if rates else None,
+            "predicted_seconds": step_time(run, stream, rates).total if rates else None,
         }
 
 

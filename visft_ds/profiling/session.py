@@ -25,6 +25,7 @@ from visft_ds.model import counts_of, loss_denominators_of
 from visft_ds.models.backbone import build_empty
 from visft_ds.models.compiled import check_compiler
 from visft_ds.ops import use_kernels
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.build import build_engine
 from visft_ds.parallel.engine import Schedule, StepReport, ZeroEngine, start_process_group
@@ -80,6 +81,7 @@ class Session:
             workers=kind,
             num_workers=number,
             prefetch_steps=settings.data.prefetch_steps,
+            device=self.engine.device,
         )
 
 
@@ -105,6 +107,7 @@ def open_session(config: ResolvedConfig, *, synthetic: bool) -> Iterator[Session
     device = distributed.local_device()
     precision, why = choose_precision(config.visft.model.precision, device)
     use_kernels(config.visft.model.kernels, device)
+    use_numerics(device, tf32=config.visft.model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(config.visft.model.compile, device)
     check_fits(config, precision, device)
     with _data(config, synthetic) as manifest, memory_bounded(device, distributed.processes_here()):

@@ -26,6 +26,7 @@ from visft_ds.data.shards import ShardReader
 from visft_ds.model import LossDenominators, MultiTaskModel, counts_of, loss_denominators_of
 from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.ops import use_kernels
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel.engine import step_seed
 from visft_ds.prepare.data import features_of
 from visft_ds.prepare.datasets import captioned, data_identity, first_of, open_training_data
@@ -221,6 +222,7 @@ def _build(
     found = {"data set": data_identity(sets), "order of samples": plan.describe(), "heads": heads_identity(settings)}
     _check_same({**found, "vocabulary": vocabulary.fingerprint if vocabulary else "none"}, recorded)
     use_kernels(settings.model.kernels, device)
+    use_numerics(device, tf32=settings.model.tf32)
     prepared = prepare_model(
         settings,
         config.optimizer.params,

@@ -14,6 +14,7 @@ import torch
 
 from visft_ds.data.samples import Batch
 from visft_ds.monitor.console import Section
+from visft_ds.ops.numerics import without_order
 from visft_ds.parallel import distributed
 from visft_ds.planner import MemoryPlan, PlannedRun, fitting_settings, plan_largest
 from visft_ds.resilience.errors import RankError
@@ -59,6 +60,7 @@ class MemoryWatch:
 
         Raises:
             OutOfMemory: with what was done, its shapes, the memory by part, and settings that would fit.
+            RankError: an operator that `visft.run.deterministic` does not allow.
         """
         if self._used is None and self._device.type == "cpu":
             self._used = memory_in_use()
@@ -66,6 +68,8 @@ class MemoryWatch:
             yield
             return
         except (RuntimeError, MemoryError, OSError) as error:
+            if (reason := without_order(error)) is not None:
+                raise RankError(f"{what}: {reason}") from error
             if not is_out_of_memory(error):
                 raise
             message = (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from visft_ds.config.schema import RunConfig
 from visft_ds.models.compiled import check_compiler
 from visft_ds.monitor.metrics import versions
 from visft_ds.ops import use_kernels
+from visft_ds.ops.numerics import use_numerics
 from visft_ds.parallel import distributed
 from visft_ds.parallel.placement import placement_for
 from visft_ds.planner import PlannedRun, fitting_settings, run_of
@@ -64,6 +65,7 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     model, device, world_size = config.visft.model, distributed.local_device(), distributed.world_size()
     precision, why_precision = choose_precision(model.precision, device)
     use_kernels(model.kernels, device)
+    use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(model.compile, device)
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)

@@ -21,7 +21,8 @@ from visft_ds.model import MultiTaskModel
 from visft_ds.models.backbone import Backbone, require_eva_vit
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section, print_plan
-from visft_ds.ops.attention import attention_backend, packed_backend
+from visft_ds.ops.attention import attention_backend, fixed_lengths, packed_backend
+from visft_ds.ops.numerics import describe_numerics
 from visft_ds.parallel import distributed
 from visft_ds.planner import PlannedRun, plan_largest, run_of
 from visft_ds.prepare.data import RunData
@@ -64,7 +65,11 @@ def print_start(
                 ("backbone", f"{model.name}: {module.backbone.describe()}"),
                 ("parameters", f"{total:,}, of which {trained:,} train ({100 * trained / total:.3f} %)"),
                 ("precision", f"{run.precision} ({machine.why_precision})"),
-                ("attention", ": ".join(_attention(module.backbone, run.device, dtype))),
+                ("attention", _attention(module.backbone, run.device, dtype)),
+                (
+                    "numerics",
+                    describe_numerics(run.device, tf32=model.tf32, deterministic=config.visft.run.deterministic),
+                ),
                 ("kernels", model.kernels),
                 ("compiled", model.compile),
                 (
@@ -86,12 +91,15 @@ def print_start(
     print_plan(_title(config), sections)
 
 
-def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """For an image of the size that the position embeddings belong to."""
+def _attention(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:
+    """For an image of the size that the position embeddings belong to, and for sizes that have another kernel."""
     if not isinstance(backbone, EvaViT):
-        return "timm's own", "its models choose for themselves"
+        return "timm's own: its models choose for themselves"
     tokens = (backbone.image_size // backbone.patch_size) ** 2
-    return attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+    asked = {n: attention_backend(device, dtype, backbone.width // backbone.num_heads, n) for n in fixed_lengths()}
+    name, why = attention_backend(device, dtype, backbone.width // backbone.num_heads, tokens)
+    others = [f"; at {n} tokens {other}: {reason}" for n, (other, reason) in asked.items() if other != name]
+    return f"{name}: {why}{''.join(others)}"
 
 
 def _padding(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> str:

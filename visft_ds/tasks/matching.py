@@ -22,6 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from visft_ds.config.task_schema import ClassAverage
+from visft_ds.ops.copies import to_device
 from visft_ds.tasks.boxes import centers_to_corners, generalized_box_iou
 from visft_ds.tasks.detection.data import DetectionTargets
 
@@ -72,7 +73,7 @@ class ClassLoss:
     def __call__(self, logits: Tensor, classes: Tensor, loss_denominators: Mapping[str, Tensor]) -> Tensor:
         """Loss (L,) of logits (L, B, Q, C + 1) with target classes (L, B, Q) int64."""
         weight = logits.new_ones(logits.shape[-1])
-        weight[-1:] = self.no_object
+        weight[-1:].fill_(self.no_object)  # a number in a kernel: unlike `weight[-1] = ...`, nothing is copied
         terms = F.cross_entropy(logits.flatten(end_dim=2), classes.flatten(), weight, reduction="none")
         if self.average == "batch":
             return terms.view(len(logits), -1).sum(dim=1) / loss_denominators["class_weight"]
@@ -105,14 +106,14 @@ def match(
     cost = costs.ce * terms["ce"] + costs.l1 * terms["l1"] + costs.giou * terms["giou"]
     if cost.is_meta:
         return shapes_of_matches(cost, num_objects)
-    counts_host, labels_host, cost_host = _to_host(targets, cost)
+    on_host = to_host(targets.counts, targets.labels, cost)
+    counts_host, labels_host, cost_host = *(numbers.astype(np.int64) for numbers in on_host[:2]), on_host[2]
     assert len(counts_host) == logits.shape[1] and counts_host.sum() == num_objects, "targets are packed wrongly"
     image_of_host = np.repeat(np.arange(len(counts_host)), counts_host)
     check_labels(labels_host, range(num_classes), image_of_host, image_ids)
     if not np.isfinite(cost_host).all():
         _raise_not_finite(terms, targets, image_of_host, image_ids)
-    pairs = torch.from_numpy(assign(cost_host, counts_host)).to(logits.device, non_blocking=True)
-    return Matches(*pairs)
+    return matches_of(cost_host, counts_host, logits.device)
 
 
 def shapes_of_matches(cost: Tensor, count: int) -> Matches:
@@ -133,16 +134,16 @@ def _cost_terms(logits: Tensor, boxes: Tensor, targets: Tensor, labels: Tensor, 
     }
 
 
-def _to_host(
-    targets: DetectionTargets, cost: Tensor
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Copy counts, labels and cost together; as floats, which are exact for integers below 2**24."""
-    num_images, num_objects = targets.counts.shape[0], targets.labels.shape[0]
-    numbers = (targets.counts.to(cost.dtype), targets.labels.to(cost.dtype), cost.flatten())
-    host = torch.cat(numbers).cpu().numpy()
-    counts = host[:num_images].astype(np.int64)
-    labels = host[num_images : num_images + num_objects].astype(np.int64)
-    return counts, labels, host[num_images + num_objects :].reshape(cost.shape)
+def to_host(*tensors: Tensor) -> list[npt.NDArray[np.float64]]:
+    """Copy tensors together, in the dtype of the last one; as floats, integers below 2**24 stay exact."""
+    host = torch.cat([tensor.to(tensors[-1].dtype).flatten() for tensor in tensors]).cpu().numpy()
+    parts = np.split(host, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def matches_of(cost: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], device: torch.device) -> Matches:
+    """`assign`, on the device."""
+    return Matches(*to_device(torch.from_numpy(assign(cost, counts)), device))
 
 
 def assign(cost: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -74,22 +74,26 @@ class ImageTransform:
 def transform_of(stream: Stream, vocabulary: Vocabulary | None, *, train: bool) -> ImageTransform:
     """The transform of a stream.
 
-    Several tasks share a geometry that cuts nothing out, unlike those of detection and segmentation alone: a caption
-    describes the whole image. (A mirrored image keeps its caption; where "left" and "right" matter, give `flip` 0.)
-
     Raises:
         ValueError: a task that works with words, without a vocabulary.
     """
-    if stream.name == SHARED:
-        geometry: Geometry = of_options(ShortSides, stream.image)
-    else:
-        geometry = TASKS[stream.name].geometry(stream.image)
     targets = {}
     for task in TASKS:
         if task in stream.tasks:
             own = TASKS[task].of_data(vocabulary, stream.classes.get(task))
             targets[task] = TASKS[task].targets(train, stream.image, **own)
-    return ImageTransform(train, geometry, targets)
+    return ImageTransform(train, geometry_of(stream), targets)
+
+
+def geometry_of(stream: Stream) -> Geometry:
+    """The geometry of a stream.
+
+    Several tasks share one that cuts nothing out, unlike those of detection and segmentation alone: a caption
+    describes the whole image. (A mirrored image keeps its caption; where "left" and "right" matter, give `flip` 0.)
+    """
+    if stream.name == SHARED:
+        return of_options(ShortSides, stream.image)
+    return TASKS[stream.name].geometry(stream.image)
 
 
 def collate_joint(samples: Sequence[Sample]) -> Batch:

@@ -27,11 +27,10 @@ def sine_positions(valid: Tensor, width: int, *, temperature: float = 10000.0) -
     `valid` (B, h, w) bool is True inside the image. A coordinate runs to 2 pi at the end of the *valid* part, so that a
     position means the same share of the image whatever the padding. 4 divides `width`.
     """
-    inside = valid.float()
     exponent = torch.arange(width // 4, dtype=torch.float32, device=valid.device) * (4 / width)
     halves = []
     for axis in (1, 2):
-        count = inside.cumsum(dim=axis)
+        count = valid.cumsum(dim=axis).float()  # as whole numbers: a GPU sums floats in any order
         coordinate = count / (count.narrow(axis, -1, 1) + 1e-6) * (2 * math.pi)
         angle = coordinate[..., None] / temperature**exponent
         halves.append(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(start_dim=-2))

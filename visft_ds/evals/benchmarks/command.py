@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
-from visft_ds.evals.benchmarks.run import Settings, check_same_everywhere, encode_all, score
+from visft_ds.evals.benchmarks.run import Dose, Settings, check_same_everywhere, dose, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, sheet
 from visft_ds.evals.charts import Bar, interval_chart
 from visft_ds.flags import Parser, check_least
@@ -76,13 +77,16 @@ def _measure(
     if not main:
         return
     results: dict[str, dict[str, Score]] = {label: {} for label in encoded}
+    doses: dict[str, dict[str, Dose]] = {}
     with Gauge("scoring", len(encoded) * len(benchmarks), "benchmarks") as gauge:
         for label, of_model in encoded.items():
-            for benchmark, features in zip(benchmarks, of_model, strict=True):
+            for benchmark, features, of_base in zip(benchmarks, of_model, next(iter(encoded.values())), strict=True):
                 gauge.show(gauge.done, f", now {benchmark.label} of {label}")
                 results[label] |= score(benchmark, features, settings.cache)
+                if features is not of_base and (change := dose(of_base, features)):
+                    doses.setdefault(label, {})[benchmark.label] = change
                 gauge.add()
-    _write(given, facts, benchmarks, results, time.perf_counter() - began)
+    _write(given, facts, benchmarks, results, doses, time.perf_counter() - began)
 
 
 def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
@@ -145,6 +149,7 @@ def _write(
     facts: Mapping[str, Mapping[str, str]],
     benchmarks: Sequence[Benchmark],
     results: Mapping[str, Mapping[str, Score]],
+    doses: Mapping[str, Mapping[str, Dose]],
     seconds: float,
 ) -> None:
     labels, out = list(results), given.out
@@ -164,6 +169,7 @@ def _write(
         },
         "rows": as_json(rows),
         "chosen": chosen,
+        "doses": {label: {name: asdict(one) for name, one in of.items()} for label, of in doses.items()},
         "settings": {name: redacted(value) for name, value in vars(given).items()},
         "processes": distributed.world_size(),
         "seconds": round(seconds, 3),
@@ -176,7 +182,14 @@ def _write(
     models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
     written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-    print_plan("visft_ds benchmarks", [Section("models", models), section(rows, labels), Section("run", rest)])
+    changes = [
+        (f"{label}, {name}", f"{one.change:.3f} of their spread, cosine {one.cosine:.4f} ({one.kind})")
+        for label, of in doses.items()
+        for name, one in of.items()
+    ]
+    parts = [Section("models", models), section(rows, labels)]
+    parts += [Section(f"how far features moved from those of {labels[0]}", changes)] if changes else []
+    print_plan("visft_ds benchmarks", [*parts, Section("run", rest)])
 
 
 def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:

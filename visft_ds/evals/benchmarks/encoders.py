@@ -5,6 +5,7 @@ Every encoder is a module `(images, kinds) -> {kind: tensor}` that computes all 
     pooled  (B, D)        one vector of an image, before any projection into a space shared with texts
     clip    (B, E)        the CLIP embedding, of length 1
     patches (B, D, h, w)  the feature map
+    clip_patches (B, E, h, w)  each place of it, projected as the class token is; of any length
 
 and takes images as its `preprocess` makes them: RGB, resized and cropped to squares, normalised.
 """
@@ -30,7 +31,8 @@ from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, rea
 from visft_ds.interop.timm_names import classes_in
 from visft_ds.models.eva_vit import EvaViT
 
-KINDS = ("pooled", "clip", "patches")
+KINDS = ("pooled", "clip", "patches", "clip_patches")
+KINDS_WITHOUT_TEXT = ("pooled", "patches")
 #: Name -> (mean, std) of the channels of RGB in [0, 1]. EVA-CLIP was trained and is evaluated with CLIP's, ViSFT trains
 #: its heads with ImageNet's.
 NORMALISATIONS = {
@@ -52,6 +54,7 @@ class Encoder:
     module: nn.Module  #: as the head of this file says, in eval mode, without gradients
     kinds: tuple[str, ...]  #: what it can compute
     preprocess: Preprocess
+    normalisation: tuple[Sequence[float], Sequence[float]]  #: (mean, std) of RGB in [0, 1], the last step of it
     side: int  #: of its images, pixels
     settings: Mapping[str, Any]  #: what features depend on beside the weights
     text: TextTower | None
@@ -96,12 +99,16 @@ class EvaEncoder(nn.Module):
             found["clip"] = F.normalize(self.head(tokens[:, 0]).float(), dim=-1)
         if "patches" in kinds:
             found["patches"] = self.backbone.feature_map(tokens, self.backbone.grid(images))
+        if "clip_patches" in kinds:
+            assert self.head is not None
+            projected = self.head(tokens[:, first:]).transpose(1, 2)
+            found["clip_patches"] = projected.unflatten(2, self.backbone.grid(images))
         return found
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of features that it can compute."""
-        return KINDS if self.head is not None else ("pooled", "patches")
+        return KINDS if self.head is not None else KINDS_WITHOUT_TEXT
 
 
 class FeatureMapEncoder(nn.Module):
@@ -138,13 +145,21 @@ class _OpenClipEncoder(nn.Module):
             if "patches" in kinds:
                 found["patches"] = _patches(trunk, tokens)
             return found
-        if "patches" in kinds:
+        if "patches" in kinds or "clip_patches" in kinds:
             outputs = self.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)  # type: ignore[operator]
             found["patches"], embedding = outputs["image_intermediates"][-1], outputs["image_features"]
+            if "clip_patches" in kinds:
+                found["clip_patches"] = torch.einsum("bdhw,de->behw", found["patches"], self.visual.proj)
         else:
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)
         return {kind: found[kind] for kind in kinds}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of features that it can compute."""
+        by_token = getattr(self.visual, "proj", None) is not None and getattr(self.visual, "attn_pool", 0) is None
+        return KINDS if by_token else KINDS[:3]
 
 
 class _TimmEncoder(nn.Module):
@@ -236,14 +251,15 @@ def open_clip_encoder(name: str, weights: str | None) -> Encoder:
     # Its words for an unknown tag, a failed download and another shape.
     except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"open_clip:{name}: {error}") from error
-    config = model.visual.preprocess_cfg
+    config, visual = model.visual.preprocess_cfg, _OpenClipEncoder(model.visual)
     # What the search may not have seen, such as files of a repository, is not run either, and nobody is asked whether.
     foreign = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
     tokenizer = open_clip.get_tokenizer(name, **({"trust_remote_code": False} if foreign else {}))
     return Encoder(
-        _frozen(_OpenClipEncoder(model.visual)),
-        KINDS,
+        _frozen(visual),
+        visual.kinds,
         image_transform_v2(PreprocessCfg(**config), is_train=False),
+        (config["mean"], config["std"]),
         _side(config["size"]),
         {"preprocess": json.dumps(config, sort_keys=True)},
         tower_of_model(model.requires_grad_(False).eval(), tokenizer, f"open_clip {name}"),
@@ -281,8 +297,9 @@ def timm_encoder(name: str, weights: str | None) -> Encoder:
     config = timm.data.resolve_model_data_config(model)
     return Encoder(
         _frozen(_TimmEncoder(model)),
-        ("pooled", "patches"),
+        KINDS_WITHOUT_TEXT,
         timm.data.create_transform(**config, is_training=False),
+        (config["mean"], config["std"]),
         int(config["input_size"][-1]),
         {"preprocess": json.dumps({key: config[key] for key in sorted(config)})},
         None,

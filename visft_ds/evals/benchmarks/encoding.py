@@ -18,7 +18,7 @@ from torch import Tensor
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.cache import Chunk, Stored
-from visft_ds.evals.benchmarks.encoders import Encoder
+from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
 from visft_ds.monitor.console import Gauge
@@ -76,7 +76,7 @@ def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str,
         "device": worker.device.type,
         "images": images.fingerprint,
         "count": len(images),
-        "stretched": images.stretched,
+        "stretched": "whole" if images.stretched else False,
         "kinds": sorted(kinds),
     }
 
@@ -159,11 +159,12 @@ def _forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str,
 def _decoded(worker: Worker, images: ImageSet, batches: Sequence[range]) -> Iterator[Tensor]:
     """Batches (n, 3, side, side); with threads, the next ones are decoded while the model computes."""
     encoder = worker.encoder
+    stretched = square_preprocess(encoder.side, *encoder.normalisation)  # a model's own may cut off the borders
 
     def load(place: int) -> Tensor:
         image = images.read(place)
         if images.stretched:
-            image = image.resize((encoder.side, encoder.side), Image.Resampling.BICUBIC)
+            return stretched(image.resize((encoder.side, encoder.side), Image.Resampling.BICUBIC))
         return encoder.preprocess(image)
 
     if not worker.threads:

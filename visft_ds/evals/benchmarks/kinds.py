@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visft_ds.evals.benchmarks import class_sets, objects, retrieval, word_sets
+from visft_ds.evals.benchmarks import class_sets, dense_sets, objects, retrieval, word_sets
+from visft_ds.evals.benchmarks.dense import Dense
 from visft_ds.evals.benchmarks.objects import Objects
 from visft_ds.evals.benchmarks.probes import Probe
 from visft_ds.evals.benchmarks.protocol import Benchmark
@@ -44,6 +45,10 @@ def _objects(label: str, source: str, options: Options) -> Benchmark:
     return Objects(label, test, train)
 
 
+def _dense(label: str, source: str, options: Options) -> Benchmark:
+    return Dense(label, *dense_sets.read_train_and_test(source, options.get("train"), options.get("split")))
+
+
 def _ocr(label: str, source: str, options: Options) -> Benchmark:
     characters = options.get("characters", word_sets.CHARACTERS[0])
     return Words(label, *word_sets.read_train_and_test(source, options.get("train"), options.get("split"), characters))
@@ -54,6 +59,9 @@ KINDS: Mapping[str, Kind] = {
     "probe": Kind(_probe, ("split", "train", "name"), "kNN, linear probe and few-shot on frozen features"),
     "retrieval": Kind(_retrieval, ("split", "name"), "captions: COCO, Karpathy's JSON, Flickr30k"),
     "objects": Kind(_objects, ("split", "train", "name"), "names of boxed objects: COCO tree, or FILE.json:IMAGES"),
+    "dense": Kind(
+        _dense, ("split", "train", "name"), "segmentation and objects by patches: COCO, shards, ADE20k, VOC, CamVid"
+    ),
     "ocr": Kind(_ocr, ("split", "train", "name", "characters"), "words read by a small head: ICDAR, mmocr, MJSynth"),
 }
 

@@ -23,6 +23,8 @@ from torch import nn
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
 from visft_ds.evals.benchmarks.encoders import (
+    KINDS_WITHOUT_TEXT,
+    NORMALISATIONS,
     Encoder,
     EvaEncoder,
     FeatureMapEncoder,
@@ -158,8 +160,9 @@ def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptio
     module = FeatureMapEncoder(backbone)
     return Encoder(
         module.requires_grad_(False).eval(),
-        ("pooled", "patches"),
+        KINDS_WITHOUT_TEXT,
         square_preprocess(side, backbone.pixel_mean, backbone.pixel_std),
+        (backbone.pixel_mean, backbone.pixel_std),
         side,
         settings,
         None,
@@ -208,6 +211,7 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
         module.requires_grad_(False).eval(),
         module.kinds,
         eva_preprocess(side, options.normalisation),
+        NORMALISATIONS[options.normalisation],
         side,
         settings,
         text,

@@ -73,15 +73,19 @@ class Probe:
 
 def nearest_neighbours(train: Tensor, labels: IntArray, test: Tensor, truth: IntArray, classes: int) -> FloatArray:
     """1.0 for each test image (n, D) whose neighbours among (m, D) vote for its class alone."""
+    return hits(rank_of(vote(train, labels, test, classes), torch.from_numpy(truth)), 1)
+
+
+def vote(train: Tensor, labels: IntArray, test: Tensor, classes: int) -> Tensor:
+    """(n, classes) float64, what the neighbours of (n, D) among (m, D) with labels (m,) vote for."""
     train, test = (torch.nn.functional.normalize(part, dim=1) for part in (train, test))
     labels_of_train = torch.from_numpy(labels)
-    found = []
+    votes = torch.zeros(len(test), classes, dtype=torch.float64)
     for start in range(0, len(test), _ROWS):
         similarity, places = (test[start : start + _ROWS] @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
-        votes = torch.zeros(len(similarity), classes, dtype=torch.float64)
-        votes.scatter_add_(1, labels_of_train[places], (similarity.double() / TEMPERATURE).exp())
-        found.append(hits(rank_of(votes, torch.from_numpy(truth[start : start + _ROWS])), 1))
-    return np.concatenate(found)
+        weights = (similarity.double() / TEMPERATURE).exp()
+        votes[start : start + _ROWS].scatter_add_(1, labels_of_train[places], weights)
+    return votes
 
 
 def linear_probe(train: Array, labels: IntArray, test: Array, truth: IntArray) -> tuple[FloatArray, IntArray, float]:

@@ -34,7 +34,9 @@ class Score:
     """A number with all that it is the mean of."""
 
     name: str
-    values: FloatArray  #: (n,), one of each item; the number is their mean
+    #: (n,), one of each item, the number is their mean; or (n, 2, C), such as intersections and unions of C classes:
+    #: the number is the mean over classes of (sum of the first) / (sum of the second), where the second is not 0.
+    values: FloatArray
     groups: IntArray | None = None  #: (n,); items of one group are no independent evidence (captions of an image)
     said: Sequence[str] = ()  #: what the model answered to each image of the set `shows`, where that can be shown
     shows: str = ""
@@ -43,7 +45,7 @@ class Score:
     @property
     def value(self) -> float:
         """The number."""
-        return float(self.values.mean())
+        return float(self.values.mean() if self.values.ndim == 1 else mean_ratio(self.values.sum(axis=0)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ class Benchmark(Protocol):
 
     def scores(self, features: Features) -> Iterator[Score]:
         """The numbers of one model; higher is better."""
+
+
+def mean_ratio(sums: FloatArray) -> FloatArray:
+    """Mean over the classes of (..., 2, C) sums, first by second; those whose second is 0 do not count."""
+    above, below = sums[..., 0, :], sums[..., 1, :]
+    ratios: FloatArray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    mean: FloatArray = ratios.sum(axis=-1) / np.maximum((below > 0).sum(axis=-1), 1)
+    return mean
 
 
 def rank_of(similarity: Tensor, right: Tensor) -> Tensor:

@@ -43,6 +43,15 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Dose:
+    """Distance that features moved: without any, a gain says nothing."""
+
+    kind: str  #: of the features, see `encoders`
+    change: float  #: |f - f0| / |f0 - mean of f0|, the mean of each channel
+    cosine: float  #: mean over images and places
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of encoding."""
 
@@ -99,7 +108,7 @@ def _encode_with(
 
 
 def _encode(worker: Worker, benchmark: Benchmark) -> Encoded:
-    having = {"columns" if kind == "patches" else kind for kind in worker.encoder.kinds}
+    having = {*worker.encoder.kinds, *(["columns"] if "patches" in worker.encoder.kinds else [])}
     kinds = [kind for kind in benchmark.kinds if kind in having]
     if not kinds:
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which the model does not have")
@@ -126,6 +135,22 @@ def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Scor
         record = load_record(path)
         assert record is not None
     return {f"{benchmark.label} {score.name}": score for score in _restored(*record)}
+
+
+def dose(base: Encoded, other: Encoded) -> Dose | None:
+    """Distance of the features of a benchmark's test images from the first model's. For one process.
+
+    None where the two have features of other shapes.
+    """
+    name = "test" if "test" in base.images else next(iter(base.images))
+    of_base, of_other = base.images[name].read(), other.images[name].read()
+    kind = next((one for one in ("patches", "pooled", "clip") if one in of_base and one in of_other), None)
+    if kind is None or of_base[kind].shape != of_other[kind].shape:
+        return None
+    old, new = of_base[kind], of_other[kind]
+    mean = old.mean(dim=[place for place in range(old.ndim) if place != 1], keepdim=True)
+    cosine = torch.nn.functional.cosine_similarity(new, old, dim=1).mean()
+    return Dose(kind, float((new - old).norm() / (old - mean).norm().clamp(min=1e-12)), float(cosine))
 
 
 def _save(path: Path, scores: Sequence[Score]) -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.benchmarks.protocol import Benchmark, FloatArray, IntArray, Score
+from visft_ds.evals.benchmarks.protocol import Benchmark, FloatArray, IntArray, Score, mean_ratio
 from visft_ds.monitor.console import Section
 from visft_ds.tasks.pictures import INK, Colour, Picture, grid, letters, paper, scaled
 
@@ -32,7 +32,6 @@ _RIGHT, _WRONG = (29, 122, 51), (179, 38, 30)
 _COLUMNS = 4
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
-_Part = tuple[FloatArray, IntArray | None]
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ def resampled_means(values: FloatArray, groups: IntArray | None, rng: np.random.
     """DRAWS means of resampled values.
 
     Args:
-        values: (n,), n at least 1.
+        values: (n,), n at least 1; or (n, 2, C), see `protocol.Score`.
         groups: (n,) numbers from 0; whole groups are drawn, since their items are no independent evidence.
     """
     units = np.arange(len(values)) if groups is None else groups
+    if values.ndim == 3:
+        return _resampled_ratios(values, units, rng)
     sums, counts = np.bincount(units, values), np.bincount(units).astype(np.float64)
     sums, counts = sums[counts > 0], counts[counts > 0]
     kinds, often = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
@@ -65,6 +66,19 @@ def resampled_means(values: FloatArray, groups: IntArray | None, rng: np.random.
     for start in range(0, DRAWS, step):
         drawn = rng.multinomial(len(sums), often / often.sum(), size=min(step, DRAWS - start))
         means.append((drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1]))
+    return np.concatenate(means)
+
+
+def _resampled_ratios(values: FloatArray, units: IntArray, rng: np.random.Generator) -> FloatArray:
+    present = np.unique(units)
+    sums = np.zeros((len(present), *values.shape[1:]))
+    np.add.at(sums, np.searchsorted(present, units), values)
+    means = []
+    step = max(1, _CELLS // max(len(sums), sums[0].size))
+    for start in range(0, DRAWS, step):
+        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=min(step, DRAWS - start))
+        of_draws: FloatArray = drawn.astype(np.float64) @ sums.reshape(len(sums), -1)
+        means.append(mean_ratio(of_draws.reshape(-1, *values.shape[1:])))
     return np.concatenate(means)
 
 
@@ -101,20 +115,30 @@ def _row(name: str, names: Sequence[str], results: Results) -> Row:
     base = next(iter(results))
     having = [label for label, scores in results.items() if all(part in scores for part in names)]
     parts = {label: [results[label][part] for part in names] for label in having}
-    values = {label: _interval(name, [(score.values, score.groups) for score in parts[label]]) for label in having}
+    values = {label: _interval(name, parts[label]) for label in having}
     differences = {}
     for label in having if base in having else ():
         if label != base:
             pairs = list(zip(parts[label], parts[base], strict=True))
-            assert all(len(new.values) == len(old.values) for new, old in pairs), name
-            differences[label] = _interval(name, [(new.values - old.values, old.groups) for new, old in pairs])
+            assert all(new.values.shape == old.values.shape for new, old in pairs), name
+            differences[label] = _difference(name, pairs)
     return Row(name, sum(len(score.values) for score in parts[having[0]]) if having else 0, values, differences)
 
 
-def _interval(name: str, parts: Sequence[_Part]) -> Interval:
+def _interval(name: str, parts: Sequence[Score]) -> Interval:
     rng = np.random.default_rng(zlib.crc32(name.encode()))  # the same numbers every time the table is made
-    means = [resampled_means(values, groups, rng) for values, groups in parts]
-    return interval(float(np.mean([values.mean() for values, _ in parts])), np.mean(means, axis=0))
+    means = [resampled_means(score.values, score.groups, rng) for score in parts]
+    return interval(float(np.mean([score.value for score in parts])), np.mean(means, axis=0))
+
+
+def _difference(name: str, pairs: Sequence[tuple[Score, Score]]) -> Interval:
+    """Of (new, old), item by item: both are resampled by the same draws."""
+    if all(new.values.ndim == 1 for new, _ in pairs):
+        return _interval(name, [replace(new, values=new.values - old.values, groups=old.groups) for new, old in pairs])
+    assert len(pairs) == 1, name  # no average has ratios
+    (new, old), seed = pairs[0], zlib.crc32(name.encode())
+    means = [resampled_means(one.values, one.groups, np.random.default_rng(seed)) for one in (new, old)]
+    return interval(new.value - old.value, means[0] - means[1])
 
 
 def section(rows: Sequence[Row], labels: Sequence[str]) -> Section:

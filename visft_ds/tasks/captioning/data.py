@@ -20,6 +20,7 @@ from visft_ds.config.task_schema import CaptionChoice
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Op
+from visft_ds.ops.copies import to_device
 from visft_ds.tasks.vocabulary import Vocabulary, caption_words
 
 
@@ -37,9 +38,7 @@ class CaptionTargets:
 
     def to(self, device: torch.device) -> CaptionTargets:
         """The same targets on `device`."""
-        return CaptionTargets(
-            self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True), self.references
-        )
+        return CaptionTargets(to_device(self.tokens, device), to_device(self.lengths, device), self.references)
 
     def head_inputs(self) -> dict[str, Tensor]:
         """Inputs of the head besides the features in training: the captions for teacher forcing."""

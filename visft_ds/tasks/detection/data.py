@@ -33,6 +33,7 @@ from visft_ds.data.transforms import (
     labels_of,
     short_side_size,
 )
+from visft_ds.ops.copies import to_device
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class DetectionTargets:
 
     def to(self, device: torch.device) -> DetectionTargets:
         """The same targets on `device`."""
-        return DetectionTargets(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return DetectionTargets(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
     def head_inputs(self) -> dict[str, Tensor]:
         """Nothing: boxes are for the criterion alone."""

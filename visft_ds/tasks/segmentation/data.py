@@ -21,6 +21,7 @@ from visft_ds.data.manifest import Manifest
 from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
+from visft_ds.ops.copies import to_device
 from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE
 from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
@@ -43,7 +44,7 @@ class SegmentationTargets:
     def to(self, device: torch.device) -> SegmentationTargets:
         """The same targets on `device`, except what only the host uses: it must not wait for a copy to come back."""
         names = ("masks", "labels", "extents", "mask_extents")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
     def head_inputs(self) -> dict[str, Tensor]:
         """Nothing: masks are for the criterion alone."""

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visft_ds.tasks.matching import Matches, assign, at_least_float32, check_labels, raise_not_finite, shapes_of_matches
+from visft_ds.tasks.matching import (
+    Matches,
+    at_least_float32,
+    check_labels,
+    matches_of,
+    raise_not_finite,
+    shapes_of_matches,
+    to_host,
+)
 from visft_ds.tasks.segmentation.data import SegmentationTargets
 from visft_ds.tasks.segmentation.mask_points import sample
 
@@ -57,14 +65,12 @@ def match_masks(
     cost = costs.ce * terms["ce"] + costs.bce * terms["bce"] + costs.dice * terms["dice"]
     if cost.is_meta:
         return shapes_of_matches(cost, int(counts.clip(max=logits.shape[2]).sum()))
-    host = torch.cat((labels.to(cost.dtype), cost.flatten())).cpu().numpy()  # labels are far below 2**24: exact
+    labels_host, cost_host = to_host(labels, cost)
     image_of = np.repeat(np.arange(len(counts)), counts)
-    labels_host = host[: len(labels)].astype(np.int64)
-    check_labels(labels_host, classes, image_of, image_ids)
-    cost_host = host[len(labels) :].reshape(cost.shape)
+    check_labels(labels_host.astype(np.int64), classes, image_of, image_ids)
     if not np.isfinite(cost_host).all():
         raise_not_finite(terms, image_of, image_ids)
-    return Matches(*torch.from_numpy(assign(cost_host, counts)).to(logits.device, non_blocking=True))
+    return matches_of(cost_host, counts, logits.device)
 
 
 def _cost_terms(

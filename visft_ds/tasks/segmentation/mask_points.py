@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visft_ds.data.plan import generator
+from visft_ds.ops.copies import to_device
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ class Points:
 def draw_points(keys: Sequence[int], layers: int, counts: PointCounts, device: torch.device) -> Points:
     """Random points that depend on an image's key and the layer alone, whatever else is in the batch.
 
-    They are drawn on the host, so that they are the same on every device, and moved in one copy. Layer l draws from
-    stream 1 + l of the key; stream 0 belongs to the transforms.
+    They are drawn on the host, so that they are the same on every device, and moved in one copy that nobody waits for.
+    Layer l draws from stream 1 + l of the key; stream 0 belongs to the transforms.
     """
     sizes = [counts.matching, counts.candidates, counts.uniform]
     numbers = torch.empty(len(keys), layers, sum(sizes), 2, pin_memory=device.type == "cuda")
     for image, key in enumerate(keys):
         for layer in range(layers):
             generator(key, stream=1 + layer).random(out=numbers[image, layer].numpy(), dtype=np.float32)
-    matching, candidates, uniform = numbers.to(device, non_blocking=True).split(sizes, dim=2)
+    matching, candidates, uniform = to_device(numbers, device).split(sizes, dim=2)
     return Points(matching, candidates, uniform)
 
 

@@ -1,0 +1,294 @@
+"""Dense benchmarks: labels of every layout, and numbers against an independent computation on random features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from faster_coco_eval import mask as coco_mask
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+from tests.clip_case import make_clip, save_clip
+from tests.evals.test_benchmarks import _record, _run
+from visft_ds.evals.benchmarks import dense, table
+from visft_ds.evals.benchmarks.dense import Dense, overlaps, pooled, segment_by_neighbours, segment_linearly
+from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
+from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, mean_ratio
+from visft_ds.evals.benchmarks.table import resampled_means, rows_of
+from visft_ds.shards.build import Options, build
+
+SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels
+
+
+def _halves(left: int, right: int) -> npt.NDArray[np.uint8]:
+    return np.repeat(np.array([[left, right]], dtype=np.uint8), SIDE // 2, axis=1).repeat(SIDE, axis=0)
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3)).astype(np.uint8)).save(path)
+
+
+def _map(path: Path, numbers: npt.NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(numbers).save(path)
+
+
+def _maps(images: str, labels: str, root: Path, void: int) -> None:
+    _picture(root / images / "one.jpg")
+    numbers = _halves(1, 2)
+    numbers[:20] = void
+    _map(root / labels / "one.png", numbers)
+
+
+def _ade(root: Path) -> None:
+    for part in ("training", "validation"):
+        _maps(f"images/{part}", f"annotations/{part}", root, 0)
+
+
+def _camvid(root: Path) -> None:
+    for part in ("train", "val"):
+        _maps(part, f"{part}annot", root, 11)
+
+
+def _any(root: Path) -> None:
+    for part in ("train", "val"):
+        _maps(f"images/{part}", f"labels/{part}", root, 255)
+
+
+def _voc(root: Path) -> None:
+    _maps("JPEGImages", "SegmentationClass", root, 255)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for part in ("train", "val"):
+        (root / f"ImageSets/Segmentation/{part}.txt").write_text("one\n")
+
+
+@pytest.mark.parametrize("layout", [_ade, _camvid, _any, _voc])
+def test_label_maps(tmp_path: Path, layout: Callable[[Path], None]) -> None:
+    """Class numbers are those of the file, and what the layout calls void is none."""
+    layout(tmp_path)
+    train, test = read_train_and_test(str(tmp_path), None, None)
+    for part in (train, test):
+        assert (part.cells[0, :10] == VOID).all() and part.images.stretched and not part.names
+        assert (part.cells[0, 10:, : CELLS // 2] == 1).all() and (part.cells[0, 10:, CELLS // 2 :] == 2).all()
+
+
+def _box(x: float, y: float, width: float, height: float) -> list[list[float]]:
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _coco(root: Path) -> None:
+    """A large object by its polygon, a small one on top by its run-length code, one by its box alone, a crowd."""
+    code = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    code[8:16, 8:16] = 1
+    packed = coco_mask.encode(code)
+    annotations: list[dict[str, Any]] = [
+        {
+            "category_id": 9,
+            "bbox": [8, 8, 8, 8],
+            "segmentation": {"size": [SIDE, SIDE], "counts": packed["counts"].decode()},
+        },
+        {"category_id": 5, "bbox": [0, 0, 40, 40], "segmentation": _box(0, 0, 40, 40)},
+        {"category_id": 5, "bbox": [60, 60, 20, 20], "segmentation": []},
+        {"category_id": 9, "bbox": [100, 0, 4, 4], "iscrowd": 1, "segmentation": _box(100, 0, 4, 4)},
+    ]
+    for number, one in enumerate(annotations):
+        one |= {"id": number + 1, "image_id": 1, "area": 1.0, "iscrowd": one.get("iscrowd", 0)}
+    (root / "annotations").mkdir()
+    for part in ("train", "val"):
+        _picture(root / f"{part}2017/1.jpg")
+        image = {"id": 1, "file_name": "1.jpg", "height": SIDE, "width": SIDE, "license": 1}
+        categories = [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}]
+        content = {"images": [image], "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
+
+
+def _check_coco(part: DenseSet) -> None:
+    cells = part.cells[0]
+    assert part.names == ("cat", "dog") and part.classes == 3
+    assert (cells[4:8, 4:8] == 2).all() and (cells[:4, :20] == 1).all() and (cells[30:40, 30:40] == 1).all()
+    assert (cells[:2, 50:52] == VOID).all() and (cells[45:] == 0).all()
+    assert part.labels.tolist() == [0, 0, 1] and part.owners.tolist() == [0, 0, 0]  # by size; crowds are none
+    assert part.masks[2].sum() == 16 * 16 and (part.masks[2, 4:8, 4:8] == 16).all()
+
+
+def test_outlines_of_a_coco_tree_and_of_shards(tmp_path: Path) -> None:
+    tree, shards = tmp_path / "tree", tmp_path / "shards"
+    tree.mkdir()
+    _coco(tree)
+    for part in read_train_and_test(str(tree), None, None):
+        _check_coco(part)
+    for split in ("train", "val"):
+        build(Options(tree / f"{split}2017", tree / f"annotations/instances_{split}2017.json", None, shards, split))
+    for part in read_train_and_test(str(shards), None, None):
+        _check_coco(part)
+        assert part.images.read(0).size == (SIDE, SIDE)
+
+
+def test_what_is_wrong_with_labels_is_named(tmp_path: Path) -> None:
+    def refused(message: str, **parts: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            read_train_and_test(str(tmp_path), parts.get("train"), parts.get("test"))
+
+    refused("is no layout of dense labels: a COCO tree")
+    _any(tmp_path)
+    refused("has no part test; it has train, val", test="test")
+    label = tmp_path / "labels/train/one.png"
+    _picture(label)
+    refused("one.png is a picture of mode RGB, no label map")
+    _map(label, _halves(7, 7))
+    refused("train has labels of one class only")
+    _map(label, _halves(255, 255))
+    refused("hold nothing but 255, which is void")
+    label.write_bytes(b"no picture")
+    refused("one.png cannot be read as a label map")
+    label.unlink()
+    refused("label maps that are not there: .*one.png")
+    with pytest.raises(ValueError, match="no such folder"):
+        read_train_and_test(str(tmp_path / "gone"), None, None)
+
+
+def _random_set(rng: np.random.Generator, images: int) -> DenseSet:
+    cells = rng.integers(0, 3, (images, 8, 8)).repeat(7, axis=1).repeat(7, axis=2).astype(np.int16)
+    cells[:, :3, :5] = VOID
+    masks = rng.integers(0, 17, (2 * images, CELLS, CELLS)).astype(np.uint8)
+    masks[:, :, 30:] = 0
+    owners = np.arange(2 * images, dtype=np.int64) // 2
+    names = [str(number) for number in range(images)]
+    pictures = ImageSet(names, lambda place: Image.new("RGB", (8, 8)), "x", stretched=True)
+    return DenseSet(pictures, cells, masks, rng.integers(0, 2, 2 * images), owners, ("cat", "dog"))
+
+
+def _features(rng: np.random.Generator, cells: npt.NDArray[Any], grid: int) -> torch.Tensor:
+    """Noise, and something about the class of each place."""
+    step = CELLS // grid
+    hints = np.stack([cells[:, step // 2 :: step, step // 2 :: step] == number for number in range(3)], axis=1)
+    noise = rng.normal(size=(len(cells), 6, grid, grid))
+    noise[:, :3] += 2.0 * hints
+    return torch.from_numpy(noise).float()
+
+
+def test_numbers_are_those_of_an_independent_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpolation by scipy, neighbours and overlaps by plain loops, logistic regression by another solver."""
+    from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.setattr(dense, "PLACES", 10**9)
+    monkeypatch.setattr(dense, "PATCHES", 10**9)
+    rng = np.random.default_rng(1)
+    train, test = _random_set(rng, 4), _random_set(rng, 3)
+    learnt, judged = _features(rng, train.cells, 7), _features(rng, test.cells, 7)
+
+    at = (np.arange(CELLS) + 0.5) * 7 / CELLS - 0.5
+    where = np.meshgrid(at, at, indexing="ij")
+
+    def at_cells(maps: torch.Tensor) -> npt.NDArray[np.float64]:
+        found = [[map_coordinates(one.double().numpy(), where, order=1, mode="nearest") for one in m] for m in maps]
+        return np.array(found).transpose(0, 2, 3, 1)
+
+    x, y = at_cells(learnt).reshape(-1, 6), train.cells.ravel()
+    x, y = x[y != VOID], y[y != VOID]
+    middle, spread = x.mean(axis=0), np.sqrt(((x - x.mean(axis=0)) ** 2).mean())
+    model = LogisticRegression(C=1 / (dense.DECAY * len(y)), solver="newton-cg", tol=1e-9, max_iter=1000)
+    model.fit((x - middle) / spread, y)
+    expected = model.predict((at_cells(judged).reshape(-1, 6) - middle) / spread).reshape(test.cells.shape)
+    said = segment_linearly(learnt, train.cells, judged)
+    assert (said == expected).mean() > 0.995  # two solvers stop at other places: cells on the border
+
+    def iou(said: npt.NDArray[Any]) -> float:
+        ratios = []
+        for number in range(3):
+            both = either = 0
+            for truth, answer in zip(test.cells.ravel(), said.ravel(), strict=True):
+                both += truth == number == answer
+                either += truth != VOID and number in (truth, answer)
+            ratios.append(both / either)
+        return float(np.mean(ratios))
+
+    scores = {
+        score.name: score
+        for score in Dense("dense/x", train, test).scores(
+            Features({"train": {"patches": learnt}, "test": {"patches": judged}}, None)
+        )
+    }
+    assert scores.keys() == {"linear mIoU", "knn mIoU", "objects knn", "objects linear"}
+    assert scores["linear mIoU"].value == pytest.approx(iou(said)) and 0.3 < iou(said) < 0.9
+
+    patch = train.cells.reshape(4, 7, 8, 7, 8).transpose(0, 1, 3, 2, 4).reshape(4 * 49, 64).tolist()
+    majority = np.array([max((0, 1, 2, VOID), key=cell.count) for cell in patch])
+    bank = learnt.numpy().transpose(0, 2, 3, 1).reshape(-1, 6)[majority != VOID]
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    answers = []
+    for place in judged.numpy().transpose(0, 2, 3, 1).reshape(-1, 6):
+        near = bank @ (place / np.linalg.norm(place))
+        votes = np.zeros(3)
+        for neighbour in np.argsort(-near)[:20]:
+            votes[majority[majority != VOID][neighbour]] += np.exp(near[neighbour] / 0.07)
+        answers.append(votes.argmax())
+    blown = np.array(answers).reshape(3, 7, 7).repeat(8, axis=1).repeat(8, axis=2)
+    assert np.array_equal(segment_by_neighbours(learnt, train.cells, judged, 3), blown)
+    assert scores["knn mIoU"].value == pytest.approx(iou(blown))
+
+    means = pooled(judged, test)
+    for number, owner in enumerate(test.owners):
+        share = test.masks[number].reshape(7, 8, 7, 8).mean(axis=(1, 3))
+        mean = (judged[owner].numpy() * share).sum(axis=(1, 2)) / share.sum()
+        np.testing.assert_allclose(means[number].numpy(), mean, rtol=1e-5)
+    assert len(scores["objects knn"].values) == 6 and scores["objects knn"].groups is not None
+
+
+def test_two_classes_are_told_apart() -> None:
+    """scikit-learn keeps one row of weights for two classes."""
+    cells = np.zeros((2, CELLS, CELLS), np.int16)
+    cells[:, :, CELLS // 2 :] = 4
+    maps = torch.zeros(2, 3, 8, 8)
+    maps[:, 0, :, 4:] = 1.0
+    said = segment_linearly(maps, cells, maps)
+    assert set(np.unique(said).tolist()) == {0, 4} and (said == cells).mean() > 0.9
+    found = overlaps(said, cells, 5)
+    assert found[:, 1, 1:4].sum() == 0  # classes that are nowhere count neither for nor against
+    assert mean_ratio(found.sum(axis=0)) > 0.9
+
+
+def test_bootstraps_draw_images_and_pair_models() -> None:
+    """A mean of ratios of sums; resampling image by image gives the same spread; equal models differ by exactly 0."""
+    rng = np.random.default_rng(0)
+    unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)
+    values = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
+    drawn = rng.integers(0, 60, (table.DRAWS, 60))
+    plain = mean_ratio(values[drawn].sum(axis=1))
+    means = resampled_means(values, None, np.random.default_rng(5))
+    assert means.shape == (table.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
+    assert means.mean() == pytest.approx(plain.mean(), abs=0.003)
+    base = Score("mIoU", values)
+    better = replace(base, values=values + np.array([1.0, 0.0])[:, None])
+    (row,) = rows_of({"a": {"mIoU": base}, "b": {"mIoU": better}, "c": {"mIoU": base}}, {})
+    gain = row.differences["b"]
+    assert 0 < gain.low < gain.value < gain.high and gain.value == pytest.approx(better.value - base.value)
+    assert gain.high - gain.low < (row.values["a"].high - row.values["a"].low) / 5
+    assert (row.differences["c"].low, row.differences["c"].high) == (0.0, 0.0)
+
+
+def test_the_command_judges_towers_of_every_kind(tmp_path: Path) -> None:
+    """With a text side objects are named by text, too."""
+    (tmp_path / "tree").mkdir()
+    _coco(tmp_path / "tree")
+    base = save_clip(make_clip(), tmp_path / "clip.safetensors")
+    command = ["--model", f"clip={base}", "--model", "cnn=timm:tf_efficientnet_lite0:random"]
+    command += ["--benchmark", f"dense={tmp_path}/tree", "--text", str(base), "--out", tmp_path / "out"]
+    status, said, errors = _run(*command)
+    assert (status, errors) == (0, "")
+    assert "how far" not in said  # maps of other shapes
+    rows = {row["name"]: row for row in _record(tmp_path / "out")["rows"]}
+    assert list(rows) == [
+        f"dense/tree {name}" for name in ("linear mIoU", "knn mIoU", "objects knn", "objects linear", "objects text")
+    ]
+    assert rows["dense/tree objects text"]["values"].keys() == {"clip"}
+    assert rows["dense/tree linear mIoU"]["items"] == 1 and rows["dense/tree objects knn"]["items"] == 3

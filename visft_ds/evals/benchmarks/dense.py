@@ -1,0 +1,178 @@
+"""Dense probes of a frozen feature map: what it knows of places and objects, not of whole images.
+
+    linear mIoU    logistic regression on features that are brought to the CELLS x CELLS grid by bilinear interpolation
+                   (DINOv2, https://arxiv.org/abs/2304.07193, 7.4: linear segmentation)
+    knn mIoU       each patch has the label of its 20 nearest patches of the training images, as in `probes`
+    objects        features averaged over an object's outline (over its box where it has none): kNN, linear, and for
+                   models with a text side the nearest sentence
+
+mIoU is the mean over classes of intersection over union, summed over the images; bootstraps draw images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visft_ds.evals.benchmarks.class_sets import PLAIN
+from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet
+from visft_ds.evals.benchmarks.probes import NEIGHBOURS, STRENGTHS, TEMPERATURE, linear_probe, nearest_neighbours, vote
+from visft_ds.evals.benchmarks.protocol import (
+    Features,
+    FloatArray,
+    ImageSet,
+    IntArray,
+    Score,
+    class_embeddings,
+    hits,
+    rank_of,
+    sentences,
+)
+
+PLACES = 20_000  #: that the linear segmentation learns from, drawn evenly from the images, the same for every model
+PATCHES = 12_000  #: that patches are compared with
+DECAY = 1e-3  #: weight of the squared length beside the mean loss
+_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Linear segmentation, patch kNN and, where objects are known, their names."""
+
+    label: str
+    train: DenseSet
+    test: DenseSet
+    needs_text: bool = False
+    kinds: Sequence[str] = ("patches", "clip_patches")
+
+    @property
+    def sets(self) -> Mapping[str, ImageSet]:
+        return {"train": self.train.images, "test": self.test.images}
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return sentences(self.test.names, PLAIN)
+
+    @property
+    def truths(self) -> Mapping[str, Sequence[str]]:
+        return {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
+        truths = [self.train.truth, self.test.truth]
+        return {"benchmark": "dense 1", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of cells in both parts."""
+        return max(self.train.classes, self.test.classes)
+
+    def scores(self, features: Features) -> Iterator[Score]:
+        train, test = (features.images[name]["patches"] for name in ("train", "test"))
+        said = segment_linearly(train, self.train.cells, test)
+        yield Score("linear mIoU", overlaps(said, self.test.cells, self.classes))
+        said = segment_by_neighbours(train, self.train.cells, test, self.classes)
+        yield Score("knn mIoU", overlaps(said, self.test.cells, self.classes))
+        if not self.test.names:
+            return
+        learnt, judged = (pooled(part, of) for part, of in ((train, self.train), (test, self.test)))
+        labels, owners, names = self.test.labels, self.test.owners, self.test.names
+        right = nearest_neighbours(learnt, self.train.labels, judged, labels, len(names))
+        yield Score("objects knn", right, owners)
+        right, _, strength = linear_probe(learnt.numpy(), self.train.labels, judged.numpy(), labels)
+        yield Score("objects linear", right, owners, settings={"C": strength})
+        if features.texts is not None and "clip_patches" in features.images["test"]:
+            embeddings = F.normalize(pooled(features.images["test"]["clip_patches"], self.test), dim=1)
+            similarity = embeddings @ class_embeddings(features.texts, len(PLAIN)).T
+            yield Score("objects text", hits(rank_of(similarity, torch.from_numpy(labels)), 1), owners)
+
+
+def overlaps(said: IntArray, cells: np.ndarray[Any, Any], classes: int) -> FloatArray:
+    """(images, 2, classes): cells in which answer and truth are a class, and cells in which one of the two is."""
+    known = cells != VOID
+    found = np.zeros((len(cells), 2, classes))
+    for number in range(classes):
+        answer, truth = known & (said == number), cells == number
+        found[:, 0, number] = (answer & truth).sum(axis=(1, 2))
+        found[:, 1, number] = (answer | truth).sum(axis=(1, 2))
+    return found
+
+
+def segment_linearly(train: Tensor, cells: np.ndarray[Any, Any], test: Tensor) -> IntArray:
+    """(images, CELLS, CELLS), the class of each cell of the test images.
+
+    Args:
+        train, test: (images, D, h, w).
+        cells: (images, CELLS, CELLS), classes of the training images.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    each = max(1, min(CELLS * CELLS, PLACES // len(train)))
+    chosen, labels = [], []
+    for number, image in enumerate(train):
+        known = np.flatnonzero(cells[number].ravel() != VOID)
+        drawn = np.random.default_rng([0, number]).permutation(known)[:each]
+        chosen.append(to_cells(image[None])[0].flatten(1).T[torch.from_numpy(drawn)])
+        labels.append(cells[number].ravel()[drawn])
+    features, truth = torch.cat(chosen).numpy(), np.concatenate(labels)
+    middle = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    spread = math.sqrt(float(((features - middle) ** 2).mean())) or 1.0
+    model = LogisticRegression(C=1 / (DECAY * len(truth)), max_iter=_STEPS)
+    model.fit((features - middle) / spread, truth)
+    weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
+    if len(model.classes_) == 2:  # scikit-learn keeps the second one's alone
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    said = []
+    for image in test:
+        # Interpolation and a linear map may change places: first the map, which leaves fewer channels.
+        scaled = (image - torch.from_numpy(middle)[:, None, None]) / spread
+        logits = torch.einsum("cd,dhw->chw", weight, scaled) + bias[:, None, None]
+        said.append(to_cells(logits[None])[0].argmax(dim=0).numpy())
+    classes: IntArray = model.classes_.astype(np.int64)
+    return classes[np.stack(said)]
+
+
+def segment_by_neighbours(train: Tensor, cells: np.ndarray[Any, Any], test: Tensor, classes: int) -> IntArray:
+    """(images, CELLS, CELLS), the class that most similar patches of the training images have; arguments as above."""
+    height, width = train.shape[-2:]
+    labels = _labels_of_patches(cells, classes, height, width)
+    known = np.flatnonzero(labels != VOID)
+    drawn = torch.from_numpy(np.random.default_rng(0).permutation(known)[:PATCHES])
+    patches = train.permute(0, 2, 3, 1).flatten(0, 2)[drawn]
+    voted = vote(patches, labels[drawn.numpy()], test.permute(0, 2, 3, 1).flatten(0, 2), classes).argmax(dim=1)
+    said = voted.unflatten(0, (len(test), 1, height, width)).float()
+    found: IntArray = F.interpolate(said, (CELLS, CELLS), mode="nearest-exact")[:, 0].long().numpy()
+    return found
+
+
+def _labels_of_patches(cells: np.ndarray[Any, Any], classes: int, height: int, width: int) -> IntArray:
+    """(images * height * width,), the class that covers most of a patch; VOID where most of it is."""
+    shares = [
+        F.interpolate(torch.from_numpy(cells == number)[:, None].float(), (height, width), mode="area")[:, 0]
+        for number in (*range(classes), VOID)
+    ]
+    most = torch.stack(shares).argmax(dim=0).flatten().numpy()
+    labels: IntArray = np.where(most == classes, VOID, most)
+    return labels
+
+
+def to_cells(maps: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, D, CELLS, CELLS) by bilinear interpolation."""
+    return F.interpolate(maps, (CELLS, CELLS), mode="bilinear", align_corners=False)
+
+
+def pooled(maps: Tensor, of: DenseSet) -> Tensor:
+    """(objects, D), the mean of each object's part of the map (images, D, h, w) of its image."""
+    found = []
+    for number, mask in zip(of.owners.tolist(), of.masks, strict=True):
+        share = F.interpolate(torch.from_numpy(mask)[None, None].float(), maps.shape[-2:], mode="area")[0, 0]
+        found.append((maps[number] * share).sum(dim=(1, 2)) / share.sum())
+    return torch.stack(found)
