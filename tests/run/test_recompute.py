@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.run.recompute_case import configured, needs, planned
 from visft_ds.config import ResolvedConfig, changed, resolve, resolve_values
 from visft_ds.monitor.metrics import RunRecord
-from visft_ds.planner.cluster import GPUS, Cluster, Rates, rates_here, rates_of
+from visft_ds.planner.cluster import GPUS, Rates, parse_cluster, rates_here, rates_of
 from visft_ds.planner.fitting import MEMORY_SHARE
 from visft_ds.planner.meta_step import Work
 from visft_ds.planner.search import choose_recompute, forecast, search
@@ -142,10 +142,10 @@ def test_host_and_device_work_side_by_side_and_the_slower_decides() -> None:
 
 
 def test_a_cluster_is_planned_with_what_a_start_there_would_choose() -> None:
-    config, cluster = configured(), Cluster(1, GPUS["H100-80GB"])
+    config, cluster = configured(), parse_cluster("1xH100-80GB")
     assert forecast(config, cluster).policy == "none"
     stated = changed(config, ["visft.model.recompute=block"])
     assert forecast(stated, cluster).policy == "block" and {arm.policy for arm in search(stated, cluster)} == {"block"}
     some = forecast(changed(config, ["visft.model.recompute=mlp"]), cluster).fullest.total
-    small = Cluster(1, replace(GPUS["H100-80GB"], memory=int(some / MEMORY_SHARE) + 1))
+    small = replace(cluster, gpu=replace(cluster.gpu, memory=int(some / MEMORY_SHARE) + 1))
     assert forecast(config, small).policy == "mlp"
