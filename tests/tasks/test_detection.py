@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.options import criterion_of, head_of
 from visft_ds.data.samples import Batch
 from visft_ds.interop.head_file import HeadInfo, build_empty
-from visft_ds.tasks import TASKS, get_task
+from visft_ds.tasks import TASKS, get_task, transformer
 from visft_ds.tasks.detection.data import DetectionTargets
 from visft_ds.tasks.detection.head import DetectionHead, DetectionOutput, postprocess
 from visft_ds.tasks.transformer import MultiHeadAttention
@@ -133,6 +133,30 @@ def test_attention_equals_torch() -> None:
     wanted, _ = theirs(query, key, value, key_padding_mask=~valid)
     # float32, 16 channels: a few roundings
     torch.testing.assert_close(ours(query, key, value, valid[:, None]), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 9])
+def test_attention_with_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
+    """Head by head on a CPU: results, gradients, what is dropped and what is drawn afterwards."""
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(16, 4, 0.3).train()
+    query, memory = torch.randn(2, 9, 16), torch.randn(2, 11, 16)
+    allowed = None if rows is None else torch.rand(2, rows, 11) < 0.7
+    if allowed is not None:
+        allowed[..., 0] = True
+    found = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(transformer, "_LARGE", least)
+        torch.manual_seed(1)
+        leaves = [query.clone().requires_grad_(), memory.clone().requires_grad_()]
+        out = layer(leaves[0], leaves[1], leaves[1] * 2, allowed)
+        gradients = torch.autograd.grad(
+            out, [*leaves, *layer.parameters()], torch.sin(torch.arange(288.0)).view(2, 9, 16)
+        )
+        found.append([out, *gradients, torch.rand(3)])
+    assert torch.equal(found[0][-1], found[1][-1])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 1e-6 * other.norm()
 
 
 def test_output_shapes_and_ranges() -> None:
