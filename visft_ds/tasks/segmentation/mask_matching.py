@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visft_ds.ops import placed
 from visft_ds.tasks.matching import (
     Matches,
     at_least_float32,
@@ -83,20 +84,35 @@ def _cost_terms(
 ) -> dict[str, Tensor]:
     """The three unweighted terms, each (L, N, Q): every object against the queries of its own image only."""
     parts: dict[str, list[Tensor]] = {"ce": [], "bce": [], "dice": []}
-    ends = np.cumsum(counts)
+    ends, at_once = np.cumsum(counts), 1 if placed(masks.device).type == "cpu" else len(masks)
     for number, image in enumerate(np.flatnonzero(counts)):
         rows = slice(ends[image] - counts[image], ends[image])
         probability = at_least_float32(logits[:, image]).softmax(dim=-1)  # (L, Q, C + 1)
         parts["ce"].append(-probability[..., labels[rows]].transpose(1, 2))
-        predicted = at_least_float32(sample(masks[:, image], points[number], targets.extents[image]))  # (L, Q, P)
-        wanted = targets.masks[rows].to(predicted.dtype) / 255  # one map of n channels, L * P points
-        wanted = sample(wanted[None], points[number].reshape(1, -1, 2), targets.mask_extents[image])[0]
-        wanted = wanted.unflatten(1, points.shape[1:3]).transpose(0, 1)  # (L, n, P)
-        # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
-        overlap = wanted @ predicted.transpose(1, 2)  # (L, n, Q)
-        parts["bce"].append((F.softplus(predicted).sum(-1)[:, None] - overlap) / predicted.shape[-1])
-        shares = predicted.sigmoid()
-        areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
-        parts["dice"].append(1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1))
+        wanted = targets.masks[rows].to(probability.dtype) / 255  # one map of n channels
+        extents = targets.extents[image], targets.mask_extents[image]
+        # A GPU takes all sets at once; on a CPU what one set needs stays in its caches, and is a tenth of the memory.
+        of_sets = zip(masks[:, image].split(at_once), points[number].split(at_once), strict=True)
+        blocks = [_mask_terms(predicted, wanted, at, *extents) for predicted, at in of_sets]
+        for name, found in zip(("bce", "dice"), zip(*blocks, strict=True), strict=True):
+            parts[name].append(torch.cat(found))
     empty = at_least_float32(logits).new_zeros(len(logits), 0, logits.shape[2])
     return {name: torch.cat([empty, *blocks], dim=1) for name, blocks in parts.items()}
+
+
+def _mask_terms(
+    predicted: Tensor, wanted: Tensor, points: Tensor, extent: Tensor, mask_extent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice of masks of an image, each (l, n, Q).
+
+    Logits `predicted` (l, Q, h, w), `wanted` (n, hm, wm) in [0, 1], `points` (l, P, 2) of each set.
+    """
+    logits = at_least_float32(sample(predicted, points, extent))  # (l, Q, P)
+    wanted = sample(wanted[None].to(logits.dtype), points.reshape(1, -1, 2), mask_extent)[0]
+    wanted = wanted.unflatten(1, points.shape[:2]).transpose(0, 1)  # (l, n, P)
+    # BCE is softplus(-x) t + softplus(x) (1 - t), which is softplus(x) - x t: one product instead of two
+    overlap = wanted @ logits.transpose(1, 2)  # (l, n, Q)
+    bce = (F.softplus(logits).sum(-1)[:, None] - overlap) / logits.shape[-1]
+    shares = logits.sigmoid()
+    areas = shares.sum(-1)[:, None] + wanted.sum(-1)[..., None]
+    return bce, 1 - (2 * (wanted @ shares.transpose(1, 2)) + 1) / (areas + 1)
