@@ -18,6 +18,7 @@ from visft_ds.data.samples import Batch
 from visft_ds.planner import MemoryPlan, PlannedRun, Suggestion, run_of
 from visft_ds.resilience import out_of_memory
 from visft_ds.resilience.out_of_memory import MemoryWatch, OutOfMemory, is_out_of_memory, largest_shape
+from visft_ds.resilience.signals import StopFlag
 from visft_ds.tasks.captioning.data import CaptionTargets
 from visft_ds.tasks.detection.data import DetectionTargets
 
@@ -169,6 +170,7 @@ def test_the_command_says_it_once_and_ends_with_2(
 
     monkeypatch.setattr(train, "train", no_room)
     monkeypatch.setattr(launch, "missing_inputs", lambda config: [])
+    monkeypatch.setattr(StopFlag, "guard_start", lambda self: None)  # it takes over signals and streams of a process
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert launch.main(["--stage", "2", "--model", "debug", "--out", str(tmp_path)]) == 2
