@@ -28,6 +28,7 @@ def run(repository: Path, out: Path, *arguments: str) -> tuple[int, list[dict[st
     return done.returncode, rows
 
 
+@pytest.mark.slow
 def test_broken_kernels_fail_and_nothing_else_does(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for name in ("visft_ds", "tools", "ds_configs"):

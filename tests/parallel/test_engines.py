@@ -20,13 +20,13 @@ from tests.ranks import run_ranks
 from visft_ds.checkpoint.format import save_checkpoint
 from visft_ds.parallel.state import EngineState
 
-#: Offload takes as long as ZeRO-3 and shares its code, ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides:
-#: these run with the slow tests.
+#: ZeRO-0 is ZeRO-1 undivided, ZeRO-2 divides gradients besides, ZeRO-3 and offload take longest: these run with the
+#: slow tests.
 ENGINES = (
     pytest.param("zero0", marks=pytest.mark.slow),
     "zero1",
     pytest.param("zero2", marks=pytest.mark.slow),
-    "zero3",
+    pytest.param("zero3", marks=pytest.mark.slow),
     pytest.param("zero3_offload", marks=pytest.mark.slow),
 )
 #: The engine that also takes up a checkpoint it did not write.
@@ -91,7 +91,7 @@ def test_equals_one_process(trained: tuple[str, dict[str, Any]], plain: dict[str
     assert found["values"] <= WEIGHTS
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_makes_the_same_steps(world: int, tmp_path: Path, plain: dict[str, dict[str, Any]]) -> None:
     """One rank with four micro-batches, four with one; two with two are in all the other tests."""
     run_ranks(["-m", "tests.parallel.engine_case", str(tmp_path / "results.pt"), "zero1", "straight"], world)

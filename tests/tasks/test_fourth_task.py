@@ -64,7 +64,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["sampled", "shared"])
+@pytest.mark.parametrize("mode", [pytest.param("sampled", marks=pytest.mark.slow), "shared"])
 def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tmp_path: Path, picture: Path) -> None:
     (printed,) = run_ranks(["-c", SCRIPT, str(tmp_path), mode, str(picture)], world=1)
     metrics, (result,), told, planned = json.loads(printed.splitlines()[-1])

@@ -64,6 +64,7 @@ def _train(stage: int, shards: Path, out: Path, *more: str) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_both_stages_and_evaluation(shards: Path, tmp_path: Path) -> None:
     printed = _train(1, shards, tmp_path / "one")
     assert "classes, segmentation  4, the categories of the data" in printed
