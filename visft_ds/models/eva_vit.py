@@ -152,8 +152,8 @@ class Block(nn.Module):
         `torch.utils.checkpoint` stops behind the last tensor that the backward pass needs: without a norm or an adapter
         behind it the last product, a third of the block, is not computed again.
         """
-        last = self.mlp.fc2.weight
-        fixed = not (torch.compiler.is_compiling() or movable(last))
+        last = self.mlp.fc2._parameters.values()  # by its name, ZeRO-3 would gather the weight
+        fixed = not (torch.compiler.is_compiling() or any(one is not None and movable(one) for one in last))
         return fixed and (self.post_norm or len(_trained(self.mlp.fc2)) > 0)
 
     def _frozen_rest(self, x: Tensor) -> Rest | None:
