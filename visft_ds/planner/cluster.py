@@ -177,9 +177,9 @@ def _find(name: str, text: str) -> Gpu:
     if close:
         raise ValueError(f"--cluster {text}: which one? There are {', '.join(gpu.name for gpu in close)}")
     near = difflib.get_close_matches(wanted, [key.upper() for key in GPUS], n=1, cutoff=0.4)
-    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}?" if near else ""
+    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}" if near else ""
     raise ValueError(
-        f"--cluster {text}: {name} is not known{hint} There are {', '.join(GPUS)}; describe another one in a JSON file"
+        f"--cluster {text}: {name} is not known{hint}. There are {', '.join(GPUS)}; describe another one in a JSON file"
     )
 
 
