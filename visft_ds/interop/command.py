@@ -22,7 +22,7 @@ from visft_ds.interop.adapter import Adapter, average
 from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, timm_card
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples
 from visft_ds.interop.formats import FORMATS, side_files
-from visft_ds.interop.layouts import Tower, tower_in, tower_of
+from visft_ds.interop.layouts import Tower, part_of, tower_in, tower_of
 from visft_ds.interop.merge import (
     DTYPES,
     MergeReport,
@@ -132,6 +132,8 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
     if call := report.create_call():
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
+        if report.backbone.until is not None:
+            print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
     return 0
 
 
@@ -294,7 +296,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
     tower, notes, base = _tower_of_adapter(given, adapter)
-    adapter = adapter.fit(tower)
+    adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:
