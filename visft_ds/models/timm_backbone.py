@@ -82,7 +82,15 @@ class TimmBackbone(nn.Module):
         patch = self._patch()
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        features: Tensor = model.forward_features(images)
+        return self._map(model.forward_features(images), images)
+
+    def map_of(self, given: Tensor, images: Tensor) -> Tensor:
+        """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
+        return self._map(self._timm[0].norm(given) if self._patch() is not None else given, images)
+
+    def _map(self, features: Tensor, images: Tensor) -> Tensor:
+        """Tokens or a map of timm's as (B, D, h, w)."""
+        model, patch = self._timm[0], self._patch()
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
         if patch is None:
@@ -187,8 +195,9 @@ class TimmBackbone(nn.Module):
     def _unused(self) -> list[str]:
         """Children that the feature map does not need."""
         named = dict(self.named_parameters())
-        features = self(self._blank(self.image_size, self.image_size))
-        found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+        with torch.enable_grad():
+            features = self(self._blank(self.image_size, self.image_size))
+            found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         used = {name.partition(".")[0] for name, gradient in zip(named, found, strict=True) if gradient is not None}
         return [
             child
