@@ -36,7 +36,7 @@ def scalar_keys() -> list[str]:
 
 
 #: Models of timm, which no pipeline divides.
-OF_TIMM = ("clip_vit_b", "debug_convnext")
+OF_TIMM = ("clip_vit_b", "debug_convnext", "lite0")
 COMBINATIONS = [
     one
     for one in product((1, 2), available("engines"), available("models"))
