@@ -139,12 +139,13 @@ class Bar:
     value: float
     low: float
     high: float
+    shown: bool | None = None  #: None: its interval decides
 
 
 def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int = 760) -> str:
     """An `<svg>` element with a horizontal bar from zero for each value, and its interval as a line.
 
-    A bar is strong where its interval leaves zero out, pale otherwise.
+    A bar is strong where it is shown, or its interval leaves zero out, pale otherwise.
     """
 
     def draw(figure: Figure) -> None:
@@ -155,7 +156,8 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int 
         axes.axvline(0, color="#9a9da1", lw=1)
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         for row, bar in enumerate(bars):
-            strength = 1.0 if bar.low > 0 or bar.high < 0 else 0.35
+            sure = bar.low > 0 or bar.high < 0 if bar.shown is None else bar.shown
+            strength = 1.0 if sure else 0.35
             axes.barh(row, bar.value, 0.6, color=UP if bar.value > 0 else DOWN, alpha=strength)
             axes.plot((bar.low, bar.high), (row, row), color=INK, lw=1.5)
             axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")

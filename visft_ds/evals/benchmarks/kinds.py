@@ -107,6 +107,14 @@ def parse_benchmarks(texts: Sequence[str]) -> list[Benchmark]:
     return found
 
 
+def check_numbers(names: Sequence[str], benchmarks: Sequence[Benchmark]) -> None:
+    """Raise ValueError for the name of a number that is of none of the benchmarks."""
+    for name in names:
+        if not any(name.startswith(f"{benchmark.label} ") for benchmark in benchmarks):
+            labels = ", ".join(f"{benchmark.label} ..." for benchmark in benchmarks)
+            raise ValueError(f"{name!r} is no number of these benchmarks, whose names begin with {labels}")
+
+
 def averages(benchmarks: Sequence[Benchmark]) -> dict[str, list[str]]:
     """Rows that are means over data sets: zero-shot top-1 over ImageNet and its relatives."""
     family = [each.label for each in benchmarks if isinstance(each, ZeroShot) and each.data.family == "imagenet"]

@@ -41,7 +41,7 @@ from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.run.folder import recorded_config
 
-_LABEL = re.compile(r"([\w .-]+)=(.+)")
+LABEL = re.compile(r"([\w .-]+)=(.+)")
 _SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")
 
 
@@ -77,7 +77,7 @@ def parse_model(text: str) -> ModelSpec:
     Raises:
         ValueError: a file that is not there, or a scale without an adapter.
     """
-    match = _LABEL.fullmatch(text)
+    match = LABEL.fullmatch(text)
     label, rest = (match[1].strip(), match[2]) if match else (None, text)
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):
