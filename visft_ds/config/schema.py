@@ -103,6 +103,7 @@ class ModelConfig(StrictModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
+    until: Text | None = None  #: block that it ends after, such as blocks.5; null: it is whole, see docs/tuning.md
     weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
@@ -120,7 +121,8 @@ class ModelConfig(StrictModel):
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
-        return self.overrides.model_dump(exclude_none=True)
+        until = {} if self.until is None else {"until": self.until}
+        return {**self.overrides.model_dump(exclude_none=True), **until}
 
 
 class LoraConfig(StrictModel):

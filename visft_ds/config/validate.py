@@ -261,7 +261,7 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
                 known = ", ".join(f"'{role}'" for role in ROLES)
                 yield f"visft.lora.targets.{number}", f"must be one of {known} with preset {model.preset}{hint}"
         return
-    for name in model.backbone_options():
+    for name in model.overrides.model_dump(exclude_none=True):
         if name != "image_size":
             problem = f"{model.preset} has its own shape: only image_size may be set"
             yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"

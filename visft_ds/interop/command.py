@@ -24,7 +24,7 @@ from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card,
 from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
 from visft_ds.interop.files import PICKLE_SUFFIXES, examples, open_weights, sha256_file
 from visft_ds.interop.formats import FORMATS, side_files
-from visft_ds.interop.layouts import Tower, tower_in, tower_of
+from visft_ds.interop.layouts import Tower, part_of, tower_in, tower_of
 from visft_ds.interop.merge import (
     DTYPES,
     MergeReport,
@@ -153,6 +153,8 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
     if call := report.create_call():
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
+        if report.backbone.until is not None:
+            print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
     return 0
 
 
@@ -315,7 +317,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
     tower, notes, base = _tower_of_adapter(given, adapter)
-    adapter = adapter.fit(tower)
+    adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:

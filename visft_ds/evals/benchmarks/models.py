@@ -34,7 +34,8 @@ from visft_ds.evals.benchmarks.encoders import (
     timm_encoder,
 )
 from visft_ds.evals.benchmarks.text_towers import TextTower, projection_of, text_tower_in
-from visft_ds.evals.model import adapter_for, empty_backbone, files_of_run, refuse_merged
+from visft_ds.evals.model import adapter_for, empty_backbone, end_of, files_of_run, refuse_merged
+from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
@@ -57,6 +58,7 @@ class ModelSpec:
     scale: float = 1.0  #: factor on the effect of the adapter
     hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run records them
     timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
+    until: str | None = None  #: block that it ends after, where a run records one
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def parse_model(text: str) -> ModelSpec:
             1.0 if scale is None else scale,
             files.hints,
             files.timm,
+            files.until,
         )
     if base.is_dir():
         raise ValueError(f"{base} is a folder without run.json: give a weight file, or the folder of a run")
@@ -147,16 +150,15 @@ def load_encoder(spec: ModelSpec, options: LoadOptions) -> Encoder:
 def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptions) -> Encoder:
     """A backbone of timm that a run trained on, fed as it was trained."""
     path = Path(spec.name)
-    if spec.adapter is not None:
-        refuse_merged(open_weights(path), spec.adapter)
-    backbone, summary = load_timm(path, *timm, DTYPES[options.precision])
+    adapter = _adapter_of(spec)
+    backbone, summary = load_timm(path, *timm, DTYPES[options.precision], _end_of(spec, adapter))
     facts = {"backbone": summary, "adapter": "none"}
-    if spec.adapter is not None:
-        adapter = adapter_for(path, spec.adapter).scaled(spec.scale)
+    if adapter is not None:
         adapter.install(backbone)
         facts["adapter"] = f"{spec.adapter}: {adapter.describe()}, times {spec.scale:g}"
     side = options.image_size or backbone.image_size
     settings = {"preprocess": f"{side} {backbone.pixel_mean} {backbone.pixel_std}", "pooled": "mean of the feature map"}
+    settings |= {} if backbone.until is None else {"until": backbone.until}
     module = FeatureMapEncoder(backbone)
     return Encoder(
         module.requires_grad_(False).eval(),
@@ -175,8 +177,8 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     if timm is not None:
         return _load_timm(spec, timm, options)
     weights, layout = open_tower(spec.name)
-    if spec.adapter is not None:
-        refuse_merged(weights, spec.adapter)
+    adapter = _adapter_of(spec)
+    until = _end_of(spec, adapter)
     found = tower_in(weights, layout)
     if not (options.preset or spec.hints or found.preset() or found.num_heads):
         raise ValueError(
@@ -186,16 +188,16 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
     tower = resolve_tower(found, options.preset, spec.hints)
     if options.image_size is not None and options.image_size < tower.patch_size:
         raise ValueError(f"--image-size {options.image_size} is less than one patch of {tower.patch_size} pixels")
-    backbone = empty_backbone(tower, DTYPES[options.precision])
+    backbone = empty_backbone(tower, DTYPES[options.precision], until)
     facts = {"backbone": load_backbone(backbone, spec.name).summary()}
     facts["adapter"] = "merged into the weights" if is_merged(weights) else "none"
-    if spec.adapter is not None:
+    if adapter is not None:
         # Beside the weights and not in them: a sum rounded to 16 bit loses most of a small adapter.
-        adapter = adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
         adapter.install(backbone)
         facts["adapter"] = f"{spec.adapter}: rank {adapter.rank}, on {'+'.join(adapter.targets)}, times {spec.scale:g}"
-    projection = projection_of(spec.name)
-    if projection is None and options.text is not None and tower.class_token:
+    # The projection into the space of texts reads the last block.
+    projection = projection_of(spec.name) if until is None else None
+    if projection is None and until is None and options.text is not None and tower.class_token:
         projection = projection_of(options.text)
     module = EvaEncoder(backbone, projection, options.pool)
     side = options.image_size or tower.image_size
@@ -204,6 +206,7 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
         "pooled": "class token" if module.by_token else "mean of the patches",
         "heads": tower.num_heads,
         "post_norm": tower.post_norm,
+        **({} if until is None else {"until": until}),
     }
     text = text_tower_in(spec.name) if module.head is not None else None
     facts |= {"images": f"{side} pixels, {options.normalisation} normalisation", "pooled": str(settings["pooled"])}
@@ -217,6 +220,19 @@ def _load_own(spec: ModelSpec, options: LoadOptions) -> Encoder:
         text,
         facts,
     )
+
+
+def _adapter_of(spec: ModelSpec) -> Adapter | None:
+    """The adapter of a model, if it has one, times its scale."""
+    if spec.adapter is None:
+        return None
+    refuse_merged(open_weights(spec.name), spec.adapter)
+    return adapter_for(Path(spec.name), spec.adapter).scaled(spec.scale)
+
+
+def _end_of(spec: ModelSpec, adapter: Adapter | None) -> str | None:
+    """The block that a model ends after; None: it is whole."""
+    return spec.until or end_of(open_weights(spec.name), adapter)
 
 
 def _text_of(path: Path, encoder: Encoder) -> TextTower | None:
