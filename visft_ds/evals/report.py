@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from visft_ds.evals.charts import Series, line_chart, smooth, thin
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
+from visft_ds.evals.out_of_domain import Comparison
 from visft_ds.evals.page import embed, render
 from visft_ds.monitor.metrics import RunFile, read_metrics
 from visft_ds.run.folder import read_run, recorded_config
@@ -61,6 +62,7 @@ class Report:
     files: Mapping[str, Path] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)  #: what it does -> text to paste
     seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
+    beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
 
     @property
     def tasks(self) -> list[str]:
@@ -89,7 +91,8 @@ def write_report(path: Path, report: Report) -> Path:
         "evals/report.html.j2",
         title=report.title,
         report=report,
-        cards=[_card(report, task) for task in report.tasks],
+        cards=[*_beyond_card(report.beyond), *(_card(report, task) for task in report.tasks)],
+        sheets=[embed(sheet) for sheet in report.beyond.pictures] if report.beyond else [],
         results=results,
         pictures=pictures,
         curves=_curves(report),
@@ -144,6 +147,18 @@ def _card(report: Report, task: str) -> dict[str, Any]:
     for evaluation in report.training[-1:]:
         lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
     return {"value": _number(values[-1], 3), "lines": lines}
+
+
+def _beyond_card(beyond: Comparison | None) -> list[dict[str, Any]]:
+    if beyond is None:
+        return []
+    line = next(line for line in beyond.lines() if line.main)
+    return [
+        {
+            "value": line.after,
+            "lines": [f"{line.name} out of domain, percent", f"before: {line.before}", beyond.verdict()],
+        }
+    ]
 
 
 def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> dict[str, Any]:
