@@ -18,11 +18,12 @@ from scipy.ndimage import map_coordinates
 
 from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
-from visft_ds.evals.benchmarks import dense, table
+from visft_ds.evals.benchmarks import dense, intervals
 from visft_ds.evals.benchmarks.dense import Dense, overlaps, pooled, segment_by_neighbours, segment_linearly
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
+from visft_ds.evals.benchmarks.intervals import resampled_means
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, mean_ratio
-from visft_ds.evals.benchmarks.table import resampled_means, rows_of
+from visft_ds.evals.benchmarks.table import rows_of
 from visft_ds.shards.build import Options, build
 
 SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels
@@ -262,10 +263,10 @@ def test_bootstraps_draw_images_and_pair_models() -> None:
     rng = np.random.default_rng(0)
     unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)
     values = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
-    drawn = rng.integers(0, 60, (table.DRAWS, 60))
+    drawn = rng.integers(0, 60, (intervals.DRAWS, 60))
     plain = mean_ratio(values[drawn].sum(axis=1))
     means = resampled_means(values, None, np.random.default_rng(5))
-    assert means.shape == (table.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
+    assert means.shape == (intervals.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
     assert means.mean() == pytest.approx(plain.mean(), abs=0.003)
     base = Score("mIoU", values)
     better = replace(base, values=values + np.array([1.0, 0.0])[:, None])

@@ -45,7 +45,7 @@ from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.run.folder import recorded_config
 
-_LABEL = re.compile(r"([\w .-]+)=(.+)")
+LABEL = re.compile(r"([\w .-]+)=(.+)")
 _POOLED = "mean of the feature map"
 _READ = re.compile(r"(.+)#([A-Za-z]\w*(?:\.\w+)*)(@[^@#]+)?")
 _SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")
@@ -87,9 +87,9 @@ def parse_model(text: str) -> ModelSpec:
     """
     if (read := _READ.fullmatch(text)) and not Path(text).exists():
         spec = parse_model(read[1] + (read[3] or ""))
-        named = spec.label if _LABEL.fullmatch(text) else f"{spec.label}#{read[2]}"
+        named = spec.label if LABEL.fullmatch(text) else f"{spec.label}#{read[2]}"
         return replace(spec, label=named, block=read[2])
-    match = _LABEL.fullmatch(text)
+    match = LABEL.fullmatch(text)
     label, rest = (match[1].strip(), match[2]) if match else (None, text)
     library, colon, inner = rest.partition(":")
     if colon and library in ("open_clip", "timm"):
