@@ -68,11 +68,13 @@ class TimmBackbone(nn.Module):
         self.behind: tuple[str, ...] = ()
         self.left_out: dict[str, Tensor] = {}
         probe = self._probe()
+        probe.train()  # a module begins in training mode by default: batch norms would count the first images
+        self._check_map(probe)
         self._leave_out(probe, probe._unused())
         if until is not None:
             self._end(probe, until)
         self.width, self.patch_size = self._measure(probe)
-        self.train()  # a module begins in training mode by default: batch norms would count the first images
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -91,7 +93,8 @@ class TimmBackbone(nn.Module):
         model, patch = self._timm[0], self._patch()
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-        assert patch is not None
+        if patch is None:
+            raise ValueError(f"features of shape {tuple(features.shape)}")
         grid = images.shape[-2] // patch, images.shape[-1] // patch
         tokens = features[:, model.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
@@ -175,6 +178,19 @@ class TimmBackbone(nn.Module):
     def _probe(self) -> TimmBackbone:
         """Itself where it has no values; else the same model as timm builds it, without values."""
         return self if next(self.parameters()).is_meta else _on_meta(self)
+
+    def _check_map(self, probe: TimmBackbone) -> None:
+        try:
+            features = probe(self._blank(self.image_size, self.image_size))
+            if features.ndim == 4:
+                return
+            reason = f"features of shape {tuple(features.shape)}"
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error) or type(error).__name__  # timm's words for what its model cannot do with an image
+        raise ValueError(
+            f"timm's {self.name} gives no map of rows and columns, which heads need ({reason}); plain ViTs and "
+            "convolutional networks do"
+        )
 
     def _unused(self) -> list[str]:
         """Children that the feature map does not need."""
