@@ -187,5 +187,5 @@ def test_a_sweep_is_the_same_as_models_one_by_one(world: Path, tmp_path: Path) -
 
     single = [*command, "--model", f"{model}@0.5", "--cache", tmp_path / "sweep/cache", "--out", tmp_path / "single"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(encoding, "_forward", refuse)
+        patched.setattr(encoding, "forward", refuse)
         assert _run(*single)[0] == 0
