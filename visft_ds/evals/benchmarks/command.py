@@ -17,6 +17,7 @@ import orjson
 from visft_ds import program
 from visft_ds.config.records import read_record
 from visft_ds.evals.benchmarks.arms import Contender, parse_arms
+from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, check_numbers, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions
@@ -267,7 +268,11 @@ def _pictures(
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     for benchmark in benchmarks:
         for name in (name for name in names if name.startswith(f"{benchmark.label} ")):
-            picture = sheet(benchmark, order(list(results), results, name), count)
+            if isinstance(benchmark, Dense):
+                scores = {label: of[name] for label, of in results.items() if name in of and of[name].maps is not None}
+                picture = segmentation_sheet(benchmark, scores, count)
+            else:
+                picture = sheet(benchmark, order(list(results), results, name), count)
             if picture is not None:
                 written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
                 save_png(picture, out / written[-1])

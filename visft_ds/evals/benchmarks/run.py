@@ -199,6 +199,8 @@ def _save(path: Path, scores: Sequence[Score]) -> None:
         tensors[f"{number}.values"] = torch.from_numpy(s.values)
         if s.groups is not None:
             tensors[f"{number}.groups"] = torch.from_numpy(s.groups)
+        if s.maps is not None:
+            tensors[f"{number}.maps"] = torch.from_numpy(s.maps)
         rest.append({"name": s.name, "said": list(s.said), "shows": s.shows, "settings": dict(s.settings)})
     save_tensors(path, tensors, {"scores": json.dumps(rest)}, overwrite=True)
 
@@ -209,9 +211,11 @@ def _restored(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> list[S
         raise ValueError(f"scores of the cache lack their values.{_AGAIN}")
     scores = []
     for number, rest in enumerate(told):
-        values, groups = tensors[f"{number}.values"].numpy(), tensors.get(f"{number}.groups")
-        of = None if groups is None else groups.numpy()
-        scores.append(Score(rest.name, values, of, rest.said, rest.shows, rest.settings))
+        values = tensors[f"{number}.values"].numpy()
+        groups, maps = (
+            tensors[key].numpy() if key in tensors else None for key in (f"{number}.groups", f"{number}.maps")
+        )
+        scores.append(Score(rest.name, values, groups, rest.said, rest.shows, rest.settings, maps))
     return scores
 
 
