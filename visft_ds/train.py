@@ -35,6 +35,7 @@ from visft_ds.run.machine import (
     settle_recompute,
 )
 from visft_ds.run.record import keep_random_base, write_record
+from visft_ds.run.start import identity_of, open_start
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, validation_of
@@ -99,6 +100,7 @@ def train(
     batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, batches)
     open_run_folder(out, config, resume)
+    start_from = open_start(config.visft, data)
 
     # 4: from here on all ranks act together.
     start_process_group()
@@ -111,7 +113,7 @@ def train(
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity()})
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **identity_of(start_from)})
         config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
@@ -123,6 +125,7 @@ def train(
             categories=data.categories,
             vocabulary=data.vocabulary,
             placement=machine.placement,
+            start=start_from,
         )
         features = keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
@@ -148,7 +151,7 @@ def train(
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
-            write_record(config, data, base_sha256, command)
+            write_record(config, data, base_sha256, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.

@@ -140,6 +140,13 @@ class HeadsConfig(StrictModel):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
+class StartConfig(StrictModel):
+    """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
+
+    path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
+    heads: Literal["keep", "remap", "reset"] = "keep"  #: of a run; remap: classes by the names of categories
+
+
 class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
@@ -223,6 +230,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
+    start: StartConfig | None = None  #: null: adapters without effect, heads drawn or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]
