@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
@@ -169,7 +170,7 @@ def train(
                     state.report_saves(log, wait=True)
                 finally:
                     loader.close()  # what is read ahead must not hold up the end
-            finished = step >= config.total_steps
+            finished = complete or step >= config.total_steps
             if finished:
                 watchdog.begin("exporting", timed=False)
                 state.export(step, base_sha256, data)
@@ -186,7 +187,7 @@ def train(
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the number of steps done, and whether nothing is left to do.
+    """The training loop. Returns the number of steps done, and whether nothing is left to do (`visft.run.stop_after`).
 
     After a request to stop, steps or the last evaluation are left; the same command makes up for them.
     """
@@ -206,6 +207,8 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             f"stopped in the evaluation after step {start} ({stop.reason or _ANOTHER}); the same command makes it"
         )
         return start, False
+    if validation and start and state.ends_early(start, partial(validation.poll, log, wait=True), log):
+        return start, True
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for step_plan, batches in run.loader.steps(start, total_steps):
@@ -249,6 +252,8 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
                 if stopping and saved < step:
                     state.save(step)
+                if not stopping and state.ends_early(step, partial(validation.poll, log, wait=True), log):
+                    return step, True
         if stopping and step < total_steps:
             log.message(f"stopped after step {step} ({stop.reason or _ANOTHER}); the same command goes on")
             break

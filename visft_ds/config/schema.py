@@ -204,6 +204,7 @@ class RunConfig(StrictModel):
     keep_last: Positive = 3  #: newest checkpoints kept
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
+    stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
