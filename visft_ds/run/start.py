@@ -177,7 +177,12 @@ def _categories(run: Path) -> list[Category]:
     return read_record(run / INPUTS_FOLDER / CATEGORIES_FILE, list[Category])
 
 
+def _settings(lora: LoraConfig | None) -> dict[str, Any] | None:
+    """Settings of adapters, in whose targets the order means nothing."""
+    return None if lora is None else {**lora.model_dump(), "targets": sorted(lora.targets)}
+
+
 def _check_lora(place: Path, there: LoraConfig | None, here: LoraConfig | None) -> None:
-    if there != here:
+    if _settings(there) != _settings(here):
         told = "null" if there is None else there.model_dump_json()
         raise ValueError(f"visft.start: the adapter in {place} has other settings: --set 'visft.lora={told}'")
