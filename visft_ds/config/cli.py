@@ -7,9 +7,11 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from visft_ds import program
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.preflight import tasks_without_labels
 from visft_ds.config.resolve import ResolvedConfig, available, resolve
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -35,15 +37,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
     add(
-        "--model", metavar="NAME", help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL})"
+        "--model",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL}), or a .json of yours",
     )
     add(
         "--engine",
-        metavar="NAME",
-        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE}), or a .json of yours",
     )
+    add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
+    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
     add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
@@ -91,22 +98,43 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
             raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
-    config = resolve(
+    config = resolve_with_data(
         stage=arguments.stage,
         engine=arguments.engine or DEFAULT_ENGINE,
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags=folder_flags(arguments.data, arguments.out),
+        flags=folder_flags(arguments.data, arguments.out) | _run_flags(arguments.track, arguments.trace),
+        tasks=arguments.tasks,
     )
     arguments.stage = config.visft.stage
     return arguments, config
+
+
+def resolve_with_data(**given: Any) -> ResolvedConfig:
+    """`resolve`, without the tasks of the recipe that the data has no labels for."""
+    config = resolve(**given)
+    idle = tasks_without_labels(config)
+    return resolve(**given, idle=idle) if idle else config
 
 
 def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:
     """Flag -> (dotted key, value) of the folders that were given, as `resolve` takes them."""
     given = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
     return {flag: (key, os.fspath(value)) for flag, (key, value) in given.items() if value is not None}
+
+
+def _run_flags(track: str | None, trace: str | None) -> dict[str, tuple[str, Any]]:
+    """Flag -> (dotted key, value) of what follows a run."""
+    given = dict[str, tuple[str, Any]]()
+    if track is not None:
+        given["--track"] = ("visft.run.track", track)
+    if trace is not None:
+        first, _, last = trace.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(f"--trace {trace}: give the first and the last step, such as 20:25")
+        given["--trace"] = ("visft.run.trace", [int(first), int(last)])
+    return given
 
 
 def check_resume(how: str) -> None:

@@ -103,6 +103,7 @@ class ModelConfig(StrictModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
+    until: Text | None = None  #: block that it ends after, such as blocks.5; null: it is whole, see docs/tuning.md
     weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
@@ -120,7 +121,8 @@ class ModelConfig(StrictModel):
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
-        return self.overrides.model_dump(exclude_none=True)
+        until = {} if self.until is None else {"until": self.until}
+        return {**self.overrides.model_dump(exclude_none=True), **until}
 
 
 class LoraConfig(StrictModel):
@@ -202,6 +204,8 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
+    trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from visft_ds.data.manifest import Manifest
 from visft_ds.data.shards import ShardReader
-from visft_ds.evals.benchmarks.table import LEVEL, Interval
+from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.compare import Evaluation
 from visft_ds.monitor.console import Gauge
 from visft_ds.tasks import TASKS

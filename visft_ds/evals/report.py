@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 
 from visft_ds.config.resolve import flatten
 from visft_ds.evals import curves
-from visft_ds.evals.benchmarks.table import LEVEL, Interval
+from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
 from visft_ds.evals.jackknife import PARTS
+from visft_ds.evals.out_of_domain import Comparison
 from visft_ds.evals.page import embed, render
 from visft_ds.monitor.metrics import RunFile
 from visft_ds.redaction import redacted_values, redacted_words
@@ -68,6 +69,7 @@ class Report:
     files: Mapping[str, Path] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)  #: what it does -> text to paste
     seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
+    beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
     changes: Mapping[str, Interval] = field(default_factory=dict)  #: number -> last - first, see `jackknife.changes`
     without: str = "nobody asked for them"  #: why there are no changes
     drawn: Mapping[str, Drawn] | None = None  #: label -> pictures; None: those of `evaluations`
@@ -101,7 +103,8 @@ def write_report(path: Path, report: Report) -> Path:
         "evals/report.html.j2",
         title=report.title,
         report=report,
-        cards=[_card(report, task) for task in report.tasks],
+        cards=[*_beyond_card(report.beyond), *(_card(report, task) for task in report.tasks)],
+        sheets=[embed(sheet) for sheet in report.beyond.pictures] if report.beyond else [],
         results=results,
         pictures=pictures,
         curves=curves.charts(histories),
@@ -165,6 +168,18 @@ def _card(report: Report, task: str) -> dict[str, Any]:
     for evaluation in report.training[-1:]:
         lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
     return {"value": _number(values[-1], 3), "lines": lines}
+
+
+def _beyond_card(beyond: Comparison | None) -> list[dict[str, Any]]:
+    if beyond is None:
+        return []
+    line = next(line for line in beyond.lines() if line.main)
+    return [
+        {
+            "value": line.after,
+            "lines": [f"{line.name} out of domain, percent", f"before: {line.before}", beyond.verdict()],
+        }
+    ]
 
 
 def _results(

@@ -139,7 +139,8 @@ def _drawn_by_timm(
     @cache
     def drawn() -> TimmBackbone:
         """timm draws a model as a whole."""
-        return build_timm(backbone.name, image_size=model.overrides.image_size, seed=model.weights_seed)
+        size = model.overrides.image_size
+        return build_timm(backbone.name, image_size=size, until=model.until, seed=model.weights_seed)
 
     recipe = f"random {model.preset} {model.backbone_options()} seed {model.weights_seed}, timm {timm_version()}"
     return BaseWeights(

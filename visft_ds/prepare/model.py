@@ -21,7 +21,15 @@ from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
-from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
+from visft_ds.interop.heads import (
+    check_categories,
+    check_classes,
+    find_head,
+    of_other_base,
+    open_head,
+    read_elsewhere,
+    read_head_info,
+)
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
@@ -303,6 +311,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
         if names:
             told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        if problem := read_elsewhere(info, config.model.until):
+            raise ValueError(f"{problem}: give visft.model.until the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
         storage = info.extra.get("base", "full")
