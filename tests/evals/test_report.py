@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from visft_ds.config import resolve
-from visft_ds.evals.benchmarks.table import Interval
+from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin
 from visft_ds.evals.compare import FORMAT, VERSION, Evaluation, compare_results, read_evaluation
 from visft_ds.evals.report import Report, comparison, write_report

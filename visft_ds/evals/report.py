@@ -71,7 +71,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
     beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
     changes: Mapping[str, Interval] = field(default_factory=dict)  #: number -> last - first, see `jackknife.changes`
-    without: str = "nobody asked for them"  #: why there are no changes
+    without: str = "visft report computes them"  #: why there are no changes
     drawn: Mapping[str, Drawn] | None = None  #: label -> pictures; None: those of `evaluations`
 
     @property
