@@ -74,6 +74,7 @@ def report_runs(folders: Sequence[Path], out: Path | None) -> Path:
         runs={run.label: run.folder for run in runs},
         evaluations=evaluations,
         files={name: path for run in runs for name, path in _files(run)},
+        histories={run.label: run.history for run in runs},
         changes=found,
         without=why,
         drawn=drawn,
