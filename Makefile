@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 COCO   ?=
+MODEL  ?=
 MINUTES ?= 30
 INPUTS ?= 50000
 SEED   ?= 0
@@ -11,20 +12,20 @@ GPUS   ?= 1
 OLD    ?= HEAD~1
 NEW    ?= HEAD
 TIER   ?= 1
-OUT    ?= $(if $(COCO),demo-coco,demo)
+OUT    ?= $(if $(COCO),demo-coco,demo$(if $(MODEL),-$(MODEL)))
 
 .PHONY: fuzz full-size help install test test-parallel test-slow test-cluster reach lint demo gpu golden freeze clean
 
 help:
-	@echo "make demo               toy COCO set -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report"
-	@echo "make demo COCO=FOLDER   the same on an ordinary COCO tree (train2017/ val2017/ annotations/)"
+	@echo "make demo               ImageNet weights and drawings -> both stages -> gained and lost in another style -> report"
+	@echo "make demo MODEL=debug   the same way with a tiny random tower; COCO=FOLDER: on an ordinary COCO tree"
 	@echo "make install            the environment alone, in .venv; enter it with: . .venv/bin/activate"
 	@echo "make test               style, types and the fast test suite"
 	@echo "make test-parallel      all proofs over engines, ranks and checkpoints (slow)"
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
 	@echo "make test-cluster       a real SLURM, pdsh over ssh and torchrun on two hosts in namespaces; says what is missing for it"
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
-	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 15 GiB free, from random weights to a merged tower"
+	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 18 GiB free, from random weights to a merged tower"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"
@@ -68,7 +69,7 @@ reach: install
 	$(BIN)/python -m tests.house
 
 demo: install
-	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)")
+	$(BIN)/python tools/demo.py --out $(OUT) $(if $(COCO),--coco "$(COCO)") $(if $(MODEL),--model $(MODEL))
 
 # With BIN=FOLDER that folder's python runs it as it is, and nothing is installed.
 gpu: $(if $(filter file,$(origin BIN)),install)

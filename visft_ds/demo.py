@@ -1,9 +1,10 @@
 """The whole way in small: images -> shards -> stage 1 -> stage 2 -> evaluation -> merged weights -> report.
 
-Boxes, masks and captions: stage 1 trains the heads of all three from the same images, stage 2 takes them in turns.
+Boxes, masks and captions: stage 1 trains the heads of all three, stage 2 the backbone under them.
 
-    visft demo --out demo                      a generated toy set, a few minutes on two cores
-    visft demo --out demo_coco --coco FOLDER   an ordinary COCO tree: train2017/ val2017/ annotations/
+    visft demo --out demo                      EfficientNet-Lite0 with ImageNet weights, on drawings; judged on others
+    visft demo --out demo_debug --model debug  a random tower of EVA-ViT's kind: the way alone, nothing to refine
+    visft demo --out demo_coco --coco FOLDER   the same on an ordinary COCO tree: train2017/ val2017/ annotations/
 
 Every command is printed before it runs and can be run by hand; whole outputs are in OUT/logs. An interrupted demo goes
 on where it stopped. Exit status: 0 fine, 1 a step failed, 2 wrong usage, 130 interrupted.
@@ -43,16 +44,26 @@ if TYPE_CHECKING:
     from visft_ds.data.manifest import Manifest
 
 MARKER, FORMAT = "demo.json", "visft_ds demo"
+#: Models (files of ds_configs/models) -> images to generate; the first begins with ImageNet weights.
+PRETRAINED, RANDOM = "lite0", "debug"
+TRAIN = {PRETRAINED: 1000, RANDOM: 6000}
+#: Images of another style that probes learn from, and that are judged, for each one that is trained on.
+PROBED = 0.4, 0.25
+#: The number that decides whether the demo shows something, named before anything is run.
+BENCHMARK = "style-b"
+PRIMARY = f"dense/{BENCHMARK} objects knn"
 #: A COCO tree with fewer photographs to train on is also evaluated on these: nothing can be learnt about others.
 FEW, STEPS_FOR_FEW = 1000, 800
 #: Held-out images that are judged and drawn for TensorBoard at the end of each training.
 VALIDATION_IMAGES = 16
+_EVEN = ("--size", "224", "--colours", "even")  # colours that tell shapes would be all that is asked for
 TAIL = 15  # lines of a log that are shown when a step fails
 #: Lines of children that stay in the log: the launcher's chatter, and by kind of step what is no result.
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|WARNING|ERROR)\] ")
 HIDDEN_OF_SHARDS = re.compile(r" {3,}")
 HIDDEN_OF_TRAINING = re.compile(r"-- |   ")
 HIDDEN_OF_EVALUATION = re.compile(r"== |-- |   (?!(box|mask)/AP |(box|mask)/AP50 |caption/(CIDEr-D|BLEU-4) |images/s)")
+HIDDEN_OF_BENCHMARKS = re.compile(r"== |-- |   (?!dense/)")
 PROGRESS = re.compile(r"step (\d+)/(\d+) ")
 SECONDS_BETWEEN_LINES = 5.0  # of a training's progress
 
@@ -153,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n[{demo.steps}/{demo.steps}] report", flush=True)
         from visft_ds.evals.demo import show_demo
 
-        show_demo(demo.out, demo.finished, photographs=given.coco, seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        show_demo(demo.out, demo.finished, photographs=given.coco, seconds=seconds)
     except (ValueError, OSError) as error:
         print(f"demo: {redacted(error)}", file=sys.stderr)
         return 2
@@ -176,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco", type=Path, metavar="DIR", help="train on this COCO tree instead of generated images")
     parser.add_argument("--processes", type=int, metavar="N", help="of each training (default: 2, or 1 with one GPU)")
     parser.add_argument("--force", action="store_true", help="remove what an earlier demo left in --out first")
-    parser.add_argument("--train", type=int, default=6000, metavar="N", help="images to generate (default %(default)s)")
+    parser.add_argument("--model", choices=TRAIN, help=f"default {PRETRAINED}; with --coco {RANDOM}")
+    counts = ", ".join(f"{count} of {model}" for model, count in TRAIN.items())
+    parser.add_argument("--train", type=int, metavar="N", help=f"images to generate (default {counts})")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="held-out ones (default %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to both trainings; repeatable"
@@ -199,10 +213,18 @@ def _open(given: argparse.Namespace) -> Demo:
         raise ValueError(f"--processes {given.processes} is not allowed: give 1 to {gpus or os.cpu_count()}")
     if given.coco is not None:
         _check_tree(given.coco)
+    given.model = given.model or (PRETRAINED if given.coco is None else RANDOM)
+    if given.coco is not None and given.model != RANDOM:
+        raise ValueError(f"--model {given.model} is judged on drawings of another style: leave --coco out")
+    given.train = given.train or TRAIN[given.model]
+    if given.model == PRETRAINED:
+        from visft_ds.interop.efficientnet import installed
+
+        installed()  # what is not there is told now, too
     for stage in (1, 2):
-        resolve(stage=stage, model="debug", settings=given.set)  # a mistake in --set is told now, not in minutes
+        resolve(stage=stage, model=given.model, settings=given.set)  # a mistake in --set is told now, not in minutes
     out = given.out
-    arguments = {name: getattr(given, name) for name in ("processes", "train", "val", "set")}
+    arguments = {name: getattr(given, name) for name in ("model", "processes", "train", "val", "set")}
     arguments["coco"] = str(given.coco.resolve()) if given.coco else None
     finished: dict[str, float] = {}
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -259,20 +281,33 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
     out = demo.out
     coco, shards = given.coco or out / "coco", out / "shards"
     few = given.coco is not None and _are_few(given.coco)
-    demo.steps += 2 if few else 0
+    pretrained = given.model == PRETRAINED
+    demo.steps += 2 if few or pretrained else 0
     if given.coco:
         demo.number += 1
         print(f"\n[{demo.number}/{demo.steps}] images: {coco}, nothing to generate")
     else:
         sizes = ["--train", str(given.train), "--val", str(given.val)]
-        demo.run("toy images", [*_visft("toy"), "--out", str(coco), *sizes], makes=coco)
+        drawn = [*_visft("toy"), *(_EVEN if pretrained else []), "--out"]
+        demo.run("toy images", [*drawn, str(coco), *sizes], makes=coco)
+    if pretrained:
+        learnt, judged = (str(max(1, round(share * given.train))) for share in PROBED)
+        command = [*drawn, str(out / "other"), "--style", "b", "--train", learnt, "--val", judged]
+        demo.run("toy images of another style", command, makes=out / "other")
+        weights = out / "weights.safetensors"
+        from visft_ds.interop.efficientnet import installed
+
+        command = [*_visft("merge"), "--base", str(installed()), "--format", "timm", "--out", str(weights)]
+        demo.run("pretrained weights", command, makes=weights)
     for split in ("train", "val"):
         command = [*_visft("shards"), "build", *_tree(coco, split), "--out", str(shards)]
         demo.run(f"{split} shards", command, hide=HIDDEN_OF_SHARDS)
     for stage in (1, 2):
         run = out / f"stage{stage}"
         training = [*_training(given.processes), "--stage", str(stage)]
-        training += ["--model", "debug", "--data", str(shards), "--out", str(run)]
+        training += ["--model", given.model, "--data", str(shards), "--out", str(run)]
+        training += ["--set", f"visft.model.weights={out / 'weights.safetensors'}"] if pretrained else []
+        training += ["--set", f"visft.features.cache={out / 'features'}"] if pretrained and stage == 1 else []
         training += _settings(stage, Manifest.load(shards, "train"), STEPS_FOR_FEW if few else None, given)
         training += ["--set", f"visft.heads.path={out / 'stage1/export'}"] if stage == 2 else []
         demo.run(f"stage {stage}", training, processes=given.processes, hide=HIDDEN_OF_TRAINING)
@@ -284,10 +319,22 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
             command = [*_visft("evaluate"), "--run", str(run), "--split", "train", "--out", str(evaluation)]
             name = f"training images after stage {stage}"
             demo.run(name, command, makes=evaluation, hide=HIDDEN_OF_EVALUATION)
+    if pretrained:
+        models = [
+            part
+            for label, stage in (("before", 1), ("after", 2))
+            for part in ("--model", f"{label}={out}/stage{stage}")
+        ]
+        command = [*_visft("evaluate"), "benchmarks", *models, "--benchmark", f"dense={out / 'other'},name={BENCHMARK}"]
+        command += ["--primary", PRIMARY, "--images", "8", "--out", str(out / "out_of_domain")]
+        demo.run("out of domain", command, hide=HIDDEN_OF_BENCHMARKS)
     merged, evaluation = out / "merged/backbone.safetensors", out / "evaluation/merged"
-    parts = ["--base", str(out / "stage1/export/backbone.safetensors"), "--adapter", str(out / "stage2/export/adapter")]
+    base = out / ("weights.safetensors" if pretrained else "stage1/export/backbone.safetensors")
+    parts = ["--base", str(base), "--adapter", str(out / "stage2/export/adapter")]
     command = [*_visft("merge"), *parts, "--out", str(merged), "--format", "timm", "--verify"]
     demo.run("merged weights", command, makes=merged)
+    if pretrained:  # what they compute was compared in writing them
+        return
     command = [*_visft("evaluate"), "--run", str(out / "stage2"), "--backbone", str(merged), "--out", str(evaluation)]
     demo.run("evaluation of the merged weights", command, makes=evaluation, hide=HIDDEN_OF_EVALUATION)
 
@@ -338,7 +385,7 @@ def _settings(stage: int, train: Manifest, most_steps: int | None, given: argpar
     settings = list(given.set)
     if not len(train.select("captions")):
         settings.append("visft.tasks.captioning=null")
-    config = resolve(stage=stage, model="debug", settings=settings)
+    config = resolve(stage=stage, model=given.model, settings=settings)
     for stream in config.visft.streams().values():
         # Where captions are the only thing to learn from, only images that have some count.
         selections = {TASKS[task].config.learns_from for task in stream.tasks}

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from visft_ds.evals.benchmarks import probes, retrieval, table, words
+from visft_ds.evals.benchmarks import intervals, probes, retrieval, words
 from visft_ds.evals.benchmarks.class_sets import ClassSet
 from visft_ds.evals.benchmarks.images import from_arrays
+from visft_ds.evals.benchmarks.intervals import interval, resampled_means
 from visft_ds.evals.benchmarks.probes import Probe, linear_probe, nearest_neighbours
 from visft_ds.evals.benchmarks.protocol import Features, Score, rank_of
-from visft_ds.evals.benchmarks.table import interval, resampled_means, rows_of, section
+from visft_ds.evals.benchmarks.table import rows_of, section
 from visft_ds.evals.benchmarks.words import edit_distance, fit, read, steps_needed
 from visft_ds.evals.charts import DOWN, UP, Bar, interval_chart
 
@@ -51,7 +52,7 @@ def test_bootstrap_is_that_of_resampled_items() -> None:
     values = rng.random(200)
     means = resampled_means(values, None, rng)
     plain = values[rng.integers(0, 200, (4000, 200))].mean(axis=1)
-    assert len(means) == table.DRAWS
+    assert len(means) == intervals.DRAWS
     # the standard error of a standard deviation of 4,000 draws is 1.1 %
     assert means.std() == pytest.approx(plain.std(), rel=0.06) and means.mean() == pytest.approx(
         values.mean(), abs=0.002

@@ -18,11 +18,19 @@ from scipy.ndimage import map_coordinates
 
 from tests.clip_case import make_clip, save_clip
 from tests.evals.test_benchmarks import _record, _run
-from visft_ds.evals.benchmarks import dense, table
-from visft_ds.evals.benchmarks.dense import Dense, overlaps, pooled, segment_by_neighbours, segment_linearly
+from visft_ds.evals.benchmarks import dense, intervals
+from visft_ds.evals.benchmarks.dense import (
+    Dense,
+    overlaps,
+    pooled,
+    segment_by_neighbours,
+    segment_linearly,
+    segmentation_sheet,
+)
 from visft_ds.evals.benchmarks.dense_sets import CELLS, VOID, DenseSet, read_train_and_test
+from visft_ds.evals.benchmarks.intervals import resampled_means
 from visft_ds.evals.benchmarks.protocol import Features, ImageSet, Score, mean_ratio
-from visft_ds.evals.benchmarks.table import resampled_means, rows_of
+from visft_ds.evals.benchmarks.table import rows_of
 from visft_ds.shards.build import Options, build
 
 SIDE = 2 * CELLS  # of the pictures here: a cell is 2 x 2 pixels
@@ -257,15 +265,39 @@ def test_two_classes_are_told_apart() -> None:
     assert mean_ratio(found.sum(axis=0)) > 0.9
 
 
+def test_a_sheet_shows_the_images_that_change_most() -> None:
+    """Whichever way they change; class 0 of objects is what none covers, and stays pale."""
+    test = _random_set(np.random.default_rng(0), 3)
+    other = test.cells.copy()
+    other[1] = (other[1] + 1).clip(0, 2)  # wrong all over
+    other[2, 20] = 0
+
+    def score(maps: npt.NDArray[np.int16]) -> Score:
+        return Score("linear mIoU", overlaps(maps, test.cells, 3), maps=maps)
+
+    right, wrong = score(test.cells), score(other)
+    benchmark = Dense("dense/x", test, test)
+    for scores in ({"base": right, "run": wrong}, {"base": wrong, "run": right}):
+        two, one = (segmentation_sheet(benchmark, scores, count) for count in (2, 1))
+        assert one is not None and two is not None and np.array_equal(two[:, : one.shape[1] - 12], one[:, :-12])
+        base, run = (one[38:262, 12 + start : 12 + start + 224] for start in (2 * 236, 3 * 236))
+        assert not np.array_equal(base, run)
+        right_one = base if scores["base"] is right else run
+        colours = {tuple(colour) for colour in right_one.reshape(-1, 3).tolist()}
+        assert len(colours) == 3  # of two classes on a black picture, and pale
+    assert segmentation_sheet(benchmark, {"base": right}, 9) is not None
+    assert segmentation_sheet(benchmark, {}, 9) is None
+
+
 def test_bootstraps_draw_images_and_pair_models() -> None:
     """A mean of ratios of sums; resampling image by image gives the same spread; equal models differ by exactly 0."""
     rng = np.random.default_rng(0)
     unions = rng.integers(50, 100, (60, 1, 3)).astype(np.float64)
     values = np.concatenate([unions * rng.random((60, 1, 3)), unions], axis=1)
-    drawn = rng.integers(0, 60, (table.DRAWS, 60))
+    drawn = rng.integers(0, 60, (intervals.DRAWS, 60))
     plain = mean_ratio(values[drawn].sum(axis=1))
     means = resampled_means(values, None, np.random.default_rng(5))
-    assert means.shape == (table.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
+    assert means.shape == (intervals.DRAWS,) and means.std() == pytest.approx(plain.std(), rel=0.06)
     assert means.mean() == pytest.approx(plain.mean(), abs=0.003)
     base = Score("mIoU", values)
     better = replace(base, values=values + np.array([1.0, 0.0])[:, None])
@@ -290,5 +322,6 @@ def test_the_command_judges_towers_of_every_kind(tmp_path: Path) -> None:
     assert list(rows) == [
         f"dense/tree {name}" for name in ("linear mIoU", "knn mIoU", "objects knn", "objects linear", "objects text")
     ]
+    assert (tmp_path / "out/pictures/dense-tree-linear-mIoU.png").is_file()
     assert rows["dense/tree objects text"]["values"].keys() == {"clip"}
     assert rows["dense/tree linear mIoU"]["items"] == 1 and rows["dense/tree objects knn"]["items"] == 3

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from visft_ds.config import resolve
+from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin
 from visft_ds.evals.compare import FORMAT, VERSION, Evaluation, compare_results, read_evaluation
 from visft_ds.evals.report import Report, comparison, write_report
@@ -155,7 +156,7 @@ def test_everything_is_on_the_page(text: str) -> None:
     assert "cut into words by <code>rules-7</code>" in text
     assert "scores differ by at most 1.0e-08" in text and "2 captions compared: 2 are the same" in text
     assert "2 masks compared" in text and "0 of 1200 pixels are not the same" in text
-    assert text.count("<svg") == 2 * 3 and "stage 2: captioning loss" in text and "stage 1: segmentation loss" in text
+    assert text.count("<svg") == 3 and 'aria-label="captioning loss"' in text  # of both runs
     assert len(re.findall(r"<h3>(?:box|mask) AP of every category</h3>", text)) == 2
     for task in ("Detection", "Segmentation", "Captioning"):
         assert f"<h2>{task}: the same images, before and after</h2>" in text
@@ -164,8 +165,32 @@ def test_everything_is_on_the_page(text: str) -> None:
     rank = f"rank {lora.rank}, alpha {lora.alpha:g}, on q+v"
     assert "images for all of detection, segmentation, captioning" in text  # stage 1 learns from shared images
     assert "one task: detection in 30 % of the steps" in text
-    for told in ("out/adapter", "--stage 2 &gt; log", "12.2 s", "deepspeed 0.", rank, "Measured on 2 images"):
+    for told in (
+        "out/adapter",
+        "--stage 2 &gt; log",
+        "12.2 s",
+        "<th>deepspeed</th>",
+        rank,
+        "Measured on 2 images",
+        "settings differ",
+    ):
         assert told in text, told
+
+
+def test_only_what_its_interval_tells_from_zero_has_a_colour(tmp_path: Path) -> None:
+    pair = [_evaluation(tmp_path / name, name, METRICS, images=()) for name in ("before", "after")]
+    pair[1].record["metrics"] = {name: value + 0.125 for name, value in METRICS.items() if value >= 0}
+    known = {"box/AP50": Interval(0.125, 0.1, 0.15), "box/AP": Interval(0.125, -0.01, 0.26)}
+    known["mask/AP"] = Interval(-0.125, -0.15, -0.1)
+    pair[1].record["metrics"]["mask/AP"] = METRICS["mask/AP"] - 0.125
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, pair, changes=known)).read_text(encoding="utf-8")
+    found = re.findall(r'<th>(\S+) .*<td class="(.*?)">([^<]*?)(?: <small>(.*?)</small>)?</td></tr>', text)
+    cells = {name: rest for name, *rest in found}
+    assert cells["box/AP50"] == ["up", "+0.1250", "+0.1000 to +0.1500"]
+    assert cells["box/AP"] == ["", "+0.1250", "-0.0100 to +0.2600"]
+    assert cells["mask/AP"] == ["down", "-0.1250", "-0.1500 to -0.1000"]
+    assert cells["mask/AP50"] == ["", "+0.1250", ""]
+    assert "before: 0.500 (+0.125, +0.100 to +0.150)" in text
 
 
 def test_names_and_captions_of_the_data_cannot_become_code(report: Report, tmp_path: Path) -> None:

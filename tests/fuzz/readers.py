@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.fuzz import mutations as m
 from tests.options import alone, head_of
+from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
 from visft_ds.config.layers import parse_assignment
@@ -37,7 +38,9 @@ from visft_ds.evals.benchmarks.images import from_tars
 from visft_ds.evals.benchmarks.retrieval import read_captions
 from visft_ds.evals.benchmarks.run import _restored
 from visft_ds.evals.compare import MAIN, compare_results, read_evaluation
+from visft_ds.evals.curves import read_history
 from visft_ds.evals.report import Report, comparison, write_report
+from visft_ds.evals.run_report import ReportedRun, pictures_in_training, report_runs
 from visft_ds.experiments.ablations.write import read_outcome
 from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.files import open_weights, recorded_bases
@@ -55,7 +58,7 @@ from visft_ds.interop.layouts import find_layout, tower_in
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.monitor.metrics import RunRecord, read_metrics, truncate_metrics
+from visft_ds.monitor.metrics import MetricsWriter, RunRecord, read_metrics, truncate_metrics
 from visft_ds.planner.cluster import parse_cluster
 from visft_ds.predict.command import Record
 from visft_ds.predict.images import open_image
@@ -66,11 +69,13 @@ from visft_ds.resilience.heartbeat import Beat, asked_to_stop, process_state, re
 from visft_ds.resilience.watchdog import Peers
 from visft_ds.run.adapter import read_change
 from visft_ds.run.folder import recorded_config
+from visft_ds.shards.caption_lines import read_lines
 from visft_ds.shards.images import check_image
 from visft_ds.shards.info import describe
 from visft_ds.shards.shard_content import read_shard
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
 from visft_ds.shards.verify import verify
+from visft_ds.shards.yolo import read_description, read_yolo
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -177,6 +182,30 @@ def photo(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def make_yolo(folder: Path) -> None:
+    path = write_yolo(folder / "a/b/mine", ("0 0.5 0.5 0.5 0.25\n2 0.25 0.25 0.75 0.25 0.75 0.75", "1 0 0 1 1"))
+    path.write_text(path.read_text() + "kpt_shape: []\ntest: list.txt\n")
+    (path.parent / "list.txt").write_text("train/images/0.jpg\n./valid/images/1.jpg\n")
+
+
+def read_yolo_folder(folder: Path) -> None:
+    description = read_description(folder / "a/b/mine/data.yaml")
+    for split in description.images:
+        images, made = read_yolo(description, split)
+        read_source(made, None, SourceSelection(allow_drops=True))
+        assert images.is_dir()
+
+
+def make_lines(folder: Path) -> None:
+    lines = ({"file_name": "a.jpg", "text": "A dog."}, {"file_name": "b.jpg", "captions": ["A cat.", "One."], "x": 1})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "a.jpg").write_bytes(photo("JPEG"))
+
+
+def read_captioned(folder: Path) -> None:
+    read_source(None, read_lines(folder / "metadata.jsonl"), SourceSelection(allow_drops=True))
 
 
 KINDS = {"a.jpg": "JPEG", "b.png": "PNG", "c.webp": "WEBP", "d.gif": "GIF", "e.tif": "TIFF", "f.bmp": "BMP"}
@@ -350,7 +379,24 @@ def read_run_metrics(folder: Path) -> None:
 
 
 def draw_metrics(folder: Path) -> None:
-    write_report(folder / "report.html", Report("t", [], {"run": folder}, []))
+    report_runs([folder], None)
+
+
+def make_pictures(folder: Path) -> None:
+    copy("qv/run.json", "qv/metrics.jsonl")(folder)
+    with MetricsWriter(folder, resume_step=2) as writer:
+        for step in range(3):
+            writer.image(
+                step, "detection/000000000007", np.random.default_rng(step).integers(0, 255, (40, 60, 3), np.uint8)
+            )
+    (events,) = (folder / "tensorboard").iterdir()
+    events.rename(folder / "events")
+
+
+def read_pictures(folder: Path) -> None:
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    shutil.copyfile(folder / "events", folder / "tensorboard/events.out.tfevents.1")
+    pictures_in_training(ReportedRun("x", folder, recorded_config(folder).visft, 2, read_history(folder)))
 
 
 def make_beats(folder: Path) -> None:
@@ -633,6 +679,24 @@ READERS = (
         read_coco,
         tuple(kind(f"{name}.json") for name in ("instances", "captions", "rules") for kind in (m.record, m.raw)),
     ),
+    Reader(
+        "YOLO",
+        make_yolo,
+        read_yolo_folder,
+        tuple(
+            kind(f"a/b/mine/{name}")
+            for name in ("data.yaml", "train/labels/0.txt", "list.txt")
+            for kind in (m.raw, m.words)
+        ),
+        share=0.5,
+    ),
+    Reader(
+        "lines of captions",
+        make_lines,
+        read_captioned,
+        (m.lines("metadata.jsonl"), m.raw("metadata.jsonl", "a.jpg")),
+        share=0.5,
+    ),
     Reader("images", make_images, read_images, (m.raw(*KINDS),)),
     Reader(
         "safetensors",
@@ -736,6 +800,7 @@ READERS = (
     Reader("run of 0.1", copy("qv/run.json"), read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
     Reader("run", make_run, read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
     Reader("metrics", copy("qv/metrics.jsonl"), read_run_metrics, (m.lines("metrics.jsonl"), m.raw("metrics.jsonl"))),
+    Reader("pictures", make_pictures, read_pictures, (m.raw("events"),)),
     Reader("curves", copy("qv/run.json", "qv/metrics.jsonl"), draw_metrics, (m.lines("metrics.jsonl"),), share=0.05),
     Reader(
         "heartbeats",

@@ -22,7 +22,7 @@ from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.merge import merge_timm, verify_merge
 from visft_ds.interop.peft import README, WEIGHTS, read_peft_adapter, save_peft_adapter, why_no_peft
 from visft_ds.interop.writing import save_tensors
-from visft_ds.models.lora import has_effect, inject_lora, lora_parameters, merge_lora, unmerge_lora
+from visft_ds.models.lora import has_effect, inject_lora, lora_layers, lora_parameters, merge_lora, unmerge_lora
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm
 from visft_ds.prepare.materialize import open_base
 
@@ -108,11 +108,51 @@ def test_published_models_by_shape() -> None:
         ("convnxt_atto", "did you mean timm:convnext_atto"),
         ("vit_base_patch16_clip_224.opena", "Invalid pretrained tag"),
         ("test_vit_relpos", "takes images of one size only"),
+        ("hiera_tiny_224", r"no map of rows and columns, which heads need \(features of shape \(1, 49, 768\)\)"),
+        ("vitamin_small_224", "no map of rows and columns, which heads need .shape"),
     ],
 )
 def test_models_that_are_no_backbones(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_timm(name, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        (
+            "eva02_tiny_patch14_224",
+            ["attn.qkv"],
+        ),  # its forward reads the weight of a fused layer with biases of its own
+        ("vit_small_patch16_dinov3", ["attn.qkv"]),  # gains that begin at 1e-5
+        ("eva02_base_patch14_224", ["attn.q_proj", "attn.v_proj"]),
+    ],
+)
+def test_queries_and_values_of_eva_towers_are_adapted(name: str, layers: list[str]) -> None:
+    backbone, images = build_timm(name, until="blocks.0"), torch.randn(1, 3, 56, 56)
+    before = backbone(images).detach()
+    inject_lora(backbone, rank=2)
+    assert list(lora_layers(backbone)) == [f"blocks.0.{layer}" for layer in layers]
+    torch.testing.assert_close(backbone(images).detach(), before)
+    assert has_effect(backbone, images) > 0.01
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_works_or_says_why_not() -> None:
+    from timm.models import list_models, list_modules
+
+    made, refused = [], []
+    for family in list_modules():
+        names = [name for name in list_models(module=family) if not name.startswith("test_")]
+        name = min(names, key=len, default=None)
+        if name is None:
+            continue
+        try:
+            made.append(build_timm(name, device="meta").name)
+        except ValueError as error:
+            refused.append((name, str(error)))
+    assert all(f"timm's {name} " in text for name, text in refused)
+    assert len(made) > len(refused) > 0
 
 
 def test_statistics_of_batch_norms_do_not_move() -> None:

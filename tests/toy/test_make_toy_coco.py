@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from visft_ds.toy.annotations import SPLITS, describe, write_toy_coco
-from visft_ds.toy.scenes import CATEGORIES, NAMES, OUTLINES, STYLES, draw_scene, rasterise, trace
+from visft_ds.toy.scenes import CATEGORIES, NAMES, OUTLINES, STYLES, draw_scene, rasterise, style_of, trace
 
 # The oracle's own decode() under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -56,10 +56,12 @@ def test_fewer_images_are_the_first_ones_and_other_seeds_or_styles_are_different
     write_toy_coco(tmp_path / "few", train=4, val=2, height=HEIGHT, width=WIDTH, seed=3)
     write_toy_coco(tmp_path / "seed", train=4, val=2, height=HEIGHT, width=WIDTH, seed=4)
     write_toy_coco(tmp_path / "style", train=4, val=2, height=HEIGHT, width=WIDTH, seed=3, style="b")
+    write_toy_coco(tmp_path / "even", train=4, val=2, height=HEIGHT, width=WIDTH, seed=3, colours="even")
     whole, few = _digest(tree), _digest(tmp_path / "few")
     pictures = [name for name in few if name.endswith(".jpg")]
     assert len(pictures) == 6
     assert all(few[name] == whole[name] for name in pictures)
+    assert _digest(tmp_path / "even") != few
     for other in ("seed", "style"):
         digests = _digest(tmp_path / other)
         assert all(digests[name] != whole[name] for name in pictures)
@@ -104,6 +106,22 @@ def test_ids_are_unique_across_splits_and_captions_complete(tree: Path) -> None:
         assert sorted(annotation["image_id"] for annotation in content["annotations"]) == sorted(images * 5)
         assert len({annotation["id"] for annotation in content["annotations"]}) == 5 * len(images)
     assert len(set(keys)) == len(keys) == TRAIN + VAL
+
+
+def test_even_colours_say_nothing_about_shapes() -> None:
+    """A colour is as likely with each category; with usual ones seven shapes of eight can be named by it."""
+    for colours, low, high in (("usual", 0.8, 0.95), ("even", 0.0, 0.2)):
+        style = style_of("b", colours)
+        scenes = [draw_scene(np.random.default_rng(seed), style, 56, 56) for seed in range(150)]
+        shapes = [shape for scene in scenes for shape in scene.shapes]
+        own = [list(style.colours)[shape.category] == shape.colour for shape in shapes]
+        assert low < np.mean(own) < high, colours
+
+
+def test_style_c_shares_neither_colours_nor_textures_nor_grounds() -> None:
+    for other in ("a", "b"):
+        for name in ("colours", "textures", "backgrounds", "background_colours"):
+            assert not set(getattr(STYLES["c"], name)) & set(getattr(STYLES[other], name)), (other, name)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -183,7 +201,8 @@ def test_captions_count_what_is_there() -> None:
     ("change", "message"),
     [
         ({"height": 20}, "too small"),
-        ({"style": "c"}, "choose one of a, b"),
+        ({"style": "d"}, "choose one of a, b, c"),
+        ({"colours": "odd"}, "choose one of even, usual"),
         ({"train": -1}, "must not be negative"),
         ({"max_shapes": 21}, "1 to 20"),
     ],

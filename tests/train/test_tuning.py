@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from tests.coco_tree import write_tree
 from tests.ranks import run_ranks
 from tests.tiny import TINY
+from tools.merge_lora import main as merge
 from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import load_timm
 from visft_ds.interop.merge import merge_timm, verify_merge
+from visft_ds.predict.model import load
+from visft_ds.predict.model import load_backbone as load_features
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import BACKBONE_FILE
 from visft_ds.shards.build import Options, build
@@ -61,6 +64,29 @@ def test_both_stages_evaluation_and_merge(shards: Path, tmp_path: Path) -> None:
     proof = verify_merge(base, adapter, tmp_path / "merged.safetensors", None, dtype=torch.float32)
     assert proof.relative < 1e-5 < proof.effect
     assert evaluate(["--run", str(second), "--out", str(tmp_path / "evaluated"), "--images", "0"]) == 0
+
+
+def test_a_tower_that_ends_after_a_block(shards: Path, tmp_path: Path) -> None:
+    """Both stages with kept features, predictions of the run, merged weights, and heads that want the same block."""
+    model: dict[str, object] = {"visft.model.preset": "timm:test_efficientnet", "visft.model.until": "blocks.3"}
+    features = {"views": 1, "cache": str(tmp_path / "features")}
+    first = _train(shards, tmp_path / "one", 1, **model, **{"visft.features": features})
+    heads: dict[str, object] = {"visft.heads.path": str(first / "export"), "visft.lora.rank": 2}
+    heads["visft.lora.targets"] = ["blocks.[23].*.conv_pw", "blocks.[23].*.conv_pwl"]
+    second = _train(shards, tmp_path / "two", 2, **model, **heads)
+    images = torch.rand(1, 3, 96, 64)
+    run = load_features(second)
+    assert run.width == 48 and run.backbone.until == "blocks.3"
+    out = tmp_path / "merged"
+    assert merge(["--adapter", str(second), "--out", str(out), "--verify"]) == 0
+    merged = load_features(out)
+    assert merged.backbone.until == "blocks.3" and torch.allclose(merged(images), run(images), atol=1e-5)
+    assert torch.equal(load(second, tasks="detection").backbone(images), run(images))
+    assert torch.allclose(load(out, tasks="detection", heads=first / "export").backbone(images), run(images), atol=1e-5)
+    with pytest.raises(
+        AssertionError, match=r"learnt to read blocks.3, and here the backbone ends after the last block"
+    ):
+        _train(shards, tmp_path / "other", 2, **{**model, "visft.model.until": None}, **heads)
 
 
 def test_norms_of_a_resnet_train_and_its_statistics_stay(shards: Path, tmp_path: Path) -> None:

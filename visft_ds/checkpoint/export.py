@@ -19,7 +19,7 @@ from torch import Tensor
 from visft_ds.config.schema import LoraConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.adapter import adapter_of_run
-from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, TensorInfo, sha256_file
+from visft_ds.interop.files import BASE_DRAWN_AS, DRAWN_AS, TRAINED_ON, UNTIL, TensorInfo, sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.peft import save_peft_adapter
@@ -78,7 +78,7 @@ def export_weights(
     heads = {task: _below(trained, f"heads.{task}.") for task in engine.module.heads}
     heads = {task: tensors for task, tensors in heads.items() if tensors}
     if heads:
-        width = backbone.width
+        width, facts = backbone.width, {**facts, **({} if backbone.until is None else {UNTIL: backbone.until})}
         infos = {task: _head_info(task, width, head_options[task], facts, categories, vocabulary) for task in heads}
         written += save_head_files(heads, folder, infos, overwrite=True)
     adapter = {name: value for name, value in _below(trained, "backbone.").items() if is_lora(name)}

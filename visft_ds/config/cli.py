@@ -7,10 +7,14 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from visft_ds import program
-from visft_ds.config.layers import AnyPath
-from visft_ds.config.resolve import ResolvedConfig, available, resolve
+from visft_ds.config.layers import AnyPath, display
+from visft_ds.config.preflight import run_of, tasks_without_labels, without_classes_of_data
+from visft_ds.config.records import parse_json
+from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 
@@ -35,15 +39,27 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
     add(
-        "--model", metavar="NAME", help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL})"
+        "--model",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL}), or a .json of yours",
     )
     add(
         "--engine",
-        metavar="NAME",
-        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE}), or a .json of yours",
     )
+    add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
+    add(
+        "--from",
+        dest="start",
+        metavar="RUN|ADAPTER",
+        help="begin with the values, and of a RUN also the settings, of this run, checkpoint or adapter",
+    )
+    add("--heads", metavar="{keep,remap,reset}", help="with --from RUN: its heads; remap: classes by name (keep)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
+    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
     add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
@@ -82,7 +98,20 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         raise ValueError("--json prints what a dry run finds: give it with --dry-run")
     arguments.stage = arguments.stage and int(arguments.stage)
     check_resume(arguments.resume)
-    if arguments.deepspeed_config is not None:
+    if arguments.heads is not None and arguments.start is None:
+        raise ValueError("--heads says what becomes of the heads of --from RUN: give that, too")
+    fork = None if arguments.start is None else fork_of(arguments.start, arguments.out)
+    if fork is not None:
+        doubled = [name for name in ("model", "deepspeed_config") if getattr(arguments, name) is not None]
+        if doubled:
+            raise ValueError(f"--from {arguments.start} has its own settings: leave out --{doubled[0]}")
+        recorded = fork[0]["visft"].get("stage")
+        if arguments.stage not in (None, recorded):
+            raise ValueError(
+                f"--stage {arguments.stage}: {arguments.start} is of stage {recorded}, and --from goes on in the same; "
+                f"stage 2 learns from the heads of stage 1 by --set visft.heads.path={arguments.start}/export"
+            )
+    elif arguments.deepspeed_config is not None:
         doubled = [f"--{name}" for name in ("model", "engine") if getattr(arguments, name) is not None]
         if doubled:
             raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
@@ -91,22 +120,77 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
             raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
-    config = resolve(
+    config = resolve_with_data(
         stage=arguments.stage,
+        recorded=fork and (with_engine(fork[0], arguments.engine), fork[1]),
         engine=arguments.engine or DEFAULT_ENGINE,
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags=folder_flags(arguments.data, arguments.out),
+        flags=start_flags(arguments, fork is not None)
+        | folder_flags(arguments.data, arguments.out)
+        | _run_flags(arguments.track, arguments.trace),
+        tasks=arguments.tasks,
     )
     arguments.stage = config.visft.stage
     return arguments, config
+
+
+def resolve_with_data(**given: Any) -> ResolvedConfig:
+    """`resolve`, without the tasks of the recipe that the data has no labels for."""
+    config = resolve(**given)
+    idle = tasks_without_labels(config)
+    return resolve(**given, idle=idle) if idle else config
+
+
+def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
+    """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
+
+    A fork that is there already goes on without the run that it came from.
+
+    Raises:
+        ValueError: nothing there, or no readable record.
+    """
+    run = run_of(Path(source))
+    if run is None and Path(source).exists():
+        return None
+    record = (Path(out or f"{source}-fork") if run is None else run) / "run.json"
+    if not record.is_file():
+        raise ValueError(f"--from {source}: there is no such run, checkpoint or adapter")
+    content = parse_json(record.read_bytes(), str(record))
+    values = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(values, dict) or not isinstance(values.get("visft"), dict):
+        raise ValueError(f"--from {source}: {record} holds no readable run record")
+    return without_classes_of_data(values, record.parent), display(record)
+
+
+def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
+    """The same of --from: what a run starts with, and of a fork its folder."""
+    if arguments.start is None:
+        return {}
+    run = run_of(Path(arguments.start)) or Path(arguments.start)
+    out = {"--from (folder)": ("visft.run.out", f"{run}-fork")} if fork else {}
+    values = {"path": arguments.start, "heads": arguments.heads or "keep"}
+    return {**out, "--from": ("visft.start", values)}
 
 
 def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:
     """Flag -> (dotted key, value) of the folders that were given, as `resolve` takes them."""
     given = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
     return {flag: (key, os.fspath(value)) for flag, (key, value) in given.items() if value is not None}
+
+
+def _run_flags(track: str | None, trace: str | None) -> dict[str, tuple[str, Any]]:
+    """Flag -> (dotted key, value) of what follows a run."""
+    given = dict[str, tuple[str, Any]]()
+    if track is not None:
+        given["--track"] = ("visft.run.track", track)
+    if trace is not None:
+        first, _, last = trace.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(f"--trace {trace}: give the first and the last step, such as 20:25")
+        given["--trace"] = ("visft.run.trace", [int(first), int(last)])
+    return given
 
 
 def check_resume(how: str) -> None:

@@ -103,6 +103,7 @@ class ModelConfig(StrictModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  #: names run folders
     preset: Preset  #: eva_e, eva_g, debug, or timm:NAME
     overrides: BackboneOverrides = BackboneOverrides()
+    until: Text | None = None  #: block that it ends after, such as blocks.5; null: it is whole, see docs/tuning.md
     weights: Text | None  #: file of base weights; null: random weights, a function of weights_seed
     weights_seed: Count = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"]  #: auto: bf16 where the hardware has it, else fp16, CPU fp32
@@ -120,7 +121,8 @@ class ModelConfig(StrictModel):
 
     def backbone_options(self) -> dict[str, Any]:
         """Keyword arguments of `build_backbone` that differ from the preset."""
-        return self.overrides.model_dump(exclude_none=True)
+        until = {} if self.until is None else {"until": self.until}
+        return {**self.overrides.model_dump(exclude_none=True), **until}
 
 
 class LoraConfig(StrictModel):
@@ -138,6 +140,13 @@ class HeadsConfig(StrictModel):
     start: Literal["trained", "random"] = "trained"  #: random: no stage 1; the heads train along with the backbone
     path: Text | None = None  #: folder; null in stage 2: runs/stage1-<visft.model.name>/export
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
+
+
+class StartConfig(StrictModel):
+    """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
+
+    path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
+    heads: Literal["keep", "remap", "reset"] = "keep"  #: of a run; remap: classes by the names of categories
 
 
 class DataSetConfig(StrictModel):
@@ -197,11 +206,14 @@ class RunConfig(StrictModel):
     keep_last: Positive = 3  #: newest checkpoints kept
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
+    stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
+    trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update
@@ -223,6 +235,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
+    start: StartConfig | None = None  #: null: adapters without effect, heads drawn or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]

@@ -246,6 +246,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
             f"visft.run.save_every = {run.save_every}",
         )
+    if run.stop_after and run.keep_best is None:
+        metrics = [task.main for task in enabled.values()]
+        yield "visft.run.stop_after", f"needs a metric: set visft.run.keep_best, such as {' or '.join(metrics)}"
+    if run.trace is not None and run.trace[0] > run.trace[1]:
+        yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
     if run.keep_every % run.save_every:
         yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 
@@ -261,7 +266,7 @@ def _backbone_contradictions(visft: VisftConfig) -> Iterator[tuple[str, str]]:
                 known = ", ".join(f"'{role}'" for role in ROLES)
                 yield f"visft.lora.targets.{number}", f"must be one of {known} with preset {model.preset}{hint}"
         return
-    for name in model.backbone_options():
+    for name in model.overrides.model_dump(exclude_none=True):
         if name != "image_size":
             problem = f"{model.preset} has its own shape: only image_size may be set"
             yield f"visft.model.overrides.{name}", f"{problem}; --set visft.model.overrides={{}} drops all others"

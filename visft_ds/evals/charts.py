@@ -6,7 +6,7 @@ import html
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ WIDE = 4.0
 MOST_POINTS = 1000
 
 INK, PALE, UP, DOWN = "#25272a", "#55585c", "#1d7a33", "#b3261e"
+_CURVES = (UP, "#2456a6", "#b06a00", "#7a3e9d")
 #: What matplotlib's own style is changed by; a matplotlibrc of the user counts for nothing.
 _STYLE = {
     "svg.hashsalt": "visft_ds",  # ids are random without it
@@ -94,12 +95,19 @@ def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: f
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, width: int = 520, height: int = 300
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    width: int = 520,
+    height: int = 300,
+    linear: bool = False,
 ) -> str:
     """An `<svg>` element with grid lines and a legend of the named series.
 
-    Where all values are positive and the largest is more than WIDE times the smallest, the vertical axis is
-    logarithmic: a loss falls most in its first steps. A chart without any finite point says so.
+    Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
+    than WIDE times the smallest: a loss falls most in its first steps. A chart without any finite point says so.
     """
     values = [
         y for curve in series for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(x) and math.isfinite(y)
@@ -115,7 +123,7 @@ def line_chart(
         if not values:
             axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")
             axes.set(xticks=[], yticks=[])
-        elif 0 < WIDE * min(values) < max(values):
+        elif not linear and 0 < WIDE * min(values) < max(values):
             axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:.6g}")
@@ -139,12 +147,13 @@ class Bar:
     value: float
     low: float
     high: float
+    shown: bool | None = None  #: None: its interval decides
 
 
 def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int = 760) -> str:
     """An `<svg>` element with a horizontal bar from zero for each value, and its interval as a line.
 
-    A bar is strong where its interval leaves zero out, pale otherwise.
+    A bar is strong where it is shown, or its interval leaves zero out, pale otherwise.
     """
 
     def draw(figure: Figure) -> None:
@@ -155,9 +164,76 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int 
         axes.axvline(0, color="#9a9da1", lw=1)
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         for row, bar in enumerate(bars):
-            strength = 1.0 if bar.low > 0 or bar.high < 0 else 0.35
+            sure = bar.low > 0 or bar.high < 0 if bar.shown is None else bar.shown
+            strength = 1.0 if sure else 0.35
             axes.barh(row, bar.value, 0.6, color=UP if bar.value > 0 else DOWN, alpha=strength)
             axes.plot((bar.low, bar.high), (row, row), color=INK, lw=1.5)
             axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
 
     return svg(draw, title=title, width=width, height=66 + 20 * len(bars))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Point of a chart that has an interval both ways."""
+
+    name: str
+    x: Bar
+    y: Bar
+    marked: bool  #: gets a ring
+
+
+def price_chart(
+    curves: Mapping[str, Sequence[Spot]], *, title: str, x_label: str, y_label: str, width: int = 560, height: int = 360
+) -> str:
+    """An `<svg>` element with a line through the named points of each curve, and their intervals as thin crosses."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(title, weight="bold")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid()
+        axes.axhline(0, color="#9a9da1", lw=1)
+        axes.axvline(0, color="#9a9da1", lw=1)
+        for number, (name, spots) in enumerate(curves.items()):
+            colour = _CURVES[number % len(_CURVES)]
+            axes.plot([s.x.value for s in spots], [s.y.value for s in spots], "o-", color=colour, ms=4, label=name)
+            for spot in spots:
+                axes.plot((spot.x.low, spot.x.high), (spot.y.value,) * 2, color=colour, lw=1, alpha=0.35)
+                axes.plot((spot.x.value,) * 2, (spot.y.low, spot.y.high), color=colour, lw=1, alpha=0.35)
+                place = (spot.x.value, spot.y.value)
+                axes.annotate(spot.name, place, (5, -11), textcoords="offset points", fontsize=8)
+                if spot.marked:
+                    axes.plot(*place, "o", ms=11, mfc="none", mec=INK)
+        axes.legend(frameon=False)
+
+    return svg(draw, title=title, width=width, height=height)
+
+
+def block_chart(
+    names: Sequence[str],
+    curves: Mapping[str, Sequence[Bar]],
+    *,
+    title: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 340,
+) -> str:
+    """An `<svg>` element with a curve over named places for each of several numbers, and its intervals as a band."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(title, weight="bold")
+        axes.set(ylabel=y_label)
+        axes.grid(axis="y")
+        step = -(-len(names) // 24)  # more do not fit
+        axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right")
+        for number, (name, bars) in enumerate(curves.items()):
+            colour = _CURVES[number % len(_CURVES)]
+            axes.plot(range(len(bars)), [bar.value for bar in bars], "o-", color=colour, ms=3, label=name)
+            axes.fill_between(
+                range(len(bars)), [bar.low for bar in bars], [bar.high for bar in bars], color=colour, alpha=0.15, lw=0
+            )
+        axes.legend(frameon=False)
+
+    return svg(draw, title=title, width=width, height=height)

@@ -20,7 +20,7 @@ from visft_ds.costs.hardware import DTYPES
 from visft_ds.data.samples import Batch
 from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm_settings
-from visft_ds.interop.files import WeightFile, base_identity, open_weights, recorded_bases
+from visft_ds.interop.files import UNTIL, WeightFile, base_identity, open_weights, recorded_bases
 from visft_ds.interop.heads import (
     HeadInfo,
     classes_of_heads,
@@ -28,6 +28,7 @@ from visft_ds.interop.heads import (
     head_file,
     load_heads,
     of_other_base,
+    read_elsewhere,
     read_head_info,
 )
 from visft_ds.interop.layouts import Tower, tower_in
@@ -60,6 +61,7 @@ class ModelFiles:
     timm: tuple[str, int | None] | None = None  #: name and image size of a model of timm, where a run records them
     #: Backbone and heads of the run, which its training has compared; None without a run.
     of_run: tuple[Path, Path] | None = None
+    until: str | None = None  #: block that the backbone ends after, where a run records one
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,10 @@ def files_of_run(
         )
     if config.model.timm is not None:
         timm = (config.model.timm, config.model.overrides.image_size)
-        return ModelFiles(backbone, heads, adapter, {}, timm, of_run)
-    preset = replace(PRESETS[config.model.preset], **config.model.backbone_options())
+        return ModelFiles(backbone, heads, adapter, {}, timm, of_run, config.model.until)
+    preset = replace(PRESETS[config.model.preset], **config.model.overrides.model_dump(exclude_none=True))
     hints = {"num_heads": preset.num_heads, "post_norm": preset.post_norm}
-    return ModelFiles(backbone, heads, adapter, hints, of_run=of_run)
+    return ModelFiles(backbone, heads, adapter, hints, of_run=of_run, until=config.model.until)
 
 
 def heads_in(folder: Path) -> tuple[str, ...]:
@@ -295,14 +297,16 @@ def _load_backbone(files: ModelFiles, storage: torch.dtype, preset: str | None) 
     facts = {"adapter": "merged into the weights" if is_merged(weights) else "none"}
     backbone: Backbone
     adapter = adapter_for(files.backbone, files.adapter) if files.adapter is not None else None
+    until = files.until or end_of(weights, adapter)
     if timm is not None:
-        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage)
+        backbone, facts["backbone"] = load_timm(files.backbone, *timm, storage, until)
     else:
         file, layout = open_tower(files.backbone)
         # Training builds towers without class token; a file that has one is read the same way.
         tower = resolve_tower(replace(tower_in(file, layout), class_token=False), preset, files.hints)
-        backbone = empty_backbone(tower, storage)
+        backbone = empty_backbone(tower, storage, until)
         facts["backbone"] = load_backbone(backbone, files.backbone).summary()
+    facts |= {} if until is None else {"ends": f"after {until}"}
     if adapter is not None:
         adapter.install(backbone)
         targets = "+".join(adapter.targets)
@@ -404,6 +408,11 @@ def adapter_for(backbone: Path, path: Path) -> Adapter:
     return adapter
 
 
+def end_of(weights: WeightFile, adapter: Adapter | None) -> str | None:
+    """The block that a model is read after, by what its files record; None: it is whole."""
+    return weights.metadata.get(UNTIL) or (adapter.until if adapter is not None else None)
+
+
 def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
     path = find_head(folder, task)
     info = read_head_info(path, task)
@@ -412,6 +421,8 @@ def _head_info(folder: Path, task: str, backbone: Backbone) -> HeadInfo:
             f"{path} reads features of width {info.in_channels}, but the backbone has {backbone.describe()}: "
             f"take the head and the backbone of the same model"
         )
+    if problem := read_elsewhere(info, backbone.until):
+        raise ValueError(f"{path}: {problem}")
     return info
 
 
@@ -446,9 +457,9 @@ def refuse_merged(weights: WeightFile, adapter: Path) -> None:
         )
 
 
-def empty_backbone(tower: Tower, storage: torch.dtype) -> EvaViT:
-    """A tower with unset weights: matrices in `storage`, norms, biases and positions in fp32, as in training."""
-    backbone = build_tower(tower, storage)
+def empty_backbone(tower: Tower, storage: torch.dtype, until: str | None = None) -> EvaViT:
+    """A tower, up to a block, with unset weights: matrices in `storage`, all else in fp32, as in training."""
+    backbone = build_tower(tower, storage, until)
     for name, parameter in backbone.named_parameters():
         if parameter.ndim < 2 or name == "pos_embed":
             parameter.data = parameter.data.float()

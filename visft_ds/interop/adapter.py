@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.schema import LoraConfig
 from visft_ds.interop.files import examples
-from visft_ds.interop.layouts import Tower, depth_of, tower_names, tower_of
+from visft_ds.interop.layouts import Tower, depth_of, part_of, tower_names, tower_of
 from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.lora import (
@@ -71,6 +71,7 @@ class Adapter:
     model: str | None = None  #: name of the model of timm
     options: Mapping[str, int] = field(default_factory=dict)  #: of `timm.create_model`
     groups: Mapping[str, int] = field(default_factory=dict)  #: of grouped convolutions, by name of the layer
+    until: str | None = None  #: block that the tower ended after when it was trained
 
     @property
     def scaling(self) -> float:
@@ -182,7 +183,7 @@ class Adapter:
         return shapes
 
     def fit(self, tower: Tower) -> Adapter:
-        """The adapter, checked to have exactly the tensors that its settings mean on this tower.
+        """The adapter, checked to have exactly the tensors that its settings mean on this tower, up to `until`.
 
         A published ViSFT adapter of the 40-block giant loses its last block on a 39-block tower (LAVIS builds it
         without that block) with a warning. Raises ValueError for every other difference, and for values that are not
@@ -193,7 +194,7 @@ class Adapter:
                 f"the adapter is for timm's {self.model}, and this is a tower of EVA ({tower.describe()}): take the "
                 f"adapter and the base of the same model"
             )
-        tensors = self.tensors
+        tensors, tower = self.tensors, part_of(tower, self.until)
         if self.origin == "visft" and (self.depth, tower.depth) == (40, 39):
             warnings.warn(
                 "the adapter has 40 blocks and the tower 39 (the giant as LAVIS cuts it): the adapter's block 39 is "
@@ -228,6 +229,9 @@ class Adapter:
         Raises ValueError where it does not fit the model, and where the model has LoRA of other settings.
         """
         adapter = self
+        if self.until != backbone.until:
+            theirs, ours = ("is whole" if end is None else f"ends after {end}" for end in (self.until, backbone.until))
+            raise ValueError(f"the tower that the adapter was trained in {theirs}, this one {ours}: take the same end")
         if isinstance(backbone, EvaViT):
             adapter = self.fit(tower_of(backbone))
         elif self.model is None:
@@ -338,7 +342,16 @@ def adapter_of_run(
     base_sha256: str | None = None,
 ) -> Adapter:
     """The adapter that a run with `visft.lora` has in these tensors; the model may be on the meta device."""
-    adapter = Adapter(lora.rank, lora.alpha, tuple(lora.targets), dict(tensors), origin, base_sha256, lora.magnitude)
+    adapter = Adapter(
+        lora.rank,
+        lora.alpha,
+        tuple(lora.targets),
+        dict(tensors),
+        origin,
+        base_sha256,
+        lora.magnitude,
+        until=backbone.until,
+    )
     if isinstance(backbone, EvaViT):
         return replace(adapter, targets=canonical_targets(adapter.targets))
     layers = {name: module for name, module in backbone.named_modules() if f"{name}.lora_A" in tensors}

@@ -24,8 +24,10 @@ from visft_ds.interop.layouts import (
     Layout,
     Tower,
     base_parameters,
+    depth_of,
     is_lora,
     tower_in,
+    tower_metadata,
     tower_of,
 )
 from visft_ds.interop.timm_names import classifier_names
@@ -112,9 +114,8 @@ def open_backbone(backbone: Backbone, path: str | Path) -> BackboneFile:
 def _open_own(backbone: EvaViT, path: str | Path) -> tuple[BackboneFile, LoadReport]:
     file, layout = open_tower(path)
     targets = base_parameters(backbone)
-    ignored = check_names(
-        file, layout, {name: tuple(value.shape) for name, value in targets.items()}, tower_of(backbone)
-    )
+    wanted = {name: tuple(value.shape) for name, value in targets.items()}
+    ignored = check_names(file, layout, wanted, tower_of(backbone), backbone.until)
     sources = {name: layout.prefix + name for name in targets}
     _check_kinds(file, sources, targets)
     dtypes = Counter(str(file.dtype(source)).removeprefix("torch.") for source in sources.values())
@@ -157,10 +158,11 @@ def is_merged(file: WeightFile) -> bool:
 
 
 def check_names(
-    file: WeightFile, layout: Layout, wanted: Mapping[str, tuple[int, ...]], tower: Tower
+    file: WeightFile, layout: Layout, wanted: Mapping[str, tuple[int, ...]], tower: Tower, until: str | None = None
 ) -> dict[str, tuple[str, ...]]:
     """Account for every name of a file against the tower `wanted` (name without prefix -> shape).
 
+    Of a tower that ends after the block `until`, the file may have the blocks behind it.
     Returns what is ignored: reason -> names in the file. Raises ValueError listing all that is missing, unexpected or
     of another shape.
     """
@@ -168,11 +170,13 @@ def check_names(
 
     def reason(name: str) -> str | None:
         inner = name.removeprefix(prefix) if name.startswith(prefix) else None
+        if until is not None and depth_of([inner or ""]) > tower.depth:
+            return f"behind {until}"
         return _reason(inner) or layout.reason_to_ignore(name)
 
     ignored, problems = _account(file, {prefix + name: shape for name, shape in wanted.items()}, reason)
     if any(problems.values()):
-        raise ValueError(_complaint(file, layout, tower, problems))
+        raise ValueError(_complaint(file, layout, tower, problems, until))
     return {reason: tuple(names) for reason, names in ignored.items()}
 
 
@@ -210,8 +214,11 @@ def _reason(inner: str | None) -> str | None:
     return None
 
 
-def _complaint(file: WeightFile, layout: Layout, tower: Tower, problems: Mapping[str, list[str]]) -> str:
+def _complaint(
+    file: WeightFile, layout: Layout, tower: Tower, problems: Mapping[str, list[str]], until: str | None
+) -> str:
     found = tower_in(file, layout)
+    found = found if until is None else replace(found, depth=min(found.depth, tower.depth))
     lines = [f"{file.path} does not fit the model (layout {layout.name}, prefix {layout.prefix!r})."]
     if (found.width, found.depth, found.hidden) != (tower.width, tower.depth, tower.hidden):
         lines.append(
@@ -233,8 +240,10 @@ def _complaint(file: WeightFile, layout: Layout, tower: Tower, problems: Mapping
 
 def _behind(backbone: TimmBackbone) -> tuple[str, ...]:
     """Beginnings of names of what a file may hold beyond the feature map."""
-    tops = {name.partition(".")[0] for name in (*classifier_names(backbone.classifier_names), *backbone.left_out)}
-    return tuple(f"{name}." for name in sorted(tops | {"fc_norm"}))
+    cut = tuple(f"{name}." for name in backbone.behind)
+    others = (name for name in backbone.left_out if not name.startswith(cut))
+    tops = {name.partition(".")[0] for name in (*classifier_names(backbone.classifier_names), *others)}
+    return (*cut, *(f"{name}." for name in sorted(tops | {"fc_norm"})))
 
 
 def _timm_complaint(file: WeightFile, backbone: TimmBackbone, problems: Mapping[str, list[str]]) -> str:
@@ -314,9 +323,13 @@ def timm_settings(file: WeightFile) -> tuple[str, int | None] | None:
     return told.name, told.image_size
 
 
-def load_timm(path: str | Path, name: str, image_size: int | None, storage: torch.dtype) -> tuple[TimmBackbone, str]:
-    """A model of timm with the weights of a file, and what to say of it; matrices in `storage`, the rest in fp32."""
-    backbone = build_timm(name, image_size=image_size)
+def load_timm(
+    path: str | Path, name: str, image_size: int | None, storage: torch.dtype, until: str | None = None
+) -> tuple[TimmBackbone, str]:
+    """A model of timm, up to a block, with the weights of a file, and what to say of it; matrices in `storage`, the
+    rest in fp32.
+    """
+    backbone = build_timm(name, image_size=image_size, until=until)
     opened = _open_timm(backbone, path)
     for key, parameter in backbone.named_parameters():
         small = parameter.ndim < 2 or key in ("pos_embed", "cls_token", "reg_token")
@@ -356,7 +369,7 @@ def save_backbone(
     infos = {
         name: TensorInfo(tuple(parameter.shape), dtype or parameter.dtype) for name, parameter in parameters.items()
     }
-    header = {"tower": tower_of(backbone).to_json(), "lora_merged": "true" if merged else "false", **(metadata or {})}
+    header = {**tower_metadata(backbone), "lora_merged": "true" if merged else "false", **(metadata or {})}
     write_safetensors(
         path,
         infos,

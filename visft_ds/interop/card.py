@@ -58,6 +58,12 @@ def merged_card(
         f"Names of the tensors: {FORMATS[form].library}. The tower is stored in {dtype}, whatever else the base file "
         f"had is as it was. {len(report.weights)} tensors.",
     ]
+    if adapter.until is not None:
+        what.append(
+            f"It was trained on what {adapter.until} gives, normed by the last norm; behind that block it is the base. "
+            f"visft_ds reads it there by itself, timm by `model.forward_intermediates(images, indices="
+            f"[{adapter.until.rpartition('.')[2]}], norm=True, intermediates_only=True)`."
+        )
     measured = {"share of the change that is in the file, of all blocks": f"{report.total.retained:.2%}"}
     if report.blocks and report.total.wanted:
         worst = min(range(len(report.blocks)), key=lambda index: report.blocks[index].retained)
@@ -101,6 +107,9 @@ def timm_card(title: str, change: Change, report: TimmMerge) -> str:
     what = "with its LoRA merged in" if isinstance(change, Adapter) else "trained itself"
     snippet = ["```python", 'FOLDER = "."  # this folder', "import timm", ""]
     snippet += ['model = timm.create_model(f"local-dir:{FOLDER}", pretrained=True)', "```"]
+    if report.backbone.until is not None:
+        snippet[-1:] = ["", f"# It was trained on what {report.backbone.until} gives.", "import torch", ""]
+        snippet += [*report.backbone.ending(), "# features = model.forward_features(images)", "```"]
     if report.settings is None:
         snippet = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
     return "\n".join(

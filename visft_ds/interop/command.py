@@ -19,10 +19,12 @@ from visft_ds.config import ResolvedConfig
 from visft_ds.evals.compare import read_evaluation
 from visft_ds.interop import hub, peft
 from visft_ds.interop.adapter import Adapter, average
+from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.card import CardSource, Origin, adapter_card, merged_card, timm_card
-from visft_ds.interop.files import PICKLE_SUFFIXES, examples
+from visft_ds.interop.efficientnet import holds_efficientnet, read_efficientnet
+from visft_ds.interop.files import PICKLE_SUFFIXES, examples, open_weights, sha256_file
 from visft_ds.interop.formats import FORMATS, side_files
-from visft_ds.interop.layouts import Tower, tower_in, tower_of
+from visft_ds.interop.layouts import Tower, part_of, tower_in, tower_of
 from visft_ds.interop.merge import (
     DTYPES,
     MergeReport,
@@ -37,7 +39,7 @@ from visft_ds.interop.merge import (
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.tuned import Change, TunedWeights
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_text
+from visft_ds.interop.writing import FULL, parse_size, refuse_existing, write_safetensors, write_text
 from visft_ds.models.eva_vit import PRESETS, build_backbone
 from visft_ds.run.adapter import base_of, place_of, read_change
 from visft_ds.run.folder import ADAPTER_FOLDER, recorded_config
@@ -59,6 +61,8 @@ def merge(given: argparse.Namespace) -> int:
         given.base = base_of(given.adapter[0])
     _check(given)
     if not given.adapter:
+        if holds_efficientnet(open_weights(given.base)):
+            return _write_efficientnet(given)
         return _write_merged(given, None, Origin(None, ()))
     places = [place_of(path) for path in given.adapter]
     adapters = [read_change(place) for place in places]
@@ -84,6 +88,23 @@ def merge(given: argparse.Namespace) -> int:
     if isinstance(adapter, TunedWeights):
         raise ValueError(f"{names[0]} trained its own weights and has no adapter to write: choose --format timm, ...")
     return _write_adapter(given, adapter, origin)
+
+
+def _write_efficientnet(given: argparse.Namespace) -> int:
+    """Write a published EfficientNet under timm's names."""
+    file = read_efficientnet(given.base)
+    form = given.format, given.dtype, given.out.suffix
+    if form != ("timm", "fp32", ".safetensors") or given.verify or given.max_shard_size:
+        raise ValueError(
+            f"{given.base} is an EfficientNet of timm: give --format timm and an --out that ends in .safetensors, "
+            f"without --dtype, --verify and --max-shard-size"
+        )
+    write_safetensors(given.out, file.infos, file.get, file.metadata)
+    name = timm_settings(file)
+    assert name is not None
+    print(f"base     {given.base}\n         sha256 {sha256_file(given.base)}\nout      {given.out} (fp32)")
+    print(f'load it  timm.create_model("{name[0]}", checkpoint_path="{given.out}")')
+    return 0
 
 
 def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change]) -> int:
@@ -132,6 +153,8 @@ def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequ
     if call := report.create_call():
         whole = f'timm.create_model("local-dir:{given.out}", pretrained=True)'
         print(f"load it  {whole if _is_folder(given.out) else call}")
+        if report.backbone.until is not None:
+            print(f"read it  after {report.backbone.until}: {'; '.join(report.backbone.ending())}; forward_features")
     return 0
 
 
@@ -294,7 +317,7 @@ def _write_merged(given: argparse.Namespace, adapter: Change | None, origin: Ori
 
 def _write_adapter(given: argparse.Namespace, adapter: Adapter, origin: Origin) -> int:
     tower, notes, base = _tower_of_adapter(given, adapter)
-    adapter = adapter.fit(tower)
+    adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
     if base is not None:
         origin = replace(origin, base=base)
     elif adapter.base_sha256 is not None:

@@ -40,6 +40,8 @@ VISION_OF = "vision_of"
 DRAWN_AS, BASE_DRAWN_AS = "drawn_as", "base_drawn_as"
 #: Entries of the header of weights that training changed: sha256 of the base they were made of, by merging or directly.
 BASE_SHA256, TRAINED_ON = "base_sha256", "trained_on"
+#: Entry of the header of weights that trained up to a block, whose result is what they are read for: its name.
+UNTIL = "until"
 _ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6 (and with _use_new_zipfile_serialization=False) starts with this pickled number.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."

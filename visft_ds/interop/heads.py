@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visft_ds.config.preflight import head_files, heads_inside
 from visft_ds.data.manifest import Category
-from visft_ds.interop.files import WeightFile, examples, open_weights
+from visft_ds.interop.files import UNTIL, WeightFile, examples, open_weights
 from visft_ds.interop.head_file import HeadEntry, HeadFile, HeadInfo, check_options, describe, task_of
 from visft_ds.interop.published_heads import (
     KINDS,
@@ -258,6 +258,15 @@ def of_other_base(heads: Mapping[str, HeadInfo], known: Collection[str]) -> list
         for task, name in trained_on.items()
         if name is not None and name not in known
     ]
+
+
+def read_elsewhere(info: HeadInfo, until: str | None) -> str | None:
+    """Why a head cannot read what a backbone gives that ends after a block (None: is whole); None where it can."""
+    wanted = info.extra.get(UNTIL)
+    if wanted == until:
+        return None
+    theirs, ours = ("the last block" if end is None else end for end in (wanted, until))
+    return f"the {info.task} head learnt to read {theirs}, and here the backbone ends after {ours}"
 
 
 def check_categories(heads: Mapping[str, HeadInfo], categories: Sequence[Category], where: str, remedy: str) -> None:

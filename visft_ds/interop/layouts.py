@@ -15,9 +15,9 @@ from torch import nn
 
 from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import Natural
-from visft_ds.interop.files import WeightFile, examples
+from visft_ds.interop.files import UNTIL, WeightFile, examples
 from visft_ds.models.backbone import Backbone
-from visft_ds.models.eva_vit import PRESETS, Block, EvaViT
+from visft_ds.models.eva_vit import PRESETS, Block, EvaViT, depth_until
 from visft_ds.models.timm_backbone import TimmBackbone
 
 #: In the metadata of weights of a model of timm: its settings (JSON).
@@ -162,9 +162,10 @@ def tower_of(backbone: EvaViT) -> Tower:
 
 def tower_metadata(backbone: Backbone) -> dict[str, str]:
     """Metadata that describe a backbone in the file of its weights."""
+    until = {} if backbone.until is None else {UNTIL: backbone.until}
     if isinstance(backbone, TimmBackbone):
-        return {TIMM_KEY: backbone.settings()}
-    return {"tower": tower_of(backbone).to_json()}
+        return {TIMM_KEY: backbone.settings(), **until}
+    return {"tower": tower_of(backbone).to_json(), **until}
 
 
 def base_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -229,6 +230,11 @@ def tower_in(file: WeightFile, layout: Layout) -> Tower:
 def depth_of(names: Iterable[str]) -> int:
     """Number of blocks by the highest index among names that begin with `blocks.N.`."""
     return 1 + max((int(match[1]) for name in names if (match := _BLOCK.match(name))), default=-1)
+
+
+def part_of(tower: Tower, until: str | None) -> Tower:
+    """The tower up to a block, None: all of it. Raises ValueError where it has no such block."""
+    return tower if until is None else replace(tower, depth=depth_until(until, tower.depth))
 
 
 def tower_names(tower: Tower) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from visft_ds.interop.adapter import Adapter
 from visft_ds.interop.backbones import cast, check_names, is_merged, load_backbone, load_timm, open_backbone
 from visft_ds.interop.files import (
     BASE_SHA256,
+    UNTIL,
     VISION_OF,
     Entry,
     TensorInfo,
@@ -145,6 +146,7 @@ def merge_into_file(
     """Write base + adapter, or weights that trained themselves in place of the base's, in one of `FORMATS`, tensor by
     tensor; `unmerge`: merged - adapter; without adapter: the base as it is, in another form.
 
+    Blocks behind the one that a change ended after stay as they are in the base; the header names that one.
     Peak memory is about two of the largest tensors above the map. The tower is cast to `dtype`; class token, CLIP
     projection and (eva_clip, open_clip) text side are carried over as they are. `tower` adds what the base file does
     not tell (heads, norm placement). `shard_bytes` splits the result where it is larger (see `write_shards`).
@@ -195,7 +197,7 @@ def merge_into_file(
 
 def _carried(file: WeightFile, source: Layout, tower: Tower, dtype: torch.dtype) -> dict[str, str]:
     """Metadata that a base keeps in another form, with its identity for adapters where no value was rounded."""
-    names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from")
+    names = ("lora_merged", "base_sha256", "lora", "tuned", "unmerged_from", UNTIL)
     metadata = {"lora_merged": "false"} | {name: file.metadata[name] for name in names if name in file.metadata}
     tower_tensors = (source.prefix + name for name in tower_names(replace(tower, class_token=False)))
     exact = all(torch.promote_types(file.dtype(name), dtype) == dtype for name in tower_tensors)
@@ -210,6 +212,7 @@ def _header(file: WeightFile, change: Change, base_sha256: str) -> dict[str, str
         "lora_merged": "true" if kind == "lora" else "false",
         BASE_SHA256: base_sha256,
         **recipe_of_base(file),
+        **({} if change.until is None else {UNTIL: change.until}),
         kind: json.dumps({**change.record(), "sha256": change.fingerprint()}),
     }
 
@@ -291,7 +294,7 @@ def merge_timm(
     refuse_existing(out)
     assert change.timm is not None
     name, image_size = change.timm
-    backbone = build_timm(name, image_size=image_size, device="meta")
+    backbone = build_timm(name, image_size=image_size, until=change.until, device="meta")
     opened = open_backbone(backbone, base)
     file, parameters = opened.file, base_parameters(backbone)
     if is_merged(file):
@@ -400,8 +403,8 @@ def verify_merge(
     def load(path: str | Path) -> Backbone:
         if tower is None:
             assert change is not None and change.timm is not None
-            return load_timm(path, *change.timm, torch.float32)[0].eval()
-        built = build_tower(tower).eval()
+            return load_timm(path, *change.timm, torch.float32, change.until)[0].eval()
+        built = build_tower(tower, until=None if change is None else change.until).eval()
         load_backbone(built, path)
         return built
 

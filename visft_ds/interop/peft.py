@@ -27,10 +27,11 @@ from visft_ds.config.records import Natural, Whole, read_record
 from visft_ds.interop.adapter import MODULES, SLICES, Adapter, canonical_targets, rows_of_qkv
 from visft_ds.interop.files import WeightFile, examples, open_weights
 from visft_ds.interop.foreign_code import read_config
-from visft_ds.interop.layouts import Tower
+from visft_ds.interop.layouts import Tower, part_of
 from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.writing import save_tensors, write_text
 from visft_ds.models.lora import KINDS, AdaptedRows
+from visft_ds.models.timm_backbone import build_timm
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 #: Our own file of an adapter on a model of timm.
@@ -59,6 +60,7 @@ class AdapterEntry(StrictModel):
     targets: list[Literal["q", "k", "v", "proj", "fc1", "fc2"]]
     base_sha256: str | None
     base_storage: str = "full"
+    until: str | None = None
 
 
 class AdaptedPlace(StrictModel):
@@ -79,6 +81,7 @@ class TimmAdapterEntry(StrictModel):
     places: dict[str, AdaptedPlace]
     base_sha256: str | None
     options: dict[str, Natural]
+    until: str | None = None
 
 
 class PeftConfig(StrictModel):
@@ -180,7 +183,7 @@ BASE = "base.safetensors"  # the base weights, under timm's names
 model = timm.create_model("{name}", num_classes=0{size})
 weights = load_file(BASE)
 model.load_state_dict({{name: weights[name] for name in model.state_dict()}})  # without a classifier
-model = PeftModel.from_pretrained(model, ADAPTER).eval()
+{ending}model = PeftModel.from_pretrained(model, ADAPTER).eval()
 ```
 """
 
@@ -212,7 +215,7 @@ def save_peft_adapter(
     reason = None if adapter.model is None else why_no_peft(adapter)
     if adapter.model is None:
         assert tower is not None
-        adapter = adapter.fit(tower)
+        adapter, tower = adapter.fit(tower), part_of(tower, adapter.until)
         if adapter.magnitude and adapter.slices() and not split:
             raise ValueError(
                 "PEFT's DoRA on the fused qkv also has lengths of rows that are not adapted: write peft_split, for the "
@@ -241,7 +244,8 @@ def save_peft_adapter(
 def _settings(adapter: Adapter) -> dict[str, Any]:
     """Entry of the header of PEFT's file about an adapter on a tower of our own."""
     settings = {name: getattr(adapter, name) for name in ("rank", "alpha", "targets", "base_sha256")}
-    return settings if adapter.base_storage == "full" else {**settings, "base_storage": adapter.base_storage}
+    settings |= {} if adapter.base_storage == "full" else {"base_storage": adapter.base_storage}
+    return settings if adapter.until is None else {**settings, "until": adapter.until}
 
 
 def _timm_settings(adapter: Adapter) -> dict[str, Any]:
@@ -252,6 +256,7 @@ def _timm_settings(adapter: Adapter) -> dict[str, Any]:
         "places": _places(adapter),
         "base_sha256": adapter.base_sha256,
         "options": dict(adapter.options),
+        **({} if adapter.until is None else {"until": adapter.until}),
     }
 
 
@@ -281,7 +286,16 @@ def _timm_readme(adapter: Adapter, reason: str | None) -> str:
     if reason is not None:
         return f"{text}It is not in PEFT's form: {reason}.\n"
     size = "".join(f", {key}={value}" for key, value in adapter.options.items())
-    return text + _TIMM_LOADING.format(name=adapter.model, size=size)
+    return text + _TIMM_LOADING.format(name=adapter.model, size=size, ending=_ending(adapter))
+
+
+def _ending(adapter: Adapter) -> str:
+    """Lines that end a model of timm where the adapter's tower ended; none where it was whole."""
+    if adapter.timm is None or adapter.until is None:
+        return ""
+    name, image_size = adapter.timm
+    lines = build_timm(name, image_size=image_size, until=adapter.until, device="meta").ending()
+    return f"# It was trained on what {adapter.until} gives.\nimport torch\n" + "".join(f"{line}\n" for line in lines)
 
 
 def _readme(adapter: Adapter, tower: Tower, split: bool) -> str:
@@ -296,6 +310,8 @@ def facts(adapter: Adapter, tower: Tower) -> str:
         f"{kind} {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)} of each of the "
         f"{adapter.depth} blocks ({tower.describe()})."
     )
+    if adapter.until is not None:
+        text += f" The tower ended there, after {adapter.until}: that is where features are to be read."
     if adapter.base_storage != "full":
         text += f" It was trained over the base stored as {adapter.base_storage}; it is used and merged with the base "
         text += "in full precision."
@@ -306,12 +322,15 @@ def loading(adapter: Adapter, tower: Tower, *, split: bool) -> str:
     """The part of a README.md that says how PEFT + timm load an adapter folder."""
     # timm keeps no position for a class token that it does not have.
     adjust = "" if tower.class_token else 'weights["pos_embed"] = weights["pos_embed"][:, 1:]\n'
+    adjust += _SPLIT if split else ""
+    if adapter.until is not None:
+        adjust += f"weights = {{name: weights[name] for name in model.state_dict()}}  # up to {adapter.until}\n"
     fused = bool(adapter.slices()) and not split
     return _LOADING.format(
         fused=_FUSED.format(groups=len(adapter.slices()), rank=adapter.rank) if fused else "",
         create=create_model_call(tower, **({"qkv_fused": False} if split else {})),
         beside=("head.weight", "head.bias") if tower.class_token else ("head.weight", "head.bias", "cls_token"),
-        adjust=adjust + (_SPLIT if split else ""),
+        adjust=adjust,
         separate="" if split else _SEPARATE,
         why=_UNFUSED if split else _NECESSARY,
     )
@@ -480,8 +499,8 @@ def read_peft_adapter(folder: str | Path) -> Adapter:
                 raise ValueError(_not_sparse(name, slices, rank, file))
             value = gathered
         tensors[our_name] = value
-    base, storage = (told.base_sha256, told.base_storage) if told else (None, "full")
-    return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage)
+    base, storage, until = (told.base_sha256, told.base_storage, told.until) if told else (None, "full", None)
+    return Adapter(rank, scaling * rank, targets, tensors, "peft", base, magnitude, storage, until=until)
 
 
 def _read_timm(path: Path) -> Adapter:
@@ -509,6 +528,7 @@ def _read_timm(path: Path) -> Adapter:
         model=told.name,
         options=told.options,
         groups={layer: place.groups for layer, place in told.places.items() if place.groups > 1},
+        until=told.until,
     )
     places = {layer: place.model_dump() for layer, place in told.places.items()}
     if not whole or _places(adapter) != places:

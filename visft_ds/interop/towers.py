@@ -74,8 +74,8 @@ def resolve_tower(found: Tower, model: str | None = None, given: Mapping[str, fl
     return replace(found, num_heads=int(heads), post_norm=bool(post_norm))
 
 
-def build_tower(tower: Tower, dtype: torch.dtype = torch.float32) -> EvaViT:
-    """A model of these sizes with unset weights, to be loaded next."""
+def build_tower(tower: Tower, dtype: torch.dtype = torch.float32, until: str | None = None) -> EvaViT:
+    """A model of these sizes, up to a block, with unset weights, to be loaded next."""
     assert tower.num_heads is not None and tower.post_norm is not None
     return build_backbone(
         "debug",  # every field of it is replaced
@@ -88,5 +88,6 @@ def build_tower(tower: Tower, dtype: torch.dtype = torch.float32) -> EvaViT:
         image_size=tower.image_size,
         post_norm=tower.post_norm,
         class_token=tower.class_token,
+        until=until,
         seed=None,
     )

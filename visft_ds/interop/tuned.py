@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visft_ds.interop.adapter import Adapter, fingerprint_of
 from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.files import TRAINED_ON, TensorInfo, WeightFile, examples, open_weights
+from visft_ds.interop.files import TRAINED_ON, UNTIL, TensorInfo, WeightFile, examples, open_weights
 from visft_ds.interop.layouts import Tower, base_parameters, tower_names
 from visft_ds.models.backbone import Backbone
 
@@ -35,6 +35,11 @@ class TunedWeights:
     def timm(self) -> tuple[str, int | None] | None:
         """(name, image size) of the model of timm that it is one of, or None."""
         return timm_settings(self.file)
+
+    @property
+    def until(self) -> str | None:
+        """Block that the tower ended after when it was trained; None: it was whole."""
+        return self.file.metadata.get(UNTIL)
 
     def weights(self) -> tuple[str, ...]:
         """Names of all base weights that it replaces."""

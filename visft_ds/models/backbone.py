@@ -19,10 +19,10 @@ def build_empty(preset: str, dtype: torch.dtype, options: Mapping[str, Any]) -> 
     Args:
         preset: of `PRESETS`, or PREFIX and the name of a model of timm.
         dtype: of its parameters.
-        options: fields that replace the preset's; with timm image_size alone.
+        options: fields that replace the preset's, with timm image_size alone; and `until`, a block to end after.
 
     Raises:
-        ValueError: a preset or a shape that does not exist.
+        ValueError: a preset, a shape or a block that does not exist.
     """
     if preset.startswith(PREFIX):
         return build_timm(preset.removeprefix(PREFIX), device="meta", dtype=dtype, **options)

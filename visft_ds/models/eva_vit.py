@@ -255,6 +255,7 @@ class EvaViT(nn.Module):
         recompute: what of each block is recomputed in the backward pass: "none", or one of RECOMPUTE.
         pixel_mean, pixel_std: of the RGB channels in [0, 1], with which images are normalised.
         compiled: runs the blocks in the place of `run_block`, if given.
+        until: the block that it was made to end after; None: it is whole.
     """
 
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
@@ -284,6 +285,7 @@ class EvaViT(nn.Module):
         self.post_norm = post_norm
         self.recompute = "none"
         self.compiled: BlockRunner | None = None
+        self.until: str | None = None
         side = image_size // patch_size
         self.cls_token: nn.Parameter | None = None
         if class_token:
@@ -363,7 +365,20 @@ class EvaViT(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        return f"width {self.width}, {self.depth} blocks"
+        return f"width {self.width}, {self.depth} blocks" + (f", ends after {self.until}" if self.until else "")
+
+    def ends(self) -> list[str]:
+        """Blocks that it can end after, in their order."""
+        return block_names(self.depth)
+
+    def end_after(self, block: str) -> None:
+        """Leave out the blocks behind this one, whose result the last norm then norms.
+
+        Raises ValueError, see `depth_until`.
+        """
+        self.depth = depth_until(block, self.depth)
+        del self.blocks[self.depth :]
+        self.until = block
 
     def layers(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
         """`tokens` as a list of named steps, tensor to tensor: "embed", "blocks.0", ..., "norm"."""
@@ -410,6 +425,7 @@ def build_backbone(
     dtype: torch.dtype = torch.float32,
     seed: int | None = 0,
     class_token: bool = False,
+    until: str | None = None,
     **overrides: Any,
 ) -> EvaViT:
     """A tower by name, with random weights, in one copy of its size (plus one tensor in fp32 at a time).
@@ -421,10 +437,11 @@ def build_backbone(
         seed: decides every weight, whatever the device, dtype and state of the global generators; each tensor is a
             function of the seed, its own name and shape. None leaves memory uninitialised, for weights loaded next.
         class_token: adds `cls_token`.
+        until: ends the tower after this block, see `EvaViT.end_after`.
         overrides: fields of EvaViTConfig that replace the preset's.
 
     Raises:
-        ValueError: unknown name or field (with the nearest one), or a shape that does not work out.
+        ValueError: unknown name, field (with the nearest one) or block, or a shape that does not work out.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
@@ -437,12 +454,27 @@ def build_backbone(
     config = replace(PRESETS[name], **overrides)
     shape = {field: getattr(config, field) for field in known}
     backbone = EvaViT(**shape, class_token=class_token, device="meta", dtype=dtype)
+    if until is not None:
+        backbone.end_after(until)
     if torch.device(device).type == "meta":
         return backbone
     backbone.to_empty(device=device)
     if seed is not None:
         _fill(backbone, seed)
     return backbone
+
+
+def block_names(depth: int) -> list[str]:
+    """Names of the blocks of a tower."""
+    return [f"blocks.{index}" for index in range(depth)]
+
+
+def depth_until(block: str, depth: int) -> int:
+    """Number of blocks of a tower that ends after this one. Raises ValueError where it has no such block."""
+    names = block_names(depth)
+    if block not in names:
+        raise ValueError(f"the tower cannot end after {block!r}: it has {names[0]} to {names[-1]}")
+    return names.index(block) + 1
 
 
 @torch.no_grad()

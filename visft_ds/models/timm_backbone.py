@@ -4,6 +4,10 @@ The feature map is what timm's `forward_features` gives: of a plain ViT the norm
 convolutional network the last stage (its stride is usually 32). What lies behind it (pooling, classifier, the norm of a
 classifier's head) takes no part and is left out.
 
+A backbone may end after a block. Of a plain ViT the tokens behind that block pass through the last norm, as in timm's
+`forward_intermediates(norm=True)`; of every other network the map is what the block gives, nothing of what follows is
+computed, and timm's own list of features (`feature_info`) names the blocks.
+
 Parameters have timm's own names. Batch norms always compute with the statistics that came with the weights: a step of
 a few images, of one task, has others, and a frozen backbone must not change.
 Letters: B images, H W pixels, h w feature grid, N tokens, D width.
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -40,12 +44,14 @@ class TimmBackbone(nn.Module):
         options: with which timm's model was made, beyond what all are made with.
         pixel_mean, pixel_std: of the channels of RGB in [0, 1], with which it was pretrained.
         left_out: names (and values, where they exist) of what lies behind the feature map.
+        until: the block that it was made to end after; None: it is whole.
+        behind: names of modules that were removed for that: later ones of a list, and others, which became identities.
     """
 
-    def __init__(self, model: nn.Module, name: str, options: Mapping[str, int]) -> None:
-        """Take a model over that `timm.create_model` made with these options.
+    def __init__(self, model: nn.Module, name: str, options: Mapping[str, int], until: str | None = None) -> None:
+        """Take a model over that `timm.create_model` made with these options; it then ends after the block `until`.
 
-        Raises ValueError for one that takes images of one size only, or has no feature map.
+        Raises ValueError for one that takes images of one size only, has no feature map, or no such block.
         """
         super().__init__()
         timm_model: Any = model
@@ -58,10 +64,17 @@ class TimmBackbone(nn.Module):
         self.pixel_mean, self.pixel_std = tuple(config["mean"]), tuple(config["std"])
         self.classifier_names: str | tuple[str, ...] = config.get("classifier") or ()
         self._recompute = "none"
-        probe = self if next(self.parameters()).is_meta else _on_meta(self)
-        self.left_out = self._cut(probe)
+        self.until: str | None = None
+        self.behind: tuple[str, ...] = ()
+        self.left_out: dict[str, Tensor] = {}
+        probe = self._probe()
+        probe.train()  # a module begins in training mode by default: batch norms would count the first images
+        self._check_map(probe)
+        self._leave_out(probe, probe._unused())
+        if until is not None:
+            self._end(probe, until)
         self.width, self.patch_size = self._measure(probe)
-        self.train()  # a module begins in training mode by default: batch norms would count the first images
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -69,10 +82,19 @@ class TimmBackbone(nn.Module):
         patch = self._patch()
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        features: Tensor = model.forward_features(images)
+        return self._map(model.forward_features(images), images)
+
+    def map_of(self, given: Tensor, images: Tensor) -> Tensor:
+        """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
+        return self._map(self._timm[0].norm(given) if self._patch() is not None else given, images)
+
+    def _map(self, features: Tensor, images: Tensor) -> Tensor:
+        """Tokens or a map of timm's as (B, D, h, w)."""
+        model, patch = self._timm[0], self._patch()
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-        assert patch is not None
+        if patch is None:
+            raise ValueError(f"features of shape {tuple(features.shape)}")
         grid = images.shape[-2] // patch, images.shape[-1] // patch
         tokens = features[:, model.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
@@ -102,7 +124,34 @@ class TimmBackbone(nn.Module):
 
     def describe(self) -> str:
         """A few words for the console."""
-        return f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
+        text = f"timm {self.name}, width {self.width}, a cell for {self.patch_size} x {self.patch_size} pixels"
+        return text + (f", ends after {self.until}" if self.until else "")
+
+    def ends(self) -> list[str]:
+        """Blocks that it can end after, in their order: those of timm's list of features, and their siblings."""
+        known, found = dict(self.named_modules()), dict[str, None]()
+        for info in getattr(self._timm[0], "feature_info", ()):
+            parent, _, leaf = info["module"].rpartition(".")
+            siblings = list(known[parent]._modules) if leaf.isdigit() and parent in known else [leaf]
+            found |= dict.fromkeys(f"{parent}.{name}" if parent else name for name in siblings)
+        return [name for name in found if name in known and name not in self.behind]
+
+    def end_after(self, block: str) -> None:
+        """Leave out all that lies behind a block. Raises ValueError for one that is not of `ends`."""
+        probe = self._probe()
+        self._end(probe, block)
+        self.width, self.patch_size = self._measure(probe)
+
+    def ending(self) -> list[str]:
+        """Lines of Python that make a `model` of `timm.create_model` end where this backbone does.
+
+        Its `forward_features` then gives what this backbone makes its map of. No lines where it is whole.
+        """
+        parent = (self.until or "").rpartition(".")[0]
+        lines = [f"model.{name} = torch.nn.Identity()" for name in self.behind if "." not in name]
+        if len(lines) < len(self.behind):
+            lines.append(f"del model.{parent}[{len(self.get_submodule(parent)._modules)}:]")
+        return lines
 
     def settings(self) -> str:
         """Facts for the metadata of a weight file: which model it is of."""
@@ -126,19 +175,92 @@ class TimmBackbone(nn.Module):
         plain = hasattr(self._timm[0], "num_prefix_tokens") and hasattr(embed, "patch_size")
         return int(embed.patch_size[0]) if plain else None
 
-    def _cut(self, probe: TimmBackbone) -> dict[str, Tensor]:
-        """Leave out the children that the feature map does not need. Returns their tensors by name."""
-        model = self._timm[0]
-        features = probe(self._blank(self.image_size, self.image_size))
-        named = dict(probe.named_parameters())
-        found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+    def _probe(self) -> TimmBackbone:
+        """Itself where it has no values; else the same model as timm builds it, without values."""
+        return self if next(self.parameters()).is_meta else _on_meta(self)
+
+    def _check_map(self, probe: TimmBackbone) -> None:
+        try:
+            features = probe(self._blank(self.image_size, self.image_size))
+            if features.ndim == 4:
+                return
+            reason = f"features of shape {tuple(features.shape)}"
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error) or type(error).__name__  # timm's words for what its model cannot do with an image
+        raise ValueError(
+            f"timm's {self.name} gives no map of rows and columns, which heads need ({reason}); plain ViTs and "
+            "convolutional networks do"
+        )
+
+    def _unused(self) -> list[str]:
+        """Children that the feature map does not need."""
+        named = dict(self.named_parameters())
+        with torch.enable_grad():
+            features = self(self._blank(self.image_size, self.image_size))
+            found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         used = {name.partition(".")[0] for name, gradient in zip(named, found, strict=True) if gradient is not None}
-        left_out: dict[str, Tensor] = {}
-        for child, module in list(model.named_children()):
-            if any(True for _ in module.parameters()) and child not in used:
-                left_out |= {f"{child}.{name}": value for name, value in module.state_dict().items()}
-                setattr(model, child, nn.Identity())
-        return left_out
+        return [
+            child
+            for child, module in self.named_children()
+            if any(True for _ in module.parameters()) and child not in used
+        ]
+
+    def _end(self, probe: TimmBackbone, block: str) -> None:
+        if block not in self.ends():
+            near = difflib.get_close_matches(block, self.ends(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            known = ", ".join(self.ends()) or "no list of its features"
+            raise ValueError(f"timm's {self.name} cannot end after {block!r}: it has {known}{hint}")
+        behind, _, _ = probe._run_through(block)
+        if self._patch() is not None:  # the last norm stays
+            behind = []
+        parent, _, leaf = block.rpartition(".")
+        siblings = list(probe.get_submodule(parent)._modules) if parent else []
+        behind += [f"{parent}.{name}" for name in siblings[siblings.index(leaf) + 1 :]] if parent else []
+        self.until = block
+        self.behind += tuple(name for name in behind if name not in self.behind)
+        self._leave_out(probe, behind)
+        _, given, features = probe._run_through(block)
+        if self._patch() is None and features is not given:
+            raise ValueError(
+                f"timm's {self.name} cannot end after {block!r}: behind it more is computed than can be left out"
+            )
+
+    def _run_through(self, block: str) -> tuple[list[str], Tensor, Tensor]:
+        """Run on the meta device: (children that are first called behind a block, what it gives, the features)."""
+        called: dict[str, None] = {}
+        before: list[str] = []
+        given: list[Tensor] = []
+
+        def reached(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            before.extend(called)
+            given.append(output)
+
+        hooks = [self.get_submodule(block).register_forward_hook(reached)]
+        hooks += [
+            module.register_forward_pre_hook(lambda *_, child=child: called.setdefault(child))
+            for child, module in self.named_children()
+        ]
+        features: Tensor = self._timm[0].forward_features(self._blank(self.image_size, self.image_size))
+        for hook in hooks:
+            hook.remove()
+        behind = [child for child in called if child not in (*before, block.partition(".")[0])]
+        return behind, given[-1], features
+
+    def _leave_out(self, probe: TimmBackbone, names: Iterable[str]) -> None:
+        """Remove modules by name, of itself and of its probe: of a list altogether, others become identities."""
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            for one in dict.fromkeys((self, probe)):
+                if leaf not in one.get_submodule(parent)._modules:
+                    continue  # it ended in front of it before
+                if one is self:
+                    values = self.get_submodule(name).state_dict()
+                    self.left_out |= {f"{name}.{key}": value for key, value in values.items()}
+                if parent:
+                    delattr(one.get_submodule(parent), leaf)
+                else:
+                    setattr(one._timm[0], leaf, nn.Identity())
 
     def _measure(self, probe: TimmBackbone) -> tuple[int, int]:
         """(width, stride) by the shapes of two feature maps."""
@@ -171,7 +293,13 @@ def _on_meta(backbone: TimmBackbone) -> TimmBackbone:
 
 
 def build_timm(
-    name: str, *, image_size: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    *,
+    image_size: int | None = None,
+    until: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> TimmBackbone:
     """A model of timm by its name, with random weights; nothing is ever downloaded.
 
@@ -181,15 +309,17 @@ def build_timm(
     Args:
         name: with or without the tag of pretrained weights, which decides how images are normalised.
         image_size: side that the position embeddings belong to; None: the model's own.
+        until: ends it after this block.
         device: "cpu", or "meta" for shapes without memory.
         dtype: of the parameters.
         seed: decides every weight, on one version of timm.
 
     Raises:
-        ValueError: timm is not installed, an unknown name (with the nearest ones), or a model that is no backbone.
+        ValueError: timm is not installed, an unknown name (with the nearest ones) or block, or a model that is no
+            backbone.
     """
     model, options = build_model(name, image_size, device=device, seed=seed)
-    backbone = TimmBackbone(model, name, options)
+    backbone = TimmBackbone(model, name, options, until)
     if device != "meta":
         _open_gains(backbone)
     for parameter in backbone.parameters():
@@ -200,7 +330,8 @@ def build_timm(
 @torch.no_grad()
 def _open_gains(backbone: TimmBackbone) -> None:
     for name, parameter in backbone.named_parameters():
-        if parameter.ndim == 1 and name.endswith(("weight", "gamma")) and parameter.abs().max() < SMALLEST_GAIN:
+        is_gain = name.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2")
+        if is_gain and parameter.ndim == 1 and parameter.abs().max() < SMALLEST_GAIN:
             parameter.fill_(1.0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from visft_ds.config import ResolvedConfig, changed, derive_batches
 from visft_ds.config.task_schema import SHARED
-from visft_ds.models.eva_vit import PRESETS
+from visft_ds.models.eva_vit import PRESETS, depth_until
 from visft_ds.planner.cluster import Cluster, PlannedTime, Rates, micro_batch_seconds, rates_of, step_time
 from visft_ds.planner.fitting import MEMORY_SHARE, policies_of, recompute_setting
 from visft_ds.planner.step import MemoryPlan, PlannedRun, plan_largest, plan_stream, trace_step
@@ -279,7 +279,8 @@ def _engines(config: ResolvedConfig, cluster: Cluster) -> Iterator[tuple[tuple[s
     if cluster.count > 1:
         yield ("--engine zero3",), changed(config, engine="zero3")
     model = config.visft.model
-    depth = 0 if model.timm else model.backbone_options().get("depth", PRESETS[model.preset].depth)
+    depth = 0 if model.timm else model.overrides.depth or PRESETS[model.preset].depth
+    depth = depth_until(model.until, depth) if model.until and not model.timm else depth
     for stages in (2, 4, 8):  # of the embedding, the blocks and the heads; timm's models are not divided
         if cluster.count % stages == 0 and stages <= depth + 2 * bool(depth) and cluster.gpu.precision() != "fp16":
             settings = (f"pipeline.stages={stages}",)

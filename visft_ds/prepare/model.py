@@ -21,7 +21,15 @@ from visft_ds.config.task_schema import WordsConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.head_file import HeadFile, HeadInfo
-from visft_ds.interop.heads import check_categories, check_classes, find_head, of_other_base, open_head, read_head_info
+from visft_ds.interop.heads import (
+    check_categories,
+    check_classes,
+    find_head,
+    of_other_base,
+    open_head,
+    read_elsewhere,
+    read_head_info,
+)
 from visft_ds.interop.layouts import is_lora
 from visft_ds.interop.published_heads import GRID
 from visft_ds.interop.vocabularies import check_vocabulary
@@ -33,6 +41,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
+from visft_ds.prepare.start import Start
 from visft_ds.prepare.streams import fixed_sizes
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -115,6 +124,7 @@ def prepare_model(
     categories: Sequence[Category] = (),
     vocabulary: Vocabulary | None = None,
     placement: Placement = HOST,
+    start: Start | None = None,
 ) -> PreparedModel:
     """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
@@ -128,6 +138,7 @@ def prepare_model(
         categories: of the data set; heads that know them by other ids are refused.
         vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
         placement: what this process holds, and where.
+        start: values instead of drawn ones, and of what trains.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -151,7 +162,10 @@ def prepare_model(
         notes += _check_heads(infos, config, base)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
-    fill_model(module, config, base, heads, words, placement)
+    if start is not None:
+        start.check(module, [name for group in planned for name in group.names], base.names)
+        notes += start.notes
+    fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:
@@ -303,6 +317,8 @@ def _check_heads(infos: Mapping[str, HeadInfo], config: VisftConfig, base: BaseW
         if names:
             told = ", ".join(f"{name} {built[name]} (here {options[name]})" for name in names)
             raise ValueError(f"the {task} head was trained with {told}: give visft.tasks.{task}.head the same values")
+        if problem := read_elsewhere(info, config.model.until):
+            raise ValueError(f"{problem}: give visft.model.until the value of stage 1")
         for problem in of_other_base({task: info}, base.names):
             raise ValueError(f"{problem}; these are {' = '.join(base.names)}: use the base weights of stage 1")
         storage = info.extra.get("base", "full")

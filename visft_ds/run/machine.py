@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def check_machine(config: ResolvedConfig, vocabulary_size: int | None) -> Machin
     use_kernels(model.kernels, device)
     use_numerics(device, tf32=model.tf32, deterministic=config.visft.run.deterministic)
     check_compiler(model.compile, device)
+    if (tracker := config.visft.run.track) is not None and find_spec(tracker) is None:
+        raise ValueError(f"visft.run.track = {tracker!r}: it is not installed: pip install visft_ds[{tracker}]")
     run = run_of(config, world_size, precision, vocabulary_size, device)
     for_deepspeed = deepspeed_dict(config, world_size, precision)
     placement = placement_for(for_deepspeed, run.partition)

@@ -1,7 +1,7 @@
 """A toy data set in COCO's own form: images of shapes with polygons, RLE crowds and five captions each.
 
-Everything about image i of a split is a function of (seed, style, split, size, most shapes, i): the number of workers
-changes nothing, and `train=100` gives the first hundred images of `train=1000`.
+Everything about image i of a split is a function of (seed, style, colours, split, size, most shapes, i): the number of
+workers changes nothing, and `train=100` gives the first hundred images of `train=1000`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from visft_ds.toy.scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Scene, Shape, draw_scene
+from visft_ds.toy.scenes import CATEGORIES, MAX_SHAPES, NAMES, STYLES, Array, Scene, Shape, draw_scene, style_of
 
 SPLITS = ("train2017", "val2017")
 MIN_SIDE = 28
@@ -185,11 +185,19 @@ def image_id(split: str, index: int) -> int:
 
 
 def make_image(
-    split: str, index: int, *, style: str, seed: int, height: int, width: int, max_shapes: int = MAX_SHAPES
+    split: str,
+    index: int,
+    *,
+    style: str,
+    seed: int,
+    height: int,
+    width: int,
+    max_shapes: int = MAX_SHAPES,
+    colours: str = "usual",
 ) -> tuple[bytes, dict[str, Any]]:
     """JPEG bytes of one image and its record: `image`, `instances` and `captions` as COCO has them, but for ids."""
     rng = np.random.default_rng([seed, sorted(STYLES).index(style), SPLITS.index(split), index])
-    scene = draw_scene(rng, STYLES[style], height, width, max_shapes=max_shapes)
+    scene = draw_scene(rng, style_of(style, colours), height, width, max_shapes=max_shapes)
     key = image_id(split, index)
     instances = [_annotate(shape, key, crowd=False) for shape in scene.shapes]
     if scene.crowd is not None and scene.crowd.visible.any():
@@ -236,10 +244,9 @@ def _write_annotations(out: Path, split: str, records: Sequence[Mapping[str, Any
         (out / "annotations" / f"{kind}_{split}.json").write_bytes(orjson.dumps(content))
 
 
-def check_drawing(out: Path, style: str, height: int, width: int) -> None:
-    """Raise ValueError for a folder that holds anything, sides under 28 pixels, or an unknown style."""
-    if style not in STYLES:
-        raise ValueError(f"style {style!r} is unknown; choose one of {', '.join(sorted(STYLES))}")
+def check_drawing(out: Path, style: str, colours: str, height: int, width: int) -> None:
+    """Raise ValueError for a folder that holds anything, sides under 28 pixels, an unknown style or kind of colours."""
+    style_of(style, colours)
     if min(height, width) < MIN_SIDE:
         raise ValueError(f"size {width}x{height} is too small to draw shapes; both sides must be at least {MIN_SIDE}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -263,15 +270,16 @@ def write_toy_coco(
     style: str = "a",
     seed: int = 0,
     max_shapes: int = MAX_SHAPES,
+    colours: str = "usual",
     workers: int = 1,
 ) -> dict[str, int | float]:
     """Write an ordinary COCO tree to `out`: `{train,val}2017/*.jpg` and `annotations/{instances,captions}_*.json`.
 
     Returns counts (`images`, `instances`, `crowds`, `empty`) and the `seconds` it took. Raises ValueError for a folder
-    that holds anything, sides under 28 pixels, an unknown style, negative counts or seeds, `max_shapes` outside of 1 to
-    20, or fewer than one worker.
+    that holds anything, sides under 28 pixels, an unknown style or kind of colours, negative counts or seeds,
+    `max_shapes` outside of 1 to 20, or fewer than one worker.
     """
-    check_drawing(out, style, height, width)
+    check_drawing(out, style, colours, height, width)
     if train < 0 or val < 0 or train + val == 0 or seed < 0 or workers < 1:
         raise ValueError(
             f"train={train}, val={val}, seed={seed}, workers={workers}: counts and seed must not be negative, "
@@ -281,7 +289,8 @@ def write_toy_coco(
         raise ValueError(f"max_shapes={max_shapes}: allowed are 1 to {len(_NUMBERS) - 1} shapes to a picture")
     started = time.monotonic()
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    options = {"style": style, "seed": seed, "height": height, "width": width, "max_shapes": max_shapes}
+    size = {"height": height, "width": width, "max_shapes": max_shapes}
+    options = {"style": style, "colours": colours, "seed": seed, **size}
     everything: list[dict[str, Any]] = []
     for split, count in zip(SPLITS, (train, val), strict=True):
         (out / split).mkdir()

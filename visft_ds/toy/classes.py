@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from visft_ds.toy.annotations import check_drawing, jpeg, with_article
-from visft_ds.toy.scenes import NAMES, STYLES, draw_single
+from visft_ds.toy.scenes import NAMES, STYLES, draw_single, style_of
 
 KINDS = ("shape", "colour")
 #: Sentences for a class, in the words of the toy captions; a colour is combined with every shape in turn.
@@ -32,13 +32,22 @@ def class_names(kind: str, style: str) -> list[str]:
 
 
 def write_toy_classes(
-    out: Path, kind: str, *, train: int, test: int, height: int, width: int, style: str = "a", seed: int = 0
+    out: Path,
+    kind: str,
+    *,
+    train: int,
+    test: int,
+    height: int,
+    width: int,
+    style: str = "a",
+    colours: str = "usual",
+    seed: int = 0,
 ) -> dict[str, int | float]:
     """Write `{train,test}/CLASS/*.jpg`, `classnames.txt` and `templates.txt`.
 
     Classes have equally many images, to one. In a set of shapes they have their usual colours 85 % of the time, as in
-    the toy sets; in one of colours any shape has any colour. Image i of a split is a function of (seed, style, kind,
-    split, size, i).
+    the toy sets, unless `colours` is "even"; in one of colours any shape has any colour. Image i of a split is a
+    function of (seed, style, colours, kind, split, size, i).
 
     Args:
         kind: one of KINDS.
@@ -49,10 +58,10 @@ def write_toy_classes(
         Counts (`images`, `classes`) and the `seconds` it took.
 
     Raises:
-        ValueError: a folder that holds anything, sides under 28 pixels, an unknown style or kind, a negative seed, or a
-            class without an image.
+        ValueError: a folder that holds anything, sides under 28 pixels, an unknown style, colours or kind, a negative
+            seed, or a class without an image.
     """
-    check_drawing(out, style, height, width)
+    check_drawing(out, style, colours, height, width)
     classes = class_names(kind, style)
     if test < len(classes) or (train and train < len(classes)) or seed < 0:
         raise ValueError(
@@ -68,7 +77,7 @@ def write_toy_classes(
             name = classes[index % len(classes)]
             category = NAMES.index(name) if kind == "shape" else int(rng.integers(len(NAMES)))
             colour = name if kind == "colour" else None
-            scene = draw_single(rng, STYLES[style], height, width, category=category, colour=colour)
+            scene = draw_single(rng, style_of(style, colours), height, width, category=category, colour=colour)
             path = out / split / folders[index % len(classes)] / f"{index:06d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(scene))

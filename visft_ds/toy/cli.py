@@ -2,6 +2,7 @@
 
 visft toy --out toy --train 2000 --val 200 --size 112
 visft toy --out toy_b --train 0 --val 200 --size 160x112 --style b
+visft toy --out toy_even --colours even
 visft toy --out shapes_b --classification shape --train 0 --val 480 --style b
 
 With --classification one shape a picture in folders of classes, for `evaluate.py benchmarks zero_shot=` and `probe=`.
@@ -23,7 +24,7 @@ from visft_ds.flags import Parser
 from visft_ds.redaction import redacted
 from visft_ds.toy.annotations import write_toy_coco
 from visft_ds.toy.classes import KINDS, write_toy_classes
-from visft_ds.toy.scenes import MAX_SHAPES, STYLES
+from visft_ds.toy.scenes import COLOURS, MAX_SHAPES, STYLES
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000, help="images in train2017 or train/ (%(default)s)")
     parser.add_argument("--val", type=int, default=200, help="images in val2017 or test/ (%(default)s)")
     parser.add_argument("--size", type=_size, default=(112, 112), metavar="WxH", help="pixels, or one side (112)")
-    parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b: other colours, textures and grounds")
+    parser.add_argument("--style", choices=sorted(STYLES), default="a", help="b and c have other colours and textures")
+    parser.add_argument(
+        "--colours", choices=COLOURS, default="usual", help="even: any shape in any colour, which says nothing of it"
+    )
     parser.add_argument(
         "--max-shapes", type=int, default=MAX_SHAPES, metavar="N", help="in a picture (3); 18 make COCO's 7 on average"
     )
@@ -66,6 +70,7 @@ def _write_scenes(given: argparse.Namespace) -> str:
         height=height,
         width=width,
         style=given.style,
+        colours=given.colours,
         seed=given.seed,
         max_shapes=given.max_shapes,
         workers=given.workers,
@@ -88,6 +93,7 @@ def _write_classes(given: argparse.Namespace) -> str:
         height=height,
         width=width,
         style=given.style,
+        colours=given.colours,
         seed=given.seed,
     )
     return (

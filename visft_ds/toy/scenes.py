@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ MAX_SHAPES = 3
 EMPTY_SHARE = 0.05
 CROWD_SHARE = 0.06
 EXTENT = (0.16, 0.3)  #: half the side of a shape, relative to the shorter side of the image
-USUAL_COLOUR_SHARE = 0.85  #: a category comes in its own colour this often, else in any
+#: How often a category comes in its own colour, else in any. "even": colour says nothing about shape.
+COLOURS = {"usual": 0.85, "even": 0.0}
 TILT = 20.0  #: degrees either way
 #: Raw category ids have holes and do not start the alphabet at 1, as COCO's do not.
 CATEGORIES: tuple[tuple[int, str, str], ...] = (
@@ -52,6 +53,7 @@ class Style:
     textures: tuple[str, ...]
     backgrounds: tuple[str, ...]
     background_colours: dict[str, tuple[int, int, int]]
+    usual_share: float = COLOURS["usual"]
 
 
 STYLES = {
@@ -93,7 +95,34 @@ STYLES = {
         backgrounds=("tiled", "marbled", "spotted"),
         background_colours={"brown": (92, 62, 44), "dark green": (32, 70, 54), "navy": (28, 36, 84)},
     ),
+    "c": Style(
+        colours={
+            "maroon": (110, 20, 40),
+            "indigo": (70, 40, 150),
+            "forest": (20, 90, 40),
+            "rust": (165, 70, 20),
+            "cobalt": (0, 80, 180),
+            "plum": (110, 40, 100),
+            "mustard": (180, 130, 0),
+            "charcoal": (60, 60, 66),
+            "emerald": (0, 135, 95),
+            "scarlet": (220, 40, 20),
+            "turquoise": (0, 150, 170),
+            "fuchsia": (205, 0, 130),
+        },
+        textures=("ringed", "hatched", "zigzag", "mottled"),
+        backgrounds=("quilted", "misty", "scratched"),
+        background_colours={"peach": (250, 208, 176), "lilac": (214, 198, 234), "pistachio": (208, 228, 174)},
+    ),
 }
+
+
+def style_of(name: str, colours: str) -> Style:
+    """A style of STYLES with one of COLOURS. Raises ValueError for an unknown one."""
+    for kind, given, known in (("style", name, STYLES), ("colours", colours, COLOURS)):
+        if given not in known:
+            raise ValueError(f"{kind} {given!r} is unknown; choose one of {', '.join(sorted(known))}")
+    return replace(STYLES[name], usual_share=COLOURS[colours])
 
 
 @dataclass(frozen=True)
@@ -254,9 +283,17 @@ def _surface(rng: np.random.Generator, texture: str, colour: Array, height: int,
         pattern = ((u / period % 1 < 0.5) != (v / period % 1 < 0.5)).astype(np.float32)
     elif texture == "wavy":
         pattern = 0.5 + 0.5 * np.sin(2 * math.pi * (u + 0.25 * period * np.sin(4 * v / period)) / period)
-    else:
-        assert texture == "speckled", texture
+    elif texture == "speckled":
         pattern = (rng.random((height, width), dtype=np.float32) < 0.18).astype(np.float32)
+    elif texture == "ringed":
+        pattern = (np.hypot(x - width / 2, y - height / 2) / (0.7 * period) % 1 < 0.4).astype(np.float32)
+    elif texture == "hatched":
+        pattern = ((u / (0.6 * period) % 1 < 0.25) | (v / (0.6 * period) % 1 < 0.25)).astype(np.float32)
+    elif texture == "zigzag":
+        pattern = ((u / period + np.abs(2 * (v / period % 1) - 1)) % 1 < 0.4).astype(np.float32)
+    else:
+        assert texture == "mottled", texture
+        pattern = (_blobs(rng, height, width, 5) > 0).astype(np.float32)
     bright = float(colour @ np.asarray([0.3, 0.59, 0.11])) > 115
     other = colour * 0.55 if bright else colour * 0.45 + 255 * 0.55
     return colour + (other - colour) * (0.8 * pattern[..., None])
@@ -279,9 +316,16 @@ def _background(rng: np.random.Generator, kind: str, colour: Array, height: int,
         light -= 26 * ((y % (2 * period) < 2) | (shifted % (4 * period) < 2))
     elif kind == "marbled":
         light += 20 * np.sin(2 * math.pi * u / (3 * period) + 5 * _blobs(rng, height, width, 5))
-    else:
-        assert kind == "spotted", kind
+    elif kind == "spotted":
         light += 22 * (((u / period % 1 - 0.5) ** 2 + (v / period % 1 - 0.5) ** 2) < 0.06)
+    elif kind == "quilted":
+        light -= 26 * ((u / (2 * period) % 1 < 0.08) | (v / (2 * period) % 1 < 0.08))
+    elif kind == "misty":
+        light += 45 * (u - u.min()) / (u.max() - u.min()) - 30
+    else:
+        assert kind == "scratched", kind
+        cuts = np.sin(2 * math.pi * u / period + 9 * _blobs(rng, height, width, 3))
+        light -= 24 * (cuts > 0.93)
     return colour + light[..., None] + rng.normal(0, 6, 3)
 
 
@@ -338,7 +382,7 @@ def _add(
     """
     if colour is None:
         colours = list(style.colours)
-        usual = rng.random() < USUAL_COLOUR_SHARE
+        usual = rng.random() < style.usual_share
         colour = colours[category % len(colours)] if usual else str(rng.choice(colours))
     texture = str(rng.choice(style.textures))
     _paint(rng, canvas, polygons, np.asarray(style.colours[colour], np.float32), texture)

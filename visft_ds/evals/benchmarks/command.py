@@ -15,12 +15,18 @@ from typing import Any
 import orjson
 
 from visft_ds import program
+from visft_ds.config.records import read_record
+from visft_ds.evals.benchmarks.arms import Contender, parse_arms
+from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
-from visft_ds.evals.benchmarks.kinds import KINDS, averages, parse_benchmarks
-from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, parse_model
+from visft_ds.evals.benchmarks.kinds import KINDS, averages, check_numbers, parse_benchmarks
+from visft_ds.evals.benchmarks.models import LoadOptions
+from visft_ds.evals.benchmarks.price import knee_lines, knees, points_of, price_picture, price_section
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
+from visft_ds.evals.benchmarks.retention import KEPT, AnswersKept
+from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.benchmarks.run import Dose, Settings, check_same_everywhere, dose, encode_all, score
-from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, sheet
+from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, seeds_section, sheet, verdict
 from visft_ds.evals.charts import Bar, interval_chart
 from visft_ds.flags import Parser, check_least
 from visft_ds.interop.writing import write_atomically
@@ -35,33 +41,43 @@ from visft_ds.tasks.pictures import save_png
 
 _EXTRA = ("open_clip", "sklearn")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1
-RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
+RECORD, CHART, GAINS, PICTURES, CACHE = "benchmarks.json", "differences.svg", "gain.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
 
     visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
         --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
     visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
+    visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
+        --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
+    visft evaluate benchmarks --model base=base.pt --model visft=RUN@0:1.5:0.25 ...
     deepspeed --num_gpus 8 --module visft_ds evaluate benchmarks ...
 
-The first model is what the others are compared with. Features and scores are kept in OUT/cache by hashes of weights and
-data: the same command goes on where it was stopped, and another benchmark or model costs only itself.
+The first model is what the others are compared with; runs of one recipe with different seeds are one arm. Features and
+scores are kept in OUT/cache by hashes of weights and data: the same command goes on where it was stopped, and another
+benchmark or model costs only itself.
 """
+
+
+class EarlierRecord(ForeignRecord):
+    """Record of an earlier start in the same folder."""
+
+    primary: str | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0 fine, 2 wrong usage or unusable input."""
     given = _parser().parse_args(arguments)
     try:
-        specs, benchmarks, settings = _prepare(given)
+        arms, benchmarks, settings = _prepare(given)
         with met_by_one_rank():
-            _measure(given, specs, benchmarks, settings)
+            _measure(given, arms, benchmarks, settings)
     except (ValueError, OSError, RuntimeError) as error:
         return tell(error, "evaluate")
     return 0
 
 
 def _measure(
-    given: argparse.Namespace, specs: Sequence[ModelSpec], benchmarks: Sequence[Benchmark], settings: Settings
+    given: argparse.Namespace, arms: Sequence[Contender], benchmarks: Sequence[Benchmark], settings: Settings
 ) -> None:
     """Encode on all ranks, score and write on the main one."""
     began = time.perf_counter()
@@ -72,7 +88,7 @@ def _measure(
         check_same_everywhere(benchmarks)
     main = distributed.is_main()
     facts: dict[str, Mapping[str, str]] = {}
-    encoded = encode_all(specs, benchmarks, settings, facts.__setitem__)
+    encoded = encode_all([model for arm in arms for model in arm.models], benchmarks, settings, facts.__setitem__)
     distributed.close()  # before scoring, which the main process does alone
     if not main:
         return
@@ -82,32 +98,45 @@ def _measure(
         for label, of_model in encoded.items():
             for benchmark, features, of_base in zip(benchmarks, of_model, next(iter(encoded.values())), strict=True):
                 gauge.show(gauge.done, f", now {benchmark.label} of {label}")
-                results[label] |= score(benchmark, features, settings.cache)
+                results[label] |= score(benchmark, features, of_base, settings.cache)
                 if features is not of_base and (change := dose(of_base, features)):
                     doses.setdefault(label, {})[benchmark.label] = change
                 gauge.add()
-    _write(given, facts, benchmarks, results, doses, time.perf_counter() - began)
+    _write(given, arms, facts, benchmarks, results, doses, time.perf_counter() - began)
 
 
-def _prepare(given: argparse.Namespace) -> tuple[list[ModelSpec], list[Benchmark], Settings]:
-    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
-    check_least(given, batch_size=1, threads=0, images=0, image_size=1)
-    specs = [parse_model(text) for text in given.model]
-    labels = [spec.label for spec in specs]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"two models are called {twice[0]}: give one of them a label, as in LABEL={twice[0]}...")
-    out: Path = given.out
+def _prepare(given: argparse.Namespace) -> tuple[list[Contender], list[Benchmark], Settings]:
+    settings = settings_of(given)
+    check_least(given, images=0)
+    arms = parse_arms(given.model)
+    check_folder(given.out, RECORD, given.primary)
+    benchmarks = parse_benchmarks(given.benchmark)
+    check_numbers([*([given.primary] if given.primary else []), *given.price], benchmarks)
+    return arms, benchmarks, settings
+
+
+def check_folder(out: Path, record: str, primary: str | None) -> None:
+    """Raise ValueError for an --out of something else, or of a start with another primary number."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, RECORD)):
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, record)):
         raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
-    benchmarks = parse_benchmarks(given.benchmark)
+    if (out / record).is_file() and (named := read_record(out / record, EarlierRecord).primary) != primary:
+        raise ValueError(
+            f"{out} has results, whose primary number was {named or 'not named'}: it is named before results are seen; "
+            f"choose another --out"
+        )
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Settings by the flags of `add_flags`. Raises ValueError for numbers out of range and libraries that lack."""
+    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
+    check_least(given, batch_size=1, threads=0, image_size=1)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)
     load = LoadOptions(precision, given.preset, given.text, given.image_size, given.normalisation, given.pool)
-    settings = Settings(device, precision, given.cache or out / CACHE, given.batch_size, given.threads, load)
-    return specs, benchmarks, settings
+    return Settings(device, precision, given.cache or given.out / CACHE, given.batch_size, given.threads, load)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,8 +151,28 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="MODEL",
-        help="[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]",
+        help="[LABEL=]FILE[+ADAPTER][@SCALE], [LABEL=]RUN, [LABEL=]open_clip:NAME:WEIGHTS, [LABEL=]timm:NAME[:FILE]; "
+        "LABEL=MODEL,MODEL,... for seeds of one recipe; ...@LOW:HIGH:STEP for an arm of each scale of the adapter",
     )
+    parser.add_argument(
+        "--primary",
+        metavar="NUMBER",
+        help='the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm',
+    )
+    parser.add_argument(
+        "--price",
+        action="append",
+        default=[],
+        metavar="NUMBER",
+        help="a number whose loss is the price, several for their mean (default: answers kept of every retention)",
+    )
+    how = add_flags(parser)
+    how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags of all commands that encode images. Returns the group of those about how."""
     parser.add_argument(
         "--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits, mnist5000, fashion_mnist"
     )
@@ -139,30 +188,48 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
     how.add_argument("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
-    how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
-    return parser
+    return how
 
 
 def _write(
     given: argparse.Namespace,
+    arms: Sequence[Contender],
     facts: Mapping[str, Mapping[str, str]],
     benchmarks: Sequence[Benchmark],
     results: Mapping[str, Mapping[str, Score]],
     doses: Mapping[str, Mapping[str, Dose]],
     seconds: float,
 ) -> None:
-    labels, out = list(results), given.out
-    rows = rows_of(results, averages(benchmarks))
-    pictures = _pictures(out, benchmarks, results, given.images)
+    members, out = {arm.label: [model.label for model in arm.models] for arm in arms}, given.out
+    labels, primary = list(members), given.primary
+    price = given.price or [f"{each.label} {KEPT}" for each in benchmarks if isinstance(each, AnswersKept)]
+    mean = {f"price/mean of {len(price)}": price} if len(price) > 1 else {}
+    rows = rows_of(results, averages(benchmarks) | mean, members, primary)
+    of_name = {row.name: row for row in rows}
+    if unknown := [name for name in price if name not in of_name]:
+        raise ValueError(f"--price {unknown[0]}: no such number; there are {', '.join(of_name)}")
+    gain = of_name.get(primary or "")
+    paid = of_name[next(iter(mean), price[0])] if price else None
+    points = points_of(arms, gain, paid) if gain and paid else []
+    found = knees(points)
+    seen = {of[0]: results[of[0]] for of in members.values()}
+    pictures = _pictures(out, benchmarks, seen, given.images)
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
+    if gain and paid and points:
+        picture = price_picture(points, found, gain, paid).encode()
+        write_atomically(out / GAINS, lambda file: file.write(picture), overwrite=True)
     chosen = {label: {name: dict(s.settings) for name, s in of.items() if s.settings} for label, of in results.items()}
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "models": {label: dict(facts[label]) for label in labels},
+        "models": {label: dict(of) for label, of in facts.items()},
+        "arms": members,
+        "primary": primary,
+        "price": price,
+        "knees": {sweep: None if point is None else point.arm.scale for sweep, point in found.items()},
         "benchmarks": {
             each.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in each.sets.items()}
             for each in benchmarks
@@ -180,15 +247,21 @@ def _write(
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
     models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
-    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
+    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([GAINS] if points else [])]
+    written += [f"{PICTURES}/"] if pictures else []
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-    changes = [
-        (f"{label}, {name}", f"{one.change:.3f} of their spread, cosine {one.cosine:.4f} ({one.kind})")
-        for label, of in doses.items()
-        for name, one in of.items()
+    parts = [Section("models", models), section(rows, labels, primary)]
+    parts += [seeds] if (seeds := seeds_section(rows)) else []
+    parts += [
+        Section(f"primary: {row.name}", [(label, verdict(row, label)) for label in row.shown])
+        for row in ([gain] if gain and gain.shown else [])
     ]
-    parts = [Section("models", models), section(rows, labels)]
-    parts += [Section(f"how far features moved from those of {labels[0]}", changes)] if changes else []
+    parts += [side] if (side := price_section(arms, doses, gain, [of_name[name] for name in price])) else []
+    if found:
+        title = (
+            "knees of the sweeps: furthest above the line to the largest gain and price; judge them on other pictures"
+        )
+        parts.append(Section(title, knee_lines(found)))
     print_plan("visft_ds benchmarks", [*parts, Section("run", rest)])
 
 
@@ -198,7 +271,7 @@ def _chart(rows: Sequence[Row], labels: Sequence[str]) -> str:
     for row in rows:
         for label, change in row.differences.items():
             name = row.name if len(others) == 1 else f"{label}: {row.name}"
-            bars.append(Bar(name, 100 * change.value, 100 * change.low, 100 * change.high))
+            bars.append(Bar(name, 100 * change.value, 100 * change.low, 100 * change.high, row.shown.get(label)))
     title = f"{others[0] if len(others) == 1 else 'each model'} minus {base}"
     return interval_chart(bars, title=title, x_label="percentage points, with 95% intervals")
 
@@ -211,7 +284,11 @@ def _pictures(
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     for benchmark in benchmarks:
         for name in (name for name in names if name.startswith(f"{benchmark.label} ")):
-            picture = sheet(benchmark, order(list(results), results, name), count)
+            if isinstance(benchmark, Dense):
+                scores = {label: of[name] for label, of in results.items() if name in of and of[name].maps is not None}
+                picture = segmentation_sheet(benchmark, scores, count)
+            else:
+                picture = sheet(benchmark, order(list(results), results, name), count)
             if picture is not None:
                 written.append(f"{PICTURES}/{re.sub('[^A-Za-z0-9_.@]+', '-', name)}.png")
                 save_png(picture, out / written[-1])

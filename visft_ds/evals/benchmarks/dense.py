@@ -32,14 +32,17 @@ from visft_ds.evals.benchmarks.protocol import (
     Score,
     class_embeddings,
     hits,
+    mean_ratio,
     rank_of,
     sentences,
 )
+from visft_ds.tasks.pictures import Picture, grid, palette, side_by_side
 
 PLACES = 20_000  #: that the linear segmentation learns from, drawn evenly from the images, the same for every model
 PATCHES = 12_000  #: that patches are compared with
 DECAY = 1e-3  #: weight of the squared length beside the mean loss
 _STEPS = 1000
+_SHOWN = 224  # pixels of a picture's side on a sheet
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Dense:
     def settings(self) -> Mapping[str, Any]:
         protocol = [CELLS, PLACES, PATCHES, DECAY, NEIGHBOURS, TEMPERATURE, STRENGTHS]
         truths = [self.train.truth, self.test.truth]
-        return {"benchmark": "dense 1", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
+        return {"benchmark": "dense 2", "protocol": protocol, "truths": truths, "names": list(self.test.names)}
 
     @property
     def classes(self) -> int:
@@ -78,7 +81,8 @@ class Dense:
     def scores(self, features: Features) -> Iterator[Score]:
         train, test = (features.images[name]["patches"] for name in ("train", "test"))
         said = segment_linearly(train, self.train.cells, test)
-        yield Score("linear mIoU", overlaps(said, self.test.cells, self.classes))
+        found = overlaps(said, self.test.cells, self.classes)
+        yield Score("linear mIoU", found, maps=said.astype(np.int16))
         said = segment_by_neighbours(train, self.train.cells, test, self.classes)
         yield Score("knn mIoU", overlaps(said, self.test.cells, self.classes))
         if not self.test.names:
@@ -162,6 +166,47 @@ def _labels_of_patches(cells: np.ndarray[Any, Any], classes: int, height: int, w
     most = torch.stack(shares).argmax(dim=0).flatten().numpy()
     labels: IntArray = np.where(most == classes, VOID, most)
     return labels
+
+
+def segmentation_sheet(benchmark: Dense, scores: Mapping[str, Score], count: int) -> Picture | None:
+    """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
+    only model has most wrong), each beside what is there and what each model sees, with its mIoU; None without any.
+
+    Args:
+        scores: model -> its score with maps.
+    """
+    if not scores:
+        return None
+    each = {label: mean_ratio(score.values) for label, score in scores.items()}
+    first, last = next(iter(each.values())), list(each.values())[-1]
+    chosen = np.argsort(-abs(last - first) if len(scores) > 1 else last, kind="stable")[:count].tolist()
+    names = benchmark.test.names
+    of_cells = ("", *names) if names else tuple(map(str, range(benchmark.classes)))
+    colours = np.array(list(palette([name for name in of_cells if name]).values()), dtype=np.uint8)
+    rows = []
+    for place in chosen:
+        image = benchmark.test.images.read(place).resize((_SHOWN, _SHOWN))
+        seen = {"picture": None, "what is there": benchmark.test.cells[place]}
+        for label, score in scores.items():
+            assert score.maps is not None, label
+            seen[f"{label}: {100 * each[label][place]:.0f}"] = score.maps[place]
+        panels = [(_painted(np.asarray(image), cells, colours, bool(names)), title) for title, cells in seen.items()]
+        rows.append(side_by_side(*panels))
+    return grid(rows)
+
+
+def _painted(
+    image: Picture, cells: np.ndarray[Any, Any] | None, colours: np.ndarray[Any, Any], objects: bool
+) -> Picture:
+    """An image under the colours of its classes; of objects class 0 is what none of them covers, and stays as it is."""
+    if cells is None:
+        return image
+    scale = _SHOWN // CELLS
+    fine = cells.repeat(scale, axis=0).repeat(scale, axis=1)[..., None]
+    painted = colours[np.maximum(fine[..., 0] - objects, 0)]
+    pale = (image * 0.35 + 255 * 0.65).astype(np.uint8)
+    mixed = (0.25 * image + 0.75 * painted).astype(np.uint8)
+    return np.where(fine >= int(objects), mixed, pale)
 
 
 def to_cells(maps: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Score:
     said: Sequence[str] = ()  #: what the model answered to each image of the set `shows`, where that can be shown
     shows: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  #: what was chosen on the way, for the record
+    maps: npt.NDArray[np.int16] | None = None  #: (images, h, w), the class that the model sees in each place
 
     @property
     def value(self) -> float:

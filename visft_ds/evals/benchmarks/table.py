@@ -1,170 +1,222 @@
-"""The one table of a comparison: each number of each model, and what changed against the first model; and sheets of
-single images on which models disagree, or one is wrong.
+"""The one table of a comparison: each number of each arm, and what changed against the first; and sheets of single
+images on which models disagree, or one is wrong.
 
-Differences are taken item by item before they are resampled: two models that fail on the same images differ surely by
-little, even where each of their numbers alone is unsure.
-
-Intervals are bootstrap ones of a mean (Efron, https://doi.org/10.1214/aos/1176344552). Drawing n items with replacement
-decides only how often each value comes; so the counts of the distinct values are drawn (multinomial), which is the same
-distribution and costs the same for ten items and for a million. (scipy.stats.bootstrap draws item by item, forty times
-as long for 50,000 shares, and knows no groups of items.)
+An arm is a model, or several of one recipe with different seeds. Differences are taken item by item before they are
+resampled: two models that fail on the same images differ surely by little, even where each of their numbers alone is
+unsure.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.benchmarks.protocol import Benchmark, FloatArray, IntArray, Score, mean_ratio
+from visft_ds.evals.benchmarks.intervals import (
+    LEVEL,
+    Interval,
+    holm,
+    interval,
+    over_both,
+    over_seeds,
+    resampled,
+    two_sided,
+)
+from visft_ds.evals.benchmarks.protocol import Benchmark, FloatArray, IntArray, Score
 from visft_ds.monitor.console import Section
 from visft_ds.tasks.pictures import INK, Colour, Picture, grid, letters, paper, scaled
 
-DRAWS = 4000
-LEVEL = 0.95
-_CELLS = 4_000_000  # counts in memory at once
 _SIDE, _SIZE, _LINE = 220, 13, 18  # of an image; of letters and lines of text, pixels
 _RIGHT, _WRONG = (29, 122, 51), (179, 38, 30)
 _COLUMNS = 4
+_BESIDE = 3  # arms that fit beside the first one
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
+Parts = Sequence[Score]  #: what a number is the mean of
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean with its bootstrap interval of LEVEL, by percentiles."""
+class Seeds:
+    """Parts of a difference over several seeds."""
 
-    value: float
-    low: float
-    high: float
-
-    @property
-    def sure(self) -> bool:
-        """Return True if the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-
-def resampled_means(values: FloatArray, groups: IntArray | None, rng: np.random.Generator) -> FloatArray:
-    """DRAWS means of resampled values.
-
-    Args:
-        values: (n,), n at least 1; or (n, 2, C), see `protocol.Score`.
-        groups: (n,) numbers from 0; whole groups are drawn, since their items are no independent evidence.
-    """
-    units = np.arange(len(values)) if groups is None else groups
-    if values.ndim == 3:
-        return _resampled_ratios(values, units, rng)
-    sums, counts = np.bincount(units, values), np.bincount(units).astype(np.float64)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    kinds, often = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
-    means = []
-    step = max(1, _CELLS // len(kinds))
-    for start in range(0, DRAWS, step):
-        drawn = rng.multinomial(len(sums), often / often.sum(), size=min(step, DRAWS - start))
-        means.append((drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1]))
-    return np.concatenate(means)
-
-
-def _resampled_ratios(values: FloatArray, units: IntArray, rng: np.random.Generator) -> FloatArray:
-    present = np.unique(units)
-    sums = np.zeros((len(present), *values.shape[1:]))
-    np.add.at(sums, np.searchsorted(present, units), values)
-    means = []
-    step = max(1, _CELLS // max(len(sums), sums[0].size))
-    for start in range(0, DRAWS, step):
-        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=min(step, DRAWS - start))
-        of_draws: FloatArray = drawn.astype(np.float64) @ sums.reshape(len(sums), -1)
-        means.append(mean_ratio(of_draws.reshape(-1, *values.shape[1:])))
-    return np.concatenate(means)
-
-
-def interval(value: float, means: FloatArray) -> Interval:
-    """The interval of a value whose resampled versions are given."""
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high))
+    each: tuple[float, ...]  #: the difference of each
+    items: Interval  #: of these seeds on other items
+    seeds: Interval  #: of other seeds on these items
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a table: one number of all models."""
+    """Row of a table: one number of all arms."""
 
     name: str
     items: int
-    values: Mapping[str, Interval]  #: model -> its number; without models that have none
-    differences: Mapping[str, Interval]  #: model -> its number minus that of the first model
+    values: Mapping[str, Interval]  #: arm -> its number; without arms that have none
+    differences: Mapping[str, Interval]  #: arm -> its number minus that of the first arm, over items and seeds
+    p: Mapping[str, float]  #: arm -> p value of its difference, two-sided
+    seeds: Mapping[str, Seeds]  #: arm of several seeds -> what its interval is made of
+    shown: Mapping[str, bool] = field(default_factory=dict)  #: arm -> decision about its difference, see `decide`
 
 
-def rows_of(results: Results, averages: Mapping[str, Sequence[str]]) -> list[Row]:
+def rows_of(
+    results: Results,
+    averages: Mapping[str, Sequence[str]],
+    arms: Mapping[str, Sequence[str]] | None = None,
+    primary: str | None = None,
+) -> list[Row]:
     """A row for each number, in the order in which they came.
 
     Args:
-        results: the first model is what the others are compared with.
+        results: the first arm is what the others are compared with, seed by seed where both have several.
         averages: name of a further row -> names of the numbers whose mean it is, each data set counting the same.
+        arms: name -> its models; None: each model is one.
+        primary: see `decide`.
     """
+    arms = {label: [label] for label in results} if arms is None else arms
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    return [_row(name, [name], results) for name in names] + [
-        _row(name, parts, results) for name, parts in averages.items()
-    ]
+    rows = [_row(name, [name], results, arms) for name in names]
+    rows += [_row(name, parts, results, arms) for name, parts in averages.items()]
+    return rows if primary is None else decide(rows, primary)
 
 
-def _row(name: str, names: Sequence[str], results: Results) -> Row:
-    base = next(iter(results))
-    having = [label for label, scores in results.items() if all(part in scores for part in names)]
-    parts = {label: [results[label][part] for part in names] for label in having}
-    values = {label: _interval(name, parts[label]) for label in having}
-    differences = {}
-    for label in having if base in having else ():
-        if label != base:
-            pairs = list(zip(parts[label], parts[base], strict=True))
-            assert all(new.values.shape == old.values.shape for new, old in pairs), name
-            differences[label] = _difference(name, pairs)
-    return Row(name, sum(len(score.values) for score in parts[having[0]]) if having else 0, values, differences)
+def decide(rows: Sequence[Row], primary: str) -> list[Row]:
+    """Say of each arm which of its differences are shown: the primary one by its own interval, the others by Holm.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    if primary not in (names := [row.name for row in rows]):
+        raise ValueError(f"--primary {primary}: no such number; there are {', '.join(names)}")
+    shown: dict[str, dict[str, bool]] = {}
+    for label in dict.fromkeys(label for row in rows for label in row.p):
+        others = holm({row.name: row.p[label] for row in rows if label in row.p and row.name != primary})
+        for row in rows:
+            if label in row.p:
+                sure = row.differences[label].sure if row.name == primary else others[row.name]
+                shown.setdefault(row.name, {})[label] = sure
+    return [replace(row, shown=shown.get(row.name, {})) for row in rows]
 
 
-def _interval(name: str, parts: Sequence[Score]) -> Interval:
-    rng = np.random.default_rng(zlib.crc32(name.encode()))  # the same numbers every time the table is made
-    means = [resampled_means(score.values, score.groups, rng) for score in parts]
-    return interval(float(np.mean([score.value for score in parts])), np.mean(means, axis=0))
+def _row(name: str, names: Sequence[str], results: Results, arms: Mapping[str, Sequence[str]]) -> Row:
+    having = {
+        arm: [[results[label][part] for part in names] for label in labels]
+        for arm, labels in arms.items()
+        if all(part in results[label] for label in labels for part in names)
+    }
+    base = next(iter(arms))
+    values = {arm: _interval(name, *_resampled(name, seeds, None)) for arm, seeds in having.items()}
+    differences, p, of_seeds = {}, {}, {}
+    for arm, seeds in having.items() if base in having else ():
+        if arm == base:
+            continue
+        each, means = _resampled(name, seeds, having[base])
+        differences[arm] = _interval(name, each, means)
+        p[arm] = two_sided(over_both(each, means, _rng(name, "seeds")))
+        if len(each) > 1:
+            items = interval(float(each.mean()), means.mean(axis=0))
+            of_seeds[arm] = Seeds(tuple(each.tolist()), items, over_seeds(each))
+    count = sum(len(score.values) for score in next(iter(having.values()))[0]) if having else 0
+    return Row(name, count, values, differences, p, of_seeds)
 
 
-def _difference(name: str, pairs: Sequence[tuple[Score, Score]]) -> Interval:
-    """Of (new, old), item by item: both are resampled by the same draws."""
-    if all(new.values.ndim == 1 for new, _ in pairs):
-        return _interval(name, [replace(new, values=new.values - old.values, groups=old.groups) for new, old in pairs])
-    assert len(pairs) == 1, name  # no average has ratios
-    (new, old), seed = pairs[0], zlib.crc32(name.encode())
-    means = [resampled_means(one.values, one.groups, np.random.default_rng(seed)) for one in (new, old)]
-    return interval(new.value - old.value, means[0] - means[1])
+def _rng(name: str, part: str = "") -> np.random.Generator:
+    """The same numbers every time the table is made."""
+    return np.random.default_rng(zlib.crc32(f"{name}{part}".encode()))
 
 
-def section(rows: Sequence[Row], labels: Sequence[str]) -> Section:
-    """The table for a console, in percent; a difference with its interval, marked * where that leaves zero out."""
+def _interval(name: str, values: FloatArray, means: FloatArray) -> Interval:
+    return interval(float(values.mean()), over_both(values, means, _rng(name, "seeds")))
+
+
+def _resampled(name: str, new: Sequence[Parts], old: Sequence[Parts] | None) -> tuple[FloatArray, FloatArray]:
+    """(numbers (seeds,), the same resampled (seeds, DRAWS)) of each seed, minus those of the old ones where given.
+
+    All seeds of both are resampled by the same draws.
+    """
+    count = max(len(new), len(old or ()))
+    new, old = (list(part) * count if len(part) == 1 else part for part in (new, old or ((),)))
+    rng, values, means = _rng(name), [], []
+    for part in range(len(new[0])):
+        scores = [seed[part] for seed in new]
+        olds = [seed[part] for seed in old if seed]
+        assert all(score.values.shape == scores[0].values.shape for score in (*scores, *olds)), name
+        groups, each = scores[0].groups, [score.values for score in scores]
+        if each[0].ndim == 1:  # item by item
+            each = [score.values - past.values for score, past in zip(scores, olds, strict=True)] if olds else each
+            values.append([float(one.mean()) for one in each])
+            means.append(resampled(each, groups, rng))
+            continue
+        values.append([score.value for score in scores])
+        drawn = resampled([*each, *(score.values for score in olds)], groups, rng)
+        if olds:
+            values[-1] = [score.value - past.value for score, past in zip(scores, olds, strict=True)]
+            drawn = drawn[:count] - drawn[count:]
+        means.append(drawn)
+    return np.mean(values, axis=0), np.mean(means, axis=0)
+
+
+def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = None) -> Section:
+    """The table for a console, in percent; a difference with its interval, marked * where that leaves zero out; with a
+    primary number, where it is shown.
+    """
     base, *others = labels
-    columns = ["", "n", base]
-    for label in others:
-        columns += [label, "difference"]
-    lines = []
-    for row in rows:
-        line = [row.name, str(row.items), _percent(row.values.get(base))]
-        for label in others:
-            line += [_percent(row.values.get(label)), _change(row.differences.get(label))]
-        lines.append(line)
-    return Section(f"percent; of differences the {LEVEL:.0%} interval", lines, columns)
+    if len(others) > _BESIDE:  # one below the other
+        columns = ["", "n", "", "", "difference"]
+        lines = [
+            [
+                row.name,
+                str(row.items),
+                label,
+                _percent(row.values.get(label)),
+                "" if label == base else change(row, label),
+            ]
+            for row in rows
+            for label in labels
+        ]
+    else:
+        columns = ["", "n", base, *(word for label in others for word in (label, "difference"))]
+        lines = [[row.name, str(row.items), _percent(row.values.get(base))] for row in rows]
+        for line, row in zip(lines, rows, strict=True):
+            line += [word for label in others for word in (_percent(row.values.get(label)), change(row, label))]
+    marked = "" if primary is None else f"; * is shown: {primary} by its own interval, the others by Holm"
+    return Section(f"percent; of differences the {LEVEL:.0%} interval{marked}", lines, columns)
+
+
+def seeds_section(rows: Sequence[Row]) -> Section | None:
+    """Table of what the intervals of arms of several seeds are made of; None without any."""
+    lines = [
+        [label, row.name, " ".join(f"{100 * one:+.2f}" for one in of.each), _bounds(of.items), _bounds(of.seeds)]
+        for row in rows
+        for label, of in row.seeds.items()
+    ]
+    title = "differences by seed, and their intervals over items alone and over seeds alone (Student's t)"
+    return Section(title, lines, ["arm", "", "each", "items", "seeds"]) if lines else None
+
+
+def verdict(row: Row, label: str) -> str:
+    """A decided difference in words: "not shown: +0.40 [-1.90, +2.70]"."""
+    shown = "shown" if row.shown[label] else "not shown"
+    return f"{shown}: {change(row, label).removesuffix(' *')}"
+
+
+def change(row: Row, label: str) -> str:
+    """A difference with its interval, in percent; marked as `section` says."""
+    value = row.differences.get(label)
+    if value is None:
+        return "–"
+    mark = " *" if row.shown.get(label, value.sure) else ""
+    return f"{100 * value.value:+.2f} {_bounds(value)}{mark}"
 
 
 def _percent(value: Interval | None) -> str:
     return "–" if value is None else f"{100 * value.value:.2f}"
 
 
-def _change(value: Interval | None) -> str:
-    if value is None:
-        return "–"
-    mark = " *" if value.sure else ""
-    return f"{100 * value.value:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]{mark}"
+def _bounds(value: Interval) -> str:
+    return f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -16,14 +16,16 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from string import Template
+from typing import Any
+
+import torch
 
 from visft_ds.config import Missing, ResolvedConfig, missing_inputs, resolve_arguments
 from visft_ds.experiments.ablations.questions import RECIPE, TOWERS, Arm, Question
 from visft_ds.experiments.ablations.scales import TOY_SECOND_SEED, TOY_SIDE, Scale, Toy, clip_file
 from visft_ds.experiments.ablations.steps import STEPS, Step, StepList
 from visft_ds.interop.layouts import depth_of, is_lora
-from visft_ds.models.eva_vit import PRESETS
-from visft_ds.models.timm_backbone import build_timm
+from visft_ds.models.backbone import build_empty
 from visft_ds.prepare.model import plan_groups
 from visft_ds.run.folder import ADAPTER_FOLDER, BACKBONE_FILE, TRAINED_BACKBONE_FILE
 
@@ -134,7 +136,7 @@ class Planner:
     def _values(self, recipe: ResolvedConfig) -> Mapping[str, str]:
         """Variables for settings of arms beside $second, see `questions`."""
         rate, model, stage1 = recipe.optimizer.params.lr, recipe.visft.model, self._recipe(1)
-        depth = _depth_of_timm(model.timm) if model.timm else model.overrides.depth or PRESETS[model.preset].depth
+        depth = _depth(model.preset, tuple(model.backbone_options().items()))
         last = range(depth - max(1, depth // 4), depth)
         values = {
             "rate": f"{rate:g}",
@@ -305,9 +307,9 @@ class Planner:
 
 
 @cache
-def _depth_of_timm(name: str) -> int:
-    """Number of blocks of a plain ViT, 0 for other networks."""
-    return depth_of(build_timm(name, device="meta").state_dict())
+def _depth(preset: str, options: tuple[tuple[str, Any], ...]) -> int:
+    """Number of blocks of a ViT, 0 for other networks."""
+    return depth_of(build_empty(preset, torch.float32, dict(options)).state_dict())
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:

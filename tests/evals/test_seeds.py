@@ -1,0 +1,207 @@
+"""Intervals over seeds and items, and decisions about many numbers: against plain loops and known cases."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tests.evals.test_benchmarks import _record, _run, world
+from visft_ds.evals.benchmarks import arms, intervals
+from visft_ds.evals.benchmarks.arms import parse_arms
+from visft_ds.evals.benchmarks.intervals import holm, over_both, over_seeds, resampled, two_sided
+from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder, parse_model
+from visft_ds.evals.benchmarks.protocol import Score
+from visft_ds.evals.benchmarks.table import decide, rows_of, section, seeds_section, verdict
+from visft_ds.interop.layouts import tower_of
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.peft import save_peft_adapter
+
+__all__ = ["world"]  # the fixture
+ARMS = {"base": ["base"], "new": ["new 1", "new 2", "new 3"]}
+
+
+def _results(values: dict[str, list[np.ndarray[Any, Any]]], groups: Any = None) -> Any:
+    """Model -> number -> score, of numbers that are given as (base, three seeds)."""
+    labels = [label for of in ARMS.values() for label in of]
+    return {
+        label: {name: Score(name, of[place], groups) for name, of in values.items()}
+        for place, label in enumerate(labels)
+    }
+
+
+def test_several_seeds_against_plain_loops() -> None:
+    """Items by plain resampling of whole groups, seeds by scipy's t; both together as sums of independent draws."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 3)
+    base = (rng.random(120) < 0.5).astype(np.float64)
+    news = [np.where(rng.random(120) < 0.1 + 0.1 * seed, 1.0, base) for seed in range(3)]
+    (row,) = rows_of(_results({"a": [base, *news]}, groups), {}, ARMS)
+    each = [float((new - base).mean()) for new in news]
+    of = row.seeds["new"]
+    assert of.each == pytest.approx(each) and row.differences["new"].value == pytest.approx(np.mean(each))
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(each), scale=stats.sem(each))
+    assert (of.seeds.low, of.seeds.high) == pytest.approx((low, high))
+    items, both = [], []
+    changes = np.mean([new - base for new in news], axis=0).reshape(40, 3)
+    error = stats.sem(each)
+    for _ in range(8000):
+        mean = changes[rng.integers(0, 40, 40)].mean()
+        items.append(mean)
+        both.append(mean + error * rng.standard_t(2))
+    for found, plain in ((of.items, items), (row.differences["new"], both)):
+        width = float(np.subtract(*np.quantile(plain, [0.975, 0.025])))
+        assert found.high - found.low == pytest.approx(width, rel=0.1)
+    assert row.differences["new"].high - row.differences["new"].low > max(high - low, of.items.high - of.items.low)
+
+
+def test_seeds_are_paired_with_those_of_the_first_arm() -> None:
+    """What two trainings of one seed share is no difference between recipes."""
+    rng = np.random.default_rng(0)
+    shared = [rng.random(50) + 0.3 * seed for seed in range(2)]
+    pairs = {"a": ["a 1", "a 2"], "b": ["b 1", "b 2"]}
+    results = {f"{arm} {seed + 1}": {"n": Score("n", shared[seed] + (arm == "b"))} for arm in "ab" for seed in (0, 1)}
+    (row,) = rows_of(results, {}, pairs)
+    assert row.seeds["b"].each == pytest.approx((1, 1)) and row.p["b"] < 0.001
+    (row,) = rows_of(results, {}, {"a": ["a 1"], "b": ["b 1", "b 2"]})
+    assert row.seeds["b"].each == pytest.approx((1, 1 + float((shared[1] - shared[0]).mean())))
+
+
+def test_ratios_of_several_seeds_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    unions = rng.integers(50, 100, (40, 1, 3)).astype(np.float64)
+    base = np.concatenate([unions * 0.5, unions], axis=1)
+    better = [base + np.array([gain, 0.0])[:, None] for gain in (1.0, 1.0, 1.0)]
+    (row,) = rows_of(_results({"mIoU": [base, *better]}), {}, ARMS)
+    change = row.differences["new"]
+    assert change.value == pytest.approx(Score("", better[0]).value - 0.5)
+    assert change.high - change.low < change.value / 2  # as of one seed: all three agree on every draw
+    both = resampled([base, better[0]], None, np.random.default_rng(3))
+    for number, values in enumerate((base, better[0])):
+        assert np.array_equal(both[number], resampled([values], None, np.random.default_rng(3))[0])
+
+
+def test_without_spread_over_items_it_is_students_t() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+    means = np.repeat(values[:, None], 1000, axis=1)
+    spread = np.quantile(over_both(values, means, np.random.default_rng(0)), [0.025, 0.975])
+    wanted = over_seeds(values)
+    assert (wanted.low, wanted.high) == pytest.approx(stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values)))
+    assert spread == pytest.approx([wanted.low, wanted.high], rel=0.03)
+
+
+@pytest.mark.parametrize(("of_seeds", "of_items", "least"), [(0.03, 0.5, 93.0), (0.1, 0.5, 93.0)])
+def test_the_interval_over_both_covers_what_it_says(of_seeds: float, of_items: float, least: float) -> None:
+    """True difference 0, three seeds, 100 items, both with a spread: 95 % is kept where one kind alone does not."""
+    rng, repeats, missed = np.random.default_rng(0), 300, {"both": 0, "items": 0, "seeds": 0}
+    for _ in range(repeats):
+        seeds, items = rng.normal(0, of_seeds, (3, 1)), rng.normal(0, of_items, (1, 100))
+        drawn = seeds + items + rng.normal(0, 0.1, (3, 100))
+        counts = rng.multinomial(100, np.full(100, 0.01), size=500)
+        values, means = drawn.mean(axis=1), drawn @ counts.T / 100
+        for name, low, high in (
+            ("both", *np.quantile(over_both(values, means, rng), [0.025, 0.975])),
+            ("items", *np.quantile(means.mean(axis=0), [0.025, 0.975])),
+            ("seeds", over_seeds(values).low, over_seeds(values).high),
+        ):
+            missed[name] += not low <= 0 <= high
+    covered = {name: 100 * (1 - count / repeats) for name, count in missed.items()}
+    assert covered["both"] >= least and min(covered["items"], covered["seeds"]) < covered["both"] - 3
+
+
+def test_holm_by_hand() -> None:
+    """Steps of 0.05 / 4, / 3, ...: what comes after the first failure is not shown, however small."""
+    assert holm({"a": 0.04, "b": 0.012, "c": 0.016, "d": 0.03}) == {"b": True, "c": True, "d": False, "a": False}
+    assert holm({"a": 0.02, "b": 0.02}) == {"a": True, "b": True} and holm({}) == {}
+    assert two_sided(np.array([-1.0, 1.0, 1.0])) == 1.0 and two_sided(np.ones(999)) == 2 / 1000
+
+
+def test_one_number_is_decided_by_itself_and_the_others_by_holm() -> None:
+    """Five numbers with a p value of about 0.02 each: alone each is sure, among four others none is."""
+    rng = np.random.default_rng(0)
+    base, noise = np.zeros(50), rng.normal(0, 1, 50)
+    change = (noise - noise.mean()) / noise.std() + 2.4 / math.sqrt(50)
+    names = [f"n {number}" for number in range(5)]
+    results = {"base": {n: Score(n, base) for n in names}, "new": {n: Score(n, change) for n in names}}
+    rows = rows_of(results, {}, primary="n 3")
+    assert all(row.differences["new"].sure for row in rows)
+    assert [row.name for row in rows if row.shown["new"]] == ["n 3"]
+    lines = section(rows, ["base", "new"], "n 3").rows
+    assert [line[0] for line in lines if line[-1].endswith("*")] == ["n 3"]
+    assert verdict(rows[3], "new").startswith("shown: +33.94 [+")
+    weak = rows_of({"base": results["base"], "new": {n: Score(n, change - 0.3) for n in names}}, {}, primary="n 3")
+    assert verdict(weak[3], "new").startswith("not shown: +3.94 [-")
+    with pytest.raises(ValueError, match="--primary n 99: no such number; there are n 0, n 1"):
+        decide(rows, "n 99")
+
+
+def test_arms_of_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is behind a list counts for all of it; scales come one by one."""
+    for name in ("a.pt", "b.pt", "l,m.pt"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(arms, "parse_model", lambda text: ModelSpec(text.partition("=")[0], "visft_ds", text))
+    monkeypatch.chdir(tmp_path)
+    found = parse_arms(["base=a.pt", "s=a.pt,b.pt@0.7,c#blocks.5@0.5", "t=a.pt@0:0.5:0.25"])
+    assert [model.name for model in found[1].models] == ["a.pt#blocks.5@0.5", "b.pt@0.7", "c#blocks.5@0.5"]
+    assert [model.label for model in found[1].models] == ["s 1", "s 2", "s 3"]
+    assert [(arm.label, arm.scale, arm.sweep) for arm in found[2:]] == [
+        ("t@0", 0.0, "t"),
+        ("t@0.25", 0.25, "t"),
+        ("t@0.5", 0.5, "t"),
+    ]
+    assert [arm.models[0].name for arm in found[2:]] == ["t=a.pt@0", "t=a.pt@0.25", "t=a.pt@0.5"]
+    swept = parse_arms(["base=a.pt", "s=a.pt,b.pt@-1:0.2:0.6"])
+    assert [[model.label for model in arm.models] for arm in swept[1:]] == [
+        ["s 1@-1", "s 2@-1"],
+        ["s 1@-0.4", "s 2@-0.4"],
+        ["s 1@0.2", "s 2@0.2"],
+    ]
+    assert [arm.models[1].name for arm in swept[1:]] == ["b.pt@-1", "b.pt@-0.4", "b.pt@0.2"]
+    assert len(parse_arms(["l,m.pt"])) == len(parse_arms(["x=l,m.pt"])) == 1  # a name that exists is never cut
+    for given, message in (
+        (["a=a.pt@1:0:0.5"], "give scales as @LOW:HIGH:STEP"),
+        (["a=a.pt@0:1:0.001"], "at most 50"),
+        (["a.pt,b.pt"], "give it a name, as in NAME=a.pt,b.pt"),
+        (["x=a.pt,,b.pt"], "a model of the list is empty"),
+        (["x=a.pt", "x=b.pt"], "two models are called x"),
+        (["x=a.pt,b.pt", "x 1=b.pt"], "two models are called x 1"),
+        (["x=a.pt,b.pt", "y=a.pt,b.pt,c"], "y has 3 seeds and x, which it is compared with, 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_arms(given)
+
+
+def test_the_command_compares_seeds_and_keeps_what_was_named(world: Path, tmp_path: Path) -> None:
+    """An arm of three adapters; the record says which number was to decide, and no other is taken later."""
+    base, adapter = world / "clip.safetensors", read_adapter(world / "adapter")
+    tower = tower_of(load_encoder(parse_model(str(base)), LoadOptions("fp32")).module.backbone)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {n: v + 0.3 * torch.randn(v.shape, generator=generator) for n, v in adapter.tensors.items()}
+        save_peft_adapter(replace(adapter, tensors=tensors), tmp_path / f"adapter{seed}", tower)
+    seeds = ",".join(f"{base}+{tmp_path}/adapter{seed}" for seed in range(3))
+    command = ["--model", f"base={base}", "--model", f"seeds={seeds}", "--benchmark", f"retrieval={world}/coco"]
+    command += ["--out", str(tmp_path / "out")]
+    first, other = (f"retrieval/coco text to image R@{count}" for count in (1, 5))
+    for name, message in (("dense/x knn", "whose names begin with retrieval/coco"), (f"{first}0 ", "no such number;")):
+        assert message in _run(*command, "--primary", name)[2]
+    status, said, errors = _run(*command, "--primary", first)
+    assert (status, errors) == (0, "")
+    assert f"primary: {first}" in said and "shown: " in said and "differences by seed" in said
+    record = _record(tmp_path / "out")
+    assert record["primary"] == first and record["arms"]["seeds"] == ["seeds 1", "seeds 2", "seeds 3"]
+    (row,) = (row for row in record["rows"] if row["name"] == first)
+    assert row["differences"].keys() == row["shown"].keys() == {"seeds"} and len(row["seeds"]["seeds"]["each"]) == 3
+    assert "is named before results are seen" in _run(*command)[2]
+    assert f"whose primary number was {first}" in _run(*command, "--primary", other)[2]
+
+
+def test_a_table_without_seeds_says_nothing_of_them() -> None:
+    results = {"a": {"n": Score("n", np.ones(3))}, "b": {"n": Score("n", np.ones(3))}}
+    assert seeds_section(rows_of(results, {})) is None and intervals.DRAWS == 4000

@@ -1,0 +1,221 @@
+"""Towers that end after a block: what they compute, what they leave out, and who says where they end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.random_tower import move_adapters, relative
+from tools.merge_lora import main as merge
+from visft_ds.config import resolve
+from visft_ds.config.schema import LoraConfig, OptimizerParams
+from visft_ds.evals.model import ModelFiles, load_model
+from visft_ds.interop.adapter import adapter_of_run
+from visft_ds.interop.backbones import load_backbone, open_backbone
+from visft_ds.interop.head_file import HeadInfo
+from visft_ds.interop.heads import read_elsewhere
+from visft_ds.interop.layouts import tower_metadata, tower_of
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.peft import README, save_peft_adapter
+from visft_ds.models.backbone import Backbone
+from visft_ds.models.eva_vit import EvaViT, build_backbone
+from visft_ds.models.lora import inject_lora, lora_parameters
+from visft_ds.models.timm_backbone import TimmBackbone, build_timm
+from visft_ds.prepare.model import plan_model
+
+timm = pytest.importorskip("timm")
+SMALL: dict[str, Any] = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 56}
+#: Model of timm -> block: tokens, a list of stages, stages that are children by name, and layers behind the last stage.
+ENDS = {"test_vit": "blocks.3", "test_convnext": "stages.2", "test_resnet": "layer3", "test_efficientnet": "blocks.3"}
+# fp32, a few layers, the same operations on merged weights.
+TOLERANCE = 1e-5
+
+
+def _map_of(model: Any, features: Tensor, like: Tensor) -> Tensor:
+    """timm's features as a feature map of that size."""
+    if features.ndim == 4:
+        return features
+    return features[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, like.shape[-2:])
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_model_of_timm_ends_after_a_block(name: str) -> None:
+    """Against the whole model, stopped by a hook; and the lines that make timm's own end there."""
+    cut, whole = build_timm(name, until=ENDS[name]).eval(), build_timm(name)
+    twin = timm.create_model(name, num_classes=0).eval()
+    twin.load_state_dict({**cut.state_dict(), **cut.left_out})
+    images, given = torch.randn(1, 3, 96, 128), list[Tensor]()
+    hook = twin.get_submodule(ENDS[name]).register_forward_hook(lambda *parts: given.append(parts[-1]))
+    with torch.no_grad():
+        twin.forward_features(images)
+        hook.remove()
+        features, wanted = cut(images), given[0]
+        wanted = twin.norm(wanted) if wanted.ndim == 3 else wanted
+        assert torch.equal(features, _map_of(twin, wanted, features))
+        exec("\n".join(cut.ending()), {"model": twin, "torch": torch})
+        again = twin.forward_features(images)
+    assert torch.equal(_map_of(twin, again, features), features)
+    assert features.shape[1] == cut.width and abs(features.shape[3] - 128 / cut.patch_size) <= 1
+    kept = {key: value for key, value in whole.state_dict().items() if key in cut.state_dict()}
+    assert len(kept) < len(whole.state_dict()) and all(torch.equal(v, cut.state_dict()[k]) for k, v in kept.items())
+    cut.end_after(cut.ends()[1])  # and once more, in front of that
+    with torch.no_grad():
+        assert cut(images).shape[1] == cut.width
+    with pytest.raises(ValueError, match=r"cannot end after 'blocks.77': it has \w+"):
+        build_timm(name, until="blocks.77", device="meta")
+
+
+def test_a_tower_of_ours_ends_after_a_block() -> None:
+    cut, whole = (build_backbone("debug", **SMALL, **more).eval() for more in ({"until": "blocks.1"}, {}))
+    images = torch.randn(2, 3, 56, 70)
+    with torch.no_grad():
+        x = whole.embed(images)
+        for block in whole.blocks[:2]:
+            x = block(x)
+        assert torch.equal(cut.tokens(images), whole.norm(x))
+    assert cut.depth == 2 and sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+    with pytest.raises(ValueError, match=r"cannot end after 'blocks.3': it has blocks.0 to blocks.2"):
+        build_backbone("debug", **SMALL, until="blocks.3")
+
+
+def _clip_file(folder: Path) -> Path:
+    """A whole CLIP under EVA-CLIP's names."""
+    tower = build_backbone("debug", **SMALL, class_token=True, seed=3)
+    tensors = {f"visual.{key}": value.detach() for key, value in tower.named_parameters()}
+    tensors |= {"visual.head.weight": torch.randn(8, 32), "visual.head.bias": torch.randn(8)}
+    tensors |= {"text.ln_final.weight": torch.randn(8), "logit_scale": torch.ones(())}
+    save_file(tensors, folder / "base.safetensors", tower_metadata(tower))
+    return folder / "base.safetensors"
+
+
+def _timm_file(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    whole = timm.create_model(name, num_classes=7)
+    save_file({key: value.contiguous() for key, value in whole.state_dict().items()}, folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def _adapted(backbone: Backbone, base: Path, targets: tuple[str, ...], folder: Path) -> Path:
+    """A backbone with the weights of a base and a moved adapter, which is written. Returns its folder."""
+    if isinstance(backbone, EvaViT):
+        load_backbone(backbone, base)
+    else:
+        opened = open_backbone(backbone, base)
+        assert "left out" in opened.summary
+        values = {key: opened.read(key, torch.float32) for key, _ in backbone.named_parameters()}
+        backbone.load_state_dict({**values, **opened.buffers()})
+    inject_lora(backbone, rank=2, alpha=2.0, targets=targets)
+    move_adapters(backbone, spread=0.2)
+    tensors = {key: value.detach().clone() for key, value in lora_parameters(backbone).items()}
+    adapter = adapter_of_run(LoraConfig(rank=2, alpha=2.0, targets=targets), tensors, backbone, "model")
+    tower = tower_of(backbone) if isinstance(backbone, EvaViT) else None
+    return save_peft_adapter(adapter, folder / "adapter", tower)
+
+
+def _features(files: ModelFiles, images: Tensor) -> Tensor:
+    model = load_model(files, (), precision="fp32", device=torch.device("cpu"))
+    with torch.no_grad():
+        features: Tensor = model.module.backbone(images)
+    return features
+
+
+@pytest.mark.parametrize(
+    "name", ["test_efficientnet", "eva", *(pytest.param(n, marks=pytest.mark.slow) for n in list(ENDS)[:3])]
+)
+def test_merged_weights_are_whole_and_say_where_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The base is whole, the adapter of a cut tower; base + adapter, the merged folder and timm give the same."""
+    ours: Backbone
+    if name == "eva":
+        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, until="blocks.1").eval()
+    else:
+        base, ours = _timm_file(name, tmp_path), build_timm(name, until=ENDS[name]).eval()
+    targets = {"test_vit": ("q", "v"), "eva": ("q", "v"), "test_resnet": ("layer3.*.conv2",)}
+    folder = _adapted(ours, base, targets.get(name, (f"{ENDS.get(name)}.*",)), tmp_path)
+    images, out = torch.randn(1, 3, 64, 96), tmp_path / "merged"
+    with torch.no_grad():
+        wanted = ours(images)
+    known = None if name == "eva" else (name, None)
+    assert torch.equal(_features(ModelFiles(base, tmp_path, folder, {}, known), images), wanted)
+    assert merge(["--base", str(base), "--adapter", str(folder), "--out", str(out), "--verify"]) == 0
+    merged = ModelFiles(out / "model.safetensors", out, None, {})
+    assert relative(_features(merged, images), wanted) < TOLERANCE
+    card = (out / README).read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, README, "exec"), names)
+    model = names["model"].eval()
+    with torch.no_grad():
+        if name == "eva":
+            assert "indices=[1], norm=True" in card and len(model.blocks) == 3
+            square = torch.randn(1, 3, 56, 56)
+            plain = build_backbone("debug", **SMALL, class_token=True, until="blocks.1").eval()
+            load_backbone(plain, out / "model.safetensors")
+            (got,) = model.forward_intermediates(square, indices=[1], norm=True, intermediates_only=True)
+            assert relative(got, plain(square)) < TOLERANCE
+        else:
+            got = _map_of(model, model.forward_features(images), wanted)
+            assert relative(got, wanted) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "eva"])
+def test_the_readme_of_an_adapter_ends_timms_model_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("peft")
+    ours: Backbone
+    if name == "eva":
+        base, ours = _clip_file(tmp_path), build_backbone("debug", **SMALL, class_token=True, until="blocks.1").eval()
+    else:
+        base, ours = _timm_file(name, tmp_path), build_timm(name, until=ENDS[name]).eval()
+    folder = _adapted(ours, base, ("q", "v") if name != "test_efficientnet" else ("blocks.[23].*.conv_pw*",), tmp_path)
+    assert merge(["--base", str(base), "--out", str(folder / "base.safetensors")]) == 0 if name == "eva" else True
+    if name != "eva":
+        (folder / "base.safetensors").write_bytes(base.read_bytes())
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / README).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, README, "exec"), names)
+    images = torch.randn(1, 3, ours.image_size, ours.image_size)
+    model = names["model"].base_model.model
+    with torch.no_grad():
+        wanted, got = ours(images), model.forward_features(images)
+    assert relative(_map_of(model, got, wanted), wanted) < TOLERANCE
+
+
+def test_an_adapter_knows_where_its_tower_ended(tmp_path: Path) -> None:
+    cut = build_backbone("debug", **SMALL, until="blocks.1")
+    adapter = read_adapter(_adapted(cut, _clip_file(tmp_path), ("q", "v"), tmp_path))
+    assert adapter.until == "blocks.1" and adapter.depth == 2
+    with pytest.raises(ValueError, match=r"ends after blocks.1, this one is whole"):
+        adapter.install(build_backbone("debug", **SMALL))
+
+
+def test_heads_are_refused_that_learnt_to_read_another_block() -> None:
+    """Width and base weights are the same, so that nothing else would show it."""
+    told = HeadInfo("detection", 32, {}, [], {"until": "blocks.1"})
+    assert read_elsewhere(told, "blocks.1") is None
+    assert "learnt to read blocks.1" in (read_elsewhere(told, None) or "")
+    assert "learnt to read the last block" in (read_elsewhere(HeadInfo("detection", 32, {}, [], {}), "blocks.1") or "")
+
+
+def test_heads_and_adapters_fit_the_block_of_the_configuration() -> None:
+    settings = ("visft.model.preset=timm:tf_efficientnet_lite0", "visft.model.until=blocks.5")
+    targets = 'visft.lora.targets=["blocks.[45].*.conv_pw", "blocks.[45].*.conv_pwl"]'
+    for stage, more in ((1, ()), (2, (targets,))):
+        config = resolve(stage=stage, model="debug_convnext", settings=(*settings, *more))
+        module, groups = plan_model(config.visft, OptimizerParams(lr=1.0, weight_decay=0.0))
+        backbone = module.backbone
+        assert isinstance(backbone, TimmBackbone) and (backbone.width, backbone.patch_size) == (192, 32)
+        assert not any("blocks.6" in name or "conv_head" in name for name, _ in backbone.named_parameters())
+    names = {name for group in groups for name in group.names if name.endswith("lora_A")}
+    assert len(names) == 14 and all(".conv_pw" in name for name in names)

