@@ -18,10 +18,12 @@ import torch.distributed
 
 from tests.freeze.stored import FOLDER
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
+from tests.run.test_validation import Ended
 from tests.tiny import TINY
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
+from visft_ds.run import async_eval
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 
@@ -104,6 +106,12 @@ def _as_it_was() -> Any:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     distributed._kept_open = False
+
+
+@pytest.fixture(autouse=True)
+def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions are measured in this process: another one takes seconds to start."""
+    monkeypatch.setattr(async_eval, "_spawn", lambda place, shards, log: Ended(async_eval.main(place, shards)))
 
 
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
