@@ -23,7 +23,6 @@ from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.resilience.watchdog import Watchdog, watch
-from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
@@ -36,7 +35,7 @@ from visft_ds.run.machine import (
     settle_recompute,
 )
 from visft_ds.run.record import keep_random_base, write_record
-from visft_ds.run.start import identity_of, open_start
+from visft_ds.run.start import identity_of, open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, validation_of
@@ -100,8 +99,7 @@ def train(
     machine = check_machine(config, data.vocabulary_size)
     batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, batches)
-    open_run_folder(out, config, resume)
-    start_from = open_start(config.visft, data)
+    start_from = open_run(config, resume, data)
 
     # 4: from here on all ranks act together.
     start_process_group()

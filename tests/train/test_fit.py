@@ -109,10 +109,10 @@ def _as_it_was() -> Any:
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     environment, told, alive = dict(os.environ), Told(), models_alive()
-    heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": 2})
+    heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": STEPS})
     assert heads.finished and heads.step == STEPS and (heads.export / "detection.safetensors").is_file()
     assert told.steps == [1, 2, 3] and told.saves == [(2, True), (3, True)]
-    assert [step for step, _ in told.evaluations] == [2, 3] and "box/AP" in told.evaluations[0][1]
+    assert [step for step, _ in told.evaluations] == [STEPS] and "box/AP" in told.evaluations[0][1]
     recorded = list(read_metrics(heads.out / "metrics.jsonl"))
     losses = [record["loss/loss"] for record in recorded if "loss/loss" in record]
     assert heads.metrics["loss/loss"] == losses[-1] and "val/box/AP" in heads.metrics

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visft_ds.checkpoint.format import Checkpoint, newest_checkpoint, open_checkpoint
+from visft_ds.config import ResolvedConfig
 from visft_ds.config.preflight import INPUTS_FOLDER, run_of
 from visft_ds.config.records import read_record
 from visft_ds.config.schema import LoraConfig, VisftConfig
@@ -24,19 +25,21 @@ from visft_ds.prepare.data import RunData
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.places import CATEGORIES_FILE
 from visft_ds.prepare.start import Start
-from visft_ds.run.folder import newest_step, recorded_config
+from visft_ds.run.folder import newest_step, open_run_folder, recorded_config
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.classes import ids_of_classes
 
 _OTHER = "--heads remap keeps the classes of the same name and draws the others, --heads reset draws the heads"
 
 
-def open_start(config: VisftConfig, data: RunData) -> Start | None:
-    """Values that a run begins with; None for one that goes on, or begins with drawn ones.
+def open_run(resolved: ResolvedConfig, resume: str, data: RunData) -> Start | None:
+    """Open a run's folder, and the values that it begins with; None for one that goes on, or begins with drawn ones.
 
     Raises:
-        ValueError: nothing to start from; a run of other categories, words or adapters.
+        ValueError: as `open_run_folder`; nothing to start from; a run of other categories, words or adapters.
     """
+    config = resolved.visft
+    open_run_folder(Path(config.run.out or ""), resolved, resume)
     if config.start is None or newest_step(Path(config.run.out or "")):
         return None
     place = Path(config.start.path)
