@@ -36,15 +36,20 @@ from visft_ds.prepare.places import (
     paths_of,
     with_paths,
 )
+from visft_ds.prepare.start import Start
 from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.run.start import record_of
 
 
-def write_record(config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str]) -> None:
+def write_record(
+    config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str], start: Start | None
+) -> None:
     """Write RUN/inputs, then RUN/run.json, with paths as they were given. Main process only.
 
     Args:
         config: with paths at which its inputs lie now.
         base_sha256: hash of the base file.
+        start: what the run begins with, of one that does.
 
     Raises:
         OSError: a full disk, a read-only folder.
@@ -55,7 +60,7 @@ def write_record(config: ResolvedConfig, data: RunData, base_sha256: str, comman
     inputs = _places(run, config.visft, data.sets, base_sha256)
     with explained("the record of the run", run, "Nothing else was changed"):
         recorded = with_paths(config, data.given).to_dict()
-        RunRecord(recorded, distributed.world_size(), list(command), inputs).write(run)
+        RunRecord(recorded, distributed.world_size(), list(command), inputs, record_of(start, run)).write(run)
 
 
 def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:

@@ -213,7 +213,8 @@ def _write(
     paid = of_name[next(iter(mean), price[0])] if price else None
     points = points_of(arms, gain, paid) if gain and paid else []
     found = knees(points)
-    pictures = _pictures(out, benchmarks, results, given.images)
+    seen = {of[0]: results[of[0]] for of in members.values()}
+    pictures = _pictures(out, benchmarks, seen, given.images)
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
