@@ -25,7 +25,7 @@ help:
 	@echo "make test-slow          slow tests for MINUTES=30, in an order that the commit decides"
 	@echo "make test-cluster       a real SLURM, pdsh over ssh and torchrun on two hosts in namespaces; says what is missing for it"
 	@echo "make fuzz               INPUTS=50000 damaged files for every reader: a right result or a clear error, nothing else"
-	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 15 GiB free, from random weights to a merged tower"
+	@echo "make full-size          all 64 blocks of EVA-ViT-E on a CPU with 18 GiB free, from random weights to a merged tower"
 	@echo "make reach              size of the code and how far it is to the first loss, beside tests/house.json"
 	@echo "make gpu                is a GPU right, is it fast? GPUS=N: are N of them? DEVICE=cpu tries it out, OUT=FILE keeps the rows"
 	@echo "make golden             write the golden losses again (after a deliberate change of maths)"

@@ -96,6 +96,8 @@ setup(
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.20"],
         "dev": [
             OPEN_CLIP,
             SKLEARN,

@@ -157,8 +157,9 @@ def train(
 
         # 10: train, then export.
         run = Run(config, data, machine, loader, engine, state, validation, stop, watchdog)
-        every = config.visft.run.log_every
-        with open_log(out, start, config.total_steps, log_every=every, callbacks=callbacks) as log, state:
+        kept = features is not None
+        opened = open_log(config, engine, start, precision=precision, keeps_features=kept, callbacks=callbacks)
+        with opened as log, state:
             with met_by_one_rank():  # a damaged sample is seen by who reads it
                 try:
                     step, complete = _loop(run, start, log)
@@ -230,7 +231,7 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
 
         now = time.perf_counter()
         tasks = list(engine.module.heads)
-        log.step(step_plan, report, run.loader, tasks=tasks, seconds=now - began, device=engine.device)
+        log.step(step_plan, report, batches, run.loader, tasks=tasks, seconds=now - began, device=engine.device)
         if step == total_steps or agreement.stop or step % settings.save_every == 0:
             begin(f"step {step}: saving")
             state.save(step)

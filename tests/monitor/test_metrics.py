@@ -34,6 +34,19 @@ def test_records_are_on_disk_before_the_writer_is_closed(tmp_path: Path) -> None
     assert first["time"] <= second["time"]
 
 
+def test_settings_stand_in_tensorboard(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.settings(0, {"visft": {"seed": 7}}, {"visft.seed": 7, "visft.lora.targets": ["q", "v"]})
+    read = tensorboard(tmp_path)
+    (text,) = (event.tensor_proto.string_val[0].decode() for event in read.Tensors("configuration"))
+    assert json.loads(text) == {"visft": {"seed": 7}} and text.startswith("    {")
+    from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
+
+    content = read.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    found = parse_session_start_info_plugin_data(content).hparams
+    assert found["visft.seed"].number_value == 7 and found["visft.lora.targets"].string_value == "['q', 'v']"
+
+
 def test_a_diverged_loss_stays_valid_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.step(1, {"loss": math.nan, "norm": math.inf})

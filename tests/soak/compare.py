@@ -14,7 +14,7 @@ from visft_ds.monitor.metrics import METRICS_FILE, read_metrics
 from visft_ds.run.lock import locked
 
 #: What may differ between two records of a step: times, and what the loader did since its start.
-_OF_THE_MOMENT = ("time", "images_per_second", "data_wait_seconds", "data_seconds/")
+_OF_THE_MOMENT = ("time", "images_per_second", "memory/", "data_wait_seconds", "data_seconds/")
 
 
 def differences(reference: Path, run: Path, total_steps: int) -> list[str]:

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from visft_ds import program
 from visft_ds.config.layers import AnyPath
@@ -44,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
+    add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
+    add("--trace", metavar="FIRST:LAST", help="trace these steps for Perfetto, into the run folder (visft.run.trace)")
     add("--resume", default="auto", metavar="{auto,must,no}", help="auto: from the newest checkpoint, if there is one")
     add("--dry-run", action="store_true", help="print the plan and what is missing (exit code 3), start nothing")
     add("--json", action="store_true", help="with --dry-run: print only the resolved configuration, as JSON")
@@ -97,7 +100,7 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags=folder_flags(arguments.data, arguments.out),
+        flags=folder_flags(arguments.data, arguments.out) | _run_flags(arguments.track, arguments.trace),
     )
     arguments.stage = config.visft.stage
     return arguments, config
@@ -107,6 +110,19 @@ def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[s
     """Flag -> (dotted key, value) of the folders that were given, as `resolve` takes them."""
     given = {"--data": ("visft.data.root", data), "--out": ("visft.run.out", out)}
     return {flag: (key, os.fspath(value)) for flag, (key, value) in given.items() if value is not None}
+
+
+def _run_flags(track: str | None, trace: str | None) -> dict[str, tuple[str, Any]]:
+    """Flag -> (dotted key, value) of what follows a run."""
+    given = dict[str, tuple[str, Any]]()
+    if track is not None:
+        given["--track"] = ("visft.run.track", track)
+    if trace is not None:
+        first, _, last = trace.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(f"--trace {trace}: give the first and the last step, such as 20:25")
+        given["--trace"] = ("visft.run.trace", [int(first), int(last)])
+    return given
 
 
 def check_resume(how: str) -> None:

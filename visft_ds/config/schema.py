@@ -204,6 +204,8 @@ class RunConfig(StrictModel):
     eval_limit: Positive | None = None  #: images; null: all
     pictures: Count = 4  #: validation images that TensorBoard shows at the start and at every evaluation
     log_every: Positive = 20
+    track: Literal["wandb", "mlflow"] | None = None  #: gets the numbers and settings, too (`--track`); null: none
+    trace: tuple[Positive, Positive] | None = None  #: first and last step that torch.profiler traces (`--trace 20:25`)
     deterministic: bool = False  #: on GPUs, refuse operators whose results differ each time, see docs/kernels.md
     rehearsal: bool = True  #: try the largest shapes of every task before the first step: out of memory comes at once
     skip_bad_steps: Count = 0  #: steps in a row whose loss or gradient is no number, before the run stops; no update

@@ -246,6 +246,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
             f"visft.run.save_every = {run.save_every}",
         )
+    if run.trace is not None and run.trace[0] > run.trace[1]:
+        yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
     if run.keep_every % run.save_every:
         yield "visft.run.keep_every", f"must be a multiple of visft.run.save_every = {run.save_every}"
 

@@ -6,7 +6,7 @@ import html
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ WIDE = 4.0
 MOST_POINTS = 1000
 
 INK, PALE, UP, DOWN = "#25272a", "#55585c", "#1d7a33", "#b3261e"
+_CURVES = (UP, "#2456a6", "#b06a00", "#7a3e9d")
 #: What matplotlib's own style is changed by; a matplotlibrc of the user counts for nothing.
 _STYLE = {
     "svg.hashsalt": "visft_ds",  # ids are random without it
@@ -163,3 +164,40 @@ def interval_chart(bars: Sequence[Bar], *, title: str, x_label: str, width: int 
             axes.text(1.01, row, f"{bar.value:+.2f}", transform=axes.get_yaxis_transform(), va="center")
 
     return svg(draw, title=title, width=width, height=66 + 20 * len(bars))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Point of a chart that has an interval both ways."""
+
+    name: str
+    x: Bar
+    y: Bar
+    marked: bool  #: gets a ring
+
+
+def price_chart(
+    curves: Mapping[str, Sequence[Spot]], *, title: str, x_label: str, y_label: str, width: int = 560, height: int = 360
+) -> str:
+    """An `<svg>` element with a line through the named points of each curve, and their intervals as thin crosses."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(title, weight="bold")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid()
+        axes.axhline(0, color="#9a9da1", lw=1)
+        axes.axvline(0, color="#9a9da1", lw=1)
+        for number, (name, spots) in enumerate(curves.items()):
+            colour = _CURVES[number % len(_CURVES)]
+            axes.plot([s.x.value for s in spots], [s.y.value for s in spots], "o-", color=colour, ms=4, label=name)
+            for spot in spots:
+                axes.plot((spot.x.low, spot.x.high), (spot.y.value,) * 2, color=colour, lw=1, alpha=0.35)
+                axes.plot((spot.x.value,) * 2, (spot.y.low, spot.y.high), color=colour, lw=1, alpha=0.35)
+                place = (spot.x.value, spot.y.value)
+                axes.annotate(spot.name, place, (5, -11), textcoords="offset points", fontsize=8)
+                if spot.marked:
+                    axes.plot(*place, "o", ms=11, mfc="none", mec=INK)
+        axes.legend(frameon=False)
+
+    return svg(draw, title=title, width=width, height=height)

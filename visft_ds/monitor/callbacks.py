@@ -17,9 +17,12 @@ class Callback(Protocol):
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """Follow an optimiser step, whose numbers are in metrics.jsonl now. `step` counts from 1."""
+        return
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Follow the numbers of the evaluation after `step`; they are measured beside the training and come later."""
+        return
 
     def on_save(self, step: int, folder: Path) -> None:
         """Called for a checkpoint that is completely on disk; later ones may replace it."""
+        return

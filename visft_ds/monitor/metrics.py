@@ -95,6 +95,23 @@ class MetricsWriter:
         if self._events is not None:
             self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, "image": _encode(image)}]))
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """A text for TensorBoard, which reads it as Markdown."""
+        if self._events is not None:
+            self._attempt("TensorBoard", lambda: self._add_summary(step, [{"tag": tag, **_text_fields(text)}]))
+
+    def settings(self, step: int, config: Mapping[str, Any], hyper_parameters: Mapping[str, Any]) -> None:
+        """For TensorBoard the configuration of a start after `step` as a text, and flat values for its table of runs.
+
+        Args:
+            config: without secrets.
+            hyper_parameters: dotted key -> JSON value.
+        """
+        indented = "".join(f"    {line}\n" for line in json.dumps(config, indent=2).splitlines())  # Markdown's own code
+        self.text(step, "configuration", indented)
+        if self._events is not None:
+            self._attempt("TensorBoard", lambda: self._add_hyper_parameters(hyper_parameters))
+
     def close(self) -> None:
         """Flush and close; calling it again does nothing."""
         if self._events is not None:
@@ -156,6 +173,13 @@ class MetricsWriter:
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value) for value in values])
         self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
+    def _add_hyper_parameters(self, values: Mapping[str, Any]) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        flat = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in values.items()}
+        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=0, summary=hparams_pb(flat)))
+
 
 def _json_value(value: Any) -> Any:
     """NaN and infinity as texts, since JSON has no such numbers and a diverged loss must stay visible."""
@@ -174,6 +198,16 @@ def _encode(image: npt.NDArray[np.uint8]) -> dict[str, Any]:
         "colorspace": image.shape[2],
         "encoded_image_string": buffer.getvalue(),
     }
+
+
+def _text_fields(text: str) -> dict[str, Any]:
+    """Fields of TensorBoard's Summary.Value for its text plugin."""
+    from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+
+    plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+    one = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text.encode()], tensor_shape=one)
+    return {"metadata": summary_pb2.SummaryMetadata(plugin_data=plugin), "tensor": tensor}
 
 
 class NumbersLine(StrictModel):

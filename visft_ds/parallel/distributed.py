@@ -120,7 +120,7 @@ def mean_losses(losses: Mapping[str, Tensor], slots: int, group: dist.ProcessGro
     if dist.is_initialized():
         dist.all_reduce(vector, group=group)
         count = dist.get_world_size(group)
-    means = dict(zip(keys, (vector / count).cpu().tolist(), strict=False))
+    means = dict(zip(keys, (vector / count).cpu().tolist()[: len(keys)], strict=True))
     return means if math.isfinite(means["loss"]) else {"loss": means["loss"]}
 
 

@@ -38,7 +38,7 @@ CALL_SECONDS = 5e-6
 #: Seconds of the host for an operator (Python, autograd, dispatch), and beside its operators for a block that is
 #: computed again; measured (docs/LOG.md). Where the attention's result is kept, torch looks at each operator in Python.
 HOST_SECONDS = 19e-6
-CHECKPOINT_SECONDS = {"block": 1.0e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
+CHECKPOINT_SECONDS = {"block": 0.4e-3, "mlp": 0.75e-3, "all_but_attention": 2.9e-3}
 #: Bytes that AdamW moves for a value: reads it, its gradient and both moments, writes three of them; and the norm.
 _UPDATE_BYTES = 32
 
@@ -177,9 +177,9 @@ def _find(name: str, text: str) -> Gpu:
     if close:
         raise ValueError(f"--cluster {text}: which one? There are {', '.join(gpu.name for gpu in close)}")
     near = difflib.get_close_matches(wanted, [key.upper() for key in GPUS], n=1, cutoff=0.4)
-    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}?" if near else ""
+    hint = f"; did you mean {next(key for key in GPUS if key.upper() == near[0])}" if near else ""
     raise ValueError(
-        f"--cluster {text}: {name} is not known{hint} There are {', '.join(GPUS)}; describe another one in a JSON file"
+        f"--cluster {text}: {name} is not known{hint}. There are {', '.join(GPUS)}; describe another one in a JSON file"
     )
 
 

@@ -225,16 +225,17 @@ def peft(device: str, folder: Path, gpus: int) -> Iterator[Row]:
 def link(device: str, folder: Path, gpus: int) -> Iterator[Row]:
     """Several GPUs: the bandwidth of their link, and the speed of a step beside one GPU's."""
     settings = step_settings(device)
-    found = command(device, folder, "profile comm", *settings, "--repeats", "5", gpus=gpus)
+    images, steps, repeats = (8, ("3", "--warmup", "2"), "5") if device == "cuda" else (1, ("2", "--warmup", "1"), "2")
+    found = command(device, folder, "profile comm", *settings, "--repeats", repeats, gpus=gpus)
     calls = [call for call in found["calls"] if not call["call"].startswith("copy")]  # in one GPU's own memory
     best = max(calls, key=lambda call: float(call["busbw"]))
     yield row(f"{gpus} GPUs, {best['call']} of {best['bytes'] / 2**20:.3g} MiB", best["busbw"] / 1e9, "GB/s of the bus")
     # The same images at once on each GPU: what more GPUs are worth.
     speeds = []
     for count in (1, gpus):
-        batches = [f"--set=visft.tasks.{task}.batch_size={8 * count}" for task in TASKS]
+        batches = [f"--set=visft.tasks.{task}.batch_size={images * count}" for task in TASKS]
         batches += [f"--set=visft.tasks.{task}.micro_batch=1" for task in TASKS]
-        words = (*settings, *batches, "--synthetic", "--steps", "3", "--warmup", "2")
+        words = (*settings, *batches, "--synthetic", "--steps", *steps)
         tasks = command(device, folder, "profile train", *words, gpus=count)["tasks"]
         slowest = {task: of["ranks"][of["slowest_rank"]] for task, of in tasks.items()}
         speeds.append({task: of["images_per_second"]["median"] for task, of in slowest.items()})

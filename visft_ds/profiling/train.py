@@ -18,13 +18,11 @@ import torch
 from visft_ds.config import ResolvedConfig
 from visft_ds.config.task_schema import SHARED
 from visft_ds.costs.counting import FlopMeter
-from visft_ds.costs.flops import Flops, packed_flops, tower_flops, tower_from
+from visft_ds.costs.flops import Flops
 from visft_ds.costs.hardware import DTYPES, reference_rate
 from visft_ds.costs.ledger import KINDS, TRANSIENT, Ledger
-from visft_ds.data.samples import Batch
-from visft_ds.models.eva_vit import EvaViT
 from visft_ds.monitor.console import Section
-from visft_ds.ops.attention import attention_backend, plain_below
+from visft_ds.ops.attention import attention_backend
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import StepReport
 from visft_ds.prepare.model import stage_of
@@ -47,7 +45,7 @@ from visft_ds.profiling.timing import (
 )
 from visft_ds.resilience.errors import RankError
 from visft_ds.resilience.host_memory import peak_memory
-from visft_ds.tasks import TASKS
+from visft_ds.run.operations import StepFormula, formula_of
 
 FORMAT, VERSION = "visft_ds profile", 1
 _MIB = 2**20
@@ -99,7 +97,7 @@ def measure_stream(session: Session, stream: str, count: int, warmup: int) -> di
         reports.append(make_step(session, step_plan.step, batches))
         synchronize(device)
         step = divide(time.perf_counter() - began, wait, watch.seconds() if watch else {})
-        return step, formula_of(session, batches).total
+        return step, formula_of(session.engine, session.config, session.precision, batches).total
 
     with out_of_memory_explained(stream, micro):
         for _ in range(warmup):
@@ -139,7 +137,7 @@ def measure_stream(session: Session, stream: str, count: int, warmup: int) -> di
             content["objects"] = max(content.get("objects", 0), float(targets.counts.float().mean()))
         if hasattr(targets, "tokens"):
             content["caption_ids"] = max(content.get("caption_ids", 0), targets.tokens.shape[1])
-    formula = formula_of(session, batches)
+    formula = formula_of(session.engine, session.config, session.precision, batches)
     known, seconds = [count for count in flops if count is not None], [step.seconds for step in plain]
     # Operations a second: "model" leaves out what activation checkpointing computes again, "hardware" includes it.
     model, hardware = None, meter.total / statistics.median(seconds)  # of a head without a formula the count stands
@@ -171,7 +169,7 @@ def measure_stream(session: Session, stream: str, count: int, warmup: int) -> di
         "memory_bytes": {"at_peak": ledger.at_peak, "highest": ledger.highest, "process_peak": peak},
         "flops": {
             "counted": {**meter.parts, "total": meter.total},
-            "formula": formula.by_part(),
+            "formula": _by_part(formula),
             "ratio": meter.total / formula.total.all if formula.total else None,
             "model_per_second": model,
             "hardware_per_second": hardware,
@@ -217,73 +215,16 @@ def out_of_memory_explained(stream: str, micro: int) -> Iterator[None]:
         ) from error
 
 
-# ---------------------------------------------------------------------------------------- the closed formulas
-
-
-@dataclass(frozen=True)
-class StepFormula:
-    """Operations of this rank's part of a step."""
-
-    backbone: Flops | None  #: None: there is no formula, as for models of timm
-    head: Flops | None  #: None: a head of the step has no formula
-
-    @property
-    def total(self) -> Flops | None:
-        """Both together, where both are known."""
-        return None if self.head is None or self.backbone is None else self.backbone + self.head
-
-    def by_part(self) -> dict[str, int | None]:
-        """Under the names of the parts of a step; "recomputed" is a part of the backward pass."""
-        total = self.total
-        return {
-            BACKBONE: self.backbone.forward if self.backbone else None,
-            HEAD: self.head.forward if self.head else None,
-            BACKWARD: total.backward + total.recompute if total else None,
-            "recomputed": self.backbone.recompute if self.backbone else None,
-            "total": total.all if total else None,
-        }
-
-
-def formula_of(session: Session, batches: Sequence[Batch]) -> StepFormula:
-    """Operations of the micro-batches by formula, from the shapes of their images."""
-    module, config, engine = session.engine.module, session.config.visft, session.engine
-    if not isinstance(module.backbone, EvaViT):
-        return StepFormula(None, None)
-    trained = (name for name, parameter in module.backbone.named_parameters() if parameter.requires_grad)
-    keeps_late = session.config.deepspeed["zero_optimization"].get("memory_efficient_linear", True)
-    tower = tower_from(
-        module.backbone,
-        config.lora if config.stage == 2 else None,
-        trained if module.train_backbone else (),
-        plain_attention_below=plain_below(engine.device, DTYPES[session.precision]),
-        linear_keeps_late=engine.stage == 3 and bool(keeps_late),
-    )
-    first = module.backbone.cls_token is not None
-    in_backbone, in_heads, known = Flops(), Flops(), True
-    for batch in batches:
-        images, (height, width) = len(batch.images), module.backbone.grid(batch.images)
-        patches, frames = height * width, module.frames(batch)
-        if frames is None:
-            in_backbone += tower_flops(tower, images, patches + first, patches)
-        else:
-            in_backbone += packed_flops(tower, [first + h * w for h, w in frames.grids], images * patches)
-        for task in batch.tasks:
-            head = module.heads[task]
-            trains = {parameter.requires_grad for parameter in head.parameters()}
-            formula = TASKS[task].flops
-            if formula is None or len(trains) > 1:  # of a head that trains in part only the counter knows
-                known = False
-                continue
-            options = config.tasks.enabled()[task].head.model_dump()
-            in_heads += formula(
-                options if head.training else {**options, "dropout": 0.0},
-                module.backbone.width,
-                images,
-                patches,
-                trains=trains == {True},
-                flows=module.train_backbone,
-            )
-    return StepFormula(in_backbone, in_heads if known else None)
+def _by_part(formula: StepFormula) -> dict[str, int | None]:
+    """Under the names of the parts of a step; "recomputed" is a part of the backward pass."""
+    total = formula.total
+    return {
+        BACKBONE: formula.backbone.forward if formula.backbone else None,
+        HEAD: formula.head.forward if formula.head else None,
+        BACKWARD: total.backward + total.recompute if total else None,
+        "recomputed": formula.backbone.recompute if formula.backbone else None,
+        "total": total.all if total else None,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ record

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from visft_ds.config import ResolvedConfig
+from visft_ds.config.schema import Precision
+from visft_ds.config.task_schema import SHARED
 from visft_ds.data.batches import Skipped
 from visft_ds.data.plan import StepPlan
+from visft_ds.data.samples import Batch
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter
+from visft_ds.monitor.trace import traced
+from visft_ds.monitor.track import Tracker
 from visft_ds.parallel import distributed
-from visft_ds.parallel.engine import StepReport
+from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.prepare.data import Loader
+from visft_ds.redaction import redacted_values
 from visft_ds.resilience.guard import is_finite
 from visft_ds.resilience.host_memory import peak_memory
+from visft_ds.run.operations import SecondsAtPeak, seconds_at_peak
 
 
 @dataclass
@@ -28,6 +36,8 @@ class RunLog:
 
     writer: MetricsWriter
     progress: Progress
+    trace: Callable[[], None] = lambda: None  #: called at the end of each step
+    at_peak: SecondsAtPeak | None = None  #: for the MFU, where it can be told
     _reported: list[Skipped] = field(default_factory=list)
 
     def message(self, text: str) -> None:
@@ -38,6 +48,7 @@ class RunLog:
         self,
         step_plan: StepPlan,
         report: StepReport,
+        batches: Sequence[Batch],
         loader: Loader,
         *,
         tasks: Sequence[str],
@@ -47,11 +58,13 @@ class RunLog:
         """Record a finished step, and samples that were replaced in it.
 
         Args:
-            tasks: whose losses the console shows.
+            batches: of this rank.
+            tasks: of the run; whose losses the console shows.
             seconds: since the step before.
         """
         self._report_skipped(loader)
-        step, images = step_plan.step + 1, len(step_plan.indices)
+        step, images, memory = step_plan.step + 1, len(step_plan.indices), peak_memory(device)
+        at_peak = self.at_peak(batches) if self.at_peak else None
         self.progress.update(
             StepLine(
                 step=step,
@@ -61,7 +74,7 @@ class RunLog:
                 images=images,
                 seconds=seconds,
                 wait_seconds=loader.wait_seconds,
-                peak_memory=peak_memory(device),
+                peak_memory=memory,
             )
         )
         values = {f"loss/{name}": value for name, value in report.losses.items()}
@@ -71,6 +84,9 @@ class RunLog:
         values |= {
             "gradient_norm": report.gradient_norm,
             "images_per_second": images / seconds,
+            # Tasks that share a step share its images.
+            **{f"images_per_second/{task}": images / seconds for task in tasks if step_plan.task in (task, SHARED)},
+            "memory/peak_gib": memory / 2**30,
             "data_wait_seconds": loader.wait_seconds,
             "data_skipped": float(len(loader.skipped)),
             **{f"data_seconds/{name}": spent.wall for name, spent in loader.spent().items()},
@@ -78,7 +94,10 @@ class RunLog:
             "refused": float(bool(report.refused)),
             "not_finite": float(not is_finite(report)),
         }
+        if at_peak is not None:
+            values["mfu"] = at_peak / seconds
         self.writer.step(step, values)
+        self.trace()
 
     def _report_skipped(self, loader: Loader) -> None:
         for skipped in loader.skipped[len(self._reported) :]:
@@ -95,17 +114,30 @@ class RunLog:
 
 @contextmanager
 def open_log(
-    out: Path, start: int, total_steps: int, *, log_every: int, callbacks: Sequence[Callback]
+    config: ResolvedConfig,
+    engine: Engine,
+    start: int,
+    *,
+    precision: Precision,
+    keeps_features: bool,
+    callbacks: Sequence[Callback],
 ) -> Iterator[RunLog]:
-    """The log of a run in `out` that goes on after `start` of its steps.
+    """The log of a run that goes on after `start` of its steps.
 
     Args:
-        log_every: lines that stay on the console, in steps.
+        precision: of the run; `keeps_features`: the backbone is not run, so its operations are none of a step's.
         callbacks: listeners to what is recorded.
     """
-    main = distributed.is_main()
-    with (
-        Progress(total_steps, start=start, log_every=log_every, enabled=main) as progress,
-        MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks) as writer,
-    ):
-        yield RunLog(writer, progress)
+    main, run = distributed.is_main(), config.visft.run
+    out = Path(run.out or "")
+    with ExitStack() as stack:
+        hyper_parameters = redacted_values(config.identity())
+        if main and run.track is not None:
+            tracker = Tracker(run.track, out, hyper_parameters)
+            stack.callback(tracker.close)
+            callbacks = [*callbacks, tracker]
+        progress = stack.enter_context(Progress(config.total_steps, start=start, log_every=run.log_every, enabled=main))
+        trace = stack.enter_context(traced(out, run.trace, start, progress.message))
+        writer = stack.enter_context(MetricsWriter(out, resume_step=start, enabled=main, callbacks=callbacks))
+        writer.settings(start, redacted_values(config.to_dict()), hyper_parameters)
+        yield RunLog(writer, progress, trace, None if keeps_features else seconds_at_peak(engine, config, precision))

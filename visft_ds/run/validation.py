@@ -103,6 +103,12 @@ class Validation:
         except _AskedError:
             return False
         if collected is not None:
+            for task, results in collected.items():
+                said = [
+                    f"{one['image_id']}: {one['caption']}" for one in results[: config.run.pictures] if "caption" in one
+                ]
+                if said:
+                    log.writer.text(step, f"{task}/captions", "\n\n".join(said))
             self._judge.start(step, collected)
             self.poll(log)
         self.draw(predict, step, log)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -40,32 +41,41 @@ class Stored:
     count: int  #: of items
 
     @property
-    def _chunks(self) -> dict[range, Path]:
+    def chunks(self) -> dict[range, Path]:
+        """Chunks of item numbers -> their files."""
         chunks = [range(start, min(start + CHUNK, self.count)) for start in range(0, self.count, CHUNK)]
         folder = self.folder / key_of(self.what)
         return {chunk: folder / f"{number:06d}.safetensors" for number, chunk in enumerate(chunks)}
 
-    def fill(self, compute: Callable[[Iterable[range]], Iterator[Chunk]]) -> None:
-        """Compute what is missing. Collective: every rank computes its share.
-
-        Args:
-            compute: chunks of item numbers -> their features, in order.
-        """
-        chunks = self._chunks
-        if distributed.is_main():
-            text = json.dumps(self.what, indent=1, sort_keys=True).encode()
-            place = self.folder / key_of(self.what) / _DESCRIPTION
-            write_atomically(place, lambda file: file.write(text), overwrite=True)
-        missing = distributed.broadcast_object([chunk for chunk, path in chunks.items() if not path.exists()])
-        share = missing[distributed.rank() :: distributed.world_size()]
-        for chunk, features in zip(share, compute(share), strict=True):
-            save_tensors(chunks[chunk], features, {}, overwrite=True)
-        distributed.barrier()
-
     def read(self) -> dict[str, Tensor]:
         """Name -> (count, ...). Raises ValueError for a damaged file of the cache."""
-        parts = [_read(path, len(chunk)) for chunk, path in self._chunks.items()]
+        parts = [_read(path, len(chunk)) for chunk, path in self.chunks.items()]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def fill(several: Sequence[Stored], compute: Callable[[Iterable[range]], Iterator[Sequence[Chunk]]]) -> None:
+    """Compute what is missing of features of the same items. Collective: every rank computes its share.
+
+    Args:
+        compute: chunks of item numbers -> their features for each of several, in order.
+    """
+    files = [stored.chunks for stored in several]
+    if distributed.is_main():
+        for stored in several:
+            text = json.dumps(stored.what, indent=1, sort_keys=True).encode()
+            place = stored.folder / key_of(stored.what) / _DESCRIPTION
+            write_atomically(place, partial(_write, text), overwrite=True)
+    missing = [chunk for chunk in files[0] if not all(paths[chunk].exists() for paths in files)]
+    missing = distributed.broadcast_object(missing)
+    share = missing[distributed.rank() :: distributed.world_size()]
+    for chunk, features in zip(share, compute(share), strict=True):
+        for paths, part in zip(files, features, strict=True):
+            save_tensors(paths[chunk], part, {}, overwrite=True)
+    distributed.barrier()
+
+
+def _write(text: bytes, file: BinaryIO) -> None:
+    file.write(text)
 
 
 def _read(path: Path, count: int) -> dict[str, Tensor]:

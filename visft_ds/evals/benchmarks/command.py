@@ -21,7 +21,9 @@ from visft_ds.evals.benchmarks.dense import Dense, segmentation_sheet
 from visft_ds.evals.benchmarks.encoders import NORMALISATIONS, POOLS
 from visft_ds.evals.benchmarks.kinds import KINDS, averages, check_numbers, parse_benchmarks
 from visft_ds.evals.benchmarks.models import LoadOptions
+from visft_ds.evals.benchmarks.price import knee_lines, knees, points_of, price_picture, price_section
 from visft_ds.evals.benchmarks.protocol import Benchmark, Score
+from visft_ds.evals.benchmarks.retention import KEPT, AnswersKept
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.benchmarks.run import Dose, Settings, check_same_everywhere, dose, encode_all, score
 from visft_ds.evals.benchmarks.table import Row, as_json, order, rows_of, section, seeds_section, sheet, verdict
@@ -39,14 +41,15 @@ from visft_ds.tasks.pictures import save_png
 
 _EXTRA = ("open_clip", "sklearn")  # as they are imported
 FORMAT, VERSION = "visft_ds benchmarks", 1
-RECORD, CHART, PICTURES, CACHE = "benchmarks.json", "differences.svg", "pictures", "cache"
+RECORD, CHART, GAINS, PICTURES, CACHE = "benchmarks.json", "differences.svg", "gain.svg", "pictures", "cache"
 USAGE = """Out-of-domain benchmarks of any number of models, in one table with bootstrap intervals.
 
     visft evaluate benchmarks --model base=base.pt --model visft=base.pt+RUN/export/adapter \\
         --benchmark zero_shot=imagenet-a --benchmark digits --benchmark retrieval=coco --out OUT
     visft evaluate benchmarks --model open_clip:ViT-B-32:laion2b_s34b_b79k --benchmark probe=FOLDER --out OUT
     visft evaluate benchmarks --model base=base.pt --model seeds=RUN1,RUN2,RUN3 --benchmark dense=coco \\
-        --primary "dense/coco objects knn" --out OUT
+        --benchmark retention=coco --primary "dense/coco objects knn" --out OUT
+    visft evaluate benchmarks --model base=base.pt --model visft=RUN@0:1.5:0.25 ...
     deepspeed --num_gpus 8 --module visft_ds evaluate benchmarks ...
 
 The first model is what the others are compared with; runs of one recipe with different seeds are one arm. Features and
@@ -95,7 +98,7 @@ def _measure(
         for label, of_model in encoded.items():
             for benchmark, features, of_base in zip(benchmarks, of_model, next(iter(encoded.values())), strict=True):
                 gauge.show(gauge.done, f", now {benchmark.label} of {label}")
-                results[label] |= score(benchmark, features, settings.cache)
+                results[label] |= score(benchmark, features, of_base, settings.cache)
                 if features is not of_base and (change := dose(of_base, features)):
                     doses.setdefault(label, {})[benchmark.label] = change
                 gauge.add()
@@ -118,7 +121,7 @@ def _prepare(given: argparse.Namespace) -> tuple[list[Contender], list[Benchmark
             f"choose another --out"
         )
     benchmarks = parse_benchmarks(given.benchmark)
-    check_numbers([given.primary] if given.primary else [], benchmarks)
+    check_numbers([*([given.primary] if given.primary else []), *given.price], benchmarks)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)
     load = LoadOptions(precision, given.preset, given.text, given.image_size, given.normalisation, given.pool)
@@ -149,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help='the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm',
     )
+    parser.add_argument(
+        "--price",
+        action="append",
+        default=[],
+        metavar="NUMBER",
+        help="a number whose loss is the price, several for their mean (default: answers kept of every retention)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or of an earlier start")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="shared by several --out (default OUT/cache)")
     own = parser.add_argument_group("backbones of ours")
@@ -177,11 +187,23 @@ def _write(
 ) -> None:
     members, out = {arm.label: [model.label for model in arm.models] for arm in arms}, given.out
     labels, primary = list(members), given.primary
-    rows = rows_of(results, averages(benchmarks), members, primary)
+    price = given.price or [f"{each.label} {KEPT}" for each in benchmarks if isinstance(each, AnswersKept)]
+    mean = {f"price/mean of {len(price)}": price} if len(price) > 1 else {}
+    rows = rows_of(results, averages(benchmarks) | mean, members, primary)
+    of_name = {row.name: row for row in rows}
+    if unknown := [name for name in price if name not in of_name]:
+        raise ValueError(f"--price {unknown[0]}: no such number; there are {', '.join(of_name)}")
+    gain = of_name.get(primary or "")
+    paid = of_name[next(iter(mean), price[0])] if price else None
+    points = points_of(arms, gain, paid) if gain and paid else []
+    found = knees(points)
     pictures = _pictures(out, benchmarks, results, given.images)
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)
+    if gain and paid and points:
+        picture = price_picture(points, found, gain, paid).encode()
+        write_atomically(out / GAINS, lambda file: file.write(picture), overwrite=True)
     chosen = {label: {name: dict(s.settings) for name, s in of.items() if s.settings} for label, of in results.items()}
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -189,6 +211,8 @@ def _write(
         "models": {label: dict(of) for label, of in facts.items()},
         "arms": members,
         "primary": primary,
+        "price": price,
+        "knees": {sweep: None if point is None else point.arm.scale for sweep, point in found.items()},
         "benchmarks": {
             each.label: {name: {"images": len(s), "fingerprint": s.fingerprint} for name, s in each.sets.items()}
             for each in benchmarks
@@ -206,21 +230,21 @@ def _write(
     content = orjson.dumps(record, option=orjson.OPT_INDENT_2)
     write_atomically(out / RECORD, lambda file: file.write(content), overwrite=True)
     models = [(f"{label}: {name}", text) for label, of in facts.items() for name, text in of.items()]
-    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([f"{PICTURES}/"] if pictures else [])]
+    written = [RECORD, *([CHART] if len(labels) > 1 else []), *([GAINS] if points else [])]
+    written += [f"{PICTURES}/"] if pictures else []
     rest = [("seconds", f"{seconds:.1f}"), ("written", f"{out}: {', '.join(written)}")]
-    changes = [
-        (f"{label}, {name}", f"{one.change:.3f} of their spread, cosine {one.cosine:.4f} ({one.kind})")
-        for label, of in doses.items()
-        for name, one in of.items()
-    ]
     parts = [Section("models", models), section(rows, labels, primary)]
     parts += [seeds] if (seeds := seeds_section(rows)) else []
     parts += [
         Section(f"primary: {row.name}", [(label, verdict(row, label)) for label in row.shown])
-        for row in rows
-        if row.name == primary and row.shown
+        for row in ([gain] if gain and gain.shown else [])
     ]
-    parts += [Section(f"how far features moved from those of {labels[0]}", changes)] if changes else []
+    parts += [side] if (side := price_section(arms, doses, gain, [of_name[name] for name in price])) else []
+    if found:
+        title = (
+            "knees of the sweeps: furthest above the line to the largest gain and price; judge them on other pictures"
+        )
+        parts.append(Section(title, knee_lines(found)))
     print_plan("visft_ds benchmarks", [*parts, Section("run", rest)])
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from visft_ds.config.schema import Precision
 from visft_ds.costs.hardware import DTYPES
-from visft_ds.evals.benchmarks.cache import Chunk, Stored
+from visft_ds.evals.benchmarks.cache import Chunk, Stored, fill
 from visft_ds.evals.benchmarks.encoders import Encoder, square_preprocess
 from visft_ds.evals.benchmarks.models import identity
 from visft_ds.evals.benchmarks.protocol import ImageSet
@@ -44,6 +45,7 @@ class Worker:
     label: str  #: name of the model, for people
     images: str  #: hash of the image side
     texts: str | None  #: hash of the text side
+    before: Callable[[], None] | None = None  #: called before its forwards, where several share a module
 
 
 def start_worker(
@@ -82,12 +84,20 @@ def _what(worker: Worker, images: ImageSet, kinds: Collection[str]) -> dict[str,
 
 
 def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str], name: str = "images") -> Stored:
-    """Kind -> (images, ...) float32, in the cache. Collective.
+    """Features of one model, see `encode_together`."""
+    return encode_together([worker], images, kinds, name)[0]
+
+
+def encode_together(
+    workers: Sequence[Worker], images: ImageSet, kinds: Collection[str], name: str = "images"
+) -> list[Stored]:
+    """Kind -> (images, ...) float32 of each worker, in the cache; images are decoded once for all. Collective.
 
     A batch never reaches over the end of a chunk, so that its numbers are the same for any number of processes. The
     size of the batch decides their last bits, and is no part of the key.
 
     Args:
+        workers: of one preprocessing.
         kinds: of `encoders.KINDS`, and "columns": (images, COLUMN_ROWS * D, w), the feature map as a sequence.
         name: of the images, for people.
 
@@ -95,27 +105,33 @@ def encode_images(worker: Worker, images: ImageSet, kinds: Collection[str], name
         ValueError: an image that cannot be read, or a model that answers with NaN.
     """
 
-    def compute(chunks: Iterable[range]) -> Iterator[Chunk]:
+    worker, *others = workers
+
+    def compute(chunks: Iterable[range]) -> Iterator[Sequence[Chunk]]:
         batches = [
             [chunk[start : start + worker.batch_size] for start in range(0, len(chunk), worker.batch_size)]
             for chunk in chunks
         ]
         flat = [batch for chunk in batches for batch in chunk]
-        decoded = _gauged(worker, name, _decoded(worker, images, flat), sum(map(len, flat)))
+        name_of_all = f"{name} at {len(workers)} scales" if others else name
+        decoded = _gauged(worker, name_of_all, _decoded(worker, images, flat), sum(map(len, flat)))
         for chunk in batches:
-            parts = [_forward(worker, next(decoded), kinds) for _ in chunk]
-            features = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
-            for kind, value in features.items():
-                if not torch.isfinite(value.sum()):
-                    raise ValueError(
-                        f"{kind} of {images.names[chunk[0].start]} or one of the next {len(value) - 1} images is no "
-                        f"finite number in {worker.precision}: the weights are damaged, or need --precision fp32"
-                    )
-            yield features
+            pieces = [[_forward(each, batch, kinds) for each in workers] for batch in islice(decoded, len(chunk))]
+            found = []
+            for parts in zip(*pieces, strict=True):
+                features = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+                for kind, value in features.items():
+                    if not torch.isfinite(value.sum()):
+                        raise ValueError(
+                            f"{kind} of {images.names[chunk[0].start]} or one of the next {len(value) - 1} images is "
+                            f"no finite number in {worker.precision}: the weights are damaged, or need --precision fp32"
+                        )
+                found.append(features)
+            yield found
 
-    stored = Stored(worker.cache / "images", _what(worker, images, kinds), len(images))
-    stored.fill(compute)
-    return stored
+    several = [Stored(each.cache / "images", _what(each, images, kinds), len(images)) for each in workers]
+    fill(several, compute)
+    return several
 
 
 def encode_texts(worker: Worker, texts: Sequence[str]) -> Stored:
@@ -123,16 +139,16 @@ def encode_texts(worker: Worker, texts: Sequence[str]) -> Stored:
     tower = worker.encoder.text
     assert tower is not None
 
-    def compute(chunks: Iterable[range]) -> Iterator[Chunk]:
+    def compute(chunks: Iterable[range]) -> Iterator[Sequence[Chunk]]:
         chunks = list(chunks)
         encoded = (tower.encode([texts[place] for place in chunk]).cpu() for chunk in chunks)
         for part in _gauged(worker, "texts", encoded, sum(map(len, chunks))):
-            yield {"texts": part}
+            yield [{"texts": part}]
 
     content = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     what = {"version": VERSION, "model": worker.texts, "device": worker.device.type, "texts": content}
     stored = Stored(worker.cache / "texts", what, len(texts))
-    stored.fill(compute)
+    fill([stored], compute)
     return stored
 
 
@@ -148,6 +164,8 @@ def _gauged(worker: Worker, name: str, parts: Iterator[Tensor], count: int) -> I
 def _forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
     wanted = {"patches" if kind == "columns" else kind for kind in kinds}
     dtype = DTYPES[worker.precision]
+    if worker.before is not None:
+        worker.before()
     with torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
         found = worker.encoder.module(batch.to(worker.device, non_blocking=True), wanted)
     if "columns" in kinds:

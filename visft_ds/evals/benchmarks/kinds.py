@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visft_ds.evals.benchmarks import class_sets, dense_sets, objects, retrieval, word_sets
+from visft_ds.evals.benchmarks import class_sets, dense_sets, objects, retention, retrieval, word_sets
 from visft_ds.evals.benchmarks.dense import Dense
 from visft_ds.evals.benchmarks.objects import Objects
 from visft_ds.evals.benchmarks.probes import Probe
 from visft_ds.evals.benchmarks.protocol import Benchmark
+from visft_ds.evals.benchmarks.retention import AnswersKept
 from visft_ds.evals.benchmarks.retrieval import Retrieval
 from visft_ds.evals.benchmarks.words import Words
 from visft_ds.evals.benchmarks.zero_shot import ZeroShot
@@ -54,6 +55,10 @@ def _ocr(label: str, source: str, options: Options) -> Benchmark:
     return Words(label, *word_sets.read_train_and_test(source, options.get("train"), options.get("split"), characters))
 
 
+def _retention(label: str, source: str, options: Options) -> Benchmark:
+    return AnswersKept(label, retention.read_images(source))
+
+
 KINDS: Mapping[str, Kind] = {
     "zero_shot": Kind(_zero_shot, ("split", "name"), "classes by text similarity: folders, ImageNet's family, shards"),
     "probe": Kind(_probe, ("split", "train", "name"), "kNN, linear probe and few-shot on frozen features"),
@@ -62,6 +67,7 @@ KINDS: Mapping[str, Kind] = {
     "dense": Kind(
         _dense, ("split", "train", "name"), "segmentation and objects by patches: COCO, shards, ADE20k, VOC, CamVid"
     ),
+    "retention": Kind(_retention, ("name",), "answers of the first model's own classifier that stay: any images"),
     "ocr": Kind(_ocr, ("split", "train", "name", "characters"), "words read by a small head: ICDAR, mmocr, MJSynth"),
 }
 

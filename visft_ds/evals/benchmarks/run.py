@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from visft_ds.config.fields import StrictModel
 from visft_ds.config.records import as_record
 from visft_ds.config.schema import Precision
 from visft_ds.evals.benchmarks.cache import Stored, key_of, load_record
-from visft_ds.evals.benchmarks.encoding import Worker, encode_images, encode_texts, start_worker
+from visft_ds.evals.benchmarks.encoders import Encoder
+from visft_ds.evals.benchmarks.encoding import Worker, encode_texts, encode_together, start_worker
 from visft_ds.evals.benchmarks.models import LoadOptions, ModelSpec, load_encoder
 from visft_ds.evals.benchmarks.protocol import Benchmark, Features, Score
+from visft_ds.evals.benchmarks.retention import FIRST, AnswersKept, load_classifier
+from visft_ds.evals.benchmarks.scales import Scales
 from visft_ds.interop.writing import save_tensors
 from visft_ds.parallel import distributed
 
@@ -77,50 +81,85 @@ def encode_all(
     Raises:
         ValueError: a model that lacks what a benchmark is about, or whatever is wrong with its files.
     """
-    return {spec.label: _encode_with(spec, benchmarks, settings, tell) for spec in specs}
+    groups: dict[str, list[ModelSpec]] = {}
+    for spec in specs:
+        label = "" if spec.adapter else spec.label
+        groups.setdefault(repr(replace(spec, label=label, scale=1.0)), []).append(spec)
+    found: dict[str, list[Encoded]] = {}
+    for group in groups.values():
+        found |= _encode_with(group, specs[0], benchmarks, settings, tell)
+    return {spec.label: found[spec.label] for spec in specs}
 
 
 def _encode_with(
-    spec: ModelSpec,
+    group: Sequence[ModelSpec],
+    first: ModelSpec,
     benchmarks: Sequence[Benchmark],
     settings: Settings,
     tell: Callable[[str, Mapping[str, str]], None],
-) -> list[Encoded]:
-    encoder = load_encoder(spec, settings.load)
+) -> dict[str, list[Encoded]]:
+    """Features of models that differ by the scale of their adapter alone, of each benchmark."""
+    encoder, label = load_encoder(group[0], settings.load), group[0].label
     for benchmark in benchmarks:
         if benchmark.needs_text and encoder.text is None:
             raise ValueError(
-                f"{spec.label} has no text side, which {benchmark.label} compares with. A backbone of ours takes it "
+                f"{label} has no text side, which {benchmark.label} compares with. A backbone of ours takes it "
                 f"from its own file or from --text FILE, the EVA-CLIP or open_clip file that its base came from, and "
                 f"needs a class token and a CLIP projection for it"
             )
-    tell(spec.label, encoder.facts)
-    worker = start_worker(
-        encoder,
-        label=spec.label,
-        device=settings.device,
-        precision=settings.precision,
-        cache=settings.cache,
-        batch_size=settings.batch_size,
-        threads=settings.threads,
-    )
-    return [_encode(worker, benchmark) for benchmark in benchmarks]
+    for spec in group:
+        adapter = encoder.facts.get("adapter", "").rpartition(", times ")[0]
+        tell(spec.label, {**encoder.facts, **({"adapter": f"{adapter}, times {spec.scale:g}"} if adapter else {})})
+    workers: dict[bool, list[Worker]] = {}
+    found: list[list[Encoded]] = []
+    for benchmark in benchmarks:
+        whole = isinstance(benchmark, AnswersKept)
+        if whole not in workers:
+            workers[whole] = _workers(load_classifier(group[0], first) if whole else encoder, group, settings)
+        found.append(_encode(workers[whole], benchmark))
+    return {spec.label: [of[place] for of in found] for place, spec in enumerate(group)}
 
 
-def _encode(worker: Worker, benchmark: Benchmark) -> Encoded:
-    having = {*worker.encoder.kinds, *(["columns"] if "patches" in worker.encoder.kinds else [])}
+def _workers(encoder: Encoder, group: Sequence[ModelSpec], settings: Settings) -> list[Worker]:
+    scales = Scales(encoder.module, group) if len(group) > 1 else None
+    workers = []
+    for number, spec in enumerate(group):
+        before = None if scales is None else partial(scales.use, number)
+        if before is not None:
+            before()
+        worker = start_worker(
+            encoder,
+            label=spec.label,
+            device=settings.device,
+            precision=settings.precision,
+            cache=settings.cache,
+            batch_size=settings.batch_size,
+            threads=settings.threads,
+        )
+        workers.append(replace(worker, before=before))
+    return workers
+
+
+def _encode(workers: Sequence[Worker], benchmark: Benchmark) -> list[Encoded]:
+    encoder = workers[0].encoder
+    having = {*encoder.kinds, *(["columns"] if "patches" in encoder.kinds else [])}
     kinds = [kind for kind in benchmark.kinds if kind in having]
     if not kinds:
         raise ValueError(f"{benchmark.label} needs {' or '.join(benchmark.kinds)}, which the model does not have")
-    texts = encode_texts(worker, benchmark.texts) if benchmark.texts and worker.encoder.text is not None else None
-    sets = benchmark.sets.items()
-    return Encoded({n: encode_images(worker, images, kinds, f"{benchmark.label} {n}") for n, images in sets}, texts)
+    with_texts = benchmark.texts and encoder.text is not None
+    texts = [encode_texts(worker, benchmark.texts) if with_texts else None for worker in workers]
+    sets = {
+        name: encode_together(workers, images, kinds, f"{benchmark.label} {name}")
+        for name, images in benchmark.sets.items()
+    }
+    return [Encoded({name: of[place] for name, of in sets.items()}, text) for place, text in enumerate(texts)]
 
 
-def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Score]:
+def score(benchmark: Benchmark, encoded: Encoded, first: Encoded, cache: Path) -> dict[str, Score]:
     """Name -> score of one model, out of the cache where it is there. For one process."""
+    images = {**encoded.images, **({FIRST: first.images["test"]} if isinstance(benchmark, AnswersKept) else {})}
     what = {
-        "features": {name: stored.what for name, stored in encoded.images.items()},
+        "features": {name: stored.what for name, stored in images.items()},
         "texts": None if encoded.texts is None else encoded.texts.what,
         "settings": benchmark.settings,
     }
@@ -128,7 +167,7 @@ def score(benchmark: Benchmark, encoded: Encoded, cache: Path) -> dict[str, Scor
     record = load_record(path)
     if record is None:
         texts = None if encoded.texts is None else encoded.texts.read()["texts"]
-        features = Features({name: stored.read() for name, stored in encoded.images.items()}, texts)
+        features = Features({name: stored.read() for name, stored in images.items()}, texts)
         found = list(benchmark.scores(features))
         assert found and all(np.isfinite(score.values).all() and len(score.values) for score in found), benchmark.label
         _save(path, found)

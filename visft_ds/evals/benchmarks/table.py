@@ -33,6 +33,7 @@ from visft_ds.tasks.pictures import INK, Colour, Picture, grid, letters, paper, 
 _SIDE, _SIZE, _LINE = 220, 13, 18  # of an image; of letters and lines of text, pixels
 _RIGHT, _WRONG = (29, 122, 51), (179, 38, 30)
 _COLUMNS = 4
+_BESIDE = 3  # arms that fit beside the first one
 
 Results = Mapping[str, Mapping[str, Score]]  #: model -> name -> score
 Parts = Sequence[Score]  #: what a number is the mean of
@@ -162,15 +163,24 @@ def section(rows: Sequence[Row], labels: Sequence[str], primary: str | None = No
     primary number, where it is shown.
     """
     base, *others = labels
-    columns = ["", "n", base]
-    for label in others:
-        columns += [label, "difference"]
-    lines = []
-    for row in rows:
-        line = [row.name, str(row.items), _percent(row.values.get(base))]
-        for label in others:
-            line += [_percent(row.values.get(label)), change(row, label)]
-        lines.append(line)
+    if len(others) > _BESIDE:  # one below the other
+        columns = ["", "n", "", "", "difference"]
+        lines = [
+            [
+                row.name,
+                str(row.items),
+                label,
+                _percent(row.values.get(label)),
+                "" if label == base else change(row, label),
+            ]
+            for row in rows
+            for label in labels
+        ]
+    else:
+        columns = ["", "n", base, *(word for label in others for word in (label, "difference"))]
+        lines = [[row.name, str(row.items), _percent(row.values.get(base))] for row in rows]
+        for line, row in zip(lines, rows, strict=True):
+            line += [word for label in others for word in (_percent(row.values.get(label)), change(row, label))]
     marked = "" if primary is None else f"; * is shown: {primary} by its own interval, the others by Holm"
     return Section(f"percent; of differences the {LEVEL:.0%} interval{marked}", lines, columns)
 
