@@ -88,6 +88,7 @@ setup(
         "pillow>=10.3",
         "matplotlib>=3.8",
         "jinja2>=3.1",
+        "PyYAML>=6.0",  # data.yaml of YOLO data sets
         "rich>=13.7",
     ],
     extras_require={

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing, resolve
-from visft_ds.config.cli import DEFAULT_ENGINE, DEFAULT_MODEL, check_resume, folder_flags
+from visft_ds.config import ResolvedConfig, changed, missing_inputs, render_missing
+from visft_ds.config.cli import DEFAULT_ENGINE, DEFAULT_MODEL, check_resume, folder_flags, resolve_with_data
 from visft_ds.config.layers import AnyPath
 from visft_ds.monitor.callbacks import Callback
 from visft_ds.resilience.signals import StopFlag
@@ -41,8 +41,8 @@ def fit(
     Args:
         config: from `visft_ds.config.resolve`; replaces stage, model and engine.
         stage: 1 trains the heads, 2 the backbone's adapters.
-        model: name of a file in ds_configs/models.
-        engine: name of a file in ds_configs/engines.
+        model: name of a file in ds_configs/models, or path of one.
+        engine: name of a file in ds_configs/engines, or path of one.
         data: folder or URL of the shards.
         out: run folder.
         settings: dotted key -> value, or "key=value" texts as behind --set; applied last.
@@ -61,7 +61,7 @@ def fit(
     if isinstance(settings, Mapping):
         settings = [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in settings.items()]
     if config is None:
-        config = resolve(stage=stage, model=model, engine=engine, settings=settings, flags=folders)
+        config = resolve_with_data(stage=stage, model=model, engine=engine, settings=settings, flags=folders)
     elif stage is not None or (model, engine) != (DEFAULT_MODEL, DEFAULT_ENGINE):
         raise ValueError("config is a complete configuration: leave out stage, model and engine")
     else:

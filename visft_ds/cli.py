@@ -30,6 +30,9 @@ COMMANDS = {
     "supervise": Program("visft_ds.resilience.supervisor", "start a training again after it was lost"),
     "evaluate": Program("visft_ds.evals.cli", "box AP, mask AP, captions; `evaluate benchmarks`: out of domain"),
     "predict": Program("visft_ds.predict.cli", "boxes, masks and captions for images of your own"),
+    "report": Program(
+        "visft_ds.evals.report_cli", "a page about one run, or several side by side: results, curves, times"
+    ),
     "merge": Program("visft_ds.interop.cli", "merge adapters into base weights, or write them in another form"),
     "plan": Program("visft_ds.profiling.cli", "does a configuration fit a cluster, and how fast is it there?", "plan"),
     "profile": Program("visft_ds.profiling.cli", "measure speed, memory, data and communication"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from visft_ds.config import ResolvedConfig, missing_inputs, render_missing, resolve, resolve_arguments
+from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.preflight import launcher
 
 
@@ -94,6 +95,79 @@ def test_a_stage_1_that_cannot_learn_a_head_is_not_proposed(tmp_path: Path) -> N
     assert others.command.endswith("--set visft.tasks=detection,segmentation")
     (alone,) = missing_inputs(debug(*settings, "visft.tasks=captioning"))
     assert "visft train" not in alone.command
+
+
+def _shards(folder: Path, without: int = 0, **counts: int) -> list[str]:
+    """Flags of a training over data of which the manifest counts this."""
+    findings = [{"kind": "instance without mask", "count": without}]
+    (folder / "train.manifest.json").write_text(json.dumps({"counts": counts, "findings": findings}))
+    return ["--stage", "1", "--model", "debug", "--data", str(folder)]
+
+
+def _tasks(*words: str) -> list[str]:
+    return list(resolve_arguments(words)[1].visft.tasks.enabled())
+
+
+def test_tasks_are_those_that_the_data_has_labels_for(tmp_path: Path) -> None:
+    boxes = _shards(tmp_path, without=4, annotations=7, trainable=7, captions=0)
+    config = resolve_arguments(boxes)[1]
+    assert list(config.visft.tasks.enabled()) == ["detection"]
+    assert {entry.key: entry.source for entry in config.replaced if entry.new is None} == {
+        "visft.tasks.segmentation": "the data, which has no mask for most of its objects",
+        "visft.tasks.captioning": "the data, which has no captions",
+    }
+    assert [group.name for group in config.visft.param_groups] == ["detection"]
+    # What somebody has asked for is not taken away in silence.
+    assert _tasks(*boxes, "--set", "visft.tasks.captioning.batch_size=2") == ["detection", "captioning"]
+    assert _tasks(*boxes, "--tasks", "segmentation") == ["segmentation"]
+    (tmp_path / "whole.json").write_text(json.dumps(resolve(stage=1, model="debug").to_dict()))
+    assert len(_tasks("--deepspeed_config", str(tmp_path / "whole.json"), *boxes[4:])) == 3
+
+
+def test_a_run_is_as_long_as_its_tasks_are(tmp_path: Path) -> None:
+    flags = _shards(tmp_path, annotations=7, trainable=7, captions=0)
+    flags[3] = "eva_e"
+    assert resolve_arguments(flags)[1].total_steps == 300_000
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"counts": 1}', '{"counts": {"captions": "x"}, "findings": [1]}'])
+def test_a_damaged_manifest_decides_nothing(tmp_path: Path, text: str) -> None:
+    flags = _shards(tmp_path, annotations=0, trainable=0, captions=0)
+    assert len(_tasks(*flags)) == 3, "nothing would be left"
+    (tmp_path / "train.manifest.json").write_text(text)
+    assert len(_tasks(*flags)) == 3
+
+
+def test_a_run_whose_shards_have_moved_goes_on_with_its_tasks(tmp_path: Path) -> None:
+    flags = [*_shards(tmp_path, annotations=7, trainable=7, captions=0), "--out", str(tmp_path / "run")]
+    config = resolve_arguments(flags)[1]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"config": config.to_dict()}))
+    (tmp_path / "train.manifest.json").unlink()
+    assert resolve_arguments(flags)[1].identity() == config.identity()
+
+
+def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = json.loads((CONFIG_ROOT / "models/debug.json").read_text())
+    model["visft"]["model"]["name"] = "mine"
+    (tmp_path / "my.json").write_text(json.dumps(model))
+    (tmp_path / "engine.json").write_text((CONFIG_ROOT / "engines/zero2.json").read_text())
+    arguments, config = resolve_arguments(["--stage", "2", "--model", "my.json", "--engine", "./engine.json"])
+    assert config.deepspeed["zero_optimization"]["stage"] == 2
+    assert (arguments.model, config.visft.run.out) == ("my.json", "runs/stage2-mine")
+    assert missing_inputs(config)[-1].command.startswith("visft train --stage 1 --model my.json")
+    with pytest.raises(ValueError, match=r"gone\.json: no such file"):
+        resolve_arguments(["--stage", "2", "--model", "gone.json"])
+    with pytest.raises(ValueError, match=r"did you mean debug\? There are: .*, or the path of a \.json file"):
+        resolve_arguments(["--stage", "2", "--model", "debgu"])
+
+
+def test_tasks_by_name() -> None:
+    base = ["--stage", "2", "--model", "debug"]
+    assert _tasks(*base, "--tasks", "captioning,detection") == ["detection", "captioning"]
+    with pytest.raises(ValueError, match=r"--tasks dets: give names of tasks, for example --tasks detection or "):
+        resolve_arguments([*base, "--tasks", "dets"])
 
 
 def test_the_proposed_launcher_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

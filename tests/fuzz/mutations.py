@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -177,6 +178,20 @@ def lines(name: str) -> Damage:
         place = rng.randrange(len(texts))
         texts[place] = dumped(rng, restructured(rng, json.loads(texts[place]))).replace(b"\n", b" ")
         return {name: b"\n".join(texts) + b"\n"}
+
+    return damage
+
+
+def words(*names: str) -> Damage:
+    """Other words and numbers in one of these text files, or none, or more."""
+
+    def damage(rng: random.Random, files: Files) -> dict[str, bytes]:
+        name = rng.choice(names)
+        parts = re.split(r"(\s+)", files[name].decode())
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            others = (str(_value(rng)), rng.choice(("&a *a", "!!int x", "{<<: *a}", "- - -", ": :", "|", "9" * 5000)))
+            parts[rng.randrange(len(parts))] = rng.choice((*others, "", rng.choice(parts) * rng.choice((1, 2, 50))))
+        return {name: "".join(parts).encode("utf-8", "surrogatepass")}
 
     return damage
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.fuzz import mutations as m
 from tests.options import alone, head_of
+from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
 from visft_ds.config.layers import parse_assignment
@@ -66,11 +67,13 @@ from visft_ds.resilience.heartbeat import Beat, asked_to_stop, process_state, re
 from visft_ds.resilience.watchdog import Peers
 from visft_ds.run.adapter import read_change
 from visft_ds.run.folder import recorded_config
+from visft_ds.shards.caption_lines import read_lines
 from visft_ds.shards.images import check_image
 from visft_ds.shards.info import describe
 from visft_ds.shards.shard_content import read_shard
 from visft_ds.shards.source import SourceImage, SourceSelection, read_source
 from visft_ds.shards.verify import verify
+from visft_ds.shards.yolo import read_description, read_yolo
 from visft_ds.tasks.average_precision import coco_average_precision
 from visft_ds.tasks.vocabulary import Vocabulary
 
@@ -177,6 +180,30 @@ def photo(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def make_yolo(folder: Path) -> None:
+    path = write_yolo(folder / "a/b/mine", ("0 0.5 0.5 0.5 0.25\n2 0.25 0.25 0.75 0.25 0.75 0.75", "1 0 0 1 1"))
+    path.write_text(path.read_text() + "kpt_shape: []\ntest: list.txt\n")
+    (path.parent / "list.txt").write_text("train/images/0.jpg\n./valid/images/1.jpg\n")
+
+
+def read_yolo_folder(folder: Path) -> None:
+    description = read_description(folder / "a/b/mine/data.yaml")
+    for split in description.images:
+        images, made = read_yolo(description, split)
+        read_source(made, None, SourceSelection(allow_drops=True))
+        assert images.is_dir()
+
+
+def make_lines(folder: Path) -> None:
+    lines = ({"file_name": "a.jpg", "text": "A dog."}, {"file_name": "b.jpg", "captions": ["A cat.", "One."], "x": 1})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "a.jpg").write_bytes(photo("JPEG"))
+
+
+def read_captioned(folder: Path) -> None:
+    read_source(None, read_lines(folder / "metadata.jsonl"), SourceSelection(allow_drops=True))
 
 
 KINDS = {"a.jpg": "JPEG", "b.png": "PNG", "c.webp": "WEBP", "d.gif": "GIF", "e.tif": "TIFF", "f.bmp": "BMP"}
@@ -632,6 +659,24 @@ READERS = (
         make_coco,
         read_coco,
         tuple(kind(f"{name}.json") for name in ("instances", "captions", "rules") for kind in (m.record, m.raw)),
+    ),
+    Reader(
+        "YOLO",
+        make_yolo,
+        read_yolo_folder,
+        tuple(
+            kind(f"a/b/mine/{name}")
+            for name in ("data.yaml", "train/labels/0.txt", "list.txt")
+            for kind in (m.raw, m.words)
+        ),
+        share=0.5,
+    ),
+    Reader(
+        "lines of captions",
+        make_lines,
+        read_captioned,
+        (m.lines("metadata.jsonl"), m.raw("metadata.jsonl", "a.jpg")),
+        share=0.5,
     ),
     Reader("images", make_images, read_images, (m.raw(*KINDS),)),
     Reader(

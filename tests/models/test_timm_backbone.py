@@ -108,11 +108,31 @@ def test_published_models_by_shape() -> None:
         ("convnxt_atto", "did you mean timm:convnext_atto"),
         ("vit_base_patch16_clip_224.opena", "Invalid pretrained tag"),
         ("test_vit_relpos", "takes images of one size only"),
+        ("hiera_tiny_224", r"no map of rows and columns, which heads need \(features of shape \(1, 49, 768\)\)"),
+        ("vitamin_small_224", "no map of rows and columns, which heads need .shape"),
     ],
 )
 def test_models_that_are_no_backbones(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_timm(name, device="meta")
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_works_or_says_why_not() -> None:
+    from timm.models import list_models, list_modules
+
+    made, refused = [], []
+    for family in list_modules():
+        names = [name for name in list_models(module=family) if not name.startswith("test_")]
+        name = min(names, key=len, default=None)
+        if name is None:
+            continue
+        try:
+            made.append(build_timm(name, device="meta").name)
+        except ValueError as error:
+            refused.append((name, str(error)))
+    assert all(f"timm's {name} " in text for name, text in refused)
+    assert len(made) > len(refused) > 0
 
 
 def test_statistics_of_batch_norms_do_not_move() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from visft_ds import program
 from visft_ds.config.layers import AnyPath
+from visft_ds.config.preflight import tasks_without_labels
 from visft_ds.config.resolve import ResolvedConfig, available, resolve
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
@@ -36,13 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", metavar="{1,2}", help="1: heads on a frozen backbone; 2: LoRA in the backbone")
     add(
-        "--model", metavar="NAME", help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL})"
+        "--model",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/models: {', '.join(available('models'))} ({DEFAULT_MODEL}), or a .json of yours",
     )
     add(
         "--engine",
-        metavar="NAME",
-        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE})",
+        metavar="NAME|FILE",
+        help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE}), or a .json of yours",
     )
+    add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
@@ -94,16 +98,24 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
             raise ValueError("--stage is missing: 1 trains the heads, 2 the backbone's adapters")
         arguments.model = arguments.model or DEFAULT_MODEL
         arguments.engine = arguments.engine or DEFAULT_ENGINE
-    config = resolve(
+    config = resolve_with_data(
         stage=arguments.stage,
         engine=arguments.engine or DEFAULT_ENGINE,
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
         flags=folder_flags(arguments.data, arguments.out) | _run_flags(arguments.track, arguments.trace),
+        tasks=arguments.tasks,
     )
     arguments.stage = config.visft.stage
     return arguments, config
+
+
+def resolve_with_data(**given: Any) -> ResolvedConfig:
+    """`resolve`, without the tasks of the recipe that the data has no labels for."""
+    config = resolve(**given)
+    idle = tasks_without_labels(config)
+    return resolve(**given, idle=idle) if idle else config
 
 
 def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:

@@ -6,8 +6,11 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from visft_ds.config.layers import CONFIG_ROOT
 from visft_ds.config.records import parse_json
 from visft_ds.config.resolve import ResolvedConfig
 from visft_ds.tasks import registry
@@ -111,7 +114,10 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
     else:
         others = list(tasks)
     if absent:
-        command = f"{launcher()} --stage 1 --model {config.visft.model.name}"
+        model = config.sources.get("visft.model.name", "")
+        if not model.endswith(".json") or model.startswith(f"{CONFIG_ROOT.name}/"):
+            model = config.visft.model.name
+        command = f"{launcher()} --stage 1 --model {model}"
         if "visft.data.root" in config.sources:
             command += f" --data {config.visft.data.root}"
         if len(others) < len(registry.BUILT_IN):
@@ -127,16 +133,67 @@ def _heads(config: ResolvedConfig) -> Iterator[Missing]:
 
 def _cannot_learn(config: ResolvedConfig, task: str) -> bool:
     """Return True if the manifest is there and counts nothing that stage 1 could train this head on."""
-    data = config.visft.data
+    return not config.visft.data.sets and _lacks(config, task) is not None
+
+
+def tasks_without_labels(config: ResolvedConfig) -> dict[str, str]:
+    """Task of the shipped recipe -> why it takes no part: the shards, where they are here, have nothing to teach it.
+
+    A task that a flag or file of the user mentions is wanted, and what it lacks is an error. Empty where nothing would
+    be left.
+    """
+    tasks, run = config.visft.tasks.enabled(), Path(config.visft.run.out or "") / "run.json"
+    offered = [task for task in tasks if not _asked_for(config, task)]
+    if config.visft.data.sets:
+        return {}
+    if not _manifest_file(config).is_file() and run.is_file():  # the shards were moved along with the run
+        recorded = _values(run, "config", "visft", "tasks")
+        found = {task: "the run's beginning" for task in offered if recorded.get(task, task) is None}
+    else:
+        lacks = {task: _lacks(config, task) for task in offered}
+        found = {task: f"the data, which has no {what}" for task, what in lacks.items() if what is not None}
+    return found if len(found) < len(tasks) else {}
+
+
+def _asked_for(config: ResolvedConfig, task: str) -> bool:
+    """Return True if anything but the shipped files says something about a task."""
+    key = f"visft.tasks.{task}."
+    sources = {source for name, source in config.sources.items() if f"{name}.".startswith(key)}
+    recipe = f"{CONFIG_ROOT.name}/stage{config.visft.stage}.json"
+    return recipe not in sources or any(source.startswith("--") for source in sources)
+
+
+def _manifest_file(config: ResolvedConfig) -> Path:
+    return Path(config.visft.data.root) / f"{config.visft.data.train}.manifest.json"
+
+
+def _lacks(config: ResolvedConfig, task: str) -> str | None:
+    """Name what ROOT/TRAIN lacks to teach a task; None where it is not here, or damaged: whoever opens it says so."""
+    counts = _values(_manifest_file(config), "counts")
+    findings = _values(_manifest_file(config), "findings")
     try:
-        path = Path(data.root) / f"{data.train}.manifest.json"
-        counts = parse_json(path.read_bytes(), str(path))["counts"]
-        return (
-            not data.sets
-            and counts["captions" if registry.config_class(task).labels == "captions" else "trainable"] == 0
-        )
+        kinds = {finding["kind"]: finding["count"] for finding in findings}
+        lacks: str | None = registry.config_class(task).lacks(counts, kinds) if counts else None
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return lacks
+
+
+def _values(file: Path, *keys: str) -> Any:
+    """The object or list at the end of a chain of keys in a JSON file; empty where there is none, or no file."""
+    try:
+        value = _parsed(str(file), file.stat().st_mtime_ns)
+        for key in keys:
+            value = value[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # whoever opens it says what is wrong with it
+        return {}
+    return value
+
+
+@cache
+def _parsed(file: str, written: int) -> Any:
+    """The JSON in a file, which is read once while a command starts. Raises OSError and ValueError."""
+    return parse_json(Path(file).read_bytes(), file)
 
 
 def launcher() -> str:

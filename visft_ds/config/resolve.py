@@ -147,13 +147,16 @@ def available(folder: str) -> list[str]:
 
 
 def _layer_file(folder: str, flag: str, name: str) -> Path:
+    """The file of a name in ds_configs, or one of the user's own by its path. Raises ValueError."""
+    if name.endswith(".json"):
+        return Path(name)  # whoever reads it says so where there is none
     known = available(folder)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"{flag} {name}: no such file {display(CONFIG_ROOT / folder)}/{name}.json{hint} "
-            f"There are: {', '.join(known)}"
+            f"There are: {', '.join(known)}, or the path of a .json file"
         )
     return CONFIG_ROOT / folder / f"{name}.json"
 
@@ -166,16 +169,20 @@ def resolve(
     file: str | Path | None = None,
     settings: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    tasks: str | None = None,
+    idle: Mapping[str, str] | None = None,
 ) -> ResolvedConfig:
     """Merge, override, set, validate.
 
     Args:
         stage: 1 or 2; may be None with `file`, which states it.
-        engine: name of a file in ds_configs/engines.
-        model: name of a file in ds_configs/models.
+        engine: name of a file in ds_configs/engines, or path of one.
+        model: name of a file in ds_configs/models, or path of one.
         file: one complete file that replaces the three layers.
         settings: "dotted.key=value" texts, applied last and in order.
         flags: flag -> (dotted key, value), applied before `settings`.
+        tasks: names of the tasks that take part, separated by commas, as behind --tasks.
+        idle: task -> what turns it off.
 
     Raises:
         ValueError: everything that is wrong with the configuration, one line each.
@@ -193,8 +200,12 @@ def resolve(
         tree = _merge_layers(stage, engine, model)
     for flag, (key, value) in (flags or {}).items():
         assign(tree, key, value, flag)
+    if tasks is not None:
+        _keep_tasks(tree, tasks, "--tasks ")
     for text in settings:
         _apply(tree, text)
+    for task, why in (idle or {}).items():
+        assign(tree, f"visft.tasks.{task}", None, why)
     return _typed(tree)
 
 
@@ -202,25 +213,26 @@ def _apply(tree: Tree, text: str) -> None:
     """`--set KEY=VALUE`, with the short forms of `visft.tasks` (names) and of `visft.param_groups` (globs)."""
     key, value = parse_assignment(text)
     if key == "visft.tasks" and not isinstance(value, dict):
-        _keep_tasks(tree, value)
+        _keep_tasks(tree, value, "--set visft.tasks=")
         return
     if key == "visft.param_groups" and isinstance(value, str):
         value = [{"name": "trained", "params": value}]
     assign(tree, key, value, "--set")
 
 
-def _keep_tasks(tree: Tree, value: Any) -> None:
-    """`--set visft.tasks=detection,captioning` or a JSON list of names: turn every other task off."""
+def _keep_tasks(tree: Tree, value: Any, flag: str) -> None:
+    """`--tasks detection,captioning`, the same behind `--set visft.tasks=`, or a JSON list of names: turn every other
+    task off."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     known = list(registry.entries())
-    given = f"--set visft.tasks={','.join(names) if isinstance(value, str) else json.dumps(value)}"
+    given = f"{flag}{','.join(names) if isinstance(value, str) else json.dumps(value)}"
     if not isinstance(names, list) or not names or any(name not in known for name in names):
         unknown = [name for name in names if name not in known] if isinstance(names, list) else []
         near = [match for name in unknown for match in difflib.get_close_matches(str(name).lower(), known, n=1)]
         hint = f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
         raise ValueError(
-            f"{given}: give names of tasks, for example --set visft.tasks={known[0]} or --set "
-            f"visft.tasks={known[0]},{known[-1]}{hint} There are: {', '.join(known)}"
+            f"{given}: give names of tasks, for example {flag}{known[0]} or {flag}{known[0]},{known[-1]}{hint} "
+            f"There are: {', '.join(known)}"
         )
     visft = tree.values.get("visft")
     tasks = visft.get("tasks") if isinstance(visft, dict) else None

@@ -75,6 +75,12 @@ class TaskConfig(StrictModel):
     head: HeadConfig
     loss: BaseModel
 
+    @classmethod
+    def lacks(cls, counts: Mapping[str, int], findings: Mapping[str, int]) -> str | None:
+        """Name what a data set lacks to teach it, by counts and findings of its manifest; None: nothing."""
+        counted, name = ("captions", "captions") if cls.labels == "captions" else ("trainable", "objects")
+        return None if counts.get(counted, 0) else name
+
     @property
     def share(self) -> float:
         """Share of the steps, relative to the other tasks; 0 where `updates` is null."""

@@ -95,12 +95,19 @@ def svg(draw: Callable[[Figure], object], *, title: str, width: float, height: f
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, width: int = 520, height: int = 300
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    width: int = 520,
+    height: int = 300,
+    linear: bool = False,
 ) -> str:
     """An `<svg>` element with grid lines and a legend of the named series.
 
-    Where all values are positive and the largest is more than WIDE times the smallest, the vertical axis is
-    logarithmic: a loss falls most in its first steps. A chart without any finite point says so.
+    Unless it is to be `linear`, the vertical axis is logarithmic where all values are positive and the largest is more
+    than WIDE times the smallest: a loss falls most in its first steps. A chart without any finite point says so.
     """
     values = [
         y for curve in series for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(x) and math.isfinite(y)
@@ -116,7 +123,7 @@ def line_chart(
         if not values:
             axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center")
             axes.set(xticks=[], yticks=[])
-        elif 0 < WIDE * min(values) < max(values):
+        elif not linear and 0 < WIDE * min(values) < max(values):
             axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:.6g}")

@@ -1,6 +1,7 @@
 """report.html: what was trained and how well it does, in one file that needs nothing else and no network.
 
 Reads only what runs (run.json, metrics.jsonl) and visft evaluate (metrics.json, results, pictures) left on disk.
+A difference has a colour only where it has an interval, and that leaves zero out.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from visft_ds.evals.charts import Series, line_chart, smooth, thin
+from visft_ds.config.resolve import flatten
+from visft_ds.evals import curves
+from visft_ds.evals.benchmarks.intervals import LEVEL, Interval
 from visft_ds.evals.compare import MAIN, Evaluation, compare_results
+from visft_ds.evals.jackknife import PARTS
 from visft_ds.evals.out_of_domain import Comparison
 from visft_ds.evals.page import embed, render
-from visft_ds.monitor.metrics import RunFile, read_metrics
+from visft_ds.monitor.metrics import RunFile
+from visft_ds.redaction import redacted_values, redacted_words
 from visft_ds.run.folder import read_run, recorded_config
 from visft_ds.tasks.pictures import INK, Picture, grid, letters, paper, split_panels
 
@@ -40,13 +45,15 @@ MEANINGS = {
     "ROUGE-L": "longest common subsequence of words",
 }
 _NAMES = {"box/AP50": "box AP50", "mask/AP50": "mask AP50", "caption/CIDEr-D": "caption CIDEr-D"}
-_COLOURS = ("#2c6fbb", "#c2571a", "#3c8d40", "#8a4fa3")
-_TASK_COLOURS = dict(zip(MAIN, _COLOURS[: len(MAIN)], strict=True))
 _MOST_CATEGORIES = 20
+_NONE = "–"
 #: Pictures of a task; fewer where each task has two sections of them.
 _MOST_PICTURES, _MOST_OF_TWO = 6, 4
 _ROWS = 2  # of each task on the sheet of `comparison`
 _HEAD = 34  # height of the line of labels on it, pixels
+
+
+Drawn = Mapping[str, Mapping[int, Picture]]  #: task -> image id -> ground truth beside prediction
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ class Report:
     commands: Mapping[str, str] = field(default_factory=dict)  #: what it does -> text to paste
     seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
     beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
+    changes: Mapping[str, Interval] = field(default_factory=dict)  #: number -> last - first, see `jackknife.changes`
+    without: str = "nobody asked for them"  #: why there are no changes
+    drawn: Mapping[str, Drawn] | None = None  #: label -> pictures; None: those of `evaluations`
 
     @property
     def tasks(self) -> list[str]:
@@ -79,14 +89,16 @@ def write_report(path: Path, report: Report) -> Path:
     where = " on held-out images" if report.training else ""
     most = _MOST_OF_TWO if report.training else _MOST_PICTURES
     results = [
-        _results(f"Results{where}", report.evaluations, report.merged),
-        _results("Results on training images", report.training, None),
+        _results(f"Results{where}", report.evaluations, report.merged, report.changes, report.without),
+        _results("Results on training images", report.training, None, {}, "they are of images that were learnt"),
     ]
+    drawn = report.drawn if report.drawn is not None else _drawn(report.evaluations)
     pictures = []
-    for task in report.tasks:
-        title = f"{task.capitalize()}: the same images, before and after"
-        pictures.append(_pictures(f"{title}{where and ', held out'}", report.evaluations, task, most))
-        pictures.append(_pictures(f"{title}, trained on", report.training, task, most))
+    for task in report.tasks if report.drawn is None else MAIN:
+        title = f"{task.capitalize()}: the same images, {'side by side' if len(drawn) > 2 else 'before and after'}"
+        pictures.append(_pictures(f"{title}{where and ', held out'}", drawn, task, most))
+        pictures.append(_pictures(f"{title}, trained on", _drawn(report.training), task, most))
+    histories = {label: curves.read_history(folder) for label, folder in report.runs.items()}
     text = render(
         "evals/report.html.j2",
         title=report.title,
@@ -95,9 +107,11 @@ def write_report(path: Path, report: Report) -> Path:
         sheets=[embed(sheet) for sheet in report.beyond.pictures] if report.beyond else [],
         results=results,
         pictures=pictures,
-        curves=_curves(report),
+        curves=curves.charts(histories),
+        missing=curves.missing(histories),
+        times=_times(report, histories),
         categories=_categories(report),
-        colours=_COLOURS,
+        colours=curves.COLOURS,
         runs=_runs(report),
         seconds={name: f"{value:.1f} s" for name, value in report.seconds.items()},
     )
@@ -111,8 +125,9 @@ def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture 
     the predictions of each evaluation; None without pictures.
     """
     panels: list[Picture] = []
+    drawn = _drawn(evaluations)
     for task in MAIN:
-        for row in list(_panels(evaluations, task).values())[:rows]:
+        for row in list(_panels(drawn, task).values())[:rows]:
             panels += row
     if not panels:
         return None
@@ -126,9 +141,13 @@ def comparison(evaluations: Sequence[Evaluation], rows: int = _ROWS) -> Picture 
     return np.concatenate([np.asarray(head), sheet])
 
 
-def _panels(evaluations: Sequence[Evaluation], task: str) -> dict[int, list[Picture]]:
-    """Image id -> [ground truth, prediction of each evaluation], for the images that all evaluations drew."""
-    drawn = [evaluation.pictures(task) for evaluation in evaluations]
+def _drawn(evaluations: Sequence[Evaluation]) -> dict[str, Drawn]:
+    return {one.label: {task: one.pictures(task) for task in MAIN} for one in evaluations}
+
+
+def _panels(of_models: Mapping[str, Drawn], task: str) -> dict[int, list[Picture]]:
+    """Image id -> [ground truth, prediction of each model], for the images that were drawn of all of them."""
+    drawn = [pictures.get(task, {}) for pictures in of_models.values()]
     if not drawn:
         return {}
     shared = [image_id for image_id in drawn[0] if all(image_id in other for other in drawn)]
@@ -142,7 +161,9 @@ def _card(report: Report, task: str) -> dict[str, Any]:
     lines = [f"{_NAMES[name]} {report.evaluations[-1].label}"]
     if len(values) > 1:
         change = _change(report.evaluations, name)
-        difference = f" ({change:+.3f})" if math.isfinite(change) else ""
+        known = report.changes.get(name)
+        interval = f", {_interval(known, 3)}" if known else ""
+        difference = f" ({change:+.3f}{interval})" if math.isfinite(change) else ""
         lines.append(f"{report.evaluations[0].label}: {_number(values[0], 3)}{difference}")
     for evaluation in report.training[-1:]:
         lines.append(f"on training images: {_number(evaluation.metrics.get(name, math.nan), 3)}")
@@ -161,71 +182,84 @@ def _beyond_card(beyond: Comparison | None) -> list[dict[str, Any]]:
     ]
 
 
-def _results(title: str, evaluations: Sequence[Evaluation], merged: Evaluation | None) -> dict[str, Any]:
+def _results(
+    title: str,
+    evaluations: Sequence[Evaluation],
+    merged: Evaluation | None,
+    changes: Mapping[str, Interval],
+    without: str,
+) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else None
     tasks = last.tasks if last else []
+    told = f", and beside it its {LEVEL:.0%} interval over images (Student's t, a jackknife of {PARTS} parts); coloured"
     return {
         "title": title,
         "evaluations": evaluations,
         "merged": merged,
-        "tasks": [_rows(evaluations, merged, task) for task in tasks],
+        "tasks": [_rows(evaluations, merged, task, changes) for task in tasks],
+        "intervals": f"{told} is what leaves zero out."
+        if changes
+        else f"; without intervals, so without colours: {without}.",
         "differences": [compare_results(last, merged, task).text() for task in tasks] if last and merged else [],
     }
 
 
-def _rows(evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str) -> list[dict[str, Any]]:
+def _rows(
+    evaluations: Sequence[Evaluation], merged: Evaluation | None, task: str, changes: Mapping[str, Interval]
+) -> list[dict[str, Any]]:
     """A task's numbers: each evaluation, the difference, the merged weights."""
     rows, prefix = [], MAIN[task].partition("/")[0]
     for name in evaluations[-1].metrics:
         if not name.startswith(f"{prefix}/") or name.count("/") > 1:
             continue
-        change = _change(evaluations, name)
+        change, known = _change(evaluations, name), changes.get(name)
         rows.append(
             {
                 "name": name,
                 "meaning": MEANINGS.get(name.partition("/")[2], ""),
                 "main": name == MAIN[task],
                 "numbers": [_number(evaluation.metrics.get(name, math.nan)) for evaluation in evaluations],
-                "change": f"{change:+.4f}" if math.isfinite(change) else "–",
-                "kind": "up" if change > 0 else "down" if change < 0 else "",
+                "change": f"{change:+.4f}" if math.isfinite(change) else _NONE,
+                "interval": _interval(known, 4) if known else "",
+                "kind": ("up" if change > 0 else "down") if known and known.sure else "",
                 "merged": _number(merged.metrics.get(name, math.nan)) if merged else "",
             }
         )
     return rows
 
 
-def _pictures(title: str, evaluations: Sequence[Evaluation], task: str, most: int) -> dict[str, Any]:
+def _pictures(title: str, drawn: Mapping[str, Drawn], task: str, most: int) -> dict[str, Any]:
+    rows = list(_panels(drawn, task).items())[:most]
     return {
         "title": title,
         "task": task,
-        "labels": ["ground truth", *(evaluation.label for evaluation in evaluations)],
-        "rows": {
-            image_id: [embed(panel) for panel in panels]
-            for image_id, panels in list(_panels(evaluations, task).items())[:most]
-        },
+        "labels": ["ground truth", *drawn],
+        "rows": {image_id: [embed(panel) for panel in panels] for image_id, panels in rows},
     }
 
 
-def _curves(report: Report) -> list[str]:
-    """A chart for each task of each run: their losses have nothing in common but the steps."""
-    charts = []
-    for label, folder in report.runs.items():
-        path = folder / "metrics.jsonl"
-        if not path.is_file():  # a run goes on without it when its disk is full
-            continue
-        records = [entry for entry in read_metrics(path) if "loss/loss" in entry]
-        names = {name.removeprefix("loss/") for entry in records for name in entry if name.startswith("loss/")}
-        for task in [task for task in MAIN if task in names]:
-            points = [(entry["step"], float(entry[f"loss/{task}"])) for entry in records if f"loss/{task}" in entry]
-            xs, ys = [x for x, _ in points], [y for _, y in points]
-            colour = _TASK_COLOURS[task]
-            series = [
-                Series(*thin(xs, ys), colour, faint=True),
-                Series(*thin(xs, smooth(ys)), colour, name="smoothed"),
-            ]
-            title = f"{label}: {task} loss"
-            charts.append(line_chart(series, title=title, x_label="optimiser step", y_label="weighted loss", width=360))
-    return charts
+def _times(report: Report, histories: Mapping[str, curves.History]) -> list[dict[str, Any]]:
+    """Bars of what the time of each run went into."""
+    configs = {label: recorded_config(folder).to_dict()["visft"] for label, folder in report.runs.items()}
+    spent = [curves.time_by_part(history, configs[label]) for label, history in histories.items()]
+    data = [curves.time_of_data(history) for history in histories.values()]
+    parts = [("Training, by the clock", spent), ("Making samples, by all readers of the main process", data)]
+    return [{"title": title, "rows": _shares(seconds)} for title, seconds in parts if any(seconds)]
+
+
+def _shares(seconds: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, str]]]:
+    """Part -> of each run, the share of its sum and a text."""
+    sums = [sum(of_run.values()) or 1.0 for of_run in seconds]
+    return {
+        part: [
+            (
+                max(0.0, of_run.get(part, 0.0) / total),
+                f"{of_run.get(part, 0.0) / total:.0%}, {of_run.get(part, 0.0):.1f} s",
+            )
+            for of_run, total in zip(seconds, sums, strict=True)
+        ]
+        for part in dict.fromkeys(part for of_run in seconds for part in of_run)
+    }
 
 
 def _categories(report: Report) -> list[dict[str, Any]]:
@@ -246,7 +280,10 @@ def _bars(report: Report, prefix: str) -> dict[str, Any]:
         "which": f"the {len(names)} of {total} categories that changed most"
         if len(names) < total
         else "every category",
-        "rows": {name.split("/")[2]: [evaluation.metrics[name] for evaluation in report.evaluations] for name in names},
+        "rows": {
+            name.split("/")[2]: [(value := one.metrics[name], f"{value:.3f}") for one in report.evaluations]
+            for name in names
+        },
     }
 
 
@@ -256,13 +293,27 @@ def _runs(report: Report) -> dict[str, Any]:
     records = [read_run(folder) for folder in report.runs.values()]
     configs = [recorded_config(folder).to_dict() for folder in report.runs.values()]
     facts = [_run_facts(record, config) for record, config in zip(records, configs, strict=True)]
-    names = dict.fromkeys(name for of_run in facts for name in of_run)
-    commit = records[-1].git and records[-1].git.commit
-    versions = ", ".join(f"{name} {version}" for name, version in records[-1].versions.items())
+    values = [dict(flatten(redacted_values(config))) for config in configs]
+    keys = [key for key in dict.fromkeys(key for of_run in values for key in of_run) if key != "visft.run.out"]
+    settings = {key: [str(of_run.get(key, _NONE)) for of_run in values] for key in keys}
     return {
-        "facts": {name: [of_run.get(name, "–") for of_run in facts] for name in names},
-        "versions": versions + (f", commit {commit[:12]}" if commit else ""),
+        "facts": _side_by_side(facts),
+        "environment": _side_by_side([_environment(record) for record in records]),
+        "settings": {key: texts for key, texts in settings.items() if len(set(texts)) > 1},
     }
+
+
+def _side_by_side(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for of_run in runs for name in of_run)
+    return {name: [of_run.get(name, _NONE) for of_run in runs] for name in names}
+
+
+def _environment(record: RunFile) -> dict[str, str]:
+    commit = f"{record.git.commit[:12]}{', with changes' if record.git.modified else ''}" if record.git else _NONE
+    times = f", then {len(record.earlier)} times more" if record.earlier else ""
+    started = (record.earlier[0].get("started") if record.earlier else record.started) or _NONE
+    command = " ".join(redacted_words(record.command))
+    return {"started": f"{started}{times}", "command": command, "commit": commit, **record.versions}
 
 
 def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
@@ -282,7 +333,6 @@ def _run_facts(record: RunFile, config: Mapping[str, Any]) -> dict[str, str]:
         "precision": model["precision"],
         "data": f"{visft['data']['root']}, split {visft['data']['train']}",
         "seed": str(visft["seed"]),
-        "started": record.started,
     }
 
 
@@ -304,5 +354,9 @@ def _change(evaluations: Sequence[Evaluation], name: str) -> float:
     return values[1] - values[0] if min(values) >= 0 else math.nan
 
 
+def _interval(known: Interval, digits: int) -> str:
+    return f"{known.low:+.{digits}f} to {known.high:+.{digits}f}"
+
+
 def _number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if value >= 0 else "–"
+    return f"{value:.{digits}f}" if value >= 0 else _NONE

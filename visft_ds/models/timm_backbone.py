@@ -68,11 +68,13 @@ class TimmBackbone(nn.Module):
         self.behind: tuple[str, ...] = ()
         self.left_out: dict[str, Tensor] = {}
         probe = self._probe()
+        probe.train()  # a module begins in training mode by default: batch norms would count the first images
+        self._check_map(probe)
         self._leave_out(probe, probe._unused())
         if until is not None:
             self._end(probe, until)
         self.width, self.patch_size = self._measure(probe)
-        self.train()  # a module begins in training mode by default: batch norms would count the first images
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), already normalised -> (B, D, h, w)."""
@@ -80,10 +82,19 @@ class TimmBackbone(nn.Module):
         patch = self._patch()
         if patch is not None:  # pixels right and below the last whole patch are dropped, as EvaViT does
             images = images[..., : images.shape[-2] // patch * patch, : images.shape[-1] // patch * patch]
-        features: Tensor = model.forward_features(images)
+        return self._map(model.forward_features(images), images)
+
+    def map_of(self, given: Tensor, images: Tensor) -> Tensor:
+        """(B, D, h, w), what it would give for these images if it ended after a block that gives `given`."""
+        return self._map(self._timm[0].norm(given) if self._patch() is not None else given, images)
+
+    def _map(self, features: Tensor, images: Tensor) -> Tensor:
+        """Tokens or a map of timm's as (B, D, h, w)."""
+        model, patch = self._timm[0], self._patch()
         if features.ndim == 4:
             return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
-        assert patch is not None
+        if patch is None:
+            raise ValueError(f"features of shape {tuple(features.shape)}")
         grid = images.shape[-2] // patch, images.shape[-1] // patch
         tokens = features[:, model.num_prefix_tokens :]
         return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
@@ -168,11 +179,25 @@ class TimmBackbone(nn.Module):
         """Itself where it has no values; else the same model as timm builds it, without values."""
         return self if next(self.parameters()).is_meta else _on_meta(self)
 
+    def _check_map(self, probe: TimmBackbone) -> None:
+        try:
+            features = probe(self._blank(self.image_size, self.image_size))
+            if features.ndim == 4:
+                return
+            reason = f"features of shape {tuple(features.shape)}"
+        except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error) or type(error).__name__  # timm's words for what its model cannot do with an image
+        raise ValueError(
+            f"timm's {self.name} gives no map of rows and columns, which heads need ({reason}); plain ViTs and "
+            "convolutional networks do"
+        )
+
     def _unused(self) -> list[str]:
         """Children that the feature map does not need."""
         named = dict(self.named_parameters())
-        features = self(self._blank(self.image_size, self.image_size))
-        found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+        with torch.enable_grad():
+            features = self(self._blank(self.image_size, self.image_size))
+            found = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
         used = {name.partition(".")[0] for name, gradient in zip(named, found, strict=True) if gradient is not None}
         return [
             child

@@ -26,7 +26,7 @@ from visft_ds.names import shown_name, wrong_name
 from visft_ds.redaction import redacted
 from visft_ds.shards.finish import BuildReport, dry_report, left_out, write_manifest
 from visft_ds.shards.images import CHECK_LEVELS, CheckLevel
-from visft_ds.shards.inputs import open_images
+from visft_ds.shards.inputs import MadeJson, open_images
 from visft_ds.shards.outputs import Output, exclusive
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import is_url, local_path
@@ -40,7 +40,7 @@ from visft_ds.shards.shard_writer import (
     tar_bytes,
     write_shard,
 )
-from visft_ds.shards.source import CATEGORY_RULES, CocoSource, SourceImage, SourceSelection, read_source
+from visft_ds.shards.source import CATEGORY_RULES, CocoFile, CocoSource, SourceImage, SourceSelection, read_source
 from visft_ds.shards.workers import BuildProgress, BuildWorkers
 from visft_ds.tasks.vocabulary import TOKENIZER
 
@@ -59,8 +59,8 @@ class Options:
     """
 
     images: Path | str
-    instances: Path | str | None
-    captions: Path | str | None
+    instances: CocoFile | None
+    captions: CocoFile | None
     out: Path | str
     split: str
     max_size: int = 256_000_000  #: bytes of a shard; of the files as they are, where they are re-encoded
@@ -98,6 +98,11 @@ class Options:
             raise ValueError(f"--reencode decodes every image anyway: leave out --check {self.check}")
         if self.categories != "keep" and self.instances is None:
             raise ValueError(f"--categories {self.categories} needs --instances, where categories come from")
+        made = isinstance(self.instances, MadeJson) or isinstance(self.captions, MadeJson)
+        if made and self.check == "none":
+            raise ValueError(
+                "--check none believes the sizes that COCO files state; this data states none: leave it out"
+            )
         if not is_url(self.images) and not local_path(self.images).is_dir():
             raise ValueError(f"the images folder {self.images} does not exist")
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,20 @@ from visft_ds.data.decode import MAX_PIXELS
 from visft_ds.data.manifest import manifest_path
 from visft_ds.flags import check_least
 from visft_ds.monitor.console import Gauge
+from visft_ds.redaction import redacted
 from visft_ds.shards.build import Options, build
 from visft_ds.shards.finish import BuildReport, left_out
 from visft_ds.shards.images import CHECK_LEVELS
+from visft_ds.shards.layouts import FolderSplit, recognise
 from visft_ds.shards.reencode import Reencoding
+from visft_ds.shards.remote import is_url
 from visft_ds.shards.workers import BuildProgress
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _EPILOG = """images and JSON files may be URLs that fsspec knows (http, s3, gs, hf ... with visft_ds[remote] installed).
 
 examples:
+  visft shards build MYFOLDER               all splits that it has, into MYFOLDER-shards
   visft shards build --images train2017 --instances instances_train2017.json \\
       --captions captions_train2017.json --out shards --split train
   visft shards build --images s3://bucket/val2017 --instances s3://bucket/instances_val2017.json \\
@@ -40,16 +45,18 @@ def add_build_parser(commands: Any, summary: str) -> None:
     parser = commands.add_parser(
         "build",
         help=summary,
-        description="Make shards, index and manifest of a COCO data set; goes on where it was interrupted.",
+        description="Make shards, index and manifest of a data set; goes on where it was interrupted. A folder is "
+        "recognised by its files: COCO, Roboflow's COCO export, YOLO (data.yaml), or images with captions (jsonl).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--images", required=True, metavar="DIR|URL", help="folder of the image files")
+    add("folder", nargs="?", metavar="FOLDER", help="a data set, or its data.yaml; instead of the three flags below")
+    add("--images", metavar="DIR|URL", help="folder of the image files")
     add("--instances", metavar="FILE|URL", help="instances_*.json of COCO")
     add("--captions", metavar="FILE|URL", help="captions_*.json of COCO; at least one of the two")
-    add("--out", required=True, metavar="DIR", help="where the shards go")
-    add("--split", required=True, metavar="NAME", help="name of the split, first part of all file names")
+    add("--out", metavar="DIR", help="where the shards go (of a FOLDER: FOLDER-shards)")
+    add("--split", metavar="NAME", help="name of the split, first part of all file names (of a FOLDER: only this one)")
     shards = parser.add_argument_group("shards")
     shards.add_argument("--max-size", type=_size, default="256MB", metavar="SIZE", help="of a shard (default 256MB)")
     shards.add_argument("--max-count", type=int, metavar="N", help="samples in a shard (default: no limit)")
@@ -91,12 +98,50 @@ def add_build_parser(commands: Any, summary: str) -> None:
 def run_build(options: argparse.Namespace) -> int:
     """Build and print the report. Returns the exit status. Raises what `build` raises."""
     check_least(options, workers=1)
+    inputs = ("images", "instances", "captions")
+    if options.folder is None:
+        missing = [f"--{name}" for name in ("images", "out", "split") if getattr(options, name) is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: missing; give a FOLDER that is recognised, or these")
+        reports = [
+            _build(options, options.out, FolderSplit(options.split, *(getattr(options, name) for name in inputs)))
+        ]
+    else:
+        doubled = [f"--{name}" for name in inputs if getattr(options, name) is not None]
+        if doubled:
+            raise ValueError(f"{options.folder} has its own files: leave out {', '.join(doubled)}, or the folder")
+        if is_url(options.folder):
+            raise ValueError(
+                f"{redacted(options.folder)}: only local folders are recognised; give --images and the files"
+            )
+        reports = list(_build_folder(options, Path(os.path.abspath(options.folder))))
+    if options.json:
+        told = [asdict(report) for report in reports]
+        print(orjson.dumps(told if options.folder else told[0], option=orjson.OPT_INDENT_2).decode())
+    return 0
+
+
+def _build_folder(options: argparse.Namespace, place: Path) -> Iterator[BuildReport]:
+    """Build every split of a folder that is recognised; all are read before the first is written."""
+    kind, splits, left = recognise(place, options.split)
+    out = options.out or f"{place.parent if place.is_file() else place}-shards"
+    if not options.json:
+        print(f"{options.folder}: {kind}, {', '.join(split.name for split in splits)}")
+        for path in left:
+            print(f"  not read: {path.relative_to(place)}")
+    for split in splits:
+        yield _build(options, out, split)
+    if not options.json and not options.dry_run:
+        print(f"train on it: visft train --stage 1 --data {out}")
+
+
+def _build(options: argparse.Namespace, out: str, split: FolderSplit) -> BuildReport:
     settings = Options(
-        images=options.images,
-        instances=options.instances,
-        captions=options.captions,
-        out=options.out,
-        split=options.split,
+        images=split.images,
+        instances=split.instances,
+        captions=split.captions,
+        out=out,
+        split=split.name,
         max_size=options.max_size,
         max_count=options.max_count,
         seed=options.seed,
@@ -121,11 +166,9 @@ def run_build(options: argparse.Namespace) -> int:
             replace=options.replace,
             on_progress=partial(show_progress, gauge),
         )
-    if options.json:
-        print(orjson.dumps(asdict(report), option=orjson.OPT_INDENT_2).decode())
-    else:
+    if not options.json:
         _print_report(report, time.perf_counter() - began)
-    return 0
+    return report
 
 
 def show_progress(gauge: Gauge, progress: BuildProgress) -> None:

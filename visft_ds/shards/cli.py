@@ -1,5 +1,6 @@
-"""COCO -> shards that any WebDataset reader opens, checked and reproducible.
+"""COCO, YOLO or captioned images -> shards that any WebDataset reader opens, checked and reproducible.
 
+    visft shards MYFOLDER                 what it is, is recognised; `visft shards build MYFOLDER` with all flags
     visft shards build --images train2017 --instances instances_train2017.json \\
         --captions captions_train2017.json --out shards --split train
     visft shards verify shards
@@ -16,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from visft_ds import program
 from visft_ds.config.removed import refuse_removed
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         refuse_removed("make_shards", arguments)
+        if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+            if not Path(arguments[0]).exists():
+                raise ValueError(f"{arguments[0]} is neither a folder nor a command; there are {', '.join(COMMANDS)}")
+            arguments = ["build", *arguments]
         parser = _parser(arguments[:1])
         options, rest = parser.parse_known_args(arguments)
         options.rest = rest
@@ -52,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = Parser(prog=program("shards"), description="COCO -> checked, reproducible shards")
+    parser = Parser(
+        prog=program("shards"),
+        description="COCO, YOLO or captioned images -> checked, reproducible shards",
+        epilog="visft shards FOLDER is short for visft shards build FOLDER",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, function, summary) in COMMANDS.items():
         if [name] == list(given):

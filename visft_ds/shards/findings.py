@@ -35,6 +35,7 @@ FINDINGS: Mapping[str, str] = {
     "instance without mask": "kept",
     "ignore flag": "kept as an ordinary instance: COCO's evaluation knows iscrowd alone",
     "more fields": "not in shards: heads learn from boxes, masks and categories",
+    "label without image": "left out",
     "crowd": "kept in the shard, left out in training, used in evaluation",
     "crowd dropped": "dropped, as --crowd drop asks",
     "caption without image": "dropped",

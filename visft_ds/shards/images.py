@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ CheckLevel = Literal["decode", "header", "none"]
 CHECK_LEVELS: tuple[CheckLevel, ...] = ("decode", "header", "none")
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_PACKED = ("JPEG", "PNG", "WEBP")  # Pillow's names of what shards may be made of
 #: Colour spaces whose first component is luma; libjpeg then decodes it without the others' arithmetic.
 _WITH_BRIGHTNESS = ("YCbCr", "Gray")
 #: Shortest side in pixels of the thumbnail that is hashed, where the file has that many. Averages over cells of fewer
@@ -131,6 +134,19 @@ def _check_pixels(height: int, width: int, max_pixels: int) -> None:
         raise ValueError(f"{width} x {height} pixels; allowed are 1 to {max_pixels} in all")
 
 
+def stored_frame(path: Path) -> tuple[int, int, int]:
+    """(H, W, EXIF orientation) of an image file as it is stored, by its header; (1, 1, 1) for one that cannot be read:
+    a build looks at all of it, and leaves it out with the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # too large for shards
+            with Image.open(path, formats=_PACKED) as image:
+                width, height = image.size
+                return height, width, _orientation(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 1, 1, 1
+
+
 def difference_hash(grey: npt.NDArray[np.uint8]) -> int:
     """Perceptual hash of 64 bits, of which few change when an image is scaled, re-encoded or made brighter.
 
@@ -157,11 +173,15 @@ def _overlaps(pixels: int, cells: int) -> npt.NDArray[np.int64]:
 def _header(data: bytes) -> tuple[str, int]:
     """(Pillow's mode, EXIF orientation or 1). Raises ValueError for a file that Pillow does not know."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image = Image.open(io.BytesIO(data), formats=_PACKED)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError("its header is damaged: Pillow cannot read it") from error
     with image:
-        try:
-            return image.mode, int(image.getexif().get(_ORIENTATION, 1))
-        except (OSError, SyntaxError, ValueError, TypeError, struct.error):
-            return image.mode, 1  # damaged EXIF data says nothing about the orientation
+        return image.mode, _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1  # damaged EXIF data says nothing about the orientation

@@ -26,12 +26,38 @@ _GONE = (404, 410)  # HTTP status
 Answer = TypeVar("Answer")
 
 
-def read_file(place: str | Path) -> bytes:
+@dataclass(frozen=True)
+class MadeJson:
+    """A COCO file that was made of annotations in another format."""
+
+    name: str
+    data: bytes
+    findings: tuple[tuple[str, str], ...] = ()  #: (kind, example) of what was odd
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A whole local file of at most so many bytes. Raises ValueError, also where it is none."""
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path} is not there, or no file")
+        if (size := path.stat().st_size) > most:
+            raise ValueError(f"{path} has {size} bytes; allowed are {most}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_file(place: str | Path | MadeJson) -> bytes:
     """A whole file.
 
     Raises:
         ValueError: it is not there or cannot be read.
     """
+    if isinstance(place, MadeJson):
+        return place.data
     try:
         if is_url(place):
             filesystem, path = open_url(str(place))

@@ -26,15 +26,18 @@ from visft_ds.data.manifest import Category
 from visft_ds.redaction import redacted
 from visft_ds.shards.categories import CategoryMap, map_categories
 from visft_ds.shards.findings import Drops, Findings, wrong_box, wrong_integer, wrong_kind
-from visft_ds.shards.inputs import read_file
+from visft_ds.shards.inputs import MadeJson, read_file
 from visft_ds.shards.reencode import Reencoding
 from visft_ds.shards.remote import short_name
 from visft_ds.shards.segmentations import FORMS, other_form, stored_segmentation
 
+#: Path or URL of a COCO file, or one that was made.
+CocoFile = str | Path | MadeJson
 #: Files up to this size are parsed at once; of larger ones the entries come one by one, which takes longer.
 _AT_ONCE = 1 << 30  # bytes
 #: Fields of an annotation that a label has, or that stand in the label of its image.
 _STORED = frozenset(("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "ignore"))
+_OF_A_CAPTION = frozenset(("id", "image_id", "caption"))
 #: More words than a caption is learnt with by default; characters beyond which a caption without spaces is no word.
 _MANY_WORDS, _LONG_WORD = 50, 8
 #: COCO's boxes pass the border by rounding; only more than this many pixels is a finding.
@@ -87,7 +90,7 @@ class CocoSource:
     files: Mapping[str, Mapping[str, Any]]  #: role -> name, bytes, sha256 of each file that was read
 
 
-def read_source(instances: str | Path | None, captions: str | Path | None, selection: SourceSelection) -> CocoSource:
+def read_source(instances: CocoFile | None, captions: CocoFile | None, selection: SourceSelection) -> CocoSource:
     """Read and check COCO JSON files; without instances, the images are those of the captions file.
 
     Raises:
@@ -100,6 +103,8 @@ def read_source(instances: str | Path | None, captions: str | Path | None, selec
     findings = Findings()
     files: dict[str, Mapping[str, Any]] = {}
     table: tuple[Category, ...] = ()
+    for file in (instances, captions):
+        findings.extend(file.findings if isinstance(file, MadeJson) else ())
     with _no_garbage_collection():
         if instances is not None:
             lists = _load(instances, "instances", ("images", "annotations", "categories"), files)
@@ -202,7 +207,7 @@ def _finished(
 
 
 def _load(
-    place: str | Path, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
+    place: CocoFile, role: str, needed: Sequence[str], files: dict[str, Mapping[str, Any]]
 ) -> dict[str, Iterator[dict[str, Any]]]:
     """The needed lists of a COCO file; errors in their entries are raised as they are read. Raises ValueError."""
     data = read_file(place)
@@ -246,12 +251,12 @@ def _objects(place: str | Path, name: str, entries: Iterable[Any]) -> Iterator[d
         yield entry
 
 
-def _described(place: str | Path, data: bytes) -> dict[str, Any]:
-    return {"name": short_name(place), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _described(place: CocoFile, data: bytes) -> dict[str, Any]:
+    return {"name": short_name(str(place)), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _category_map(
-    entries: Sequence[Mapping[str, Any]], rule: str, instances: str | Path, files: dict[str, Mapping[str, Any]]
+    entries: Sequence[Mapping[str, Any]], rule: str, instances: CocoFile, files: dict[str, Mapping[str, Any]]
 ) -> CategoryMap:
     file = None
     if rule not in CATEGORY_RULES:
@@ -457,6 +462,9 @@ def _add_captions(
         else:
             draft.captions.append(caption)
             drops.kept += 1
+            if not _OF_A_CAPTION.issuperset(entry):
+                more = ", ".join(sorted(map(str, entry.keys() - _OF_A_CAPTION)))
+                findings.add("more fields", f"caption {entry.get('id')} of image {entry.get('image_id')}: {more}")
             words = len(caption.split())
             if words > _MANY_WORDS or (words == 1 and len(caption) > _LONG_WORD):
                 kind = "caption in one piece" if words == 1 else f"caption over {_MANY_WORDS} words"

@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
+from visft_ds.evals.benchmarks.dense_sets import CELLS
 from visft_ds.evals.benchmarks.text_towers import TextTower, tower_of_model
 from visft_ds.interop.foreign_code import LOCAL, check_config, check_folder, read_config
 from visft_ds.interop.timm_names import classes_in
-from visft_ds.models.eva_vit import EvaViT
+from visft_ds.models.eva_vit import EvaViT, block_names, depth_until
+from visft_ds.models.timm_backbone import TimmBackbone
 
 KINDS = ("pooled", "clip", "patches", "clip_patches")
 KINDS_WITHOUT_TEXT = ("pooled", "patches")
@@ -61,6 +63,22 @@ class Encoder:
     facts: Mapping[str, str]  #: what was loaded, for people
 
 
+class Blocks(Protocol):
+    """Module of an encoder that can be read after each of its blocks: normed tokens of a ViT, maps as they are."""
+
+    def ends(self) -> list[str]:
+        """Names of the blocks, in their order."""
+
+    def end_after(self, block: str) -> None:
+        """Leave out all that lies behind a block; from then on it gives what that block does."""
+
+    def block(self, name: str) -> nn.Module:
+        """The module whose result is read."""
+
+    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """Features of images of which a block gives `given`, of KINDS_WITHOUT_TEXT."""
+
+
 class EvaEncoder(nn.Module):
     """A tower of ours, with the CLIP projection of its file where it has one.
 
@@ -89,7 +107,26 @@ class EvaEncoder(nn.Module):
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
-        tokens = self.backbone.tokens(images)
+        return self._of_tokens(self.backbone.tokens(images), images, kinds)
+
+    def ends(self) -> list[str]:
+        """See `Blocks`."""
+        return self.backbone.ends()
+
+    def end_after(self, block: str) -> None:
+        """See `Blocks`."""
+        self.backbone.end_after(block)
+        self.head = None  # it reads the last block
+
+    def block(self, name: str) -> nn.Module:
+        """See `Blocks`."""
+        return self.backbone.get_submodule(name)
+
+    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """See `Blocks`."""
+        return self._of_tokens(self.backbone.norm(given), images, kinds)
+
+    def _of_tokens(self, tokens: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         first = 0 if self.backbone.cls_token is None else 1
         found: dict[str, Tensor] = {}
         if "pooled" in kinds:
@@ -114,15 +151,40 @@ class EvaEncoder(nn.Module):
 class FeatureMapEncoder(nn.Module):
     """A backbone that gives a feature map and nothing else; `pooled` is its mean."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: TimmBackbone) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         """Features of images (B, 3, H, W)."""
         patches: Tensor = self.backbone(images)
+        return self._of_map(patches if self.backbone.until is None else _coarse(patches), kinds)
+
+    def ends(self) -> list[str]:
+        """See `Blocks`."""
+        return self.backbone.ends()
+
+    def end_after(self, block: str) -> None:
+        """See `Blocks`."""
+        self.backbone.end_after(block)
+
+    def block(self, name: str) -> nn.Module:
+        """See `Blocks`."""
+        return self.backbone.get_submodule(name)
+
+    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """See `Blocks`."""
+        return self._of_map(_coarse(self.backbone.map_of(given, images)), kinds)
+
+    def _of_map(self, patches: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
         found = {"pooled": patches.float().mean(dim=(2, 3)), "patches": patches}
         return {kind: value for kind, value in found.items() if kind in kinds}
+
+
+def _coarse(patches: Tensor) -> Tensor:
+    """A map of an early block, averaged to no more places than are judged."""
+    height, width = (min(side, CELLS) for side in patches.shape[-2:])
+    return patches if (height, width) == patches.shape[-2:] else F.adaptive_avg_pool2d(patches, (height, width))
 
 
 class _OpenClipEncoder(nn.Module):
@@ -131,8 +193,15 @@ class _OpenClipEncoder(nn.Module):
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
+        self.until: str | None = None
 
     def forward(self, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        if self.until is not None:
+            given: list[Tensor] = []
+            hook = self.block(self.until).register_forward_hook(lambda *parts: given.append(parts[-1]))
+            self.visual(images)
+            hook.remove()
+            return self.of_block(given[0], images, kinds)
         found: dict[str, Tensor] = {}
         trunk: Any = getattr(self.visual, "trunk", None)
         if trunk is not None:  # one forward for all
@@ -154,6 +223,29 @@ class _OpenClipEncoder(nn.Module):
             embedding = self.visual(images)
         found["pooled"], found["clip"] = embedding, F.normalize(embedding.float(), dim=-1)
         return {kind: found[kind] for kind in kinds}
+
+    def ends(self) -> list[str]:
+        """See `Blocks`; none of a network that is no plain ViT with a class token."""
+        plain = hasattr(self.visual, "transformer") and self.kinds == KINDS
+        return block_names(len(self.visual.transformer.resblocks)) if plain else []  # type: ignore[union-attr,arg-type]
+
+    def end_after(self, block: str) -> None:
+        """See `Blocks`."""
+        blocks: Any = self.visual.transformer.resblocks  # type: ignore[union-attr]
+        del blocks[depth_until(block, len(blocks)) :]
+        self.until = block
+
+    def block(self, name: str) -> nn.Module:
+        """See `Blocks`."""
+        return self.visual.get_submodule(name.replace("blocks", "transformer.resblocks"))
+
+    def of_block(self, given: Tensor, images: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+        """See `Blocks`; `pooled` is the class token."""
+        visual: Any = self.visual
+        tokens = visual.ln_post(given if visual.transformer.batch_first else given.transpose(0, 1))
+        grid = tuple(side // size for side, size in zip(images.shape[-2:], visual.patch_size, strict=True))
+        found = {"pooled": tokens[:, 0], "patches": tokens[:, 1:].transpose(1, 2).unflatten(2, grid)}
+        return {kind: value for kind, value in found.items() if kind in kinds}
 
     @property
     def kinds(self) -> tuple[str, ...]:

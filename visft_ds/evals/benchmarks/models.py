@@ -4,6 +4,7 @@
     [LABEL=]RUN[@SCALE]                what a finished training leaves: its base and, after stage 2, its adapter
     [LABEL=]open_clip:NAME:TAG|FILE    also open_clip:hf-hub:..., open_clip:local-dir:..., open_clip:CONFIG.json:FILE
     [LABEL=]timm:NAME[:FILE]           without a file timm's own weights
+    ...#BLOCK                          any of these, read after a block and without what lies behind it
 
 In place of a tag or file, `random` says that no weights are meant.
 """
@@ -16,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +42,12 @@ from visft_ds.interop.backbones import is_merged, load_backbone, load_timm, timm
 from visft_ds.interop.files import open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.towers import open_tower, resolve_tower
+from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.run.folder import recorded_config
 
 LABEL = re.compile(r"([\w .-]+)=(.+)")
+_POOLED = "mean of the feature map"
+_READ = re.compile(r"(.+)#([A-Za-z]\w*(?:\.\w+)*)(@[^@#]+)?")
 _SCALED = re.compile(r"(.+)@([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)")
 
 
@@ -59,6 +64,7 @@ class ModelSpec:
     hints: Mapping[str, float | bool] | None = None  #: num_heads and post_norm, where a run records them
     timm: tuple[str, int | None] | None = None  #: name and image size of the model of timm that is its backbone
     until: str | None = None  #: block that it ends after, where a run records one
+    block: str | None = None  #: that it is read after
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ def parse_model(text: str) -> ModelSpec:
     Raises:
         ValueError: a file that is not there, or a scale without an adapter.
     """
+    if (read := _READ.fullmatch(text)) and not Path(text).exists():
+        spec = parse_model(read[1] + (read[3] or ""))
+        named = spec.label if LABEL.fullmatch(text) else f"{spec.label}#{read[2]}"
+        return replace(spec, label=named, block=read[2])
     match = LABEL.fullmatch(text)
     label, rest = (match[1].strip(), match[2]) if match else (None, text)
     library, colon, inner = rest.partition(":")
@@ -142,6 +152,8 @@ def load_encoder(spec: ModelSpec, options: LoadOptions) -> Encoder:
     else:
         build = open_clip_encoder if spec.library == "open_clip" else timm_encoder
         encoder = build(spec.name, spec.weights)
+    if spec.block is not None:
+        encoder = read_after(encoder, spec)
     if encoder.text is None and options.text is not None:
         encoder = replace(encoder, text=_text_of(options.text, encoder))
     return encoder
@@ -157,7 +169,7 @@ def _load_timm(spec: ModelSpec, timm: tuple[str, int | None], options: LoadOptio
         adapter.install(backbone)
         facts["adapter"] = f"{spec.adapter}: {adapter.describe()}, times {spec.scale:g}"
     side = options.image_size or backbone.image_size
-    settings = {"preprocess": f"{side} {backbone.pixel_mean} {backbone.pixel_std}", "pooled": "mean of the feature map"}
+    settings = {"preprocess": f"{side} {backbone.pixel_mean} {backbone.pixel_std}", "pooled": _POOLED}
     settings |= {} if backbone.until is None else {"until": backbone.until}
     module = FeatureMapEncoder(backbone)
     return Encoder(
@@ -231,8 +243,51 @@ def _adapter_of(spec: ModelSpec) -> Adapter | None:
 
 
 def _end_of(spec: ModelSpec, adapter: Adapter | None) -> str | None:
-    """The block that a model ends after; None: it is whole."""
+    """The block that a model ends after; None: it is whole, as merged weights are if they are read elsewhere."""
+    if spec.block is not None and adapter is None:
+        return spec.until
     return spec.until or end_of(open_weights(spec.name), adapter)
+
+
+def read_after(encoder: Encoder, spec: ModelSpec) -> Encoder:
+    """The same read after the block of its spec, and without its text side.
+
+    Raises ValueError for a network without that block.
+    """
+    assert spec.block is not None
+    encoder = readable(encoder, spec)
+    module: Any = encoder.module
+    module.end_after(spec.block)
+    settings = {**encoder.settings, "until": spec.block}
+    return replace(encoder, settings=settings, facts={**encoder.facts, "read": f"after {spec.block}"})
+
+
+def readable(encoder: Encoder, spec: ModelSpec) -> Encoder:
+    """The same with a module whose `Blocks` can be read; it is the encoder's own, or shares its parameters.
+
+    Raises ValueError for a network whose blocks are not known.
+    """
+    module: Any = encoder.module
+    if spec.library == "timm":
+        module = FeatureMapEncoder(_as_backbone(module.model, spec.name))
+    elif spec.library == "open_clip" and hasattr(module.visual, "trunk"):
+        trunk = module.visual.trunk
+        module = FeatureMapEncoder(_as_backbone(trunk, trunk.pretrained_cfg["architecture"]))
+    if not module.ends():
+        raise ValueError(f"{spec.label} has no blocks that are known: of open_clip those of plain ViTs are, and timm's")
+    settings = {**encoder.settings, "pooled": _POOLED if isinstance(module, FeatureMapEncoder) else "class token"}
+    settings = settings if spec.library != "visft_ds" else dict(encoder.settings)
+    module = module.requires_grad_(False).eval()
+    return replace(encoder, module=module, kinds=KINDS_WITHOUT_TEXT, settings=settings, text=None)
+
+
+def _as_backbone(model: Any, name: str) -> TimmBackbone:
+    """A model of timm that is at hand, of images of one size, as a backbone."""
+    side = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = None if side is None else side[0]
+    return TimmBackbone(
+        model, name, {} if size in (None, model.pretrained_cfg["input_size"][-1]) else {"img_size": size}
+    )
 
 
 def _text_of(path: Path, encoder: Encoder) -> TextTower | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -71,6 +71,11 @@ class SegmentationLoss(StrictModel):
     importance: Fraction = 0.75
 
 
+def mostly_without_masks(counts: Mapping[str, int], findings: Mapping[str, int]) -> bool:
+    """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
+    return 2 * findings.get("instance without mask", 0) > counts.get("annotations", 0)
+
+
 class SegmentationTask(TaskConfig):
     """`visft.tasks.segmentation`."""
 
@@ -84,6 +89,12 @@ class SegmentationTask(TaskConfig):
     image: SegmentationImage = SegmentationImage()
     head: SegmentationHeadConfig = SegmentationHeadConfig()
     loss: SegmentationLoss = SegmentationLoss()
+
+    @classmethod
+    def lacks(cls, counts: Mapping[str, int], findings: Mapping[str, int]) -> str | None:
+        """Objects, or masks of most of them."""
+        few = mostly_without_masks(counts, findings)
+        return super().lacks(counts, findings) or ("mask for most of its objects" if few else None)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Those of the head, numbers out of range, and sizes that exclude each other."""

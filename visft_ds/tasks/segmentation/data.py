@@ -22,7 +22,7 @@ from visft_ds.data.samples import RawSample, Sample
 from visft_ds.data.spans import span
 from visft_ds.data.transforms import Crop, Flip, Op, Pad, Resize, Size, final_size, labels_of, places
 from visft_ds.ops.copies import to_device
-from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE
+from visft_ds.tasks.segmentation.config import CONTENT_MULTIPLE, mostly_without_masks
 from visft_ds.tasks.segmentation.masks import MaskPlacement, grid_size, rasterise, rasterise_all
 
 #: The raw ids of COCO's 80 categories. By default, a label is a place in here.
@@ -239,11 +239,11 @@ def pack_segmentation(samples: Sequence[Sample], frame: Size) -> SegmentationTar
 
 
 def problem_of(manifest: Manifest) -> str | None:
-    """Objects without masks are background here: a set of boxes alone would teach that nothing is there."""
-    without = next((f["count"] for f in manifest.findings if f["kind"] == "instance without mask"), 0)
-    if 2 * without <= manifest.counts["annotations"]:
+    """Problem of a split most of whose objects have no mask, None for any other."""
+    findings = {finding["kind"]: finding["count"] for finding in manifest.findings}
+    if not mostly_without_masks(manifest.counts, findings):
         return None
     return (
-        f"{manifest.root}/{manifest.split}: {without} of its {manifest.counts['annotations']} objects have no "
-        "mask. Segmentation would take them for background"
+        f"{manifest.root}/{manifest.split}: {findings['instance without mask']} of its "
+        f"{manifest.counts['annotations']} objects have no mask. Segmentation would take them for background"
     )

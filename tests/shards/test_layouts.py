@@ -1,0 +1,188 @@
+"""`visft shards FOLDER`: each layout is recognised and packed; two things in one folder, or nothing, are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.coco_tree import write_tree
+from tests.yolo_folder import BOX, write_picture, write_yolo
+from visft_ds.data.manifest import Manifest
+from visft_ds.shards.cli import main
+from visft_ds.shards.layouts import recognise
+from visft_ds.shards.verify import verify
+
+
+def _coco(folder: Path, year: str = "2017") -> Path:
+    for split in ("train", "val"):
+        tree = write_tree(folder / "made" / split, 6)
+        (folder / "annotations").mkdir(parents=True, exist_ok=True)
+        tree.images.rename(folder / f"{split}{year}")
+        for role, file in (("instances", tree.instances), ("captions", tree.captions)):
+            file.rename(folder / f"annotations/{role}_{split}{year}.json")
+    shutil.rmtree(folder / "made")
+    (folder / "annotations/person_keypoints_val2017.json").write_text("{}")
+    return folder
+
+
+def _roboflow(folder: Path) -> Path:
+    for split in ("train", "valid"):
+        tree = write_tree(folder / "made" / split, 6)
+        tree.images.rename(folder / split)
+        tree.instances.rename(folder / split / "_annotations.coco.json")
+    shutil.rmtree(folder / "made")
+    return folder
+
+
+def _captioned(folder: Path, *lines: Any) -> Path:
+    for number in range(3):
+        write_picture(folder / f"train/{number}.jpg", seed=number)
+    lines = lines or (
+        {"file_name": "0.jpg", "text": "A dog.", "source": "x"},
+        {"file_name": "1.jpg", "captions": ["A cat.", "A cat that sleeps."]},
+        {"file_name": "0.jpg", "caption": "A dog again."},
+        {"file_name": "gone.jpg", "text": "Nothing."},
+    )
+    (folder / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_yolo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "mine: YOLO, train, val" in told and f"visft train --stage 1 --data {tmp_path}/mine-shards" in told
+    for split in ("train", "val"):
+        manifest = Manifest.load(tmp_path / "mine-shards", split)
+        assert manifest.labels == {"annotations"}
+        assert [(c.coco_id, c.name) for c in manifest.categories] == [(0, "cat"), (1, "yes"), (2, "dog")]
+        assert (manifest.counts["images"], manifest.counts["annotations"], manifest.counts["empty"]) == (5, 4, 2)
+        assert verify(tmp_path / "mine-shards", split) == []
+    again = [*("build", str(tmp_path / "mine/data.yaml")), "--out", str(tmp_path / "mine-shards"), "--json", "--quiet"]
+    assert main(again) == 0
+    assert [report["shards_kept"] for report in json.loads(capsys.readouterr().out)] == [1, 1]
+
+
+def test_other_labels_are_another_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 0
+    (tmp_path / "mine/train/labels/3.txt").write_text(BOX)
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    assert "built otherwise (instances: data.yaml as COCO JSON" in capsys.readouterr().err
+    assert main([str(tmp_path / "mine"), "--quiet", "--replace", "--split", "train"]) == 0
+    assert Manifest.load(tmp_path / "mine-shards", "train").counts["annotations"] == 5
+
+
+def test_a_wrong_label_of_any_split_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "mine")
+    (tmp_path / "mine/valid/labels/1.txt").write_text("4 0.5 0.5 0.5 0.5")
+    assert main([str(tmp_path / "mine"), "--quiet"]) == 2
+    assert "valid/labels/1.txt line 1: class 4, but data.yaml names 3" in capsys.readouterr().err
+    assert not (tmp_path / "mine-shards").exists()
+
+
+def test_cocos_tree_is_the_same_as_by_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _coco(tmp_path / "coco")
+    assert main([str(folder), "--quiet", "--split", "val"]) == 0
+    assert "not read: annotations/person_keypoints_val2017.json" in capsys.readouterr().out
+    files = ["--instances", str(folder / "annotations/instances_val2017.json")]
+    files += ["--captions", str(folder / "annotations/captions_val2017.json")]
+    out = tmp_path / "flags"
+    assert (
+        main(["build", "--images", str(folder / "val2017"), *files, "--out", str(out), "--split", "val", "--quiet"])
+        == 0
+    )
+    for path in sorted(out.glob("val*")):
+        assert path.read_bytes() == (tmp_path / "coco-shards" / path.name).read_bytes()
+    assert not (tmp_path / "coco-shards/train.manifest.json").exists()
+
+
+def test_roboflows_coco_and_plain_names(tmp_path: Path) -> None:
+    kind, splits, _ = recognise(_roboflow(tmp_path / "roboflow"))
+    assert kind == "Roboflow" and [split.name for split in splits] == ["train", "val"]
+    assert splits[1].images == tmp_path / "roboflow/valid"
+    plain = _coco(tmp_path / "plain", year="")
+    for split in ("train", "val"):
+        (plain / f"annotations/captions_{split}.json").unlink()
+        (plain / f"annotations/instances_{split}.json").rename(plain / f"{split}.json")
+    kind, splits, _ = recognise(plain)
+    assert kind == "COCO" and [(split.name, split.captions) for split in splits] == [("train", None), ("val", None)]
+
+
+def test_captioned_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(_captioned(tmp_path / "mine")), "--quiet", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["counts"]["images"], report["counts"]["captions"]) == (2, 4)
+    assert report["quarantine"][0] | {"detail": ""} == {
+        "image_id": 3, "file_name": "gone.jpg", "reason": "missing", "detail": ""
+    }  # fmt: skip
+    more = next(finding for finding in report["findings"] if finding["kind"] == "more fields")
+    assert more["examples"] == ["caption 1 of image 1: source"]
+    manifest = Manifest.load(tmp_path / "mine-shards", "train")
+    assert manifest.labels == {"captions"} and manifest.vocabulary["dog"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "A dog."}, "must be an object with a text `file_name`"),
+        ({"file_name": "0.jpg", "objects": {}}, "captions are missing; it has file_name, objects"),
+        ({"file_name": "0.jpg", "text": 0}, "0 is no caption"),
+        ({"file_name": "0.jpg", "captions": ["a", None]}, "None is no caption"),
+        ([], "must be an object"),
+    ],
+)
+def test_a_wrong_line_of_captions_is_named(tmp_path: Path, line: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl: 1 lines are wrong:\n  line 2: .*{message}"):
+        recognise(_captioned(tmp_path, {"file_name": "0.jpg", "text": "A dog."}, line))
+
+
+def test_a_folder_that_is_two_things_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _roboflow(tmp_path / "both")
+    (tmp_path / "both/x.yaml").write_text("train: train\nnames: [a]\n")
+    (tmp_path / "both/other.yaml").write_text("{")
+    assert main([str(tmp_path / "both"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "is 2 things" in error and "Roboflow: train/_annotations.coco.json" in error and "YOLO: x.yaml" in error
+
+
+def test_a_folder_that_is_nothing_says_what_was_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "package.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "looked for\n  COCO" in error and "metadata.jsonl" in error
+    assert "found labels/, package.json; labels of YOLO need a data.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is neither a folder nor a command; there are build, verify, info"),
+        (["build"], "--images, --out, --split: missing"),
+        (["build", "{mine}", "--instances", "x"], "leave out --instances"),
+        (["{mine}", "--split", "test"], "has no split 'test'; it is YOLO: data.yaml"),
+        (["{mine}", "--check", "none"], "--check none believes"),
+        (["build", "s3://bucket/mine"], "only local folders are recognised"),
+    ],
+)
+def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    write_yolo(tmp_path / "mine")
+    assert main([word.format(mine=tmp_path / "mine") for word in words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_years_of_one_split_are_refused(tmp_path: Path) -> None:
+    folder = _coco(tmp_path)
+    shutil.copytree(folder / "train2017", folder / "train2014")
+    shutil.copyfile(folder / "annotations/instances_train2017.json", folder / "annotations/instances_train2014.json")
+    with pytest.raises(ValueError, match="has more than one 'train'"):
+        recognise(folder)
+    assert [split.name for split in recognise(folder, "val")[1]] == ["val"]
+    shutil.rmtree(folder / "val2017")
+    with pytest.raises(ValueError, match=r"val2017\.json: its images are in none of val2017/"):
+        recognise(folder, "val")
