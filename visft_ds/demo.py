@@ -326,6 +326,7 @@ def _steps(demo: Demo, given: argparse.Namespace) -> None:
             for part in ("--model", f"{label}={out}/stage{stage}")
         ]
         command = [*_visft("evaluate"), "benchmarks", *models, "--benchmark", f"dense={out / 'other'},name={BENCHMARK}"]
+        command += ["--benchmark", f"retention={out / 'other/val2017'}"]
         command += ["--primary", PRIMARY, "--images", "8", "--out", str(out / "out_of_domain")]
         demo.run("out of domain", command, hide=HIDDEN_OF_BENCHMARKS)
     merged, evaluation = out / "merged/backbone.safetensors", out / "evaluation/merged"

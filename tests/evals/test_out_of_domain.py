@@ -60,6 +60,15 @@ def test_a_null_result_is_called_one(tmp_path: Path) -> None:
     ]
 
 
+def test_names_of_two_benchmarks_are_short_where_they_differ(tmp_path: Path) -> None:
+    kept = _row("answers kept", -0.04, 0.01, True) | {"name": "retention/val2017 answers kept"}
+    found = read_comparison(_write(tmp_path, NULL, kept))
+    assert [line.name for line in found.lines()] == ["objects knn", "answers kept"]
+    assert dict(found.outcome())["lost"] == "answers kept"
+    found = read_comparison(_write(tmp_path, NULL, NULL | {"name": "dense/c objects knn"}))
+    assert [line.name for line in found.lines()] == ["dense/b objects knn", "dense/c objects knn"]
+
+
 def test_the_page_begins_with_it(tmp_path: Path) -> None:
     found = read_comparison(_write(tmp_path / "a", _row("objects knn", 0.045, 0.01, True)))
     text = write_report(tmp_path / "report.html", Report("t", [], {}, [], beyond=found)).read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, missing_keys, without_removed
+from visft_ds.config.removed import IDLE, LATER, missing_keys, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
@@ -114,8 +114,8 @@ class ResolvedConfig:
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle
-        for key, before in registry.earlier_settings().items():
-            if values.get(key) == before:
+        for key, before in (LATER | registry.earlier_settings()).items():
+            if key in values and values[key] == before:
                 del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -16,10 +16,11 @@ from visft_ds.evals.compare import Evaluation, compare_results, read_evaluation
 from visft_ds.evals.out_of_domain import Comparison, read_comparison
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.interop.backbones import timm_settings
-from visft_ds.interop.files import open_weights
+from visft_ds.interop.files import UNTIL, open_weights
 from visft_ds.interop.layouts import tower_in
 from visft_ds.interop.timm_names import create_model_call
 from visft_ds.interop.towers import open_tower
+from visft_ds.models.timm_backbone import build_timm
 from visft_ds.monitor.console import Section, print_plan
 from visft_ds.tasks.pictures import save_png
 from visft_ds.tasks.registry import shown_metrics
@@ -130,8 +131,16 @@ def _introduction(photographs: Path | None, images: int, tasks: list[str], beyon
 
 def _next_commands(out: Path, weights: Path) -> dict[str, str]:
     """Commands to go on with: purpose -> text to paste."""
-    if (of := timm_settings(open_weights(weights))) is not None:
-        load = ["import timm", "", f'model = timm.create_model("{of[0]}", checkpoint_path="{short_path(weights)}")']
+    weight_file = open_weights(weights)
+    if (of := timm_settings(weight_file)) is not None:
+        until = weight_file.metadata.get(UNTIL)
+        ending = build_timm(of[0], until=until, device="meta").ending()
+        load = [
+            "import timm, torch",
+            "",
+            f'model = timm.create_model("{of[0]}", checkpoint_path="{short_path(weights)}")',
+        ]
+        load += [*ending, f"model.forward_features  # images -> what {until} gives"]
     else:
         file, layout = open_tower(weights)
         load = [

@@ -80,11 +80,12 @@ class Comparison:
         return first, second
 
     def lines(self) -> list[Line]:
-        """The numbers that both models have; names without the benchmark where there is one alone."""
+        """The numbers that both models have; names without the benchmark where that leaves them apart."""
         before, after = self.labels
-        short = len({row.name.partition(" ")[0] for row in self.record.rows}) == 1
+        rows = self._rows()
+        short = len({row.name.partition(" ")[2] for row in rows}) == len(rows)
         found = []
-        for row in self._rows():
+        for row in rows:
             change, shown = row.differences[after], row.shown[after]
             found.append(
                 Line(

@@ -66,7 +66,7 @@ class Tracker(Callback):
 
 
 def _errors_of(name: Name) -> tuple[type[Exception], ...]:
-    """What a tracker's library raises for a server, an account or a disk that it cannot use."""
+    """Exceptions of a tracker's library for a server, an account or a disk that it cannot use."""
     if name == "wandb":
         from wandb.errors import Error
 

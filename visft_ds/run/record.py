@@ -19,7 +19,6 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
-from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.parallel import distributed
@@ -77,7 +76,7 @@ def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:
     path = Path(config.visft.run.out or "") / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         with explained("the base weights", path.parent, "The same command goes on"):
-            save_base(prepared.base, tower_metadata(prepared.module.backbone), path)
+            save_base(prepared.base, prepared.module.backbone, path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

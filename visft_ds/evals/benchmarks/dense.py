@@ -32,7 +32,6 @@ from visft_ds.evals.benchmarks.protocol import (
     Score,
     class_embeddings,
     hits,
-    mean_ratio,
     rank_of,
     sentences,
 )
@@ -170,17 +169,20 @@ def _labels_of_patches(cells: np.ndarray[Any, Any], classes: int, height: int, w
 
 def segmentation_sheet(benchmark: Dense, scores: Mapping[str, Score], count: int) -> Picture | None:
     """Images whose segmentation the last of several models changes most against the first, whichever way (or that the
-    only model has most wrong), each beside what is there and what each model sees, with its mIoU; None without any.
+    only model has most wrong), each beside what is there and what each model sees; None without any.
+
+    The number above is the overlap in percent, over all classes (of objects, those) together: a few stray cells of
+    another class would halve a mean over the classes of one image.
 
     Args:
         scores: model -> its score with maps.
     """
     if not scores:
         return None
-    each = {label: mean_ratio(score.values) for label, score in scores.items()}
+    names = benchmark.test.names
+    each = {label: _overlap(score.values[..., int(bool(names)) :]) for label, score in scores.items()}
     first, last = next(iter(each.values())), list(each.values())[-1]
     chosen = np.argsort(-abs(last - first) if len(scores) > 1 else last, kind="stable")[:count].tolist()
-    names = benchmark.test.names
     of_cells = ("", *names) if names else tuple(map(str, range(benchmark.classes)))
     colours = np.array(list(palette([name for name in of_cells if name]).values()), dtype=np.uint8)
     rows = []
@@ -193,6 +195,13 @@ def segmentation_sheet(benchmark: Dense, scores: Mapping[str, Score], count: int
         panels = [(_painted(np.asarray(image), cells, colours, bool(names)), title) for title, cells in seen.items()]
         rows.append(side_by_side(*panels))
     return grid(rows)
+
+
+def _overlap(values: FloatArray) -> FloatArray:
+    """(images,) of (images, 2, classes): intersections of all classes by their unions."""
+    above, below = values.sum(axis=2).T
+    overlap: FloatArray = above / np.maximum(below, 1)
+    return overlap
 
 
 def _painted(
