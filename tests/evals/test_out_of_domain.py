@@ -64,7 +64,8 @@ def test_names_of_two_benchmarks_are_short_where_they_differ(tmp_path: Path) -> 
     kept = _row("answers kept", -0.04, 0.01, True) | {"name": "retention/val2017 answers kept"}
     found = read_comparison(_write(tmp_path, NULL, kept))
     assert [line.name for line in found.lines()] == ["objects knn", "answers kept"]
-    assert dict(found.outcome())["lost"] == "answers kept"
+    said = dict(found.outcome())
+    assert said["lost"] == "answers kept" and said["price"].startswith("46.00 % of what the base's own classifier says")
     found = read_comparison(_write(tmp_path, NULL, NULL | {"name": "dense/c objects knn"}))
     assert [line.name for line in found.lines()] == ["dense/b objects knn", "dense/c objects knn"]
 

@@ -39,6 +39,7 @@ from visft_ds.evals.benchmarks.retrieval import read_captions
 from visft_ds.evals.benchmarks.run import _restored
 from visft_ds.evals.compare import MAIN, compare_results, read_evaluation
 from visft_ds.evals.curves import read_history
+from visft_ds.evals.out_of_domain import read_comparison
 from visft_ds.evals.report import Report, comparison, write_report
 from visft_ds.evals.run_report import ReportedRun, pictures_in_training, report_runs
 from visft_ds.experiments.ablations.write import read_outcome
@@ -449,6 +450,36 @@ def look_at_evaluation(folder: Path) -> None:
         compare_results(found, found, task)
 
 
+def make_comparison(folder: Path) -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    rows = [
+        {
+            "name": f"{name} {number}",
+            "values": {"a": interval, "b": interval},
+            "differences": {"b": interval},
+            "shown": {"b": True},
+        }
+        for name, number in (("dense/x", "objects knn"), ("retention/x", "answers kept"))
+    ]
+    record = {
+        "format": "visft_ds benchmarks",
+        "arms": {"a": ["a"], "b": ["b"]},
+        "primary": "dense/x objects knn",
+        "rows": rows,
+        "doses": {"b": {"dense/x": {"change": 0.25, "cosine": 0.5}}},
+        "pictures": ["pictures/one.png"],
+    }
+    (folder / "pictures").mkdir()
+    Image.fromarray(np.zeros((30, 80, 3), np.uint8)).save(folder / "pictures/one.png")
+    (folder / "benchmarks.json").write_text(json.dumps(record))
+
+
+def look_at_comparison(folder: Path) -> None:
+    found = read_comparison(folder)
+    write_report(folder / "report.html", Report("t", [], {}, [], beyond=found))
+    found.outcome()
+
+
 def make_words(folder: Path) -> None:
     (folder / "ours.json").write_text(Vocabulary(("a", "the", "star")).to_json())
     words = ["<pad>", "a", "star", "<unk>", "<start>", "<end>"]
@@ -818,6 +849,13 @@ READERS = (
             *(m.record(f"{task}_results.json") for task in TASKS),
             m.raw("metrics.json", "pictures/detection-1.png", "detection_results.json"),
         ),
+        share=0.3,
+    ),
+    Reader(
+        "comparison",
+        make_comparison,
+        look_at_comparison,
+        (m.record("benchmarks.json"), m.raw("benchmarks.json", "pictures/one.png")),
         share=0.3,
     ),
     Reader(

@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 
 from visft_ds.config.records import Finite, read_record
 from visft_ds.evals.benchmarks.command import PICTURES, RECORD
+from visft_ds.evals.benchmarks.retention import KEPT
 from visft_ds.evals.benchmarks.retrieval import ForeignRecord
 from visft_ds.evals.compare import read_picture
 from visft_ds.tasks.pictures import Picture
@@ -114,6 +115,11 @@ class Comparison:
         said += [
             ("gained", changed["up"] or "nothing that is shown"),
             ("lost", changed["down"] or "nothing that is shown"),
+        ]
+        said += [
+            ("price", f"{line.after} % of what the base's own classifier says about these images stays")
+            for line in lines
+            if line.name.endswith(KEPT)
         ]
         moved = self.record.doses.get(self.labels[1], {})
         return said + [
