@@ -23,6 +23,7 @@ from tests.options import alone, head_of
 from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.layers import parse_assignment
 from visft_ds.config.resolve import resolve
 from visft_ds.data.dataset import caption_dataset, coco_dataset, read_raw
@@ -353,7 +354,7 @@ def read_run(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """A record of today: with schema and inputs."""
+    """A record of today: with schema, inputs, a parent and categories."""
     config = json.loads((RUNS / "qv/run.json").read_text())["config"]
     inputs = {
         DATA: {
@@ -363,7 +364,15 @@ def make_run(folder: Path) -> None:
             "fingerprint": read_manifest(RUNS / "shards", "train")["fingerprint"],
         }
     }
-    RunRecord(config, 2, ["visft", "train"], inputs).write(folder)
+    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
+    RunRecord(config, 2, ["visft", "train"], inputs, parent).write(folder)
+    (folder / "inputs").mkdir()
+    (folder / "inputs/categories.json").write_text('[{"id": 0, "coco_id": 1, "name": "star"}]')
+
+
+def read_fork(folder: Path) -> None:
+    resolve_arguments(["--from", str(folder)])
+    read_run(folder)
 
 
 def read_run_metrics(folder: Path) -> None:
@@ -829,7 +838,13 @@ READERS = (
         share=0.3,
     ),
     Reader("run of 0.1", copy("qv/run.json"), read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
-    Reader("run", make_run, read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
+    Reader(
+        "run",
+        make_run,
+        read_fork,
+        (m.record("run.json"), m.raw("run.json"), m.record("inputs/categories.json"), m.raw("inputs/categories.json")),
+        share=0.3,
+    ),
     Reader("metrics", copy("qv/metrics.jsonl"), read_run_metrics, (m.lines("metrics.jsonl"), m.raw("metrics.jsonl"))),
     Reader("pictures", make_pictures, read_pictures, (m.raw("events"),)),
     Reader("curves", copy("qv/run.json", "qv/metrics.jsonl"), draw_metrics, (m.lines("metrics.jsonl"),), share=0.05),

@@ -205,14 +205,15 @@ def run_of(place: Path) -> Path | None:
 
 def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """The recorded configuration of a run without the numbers of classes that its data decided."""
-    categories = _values(run / INPUTS_FOLDER / "categories.json")
+    known = _values(run / INPUTS_FOLDER / "categories.json")
+    number = len(known) if isinstance(known, list) else 0
     found = copy.deepcopy(dict(values))
     tasks = found["visft"].get("tasks")
     for name, task in tasks.items() if isinstance(tasks, dict) else ():
         head = task.get("head") if isinstance(task, dict) else None
         if name in registry.entries() and isinstance(head, dict) and "num_classes" in head:
             usual = registry.config_class(name).model_fields["head"].default
-            if head["num_classes"] in (len(categories), getattr(usual, "num_classes", None)):
+            if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
                 del head["num_classes"]
     return found
 

@@ -343,7 +343,7 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    shares = {name: float(task["updates"]) for name, task in tasks.items()}
+    shares = {name: task["updates"] for name, task in tasks.items()}
     all_shares = sum(shares.values())
     return "one task: " + ", ".join(
         f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"
