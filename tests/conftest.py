@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import pytest
-import torch
 
 if TYPE_CHECKING:
     from visft_ds.data.manifest import Manifest
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Where it is forbidden to keep byte code, each of the many processes that tests start would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 #: The longest files, longest first. One of them that began last would keep one worker busy while the others rest.
 FIRST = (
@@ -28,6 +30,8 @@ FIRST = (
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch  # here and below: the process that hands out the tests needs none
+
     torch.manual_seed(0)
 
 
@@ -49,8 +53,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files; skip tests marked `gpu` where there is no CUDA device, and say so."""
+    import torch
+
+    torch.set_num_threads(1)
     places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):  # keywords hold the names of folders, too
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage, and every count of living tensors, what was imported: that stays."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report as leaked what is left

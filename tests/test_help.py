@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,48 +13,71 @@ from visft_ds.cli import COMMANDS
 from visft_ds.flags import Parser
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = sorted(path for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py"))
-#: reach.py takes the flags of launchers/train.py, and trains; gpu.py is a test of torch itself.
-WITHOUT_FLAGS = {"reach.py", "gpu.py"}
+#: But reach.py, which takes the flags of launchers/train.py and trains, and gpu.py, a test of torch itself.
+PROGRAMS = sorted(
+    path
+    for folder in ("tools", "launchers")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name not in ("reach.py", "gpu.py")
+)
 SLOW = ("torch", "deepspeed", "timm", "transformers", "open_clip", "peft", "scipy", "torchvision", "matplotlib")
-RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("IMPORTED", *(name for name in {slow} if name in sys.modules), file=sys.stderr)
+PACKAGE = "visft_ds"
+#: Runs command lines one after another, {name: [what is run, its arguments, ...]}; says of each how it ended, what it
+#: printed to both streams, and what had been imported by then.
+RUN = f"""
+import contextlib, io, json, runpy, sys
+ended, path = {{}}, list(sys.path)
+for name, (program, *words) in json.loads(sys.argv[1]).items():
+    sys.argv, sys.path[:], streams, code = [program, *words], path, [io.StringIO(), io.StringIO()], None
+    run = runpy.run_module if program == {PACKAGE!r} else runpy.run_path
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            run(program, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    slow = [name for name in {SLOW} if name in sys.modules]
+    ended[name] = code, *(stream.getvalue() for stream in streams), slow
+print(json.dumps(ended))
 """
+Ended = tuple[int, str, str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """One process for all of them: nothing slow may be imported by any."""
+    filled = tmp_path_factory.mktemp("filled")
+    (filled / "kept").touch()
+    lines = {name: [PACKAGE, name, "--help"] for name in COMMANDS}
+    lines |= {program.name: [str(program), "--help"] for program in PROGRAMS}
+    flags = ["--backbone", "b", "--heads", "h", "--data", "d", "--out", str(filled)]
+    lines["filled"] = [PACKAGE, "evaluate", *flags]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(lines)], capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Ended] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_commands_imports_nothing_slow(command: str) -> None:
+def test_help_of_commands_imports_nothing_slow(ended: dict[str, Ended], command: str) -> None:
     """And the usage line names the command as it was typed."""
-    text = RUN.format(slow=SLOW).replace("run_path(sys.argv[0]", 'run_module("visft_ds"')
-    words = [sys.executable, "-c", text, "visft", command, "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: visft {command} "), done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
+    code, out, errors, slow = ended[command]
+    assert code == 0 and out.startswith(f"usage: visft {command} "), out + errors
+    assert slow == []
 
 
-def test_a_filled_folder_is_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "kept").touch()
-    text = RUN.format(slow=SLOW).replace("run_path(sys.argv[0]", 'run_module("visft_ds"')
-    flags = ["--backbone", "b", "--heads", "h", "--data", "d", "--out", str(tmp_path)]
-    words = [sys.executable, "-c", text, "visft", "evaluate", *flags]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 2 and "is not empty and nothing in it is overwritten" in done.stderr
-    assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
+def test_a_filled_folder_is_refused_before_anything_slow_is_imported(ended: dict[str, Ended]) -> None:
+    code, _, errors, slow = ended["filled"]
+    assert code == 2 and "is not empty and nothing in it is overwritten" in errors
+    assert slow == []
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
-def test_help_imports_nothing_slow(program: Path) -> None:
-    if program.name in WITHOUT_FLAGS:
-        pytest.skip("has no flags of its own, or needs torch for them")
-    command = [sys.executable, "-c", RUN.format(slow=SLOW), str(program), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {program.parent.name}/{program.name} "), done.stderr
-    assert done.stderr.splitlines()[-1] == "IMPORTED", done.stderr
+def test_help_imports_nothing_slow(ended: dict[str, Ended], program: Path) -> None:
+    code, out, errors, slow = ended[program.name]
+    assert code == 0 and out.startswith(f"usage: {program.parent.name}/{program.name} "), out + errors
+    assert slow == []
 
 
 def test_a_misspelt_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

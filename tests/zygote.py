@@ -7,6 +7,8 @@ of the rank, and for its process id and exit code.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import random
@@ -17,8 +19,10 @@ import struct
 import sys
 from types import ModuleType
 
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with torch.compile, for every engine
 import numpy as np
+import tensorboard.summary  # noqa: F401
+from deepspeed.ops import __compatible_ops__  # noqa: F401 - asks a compiler
 
 import visft_ds.parallel.build
 import visft_ds.parallel.pipeline
@@ -30,6 +34,10 @@ STATUS = struct.Struct("i")
 def requests(server: socket.socket) -> None:
     """Fork for each request; returns in the new ranks, and never in the process that was started."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for a rank is not waited for
+    # What was imported stays: ranks need neither look through it nor copy it, at their end least of all. Libraries that
+    # then report it as leaked are not heard.
+    gc.freeze()
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
     while True:
         message, pipes, *_ = socket.recv_fds(server, 1 << 20, 2)
         if not message:

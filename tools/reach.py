@@ -8,6 +8,7 @@ Prints, as one line of JSON, the distinct functions of the package entered in an
 """
 
 import ast
+import contextlib
 import json
 import os
 import subprocess
@@ -67,23 +68,24 @@ def _train_on_toys(folder: Path) -> int:
     """Count a command that trains stage 1 on 24 drawn pictures."""
     coco, shards = folder / "coco", folder / "shards"
     annotations = coco / "annotations"
-    toy = ["make_toy_coco.py", "--out", coco, "--train", 24, "--val", 1, "--size", 56]
-    build = ["make_shards.py", "build", "--images", coco / "train2017", "--out", shards, "--split", "train"]
-    build += ["--instances", annotations / "instances_train2017.json"]
-    build += ["--captions", annotations / "captions_train2017.json"]
+    toy = ["--out", coco, "--train", 24, "--val", 1, "--size", 56, "--workers", 1]
+    pack = ["build", "--images", coco / "train2017", "--out", shards, "--split", "train"]
+    pack += ["--instances", annotations / "instances_train2017.json"]
+    pack += ["--captions", annotations / "captions_train2017.json"]
     settings = {
         "scheduler.params.total_num_steps": 4,
         "scheduler.params.warmup_num_steps": 1,
         "visft.run.rehearsal": "false",
     }
-    count = ["reach.py", "--stage", 1, "--model", "debug", "--data", shards, "--out", folder / "run"]
+    count = ["--stage", 1, "--model", "debug", "--data", shards, "--out", folder / "run"]
     count += [f"--set={name}={value}" for name, value in settings.items()]
-    for tool, *rest in (toy, build, count):
-        command = [sys.executable, str(ROOT / "tools" / str(tool)), *map(str, rest)]
-        code = subprocess.run(
-            command, stdout=None if tool == "reach.py" else subprocess.DEVNULL, check=False
-        ).returncode
-    return code
+    from visft_ds.shards.cli import main as build
+    from visft_ds.toy.cli import main as draw
+
+    with contextlib.redirect_stdout(sys.stderr):
+        draw([*map(str, toy)])
+        build([*map(str, pack)])
+    return subprocess.run([sys.executable, __file__, *map(str, count)], check=False).returncode
 
 
 def main(argv: list[str]) -> int:

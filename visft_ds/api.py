@@ -66,8 +66,9 @@ def fit(
         raise ValueError("config is a complete configuration: leave out stage, model and engine")
     else:
         config = changed(config, [*(f"{key}={json.dumps(value)}" for key, value in folders.values()), *settings])
-    from visft_ds.prepare.places import located
+    from visft_ds.prepare.places import located, of_parent
 
+    config = of_parent(config)
     missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
     if missing:
         raise ValueError(render_missing(missing))

@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, config = resolve_arguments(words)
         stop.requeue_code = config.visft.run.requeue_code
-        from visft_ds.prepare.places import located
+        from visft_ds.prepare.places import located, of_parent
 
+        config = of_parent(config)
         missing = missing_inputs(located(config, Path(config.visft.run.out or "")))
         if options.dry_run:
             from visft_ds.run.start_report import print_dry_run

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from visft_ds.config import ResolvedConfig
@@ -22,7 +23,6 @@ from visft_ds.resilience.guard import find_overflow, resumed_guard
 from visft_ds.resilience.memory import probe_memory
 from visft_ds.resilience.signals import StopFlag
 from visft_ds.resilience.watchdog import Watchdog, watch
-from visft_ds.run.folder import open_run_folder
 from visft_ds.run.log import RunLog, open_log
 from visft_ds.run.machine import (
     Machine,
@@ -35,6 +35,7 @@ from visft_ds.run.machine import (
     settle_recompute,
 )
 from visft_ds.run.record import keep_random_base, write_record
+from visft_ds.run.start import identity_of, open_run
 from visft_ds.run.start_report import print_start
 from visft_ds.run.state import RunState
 from visft_ds.run.validation import Validation, validation_of
@@ -98,7 +99,7 @@ def train(
     machine = check_machine(config, data.vocabulary_size)
     batches, precision, out = machine.planned.batches, machine.planned.precision, Path(config.visft.run.out or "")
     loader = open_loader(config.visft, data, batches)
-    open_run_folder(out, config, resume)
+    start_from = open_run(config, resume, data)
 
     # 4: from here on all ranks act together.
     start_process_group()
@@ -111,7 +112,7 @@ def train(
         clear_run_folder(out, config, resume)
 
         # 5: the same settings, code and data on all ranks; below, also the same weights.
-        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity()})
+        distributed.assert_same_on_all_ranks({**rank_facts(config), **data.identity(), **identity_of(start_from)})
         config, machine = settle_recompute(config, machine)
 
         # 6: the model, with weights of files or drawn ones.
@@ -123,6 +124,7 @@ def train(
             categories=data.categories,
             vocabulary=data.vocabulary,
             placement=machine.placement,
+            start=start_from,
         )
         features = keep_features(config.visft, data.sets, loader, prepared, precision)
         identity = {"configuration": config.fingerprint(), "precision": precision, **data.identity()}
@@ -148,7 +150,7 @@ def train(
         start = state.resume(resume)
         validation = validation_of(config.visft, data, state.judged)
         if distributed.is_main():
-            write_record(config, data, base_sha256, command)
+            write_record(config, data, base_sha256, command, start_from)
             print_start(config, data, machine, prepared, features, start=start)
 
         # 9: what will not fit into memory fails now, not after hours.
@@ -167,7 +169,7 @@ def train(
                     state.report_saves(log, wait=True)
                 finally:
                     loader.close()  # what is read ahead must not hold up the end
-            finished = step >= config.total_steps
+            finished = complete or step >= config.total_steps
             if finished:
                 watchdog.begin("exporting", timed=False)
                 state.export(step, base_sha256, data)
@@ -184,7 +186,7 @@ def train(
 
 
 def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
-    """The training loop. Returns the number of steps done, and whether nothing is left to do.
+    """The training loop. Returns the number of steps done, and whether nothing is left to do (`visft.run.stop_after`).
 
     After a request to stop, steps or the last evaluation are left; the same command makes up for them.
     """
@@ -204,6 +206,8 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
             f"stopped in the evaluation after step {start} ({stop.reason or _ANOTHER}); the same command makes it"
         )
         return start, False
+    if validation and start and state.ends_early(start, partial(validation.poll, log, wait=True), log):
+        return start, True
     began = time.perf_counter()
     begin(f"step {start + 1}: reading")
     for step_plan, batches in run.loader.steps(start, total_steps):
@@ -247,6 +251,8 @@ def _loop(run: Run, start: int, log: RunLog) -> tuple[int, bool]:
                 stopping = not validation.evaluate(engine.predict, step, log, stop) or stopping
                 if stopping and saved < step:
                     state.save(step)
+                if not stopping and state.ends_early(step, partial(validation.poll, log, wait=True), log):
+                    return step, True
         if stopping and step < total_steps:
             log.message(f"stopped after step {step} ({stop.reason or _ANOTHER}); the same command goes on")
             break

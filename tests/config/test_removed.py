@@ -47,6 +47,8 @@ def test_a_removed_key_leaves_the_fingerprint_of_older_runs(monkeypatch: pytest.
     """Checkpoints hold it, and runs that did not use the key go on."""
     for key in list(removed.IDLE):
         monkeypatch.delitem(removed.IDLE, key)
+    for key in list(removed.LATER):
+        monkeypatch.delitem(removed.LATER, key)
     monkeypatch.setattr(registry, "removed_settings", dict)
     monkeypatch.setattr(registry, "earlier_settings", dict)
     for key, value in (("visft.model.sparkle", 0), ("visft.lora.sparkle", 1), ("visft.run.sparkle", 2)):

@@ -161,7 +161,7 @@ def test_the_same_command_again_computes_nothing(world: Path, finished: Path, mo
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "_forward", refuse)
+        patched.setattr(encoding, "forward", refuse)
         patched.setattr("visft_ds.evals.benchmarks.run._save", refuse)
         assert _run(*_all(world), "--out", finished)[0] == 0
     assert _record(finished)["rows"] == before

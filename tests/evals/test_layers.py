@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.clip_case import SIDE, make_clip, save_clip
 from tests.random_tower import move_adapters, relative
+from visft_ds.evals.benchmarks import layers
 from visft_ds.evals.benchmarks.encoders import KINDS_WITHOUT_TEXT
+from visft_ds.evals.benchmarks.kinds import parse_benchmark
+from visft_ds.evals.benchmarks.layers import choose, encode_blocks, half_of
 from visft_ds.evals.benchmarks.models import LoadOptions, load_encoder, parse_model
+from visft_ds.evals.benchmarks.protocol import Benchmark, Score
+from visft_ds.evals.benchmarks.run import Encoded, Settings, encode_all
+from visft_ds.evals.cli import main as evaluate
 from visft_ds.interop.adapter import adapter_of
 from visft_ds.interop.layouts import tower_in, tower_of
 from visft_ds.interop.merge import merge_into_file, read_adapter
@@ -117,3 +126,120 @@ def test_models_of_timm(tmp_path: Path, name: str, block: str, index: int) -> No
         images, indices=[index], norm=name == "test_vit", intermediates_only=True, output_fmt="NCHW"
     )
     assert torch.equal(_read(f"timm:{name}:{tmp_path}/w.safetensors#{block}", images)["patches"], wanted)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of two colours whose border moves, with label maps."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 12)):
+        for number in range(count):
+            border = int(rng.integers(20, 44))
+            labels = (np.arange(64) >= border).astype(np.uint8)[None].repeat(64, axis=0)
+            noise = rng.integers(0, 120, (64, 64, 3))
+            for place, pixels in (("images", noise + 60 * labels[..., None]), ("labels", labels)):
+                path = root / place / part / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def _settings(cache: Path) -> Settings:
+    return Settings(torch.device("cpu"), "fp32", cache, 4, 0, OPTIONS)
+
+
+def _encoded(model: str, benchmark: Benchmark, cache: Path) -> tuple[dict[str, Encoded], dict[str, str]]:
+    facts: dict[str, str] = {}
+    found = encode_blocks(parse_model(model), [benchmark], _settings(cache), facts.update)
+    return {block: of for block, (of,) in found.items()}, facts
+
+
+@pytest.mark.parametrize("kind", ["timm", "ours", "open_clip"])
+def test_one_pass_reads_what_each_cut_model_gives(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The same features whether all blocks fit at once or one does; the end has a row where it is another map."""
+    if kind == "timm":
+        whole = timm.create_model("test_efficientnet", num_classes=0)
+        save_file({key: value.contiguous() for key, value in whole.state_dict().items()}, tmp_path / "w.safetensors")
+        model, blocks = f"timm:test_efficientnet:{tmp_path}/w.safetensors", [*(f"blocks.{n}" for n in range(5)), "end"]
+    elif kind == "ours":
+        model, blocks = str(save_clip(make_clip(), tmp_path / "clip.safetensors")), ["blocks.0", "blocks.1"]
+    else:
+        (tmp_path / "Tiny-pass.json").write_text(json.dumps(TINY))
+        open_clip.add_model_config(tmp_path / "Tiny-pass.json")
+        torch.manual_seed(0)
+        save_file(open_clip.create_model("Tiny-pass", load_weights=False).state_dict(), tmp_path / "w.safetensors")
+        model, blocks = (
+            f"open_clip:{tmp_path}/Tiny-pass.json:{tmp_path}/w.safetensors",
+            [f"blocks.{n}" for n in range(3)],
+        )
+    benchmark = parse_benchmark(f"dense={pictures}")
+    together, facts = _encoded(model, benchmark, tmp_path / "together")
+    assert list(together) == blocks and facts["passes"].startswith("1, ")
+    monkeypatch.setattr(layers, "MOST", 1)
+    apart, facts = _encoded(model, benchmark, tmp_path / "apart")
+    assert facts["passes"].startswith(f"{len(blocks)}, ")
+    for block in blocks:
+        spec = parse_model(model if block == "end" else f"{model}#{block}")
+        (alone,) = encode_all([spec], [benchmark], _settings(tmp_path / "alone"), lambda *_: None)[spec.label]
+        for part in ("train", "test"):
+            features = together[block].images[part].read()["patches"]
+            assert torch.equal(features, apart[block].images[part].read()["patches"])
+            assert relative(alone.images[part].read()["patches"], features) < 1e-6
+    monkeypatch.setattr(layers.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match=r"features of all blocks take .* free: give --cache"):
+        _encoded(model, benchmark, tmp_path / "full")
+
+
+def test_the_command_names_the_best_block(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layers", "--model", "timm:test_vit:random", "--benchmark", f"dense={pictures},name=two"]
+    words += ["--threads", "0", "--primary", "dense/two knn mIoU", "--out", str(tmp_path / "out")]
+    assert evaluate(words) == 0
+    record = json.loads((tmp_path / "out" / "layers.json").read_text())
+    assert list(record["levels"]) == [f"blocks.{number}" for number in range(6)]
+    choices = {one["number"]: one for one in record["choices"]}
+    assert record["best"] == choices["dense/two knn mIoU"]["block"]
+    printed = capsys.readouterr().out
+    assert f"#{record['best']}" in printed and "chosen on one half" in printed
+    assert "blocks.5" in (tmp_path / "out" / "layers.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "benchmark", "message"),
+    [
+        ("timm:test_vit:random#blocks.2", "dense={}", "give the model without #blocks.2"),
+        ("timm:test_vit:random", "retention={}/images", "blocks are compared by dense"),
+        ("timm:test_vit:random", "dense={},name=x --primary y", "is no number of these benchmarks"),
+    ],
+)
+def test_what_has_no_blocks_to_compare(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, benchmark: str, message: str
+) -> None:
+    words = [
+        "layers",
+        "--model",
+        model,
+        "--benchmark",
+        *benchmark.format(pictures).split(),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert evaluate([*words, "--threads", "0"]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_block_is_chosen_on_one_half_and_judged_on_the_other() -> None:
+    """Blocks that are best by luck in one half gain nothing in the other."""
+    rng, images = np.random.default_rng(1), np.arange(60) // 2
+    first = half_of(Score("n", np.arange(60.0), images), 0).values.astype(int)
+    assert set(images[first]) & set(np.delete(images, first)) == set() and 10 < len(first) < 50
+    end = (rng.random(60) < 0.5).astype(np.float64)
+    lucky, good = end.copy(), end.copy()
+    lucky[first] = 1
+    good[first], good[np.setdiff1d(np.arange(60), first)] = 0, 1
+    (choice,) = choose({name: {"n": Score("n", v, images)} for name, v in (("a", lucky), ("b", good), ("end", end))})
+    assert choice.block == "a" and choice.difference is not None and choice.difference.value == 0
+    (choice,) = choose({name: {"n": Score("n", v, images)} for name, v in (("a", good), ("end", end))})
+    assert (choice.block, choice.difference) == ("end", None)
+    with pytest.raises(ValueError, match="too few test images"):
+        choose({"end": {"n": Score("n", np.ones(3), np.zeros(3, dtype=np.int64))}})

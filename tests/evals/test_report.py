@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from visft_ds.config import resolve
+from visft_ds.evals.benchmarks.intervals import Interval
 from visft_ds.evals.charts import MOST_POINTS, Series, line_chart, smooth, thin
 from visft_ds.evals.compare import FORMAT, VERSION, Evaluation, compare_results, read_evaluation
 from visft_ds.evals.report import Report, comparison, write_report
@@ -174,6 +175,22 @@ def test_everything_is_on_the_page(text: str) -> None:
         "settings differ",
     ):
         assert told in text, told
+
+
+def test_only_what_its_interval_tells_from_zero_has_a_colour(tmp_path: Path) -> None:
+    pair = [_evaluation(tmp_path / name, name, METRICS, images=()) for name in ("before", "after")]
+    pair[1].record["metrics"] = {name: value + 0.125 for name, value in METRICS.items() if value >= 0}
+    known = {"box/AP50": Interval(0.125, 0.1, 0.15), "box/AP": Interval(0.125, -0.01, 0.26)}
+    known["mask/AP"] = Interval(-0.125, -0.15, -0.1)
+    pair[1].record["metrics"]["mask/AP"] = METRICS["mask/AP"] - 0.125
+    text = write_report(tmp_path / "report.html", Report("t", [], {}, pair, changes=known)).read_text(encoding="utf-8")
+    found = re.findall(r'<th>(\S+) .*<td class="(.*?)">([^<]*?)(?: <small>(.*?)</small>)?</td></tr>', text)
+    cells = {name: rest for name, *rest in found}
+    assert cells["box/AP50"] == ["up", "+0.1250", "+0.1000 to +0.1500"]
+    assert cells["box/AP"] == ["", "+0.1250", "-0.0100 to +0.2600"]
+    assert cells["mask/AP"] == ["down", "-0.1250", "-0.1500 to -0.1000"]
+    assert cells["mask/AP50"] == ["", "+0.1250", ""]
+    assert "before: 0.500 (+0.125, +0.100 to +0.150)" in text
 
 
 def test_names_and_captions_of_the_data_cannot_become_code(report: Report, tmp_path: Path) -> None:

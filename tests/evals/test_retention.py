@@ -116,12 +116,19 @@ def test_who_has_no_classifier_is_told_in_one_line(world: Path, net: Path, tmp_p
 
 
 def test_pictures_of_any_folder(net: Path, tmp_path: Path) -> None:
-    assert len(read_images(str(net))) == 24  # a COCO tree has its images one folder below
+    assert len(read_images(str(net))) == 24  # one folder below
+    for number, folder in enumerate(("a", "b", "b", "val2017")):
+        if folder == "val2017":
+            assert len(read_images(str(tmp_path / "tree"))) == 3
+        (tmp_path / "tree" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / folder / f"{number}.png").write_bytes((net / "pictures/00.png").read_bytes())
+    assert read_images(str(tmp_path / "tree")).names == ["val2017/3.png"]
     assert read_images(str(net / "pictures")).names[0] == "00.png"
     with pytest.raises(ValueError, match="no such folder"):
         read_images(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
-        read_images(str(tmp_path))
+        read_images(str(tmp_path / "empty"))
 
 
 def _specs(text: str, scales: tuple[float, ...]) -> list[ModelSpec]:
@@ -187,5 +194,5 @@ def test_a_sweep_is_the_same_as_models_one_by_one(world: Path, tmp_path: Path) -
 
     single = [*command, "--model", f"{model}@0.5", "--cache", tmp_path / "sweep/cache", "--out", tmp_path / "single"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(encoding, "_forward", refuse)
+        patched.setattr(encoding, "forward", refuse)
         assert _run(*single)[0] == 0

@@ -16,13 +16,15 @@ from tests.freeze.entries import Entries
 
 FOLDER = Path(__file__).parents[1] / "golden/runs-0.1"
 RUNS = ("stage1", "qv", "linears", "dora", "full", "convnext1", "convnext2", "pipeline")
+#: One of each kind of file, with those they need: the fast tests read these.
+FEW = ("stage1", "dora", "convnext1", "convnext2")
 #: Stage 2 of release 0.1 shared its steps out by ratios, which are no settings any more.
 RESUMED = ("stage1", "convnext1")
 
 
-def cases() -> list[Case]:
+def cases(runs: Sequence[str] = RUNS) -> list[Case]:
     """A case for each run."""
-    return [_case(name) for name in RUNS]
+    return [_case(name) for name in runs]
 
 
 def norms(path: Path) -> Entries:

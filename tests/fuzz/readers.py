@@ -23,6 +23,7 @@ from tests.options import alone, head_of
 from tests.yolo_folder import write_yolo
 from visft_ds.checkpoint.format import check_identity, newest_checkpoint, open_checkpoint
 from visft_ds.checkpoint.saver import recorded_scores
+from visft_ds.config.cli import resolve_arguments
 from visft_ds.config.layers import parse_assignment
 from visft_ds.config.resolve import resolve
 from visft_ds.data.dataset import caption_dataset, coco_dataset, read_raw
@@ -38,8 +39,10 @@ from visft_ds.evals.benchmarks.images import from_tars
 from visft_ds.evals.benchmarks.retrieval import read_captions
 from visft_ds.evals.benchmarks.run import _restored
 from visft_ds.evals.compare import MAIN, compare_results, read_evaluation
+from visft_ds.evals.curves import read_history
 from visft_ds.evals.out_of_domain import read_comparison
 from visft_ds.evals.report import Report, comparison, write_report
+from visft_ds.evals.run_report import ReportedRun, pictures_in_training, report_runs
 from visft_ds.experiments.ablations.write import read_outcome
 from visft_ds.interop.backbones import timm_settings
 from visft_ds.interop.files import open_weights, recorded_bases
@@ -57,7 +60,7 @@ from visft_ds.interop.layouts import find_layout, tower_in
 from visft_ds.interop.merge import merge_into_file, read_adapter
 from visft_ds.interop.towers import open_tower, resolve_tower
 from visft_ds.interop.visft import write_visft_lora
-from visft_ds.monitor.metrics import RunRecord, read_metrics, truncate_metrics
+from visft_ds.monitor.metrics import MetricsWriter, RunRecord, read_metrics, truncate_metrics
 from visft_ds.planner.cluster import parse_cluster
 from visft_ds.predict.command import Record
 from visft_ds.predict.images import open_image
@@ -351,7 +354,7 @@ def read_run(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """A record of today: with schema and inputs."""
+    """A record of today: with schema, inputs, a parent and categories."""
     config = json.loads((RUNS / "qv/run.json").read_text())["config"]
     inputs = {
         DATA: {
@@ -361,7 +364,15 @@ def make_run(folder: Path) -> None:
             "fingerprint": read_manifest(RUNS / "shards", "train")["fingerprint"],
         }
     }
-    RunRecord(config, 2, ["visft", "train"], inputs).write(folder)
+    parent = {"path": "/there", "beside": "../there", "step": 2, "sha256": "0" * 64}
+    RunRecord(config, 2, ["visft", "train"], inputs, parent).write(folder)
+    (folder / "inputs").mkdir()
+    (folder / "inputs/categories.json").write_text('[{"id": 0, "coco_id": 1, "name": "star"}]')
+
+
+def read_fork(folder: Path) -> None:
+    resolve_arguments(["--from", str(folder)])
+    read_run(folder)
 
 
 def read_run_metrics(folder: Path) -> None:
@@ -378,7 +389,24 @@ def read_run_metrics(folder: Path) -> None:
 
 
 def draw_metrics(folder: Path) -> None:
-    write_report(folder / "report.html", Report("t", [], {"run": folder}, []))
+    report_runs([folder], None)
+
+
+def make_pictures(folder: Path) -> None:
+    copy("qv/run.json", "qv/metrics.jsonl")(folder)
+    with MetricsWriter(folder, resume_step=2) as writer:
+        for step in range(3):
+            writer.image(
+                step, "detection/000000000007", np.random.default_rng(step).integers(0, 255, (40, 60, 3), np.uint8)
+            )
+    (events,) = (folder / "tensorboard").iterdir()
+    events.rename(folder / "events")
+
+
+def read_pictures(folder: Path) -> None:
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    shutil.copyfile(folder / "events", folder / "tensorboard/events.out.tfevents.1")
+    pictures_in_training(ReportedRun("x", folder, recorded_config(folder).visft, 2, read_history(folder)))
 
 
 def make_beats(folder: Path) -> None:
@@ -810,8 +838,15 @@ READERS = (
         share=0.3,
     ),
     Reader("run of 0.1", copy("qv/run.json"), read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
-    Reader("run", make_run, read_run, (m.record("run.json"), m.raw("run.json")), share=0.3),
+    Reader(
+        "run",
+        make_run,
+        read_fork,
+        (m.record("run.json"), m.raw("run.json"), m.record("inputs/categories.json"), m.raw("inputs/categories.json")),
+        share=0.3,
+    ),
     Reader("metrics", copy("qv/metrics.jsonl"), read_run_metrics, (m.lines("metrics.jsonl"), m.raw("metrics.jsonl"))),
+    Reader("pictures", make_pictures, read_pictures, (m.raw("events"),)),
     Reader("curves", copy("qv/run.json", "qv/metrics.jsonl"), draw_metrics, (m.lines("metrics.jsonl"),), share=0.05),
     Reader(
         "heartbeats",

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +28,6 @@ from visft_ds.interop.visft import write_visft_lora
 from visft_ds.models.eva_vit import EvaViT, build_backbone
 from visft_ds.models.lora import inject_lora, lora_parameters, merge_lora
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "v")) -> tuple[Path, Adapter, EvaViT]:
     """(base file in EVA-CLIP form with a text tower, adapter, model with the adapter)."""
@@ -50,12 +46,6 @@ def _case(folder: Path, *, size: float = 0.3, targets: tuple[str, ...] = ("q", "
     inject_lora(model, rank=4, alpha=2.0, targets=targets)
     move_adapters(model, spread=size)
     return base, adapter_of(model, base_sha256=sha256_file(base)), model
-
-
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(ROOT / "tools/merge_lora.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "proj", "fc1", "fc2")])
@@ -211,15 +201,16 @@ def test_the_tool_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     base, adapter, model = _case(tmp_path)
     folder = save_peft_adapter(adapter, tmp_path / "adapter", tower_of(model))
     out = tmp_path / "out.safetensors"
-    done = _run("--base", base, "--adapter", folder, "--out", out, "--verify", "--images", 1)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    words = ("--base", base, "--adapter", folder, "--out", out, "--verify", "--images", 1)
+    assert main([*map(str, words)]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert [line.split()[:2] for line in lines if line.split()[0] in ("0", "1", "all")] == [
         ["0", "100.0%"],
         ["1", "100.0%"],
         ["all", "100.0%"],
     ]
-    assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in done.stdout
+    assert any(line.startswith("verify   1 random images") for line in lines) and "warning" not in printed
     load_backbone(random_tower(), out)
     twice = tmp_path / "twice.safetensors"
     assert main(["--base", str(out), "--adapter", str(folder), "--out", str(twice)]) == 2

@@ -87,7 +87,7 @@ def test_gradients_equal_timms(preset: str) -> None:
         assert _difference(found, wanted[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("preset", ["eva_e", "eva_g"])
+@pytest.mark.parametrize("preset", [pytest.param("eva_e", marks=pytest.mark.slow), "eva_g"])
 def test_one_block_of_full_width_equals_timm(preset: str) -> None:
     ours, theirs = _pair(preset, class_token=True, depth=1, randomise=False)
     images = torch.randn(1, 3, 224, 224)

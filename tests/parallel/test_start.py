@@ -12,7 +12,6 @@ import torch
 from tests.parallel.start_case import configured
 from tests.ranks import run_ranks
 from visft_ds.checkpoint.export import save_base
-from visft_ds.interop.layouts import tower_metadata
 from visft_ds.prepare.materialize import open_base
 from visft_ds.prepare.model import plan_model
 
@@ -30,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("weights") / "base.safetensors"
     config = configured("zero1", {"visft.model.overrides": OVERRIDES}, stage=1)
     backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
-    save_base(open_base(config.visft.model, backbone, torch.float32), tower_metadata(backbone), path)
+    save_base(open_base(config.visft.model, backbone, torch.float32), backbone, path)
     return path
 
 

@@ -102,7 +102,7 @@ def test_a_traced_step_keeps_what_a_real_one_keeps(
     assert moment[TRANSIENT] == pytest.approx(real[TRANSIENT] + real[OTHER], rel=0.1)
 
 
-@pytest.mark.parametrize("magnitude", ["false", "true"])
+@pytest.mark.parametrize("magnitude", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_adapted_convolutions_are_planned(magnitude: str) -> None:
     """The targets that docs/tuning.md prints, and an ungrouped convolution; autocast does not know the meta device."""
     targets = 'visft.lora.targets=["stages.*.mlp.fc1", "stages.*.conv_dw", "stages.*.downsample.1"]'
@@ -223,10 +223,10 @@ def test_where_fewer_gpus_are_faster_it_is_said_with_the_batches_that_use_all() 
     assert fewer_are_faster(config, parse_cluster("6xH100"), None) is not None  # nothing divides two images by six
 
 
-def test_models_without_so_many_layers_are_planned() -> None:
+@pytest.mark.parametrize(("model", "count"), [pytest.param("debug_convnext", 2, marks=pytest.mark.slow), ("debug", 8)])
+def test_models_without_so_many_layers_are_planned(model: str, count: int) -> None:
     """timm's models cannot be divided into stages, the debug model not into eight."""
-    for model, count in (("debug_convnext", 2), ("debug", 8)):
-        assert search(debug(2, "visft.tasks=captioning", model=model), Cluster(count, GPUS["L40S-48GB"], 25e9))
+    assert search(debug(2, "visft.tasks=captioning", model=model), Cluster(count, GPUS["L40S-48GB"], 25e9))
 
 
 def test_more_gpus_are_worth_what_the_images_of_a_step_allow() -> None:

@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.start_case import WORDS, configured
 from visft_ds.checkpoint.export import save_base
 from visft_ds.config import ResolvedConfig
-from visft_ds.interop.backbones import save_backbone
+from visft_ds.interop.backbones import open_backbone, save_backbone
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import tower_metadata
 from visft_ds.model import MultiTaskModel
-from visft_ds.prepare.materialize import HOST, InHostMemory, Placement
-from visft_ds.prepare.model import PreparedModel, prepare_model
+from visft_ds.prepare.materialize import HOST, InHostMemory, Placement, open_base
+from visft_ds.prepare.model import PreparedModel, plan_model, prepare_model
 from visft_ds.resilience.errors import RankError
 
 #: More blocks than any tensor is large: two copies of the tower cannot hide in the allowance.
@@ -148,9 +147,20 @@ def test_the_base_is_written_as_the_run_started_with_it(tmp_path: Path) -> None:
     made = prepare_model(
         config.visft, config.optimizer.params, precision="bf16", vocabulary=WORDS, placement=Only("heads.")
     )
-    save_base(made.base, tower_metadata(made.module.backbone), tmp_path / "base.safetensors")
+    save_base(made.base, made.module.backbone, tmp_path / "base.safetensors")
     written = load_file(tmp_path / "base.safetensors")
     named = dict(expected.module.backbone.named_parameters())
     assert written.keys() == named.keys()
     assert all(value.dtype == named[n].dtype and torch.equal(value, named[n]) for n, value in written.items())
     assert {written[f"blocks.{index}.mlp.fc1.weight"].dtype for index in (0, 1)} == {torch.bfloat16, torch.float32}
+
+
+def test_a_random_base_holds_no_buffer_that_timm_computes_itself(tmp_path: Path) -> None:
+    """DINOv3's periods of rotation are in no file of timm's, and would be refused in ours."""
+    preset = {"preset": "timm:vit_small_patch16_dinov3", "until": "blocks.0", "overrides": {}}
+    config = configured("zero1", {f"visft.model.{key}": value for key, value in preset.items()}, stage=1)
+    backbone = plan_model(config.visft, config.optimizer.params)[0].backbone
+    base = open_base(config.visft.model, backbone, torch.float32)
+    assert "rope.periods" in base.buffers()
+    save_base(base, backbone, tmp_path / "base.safetensors")
+    assert open_backbone(backbone, tmp_path / "base.safetensors").buffers() == {}

@@ -16,7 +16,6 @@ from visft_ds.data.manifest import Category
 from visft_ds.interop import save_heads
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import HeadInfo, save_head_files
-from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.published_heads import KINDS
 from visft_ds.prepare.model import PreparedModel, prepare_model
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -93,11 +92,11 @@ def test_random_base_weights_in_a_file_are_the_same_base(
     """Heads learnt before there was a file; the file says how it was drawn. Weights of another seed stay refused."""
     config, first = stage1
     heads = write_own(tmp_path, first, config)
-    save_base(first.base, tower_metadata(first.module.backbone), tmp_path / "base.safetensors")
+    save_base(first.base, first.module.backbone, tmp_path / "base.safetensors")
     second = prepared(configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "base.safetensors")}), heads)
     assert second.base_weights == sha256_file(tmp_path / "base.safetensors")
     other = prepared(configured(1, {**PUBLISHED, "visft.model.weights_seed": 1}))
-    save_base(other.base, tower_metadata(other.module.backbone), tmp_path / "other.safetensors")
+    save_base(other.base, other.module.backbone, tmp_path / "other.safetensors")
     again = configured(2, {**PUBLISHED, "visft.model.weights": str(tmp_path / "other.safetensors")})
     with pytest.raises(ValueError, match=r"trained on .*seed 0\); these are [0-9a-f]{64} = random .*seed 1: use the"):
         prepared(again, heads)

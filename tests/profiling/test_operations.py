@@ -56,6 +56,7 @@ def test_every_size_is_measured_on_the_adapted_layers_whichever_came_last(tmp_pa
     assert first["kept"]["none"] == second["kept"]["none"]
 
 
+@pytest.mark.slow  # each checkout is measured in a process of its own
 def test_host_time_beside_another_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The other checkout is this one, so it launches as many operators."""
     file, root = tmp_path / "ops.json", Path(__file__).resolve().parents[2]

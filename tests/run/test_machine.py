@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from visft_ds.config import ResolvedConfig, derive_batches, resolve
+from visft_ds.run import machine
 from visft_ds.run.machine import check_shared_memory, check_space, rank_facts
 
 
@@ -27,6 +28,12 @@ def test_every_setting_counts_and_so_does_the_code() -> None:
     assert {"version of torch", "version of deepspeed"} <= ours.keys()
     other = rank_facts(resolve(stage=1, model="debug", engine="zero3"))
     assert "zero_optimization.stage" in {key for key in ours if ours[key] != other.get(key)}
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"'mlflow': it is not installed: pip install visft_ds\[mlflow\]"):
+        machine.check_machine(config("visft.run.track=mlflow"), 12)
 
 
 def test_worker_processes_need_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.freeze.stored import FOLDER, RESUMED, RUNS
+from tests.freeze.stored import FEW, FOLDER, RESUMED, RUNS
 from tests.freeze.worker import ENVIRONMENT
 
 REPOSITORY = Path(__file__).parents[2]
@@ -19,24 +20,35 @@ REPOSITORY = Path(__file__).parents[2]
 TOLERANCE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What this version makes of them, by commands alone: {"entries": ..., "failed": ...}."""
-    pytest.importorskip("timm")
-    folder = tmp_path_factory.mktemp("runs")
+@cache
+def results(runs: str, folder: Path) -> dict[str, Any]:
+    """What this version makes of runs, by commands alone: {"entries": ..., "failed": ...}."""
     places = [REPOSITORY, folder / "work", folder / "result.json"]
-    command = [sys.executable, "-m", "tests.freeze.worker", *map(str, places), "stored", "2"]
+    command = [sys.executable, "-m", "tests.freeze.worker", *map(str, places), runs, "2"]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=600)
     found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return found
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_run_is_read(results: dict[str, Any], run: str) -> None:
-    assert run not in results["failed"], results["failed"][run]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    pytest.importorskip("timm")
+    return {runs: tmp_path_factory.mktemp(runs) for runs in ("few", "stored")}
+
+
+@pytest.mark.parametrize(
+    ("run", "runs"),
+    [
+        *((run, "few") for run in FEW),
+        *(pytest.param(run, "stored", marks=pytest.mark.slow) for run in RUNS if run not in FEW),
+    ],
+)
+def test_the_run_is_read(folders: dict[str, Path], run: str, runs: str) -> None:
+    found = results(runs, folders[runs])
+    assert run not in found["failed"], found["failed"][run]
     expected = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))[run]
-    found = {name.partition("/")[2]: value for name, value in results["entries"].items() if name.startswith(f"{run}/")}
+    found = {name.partition("/")[2]: value for name, value in found["entries"].items() if name.startswith(f"{run}/")}
     if run not in RESUMED:
         expected = {
             name: value for name, value in expected.items() if not name.startswith("step4/") and "/loss/" not in name

@@ -41,7 +41,7 @@ settings = json.loads({json.dumps(json.dumps(SETTINGS))}) | {{"visft.mode": mode
 if mode == "shared":
     settings |= {{"visft.shared.batch_size": 4, "visft.shared.micro_batch": 2, "visft.shared.image.fixed_size": 28}}
 given = dict(model="debug", engine="zero1", data={str(FOLDER / "shards")!r}, settings=settings)
-own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"}}]}}
+own = settings | {{"visft.param_groups": [{{"name": "heads", "params": "heads.*"}}], "visft.run.eval_every": 0}}
 first = visft_ds.fit(stage=1, out=out / "stage1", **{{**given, "settings": own}})
 settings |= {{"visft.heads.path": first.export, "visft.lora.rank": 2}}
 second = visft_ds.fit(stage=2, out=out / "stage2", **given)
@@ -73,7 +73,7 @@ def test_it_trains_evaluates_exports_predicts_draws_and_is_planned(mode: str, tm
     for stage in (1, 2):
         records = list(read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl"))
         losses = [record["loss/classification"] for record in records if "loss/classification" in record]
-        assert losses and any("class/accuracy" in json.dumps(record) for record in records)
+        assert losses and (stage == 1 or any("class/accuracy" in json.dumps(record) for record in records))
     assert (tmp_path / "stage1/export/classification.safetensors").is_file()
     assert (tmp_path / "drawn.png").is_file() and list((tmp_path / "evaluation/pictures").glob("*classification*"))
 

@@ -18,10 +18,12 @@ import torch.distributed
 
 from tests.freeze.stored import FOLDER
 from tests.ranks import REPOSITORY, finish, run_ranks, start_ranks
+from tests.run.test_validation import Ended
 from tests.tiny import TINY
 from visft_ds import Callback, FitResult, evaluate, fit
 from visft_ds.config import resolve
 from visft_ds.monitor.metrics import read_metrics
+from visft_ds.run import async_eval
 from visft_ds.shards.build import Options, build
 from visft_ds.toy.annotations import write_toy_coco
 
@@ -106,13 +108,19 @@ def _as_it_was() -> Any:
     distributed._kept_open = False
 
 
+@pytest.fixture(autouse=True)
+def _measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions are measured in this process: another one takes seconds to start."""
+    monkeypatch.setattr(async_eval, "_spawn", lambda place, shards, log: Ended(async_eval.main(place, shards)))
+
+
 def test_both_stages_and_their_evaluation_in_one_process(tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     environment, told, alive = dict(os.environ), Told(), models_alive()
-    heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": 2})
+    heads = stage1(tmp_path / "heads", told, **{"visft.run.eval_every": STEPS})
     assert heads.finished and heads.step == STEPS and (heads.export / "detection.safetensors").is_file()
     assert told.steps == [1, 2, 3] and told.saves == [(2, True), (3, True)]
-    assert [step for step, _ in told.evaluations] == [2, 3] and "box/AP" in told.evaluations[0][1]
+    assert [step for step, _ in told.evaluations] == [STEPS] and "box/AP" in told.evaluations[0][1]
     recorded = list(read_metrics(heads.out / "metrics.jsonl"))
     losses = [record["loss/loss"] for record in recorded if "loss/loss" in record]
     assert heads.metrics["loss/loss"] == losses[-1] and "val/box/AP" in heads.metrics

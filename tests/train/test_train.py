@@ -41,7 +41,7 @@ sys.exit(code or ("still in the process group" if torch.distributed.is_initializ
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of stage 1 on two ranks."""
     out = tmp_path_factory.mktemp("runs") / "straight"
-    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)], fresh=True)
+    run_ranks(["-c", TRAIN_AND_LOOK, *command(shards, out)])
     return out
 
 
@@ -80,7 +80,7 @@ def test_the_deepspeed_command_trains_both_stages(shards: Path, straight: Path, 
     out = tmp_path / "stage2"
     extra = {"visft.heads.path": str(straight / "export"), "visft.lora.rank": 2}
     done = subprocess.run(
-        deepspeed(["launchers/train.py", *command(shards, out, stage=2, extra=extra)]),
+        deepspeed(["launchers/train.py", *command(shards, out, stage=2, extra=extra)], world=1),
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -24,6 +24,7 @@ from visft_ds.interop.heads import HeadInfo, save_head_files
 from visft_ds.interop.layouts import is_lora, tower_metadata, tower_of
 from visft_ds.interop.peft import save_peft_adapter
 from visft_ds.interop.writing import file_order, write_safetensors
+from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import EvaViT
 from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.parallel import distributed
@@ -92,15 +93,18 @@ def export_weights(
     return written
 
 
-def save_base(base: BaseWeights, metadata: Mapping[str, str], path: Path) -> None:
-    """Write base weights as a run starts with them, reading or drawing one tensor at a time once more.
+def save_base(base: BaseWeights, backbone: Backbone, path: Path) -> None:
+    """Write base weights of a backbone as a run starts with them, reading or drawing one tensor at a time once more.
 
-    So they need not be gathered from whoever holds them. `metadata`: the file's metadata (`tower_metadata`).
+    So they need not be gathered from whoever holds them.
     """
-    more = {**base.buffers(), **base.beside()}
+    stored = backbone.stored_buffers().keys() if isinstance(backbone, TimmBackbone) else ()
+    more = {**{name: value for name, value in base.buffers().items() if name in stored}, **base.beside()}
     infos = {**base.infos, **{name: TensorInfo.of(value) for name, value in more.items()}}
     drawn = {DRAWN_AS: base.drawn_as} if base.drawn_as else {}
-    _write_tower(path, infos, lambda name: more[name] if name in more else base.read(name), {**metadata, **drawn})
+    _write_tower(
+        path, infos, lambda name: more[name] if name in more else base.read(name), {**tower_metadata(backbone), **drawn}
+    )
 
 
 def _export_tower(

@@ -213,6 +213,11 @@ class Saver:
             )
         return step == best_step(self._scores)
 
+    def since_best(self) -> tuple[int, int | None]:
+        """(evaluations that gave the metric after the best one, its step). None before the first."""
+        best = best_step(self._scores)
+        return sum(step > (best or 0) and score is not None for step, score in self._scores.items()), best
+
     def delete_obsolete(self) -> None:
         """Delete what need not stay now that all evaluations are known. Main process, nothing being written."""
         if self.saved:

@@ -7,12 +7,14 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from visft_ds import program
-from visft_ds.config.layers import AnyPath
-from visft_ds.config.preflight import tasks_without_labels
-from visft_ds.config.resolve import ResolvedConfig, available, resolve
+from visft_ds.config.layers import AnyPath, display
+from visft_ds.config.preflight import run_of, tasks_without_labels, without_classes_of_data
+from visft_ds.config.records import parse_json
+from visft_ds.config.resolve import ResolvedConfig, available, resolve, with_engine
 
 DEFAULT_MODEL, DEFAULT_ENGINE = "eva_e", "zero1"
 
@@ -47,6 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"file in ds_configs/engines: {', '.join(available('engines'))} ({DEFAULT_ENGINE}), or a .json of yours",
     )
     add("--tasks", metavar="NAME,NAME", help="tasks that take part (those of the stage that the data has labels for)")
+    add(
+        "--from",
+        dest="start",
+        metavar="RUN|ADAPTER",
+        help="begin with the values, and of a RUN also the settings, of this run, checkpoint or adapter",
+    )
+    add("--heads", metavar="{keep,remap,reset}", help="with --from RUN: its heads; remap: classes by name (keep)")
     add("--data", metavar="FOLDER", help="shards made by visft shards build (visft.data.root)")
     add("--out", metavar="FOLDER", help="run folder (runs/stage<N>-<model>)")
     add("--track", metavar="{wandb,mlflow}", help="send the numbers there as well (visft.run.track)")
@@ -89,7 +98,20 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         raise ValueError("--json prints what a dry run finds: give it with --dry-run")
     arguments.stage = arguments.stage and int(arguments.stage)
     check_resume(arguments.resume)
-    if arguments.deepspeed_config is not None:
+    if arguments.heads is not None and arguments.start is None:
+        raise ValueError("--heads says what becomes of the heads of --from RUN: give that, too")
+    fork = None if arguments.start is None else fork_of(arguments.start, arguments.out)
+    if fork is not None:
+        doubled = [name for name in ("model", "deepspeed_config") if getattr(arguments, name) is not None]
+        if doubled:
+            raise ValueError(f"--from {arguments.start} has its own settings: leave out --{doubled[0]}")
+        recorded = fork[0]["visft"].get("stage")
+        if arguments.stage not in (None, recorded):
+            raise ValueError(
+                f"--stage {arguments.stage}: {arguments.start} is of stage {recorded}, and --from goes on in the same; "
+                f"stage 2 learns from the heads of stage 1 by --set visft.heads.path={arguments.start}/export"
+            )
+    elif arguments.deepspeed_config is not None:
         doubled = [f"--{name}" for name in ("model", "engine") if getattr(arguments, name) is not None]
         if doubled:
             raise ValueError(f"--deepspeed_config is a complete configuration: leave out {' and '.join(doubled)}")
@@ -100,11 +122,14 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
         arguments.engine = arguments.engine or DEFAULT_ENGINE
     config = resolve_with_data(
         stage=arguments.stage,
+        recorded=fork and (with_engine(fork[0], arguments.engine), fork[1]),
         engine=arguments.engine or DEFAULT_ENGINE,
         model=arguments.model or DEFAULT_MODEL,
         file=arguments.deepspeed_config,
         settings=arguments.set,
-        flags=folder_flags(arguments.data, arguments.out) | _run_flags(arguments.track, arguments.trace),
+        flags=start_flags(arguments, fork is not None)
+        | folder_flags(arguments.data, arguments.out)
+        | _run_flags(arguments.track, arguments.trace),
         tasks=arguments.tasks,
     )
     arguments.stage = config.visft.stage
@@ -116,6 +141,37 @@ def resolve_with_data(**given: Any) -> ResolvedConfig:
     config = resolve(**given)
     idle = tasks_without_labels(config)
     return resolve(**given, idle=idle) if idle else config
+
+
+def fork_of(source: str, out: str | None) -> tuple[dict[str, Any], str] | None:
+    """(configuration, where it is recorded) of the run that a place is or belongs to; None for an adapter.
+
+    A fork that is there already goes on without the run that it came from.
+
+    Raises:
+        ValueError: nothing there, or no readable record.
+    """
+    run = run_of(Path(source))
+    if run is None and Path(source).exists():
+        return None
+    record = (Path(out or f"{source}-fork") if run is None else run) / "run.json"
+    if not record.is_file():
+        raise ValueError(f"--from {source}: there is no such run, checkpoint or adapter")
+    content = parse_json(record.read_bytes(), str(record))
+    values = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(values, dict) or not isinstance(values.get("visft"), dict):
+        raise ValueError(f"--from {source}: {record} holds no readable run record")
+    return without_classes_of_data(values, record.parent), display(record)
+
+
+def start_flags(arguments: argparse.Namespace, fork: bool) -> dict[str, tuple[str, Any]]:
+    """The same of --from: what a run starts with, and of a fork its folder."""
+    if arguments.start is None:
+        return {}
+    run = run_of(Path(arguments.start)) or Path(arguments.start)
+    out = {"--from (folder)": ("visft.run.out", f"{run}-fork")} if fork else {}
+    values = {"path": arguments.start, "heads": arguments.heads or "keep"}
+    return {**out, "--from": ("visft.start", values)}
 
 
 def folder_flags(data: AnyPath | None, out: AnyPath | None) -> dict[str, tuple[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -194,6 +195,27 @@ def _values(file: Path, *keys: str) -> Any:
 def _parsed(file: str, written: int) -> Any:
     """The JSON in a file, which is read once while a command starts. Raises OSError and ValueError."""
     return parse_json(Path(file).read_bytes(), file)
+
+
+def run_of(place: Path) -> Path | None:
+    """The run folder that a place is, or that it is a checkpoint of; None for anything else."""
+    run = place.parent.parent if place.parent.name == "checkpoints" else place
+    return run if (run / "run.json").is_file() else None
+
+
+def without_classes_of_data(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """The recorded configuration of a run without the numbers of classes that its data decided."""
+    known = _values(run / INPUTS_FOLDER / "categories.json")
+    number = len(known) if isinstance(known, list) else 0
+    found = copy.deepcopy(dict(values))
+    tasks = found["visft"].get("tasks")
+    for name, task in tasks.items() if isinstance(tasks, dict) else ():
+        head = task.get("head") if isinstance(task, dict) else None
+        if name in registry.entries() and isinstance(head, dict) and "num_classes" in head:
+            usual = registry.config_class(name).model_fields["head"].default
+            if head["num_classes"] in (number, getattr(usual, "num_classes", None)):
+                del head["num_classes"]
+    return found
 
 
 def launcher() -> str:

@@ -40,6 +40,8 @@ IDLE: dict[str, Any] = {
     "visft.data.cache_mode": "ranges",
     "visft.model.base": "full",
 }
+#: Later keys -> what a record without them means.
+LATER: dict[str, Any] = {"visft.model.until": None}
 #: Tool -> its command, flag or "command --flag" -> what serves instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
     "tools/profile.py": {

@@ -23,7 +23,7 @@ from visft_ds.config.layers import (
     merge,
     parse_assignment,
 )
-from visft_ds.config.removed import IDLE, missing_keys, without_removed
+from visft_ds.config.removed import IDLE, LATER, missing_keys, without_removed
 from visft_ds.config.schema import OptimizerConfig, ParamGroup, Recipe, SchedulerConfig, VisftConfig
 from visft_ds.config.validate import validate
 from visft_ds.tasks import registry
@@ -46,6 +46,7 @@ NOT_IDENTITY = (
     "visft.data.cache*",
     "visft.features.cache",
     "visft.heads.path",
+    "visft.start*",  # of no account once a run has saved something
     "visft.model.name",
     "visft.model.weights",
     "visft.model.recompute",
@@ -113,8 +114,8 @@ class ResolvedConfig:
             siblings = key.rpartition(".")[0] + "."
             if not _is_no_identity(key) and any(name.startswith(siblings) for name in values):
                 values[key] = idle
-        for key, before in registry.earlier_settings().items():
-            if values.get(key) == before:
+        for key, before in (LATER | registry.earlier_settings()).items():
+            if key in values and values[key] == before:
                 del values[key]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -171,6 +172,7 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     tasks: str | None = None,
     idle: Mapping[str, str] | None = None,
+    recorded: tuple[Mapping[str, Any], str] | None = None,
 ) -> ResolvedConfig:
     """Merge, override, set, validate.
 
@@ -183,11 +185,14 @@ def resolve(
         flags: flag -> (dotted key, value), applied before `settings`.
         tasks: names of the tasks that take part, separated by commas, as behind --tasks.
         idle: task -> what turns it off.
+        recorded: values of a run's record, and their origin, in place of the three layers.
 
     Raises:
         ValueError: everything that is wrong with the configuration, one line each.
     """
-    if file is not None:
+    if recorded is not None:
+        tree = _recorded_tree(*recorded)
+    elif file is not None:
         tree = merge([(display(Path(file)), load_json(Path(file)))])
         stated = tree.values.get("visft", {}).get("stage") if isinstance(tree.values.get("visft"), dict) else None
         if stage is not None and stated != stage:
@@ -274,8 +279,12 @@ def resolve_values(values: Mapping[str, Any], origin: str) -> ResolvedConfig:
     Keys that were removed since are left out; those that did something are named on stderr. Keys that came later get
     the values that mean what the run did without them.
     """
+    return _typed(_recorded_tree(values, origin), recorded=True)
+
+
+def _recorded_tree(values: Mapping[str, Any], origin: str) -> Tree:
     kept = without_removed(values, origin)
-    return _typed(merge([(origin, kept), (EARLIER, missing_keys(kept))]), recorded=True)
+    return merge([(origin, kept), (EARLIER, missing_keys(kept))])
 
 
 def going_on(config: ResolvedConfig, recorded: ResolvedConfig) -> ResolvedConfig:
@@ -298,16 +307,20 @@ def changed(config: ResolvedConfig, settings: Sequence[str] = (), engine: str | 
     Raises:
         ValueError: as `resolve`.
     """
-    values = config.to_dict()
-    if engine is not None:
-        for name in available("engines"):
-            for key in load_json(_layer_file("engines", "--engine", name)):
-                values.pop(key, None)
-        values |= load_json(_layer_file("engines", "--engine", engine))
-    tree = merge([("the configuration", values)])
+    tree = merge([("the configuration", with_engine(config.to_dict(), engine))])
     for text in settings:
         _apply(tree, text)
     return _typed(tree, recorded=True)
+
+
+def with_engine(values: Mapping[str, Any], engine: str | None) -> dict[str, Any]:
+    """The values of a configuration with those of another engine, where one is given. Raises ValueError."""
+    if engine is None:
+        return dict(values)
+    gone = {key for name in available("engines") for key in load_json(_layer_file("engines", "--engine", name))}
+    return {key: value for key, value in values.items() if key not in gone} | load_json(
+        _layer_file("engines", "--engine", engine)
+    )
 
 
 def _merge_layers(stage: int, engine: str, model: str) -> Tree:

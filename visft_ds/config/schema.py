@@ -142,6 +142,13 @@ class HeadsConfig(StrictModel):
     active_dropout: bool = False  #: run the frozen heads in training mode, as the published code did
 
 
+class StartConfig(StrictModel):
+    """`visft.start`: what a run takes its first values from; optimiser and schedule begin anew."""
+
+    path: Text  #: a run, one of its checkpoints, or an adapter: a PEFT folder, the published file
+    heads: Literal["keep", "remap", "reset"] = "keep"  #: of a run; remap: classes by the names of categories
+
+
 class DataSetConfig(StrictModel):
     """Entry of `visft.data.sets`: a further data set to train on."""
 
@@ -199,6 +206,7 @@ class RunConfig(StrictModel):
     keep_last: Positive = 3  #: newest checkpoints kept
     keep_every: Count = 0  #: checkpoints of steps that are multiples of this are kept, too; 0: none
     keep_best: Text | None = None  #: and the best one by this metric of its tasks' (`TaskConfig.metrics`); null: none
+    stop_after: Count = 0  #: evaluations in a row without a better keep_best after which the run ends; 0: all its steps
     ema: Probability = 0.0  #: decay of a moving average of what trains, exported beside it; 0: none
     eval_every: Count = 5000  #: 0: only by visft evaluate
     eval_limit: Positive | None = None  #: images; null: all
@@ -227,6 +235,7 @@ class VisftConfig(StrictModel):
     tasks: TasksConfig
     shared: SharedConfig | None = None  #: needed in mode "shared" only
     heads: HeadsConfig = HeadsConfig()
+    start: StartConfig | None = None  #: null: adapters without effect, heads drawn or those of visft.heads
     data: DataConfig = DataConfig()
     features: FeaturesConfig | None = None  #: null: a new flip, crop and size in every epoch, and no cache
     param_groups: Annotated[tuple[ParamGroup, ...], Field(min_length=1)]

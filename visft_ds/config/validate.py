@@ -246,6 +246,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"a step that is evaluated must be saved: visft.run.eval_every = {run.eval_every} has to be a multiple of "
             f"visft.run.save_every = {run.save_every}",
         )
+    if run.stop_after and run.keep_best is None:
+        metrics = [task.main for task in enabled.values()]
+        yield "visft.run.stop_after", f"needs a metric: set visft.run.keep_best, such as {' or '.join(metrics)}"
     if run.trace is not None and run.trace[0] > run.trace[1]:
         yield "visft.run.trace", f"its first step {run.trace[0]} comes after its last, {run.trace[1]}"
     if run.keep_every % run.save_every:

@@ -208,3 +208,32 @@ def price_chart(
         axes.legend(frameon=False)
 
     return svg(draw, title=title, width=width, height=height)
+
+
+def block_chart(
+    names: Sequence[str],
+    curves: Mapping[str, Sequence[Bar]],
+    *,
+    title: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 340,
+) -> str:
+    """An `<svg>` element with a curve over named places for each of several numbers, and its intervals as a band."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(title, weight="bold")
+        axes.set(ylabel=y_label)
+        axes.grid(axis="y")
+        step = -(-len(names) // 24)  # more do not fit
+        axes.set_xticks(range(0, len(names), step), names[::step], rotation=60, ha="right")
+        for number, (name, bars) in enumerate(curves.items()):
+            colour = _CURVES[number % len(_CURVES)]
+            axes.plot(range(len(bars)), [bar.value for bar in bars], "o-", color=colour, ms=3, label=name)
+            axes.fill_between(
+                range(len(bars)), [bar.low for bar in bars], [bar.high for bar in bars], color=colour, alpha=0.15, lw=0
+            )
+        axes.legend(frameon=False)
+
+    return svg(draw, title=title, width=width, height=height)

@@ -71,7 +71,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  #: step -> its duration
     beyond: Comparison | None = None  #: the same two models out of domain, which is shown first
     changes: Mapping[str, Interval] = field(default_factory=dict)  #: number -> last - first, see `jackknife.changes`
-    without: str = "nobody asked for them"  #: why there are no changes
+    without: str = "visft report computes them"  #: why there are no changes
+    histories: Mapping[str, curves.History] = field(default_factory=dict)  #: of runs whose records have been read
     drawn: Mapping[str, Drawn] | None = None  #: label -> pictures; None: those of `evaluations`
 
     @property
@@ -98,7 +99,8 @@ def write_report(path: Path, report: Report) -> Path:
         title = f"{task.capitalize()}: the same images, {'side by side' if len(drawn) > 2 else 'before and after'}"
         pictures.append(_pictures(f"{title}{where and ', held out'}", drawn, task, most))
         pictures.append(_pictures(f"{title}, trained on", _drawn(report.training), task, most))
-    histories = {label: curves.read_history(folder) for label, folder in report.runs.items()}
+    read = report.histories
+    histories = {label: read.get(label) or curves.read_history(folder) for label, folder in report.runs.items()}
     text = render(
         "evals/report.html.j2",
         title=report.title,
@@ -341,7 +343,7 @@ def _step_fact(visft: Mapping[str, Any]) -> str:
     tasks = {name: task for name, task in visft["tasks"].items() if task}
     if visft["mode"] == "shared":
         return f"{visft['shared']['batch_size']} images for all of {', '.join(tasks)}"
-    shares = {name: float(task["updates"]) for name, task in tasks.items()}
+    shares = {name: task["updates"] for name, task in tasks.items()}
     all_shares = sum(shares.values())
     return "one task: " + ", ".join(
         f"{name} in {100 * shares[name] / all_shares:.0f} % of the steps, {task['batch_size']} images"

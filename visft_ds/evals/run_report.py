@@ -74,6 +74,7 @@ def report_runs(folders: Sequence[Path], out: Path | None) -> Path:
         runs={run.label: run.folder for run in runs},
         evaluations=evaluations,
         files={name: path for run in runs for name, path in _files(run)},
+        histories={run.label: run.history for run in runs},
         changes=found,
         without=why,
         drawn=drawn,
@@ -135,15 +136,15 @@ def _pictures(runs: Sequence[ReportedRun], evaluations: Sequence[Evaluation]) ->
     Raises:
         ValueError: a damaged picture.
     """
-    if len(runs) == 1 and len(steps := _drawn_in_training(runs[0])) > 1:
+    if len(runs) == 1 and len(steps := pictures_in_training(runs[0])) > 1:
         return {f"step {step}": drawn for step, drawn in steps.items()}
     if len(evaluations) == len(runs) and all(one.record.get("pictures") for one in evaluations):
         return {one.label: {task: one.pictures(task) for task in one.tasks} for one in evaluations}
-    newest = {run.label: _drawn_in_training(run) for run in runs}
+    newest = {run.label: pictures_in_training(run) for run in runs}
     return {label: steps[max(steps)] for label, steps in newest.items() if steps}
 
 
-def _drawn_in_training(run: ReportedRun) -> dict[int, Drawn]:
+def pictures_in_training(run: ReportedRun) -> dict[int, Drawn]:
     """First and last step -> pictures in the run's TensorBoard files; not those of steps that were done anew."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto import event_pb2

@@ -40,11 +40,12 @@ from visft_ds.ops.lora import Slices, WideWeight, dora_linear, lora_linear, row_
 
 #: Parameters that an adapted layer may add to those of the layer it replaces.
 KINDS = ("lora_A", "lora_B", "lora_magnitude")
+_FUSED = "attn.qkv"  #: where a tower keeps q, k and v in one layer; EVA-02's larger ones of timm have attn.q_proj, ...
 #: target -> (path of the layer in a block, index of the part of its output, number of equal parts), in stacking order
 TARGETS = {
-    "q": ("attn.qkv", 0, 3),
-    "k": ("attn.qkv", 1, 3),
-    "v": ("attn.qkv", 2, 3),
+    "q": (_FUSED, 0, 3),
+    "k": (_FUSED, 1, 3),
+    "v": (_FUSED, 2, 3),
     "proj": ("attn.proj", 0, 1),
     "fc1": ("mlp.fc1", 0, 1),
     "fc2": ("mlp.fc2", 0, 1),
@@ -383,6 +384,9 @@ def inject_lora(
             adapted = LoRAConv2d(layer, **options, generator=generator)
         else:
             adapted = LoRALinear(layer, slices, **options, generator=generator)
+            attention: Any = backbone.get_submodule(parent)
+            if hasattr(attention, "qkv_bias_separate"):
+                attention.qkv_bias_separate = True  # else timm's EVA reads the weight past its layer
         setattr(backbone.get_submodule(parent), child, adapted.train(layer.training))
 
 
@@ -404,8 +408,17 @@ def _layers_of_roles(backbone: nn.Module, roles: tuple[str, ...]) -> Planned:
     by_layer = _parts_by_layer(roles)
     for index, path in itertools.product(range(len(blocks)), by_layer):
         name = f"blocks.{index}.{path}"
+        if path == _FUSED and _find(backbone, name) is None:
+            parts = {role: _find(backbone, f"blocks.{index}.attn.{role}_proj") for role in roles if role in "qkv"}
+            split = {role: layer for role, layer in parts.items() if isinstance(layer, nn.Linear)}
+            if split and len(split) == len(parts):
+                plan |= {
+                    f"blocks.{index}.attn.{role}_proj": (layer, ((0, layer.out_features),))
+                    for role, layer in split.items()
+                }
+                continue
         layer = _find(backbone, name)
-        fused = name.endswith("attn.qkv")
+        fused = path == _FUSED
         if not isinstance(layer, Linear | nn.Linear) or (fused and layer.out_features != 3 * layer.in_features):
             raise ValueError(
                 f"LoRA targets {roles} need a Linear layer at {name}, which {_name(backbone)} has not; it has "

@@ -330,7 +330,8 @@ def build_timm(
 @torch.no_grad()
 def _open_gains(backbone: TimmBackbone) -> None:
     for name, parameter in backbone.named_parameters():
-        if parameter.ndim == 1 and name.endswith(("weight", "gamma")) and parameter.abs().max() < SMALLEST_GAIN:
+        is_gain = name.rpartition(".")[2] in ("weight", "gamma", "gamma_1", "gamma_2")
+        if is_gain and parameter.ndim == 1 and parameter.abs().max() < SMALLEST_GAIN:
             parameter.fill_(1.0)
 
 

@@ -289,6 +289,15 @@ class SplitInput(StrictModel):
     fingerprint: str
 
 
+class Parent(StrictModel):
+    """Origin of a run: a checkpoint of another one, or an adapter."""
+
+    path: str
+    beside: str  #: the way to it from the run
+    step: Whole | None
+    sha256: str  #: of what was read
+
+
 class RunFile(StrictModel):
     """Content of OUT/run.json; its number is that of its schema. Records of 0.1 have neither that nor inputs."""
 
@@ -300,6 +309,7 @@ class RunFile(StrictModel):
     versions: dict[str, str] = Field(default_factory=dict)
     git: Revision | None = None
     inputs: dict[str, FileInput | SplitInput] = Field(default_factory=dict)
+    parent: Parent | None = None
     earlier: list[dict[str, Any]] = Field(default_factory=list)
 
 
@@ -311,10 +321,11 @@ class RunRecord:
     world_size: int
     command: Sequence[str]
     inputs: Mapping[str, Any] = field(default_factory=dict)  #: where its files are and what proves them
+    parent: Mapping[str, Any] | None = None  #: what it began with, as `Parent`; None: nothing, or it goes on
 
     def write(self, out_dir: str | Path) -> Path:
         """Write OUT/run.json in one move. An earlier record (the run was resumed) is kept under "earlier"."""
-        path = Path(out_dir) / "run.json"
+        path, parent = Path(out_dir) / "run.json", self.parent
         record = {
             "schema": RUN_SCHEMA,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -329,6 +340,8 @@ class RunRecord:
         if path.is_file():
             previous = read_record(path, RunFile).model_dump(mode="json", by_alias=True, exclude_unset=True)
             record["earlier"] = [*previous.pop("earlier", []), previous]
+            parent = parent or previous.get("parent")
+        record |= {} if parent is None else {"parent": parent}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

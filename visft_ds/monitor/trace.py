@@ -40,7 +40,7 @@ def traced(
 
 
 def _action(first: int, last: int, step: int) -> ProfilerAction:
-    """What to do in the given one of this start's steps, from 0."""
+    """Action of the profiler in a step of this start, counted from 0."""
     if first <= step <= last:
         return ProfilerAction.RECORD_AND_SAVE if step == last else ProfilerAction.RECORD
     return ProfilerAction.WARMUP if step == first - 1 else ProfilerAction.NONE

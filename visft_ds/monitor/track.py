@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,6 @@ Name = Literal["wandb", "mlflow"]
 Send = Callable[[int, dict[str, float]], None]
 PROJECT = "visft_ds"  #: in the tracker, where its own environment variables name no other
 STEP = "optimiser_step"  #: what wandb counts by: numbers of an evaluation come after those of later steps
-
-
-def check_installed(name: Name | None) -> None:
-    """Raise ValueError for a tracker whose package is not there."""
-    if name is not None and find_spec(name) is None:
-        raise ValueError(f"visft.run.track = {name!r}: it is not installed: pip install visft_ds[{name}]")
 
 
 class Tracker(Callback):
@@ -73,7 +66,7 @@ class Tracker(Callback):
 
 
 def _errors_of(name: Name) -> tuple[type[Exception], ...]:
-    """What a tracker's library raises for a server, an account or a disk that it cannot use."""
+    """Exceptions of a tracker's library for a server, an account or a disk that it cannot use."""
     if name == "wandb":
         from wandb.errors import Error
 

@@ -126,7 +126,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], len(weight))
+        return _shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -239,7 +239,7 @@ class _KeptAugmented(torch.autograd.Function):
             ctx.save_for_backward(rows)
         ctx.wide, ctx.scale, ctx.x_shape, ctx.x_dtype = wide, scale, x.shape, x.dtype
         ctx.dtypes = None if bias is None else bias.dtype, lora_a.dtype, lora_b.dtype
-        return y.view(*x.shape[:-1], len(wide.all))
+        return _shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -316,6 +316,12 @@ def _groups(slices: Sequence[tuple[int, int]], rank: int) -> Iterator[tuple[int,
     for index, (lo, hi) in enumerate(slices):
         yield lo, hi, slice(index * rank, (index + 1) * rank), slice(start, start + hi - lo)
         start += hi - lo
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """(N, out) -> (..., out) with the leading sides of `like`; to autograd no view: timm's EVA adds a bias in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(rows, [*like.shape[:-1], rows.shape[1]])
+    return shaped
 
 
 def _cast(tensor: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from visft_ds.models.backbone import Backbone
 from visft_ds.models.eva_vit import random_weight
 from visft_ds.models.lora import first_value
 from visft_ds.models.timm_backbone import TimmBackbone, build_timm, timm_version
+from visft_ds.prepare.start import Start
 from visft_ds.resilience.errors import RankError
 from visft_ds.tasks import TASKS
 
@@ -166,6 +167,7 @@ def fill_model(
     heads: Mapping[str, HeadFile],
     vocabulary_size: int | None,
     placement: Placement,
+    start: Start | None = None,
 ) -> None:
     """Give every parameter that this process holds its value, in the module's order.
 
@@ -175,6 +177,7 @@ def fill_model(
     Args:
         module: on the meta device, each parameter of the dtype it is to have.
         heads: files of all tasks, or none: then they start at random from `config.seed`, as in every process.
+        start: values instead of drawn ones.
 
     Raises:
         ValueError: values that are not finite; a `RankError` from a process that does not hold all of them.
@@ -182,9 +185,10 @@ def fill_model(
     backbone, held = module.backbone, placement.held(module)
 
     def of_backbone(name: str) -> Tensor:
-        if is_lora(name):
-            return first_value(backbone, name, config.seed, base.read)
-        return base.read(name)
+        def drawn() -> Tensor:
+            return first_value(backbone, name, config.seed, base.read) if is_lora(name) else base.read(name)
+
+        return drawn() if start is None else start.value(f"backbone.{name}", drawn)
 
     try:
         _fill(backbone, "backbone.", of_backbone, held, placement)
@@ -202,11 +206,17 @@ def fill_model(
                 continue
             options = config.tasks.enabled()[task].head.model_dump()
             drawn = dict(TASKS[task].build_head(backbone.width, options, vocabulary_size).named_parameters())
-            _fill(head, f"heads.{task}.", drawn.pop, held, placement)
+            _fill(head, f"heads.{task}.", _begun(f"heads.{task}.", drawn, start), held, placement)
 
 
 def _reader(file: HeadFile) -> Callable[[str], Tensor]:
     return lambda name: file.read(name, torch.float32)
+
+
+def _begun(prefix: str, drawn: dict[str, nn.Parameter], start: Start | None) -> Callable[[str], Tensor]:
+    if start is None:
+        return drawn.pop
+    return lambda name: start.value(prefix + name, partial(drawn.pop, name))
 
 
 def _fill(

@@ -41,6 +41,7 @@ from visft_ds.models.timm_backbone import TimmBackbone
 from visft_ds.ops.attention import use_fixed_lengths
 from visft_ds.prepare.datasets import classes_of_run
 from visft_ds.prepare.materialize import HOST, BaseWeights, Placement, fill_model, is_small, open_base
+from visft_ds.prepare.start import Start
 from visft_ds.prepare.streams import fixed_sizes
 from visft_ds.tasks import TASKS
 from visft_ds.tasks.vocabulary import Vocabulary
@@ -123,6 +124,7 @@ def prepare_model(
     categories: Sequence[Category] = (),
     vocabulary: Vocabulary | None = None,
     placement: Placement = HOST,
+    start: Start | None = None,
 ) -> PreparedModel:
     """Shapes -> adapt -> apply groups -> check -> open base weights and heads, check -> values, one by one -> effects.
 
@@ -136,6 +138,7 @@ def prepare_model(
         categories: of the data set; heads that know them by other ids are refused.
         vocabulary: of the captions, where a task works with words; a head that knows other ones is refused.
         placement: what this process holds, and where.
+        start: values instead of drawn ones, and of what trains.
 
     Raises:
         ValueError: weights of another model, a group that matches nothing, a parameter in two groups, something that
@@ -159,7 +162,10 @@ def prepare_model(
         notes += _check_heads(infos, config, base)
         heads = {task: open_head(module.heads[task], path, task) for task, path in files.items()}
         notes.append(f"heads loaded strictly from {heads_from}: {', '.join(module.heads)}")
-    fill_model(module, config, base, heads, words, placement)
+    if start is not None:
+        start.check(module, [name for group in planned for name in group.names], base.names)
+        notes += start.notes
+    fill_model(module, config, base, heads, words, placement, start)
     named = dict(module.named_parameters())
     groups = tuple(replace(group, parameters=tuple(named[name] for name in group.names)) for group in planned)
     if config.lora is not None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from visft_ds.config import ResolvedConfig
-from visft_ds.config.preflight import INPUTS_FOLDER, head_files, heads_inside
+from visft_ds.config.layers import display
+from visft_ds.config.preflight import INPUTS_FOLDER, head_files, heads_inside, run_of
 from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import manifest_path, read_manifest
 from visft_ds.run.folder import recorded_inputs, saved_something
@@ -72,6 +73,22 @@ def located(config: ResolvedConfig, run: Path, trusted: Collection[str] | None =
         if not ((trusted is None or key in trusted) and _is_there(visft, key, Path(path))):
             found[key] = str(find(run, visft, key))
     return with_paths(config, found)
+
+
+def of_parent(config: ResolvedConfig) -> ResolvedConfig:
+    """The configuration of a fork that has not begun, with the inputs of the run that it comes from where they lie now.
+
+    Raises:
+        ValueError: as `find`; a folder of its own that is that run's.
+    """
+    run = None if config.visft.start is None else run_of(Path(config.visft.start.path))
+    out = Path(config.visft.run.out or "")
+    if run is not None and run.resolve() == out.resolve():
+        raise ValueError(f"--out {out} is the run to start from, which goes on without --from: name another folder")
+    if run is None or saved_something(out):
+        return config
+    record = display(run / "run.json")
+    return located(config, run, [key for key in paths_of(config.visft) if config.sources.get(key) != record])
 
 
 def find(run: Path, config: VisftConfig, key: str, split: str | None = None) -> Path:

@@ -20,7 +20,6 @@ from visft_ds.monitor.callbacks import Callback
 from visft_ds.monitor.console import Progress, StepLine
 from visft_ds.monitor.metrics import MetricsWriter
 from visft_ds.monitor.trace import traced
-from visft_ds.monitor.track import Tracker
 from visft_ds.parallel import distributed
 from visft_ds.parallel.engine import Engine, StepReport
 from visft_ds.prepare.data import Loader
@@ -133,6 +132,8 @@ def open_log(
     with ExitStack() as stack:
         hyper_parameters = redacted_values(config.identity())
         if main and run.track is not None:
+            from visft_ds.monitor.track import Tracker  # few runs have one
+
             tracker = Tracker(run.track, out, hyper_parameters)
             stack.callback(tracker.close)
             callbacks = [*callbacks, tracker]

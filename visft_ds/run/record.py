@@ -19,7 +19,6 @@ from visft_ds.config.schema import VisftConfig
 from visft_ds.data.manifest import Category
 from visft_ds.interop.files import sha256_file
 from visft_ds.interop.heads import find_head
-from visft_ds.interop.layouts import tower_metadata
 from visft_ds.interop.writing import remove_unfinished, write_atomically, write_text
 from visft_ds.monitor.metrics import RunRecord
 from visft_ds.parallel import distributed
@@ -36,15 +35,20 @@ from visft_ds.prepare.places import (
     paths_of,
     with_paths,
 )
+from visft_ds.prepare.start import Start
 from visft_ds.run.folder import BACKBONE_FILE
+from visft_ds.run.start import record_of
 
 
-def write_record(config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str]) -> None:
+def write_record(
+    config: ResolvedConfig, data: RunData, base_sha256: str, command: Sequence[str], start: Start | None
+) -> None:
     """Write RUN/inputs, then RUN/run.json, with paths as they were given. Main process only.
 
     Args:
         config: with paths at which its inputs lie now.
         base_sha256: hash of the base file.
+        start: what the run begins with, of one that does.
 
     Raises:
         OSError: a full disk, a read-only folder.
@@ -55,7 +59,7 @@ def write_record(config: ResolvedConfig, data: RunData, base_sha256: str, comman
     inputs = _places(run, config.visft, data.sets, base_sha256)
     with explained("the record of the run", run, "Nothing else was changed"):
         recorded = with_paths(config, data.given).to_dict()
-        RunRecord(recorded, distributed.world_size(), list(command), inputs).write(run)
+        RunRecord(recorded, distributed.world_size(), list(command), inputs, record_of(start, run)).write(run)
 
 
 def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:
@@ -72,7 +76,7 @@ def keep_random_base(config: ResolvedConfig, prepared: PreparedModel) -> str:
     path = Path(config.visft.run.out or "") / "export" / BACKBONE_FILE
     if distributed.is_main():  # always anew: a file of an earlier try may hold other weights
         with explained("the base weights", path.parent, "The same command goes on"):
-            save_base(prepared.base, tower_metadata(prepared.module.backbone), path)
+            save_base(prepared.base, prepared.module.backbone, path)
     distributed.barrier()
     return sha256_file(path) if distributed.is_main() else ""
 

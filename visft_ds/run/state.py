@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,6 +144,26 @@ class RunState:
     def judged(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the numbers of an evaluation into account. Returns whether `step` is the best so far."""
         return self._saver.judged(step, metrics)
+
+    def ends_early(self, step: int, measure: Callable[[], None], log: RunLog) -> bool:
+        """Return True if `visft.run.stop_after` evaluations in a row gave no better metric. Collective.
+
+        Args:
+            measure: waits for the numbers of all evaluations so far; so the answer does not depend on how long they
+                take, and a run that goes on ends at the same step.
+        """
+        run = self._config.visft.run
+        if not run.stop_after:
+            return False
+        measure()
+        count, best = distributed.broadcast_object(self._saver.since_best())
+        if best is None or count < run.stop_after:
+            return False
+        log.message(
+            f"ends after step {step}: {count} evaluations without a better {run.keep_best} than that of step {best} "
+            f"(visft.run.stop_after); its checkpoint is {checkpoint_path(self._saver.folder, best)}"
+        )
+        return True
 
     def delete_obsolete(self) -> None:
         """Delete what need not stay, now that all evaluations are known."""

@@ -130,6 +130,8 @@ def _build_folder(options: argparse.Namespace, place: Path) -> Iterator[BuildRep
         for path in left:
             print(f"  not read: {path.relative_to(place)}")
     for split in splits:
+        if not options.json:
+            print(f"{split.name}:")
         yield _build(options, out, split)
     if not options.json and not options.dry_run:
         print(f"train on it: visft train --stage 1 --data {out}")

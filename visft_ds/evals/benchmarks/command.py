@@ -106,27 +106,37 @@ def _measure(
 
 
 def _prepare(given: argparse.Namespace) -> tuple[list[Contender], list[Benchmark], Settings]:
-    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
-        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
-    check_least(given, batch_size=1, threads=0, images=0, image_size=1)
+    settings = settings_of(given)
+    check_least(given, images=0)
     arms = parse_arms(given.model)
-    out: Path = given.out
+    check_folder(given.out, RECORD, given.primary)
+    benchmarks = parse_benchmarks(given.benchmark)
+    check_numbers([*([given.primary] if given.primary else []), *given.price], benchmarks)
+    return arms, benchmarks, settings
+
+
+def check_folder(out: Path, record: str, primary: str | None) -> None:
+    """Raise ValueError for an --out of something else, or of a start with another primary number."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, RECORD)):
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (CACHE, record)):
         raise ValueError(f"{out} is not empty and not of an earlier start of this command: choose another --out")
-    if (out / RECORD).is_file() and (named := read_record(out / RECORD, EarlierRecord).primary) != given.primary:
+    if (out / record).is_file() and (named := read_record(out / record, EarlierRecord).primary) != primary:
         raise ValueError(
             f"{out} has results, whose primary number was {named or 'not named'}: it is named before results are seen; "
             f"choose another --out"
         )
-    benchmarks = parse_benchmarks(given.benchmark)
-    check_numbers([*([given.primary] if given.primary else []), *given.price], benchmarks)
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """Settings by the flags of `add_flags`. Raises ValueError for numbers out of range and libraries that lack."""
+    if lacking := [name for name in _EXTRA if find_spec(name) is None]:
+        raise ValueError(f"not installed: {', '.join(lacking)}. Benchmarks need the extra eval: pip install '.[eval]'")
+    check_least(given, batch_size=1, threads=0, image_size=1)
     device = distributed.local_device()
     precision, _ = choose_precision(given.precision, device)
     load = LoadOptions(precision, given.preset, given.text, given.image_size, given.normalisation, given.pool)
-    settings = Settings(device, precision, given.cache or out / CACHE, given.batch_size, given.threads, load)
-    return arms, benchmarks, settings
+    return Settings(device, precision, given.cache or given.out / CACHE, given.batch_size, given.threads, load)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,9 +155,6 @@ def _parser() -> argparse.ArgumentParser:
         "LABEL=MODEL,MODEL,... for seeds of one recipe; ...@LOW:HIGH:STEP for an arm of each scale of the adapter",
     )
     parser.add_argument(
-        "--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits, mnist5000, fashion_mnist"
-    )
-    parser.add_argument(
         "--primary",
         metavar="NUMBER",
         help='the number that decides, such as "dense/coco objects knn", named before it is seen; others by Holm',
@@ -158,6 +165,16 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NUMBER",
         help="a number whose loss is the price, several for their mean (default: answers kept of every retention)",
+    )
+    how = add_flags(parser)
+    how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags of all commands that encode images. Returns the group of those about how."""
+    parser.add_argument(
+        "--benchmark", action="append", required=True, metavar="KIND=SOURCE", help="or digits, mnist5000, fashion_mnist"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or of an earlier start")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="shared by several --out (default OUT/cache)")
@@ -171,9 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     how.add_argument("--batch-size", type=int, default=64, metavar="N", help="of one process (default %(default)s)")
     how.add_argument("--threads", type=int, default=4, metavar="N", help="that decode (default %(default)s)")
-    how.add_argument("--images", type=int, default=12, metavar="N", help="in each picture (default %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher may add it
-    return parser
+    return how
 
 
 def _write(
@@ -197,7 +213,8 @@ def _write(
     paid = of_name[next(iter(mean), price[0])] if price else None
     points = points_of(arms, gain, paid) if gain and paid else []
     found = knees(points)
-    pictures = _pictures(out, benchmarks, results, given.images)
+    seen = {of[0]: results[of[0]] for of in members.values()}
+    pictures = _pictures(out, benchmarks, seen, given.images)
     if len(labels) > 1:
         chart = _chart(rows, labels).encode()
         write_atomically(out / CHART, lambda file: file.write(chart), overwrite=True)

@@ -113,10 +113,10 @@ def encode_together(
             for chunk in chunks
         ]
         flat = [batch for chunk in batches for batch in chunk]
-        name_of_all = f"{name} at {len(workers)} scales" if others else name
+        name_of_all = f"{name}, {len(workers)} models at once" if others else name
         decoded = _gauged(worker, name_of_all, _decoded(worker, images, flat), sum(map(len, flat)))
         for chunk in batches:
-            pieces = [[_forward(each, batch, kinds) for each in workers] for batch in islice(decoded, len(chunk))]
+            pieces = [[forward(each, batch, kinds) for each in workers] for batch in islice(decoded, len(chunk))]
             found = []
             for parts in zip(*pieces, strict=True):
                 features = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
@@ -161,7 +161,8 @@ def _gauged(worker: Worker, name: str, parts: Iterator[Tensor], count: int) -> I
 
 
 @torch.inference_mode()
-def _forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+def forward(worker: Worker, batch: Tensor, kinds: Collection[str]) -> dict[str, Tensor]:
+    """Kind -> features of a batch of images, float32 on the CPU; kinds as `encode_together`."""
     wanted = {"patches" if kind == "columns" else kind for kind in kinds}
     dtype = DTYPES[worker.precision]
     if worker.before is not None:

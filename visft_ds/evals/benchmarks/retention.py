@@ -60,7 +60,7 @@ class AnswersKept:
 
 
 def read_images(source: str) -> ImageSet:
-    """The images of a folder, or of one below it where it has none itself: the first of a COCO tree with any.
+    """The images of a folder; where it has none, of val2017 in it (a COCO tree), or else of all folders in it.
 
     Raises:
         ValueError: no such folder, or none with images.
@@ -68,8 +68,9 @@ def read_images(source: str) -> ImageSet:
     root = Path(source)
     if not root.is_dir():
         raise ValueError(f"{source}: no such folder; give one with images")
-    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    found = next((paths for folder in folders if (paths := image_files(folder))), [])
+    val = root / "val2017"
+    folders = [val] if val.is_dir() else sorted(path for path in root.iterdir() if path.is_dir())
+    found = image_files(root) or [path for folder in folders for path in image_files(folder)]
     if not found:
         raise ValueError(f"{source}: no images ({', '.join(SUFFIXES)}) in it or one folder below")
     return from_files(found[:: -(-len(found) // MOST)], root)

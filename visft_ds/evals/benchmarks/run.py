@@ -116,7 +116,7 @@ def _encode_with(
         whole = isinstance(benchmark, AnswersKept)
         if whole not in workers:
             workers[whole] = _workers(load_classifier(group[0], first) if whole else encoder, group, settings)
-        found.append(_encode(workers[whole], benchmark))
+        found.append(encode(workers[whole], benchmark))
     return {spec.label: [of[place] for of in found] for place, spec in enumerate(group)}
 
 
@@ -127,20 +127,25 @@ def _workers(encoder: Encoder, group: Sequence[ModelSpec], settings: Settings) -
         before = None if scales is None else partial(scales.use, number)
         if before is not None:
             before()
-        worker = start_worker(
-            encoder,
-            label=spec.label,
-            device=settings.device,
-            precision=settings.precision,
-            cache=settings.cache,
-            batch_size=settings.batch_size,
-            threads=settings.threads,
-        )
-        workers.append(replace(worker, before=before))
+        workers.append(replace(worker_of(encoder, spec.label, settings), before=before))
     return workers
 
 
-def _encode(workers: Sequence[Worker], benchmark: Benchmark) -> list[Encoded]:
+def worker_of(encoder: Encoder, label: str, settings: Settings) -> Worker:
+    """A model on its device. Collective."""
+    return start_worker(
+        encoder,
+        label=label,
+        device=settings.device,
+        precision=settings.precision,
+        cache=settings.cache,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+    )
+
+
+def encode(workers: Sequence[Worker], benchmark: Benchmark) -> list[Encoded]:
+    """Features of a benchmark by several models that take the same images. Collective."""
     encoder = workers[0].encoder
     having = {*encoder.kinds, *(["columns"] if "patches" in encoder.kinds else [])}
     kinds = [kind for kind in benchmark.kinds if kind in having]

@@ -1,0 +1,204 @@
+"""Runs that begin with another run's values: what is taken over, what is refused, what the record says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.coco_tree import write_tree
+from tests.ranks import finish, start_ranks
+from tests.tiny import TINY
+from visft_ds.config import resolve_arguments
+from visft_ds.interop.files import sha256_file
+from visft_ds.interop.merge import read_adapter
+from visft_ds.interop.visft import write_visft_lora
+from visft_ds.shards.build import Options, build
+
+STEPS = 2
+SETTINGS: dict[str, Any] = {
+    **TINY,
+    "visft.mode": "sampled",
+    "visft.tasks": "detection,segmentation",
+    "visft.model.overrides": {"width": 16, "depth": 1, "num_heads": 2, "image_size": 28},
+    **{f"visft.tasks.{task}.image.fixed_size": 28 for task in ("detection", "segmentation")},
+    "visft.tasks.segmentation.head.decoder_layers": 1,
+    "scheduler.params.warmup_num_steps": 0,
+    "scheduler.params.total_num_steps": STEPS,
+    "visft.run.pictures": 0,
+}
+LORA = {"visft.lora.rank": 2, "visft.lora.alpha": 4.0}
+NAMES = {"thing 3": "cat", "thing 8": "dog", "thing 13": "owl"}
+
+
+def make_shards(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    for split in ("train", "val"):
+        tree = write_tree(folder / split, 8)
+        tree.edit(change)
+        build(Options(tree.images, tree.instances, None, folder / "shards", split))
+    return folder / "shards"
+
+
+def own(ids: dict[str, int]) -> Callable[[dict[str, Any]], None]:
+    """The tree's three categories under other ids, in the order of `ids`, and one more that has no object."""
+
+    def change(content: dict[str, Any]) -> None:
+        table = {category["id"]: NAMES[category["name"]] for category in content["categories"]}
+        content["categories"] = [{"id": number, "name": name} for name, number in ids.items()]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = ids[table[annotation["category_id"]]]
+
+    return change
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    return [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def run(*words: object) -> tuple[int, str]:
+    """`visft train`: its exit code, and what it printed."""
+    (code,), (printed,) = finish(start_ranks(["launchers/train.py", *map(str, words)], world=1))
+    return code, printed
+
+
+def done(*words: object) -> str:
+    code, printed = run(*words)
+    assert code == 0, printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of two sets of categories, a stage 1 on the first, a stage 2 on that."""
+    folder = tmp_path_factory.mktemp("start")
+    make_shards(folder / "first", own({"cat": 0, "dog": 1, "owl": 2}))
+    make_shards(folder / "second", own({"emu": 0, "owl": 1, "cat": 2, "dog": 7}))
+    common = ("--model", "debug", "--data", folder / "first/shards", *words_of(SETTINGS))
+    done("--stage", 1, "--out", folder / "one", *common)
+    done(
+        "--stage", 2, "--out", folder / "two", *common, *words_of({**LORA, "visft.heads.path": f"{folder}/one/export"})
+    )
+    return folder
+
+
+def learnt(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step_{step:08d}/parameters.safetensors")
+
+
+#: One step that changes nothing but zeros, by 1e-30: the checkpoint after it has the values that the run began with.
+FROZEN = words_of(
+    {"optimizer.params.lr": 1e-30, "optimizer.params.weight_decay": 0, "scheduler.params.total_num_steps": 1}
+)
+
+
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.allclose(first, second, rtol=0, atol=1e-20)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_fork_begins_where_the_run_is_and_says_so(work: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "fork"
+    assert f"started from step {STEPS} of {work / name}" in done("--from", work / name, "--out", out, *FROZEN)
+    before, after = learnt(work / name, STEPS), learnt(out, 1)
+    assert before.keys() == after.keys()
+    assert all(same(before[name], value) for name, value in after.items())
+    record, parent = json.loads((out / "run.json").read_text()), work / name / f"checkpoints/step_{STEPS:08d}"
+    assert record["parent"] == {
+        "path": str(parent),
+        "beside": record["parent"]["beside"],
+        "step": STEPS,
+        "sha256": sha256_file(parent / "parameters.safetensors"),
+    }
+    assert record["config"]["optimizer"]["params"]["lr"] == 1e-30
+    assert json.loads((work / name / "run.json").read_text()).get("parent") is None
+
+
+def test_a_fork_goes_on_without_its_parent(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "two", tmp_path / "parent")
+    words = ["--from", tmp_path / "parent", "--set", "visft.run.save_every=1"]
+    done(*words)
+    fork = tmp_path / "parent-fork"
+    shutil.rmtree(fork / "checkpoints/step_00000002")
+    shutil.rmtree(tmp_path / "parent")
+    done(*words)
+    assert (fork / "checkpoints/step_00000002").is_dir()
+    record = json.loads((fork / "run.json").read_text())
+    assert record["parent"] == record["earlier"][0]["parent"] and record["parent"]["step"] == STEPS
+
+
+def test_heads_are_remapped_by_name(work: Path, tmp_path: Path) -> None:
+    words = ["--from", work / "one", "--data", work / "second/shards", *FROZEN, "--out"]
+    code, error = run(*words, tmp_path / "fork")
+    assert code == 2
+    assert "the detection head of" in error and "knows other classes" in error and "--heads remap" in error
+    assert "of the same name are owl, cat, dog; new are emu" in error
+    assert not (tmp_path / "fork/run.json").exists()
+    done(*words, tmp_path / "fork", "--heads", "remap")
+    before, after = learnt(work / "one", STEPS), learnt(tmp_path / "fork", 1)
+    for name in ("heads.detection.class_embed", "heads.segmentation.decoder.class_embed"):
+        for kind in ("weight", "bias"):
+            old, new = before[f"{name}.{kind}"], after[f"{name}.{kind}"]
+            assert (len(old), len(new)) == (4, 5), "cat dog owl, and none; emu owl cat dog, and none"
+            assert same(new[[1, 2, 3, 4]], old[[2, 0, 1, 3]])
+            assert not any(same(new[0], row) for row in old)
+    others = [name for name in after if "class_embed" not in name]
+    assert others and all(same(before[name], after[name]) for name in others)
+    done(*words, tmp_path / "reset", "--heads", "reset")
+    reset = learnt(tmp_path / "reset", 1)
+    assert not all(same(reset[name], before[name]) for name in others)
+
+
+@pytest.mark.parametrize("kind", ["peft", "visft"])
+def test_an_adapter_is_a_start(work: Path, tmp_path: Path, kind: str) -> None:
+    place, base, out = work / "two/export/adapter", work / "two/export/backbone.safetensors", tmp_path / "out"
+    if kind == "visft":
+        write_visft_lora(read_adapter(place), tmp_path / "lora.pt")
+        place = tmp_path / "lora.pt"
+    adapter = read_adapter(place)
+    words = ["--stage", 2, "--model", "debug", "--data", work / "first/shards", "--out", out, "--from", place]
+    words += words_of({**SETTINGS, "visft.heads.path": f"{work}/one/export", "visft.model.weights": str(base)})
+    code, error = run(*words, *FROZEN)
+    wanted = f"""has other settings: --set 'visft.lora={{"rank":2,"alpha":{adapter.alpha},"""
+    assert code == 2 and wanted in error, error
+    done(*words, *words_of({"visft.lora.rank": 2, "visft.lora.alpha": adapter.alpha}), *FROZEN)
+    after = learnt(out, 1)
+    assert after.keys() == {f"backbone.{name}" for name in adapter.tensors}
+    assert all(same(after[f"backbone.{name}"], value) for name, value in adapter.tensors.items())
+    assert json.loads((out / "run.json").read_text())["parent"]["sha256"] == adapter.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "{two}", "--set", "visft.lora.rank=4"], "other settings: --set 'visft.lora="),
+        (["--from", "{one}", "--set", "visft.model.weights_seed=3"], "was trained on other base weights"),
+        (["--from", "{two}", "--heads", "reset"], "trains no heads"),
+        (["--from", "{one}", "--stage", "2"], "is of stage 1, and --from goes on in the same; stage 2 learns from"),
+        (["--from", "{one}", "--model", "debug"], "leave out --model"),
+        (["--from", "{one}", "--out", "{one}"], "is the run to start from"),
+        (["--from", "{one}", "--heads", "x"], "visft.start.heads"),
+        (["--from", "nowhere"], "there is no such run, checkpoint or adapter"),
+        (["--stage", "1", "--heads", "keep"], "--heads says what becomes of the heads of --from RUN"),
+        (["--from", "{one}", "--set", "visft.tasks.detection.head.num_queries=5"], "does not fit what this run trains"),
+    ],
+)
+def test_what_cannot_be_a_start(work: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    given = [word.format(one=work / "one", two=work / "two") for word in words]
+    code, error = run(*given, *([] if "--out" in words else ["--out", tmp_path / "fork"]))
+    assert code == 2 and message in error, error
+    assert not (tmp_path / "fork/run.json").exists()
+
+
+def test_settings_of_a_fork_are_those_of_the_run(work: Path) -> None:
+    _, config = resolve_arguments(["--from", str(work / "one"), "--engine", "zero2", "--set", "visft.seed=7"])
+    assert config.visft.run.out == f"{work}/one-fork" and config.visft.seed == 7
+    assert config.deepspeed["zero_optimization"]["stage"] == 2 and config.total_steps == STEPS
+    assert config.visft.tasks.enabled().keys() == {"detection", "segmentation"}
+    step = work / "one/checkpoints" / f"step_{STEPS:08d}"
+    assert resolve_arguments(["--from", str(step)])[1].visft.run.out == f"{work}/one-fork"
