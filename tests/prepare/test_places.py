@@ -66,7 +66,7 @@ def home(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _record(config: ResolvedConfig) -> None:
-    write_record(config, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"])
+    write_record(config, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"], None)
 
 
 def _data(config: ResolvedConfig, given: Mapping[str, str]) -> RunData:
@@ -197,7 +197,7 @@ def test_the_record_keeps_what_was_given(home: Path) -> None:
     for path in (home / "stage1/export").iterdir():
         path.unlink()
     here = located(config, home / "run")
-    write_record(here, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"])
+    write_record(here, _data(config, paths_of(config.visft)), sha256_file("base.pt"), ["train.py"], None)
     assert recorded_config(home / "run").visft.heads.path == "stage1/export"
 
 

@@ -148,4 +148,4 @@ def test_a_cluster_is_planned_with_what_a_start_there_would_choose() -> None:
     assert forecast(stated, cluster).policy == "block" and {arm.policy for arm in search(stated, cluster)} == {"block"}
     some = forecast(changed(config, ["visft.model.recompute=mlp"]), cluster).fullest.total
     small = replace(cluster, gpu=replace(cluster.gpu, memory=int(some / MEMORY_SHARE) + 1))
-    assert forecast(config, small).policy == "mlp"
+    assert forecast(config, small).policy == "block"  # "mlp" fits, too, and costs the host more

@@ -137,9 +137,10 @@ def resolve_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Names
 
 
 def resolve_with_data(**given: Any) -> ResolvedConfig:
-    """`resolve`, without the tasks of the recipe that the data has no labels for."""
+    """`resolve`, without the tasks of the recipe that the data has no labels for; named ones stay."""
     config = resolve(**given)
-    idle = tasks_without_labels(config)
+    named = given.get("tasks") or any(text.startswith("visft.tasks=") for text in given.get("settings", ()))
+    idle = {} if named else tasks_without_labels(config)
     return resolve(**given, idle=idle) if idle else config
 
 
