@@ -62,6 +62,7 @@ def _scene(seed: int, height: int = 90, width: int = 120) -> npt.NDArray[np.uint
         ([1, 2, 3, 4, 5, 6], None, ["polygon malformed"] * 6),
         ("x", None, ["mask malformed"]),
         ({"size": [4, 5], "counts": [3, 4, 13]}, {"size": [4, 5], "counts": "34="}, ["uncompressed run-length code"]),
+        ({"size": [4.0, 5], "counts": [3, 4, 13]}, {"size": [4, 5], "counts": "34="}, ["uncompressed run-length code"]),
         ({"size": [4, 5], "counts": "34="}, {"size": [4, 5], "counts": "34="}, []),
         ({"size": [5, 4], "counts": [3, 4, 13]}, None, ["run-length code of another size"]),
         ({"size": [4, 5], "counts": [3, 4]}, None, ["mask malformed"]),

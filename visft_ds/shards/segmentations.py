@@ -73,6 +73,7 @@ def _code(given: Mapping[str, Any], height: int, width: int) -> tuple[Any, Found
     complete = runs is not None and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == height * width
     if not complete:
         return None, ["mask malformed"]
+    size = [height, width]  # 480.0 is equal to it, and no number of rows for readers in C
     if isinstance(counts, str):
         return {"size": size, "counts": counts}, []
     code = coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
