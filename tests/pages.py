@@ -54,6 +54,7 @@ OURS = ("visft", "python", "python3", "deepspeed", "torchrun", "make", "pip")
 OTHERS = {
     "export": "sets a variable of the shell",
     "cd": "changes the folder",
+    "cp": "copies a file",
     "git": "git's own",
     "hf": "of huggingface_hub, needs the network",
     "aws": "of Amazon, needs the network",
