@@ -53,7 +53,7 @@ _SECONDS = {
     "stage1": 75,
     "stage2": 58,
     "dose": 17,
-    "benchmarks": 40,
+    "benchmarks": 28,
 }
 
 
