@@ -10,6 +10,7 @@ project = "visft_ds"
 author = copyright = "The visft_ds authors"
 version = re.findall(r'^__version__ = "(.*?)"', (ROOT / "visft_ds/__init__.py").read_text(), re.M)[0]
 extensions = ["myst_parser"]
+highlight_language = "bash"  #: of blocks that do not say what they are
 html_theme = "furo"
 html_copy_source = False
 root_doc = "docs/README"
@@ -18,7 +19,14 @@ CONTENTS = (
     *("getting-started", "data", "training", "memory-and-speed", "export", "evaluation", "configuration", "api"),
     *("architecture", "proofs", "LOG"),
 )
-AROUND = ("README", "ds_configs/README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "tests/claims")
+AROUND = {
+    "README": "README",
+    "ds_configs/README": "Configuration files",
+    "CONTRIBUTING": "Contributing",
+    "CHANGELOG": "Changelog",
+    "SECURITY": "Security",
+    "tests/claims": "Claims and mistakes",
+}
 include_patterns = [f"{name}.md" for name in (*AROUND, root_doc, *(f"docs/{page}" for page in CONTENTS))]
 myst_heading_anchors = 6
 
@@ -26,7 +34,8 @@ myst_heading_anchors = 6
 def add_contents(_: Sphinx, name: str, source: list[str]) -> None:
     """Give the index the list of pages that Sphinx wants, which GitHub would show as code."""
     if name == root_doc:
-        pages = "\n".join(f"/{page}" for page in (*(f"docs/{page}" for page in CONTENTS), *AROUND))
+        around = (f"{title} </{page}>" for page, title in AROUND.items())
+        pages = "\n".join((*(f"/docs/{page}" for page in CONTENTS), *around))
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
 
 

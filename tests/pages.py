@@ -28,22 +28,9 @@ HISTORY = (ROOT / "docs/LOG.md", ROOT / "CHANGELOG.md")
 EVERY = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md"), ROOT / "tests/claims.md"})
 #: Pages that are being replaced, and those that replace them and are not there yet.
 OLD = {ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "ds_configs/README", "docs/api")} | {
-    ROOT / f"docs/{name}.md"
-    for name in (
-        *(
-            "ablations",
-            "architecture",
-            "benchmarks",
-            "checkpoints",
-            "contrastive",
-            "feature-cache",
-            "kernels",
-            "parallel",
-        ),
-        *("multi-node", "overfit", "planner", "profiling", "proofs", "step", "survival", "tasks", "tuning", "weights"),
-    )
+    ROOT / f"docs/{name}.md" for name in ("ablations", "architecture", "benchmarks", "contrastive", "proofs", "weights")
 }
-NEW = {ROOT / f"docs/{name}.md" for name in ("training", "memory-and-speed", "export", "evaluation", "configuration")}
+NEW = {ROOT / f"docs/{name}.md" for name in ("export", "evaluation", "configuration")}
 EVERY = sorted(set(EVERY) - OLD)
 PAGES = [page for page in EVERY if page not in HISTORY and page.name != "claims.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -54,6 +41,7 @@ OURS = ("visft", "python", "python3", "deepspeed", "torchrun", "make", "pip")
 OTHERS = {
     "export": "sets a variable of the shell",
     "cd": "changes the folder",
+    "cp": "copies a file",
     "git": "git's own",
     "hf": "of huggingface_hub, needs the network",
     "aws": "of Amazon, needs the network",
