@@ -22,6 +22,7 @@ USAGE = """Box AP, mask AP and caption metrics of a run, or of any backbone + he
     deepspeed --num_gpus 8 --module visft_ds evaluate --run runs/stage2-eva_e
     visft evaluate benchmarks --help        # zero-shot, probes, retrieval, ...: several models in one table
     visft evaluate layers --help            # every block of a model on the same probes
+    visft evaluate dose --help              # an adapter at the scale at which it moves features as far as another
 
 Writes metrics.json, <task>_results.json (COCO results format) and pictures/ into a new or empty folder. With several
 processes each image is evaluated once. Exit status: 0 fine, 2 wrong usage or unusable input.
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from visft_ds.evals.benchmarks.command import run
 
         return run(words[:place] + words[place + 1 :])
+    if words[place : place + 1] == ["dose"]:
+        from visft_ds.evals.benchmarks.dose_command import run as run_dose
+
+        return run_dose(words[:place] + words[place + 1 :])
     if words[place : place + 1] == ["layers"]:
         from visft_ds.evals.benchmarks.layers_command import run as run_layers
 

@@ -109,12 +109,14 @@ def _write_efficientnet(given: argparse.Namespace) -> int:
 
 def _write_timm(given: argparse.Namespace, places: Sequence[Path], changes: Sequence[Change]) -> int:
     """Write the change that a run made to a model of timm: full weights for timm, or the adapter for PEFT."""
-    if len(changes) > 1 or given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size:
+    several = len(changes) > 1
+    if given.format not in ("timm", "peft") or given.unmerge or given.max_shard_size or (several and given.verify):
         raise ValueError(
-            f"{places[0]} is of a model of timm: give one --adapter, --format timm or peft, without --unmerge and "
-            f"--max-shard-size"
+            f"{places[0]} is of a model of timm: give --format timm or peft, without --unmerge, --max-shard-size and, "
+            f"of several adapters, --verify"
         )
-    change = changes[0].scaled(given.scale)
+    weights = given.weights or [1 / len(changes)] * len(changes)
+    change = _joined(changes, weights if several or given.weights else None, given.scale)
     assert change.timm is not None
     print(f"adapter  {given.adapter[0]} ({places[0]}): timm {change.timm[0]}, {change.describe()}")
     if given.format == "peft":

@@ -262,16 +262,17 @@ class TimmBackbone(nn.Module):
                     setattr(one._timm[0], leaf, nn.Identity())
 
     def _measure(self, probe: TimmBackbone) -> tuple[int, int]:
-        """(width, stride) by the shapes of two feature maps."""
+        """(width, stride) by the shapes of three feature maps; a part of a stride may have a row of its own."""
         side = self.image_size
         with torch.no_grad():
             _, width, rows, _ = probe(self._blank(side, side)).shape
-            stride = round(side / rows)
             try:
+                more = probe(self._blank(side, 33 * side)).shape[3] - rows
+                stride = round(32 * side / more) if more else side  # exact to a part of a pixel
                 other = probe(self._blank(side + stride, 2 * side + stride // 2)).shape
             except (AssertionError, RuntimeError) as error:  # timm's words for a size that it does not take
                 raise ValueError(f"timm's {self.name} takes images of one size only: {error}") from error
-        if other[2] <= rows or other[3] < 2 * rows:
+        if other[2] <= rows or other[3] < 2 * rows - 1:
             raise ValueError(f"timm's {self.name} has a feature map that does not follow the size of its image")
         return int(width), stride
 

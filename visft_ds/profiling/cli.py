@@ -296,7 +296,7 @@ def _plan_flags(commands: Any) -> None:
         help="memory and time on a cluster one does not have: what fits, with which settings, how long it takes",
         description="Predict memory by part and time of both stages, and find the fastest settings that fit.",
         epilog="""--cluster takes COUNTxNAME[-MEMORY] (machines of 8) or MACHINESxGPUSxNAME[-MEMORY] of the GPUs that
-are known, or a JSON file; --network GB/s one way, or dgx-h100, dgx-a100, 200gbit, 100gbit (docs/planner.md).
+are known, or a JSON file; --network GB/s one way, or dgx-h100, dgx-a100, 200gbit, 100gbit (docs/memory-and-speed.md).
 
 examples:
   visft plan --cluster 8xV100-32GB
